@@ -1,0 +1,97 @@
+"""Files and folders that are there whole or not at all, on local disks and on object stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether renaming is atomic there: true for a local path, false for gs:// and its like."""
+    return "://" not in os.fspath(path)
+
+
+def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
+    """Writes one file so that readers and crashes find the old content or the new, never a part of it.
+
+    A local file is written beside, synced and renamed; an object store shows an upload only when it is complete.
+    """
+    path, data = epath.Path(path), data.encode() if isinstance(data, str) else data
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    beside = _beside(path, "tmp")
+    try:
+        beside.write_bytes(data)
+        _sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[epath.Path]:
+    """Yields an empty folder to fill, which becomes `path` when the block ends and is removed if it raises.
+
+    A local folder is filled beside, synced and renamed, and only then is an overwritten one removed. An object store
+    renames nothing: there the folder is filled in place, so its reader must require the file that is written last.
+
+    Raises:
+      FileExistsError: `path` exists and `overwrite` is false.
+    """
+    path = epath.Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another folder, or allow overwriting it")
+    building = _beside(path, "tmp") if is_local(path) else path
+    if building.exists():
+        building.rmtree()
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        yield building
+        if is_local(path):
+            _sync_tree(building)
+            _swap(building, path)
+    except BaseException:
+        building.rmtree(missing_ok=True)
+        raise
+
+
+def _swap(new: epath.Path, path: epath.Path) -> None:
+    """Renames `new` to `path`; what was there stays whole beside it until that is done."""
+    old = _beside(path, "old") if path.exists() else None
+    if old:
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old:
+            old.rename(path)
+        raise
+    _sync(path.parent)
+    if old:
+        old.rmtree()
+
+
+def _beside(path: epath.Path, why: str) -> epath.Path:
+    return path.parent / f"{path.name}.{why}-{secrets.token_hex(4)}"
+
+
+def _sync_tree(folder: epath.Path) -> None:
+    for path in folder.iterdir():
+        _sync_tree(path) if path.is_dir() else _sync(path)
+    _sync(folder)
+
+
+def _sync(path: epath.Path) -> None:
+    """Waits until the file, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""Eight simulated devices for every test, and what open_clip needs to be imported beside a CPU build of torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import pytest
+from absl import flags
+
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse to start otherwise
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    # torchvision's wheel is a CUDA build and registers no `nms` beside a CPU torch, which it needs to be imported.
+    if not torch.cuda.is_available():
+        torchvision_library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs PyTorch where it is not installed."""
+    if not importlib.util.find_spec("torch"):
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch is not installed (pip install -e '.[test]')"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real images that are never committed."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("TCLIP_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("no real images: neither TCLIP_TEST_DATA nor ../shared/data is a folder")
+    return folder
