@@ -1,0 +1,74 @@
+"""Trits to bytes and back, for disk and memory: NumPy on flat arrays, every byte checked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
+_DIGITS = (np.arange(243)[:, None] // _POWERS % 3).astype(np.int8) - 1  # byte -> its five trits
+
+
+def pack_base3(trits: np.ndarray) -> np.ndarray:
+    """Five trits a byte: Σ (t_i + 1) · 3^i, i = 0…4, in C order; the last byte is filled with zero trits.
+
+    Args:
+      trits: int8 of −1, 0, +1, any shape.
+
+    Returns:
+      uint8 of ceil(size / 5) bytes, each at most 242.
+
+    Raises:
+      ValueError: a value that is not a trit.
+    """
+    flat = _checked(trits)
+    padded = np.zeros(-(-flat.size // 5) * 5, np.int8)
+    padded[: flat.size] = flat
+    return (padded.reshape(-1, 5) + 1).astype(np.uint8) @ _POWERS
+
+
+def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The int8 trits of `pack_base3`, in `shape`.
+
+    Raises:
+      ValueError: a number of bytes that does not fit the shape, or a byte above 242.
+    """
+    _check_length(packed, -(-int(np.prod(shape, dtype=np.int64)) // 5), shape)
+    if packed.size and packed.max() > 242:
+        raise ValueError(f"byte {packed.max()} is not five base-3 digits: the largest is 242")
+    return _DIGITS[packed].reshape(-1)[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
+
+
+def pack_2bit(trits: np.ndarray) -> np.ndarray:
+    """Four trits a byte as two's-complement fields, the first in the lowest bits; zeros fill the last byte."""
+    flat = _checked(trits)
+    padded = np.zeros(-(-flat.size // 4) * 4, np.uint8)
+    padded[: flat.size] = flat.view(np.uint8) & 3
+    fields = padded.reshape(-1, 4)
+    return fields[:, 0] | fields[:, 1] << 2 | fields[:, 2] << 4 | fields[:, 3] << 6
+
+
+def unpack_2bit(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The int8 trits of `pack_2bit`, in `shape`.
+
+    Raises:
+      ValueError: a number of bytes that does not fit the shape, or a field of −2.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    _check_length(packed, -(-size // 4), shape)
+    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
+    fields = np.stack([packed << shift for shift in (6, 4, 2, 0)], axis=-1).view(np.int8) >> 6
+    if fields.size and fields.min() < -1:
+        raise ValueError("a 2-bit field holds −2, which is not a trit")
+    return fields.reshape(-1)[:size].reshape(shape)
+
+
+def _checked(trits: np.ndarray) -> np.ndarray:
+    flat = np.ascontiguousarray(trits, np.int8).reshape(-1)
+    if flat.size and (flat.min() < -1 or flat.max() > 1):
+        raise ValueError(f"trits are −1, 0 and +1: found {flat.min()} to {flat.max()}")
+    return flat
+
+
+def _check_length(packed: np.ndarray, expected: int, shape: tuple[int, ...]) -> None:
+    if packed.size != expected:
+        raise ValueError(f"{packed.size} packed bytes do not hold the trits of shape {shape}: expected {expected}")

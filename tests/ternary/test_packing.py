@@ -1,0 +1,44 @@
+"""Every trit survives packing, and bytes that hold no trits are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tclip_jax.ternary.packing import pack_2bit, pack_base3, unpack_2bit, unpack_base3
+
+trit_arrays = hnp.arrays(np.int8, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0), elements=st.integers(-1, 1))
+
+
+@given(trit_arrays)
+def test_base3_round_trip(trits: np.ndarray) -> None:
+    packed = pack_base3(trits)
+    assert packed.dtype == np.uint8 and packed.size == -(-trits.size // 5) and (packed <= 242).all()
+    np.testing.assert_array_equal(unpack_base3(packed, trits.shape), trits)
+
+
+@given(trit_arrays)
+def test_2bit_round_trip(trits: np.ndarray) -> None:
+    packed = pack_2bit(trits)
+    assert packed.dtype == np.uint8 and packed.size == -(-trits.size // 4)
+    np.testing.assert_array_equal(unpack_2bit(packed, trits.shape), trits)
+
+
+def test_bytes_are_the_documented_ones() -> None:
+    trits = np.array([1, 0, -1, 1, 1, -1], np.int8)
+    np.testing.assert_array_equal(pack_base3(trits), [2 + 3 + 0 + 2 * 27 + 2 * 81, 0 + 3 + 9 + 27 + 81])
+    np.testing.assert_array_equal(pack_2bit(trits), [0b01_11_00_01, 0b00_00_11_01])
+
+
+def test_refuses_what_is_no_trit() -> None:
+    with pytest.raises(ValueError, match="found 0 to 2"):
+        pack_base3(np.array([0, 2], np.int8))
+    with pytest.raises(ValueError, match="byte 243"):
+        unpack_base3(np.array([243], np.uint8), (5,))
+    with pytest.raises(ValueError, match="−2"):
+        unpack_2bit(np.array([0b10], np.uint8), (1,))
+    with pytest.raises(ValueError, match=r"2 packed bytes .*expected 1"):
+        unpack_base3(np.zeros(2, np.uint8), (5,))
