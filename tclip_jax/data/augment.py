@@ -1,0 +1,102 @@
+"""Random views of an image for training; every draw comes from the generator given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tclip_jax.data.images import Preprocess, preprocess
+
+Color = tuple[int, int, int]
+Augmentation = Callable[[Image.Image, np.random.Generator, Preprocess], npt.NDArray[np.uint8]]
+
+
+def affine(
+    image: Image.Image, degrees: float, shift: tuple[float, float], zoom: float, fill: Color | None = None
+) -> Image.Image:
+    """Returns the RGB image turned counter-clockwise and enlarged about its centre, then shifted right and down.
+
+    `shift` is in pixels (x, y). There is one bilinear resampling; what comes from outside the image is `fill`, by
+    default the colour of its top left pixel.
+    """
+    image = image.convert("RGB")
+    x, y = image.width / 2, image.height / 2
+    # Pillow asks where each output pixel comes from, which is the inverse of the motion. It also cuts values off to
+    # uint8, so that a cosine of 6e-17 at a right angle would darken pixels by one.
+    cos, sin = (round(f(math.radians(degrees)), 15) / zoom for f in (math.cos, math.sin))
+    to_x, to_y = x + shift[0], y + shift[1]
+    matrix = (cos, -sin, x - cos * to_x + sin * to_y, sin, cos, y - sin * to_x - cos * to_y)
+    outside = image.getpixel((0, 0)) if fill is None else fill
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=outside)
+
+
+def random_affine(
+    image: Image.Image,
+    rng: np.random.Generator,
+    degrees: float = 15.0,
+    translate: float = 0.1,
+    zoom: float = 0.15,
+    fill: Color | None = None,
+) -> Image.Image:
+    """Returns `affine` of an angle in ±degrees, a shift in ±translate of each side, a zoom in 1/(1+zoom) to 1+zoom."""
+    angle, right, down, log_zoom = rng.uniform(-1, 1, 4)
+    shift = (right * translate * image.width, down * translate * image.height)
+    return affine(image, angle * degrees, shift, (1 + zoom) ** log_zoom, fill)
+
+
+def random_crop_box(
+    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Returns (left, top, right, bottom) in an image of `size` (width, height), drawn as torchvision draws it.
+
+    `scale` bounds the share of the area, `ratio` bounds width / height (log-uniform). After ten boxes that do not fit
+    it is the largest centred box whose ratio is within bounds.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_resized_crop(
+    image: Image.Image,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """Returns a random box of the image, bicubic at `size` (height, width), RGB: CLIP's training transform."""
+    box = random_crop_box(rng, image.size, scale, ratio)
+    return image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _none(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.NDArray[np.uint8]:
+    return preprocess(image, p)
+
+
+def _affine(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.NDArray[np.uint8]:
+    # At the model's size: the cost does not depend on the source, and small images turn smoothly.
+    return np.asarray(random_affine(Image.fromarray(preprocess(image, p)), rng))
+
+
+def _random_resized_crop(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.NDArray[np.uint8]:
+    return np.asarray(random_resized_crop(image, rng, p.size))
+
+
+# What a recipe may name: each gives pixels (height, width, 3) uint8 at the preprocessing's size.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": _none,
+    "affine": _affine,
+    "random_resized_crop": _random_resized_crop,
+}

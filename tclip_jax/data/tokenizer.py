@@ -1,0 +1,128 @@
+"""CLIP's byte-pair tokenizer: captions to token ids, the same ids as open_clip's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import html
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+import ftfy
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+VOCAB_SIZE = 49408
+SOT = 49406
+EOT = 49407
+SOT_TOKEN = "<|startoftext|>"
+EOT_TOKEN = "<|endoftext|>"
+
+_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_WORD_END = "</w>"
+_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Turns captions into the ids that open_clip's tokenizer gives, `context_length` of them per caption.
+
+    One rule differs: a literal `<start_of_text>` or `<end_of_text>` in a caption is ordinary text here, so that no
+    caption can end itself early. Raises ValueError for a `context_length` without room for the two special tokens.
+    """
+
+    context_length: int = 77
+
+    def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise ValueError(f"context_length {self.context_length} has no room for start and end token; use 2 or more")
+
+    def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
+        """Returns ids (N, context_length) int32: SOT, the caption, EOT, zeros; a long caption is cut and keeps EOT."""
+        captions = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        ids = np.zeros((len(captions), self.context_length), np.int32)
+        ids[:, 0] = SOT
+        for row, encoding in zip(ids, _byte_pair_encoder().encode_batch_fast(captions), strict=True):
+            caption = encoding.ids[: self.context_length - 2]
+            row[1 : len(caption) + 1] = caption
+            row[len(caption) + 1] = EOT
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the cleaned caption that the ids of one row spell, up to its EOT."""
+        caption = []
+        for token in map(int, ids):
+            if token == EOT:
+                break
+            if token != SOT:
+                caption.append(token)
+        return _byte_pair_encoder().decode(caption).replace(_WORD_END, " ").strip()
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes the files from which transformers' CLIPTokenizer, its fast form and AutoTokenizer load.
+
+        Their ids equal ours wherever cleaning (ftfy, HTML entities) changes nothing; they pad with EOT, not with zeros.
+        """
+        special = {"bos_token": SOT_TOKEN, "eos_token": EOT_TOKEN, "unk_token": EOT_TOKEN, "pad_token": EOT_TOKEN}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
+        vocab, merges = _vocabulary()
+        files = {
+            "tokenizer.json": _standalone_encoder().to_str(),
+            "vocab.json": json.dumps(vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
+            "tokenizer_config.json": json.dumps(config, indent=2),
+            "special_tokens_map.json": json.dumps(special, indent=2),
+        }
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_bytes(text.encode())
+
+
+def clean(text: str) -> str:
+    """Returns the caption as CLIP reads it: mojibake and HTML entities repaired, spaces collapsed, lower case."""
+    # Web captions are often escaped twice.
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns token -> id and the merges in order of rank, as GPT-2 and CLIP number them."""
+    table = gzip.decompress((resources.files(__package__) / _MERGES_FILE).read_bytes()).decode().split("\n")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    # The file holds more merges than CLIP uses, under a line that names its version.
+    rows = [row.split() for row in table[1 : VOCAB_SIZE - 2 * len(alphabet) - 1]]
+    merges = [(left, right) for left, right in rows]
+    words = [left + right for left, right in merges]
+    tokens = [*alphabet, *(letter + _WORD_END for letter in alphabet), *words, SOT_TOKEN, EOT_TOKEN]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+@functools.cache
+def _byte_pair_encoder() -> tokenizers.Tokenizer:
+    """Returns the encoder of cleaned text; cached per process, so that a Tokenizer pickles as one integer."""
+    vocab, merges = _vocabulary()
+    encoder = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=_WORD_END, unk_token=EOT_TOKEN))
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    encoder.decoder = decoders.ByteLevel()
+    return encoder
+
+
+def _standalone_encoder() -> tokenizers.Tokenizer:
+    """Returns a copy that lower-cases and adds the special tokens itself, for libraries that read only its file."""
+    encoder = tokenizers.Tokenizer.from_str(_byte_pair_encoder().to_str())
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    encoder.post_processor = processors.RobertaProcessing(
+        (EOT_TOKEN, EOT), (SOT_TOKEN, SOT), trim_offsets=False, add_prefix_space=False
+    )
+    encoder.add_special_tokens([SOT_TOKEN, EOT_TOKEN])
+    return encoder

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tclip_jax.data.sources import open_source
+
+ROWS = 5
+IMAGE = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+TEXT = tfds.features.Text()
+LABELLED = {"image": IMAGE, "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def label_zero(index: int) -> dict[str, Any]:
+    return {"label": 0}
+
+
+def prepare(data_dir: pathlib.Path, features: dict[str, Any], row: Callable[[int], dict[str, Any]]) -> None:
+    """Writes the data set `tiny` with the splits train and test; images as BytesIO, which need no TensorFlow."""
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "tiny"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            for i in range(ROWS):
+                yield i, {"image": io.BytesIO(png(i)), **row(i)}
+
+    Tiny(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def test_labelled(tmp_path: pathlib.Path) -> None:
+    features = {**LABELLED, "image/filename": TEXT}
+    prepare(tmp_path, features, lambda i: {"label": i % 2, "image/filename": f"{i}.png"})
+
+    source = pickle.loads(pickle.dumps(open_source(f"tfds:tiny@{tmp_path}", "train")))
+
+    assert source.classnames == ("cat", "dog")
+    assert {(source[i].image, source[i].label) for i in range(len(source))} == {(png(i), i % 2) for i in range(ROWS)}
+    assert source[2].captions == () and source[2].name == "tiny/train/2"
+    assert len(open_source(f"tfds:tiny:1.0.0@{tmp_path}", "test[:40%]")) == 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "spec", "value", "captions"),
+    [
+        ("caption", TEXT, "ein Café", ("ein Café",)),
+        ("texts", tfds.features.Sequence(TEXT), ["a", "b"], ("a", "b")),
+        ("captions", tfds.features.Sequence({"text": TEXT}), [{"text": "a"}, {"text": "b"}], ("a", "b")),
+        ("captions", tfds.features.Sequence(TEXT), [], ()),
+    ],
+)
+def test_captioned(tmp_path: pathlib.Path, feature: str, spec: Any, value: Any, captions: tuple[str, ...]) -> None:
+    prepare(tmp_path, {"image": IMAGE, feature: spec}, lambda i: {feature: value})
+    source = open_source(f"tfds:tiny@{tmp_path}", "train")
+    assert source.classnames == () and source[0].label == -1
+    assert source[0].captions == captions
+    assert {source[i].image for i in range(len(source))} == {png(i) for i in range(ROWS)}
+
+
+def test_not_prepared(tmp_path: pathlib.Path) -> None:
+    message = rf"^tfds:a/b: not prepared in {tmp_path}; prepare it with `tfds build a/b --file_format=array_record "
+    with pytest.raises(FileNotFoundError, match=message):
+        open_source(f"tfds:a/b@{tmp_path}", "train")
+
+
+def test_prepared_without_random_access(tmp_path: pathlib.Path) -> None:
+    prepare(tmp_path, LABELLED, label_zero)
+    info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"^tfds:tiny: prepared as tfrecord, which has no random access; prepare it"):
+        open_source(f"tfds:tiny@{tmp_path}", "train")
+
+
+def test_malformed_name(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"^tfds:no name: Parsing builder name string no name failed\.$"):
+        open_source(f"tfds:no name@{tmp_path}", "train")
+
+
+def test_unknown_split(tmp_path: pathlib.Path) -> None:
+    prepare(tmp_path, LABELLED, label_zero)
+    with pytest.raises(ValueError, match=r"^tfds:tiny: no split 'val'; it has train, test$"):
+        open_source(f"tfds:tiny@{tmp_path}", "val")
+
+
+def test_neither_label_nor_captions(tmp_path: pathlib.Path) -> None:
+    prepare(tmp_path, {**LABELLED, "label": tfds.features.Scalar(np.int64)}, label_zero)
+    with pytest.raises(ValueError, match=r"^tfds:tiny: has the features image, label; needs image and a ClassLabel"):
+        open_source(f"tfds:tiny@{tmp_path}", "train")

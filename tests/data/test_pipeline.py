@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from tclip_jax.data import images
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.pipeline import Batch, eval_batches, train_iterator
+from tclip_jax.data.sources import Record, open_source
+from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
+
+TOKENIZER = Tokenizer(context_length=12)
+PREPROCESS = Preprocess(8)
+CLASSNAMES = ("cat", "dog")
+TEMPLATES = ("a photo of a {c}.", "the {c}")
+
+
+class Records(list[Record]):
+    """A source in memory."""
+
+    classnames: tuple[str, ...] = ()
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, shade, shade)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def labelled(count: int) -> Records:
+    """Images of one shade each, which is their index, and label index % 2."""
+    source = Records(Record(png(i), (), i % 2, f"shade {i}") for i in range(count))
+    source.classnames = CLASSNAMES
+    return source
+
+
+def iterate(source: Any, **changes: Any) -> grain.DatasetIterator:
+    arguments = {
+        "tokenizer": TOKENIZER,
+        "preprocess": PREPROCESS,
+        "augment": "none",
+        "templates": TEMPLATES,
+        "batch_size": 4,
+        "seed": 7,
+    }
+    return train_iterator(source, **(arguments | changes))
+
+
+def take(iterator: grain.DatasetIterator, count: int) -> list[Batch]:
+    return [next(iterator) for _ in range(count)]
+
+
+def shades(batches: Sequence[Batch]) -> list[int]:
+    return [int(image[0, 0, 0]) for batch in batches for image in batch["image"]]
+
+
+def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batch_of_labelled_data() -> None:
+    batch = next(iterate(labelled(6), preprocess=Preprocess((10, 6)), batch_size=5))
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "image": ((5, 10, 6, 3), "uint8"),
+        "tokens": ((5, 12), "int32"),
+        "weight": ((5,), "float32"),
+    }
+    assert batch["weight"].tolist() == [1] * 5
+    for shade, tokens in zip(shades([batch]), batch["tokens"], strict=True):
+        captions = [template.replace("{c}", CLASSNAMES[shade % 2]) for template in TEMPLATES]
+        assert tokens.tolist() in TOKENIZER(captions).tolist()
+
+
+def test_every_template_and_every_caption_is_drawn() -> None:
+    drawn = np.concatenate([batch["tokens"] for batch in take(iterate(labelled(4)), 20)])
+    assert len(np.unique(drawn, axis=0)) == len(CLASSNAMES) * len(TEMPLATES)
+
+    captioned = Records([Record(png(0), ("red", "green", " "), -1, "x")])
+    drawn = np.concatenate([batch["tokens"] for batch in take(iterate(captioned), 10)])
+    assert sorted(np.unique(drawn, axis=0).tolist()) == sorted(TOKENIZER(["red", "green"]).tolist())
+
+
+def test_an_epoch_holds_every_record_once_and_the_next_one_in_another_order() -> None:
+    seen = shades(take(iterate(labelled(12)), 6))
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_batches_of_one(process_count: int) -> None:
+    source = open_source("digits", "train")
+    arguments = {"augment": "affine", "batch_size": 8, "preprocess": Preprocess(16)}
+    whole = take(iterate(source, **arguments), 3)
+    parts = [
+        take(iterate(source, **arguments, process_index=p, process_count=process_count), 3)
+        for p in range(process_count)
+    ]
+    for p, part in enumerate(parts):
+        assert_same(part, [{key: value[p::process_count] for key, value in batch.items()} for batch in whole])
+
+
+def test_seed_decides_everything() -> None:
+    source = open_source("digits", "train")
+    first, again, other = (take(iterate(source, augment="affine", seed=seed), 2) for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert not np.array_equal(first[0]["image"], other[0]["image"])
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_restored_iterator_continues_exactly(threads: int) -> None:
+    source = open_source("digits", "train")
+    iterator = iterate(source, augment="random_resized_crop", threads=threads, prefetch=threads)
+    take(iterator, 3)
+    state = iterator.get_state()
+    expected = take(iterator, 3)
+
+    restored = iterate(source, augment="random_resized_crop")
+    restored.set_state(state)
+    assert_same(take(restored, 3), expected)
+
+
+def test_state_fits_another_number_of_processes() -> None:
+    source = open_source("digits", "train")
+    iterator = iterate(source)
+    take(iterator, 3)
+    half = iterate(source, process_index=1, process_count=2)
+    half.set_state(iterator.get_state())
+    assert_same([next(half)], [{key: value[1::2] for key, value in next(iterator).items()}])
+
+
+def test_state_survives_orbax(tmp_path: pathlib.Path) -> None:
+    source = open_source("digits", "train")
+    iterator, restored = iterate(source), iterate(source)
+    take(iterator, 3)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        manager.wait_until_finished()
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    assert_same(take(restored, 2), take(iterator, 2))
+
+
+def test_worker_process_gives_the_same_batches() -> None:
+    source = open_source("digits", "train")
+    iterator = iterate(source, workers=1)
+    try:
+        assert_same(take(iterator, 3), take(iterate(source), 3))
+    finally:
+        iterator.close()
+
+
+BAD = {
+    "not an image": Record(b"<html>404</html>", ("a cat",), -1, "not an image"),
+    "truncated": Record(png(200)[:-30], ("a cat",), -1, "truncated"),
+    "no captions": Record(png(201), (), -1, "no captions"),
+    "blank captions": Record(png(202), ("", " \n"), -1, "blank captions"),
+    "label out of range": Record(png(203), (), 2, "label out of range"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_record_keeps_its_place_and_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    good = labelled(3)
+    broken = Records([*good[:2], BAD[name]])
+    broken.classnames = CLASSNAMES
+    with caplog.at_level(logging.WARNING):
+        batches = take(iterate(broken, batch_size=3), 3)
+
+    for batch, reference in zip(batches, take(iterate(good, batch_size=3), 3), strict=True):
+        (row,) = np.flatnonzero(reference["image"][:, 0, 0, 0] == 2)
+        assert batch["weight"].tolist() == [float(i != row) for i in range(3)]
+        assert not batch["image"][row].any() and not batch["tokens"][row].any()
+        for key in ("image", "tokens"):
+            np.testing.assert_array_equal(np.delete(batch[key], row, 0), np.delete(reference[key], row, 0))
+    assert [record.getMessage().startswith(f"{name}: ") for record in caplog.records] == [True]
+
+
+def test_an_error_in_reading_is_raised() -> None:
+    class Unreadable(Records):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iterate(Unreadable(labelled(2))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 10, "process_count": 4}, "global batch 10 is not divisible by 4 processes"),
+        ({"augment": "rotate"}, "unknown augmentation 'rotate': choose one of none, affine, random_resized_crop"),
+        ({"templates": "no such list"}, "no such list"),
+        ({"source": Records()}, "the source has no records"),
+    ],
+)
+def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        iterate(**({"source": labelled(2)} | changes))
+
+
+def test_evaluation_is_in_order_and_padded() -> None:
+    source = open_source("digits", "test")
+    batches = list(eval_batches(source, preprocess=Preprocess(16), batch_size=150))
+
+    assert [batch["image"].shape for batch in batches] == [(150, 16, 16, 3)] * 3
+    weight = np.concatenate([batch["weight"] for batch in batches])
+    label = np.concatenate([batch["label"] for batch in batches])
+    assert label.dtype == np.int32 and weight.dtype == np.float32
+    assert weight.tolist() == [1] * 397 + [0] * 53
+    assert label.tolist() == [source[i].label for i in range(397)] + [-1] * 53
+    for row in (0, 149):
+        pixels = images.preprocess(Image.fromarray(np.asarray(source[150 + row].image)), Preprocess(16))
+        np.testing.assert_array_equal(batches[1]["image"][row], pixels)
+    assert not batches[2]["image"][97:].any()
+
+
+def test_evaluation_of_captions_keeps_them_all() -> None:
+    source = Records([Record(png(9), ("a", "b"), -1, "pair"), Record(b"broken", ("c",), -1, "broken in evaluation")])
+    (batch,) = eval_batches(source, preprocess=PREPROCESS, batch_size=3)
+    assert batch["captions"] == [("a", "b"), ("c",), ()]
+    assert batch["weight"].tolist() == [1, 0, 0]
+    assert batch["label"].tolist() == [-1, -1, -1]
+
+
+def test_real_images_and_captions(tmp_path: pathlib.Path, shared_data: pathlib.Path) -> None:
+    import tarfile
+
+    with tarfile.open(shared_data / "emoji" / "noto.tar") as tar:
+        wanted = [member for member in tar if member.name.endswith((".png", ".txt"))][:24]
+        tar.extractall(tmp_path, wanted, filter="data")
+    source = open_source(f"folder:{tmp_path}", "train")
+
+    batch = next(iterate(source, preprocess=Preprocess(32), augment="random_resized_crop", batch_size=12))
+
+    assert len(source) == 12 and batch["weight"].tolist() == [1] * 12
+    assert (batch["tokens"][:, 0] == SOT).all() and (batch["tokens"] == EOT).any(axis=1).all()
+    assert batch["image"].reshape(12, -1).std(axis=1).min() > 1

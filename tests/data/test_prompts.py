@@ -1,0 +1,55 @@
+"""Templates and the captions they make."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+
+from tclip_jax.data.prompts import TEMPLATES, captions, get_templates
+
+
+@pytest.mark.parametrize(("name", "count"), [("openai", 80), ("cifar10", 18), ("simple", 1), ("none", 1)])
+def test_counts(name: str, count: int) -> None:
+    assert len(set(TEMPLATES[name])) == len(TEMPLATES[name]) == count
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_template_names_the_class_once(name: str) -> None:
+    assert all(template.count("{c}") == 1 for template in get_templates(name))
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("openai", "imagenet1k"), ("cifar10", "cifar10")])
+def test_equal_to_clip_benchmark(name: str, dataset: str) -> None:
+    try:
+        files = metadata.files("clip-benchmark") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("clip-benchmark is not installed (pip install -e '.[test]')")
+    path = next(file for file in files if file.name == "en_zeroshot_classification_templates.json")
+    assert list(TEMPLATES[name]) == json.loads(path.read_text())[dataset]
+
+
+@pytest.mark.torch
+def test_openai_equal_to_open_clip() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    assert captions("cat", "openai") == [template("cat") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_captions_take_class_names_literally() -> None:
+    assert captions("{c} {0} %s", ["a {c}.", "{c} {d}"]) == ["a {c} {0} %s.", "{c} {0} %s {d}"]
+    assert captions("cat", "simple") == ["a photo of a cat."]
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ("opennai", "templates 'opennai': no such name; use openai"),
+        ("zzz", "use none or simple or digits or cifar10 or openai"),
+        (["a photo of {c}", "a photo of {}"], "template 'a photo of {}' has no {c}"),
+        ([], "no templates given"),
+    ],
+)
+def test_refuses(templates: str | list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_templates(templates)
