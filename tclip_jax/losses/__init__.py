@@ -1,0 +1,1 @@
+"""Losses of contrastive training and distillation: pure functions on embeddings."""
