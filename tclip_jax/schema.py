@@ -35,9 +35,18 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key, value in given.items():
         if not _matches(value, hints[key]):
-            name = getattr(hints[key], "__name__", str(hints[key]))
-            raise ValueError(f"{where}.{key} is {value!r}: it must be {name}")
+            raise ValueError(f"{where}.{key} is {value!r}: it must be {_describe(hints[key])}")
     return cls(**given)
+
+
+def _describe(hint: Any) -> str:
+    """The type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    return "None" if hint is types.NoneType else getattr(origin or hint, "__name__", str(hint))
 
 
 def _matches(value: Any, hint: Any) -> bool:

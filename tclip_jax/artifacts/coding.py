@@ -1,0 +1,144 @@
+"""One parameter to stored arrays and their description, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from tclip_jax.artifacts.manifest import RAW_CODING, TERNARY_CODING, ArtifactError
+from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary.packing import pack_base3, unpack_base3
+
+# Repetitions in trits are chance: level 1, which hardly looks for them, gives the smallest files at 45–75 % zeros.
+_ZSTD_LEVEL = 1
+
+Stored = dict[str, npt.NDArray[Any]]
+
+
+def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Stored]:
+    """The description of a parameter in tclip.json, and the arrays that are stored for it.
+
+    Scales become float16 where that is exact; other parameters become `rest_dtype`.
+
+    Raises:
+      ArtifactError: a value that is not finite after the cast, a negative scale, or something that is not a trit.
+    """
+    if not isinstance(leaf, TernaryTensor):
+        value = _cast(path, np.asarray(leaf), rest_dtype)
+        raw = {"coding": RAW_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
+        return raw, {path: value}
+    scale = np.asarray(leaf.scale, np.float32)
+    half = _cast(f"{path}.scale", scale, "float16" if _exact_in_float16(scale) else "float32")
+    if (half < 0).any():
+        raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
+    try:
+        packed = pack_base3(np.asarray(leaf.trits))
+    except ValueError as error:
+        raise ArtifactError(f"{path}.trits: {error}") from None
+    entry: dict[str, Any] = {
+        "coding": TERNARY_CODING,
+        "shape": list(leaf.shape),
+        "dtype": half.dtype.name,
+        "group": leaf.group,
+        "axis": leaf.axis,
+        "scale_shape": list(half.shape),
+        "sha256": _digest(packed, half),
+    }
+    compressed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed.tobytes())
+    return entry, {f"{path}.trits": np.frombuffer(compressed, np.uint8), f"{path}.scale": half}
+
+
+def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """The float32 array or `TernaryTensor` at `path`; `entry` must have been checked against the configuration.
+
+    Raises:
+      ArtifactError: arrays that are not what `entry` says.
+    """
+    if entry["coding"] == RAW_CODING:
+        value = _checked(path, stored[path], entry["shape"], entry["dtype"])
+        _check_digest(path, entry, value)
+        return value.astype(np.float32)
+    scale = _checked(f"{path}.scale", stored[f"{path}.scale"], entry["scale_shape"], entry["dtype"])
+    if (scale < 0).any():
+        raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
+    shape = tuple(entry["shape"])
+    compressed = stored[f"{path}.trits"]
+    if compressed.dtype != np.uint8 or compressed.ndim != 1:
+        raise ArtifactError(f"{path}.trits is {_kind(compressed)}: it must be uint8 with one axis")
+    packed = np.frombuffer(_decompress(path, compressed.tobytes(), packed_bytes(shape)), np.uint8)
+    try:
+        trits: Any = unpack_base3(packed, shape)
+    except ValueError as error:
+        raise ArtifactError(f"{path}.trits: {error}") from None
+    _check_digest(path, entry, packed, scale)
+    level: Any = scale.astype(np.float32)
+    return TernaryTensor(trits, level, entry["group"], entry["axis"])
+
+
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of the base-3 code of a tensor, before compression."""
+    return -(-math.prod(shape) // 5)
+
+
+def largest_stored_bytes(entry: Mapping[str, Any]) -> int:
+    """Bytes that the stored arrays of a described parameter and their names cannot exceed."""
+    itemsize, names = np.dtype(entry["dtype"]).itemsize, 1024
+    if entry["coding"] == RAW_CODING:
+        return math.prod(entry["shape"]) * itemsize + names
+    packed = packed_bytes(tuple(entry["shape"]))
+    # What zstd may add to incompressible data is below 1/128 and some bytes.
+    return packed + packed // 128 + 512 + math.prod(entry["scale_shape"]) * itemsize + names
+
+
+def _decompress(path: str, compressed: bytes, size: int) -> bytes:
+    try:
+        declared = zstandard.frame_content_size(compressed)
+        if declared == size:
+            return zstandard.ZstdDecompressor().decompress(compressed, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{path}.trits is not one zstd frame: {error}") from None
+    what = "an unknown number of" if declared < 0 else declared
+    raise ArtifactError(f"{path}.trits expands to {what} bytes: its shape has {size}, which the frame must declare")
+
+
+def _cast(name: str, value: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(value.astype(np.float32).astype(dtype)).reshape(value.shape)
+    if not np.isfinite(cast).all():
+        raise ArtifactError(f"{name} is not finite in {dtype}: NaN, infinity, or beyond {np.finfo(dtype).max:g}")
+    return cast
+
+
+def _exact_in_float16(scale: npt.NDArray[np.float32]) -> bool:
+    with np.errstate(over="ignore"):
+        return bool((scale.astype(np.float16) == scale).all())
+
+
+def _checked(name: str, value: npt.NDArray[Any], shape: list[int], dtype: str) -> npt.NDArray[Any]:
+    if list(value.shape) != shape or value.dtype.name != dtype:
+        raise ArtifactError(f"{name} is {_kind(value)}: it must be {dtype} {shape}")
+    if not np.isfinite(value).all():
+        raise ArtifactError(f"{name} holds NaN or infinity: every number must be finite")
+    return value
+
+
+def _check_digest(path: str, entry: Mapping[str, Any], *arrays: npt.NDArray[Any]) -> None:
+    if _digest(*arrays) != entry.get("sha256"):
+        raise ArtifactError(f"{path} does not have the sha256 that tclip.json gives for its decoded values")
+
+
+def _digest(*arrays: npt.NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _kind(value: npt.NDArray[Any]) -> str:
+    return f"{value.dtype.name} {list(value.shape)}"

@@ -1,0 +1,146 @@
+"""The artifact: a folder that holds a packed model. docs/artifact.md describes it byte by byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import safetensors.numpy
+from etils import epath
+
+from tclip_jax.artifacts.coding import Stored, decode, encode
+from tclip_jax.artifacts.files import WEIGHT_FILES, file_entry, parse_safetensors, read_bounded, read_files
+from tclip_jax.artifacts.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    RAW_CODING,
+    TERNARY_CODING,
+    ArtifactError,
+    check_image_size,
+    check_names,
+    check_tensors,
+    describe,
+    dump_manifest,
+    parse_manifest,
+)
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.parallel.rules import path_of
+from tclip_jax.storage import atomic_folder
+from tclip_jax.ternary import TernaryTensor
+
+
+class Artifact(NamedTuple):
+    """What `read_artifact` returns: the model, its packed parameters, how they were made, and all of tclip.json."""
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    params: dict[str, Any]
+    rules: TernaryRules
+    manifest: dict[str, Any]
+
+
+def write_artifact(
+    folder: epath.PathLike,
+    *,
+    config: CLIPConfig,
+    preprocess: Preprocess,
+    params: Mapping[str, Any],
+    rules: TernaryRules,
+    rest_dtype: Literal["float16", "float32"] = "float16",
+    figures: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a packed model as a folder, whole or not at all; the same arguments give the same bytes.
+
+    Args:
+      folder: local or gs://.
+      config: the model's shape.
+      preprocess: how an image becomes its input.
+      params: parameter tree with `TernaryTensor` leaves, from `pack_params`.
+      rules: how those were made; a record, not applied here.
+      rest_dtype: of all other parameters; logit_scale stays float32.
+      figures: measurements to keep with the model, as JSON.
+      provenance: where it comes from, as JSON, beside the versions of the libraries.
+      overwrite: whether an artifact that is there may be replaced; anything else never is.
+
+    Raises:
+      ArtifactError: parameters that are not those of `config`, are not packed, or cannot be stored.
+      FileExistsError: `folder` exists.
+    """
+    folder = epath.Path(folder)
+    if overwrite and folder.exists() and not (folder / MANIFEST).exists():
+        raise FileExistsError(f"{folder} has no {MANIFEST}, so it is not an artifact that may be overwritten")
+    check_image_size(config, preprocess)
+    tensors: dict[str, Any] = {}
+    stored: dict[str, Stored] = {TERNARY_CODING: {}, RAW_CODING: {}}
+    for path, leaf in flatten(params).items():
+        if not isinstance(leaf, TernaryTensor) and find_quantizer(path, rules):
+            raise ArtifactError(f"{path} holds the latent weights of a ternary rule: pack_params makes them ternary")
+        tensors[path], arrays = encode(path, leaf, "float32" if path == "logit_scale" else rest_dtype)
+        stored[tensors[path]["coding"]] |= arrays
+    check_tensors(tensors, flatten(param_shapes(config)))
+
+    with atomic_folder(folder, overwrite=overwrite) as building:
+        for coding, file in WEIGHT_FILES.items():
+            (building / file).write_bytes(safetensors.numpy.save(stored[coding]))
+        Tokenizer(config.text.context_length).save(building)
+        _write_preprocessor_config(building, preprocess)
+        fields = {
+            "model_cfg": config.to_open_clip(),
+            "preprocess_cfg": preprocess.to_open_clip(),
+            "ternary": [[pattern, dataclasses.asdict(quantizer)] for pattern, quantizer in rules],
+            "tensors": tensors,
+            "files": {path.name: file_entry(path.read_bytes()) for path in sorted(building.iterdir())},
+            "figures": dict(figures or {}),
+            "provenance": {"versions": _versions(), **(provenance or {})},
+        }
+        # Last: on an object store, an artifact exists from here on.
+        (building / MANIFEST).write_bytes(dump_manifest(fields))
+
+
+def read_artifact(folder: epath.PathLike) -> Artifact:
+    """Reads and checks a packed model: float32 arrays and `TernaryTensor` leaves, both NumPy.
+
+    Sizes are compared with those that the configuration gives before anything of that size is read or allocated.
+
+    Raises:
+      ArtifactError: a file that is missing, damaged, or not what the configuration asks for.
+    """
+    folder = epath.Path(folder)
+    manifest = parse_manifest(read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES))
+    config, preprocess, rules, shapes = describe(manifest)
+    tensors = manifest["tensors"]
+    check_tensors(tensors, flatten(shapes))
+    contents = read_files(folder, manifest)
+    leaves: dict[str, Any] = {}
+    for coding, suffixes in ((TERNARY_CODING, (".trits", ".scale")), (RAW_CODING, ("",))):
+        file = WEIGHT_FILES[coding]
+        stored = parse_safetensors(contents[file], file)
+        entries = {path: entry for path, entry in tensors.items() if entry["coding"] == coding}
+        check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file)
+        leaves |= {path: decode(path, entry, stored) for path, entry in entries.items()}
+    params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
+    return Artifact(config, preprocess, params, rules, manifest)
+
+
+def _write_preprocessor_config(folder: epath.Path, preprocess: Preprocess) -> None:
+    try:
+        fields = preprocess.to_hugging_face()
+    # What transformers cannot do is left out: no file is better than a wrong one.
+    except ValueError:
+        return
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "numpy", "safetensors", "zstandard")}

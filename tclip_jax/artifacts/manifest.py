@@ -1,0 +1,161 @@
+"""tclip.json: what an artifact says about itself, and whether that can be true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data.images import Preprocess
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, ternary_rules
+from tclip_jax.ternary import Quantizer
+
+MANIFEST = "tclip.json"
+FORMAT_VERSION = 1
+TERNARY_CODING, RAW_CODING = "base3+zstd", "raw"
+
+MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_PARAMETERS = 2**32
+
+_NO_DIGEST = "0" * 64
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be read or written: one line with the file or key, the fault, and what is right."""
+
+
+class Description(NamedTuple):
+    """The model that a manifest describes; `shapes` is its parameter tree of ShapeDtypeStruct."""
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    rules: TernaryRules
+    shapes: dict[str, Any]
+
+
+def dump_manifest(fields: Mapping[str, Any]) -> bytes:
+    """The bytes of tclip.json, closed by "sha256": that of the same bytes with zeros in the digest's place."""
+    head = {"format": "tclip", "format_version": FORMAT_VERSION}
+    text = json.dumps({**head, **fields, "sha256": _NO_DIGEST}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    start = text.rindex(_NO_DIGEST)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (text[:start] + digest + text[start + len(digest) :]).encode()
+
+
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    """The fields of tclip.json.
+
+    Raises:
+      ArtifactError: not JSON, another format, a newer version, or bytes that do not fit the checksum.
+    """
+    try:
+        manifest = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{MANIFEST} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "tclip":
+        raise ArtifactError(f'{MANIFEST} does not describe an artifact: it must be an object with "format": "tclip"')
+    version = manifest.get("format_version")
+    # Before the checksum: only the version says how that is computed.
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{MANIFEST}: format_version is {_short(version)}, and this tclip_jax reads {FORMAT_VERSION}: "
+            "a newer artifact needs a newer tclip_jax"
+        )
+    declared = manifest.get("sha256")
+    if not isinstance(declared, str) or not re.fullmatch("[0-9a-f]{64}", declared):
+        raise ArtifactError(f"{MANIFEST}: sha256 is {_short(declared)}: it must be 64 hexadecimal digits")
+    before, found, after = data.rpartition(declared.encode())
+    if not found or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
+        raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it gives")
+    for key in ("model_cfg", "preprocess_cfg", "tensors", "files"):
+        if not isinstance(manifest.get(key), dict):
+            raise ArtifactError(f"{MANIFEST}: {key} is {_short(manifest.get(key))}: it must be an object")
+    return manifest
+
+
+def describe(manifest: Mapping[str, Any]) -> Description:
+    """The configuration in a manifest, and the parameter shapes that follow from it; allocates nothing.
+
+    Raises:
+      ArtifactError: a configuration that no model has, or one of more than `MAX_PARAMETERS` parameters.
+    """
+    try:
+        key = "model_cfg"
+        config = CLIPConfig.from_open_clip(manifest[key])
+        shapes = param_shapes(config)
+        key = "preprocess_cfg"
+        preprocess = Preprocess.from_open_clip(manifest[key], config.vision.image_size)
+        key = "ternary"
+        rules = ternary_rules([(pattern, Quantizer(**fields)) for pattern, fields in manifest[key]], Quantizer())
+    # Values of any type stand here, and Flax and Pillow raise whatever they like at them.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ArtifactError(f"{MANIFEST}: {key} is not usable: {type(error).__name__}: {reason}") from None
+    for path, leaf in flatten(shapes).items():
+        if min(leaf.shape, default=1) < 1:
+            raise ArtifactError(f"{MANIFEST}: model_cfg gives {path} the shape {leaf.shape}: no axis can be below 1")
+    count = sum(math.prod(leaf.shape) for leaf in flatten(shapes).values())
+    if count > MAX_PARAMETERS:
+        raise ArtifactError(f"{MANIFEST}: model_cfg has {count} parameters: at most {MAX_PARAMETERS} are read")
+    check_image_size(config, preprocess)
+    return Description(config, preprocess, rules, shapes)
+
+
+def check_image_size(config: CLIPConfig, preprocess: Preprocess) -> None:
+    """Raises ArtifactError when the images that are prepared are not those that the model takes."""
+    if preprocess.size != config.vision.image_size:
+        raise ArtifactError(f"preprocess_cfg size is {preprocess.size}: the model's is {config.vision.image_size}")
+
+
+def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Raises ArtifactError unless `tensors` describes every parameter of `shapes`, and each possibly."""
+    check_names(tensors, shapes, f"{MANIFEST}: tensors")
+    for path, entry in tensors.items():
+        _check_tensor(f"{MANIFEST}: {path}", path, entry, shapes[path].shape)
+
+
+def check_names(given: Collection[str], expected: Collection[str], where: str) -> None:
+    """Raises ArtifactError for names that are missing or not expected, naming the first few."""
+    for what, names in (("miss", set(expected) - set(given)), ("have the unexpected", set(given) - set(expected))):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ArtifactError(f"{where} {what} {listed:.300}: they must be those of the model's configuration")
+
+
+def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"{where} is {_short(entry)}: it must be an object")
+    _require(where, entry, "coding", [TERNARY_CODING, RAW_CODING])
+    _require(where, entry, "shape", [list(shape)])
+    _require(where, entry, "dtype", ["float16", "float32"])
+    if entry["coding"] == RAW_CODING:
+        return
+    if path not in TERNARIZABLE:
+        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: the model can use it as {RAW_CODING} only")
+    axis, group = input_axis(path), entry.get("group")
+    _require(where, entry, "axis", [axis])
+    if type(group) is not int or not 1 <= group <= shape[axis]:
+        raise ArtifactError(f"{where} has group {_short(group)}: it must be an integer from 1 to {shape[axis]}")
+    groups = [*shape]
+    groups[axis] = -(-shape[axis] // group)
+    one_per_tensor = [[*shape[:-2], 1, 1]] if group == shape[axis] else []
+    _require(where, entry, "scale_shape", [groups, *one_per_tensor])
+
+
+def _require(where: str, entry: Mapping[str, Any], key: str, choices: list[Any]) -> None:
+    if entry.get(key) not in choices:
+        raise ArtifactError(f"{where} has {key} {_short(entry.get(key))}: it must be {' or '.join(map(str, choices))}")
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

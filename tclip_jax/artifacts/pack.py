@@ -1,0 +1,41 @@
+"""Latent float parameters to packed ones: the same tree with `TernaryTensor` leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis
+from tclip_jax.parallel.rules import path_of
+from tclip_jax.ternary import TernaryTensor, ternarize
+
+_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a parameter tree by path, a `TernaryTensor` being one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_ternary)
+    return {path_of(key_path): leaf for key_path, leaf in leaves}
+
+
+def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
+    """Ternarizes what `rules` name; NumPy leaves.
+
+    The trits and scales are, to the bit, those that the model computes from the same latent weights in training. Leaves
+    that are ternary already stay as they are.
+    """
+
+    def pack(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        path, leaf = path_of(key_path), jax.device_get(leaf)
+        quantizer = find_quantizer(path, rules)
+        if quantizer is None or _is_ternary(leaf):
+            return leaf
+        return jax.device_get(_ternarize(leaf, quantizer, input_axis(path)))
+
+    return jax.tree_util.tree_map_with_path(pack, params, is_leaf=_is_ternary)
+
+
+def _is_ternary(leaf: Any) -> bool:
+    return isinstance(leaf, TernaryTensor)

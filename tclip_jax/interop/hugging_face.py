@@ -1,0 +1,177 @@
+"""open_clip's state dict to that of transformers' CLIPModel and back, and CLIPModel's config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
+from tclip_jax.interop.open_clip import State, check_names
+from tclip_jax.models.config import CLIPConfig
+
+
+class Entry(NamedTuple):
+    """One tensor of CLIPModel, the tensor of open_clip that holds it, and which third (q, k, v) of that it is."""
+
+    key: str
+    open_clip: str
+    third: int | None = None
+    transposed: bool = False
+
+
+_OUTSIDE_BLOCKS = (
+    Entry("logit_scale", "logit_scale"),
+    Entry("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    Entry("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    Entry("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    Entry("vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
+    Entry("vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
+    Entry("vision_model.post_layernorm.weight", "visual.ln_post.weight"),
+    Entry("vision_model.post_layernorm.bias", "visual.ln_post.bias"),
+    Entry("visual_projection.weight", "visual.proj", transposed=True),
+    Entry("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    Entry("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    Entry("text_model.final_layer_norm.weight", "ln_final.weight"),
+    Entry("text_model.final_layer_norm.bias", "ln_final.bias"),
+    Entry("text_projection.weight", "text_projection", transposed=True),
+)
+_INSIDE_BLOCKS = (
+    Entry("layer_norm1.weight", "ln_1.weight"),
+    Entry("layer_norm1.bias", "ln_1.bias"),
+    Entry("self_attn.q_proj.weight", "attn.in_proj_weight", 0),
+    Entry("self_attn.k_proj.weight", "attn.in_proj_weight", 1),
+    Entry("self_attn.v_proj.weight", "attn.in_proj_weight", 2),
+    Entry("self_attn.q_proj.bias", "attn.in_proj_bias", 0),
+    Entry("self_attn.k_proj.bias", "attn.in_proj_bias", 1),
+    Entry("self_attn.v_proj.bias", "attn.in_proj_bias", 2),
+    Entry("self_attn.out_proj.weight", "attn.out_proj.weight"),
+    Entry("self_attn.out_proj.bias", "attn.out_proj.bias"),
+    Entry("layer_norm2.weight", "ln_2.weight"),
+    Entry("layer_norm2.bias", "ln_2.bias"),
+    Entry("mlp.fc1.weight", "mlp.c_fc.weight"),
+    Entry("mlp.fc1.bias", "mlp.c_fc.bias"),
+    Entry("mlp.fc2.weight", "mlp.c_proj.weight"),
+    Entry("mlp.fc2.bias", "mlp.c_proj.bias"),
+)
+
+# Older versions of transformers saved these counters.
+_STRAYS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+
+
+def table(config: CLIPConfig) -> list[Entry]:
+    """The entries of every tensor of a model, the thirds of one tensor in their order.
+
+    Raises:
+      ValueError: a model that CLIPModel cannot be, naming the option.
+    """
+    _check_expressible(config)
+    towers = (("vision_model", "visual.", config.vision.layers), ("text_model", "", config.text.layers))
+    return list(_OUTSIDE_BLOCKS) + [
+        entry._replace(
+            key=f"{tower}.encoder.layers.{i}.{entry.key}",
+            open_clip=f"{prefix}transformer.resblocks.{i}.{entry.open_clip}",
+        )
+        for tower, prefix, layers in towers
+        for i in range(layers)
+        for entry in _INSIDE_BLOCKS
+    ]
+
+
+def to_hugging_face(open_clip_state: Mapping[str, npt.NDArray[Any]], config: CLIPConfig) -> State:
+    """The state dict of transformers' CLIPModel from open_clip's; contiguous arrays of the same dtype.
+
+    Raises:
+      ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
+    """
+    entries = table(config)
+    check_names(open_clip_state, {entry.open_clip for entry in entries}, "open_clip's state dict")
+    state = {}
+    for entry in entries:
+        value = open_clip_state[entry.open_clip]
+        value = value if entry.third is None else np.split(value, 3)[entry.third]
+        state[entry.key] = np.ascontiguousarray(value.T) if entry.transposed else value
+    return state
+
+
+def from_hugging_face(state_dict: Mapping[str, npt.ArrayLike], config: CLIPConfig) -> State:
+    """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`.
+
+    Raises:
+      ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
+    """
+    entries = table(config)
+    check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
+    parts: dict[str, list[npt.NDArray[Any]]] = {}
+    for entry in entries:
+        value = np.asarray(state_dict[entry.key])
+        parts.setdefault(entry.open_clip, []).append(np.ascontiguousarray(value.T) if entry.transposed else value)
+    return {key: np.concatenate(values) if len(values) > 1 else values[0] for key, values in parts.items()}
+
+
+def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The config.json of transformers' CLIPModel, whose weights are stored as `dtype`.
+
+    Raises:
+      ValueError: a model that CLIPModel cannot be, naming the option.
+    """
+    _check_expressible(config)
+    vision, text = config.vision, config.text
+    # The library's defaults are not relied on: they have changed between its versions.
+    shared = {
+        "projection_dim": config.embed_dim,
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": math.log(1 / 0.07),
+        "torch_dtype": dtype,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": vision.image_size[0],
+            "patch_size": vision.patch_size,
+            "num_channels": 3,
+            "hidden_size": vision.width,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            **shared,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "bos_token_id": SOT,
+            "eos_token_id": EOT,
+            "pad_token_id": EOT,
+            **shared,
+        },
+    }
+
+
+def _check_expressible(config: CLIPConfig) -> None:
+    vision, text = config.vision, config.text
+    only = (
+        ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
+        ("vision_cfg.pool_type", vision.pool_type, "tok"),
+        ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
+        ("vision_cfg.ls_init_value", vision.ls_init_value, None),
+        ("text_cfg.vocab_size", text.vocab_size, VOCAB_SIZE),
+        ("text_cfg.pool_type", text.pool_type, "argmax"),
+        ("text_cfg.no_causal_mask", text.no_causal_mask, False),
+        ("text_cfg.ls_init_value", text.ls_init_value, None),
+    )
+    for option, value, possible in only:
+        if value != possible:
+            raise ValueError(f"{option} is {value!r}: transformers' CLIPModel can only have {possible!r}")

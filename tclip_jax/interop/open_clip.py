@@ -1,0 +1,168 @@
+"""open_clip's state dict to our parameter tree and back: one table, read in both directions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.ternary import TernaryTensor
+
+Axes = tuple[int, ...] | None
+State = dict[str, npt.NDArray[Any]]
+
+
+class Entry(NamedTuple):
+    """One tensor of open_clip's state dict and its place in the parameter tree.
+
+    Attributes:
+      key: open_clip's name.
+      path: ours, joined by slashes.
+      layer: the index on our leading axis; None where layers are not stacked.
+      axes: what our array is transposed by to be open_clip's; None where they are laid out alike.
+      shape: open_clip's.
+    """
+
+    key: str
+    path: str
+    layer: int | None
+    axes: Axes
+    shape: tuple[int, ...]
+
+
+_LINEAR = (1, 0)
+_CONVOLUTION = (3, 2, 0, 1)  # height, width, in, out -> out, in, height, width
+
+_OUTSIDE_BLOCKS: tuple[tuple[str, str, Axes], ...] = (
+    ("logit_scale", "logit_scale", None),
+    ("image/patch_embedding/kernel", "visual.conv1.weight", _CONVOLUTION),
+    ("image/class_embedding", "visual.class_embedding", None),
+    ("image/position_embedding", "visual.positional_embedding", None),
+    ("image/ln_pre/scale", "visual.ln_pre.weight", None),
+    ("image/ln_pre/bias", "visual.ln_pre.bias", None),
+    ("image/ln_post/scale", "visual.ln_post.weight", None),
+    ("image/ln_post/bias", "visual.ln_post.bias", None),
+    ("image/projection/kernel", "visual.proj", None),
+    ("text/token_embedding/embedding", "token_embedding.weight", None),
+    ("text/position_embedding", "positional_embedding", None),
+    ("text/ln_final/scale", "ln_final.weight", None),
+    ("text/ln_final/bias", "ln_final.bias", None),
+    ("text/projection/kernel", "text_projection", None),
+)
+_INSIDE_BLOCKS: tuple[tuple[str, str, Axes], ...] = (
+    ("ln_1/scale", "ln_1.weight", None),
+    ("ln_1/bias", "ln_1.bias", None),
+    ("attention/qkv/kernel", "attn.in_proj_weight", _LINEAR),
+    ("attention/qkv/bias", "attn.in_proj_bias", None),
+    ("attention/out/kernel", "attn.out_proj.weight", _LINEAR),
+    ("attention/out/bias", "attn.out_proj.bias", None),
+    ("ls_1", "ls_1.gamma", None),
+    ("ln_2/scale", "ln_2.weight", None),
+    ("ln_2/bias", "ln_2.bias", None),
+    ("mlp/fc1/kernel", "mlp.c_fc.weight", _LINEAR),
+    ("mlp/fc1/bias", "mlp.c_fc.bias", None),
+    ("mlp/fc2/kernel", "mlp.c_proj.weight", _LINEAR),
+    ("mlp/fc2/bias", "mlp.c_proj.bias", None),
+    ("ls_2", "ls_2.gamma", None),
+)
+_BLOCKS = (("image/blocks/", "visual.transformer.resblocks"), ("text/blocks/", "transformer.resblocks"))
+
+# OpenAI's archives store these numbers among the weights.
+_STRAYS = ("input_resolution", "context_length", "vocab_size")
+
+
+@functools.cache
+def table(config: CLIPConfig) -> tuple[Entry, ...]:
+    """The entries of every tensor of a model, those of one path together and in the order of its layers."""
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
+    entries = [
+        Entry(key, path, None, axes, _permuted(shapes[path], axes))
+        for path, key, axes in _OUTSIDE_BLOCKS
+        if path in shapes
+    ]
+    for prefix, blocks in _BLOCKS:
+        for name, key, axes in _INSIDE_BLOCKS:
+            layers, *shape = shapes.get(prefix + name, (0,))
+            entries += [
+                Entry(f"{blocks}.{i}.{key}", prefix + name, i, axes, _permuted(tuple(shape), axes))
+                for i in range(layers)
+            ]
+    return tuple(entries)
+
+
+def to_open_clip(params: Mapping[str, Any], config: CLIPConfig) -> State:
+    """The state dict that open_clip's CLIP loads strictly: contiguous float32 arrays.
+
+    Ternary weights become scale · trit of what they store; latent weights are written as they are.
+
+    Raises:
+      ValueError: parameters that are not those of `config`, naming them.
+    """
+    leaves = flatten_dict(params, sep="/")
+    entries = table(config)
+    check_names(leaves, {entry.path for entry in entries}, "the parameter tree")
+    state = {}
+    for entry in entries:
+        leaf = leaves[entry.path]
+        if entry.layer is not None:
+            leaf = jax.tree.map(lambda stacked, i=entry.layer: stacked[i], leaf)
+        value = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
+        value = value if entry.axes is None else value.transpose(entry.axes)
+        _check_shape(value, entry)
+        state[entry.key] = np.asarray(value, order="C")
+    return state
+
+
+def from_open_clip(state_dict: Mapping[str, npt.ArrayLike], config: CLIPConfig) -> dict[str, Any]:
+    """The parameters, float32 NumPy arrays, of an open_clip state dict; each of its tensors is read once.
+
+    Any float dtype, a `module.` prefix, the `text.` prefix of CustomTextCLIP, a logit_scale of shape (1,) and the
+    numbers that OpenAI's archives store among the weights are accepted.
+
+    Raises:
+      ValueError: missing and unexpected keys, or a tensor of another shape; all are named.
+    """
+    keys = {key.removeprefix("module.").removeprefix("text."): key for key in state_dict}
+    entries = table(config)
+    check_names(keys.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
+    leaves: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for entry in entries:
+        value = np.asarray(state_dict[keys[entry.key]]).astype(np.float32)
+        value = value.reshape(()) if entry.key == "logit_scale" and value.size == 1 else value
+        _check_shape(value, entry)
+        leaves.setdefault(entry.path, []).append(
+            value if entry.axes is None else value.transpose(np.argsort(entry.axes))
+        )
+    stacked = {entry.path for entry in entries if entry.layer is not None}
+    return unflatten_dict(
+        {path: np.stack(values) if path in stacked else values[0] for path, values in leaves.items()}, sep="/"
+    )
+
+
+def check_names(found: Collection[str], expected: Collection[str], what: str) -> None:
+    """Raises ValueError, naming the first names that are missing and unexpected, unless both hold the same."""
+    wrong = {"missing": set(expected) - set(found), "unexpected": set(found) - set(expected)}
+    if any(wrong.values()):
+        named = "; ".join(f"{kind} {_first(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"{what} does not fit the model: {named}")
+
+
+def _first(names: Collection[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(sorted(names)[:count]) + more
+
+
+def _check_shape(value: npt.NDArray[Any], entry: Entry) -> None:
+    if value.shape != entry.shape:
+        raise ValueError(f"{entry.key} has shape {value.shape}: the model's is {entry.shape}")
+
+
+def _permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    return shape if axes is None else tuple(shape[axis] for axis in axes)

@@ -1,0 +1,1 @@
+"""CLIP's encoders as thin Flax modules, whose weights may be ternary."""

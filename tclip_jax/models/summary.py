@@ -1,0 +1,52 @@
+"""The table of a model's parameters: shape, dtype, sharding, ternary or not, and the shares."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.parallel.rules import partition_spec, path_of
+
+
+def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh) -> list[dict[str, Any]]:
+    """One dict per parameter: path, shape, size, dtype, sharding, and the quantizer's words or "" for a float."""
+    rows = []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = path_of(key_path)
+        quantizer = find_quantizer(path, rules)
+        rows.append(
+            {
+                "path": path,
+                "shape": tuple(leaf.shape),
+                "size": math.prod(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "sharding": str(tuple(partition_spec(path, leaf.shape, mesh))),
+                "ternary": f"k={quantizer.factor:g} group={quantizer.group}" if quantizer else "",
+            }
+        )
+    return rows
+
+
+def parameter_table(rows: list[dict[str, Any]]) -> str:
+    """The rows aligned for a terminal, and below them totals and shares (with and without the token embedding)."""
+    columns = ("path", "shape", "size", "dtype", "sharding", "ternary")
+    cells = [columns, *([f"{row[c]:,}" if c == "size" else str(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if c == "size" else cell.ljust(w) for c, cell, w in zip(columns, line, widths, strict=True)
+        )
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for name, part in (
+        ("all parameters", rows),
+        ("without the token embedding", [row for row in rows if "token_embedding" not in row["path"]]),
+    ):
+        total, ternary = (sum(row["size"] for row in part if keep(row)) for keep in (bool, lambda row: row["ternary"]))
+        lines.append(f"{name}: {total:,}, of which ternary {ternary:,} ({ternary / total:.2%})")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,46 @@
+"""CLIP's text transformer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tclip_jax.models.config import TextConfig
+from tclip_jax.models.layers import Dense, Embedding, layer_norm
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.transformer import scan_blocks
+
+
+class TextTransformer(nn.Module):
+    """Tokens (B, T) int32 to embeddings (B, embed_dim), not yet of length 1."""
+
+    config: TextConfig
+    embed_dim: int
+    quick_gelu: bool
+    rules: TernaryRules = ()
+    dtype: jax.typing.DTypeLike = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        cfg, width = self.config, self.config.width
+        x_BTD = Embedding(cfg.vocab_size, width, self.rules, self.dtype, name="token_embedding")(tokens_BT)
+        position_TD = self.param("position_embedding", nn.initializers.normal(0.01), (cfg.context_length, width))
+        x_BTD = scan_blocks(
+            x_BTD + position_TD.astype(self.dtype),
+            layers=cfg.layers,
+            heads=cfg.heads,
+            mlp_ratio=cfg.mlp_ratio,
+            layer_scale=cfg.ls_init_value,
+            causal=not cfg.no_causal_mask,
+            quick_gelu=self.quick_gelu,
+            rules=self.rules,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        # The end-of-text token has the highest id of the vocabulary.
+        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(len(tokens_BT), -1)
+        x_BD = layer_norm("ln_final")(jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0])
+        small, bias = nn.initializers.normal(width**-0.5), False
+        return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)

@@ -1,0 +1,80 @@
+"""CLIP's vision transformer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tclip_jax.models.config import VisionConfig
+from tclip_jax.models.layers import Dense, layer_norm
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.transformer import scan_blocks
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution with stride = patch and no bias, as the matrix product that it is; the kernel is HWIO."""
+
+    patch: int
+    width: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        shape = (self.patch, self.patch, images_BHWC.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
+        x_BNP = patchify(images_BHWC, self.patch).astype(self.dtype)
+        return x_BNP @ kernel.reshape(-1, self.width).astype(self.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """Normalised images (B, H, W, 3) to embeddings (B, embed_dim), not yet of length 1."""
+
+    config: VisionConfig
+    embed_dim: int
+    quick_gelu: bool
+    rules: TernaryRules = ()
+    dtype: jax.typing.DTypeLike = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        cfg, width = self.config, self.config.width
+        x_BND = PatchEmbedding(cfg.patch_size, width, self.dtype, name="patch_embedding")(images_BHWC)
+        small = nn.initializers.normal(width**-0.5)
+        class_D = self.param("class_embedding", small, (width,)).astype(self.dtype)
+        position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))
+        x_BTD = jnp.concatenate([jnp.broadcast_to(class_D, (len(x_BND), 1, width)), x_BND], axis=1)
+        x_BTD = x_BTD + position_TD.astype(self.dtype)
+        if not cfg.no_ln_pre:
+            x_BTD = layer_norm("ln_pre")(x_BTD).astype(self.dtype)
+        x_BTD = scan_blocks(
+            x_BTD,
+            layers=cfg.layers,
+            heads=cfg.heads,
+            mlp_ratio=cfg.mlp_ratio,
+            layer_scale=cfg.ls_init_value,
+            causal=False,
+            quick_gelu=self.quick_gelu,
+            rules=self.rules,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        ln_post = layer_norm("ln_post")
+        # LayerNorm and taking the class token commute.
+        if cfg.final_ln_after_pool or cfg.pool_type == "tok":
+            x_BD = ln_post(self._pool(x_BTD))
+        else:
+            x_BD = self._pool(ln_post(x_BTD))
+        bias = False
+        return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)
+
+    def _pool(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD[:, 1:].mean(axis=1) if self.config.pool_type == "avg" else x_BTD[:, 0]
+
+
+def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
+    """(B, H, W, C) to (B, N, patch · patch · C), patches in row order, each flattened as (row, column, channel)."""
+    batch, height, width, channels = images_BHWC.shape
+    x = images_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)

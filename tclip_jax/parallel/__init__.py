@@ -1,0 +1,1 @@
+"""The device mesh, and which parameter is sharded over which of its axes."""

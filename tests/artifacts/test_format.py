@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from tclip_jax import storage
+from tclip_jax.artifacts import ArtifactError, format, read_artifact, write_artifact
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data.images import Preprocess
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.ternary import TernaryTensor
+
+Tree = dict[str, Any]
+Forge = Callable[..., pathlib.Path]
+
+FC1 = "image/blocks/mlp/fc1/kernel"
+
+
+@pytest.fixture
+def model(config: CLIPConfig, preprocess: Preprocess, packed: Tree, rules: TernaryRules) -> Tree:
+    """The arguments that describe the model to `write_artifact`."""
+    return {"config": config, "preprocess": preprocess, "params": packed, "rules": rules}
+
+
+@pytest.mark.parametrize("rest_dtype", ["float16", "float32"])
+def test_round_trip_is_exact(model: Tree, tmp_path: pathlib.Path, rest_dtype: Any) -> None:
+    write_artifact(tmp_path / "a", **model, rest_dtype=rest_dtype, figures={"top1": 0.5}, provenance={"run": "x"})
+    found = read_artifact(tmp_path / "a")
+    assert found[:2] + found[3:4] == (model["config"], model["preprocess"], model["rules"])
+    assert found.manifest["figures"] == {"top1": 0.5}
+    assert found.manifest["provenance"]["run"] == "x"
+    expected, leaves = flatten(model["params"]), flatten(found.params)
+    assert list(leaves) == list(expected)
+    for path, leaf in expected.items():
+        if isinstance(leaf, TernaryTensor):
+            np.testing.assert_array_equal(leaves[path].trits, leaf.trits)
+            np.testing.assert_array_equal(leaves[path].scale, leaf.scale)
+            assert (leaves[path].group, leaves[path].axis) == (leaf.group, leaf.axis)
+        else:
+            dtype = "float32" if path == "logit_scale" else rest_dtype
+            np.testing.assert_array_equal(leaves[path], leaf.astype(dtype))
+            assert leaves[path].dtype == np.float32
+
+
+def test_scales_take_the_narrowest_exact_type(written: pathlib.Path) -> None:
+    dtypes = {path: entry["dtype"] for path, entry in read_artifact(written).manifest["tensors"].items()}
+    assert dtypes[FC1] == dtypes["image/blocks/attention/qkv/kernel"] == "float16"
+    assert dtypes["text/token_embedding/embedding"] == "float32"  # scale_bits 24
+
+
+def test_rectangular_images_and_other_options_survive(model: Tree, tmp_path: pathlib.Path, latent: Tree) -> None:
+    vision = dataclasses.replace(model["config"].vision, image_size=(16, 8))
+    config = dataclasses.replace(model["config"], vision=vision, quick_gelu=True)
+    image = {**model["params"]["image"], "position_embedding": np.zeros((3, 24), np.float32)}
+    params = {**model["params"], "image": image}
+    preprocess = Preprocess((16, 8), resize_mode="longest")
+    write_artifact(tmp_path / "a", config=config, preprocess=preprocess, params=params, rules=())
+    assert read_artifact(tmp_path / "a")[:2] == (config, preprocess)
+    assert not (tmp_path / "a" / "preprocessor_config.json").exists()  # transformers has no "longest"
+
+
+def test_equal_arguments_give_equal_bytes(model: Tree, written: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_artifact(tmp_path / "a", **model, figures={"top1": 0.5})
+    for path in written.iterdir():
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_documented_decoder_reads_it(written: pathlib.Path, packed: Tree) -> None:
+    page = pathlib.Path(__file__).parents[2] / "docs" / "artifact.md"
+    code = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    names: Tree = {}
+    exec(code.replace('"artifact"', repr(str(written))), names)
+    for path, leaf in flatten(packed).items():
+        if isinstance(leaf, TernaryTensor):
+            np.testing.assert_array_equal(names["weights"][path], leaf.dequantize())
+        else:
+            np.testing.assert_allclose(names["weights"][path], leaf, atol=2e-3)
+
+
+def test_parameters_of_another_model_are_refused(model: Tree, tmp_path: pathlib.Path) -> None:
+    wider = dataclasses.replace(model["config"], embed_dim=9)
+    with pytest.raises(ArtifactError, match=r"image/projection/kernel has shape \[24, 8\]: it must be \[24, 9\]"):
+        write_artifact(tmp_path / "a", **model | {"config": wider})
+    with pytest.raises(ArtifactError, match="tensors have the unexpected heads/kernel"):
+        write_artifact(tmp_path / "a", **model | {"params": {**model["params"], "heads": {"kernel": np.ones(1)}}})
+    with pytest.raises(ArtifactError, match="preprocess_cfg size"):
+        write_artifact(tmp_path / "a", **model | {"preprocess": Preprocess(224)})
+    assert not (tmp_path / "a").exists()
+
+
+def test_latent_weights_are_refused(model: Tree, latent: Tree, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ArtifactError, match=r"image/.* holds the latent weights of a ternary rule: pack_params"):
+        write_artifact(tmp_path / "a", **model | {"params": latent})
+
+
+def test_what_exists_is_overwritten_only_on_request(model: Tree, artifact: pathlib.Path) -> None:
+    with pytest.raises(FileExistsError, match="artifact exists"):
+        write_artifact(artifact, **model)
+    write_artifact(artifact, **model, figures={"top1": 0.6}, overwrite=True)
+    assert read_artifact(artifact).manifest["figures"] == {"top1": 0.6}
+
+
+def test_what_is_no_artifact_is_never_overwritten(model: Tree, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"has no tclip\.json, so it is not an artifact"):
+        write_artifact(tmp_path, **model, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def _stop(*_: Any) -> bytes:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_writing_leaves_nothing(
+    model: Tree, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(format, "dump_manifest", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_artifact(tmp_path / "a", **model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_overwriting_leaves_the_old_artifact(
+    model: Tree, artifact: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(format, "dump_manifest", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_artifact(artifact, **model, overwrite=True)
+    assert read_artifact(artifact).manifest["figures"] == {"top1": 0.5}
+    assert [path.name for path in artifact.parent.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_killed_writing_leaves_no_artifact(
+    model: Tree, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    monkeypatch.setattr(storage, "is_local", lambda path: local)
+    monkeypatch.setattr(format, "dump_manifest", _stop)
+    monkeypatch.setattr(
+        type(epath.Path(tmp_path)), "rmtree", lambda *_, **__: None
+    )  # a killed process tidies nothing up
+    with pytest.raises(KeyboardInterrupt):
+        write_artifact(tmp_path / "a", **model)
+    (left,) = tmp_path.iterdir()
+    assert (left.name == "a") != local
+    assert (left / "ternary.safetensors").exists()
+    with pytest.raises(ArtifactError, match=r"tclip\.json is missing: a complete artifact has it"):
+        read_artifact(left)
+
+
+def test_object_stores_get_the_same_files(
+    model: Tree, written: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
+    write_artifact(tmp_path / "a", **model, figures={"top1": 0.5})
+    assert (tmp_path / "a" / "tclip.json").read_bytes() == (written / "tclip.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("ternary", lambda arrays: arrays.pop(f"{FC1}.scale"), f"miss {FC1}.scale"),
+        ("ternary", lambda arrays: arrays.update(virus=np.ones(3)), "have the unexpected virus"),
+        ("rest", lambda arrays: arrays.pop("logit_scale"), "miss logit_scale"),
+    ],
+)
+def test_missing_and_unexpected_arrays_are_named(
+    artifact: pathlib.Path, forge: Forge, file: str, edit: Callable[[Tree], Any], message: str
+) -> None:
+    path = artifact / f"{file}.safetensors"
+    arrays = safetensors.numpy.load(path.read_bytes())
+    edit(arrays)
+    path.write_bytes(safetensors.numpy.save(arrays))
+    with pytest.raises(ArtifactError, match=f"^{path.name} {message}: they must be those of the model"):
+        read_artifact(forge(changed=(path.name,)))
+
+
+def test_a_forged_scale_is_refused(artifact: pathlib.Path, forge: Forge) -> None:
+    file = artifact / "ternary.safetensors"
+    stored = safetensors.numpy.load(file.read_bytes())
+    for scale, message in (
+        (np.float16(np.nan), "holds NaN"),
+        (np.float16(-1), "is negative"),
+        (np.float16(7), "sha256"),
+    ):
+        stored[f"{FC1}.scale"][:] = scale
+        file.write_bytes(safetensors.numpy.save(stored))
+        with pytest.raises(ArtifactError, match=f"^{FC1}.*{message}"):
+            read_artifact(forge(changed=(file.name,)))
+
+
+def test_a_newer_version_is_refused(artifact: pathlib.Path) -> None:
+    manifest = json.loads((artifact / "tclip.json").read_text())
+    (artifact / "tclip.json").write_text(json.dumps(manifest | {"format_version": 2, "tensors": "elsewhere"}))
+    with pytest.raises(ArtifactError, match="format_version is 2, and this tclip_jax reads 1: a newer artifact needs"):
+        read_artifact(artifact)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from tclip_jax.models.layers import Dense, Embedding, gelu, layer_norm, normalize_embedding
+from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternarize
+
+RNG = np.random.default_rng(0)
+QUANTIZERS = [Quantizer(group=8), Quantizer(1.0, "channel"), Quantizer(2.0, "tensor", 24)]
+
+
+def ternary(w: np.ndarray, quantizer: Quantizer, axis: int) -> TernaryTensor:
+    return jax.jit(ternarize, static_argnums=(1, 2))(w, quantizer, axis)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: str(quantizer.group))
+def test_dense_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: jax.typing.DTypeLike) -> None:
+    x, kernel, bias = (RNG.standard_normal(shape, np.float32) for shape in ((3, 20), (20, 7), (7,)))
+    packed = ternary(kernel, quantizer, -2)
+    layer = Dense(7, rules=(("kernel", quantizer),), dtype=dtype)
+    training = jax.jit(layer.apply)({"params": {"kernel": kernel, "bias": bias}}, x)
+    inference = jax.jit(layer.apply)({"params": {"kernel": packed, "bias": bias}}, x)
+    assert training.dtype == inference.dtype == dtype
+    np.testing.assert_array_equal(training, inference)
+    scale = np.repeat(np.float64(packed.scale), packed.group, 0)[:20]
+    expected = np.float64(x) @ (packed.trits * scale) + bias
+    np.testing.assert_allclose(np.float64(training), expected, atol=1e-5 if dtype == jnp.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: str(quantizer.group))
+def test_embedding_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: jax.typing.DTypeLike) -> None:
+    table, tokens = RNG.standard_normal((11, 20), np.float32), np.array([[0, 10, 3], [3, 3, 7]], np.int32)
+    packed = ternary(table, quantizer, -1)
+    layer = Embedding(11, 20, rules=(("embedding", quantizer),), dtype=dtype)
+    training = jax.jit(layer.apply)({"params": {"embedding": table}}, tokens)
+    inference = jax.jit(layer.apply)({"params": {"embedding": packed}}, tokens)
+    assert training.dtype == inference.dtype == dtype
+    np.testing.assert_array_equal(training, inference)
+    scale = np.repeat(np.asarray(packed.scale), packed.group, -1)[:, :20]
+    np.testing.assert_array_equal(training, (packed.trits * scale)[tokens].astype(dtype))
+
+
+def test_only_the_parameter_that_the_rule_names_is_quantized() -> None:
+    x, kernel = RNG.standard_normal((3, 20), np.float32), RNG.standard_normal((20, 7), np.float32)
+    params = {"params": {"kernel": kernel, "bias": np.zeros(7, np.float32)}}
+    # A regex matches the whole path or nothing.
+    unquantized = Dense(7, rules=(("kern", Quantizer()), ("bias", Quantizer()))).apply(params, x)
+    np.testing.assert_array_equal(unquantized, Dense(7).apply(params, x))
+    assert not np.array_equal(unquantized, Dense(7, rules=((".*", Quantizer()),)).apply(params, x))
+
+
+def test_the_gradient_of_a_ternary_dense_is_straight_through() -> None:
+    x, kernel = RNG.standard_normal((3, 20), np.float32), RNG.standard_normal((20, 7), np.float32)
+    quantizer = Quantizer(group=8)
+    layer = Dense(7, rules=(("kernel", quantizer),), use_bias=False)
+    gradient = jax.grad(lambda w: (layer.apply({"params": {"kernel": w}}, x) ** 2).sum())(kernel)
+    quantized = np.float64(fake_quantize(kernel, quantizer))
+    np.testing.assert_allclose(gradient, 2 * x.T @ (x @ quantized), rtol=1e-4, atol=1e-4)
+
+
+def test_gelu_is_torchs_and_openais() -> None:
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    exact = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.astype(float)]
+    quick = [value / (1 + math.exp(-1.702 * value)) for value in x.astype(float)]
+    np.testing.assert_allclose(gelu(x, quick=False), exact, atol=1e-6)
+    np.testing.assert_allclose(gelu(x, quick=True), quick, atol=1e-6)
+
+
+def test_layer_norm_keeps_precision_far_from_zero() -> None:
+    # Here E[x²] − E[x]² would be wrong in the first digit.
+    x = 1000 + RNG.standard_normal((4, 64), np.float32)
+    scale, bias = RNG.standard_normal((2, 64), np.float32)
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return layer_norm("norm")(x)
+
+    result = Normed().apply({"params": {"norm": {"scale": scale, "bias": bias}}}, x)
+    wide = np.float64(x)
+    standardised = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(result, standardised * scale + bias, atol=1e-3)
+
+
+@given(st_numpy.arrays(np.float32, (3, 5), elements=st.floats(-100, 100, width=32).filter(lambda x: abs(x) > 1e-3)))
+def test_embeddings_have_length_one_and_keep_their_direction(x: np.ndarray) -> None:
+    wide = np.float64(x)
+    np.testing.assert_allclose(
+        normalize_embedding(jnp.asarray(x)), wide / np.linalg.norm(wide, axis=-1, keepdims=True), atol=1e-6
+    )
+
+
+def test_a_zero_embedding_stays_zero_with_a_finite_gradient() -> None:
+    x = jnp.zeros((1, 4))
+    gradient = jax.grad(lambda x: normalize_embedding(x).sum())(x)
+    np.testing.assert_array_equal(normalize_embedding(x), x)
+    assert np.isfinite(gradient).all()
