@@ -1,0 +1,75 @@
+"""`tclip <command>`: a table of commands, each in its own module and imported only when called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import tqdm.contrib.logging
+
+# name -> purpose; the module of the same name in tclip_jax.commands has add_arguments(parser) and run(args).
+COMMANDS = {
+    "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
+    "train": "train a model from a recipe, or go on with a run",
+    "evaluate": "zero-shot accuracy of a run or an artifact",
+    "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
+    "export": "write a model as one folder that open_clip and transformers load",
+    "params": "table of parameters: shape, dtype, sharding, ternary or not",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0, or 2 after an error, which is one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name not in COMMANDS:
+        _top_parser().parse_args(arguments or ["--help"])
+    module = importlib.import_module(f"tclip_jax.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"tclip {name}",
+        description=COMMANDS[name],
+        epilog=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    args = parser.parse_args(_split_overrides(arguments[1:]))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("tclip_jax").setLevel(logging.INFO)
+    try:
+        with tqdm.contrib.logging.logging_redirect_tqdm():
+            module.run(args)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"tclip {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tclip",
+        description="Ternary CLIP in JAX.",
+        epilog="Example: tclip quickstart --workdir runs/quickstart\n`tclip COMMAND --help` has an example of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    return parser
+
+
+def _split_overrides(arguments: list[str]) -> list[str]:
+    """--config.a.b=value, an option of any name, becomes --set a.b=value."""
+    split: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            split += ["--set", argument.removeprefix("--config.")]
+        else:
+            split.append(argument)
+    return split

@@ -1,0 +1,40 @@
+"""Example:
+tclip pack runs/student --out artifact
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run and where to write."""
+    parser.add_argument("run", metavar="WORKDIR", help="workdir of a run")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
+    parser.add_argument(
+        "--rest", choices=("float16", "float32"), default="float16", help="dtype of the float parameters"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Packs, and prints what it saved."""
+    from tclip_jax.artifacts.format import write_artifact
+    from tclip_jax.artifacts.pack import pack_params
+    from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
+    from tclip_jax.training.restore import load_run
+
+    step, model = load_run(args.run)
+    params = pack_params(model.params, model.rules)
+    write_artifact(
+        args.out,
+        config=model.config,
+        preprocess=model.preprocess,
+        params=params,
+        rules=model.rules,
+        rest_dtype=args.rest,
+        provenance={"step": step},
+        overwrite=args.overwrite,
+    )
+    saved = f"{weight_bytes(args.out):,} bytes of weights, {compression_real(params, args.out):.2f}x below float32"
+    print(f"{args.out}: {saved}; {ternary_share(params):.2%} ternary, {zero_share(params):.1%} of the trits zero")

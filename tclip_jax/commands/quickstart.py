@@ -1,0 +1,30 @@
+"""Example:
+  tclip quickstart --workdir runs/quickstart
+
+Minutes on two CPU cores. Leaves summary.json, report.png, artifact/ (packed) and export/ (for PyTorch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to write."""
+    parser.add_argument("--workdir", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
+    parser.add_argument("--mode", default="", help="'runlocal' for a test of seconds that learns nothing")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs it all, and prints the table."""
+    from tclip_jax.quickstart import quickstart, summary_table
+
+    summary = quickstart(args.workdir, mode=args.mode)
+    if args.json:
+        print(json.dumps(summary))
+        return
+    print(summary_table(summary))
+    print(f"\nLook at {args.workdir}/report.png; the packed model is {args.workdir}/artifact,")
+    print(f"and {args.workdir}/export loads in open_clip and transformers.")

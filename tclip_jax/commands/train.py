@@ -1,0 +1,39 @@
+"""Example:
+  tclip train --config quickstart:teacher --workdir runs/teacher --config.steps=1000
+
+The same command again goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tclip_jax.recipes import load_recipe, override
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and its overrides, for every command that starts from a recipe."""
+    parser.add_argument("--config", required=True, metavar="NAME[:ARG]", help="a shipped recipe, or path.py[:ARG]")
+    parser.add_argument(
+        "--config.KEY",
+        dest="help_only",
+        metavar="VALUE",
+        help="override a key, as --config.optimizer.learning_rate=1e-3",
+    )
+    parser.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe and where to write."""
+    add_config_arguments(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, local or gs://")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, and prints the last accuracy."""
+    from tclip_jax.training.loop import train
+    from tclip_jax.training.telemetry import read_metrics
+
+    train(override(load_recipe(args.config), args.set), args.workdir)
+    accuracies = [line["zero_shot_accuracy"] for line in read_metrics(args.workdir) if "zero_shot_accuracy" in line]
+    print(f"{args.workdir}: done" + (f", zero-shot accuracy {accuracies[-1]:.2%}" if accuracies else ""))

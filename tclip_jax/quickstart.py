@@ -1,0 +1,131 @@
+"""The whole path on real images: teacher, ternary student, evaluation, artifact, export, picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from tclip_jax.artifacts.format import write_artifact
+from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.artifacts.sizes import (
+    compression_real,
+    ternary_share,
+    theoretical_compression,
+    weight_bytes,
+    zero_share,
+)
+from tclip_jax.data.images import preprocess
+from tclip_jax.data.pipeline import to_pil
+from tclip_jax.data.prompts import captions
+from tclip_jax.data.sources import Source, open_source
+from tclip_jax.evaluation.report import write_report
+from tclip_jax.evaluation.zero_shot import Classification, classify
+from tclip_jax.interop.export import export_pytorch
+from tclip_jax.recipes import load_recipe
+from tclip_jax.storage import write_atomic
+from tclip_jax.training.config import run_config
+from tclip_jax.training.loop import train
+from tclip_jax.training.telemetry import read_metrics
+
+SHOWN = 24  # test images in the picture: all mistakes that fit, then right ones
+
+
+def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = "") -> dict[str, Any]:
+    """Trains `recipe`:teacher and `recipe`:student in `workdir`, going on where an earlier call stopped.
+
+    Leaves teacher/, student/ (runs), artifact/, export/, report.png and summary.json.
+
+    Args:
+      mode: the recipe's further argument, as "runlocal".
+
+    Returns:
+      The content of summary.json; accuracies, shares and zeros are fractions.
+    """
+    started, workdir = time.perf_counter(), epath.Path(workdir)
+    suffix = f",{mode}" if mode else ""
+    teacher_config, student_config = load_recipe(f"{recipe}:teacher{suffix}"), load_recipe(f"{recipe}:student{suffix}")
+    student_config.teacher = str(workdir / "teacher")
+    models = {"teacher": train(teacher_config, workdir / "teacher")}
+    models["student"] = train(student_config, workdir / "student")
+
+    run = run_config(student_config)
+    source = open_source(run.eval.source, run.eval.split)
+    student = models["student"]
+    params = pack_params(student.params, student.rules)
+    artifact = workdir / "artifact"
+    # What is evaluated is what is kept: the packed weights, from the artifact's own bytes.
+    write_artifact(
+        artifact,
+        config=student.config,
+        preprocess=student.preprocess,
+        params=params,
+        rules=student.rules,
+        provenance={"recipe": recipe},
+        overwrite=True,
+    )
+    teacher_outcome = classify(models["teacher"], source, run.eval.templates)
+    outcome = classify(Model.load(artifact), source, run.eval.templates)
+    summary = {
+        "teacher_accuracy": teacher_outcome.accuracy,
+        "student_accuracy": outcome.accuracy,
+        "ternary_share": ternary_share(params),
+        "zeros": zero_share(params),
+        "compression_theoretical": theoretical_compression(ternary_share(params)),
+        "compression_real": compression_real(params, artifact),
+        "artifact_bytes": weight_bytes(artifact),
+    }
+    figures = {name: value for name, value in summary.items() if name != "teacher_accuracy"}
+    export_pytorch(
+        workdir / "export",
+        config=student.config,
+        preprocess=student.preprocess,
+        params=params,
+        figures=figures,
+        overwrite=True,
+    )
+    _write_picture(workdir, params, source, outcome, student, run.eval.templates)
+    summary["seconds"] = time.perf_counter() - started
+    write_atomic(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The summary aligned for a terminal, shares in per cent."""
+    rows = (
+        ("teacher accuracy", f"{summary['teacher_accuracy']:.2%}", "full precision, zero-shot on held-out images"),
+        ("student accuracy", f"{summary['student_accuracy']:.2%}", "ternary, evaluated from the packed artifact"),
+        ("ternary share", f"{summary['ternary_share']:.2%}", "of all parameters"),
+        ("zeros", f"{summary['zeros']:.1%}", "of all trits"),
+        (
+            "compression, theoretical",
+            f"{summary['compression_theoretical']:.2f}x",
+            "1.58 bits a trit, the rest float32",
+        ),
+        ("compression, real", f"{summary['compression_real']:.2f}x", "float32 bytes / bytes of the weight files"),
+        ("artifact", f"{summary['artifact_bytes']:,} B", "its weight files"),
+        ("time", f"{summary['seconds']:.0f} s", "training, evaluation, packing, export"),
+    )
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {what}" for name, value, what in rows)
+
+
+def _write_picture(
+    workdir: epath.Path, params: Any, source: Source, outcome: Classification, student: Model, templates: Any
+) -> None:
+    right = outcome.predictions == outcome.labels
+    # Stable sort: mistakes first, each kind in the order of the source. All images of a picture are readable here.
+    shown = np.argsort(right, kind="stable")[:SHOWN]
+    said = [captions(source.classnames[outcome.predictions[i]], templates)[0] for i in shown]
+    write_report(
+        workdir / "report.png",
+        curves={name: read_metrics(workdir / name) for name in ("teacher", "student")},
+        params=params,
+        images=[preprocess(to_pil(source[int(i)].image), student.preprocess) for i in shown],
+        said=said,
+        correct=right[shown],
+    )

@@ -1,0 +1,74 @@
+"""Recipes by name or path, and overrides of their keys from the command line."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pathlib
+from collections.abc import Iterable
+
+import ml_collections
+
+from tclip_jax.schema import check_keys
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def recipe_folder() -> pathlib.Path:
+    """The folder of shipped recipes: inside the package when installed from a wheel, beside it in a checkout."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def load_recipe(spec: str) -> ml_collections.ConfigDict:
+    """The configuration of `name[:argument]`, a shipped recipe, or of `path.py[:argument]`.
+
+    Raises:
+      ValueError: no such recipe, naming the nearest, or a file without get_config.
+    """
+    name, _, argument = spec.partition(":")
+    if name.endswith(".py"):
+        path = pathlib.Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe file")
+    else:
+        check_keys(
+            [name], (path.stem for path in recipe_folder().glob("[!_]*.py")), f"the recipes in {recipe_folder()}"
+        )
+        path = recipe_folder() / f"{name}.py"
+    module_spec = importlib.util.spec_from_file_location(f"tclip_recipe_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None, path
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} is no recipe: it defines no get_config(argument)")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> ml_collections.ConfigDict:
+    """Sets keys in place from `a.b=value`: a Python literal (2e-3, True, (1, 2)) or else a string.
+
+    Raises:
+      ValueError: no such key, with the nearest valid name, or no value.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--config.{path} has no value: write --config.{path}=VALUE")
+        section, where = config, "config"
+        *parents, leaf = path.split(".")
+        for key in parents:
+            check_keys([key], section, where)
+            section, where = section[key], f"{where}.{key}"
+            if not isinstance(section, ml_collections.ConfigDict):
+                raise ValueError(f"{where} is a value, not a section: write --{where}=VALUE")
+        # open_clip's own keys, with their defaults, may be left out of a model_cfg.
+        if not path.startswith(("model.", "preprocess.")):
+            check_keys([leaf], section, where)
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        with section.unlocked():
+            section[leaf] = value
+    return config

@@ -1,0 +1,1 @@
+"""Training: one configuration, one state, one step, one loop."""

@@ -1,0 +1,136 @@
+"""The training loop: one for full precision and ternary, with and without a teacher, on one device or many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from etils import epath
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.pipeline import train_iterator
+from tclip_jax.data.sources import open_source
+from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.evaluation.zero_shot import classify
+from tclip_jax.models.clip import CLIP
+from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.storage import write_atomic
+from tclip_jax.training.checkpoints import Checkpoints
+from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tclip_jax.training.restore import load_model
+from tclip_jax.training.state import init_state
+from tclip_jax.training.step import Encoders, make_train_step
+from tclip_jax.training.telemetry import Telemetry
+
+_logger = logging.getLogger(__name__)
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
+    """Trains to `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/.
+
+    Returns:
+      The trained model, its weights latent.
+
+    Raises:
+      ValueError: an impossible configuration, or a workdir that holds another model's run.
+    """
+    run, workdir = run_config(config), epath.Path(workdir)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
+    if run.data.batch_size % mesh.size:
+        raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+    data = train_iterator(
+        open_source(run.data.source, run.data.split),
+        tokenizer=Tokenizer(run.model.text.context_length),
+        preprocess=run.preprocess,
+        augment=run.data.augment,
+        templates=run.data.templates,
+        batch_size=run.data.batch_size,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=run.data.workers,
+    )
+    student = CLIP(run.model, run.rules, jnp.dtype(run.dtype), run.remat)
+    teacher = load_model(run.teacher, mesh) if run.teacher else None
+    if teacher is not None and teacher.config.vision.image_size != run.model.vision.image_size:
+        sizes = f"{teacher.config.vision.image_size}, the student's {run.model.vision.image_size}"
+        raise ValueError(f"the teacher's image size is {sizes}: they see the same pixels, so both must be equal")
+    optimizer = make_optimizer(run.optimizer, run.steps)
+    _write_config(config, workdir)
+
+    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
+        state = init_state(student, optimizer, run.seed, teacher.config.embed_dim if teacher else None, mesh)
+        state = checkpoints.restore(state, data) or state
+        teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
+        step_function = jax.jit(
+            make_train_step(
+                _encoders(student, run.preprocess),
+                _encoders(CLIP(teacher.config, teacher.rules, student.dtype), teacher.preprocess) if teacher else None,
+                optimizer,
+                run.loss,
+            ),
+            out_shardings=(tree_shardings(state, mesh), None),
+            donate_argnums=0,
+        )
+        schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
+        with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name) as telemetry:
+            previous: tuple[int, dict[str, Any]] | None = None
+            started = time.perf_counter()
+            for step in range(first, run.steps):
+                batch = shard_batch(next(data), mesh)
+                state, metrics = step_function(state, batch, teacher_params)
+                # Reading a step's metrics waits for it: one step late, the device is never kept waiting.
+                if previous is not None:
+                    telemetry.write(*previous)
+                now = time.perf_counter()
+                rate = run.data.batch_size / (now - started)
+                started = now
+                previous = step + 1, metrics | {"learning_rate": schedule(step), "images_per_second": rate}
+                checkpoints.save(step + 1, state, data)
+                if run.eval.source and (step + 1) % run.eval.every == 0 and step + 1 < run.steps:
+                    telemetry.write(*previous)
+                    previous = None
+                    telemetry.write(step + 1, _evaluate(run, state.params["clip"]))
+                    started = time.perf_counter()
+            if previous is not None:
+                telemetry.write(*previous)
+                checkpoints.save(run.steps, state, data, force=True)
+                if run.eval.source:
+                    telemetry.write(run.steps, _evaluate(run, state.params["clip"]))
+    return Model(run.model, run.preprocess, state.params["clip"], run.rules)
+
+
+def _evaluate(run: RunConfig, params: Any) -> dict[str, float]:
+    model = Model(run.model, run.preprocess, params, run.rules)
+    source = open_source(run.eval.source, run.eval.split)
+    return {"zero_shot_accuracy": classify(model, source, run.eval.templates, run.eval.batch_size).accuracy}
+
+
+def _encoders(model: CLIP, preprocess: Preprocess) -> Encoders:
+    return Encoders(model, preprocess.mean, preprocess.std)
+
+
+def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Writes config.json; a run that is gone on with must be of the same model."""
+    if jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, resolved = workdir / "config.json", json.loads(config.to_json())
+    if path.exists():
+        for key in ("model", "ternary", "quantizer", "seed"):
+            was = json.loads(path.read_text()).get(key)
+            if was != resolved[key]:
+                raise ValueError(
+                    f"{path}: this run has config.{key} = {was}, not {resolved[key]}: choose another workdir"
+                )
+    write_atomic(path, json.dumps(resolved, indent=2) + "\n")

@@ -1,0 +1,57 @@
+"""A model from whatever holds one: a training run or an artifact."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.training.checkpoints import load_params
+from tclip_jax.training.config import RunConfig, run_config
+
+
+def read_config(workdir: epath.PathLike) -> RunConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not JSON, or not a configuration of this version.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected the workdir of `tclip train`, or an artifact")
+    try:
+        return run_config(ml_collections.ConfigDict(json.loads(path.read_text())))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
+    """The newest step of a run, and its model: latent weights over `mesh`, and the rules that make them ternary."""
+    run = read_config(workdir)
+    shapes = param_shapes(run.model)
+    shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    step, params = load_params(epath.Path(workdir) / "checkpoints", abstract)
+    return step, Model(run.model, run.preprocess, params, run.rules)
+
+
+def load_model(path: epath.PathLike, mesh: Mesh | None = None) -> Model:
+    """The model of an artifact (a folder with tclip.json) or of a run's workdir (a folder with config.json).
+
+    Raises:
+      FileNotFoundError: `path` is neither.
+      ValueError: it is broken; one line naming the file and what was expected.
+    """
+    if (epath.Path(path) / "tclip.json").exists():
+        return Model.load(path)
+    return load_run(path, mesh)[1]

@@ -1,0 +1,86 @@
+"""Where metrics go: a progress bar, metrics.jsonl and TensorBoard; from process 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import tensorboardX
+import tqdm
+from etils import epath
+
+from tclip_jax.storage import is_local, write_atomic
+
+
+class Telemetry:
+    """A context manager that shows and writes scalars by step.
+
+    On resuming, lines of steps that will be done again are dropped from metrics.jsonl, so that each step is there once.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, first_step: int, steps: int, title: str) -> None:
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._lines = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= first_step]
+        self._flush()
+        tensorboard = epath.Path(workdir) / "tensorboard"
+        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=first_step,
+            desc=title,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._active:
+            self._flush()
+            self._bar.close()
+            self._writer.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records the scalars of `step` and moves the bar there."""
+        if not self._active:
+            return
+        scalars = {name: float(value) for name, value in metrics.items()}
+        self._append(json.dumps({"step": step} | scalars))
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._bar.update(step - self._bar.n)
+        if "loss" in scalars:
+            self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._active:
+            self._bar.write(line, file=sys.stderr)
+
+    def _append(self, line: str) -> None:
+        """A local file grows line by line; an object store gets the whole at the end and at every thousandth line."""
+        self._lines.append(line)
+        if is_local(self._path):
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+        elif len(self._lines) % 1000 == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        write_atomic(self._path, "".join(line + "\n" for line in self._lines))
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]

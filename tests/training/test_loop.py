@@ -1,0 +1,152 @@
+"""Whole runs: what they leave, that they go on exactly where they stopped, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+import tclip_jax
+from tclip_jax.training import loop
+from tclip_jax.training.checkpoints import CheckpointError
+from tclip_jax.training.restore import load_run
+from tclip_jax.training.telemetry import Telemetry, read_metrics
+
+
+def assert_equal_params(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Telemetry.write
+
+    def stop(self: Telemetry, now: int, metrics: Any) -> None:
+        write(self, now, metrics)
+        if now == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Telemetry, "write", stop)
+
+
+def test_interrupted_run_goes_on_to_the_same_bits(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.ternary = "Q-ALL"
+    config.eval.update({"source": "digits", "every": 4})
+    whole = loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "cut")
+    assert load_run(tmp_path / "cut")[0] == 3  # steps 4 and 5 are done again
+    resumed = loop.train(config, tmp_path / "cut")
+    assert_equal_params(whole.params, resumed.params)
+
+    def losses(name: str) -> list[tuple[int, float]]:
+        return [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name) if "loss" in line]
+
+    assert losses("cut")[-2:] == losses("whole")[-2:] and [step for step, _ in losses("whole")] == list(range(1, 9))
+    assert [line["step"] for line in read_metrics(tmp_path / "whole") if "zero_shot_accuracy" in line] == [4, 8]
+    # A third call finds nothing to do.
+    assert_equal_params(loop.train(config, tmp_path / "cut").params, whole.params)
+    # What is loaded is what was trained, and the configuration is there to read.
+    assert_equal_params(tclip_jax.load(tmp_path / "whole").params, whole.params)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["ternary"] == "Q-ALL"
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+
+    config.ternary = "Q-FFN"
+    with pytest.raises(ValueError, match=r"config\.json: this run has config\.ternary = Q-ALL, not Q-FFN"):
+        loop.train(config, tmp_path / "whole")
+
+
+def test_distilling_from_a_run(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+    config.steps = 2
+    loop.train(config, tmp_path / "teacher")
+    config.model.embed_dim = 8
+    config.ternary, config.teacher = "Q-FFN", str(tmp_path / "teacher")
+    config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0})
+    config.mesh.update({"data": 4, "fsdp": 2})
+    loop.train(config, tmp_path / "student")
+    last = read_metrics(tmp_path / "student")[-1]
+    assert last["step"] == 2 and all(np.isfinite(last[f"loss/{name}"]) for name in ("task", "crd", "icl", "fd"))
+    # The heads are no part of the model.
+    assert load_run(tmp_path / "student")[1].params.keys() == {"image", "text", "logit_scale"}
+
+    config.model.vision_cfg.image_size = 32
+    with pytest.raises(ValueError, match=r"the teacher's image size is \(16, 16\), the student's \(32, 32\)"):
+        loop.train(config, tmp_path / "other")
+
+
+def test_unreadable_image_is_counted_and_its_path_logged(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(8):
+        path = tmp_path / "data" / "train" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(path)
+    bad = tmp_path / "data" / "train" / "cat" / "bad.png"
+    bad.write_bytes(b"not an image")
+    config.data.update({"source": f"folder:{tmp_path}/data", "templates": "simple", "batch_size": 8})
+    config.steps = 9  # eight epochs of nine images
+    with caplog.at_level(logging.WARNING):
+        loop.train(config, tmp_path / "run")
+    assert sum(line["bad_samples"] for line in read_metrics(tmp_path / "run")) == 8
+    assert str(bad) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.batch_size": 12}, "global batch 12 is not divisible by 8 devices"),
+        ({"mesh.data": 3}, "mesh data=3, fsdp=1 does not fit 8 devices"),
+        ({"data.source": "imagenet"}, "unknown data source 'imagenet'"),
+        ({"teacher": "nowhere"}, "nowhere/config.json: no such file; expected the workdir"),
+    ],
+)
+def test_impossible_runs(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, changes: dict[str, Any], message: str
+) -> None:
+    config.update_from_flattened_dict(changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+    config.steps = 1
+    workdir = tmp_path / "run"
+    loop.train(config, workdir)
+    # A folder that Orbax was still writing is no checkpoint.
+    unfinished = workdir / "checkpoints" / "7.orbax-checkpoint-tmp-7"
+    unfinished.mkdir()
+    assert load_run(workdir)[0] == 1
+
+    resolved = json.loads((workdir / "config.json").read_text())
+    resolved["model"]["embed_dim"] = 24
+    (workdir / "config.json").write_text(json.dumps(resolved))
+    with pytest.raises(CheckpointError, match=r"checkpoints/1/params: not a checkpoint of this configuration"):
+        load_run(workdir)
+
+    resolved["model"]["embed_dim"] = 16
+    (workdir / "config.json").write_text(json.dumps(resolved))
+    for path in (workdir / "checkpoints" / "1" / "params").rglob("*"):
+        if path.is_file() and "manifest" in path.name:
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(CheckpointError, match=r"checkpoints/1/params: .*a broken one"):
+        load_run(workdir)
+
+    (workdir / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint there; expected a folder written by"):
+        load_run(workdir)
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        tclip_jax.load(workdir)
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+        tclip_jax.load(tmp_path / "nothing")
