@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import logging
 import sys
 from collections.abc import Sequence
 
 import tqdm.contrib.logging
 
-# name -> purpose; the module of the same name in tclip_jax.commands has add_arguments(parser) and run(args).
+# name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword) has
+# add_arguments(parser) and run(args).
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or go on with a run",
     "evaluate": "zero-shot accuracy of a run or an artifact",
+    "import": "read a checkpoint of open_clip, transformers or OpenAI, and write it as an artifact",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
     "export": "write a model as one folder that open_clip and transformers load",
     "params": "table of parameters: shape, dtype, sharding, ternary or not",
@@ -22,12 +25,12 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, or 2 after an error, which is one line."""
+    """Runs a command; the exit code is 0 or the command's own, or 2 after an error, which is one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
     if name not in COMMANDS:
         _top_parser().parse_args(arguments or ["--help"])
-    module = importlib.import_module(f"tclip_jax.commands.{name}")
+    module = importlib.import_module(f"tclip_jax.commands.{name}{'_' * keyword.iskeyword(name)}")
     parser = argparse.ArgumentParser(
         prog=f"tclip {name}",
         description=COMMANDS[name],
@@ -42,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
     try:
         with tqdm.contrib.logging.logging_redirect_tqdm():
-            module.run(args)
+            code: int | None = module.run(args)
     except (ValueError, OSError) as error:
         if args.debug:
             raise
         print(f"tclip {name}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -65,11 +68,11 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:
-    """--config.a.b=value, an option of any name, becomes --set a.b=value."""
+    """--config.a.b=value, an option of any name, becomes --config.KEY a.b=value."""
     split: list[str] = []
     for argument in arguments:
         if argument.startswith("--config."):
-            split += ["--set", argument.removeprefix("--config.")]
+            split += ["--config.KEY", argument.removeprefix("--config.")]
         else:
             split.append(argument)
     return split

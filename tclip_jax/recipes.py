@@ -24,7 +24,8 @@ def load_recipe(spec: str) -> ml_collections.ConfigDict:
     """The configuration of `name[:argument]`, a shipped recipe, or of `path.py[:argument]`.
 
     Raises:
-      ValueError: no such recipe, naming the nearest, or a file without get_config.
+      ValueError: no recipe of that name, naming the nearest, or a file without get_config.
+      FileNotFoundError: no file at that path.
     """
     name, _, argument = spec.partition(":")
     if name.endswith(".py"):
@@ -33,7 +34,7 @@ def load_recipe(spec: str) -> ml_collections.ConfigDict:
             raise FileNotFoundError(f"{path}: no such recipe file")
     else:
         check_keys(
-            [name], (path.stem for path in recipe_folder().glob("[!_]*.py")), f"the recipes in {recipe_folder()}"
+            [name], (path.stem for path in recipe_folder().glob("[!_]*.py")), f"the recipe folder {recipe_folder()}"
         )
         path = recipe_folder() / f"{name}.py"
     module_spec = importlib.util.spec_from_file_location(f"tclip_recipe_{path.stem}", path)
@@ -49,7 +50,7 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
     """Sets keys in place from `a.b=value`: a Python literal (2e-3, True, (1, 2)) or else a string.
 
     Raises:
-      ValueError: no such key, with the nearest valid name, or no value.
+      ValueError: no such key, with the nearest valid name, a value for a section or the reverse, or none.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -69,6 +70,9 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        with section.unlocked():
+        if isinstance(section.get(leaf), ml_collections.ConfigDict) and not isinstance(value, dict):
+            raise ValueError(f"config.{path} is a section, not a value: write --config.{path}.KEY=VALUE")
+        # Types are checked by `run_config`, whose errors name the key and what would be right.
+        with section.unlocked(), section.ignore_type():
             section[leaf] = value
     return config

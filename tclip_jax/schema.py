@@ -17,7 +17,7 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     valid = list(valid)
     for key in given:
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, 1, 0.0)
+            near = difflib.get_close_matches(str(key), valid, 1, 0.0)
             raise ValueError(f"{where} has no {key!r}" + (f": the nearest is {near[0]!r}" if near else ""))
 
 
@@ -25,8 +25,11 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls`; `where` names the mapping in errors.
 
     Raises:
-      ValueError: an unknown or missing key, a value of another type than the field's, or one that `cls` itself refuses.
+      ValueError: no mapping, an unknown or missing key, a value of another type than the field's, or one that `cls`
+        itself refuses.
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} is {given!r}: it must be a mapping with the keys of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_keys(given, fields, where)
     for name, field in fields.items():
@@ -58,5 +61,8 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
     if origin is tuple:
-        return isinstance(value, (list, tuple))
+        if not isinstance(value, (list, tuple)):
+            return False
+        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(each) == len(value) and all(map(_matches, value, each))
     return hint is Any or isinstance(value, origin or hint)

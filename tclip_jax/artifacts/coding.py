@@ -109,7 +109,7 @@ def _decompress(path: str, compressed: bytes, size: int) -> bytes:
 
 def _cast(name: str, value: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(value.astype(np.float32).astype(dtype)).reshape(value.shape)
+        cast = np.ascontiguousarray(value.astype(np.float32, copy=False).astype(dtype, copy=False)).reshape(value.shape)
     if not np.isfinite(cast).all():
         raise ArtifactError(f"{name} is not finite in {dtype}: NaN, infinity, or beyond {np.finfo(dtype).max:g}")
     return cast
@@ -136,7 +136,7 @@ def _check_digest(path: str, entry: Mapping[str, Any], *arrays: npt.NDArray[Any]
 def _digest(*arrays: npt.NDArray[Any]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

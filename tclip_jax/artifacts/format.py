@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import safetensors.numpy
+import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.artifacts.coding import Stored, decode, encode
-from tclip_jax.artifacts.files import WEIGHT_FILES, file_entry, parse_safetensors, read_bounded, read_files
+from tclip_jax.artifacts.files import (
+    REST_FILE,
+    TERNARY_FILE,
+    WEIGHT_FILES,
+    file_entry,
+    parse_safetensors,
+    read_bounded,
+    read_files,
+)
 from tclip_jax.artifacts.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -28,8 +38,10 @@ from tclip_jax.artifacts.manifest import (
     parse_manifest,
 )
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.artifacts.safetensors_file import write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
@@ -66,7 +78,7 @@ def write_artifact(
       folder: local or gs://.
       config: the model's shape.
       preprocess: how an image becomes its input.
-      params: parameter tree with `TernaryTensor` leaves, from `pack_params`.
+      params: parameter tree with `TernaryTensor` leaves, from `pack_params`; other leaves may be lazy.
       rules: how those were made; a record, not applied here.
       rest_dtype: of all other parameters; logit_scale stays float32.
       figures: measurements to keep with the model, as JSON.
@@ -81,18 +93,35 @@ def write_artifact(
     if overwrite and folder.exists() and not (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder} has no {MANIFEST}, so it is not an artifact that may be overwritten")
     check_image_size(config, preprocess)
+    leaves = flatten(params)
     tensors: dict[str, Any] = {}
-    stored: dict[str, Stored] = {TERNARY_CODING: {}, RAW_CODING: {}}
-    for path, leaf in flatten(params).items():
-        if not isinstance(leaf, TernaryTensor) and find_quantizer(path, rules):
+    ternary: Stored = {}
+    for path, leaf in leaves.items():
+        dtype = "float32" if path == "logit_scale" else rest_dtype
+        if isinstance(leaf, TernaryTensor):
+            tensors[path], arrays = encode(path, leaf, dtype)
+            ternary |= arrays
+        elif find_quantizer(path, rules):
             raise ArtifactError(f"{path} holds the latent weights of a ternary rule: pack_params makes them ternary")
-        tensors[path], arrays = encode(path, leaf, "float32" if path == "logit_scale" else rest_dtype)
-        stored[tensors[path]["coding"]] |= arrays
+        else:
+            tensors[path] = {"coding": RAW_CODING, "shape": list(np.shape(leaf)), "dtype": dtype}
     check_tensors(tensors, flatten(param_shapes(config)))
 
+    def encoded(path: str) -> npt.NDArray[Any]:
+        tensors[path], arrays = encode(path, leaves[path], tensors[path]["dtype"])
+        return arrays[path]
+
+    # The rest is encoded while it is written, so that of a lazy tree one leaf at a time is in memory.
+    rest = {
+        path: LazyArray(tuple(entry["shape"]), np.dtype(entry["dtype"]), functools.partial(encoded, path))
+        for path, entry in tensors.items()
+        if entry["coding"] == RAW_CODING
+    }
     with atomic_folder(folder, overwrite=overwrite) as building:
-        for coding, file in WEIGHT_FILES.items():
-            (building / file).write_bytes(safetensors.numpy.save(stored[coding]))
+        weights = {
+            TERNARY_FILE: write_safetensors(building / TERNARY_FILE, ternary),
+            REST_FILE: write_safetensors(building / REST_FILE, rest),
+        }
         Tokenizer(config.text.context_length).save(building)
         _write_preprocessor_config(building, preprocess)
         fields = {
@@ -100,7 +129,10 @@ def write_artifact(
             "preprocess_cfg": preprocess.to_open_clip(),
             "ternary": [[pattern, dataclasses.asdict(quantizer)] for pattern, quantizer in rules],
             "tensors": tensors,
-            "files": {path.name: file_entry(path.read_bytes()) for path in sorted(building.iterdir())},
+            "files": {
+                path.name: weights.get(path.name) or file_entry(path.read_bytes())
+                for path in sorted(building.iterdir())
+            },
             "figures": dict(figures or {}),
             "provenance": {"versions": _versions(), **(provenance or {})},
         }

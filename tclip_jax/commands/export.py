@@ -1,5 +1,6 @@
 """Example:
   tclip export runs/student --out export
+  tclip export runs/student --to open_clip,hf,gguf-tq1_0,gguf-tq2_0 --out release
 
 The folder loads as open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export").
 """
@@ -10,18 +11,25 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and where to write."""
+    """The model, the formats and where to write."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--to",
+        default="open_clip,hf",
+        metavar="FORMATS",
+        help="any of open_clip, hf (transformers), gguf-tq1_0 and gguf-tq2_0 (default: open_clip,hf)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports the dequantised weights."""
+    """Exports the dequantised weights, and to GGUF the trits and scales."""
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.interop.export import export_pytorch
     from tclip_jax.training.restore import load_model
 
     model = load_model(args.model)
     params = pack_params(model.params, model.rules)
-    export_pytorch(args.out, config=model.config, preprocess=model.preprocess, params=params)
-    print(f"{args.out}: loads in open_clip (local-dir:{args.out}) and transformers (CLIPModel.from_pretrained)")
+    formats = args.to.split(",")
+    export_pytorch(args.out, config=model.config, preprocess=model.preprocess, params=params, formats=formats)
+    print(f"{args.out}: {', '.join(formats)}; its README.md says how to load it")

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.parallel.mesh import make_mesh
     from tclip_jax.training.config import run_config
 
-    run = run_config(override(load_recipe(args.config), args.set))
+    # The table is the same with any teacher, and none need be trained yet.
+    run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))
     rows = parameter_rows(param_shapes(run.model), run.rules, make_mesh(run.mesh.data, run.mesh.fsdp))
     print(json.dumps(rows) if args.json else parameter_table(rows))

@@ -16,11 +16,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="NAME[:ARG]", help="a shipped recipe, or path.py[:ARG]")
     parser.add_argument(
         "--config.KEY",
-        dest="help_only",
+        dest="overrides",
+        action="append",
+        default=[],
         metavar="VALUE",
         help="override a key, as --config.optimizer.learning_rate=1e-3",
     )
-    parser.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,6 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.loop import train
     from tclip_jax.training.telemetry import read_metrics
 
-    train(override(load_recipe(args.config), args.set), args.workdir)
+    train(override(load_recipe(args.config), args.overrides), args.workdir)
     accuracies = [line["zero_shot_accuracy"] for line in read_metrics(args.workdir) if "zero_shot_accuracy" in line]
     print(f"{args.workdir}: done" + (f", zero-shot accuracy {accuracies[-1]:.2%}" if accuracies else ""))

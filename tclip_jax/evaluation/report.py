@@ -55,11 +55,13 @@ def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
     share = metric.endswith("accuracy")
     for name, lines in curves.items():
         points = [(line["step"], line[metric] * (100 if share else 1)) for line in lines if metric in line]
-        last = f" {points[-1][1]:.1f} %" if share and points else ""
-        axes.plot(*zip(*points, strict=True), label=f"{name}{last}", marker="o" if share else None, markersize=3)
+        if points:
+            last = f" {points[-1][1]:.1f} %" if share else ""
+            axes.plot(*zip(*points, strict=True), label=f"{name}{last}", marker="o" if share else None, markersize=3)
     axes.set(title=title, xlabel="step", ylabel="%" if share else None)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
@@ -77,21 +79,21 @@ def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
         widths = np.array([share[trit] for share in shares.values()])
         axes.barh(list(shares), widths, left=left, color=color, label=f"{trit:+d}" if trit else "0")
         left += widths
-    axes.set(title="trits per layer", xlabel="%", xlim=(0, 100))
+    axes.set(title="trits per layer, %", xlim=(0, 100))
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=max(4, min(8, 260 // max(len(shares), 1))))
-    axes.legend(ncols=3, loc="lower center", fontsize=8)
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
 
 
 def plot_predictions(
     figure: Any, images: Sequence[npt.NDArray[np.uint8]], said: Sequence[str], correct: Sequence[bool], columns: int = 8
 ) -> None:
     """A grid of images, each under the caption it was given: green if right, red if wrong."""
-    rows = -(-len(images) // columns)
+    rows = max(-(-len(images) // columns), 1)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle("what the ternary student says of test images")
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, caption, right in zip(grid.flat, images, said, correct, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=8, color="#2a7d3f" if right else "#c0392b")
+        axes.set_title(caption, fontsize=8, color="#2a7d3f" if right else "#c0392b", parse_math=False)

@@ -1,9 +1,10 @@
-"""One folder that open_clip and transformers both load."""
+"""One folder that open_clip and transformers both load, with GGUF files beside if asked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,16 @@ from etils import epath
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.interop.gguf import verify_gguf, write_gguf
+from tclip_jax.interop.gguf_blocks import BLOCK_BYTES
 from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
 from tclip_jax.interop.open_clip import State, to_open_clip
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
+
+GGUF_KINDS = {f"gguf-{kind}": kind for kind in BLOCK_BYTES}
+FORMATS = ("open_clip", "hf", *GGUF_KINDS)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,21 +36,36 @@ tags: [clip, transformers, ternary]
 # {title}
 
 {about}
+{usage}{table}"""
 
+_USAGE = {
+    "open_clip": """
 ```python
 import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 ```
-
+""",
+    "hf": """
 ```python
 from transformers import CLIPModel, CLIPProcessor
 
 model = CLIPModel.from_pretrained("FOLDER")
 processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")  # torchvision resizes a little differently
 ```
-{table}"""
+""",
+    "gguf": """
+The GGUF files hold the trits and scales themselves, in llama.cpp's types and clip.cpp's names. No runtime is known to
+run these types in a CLIP of two towers; this reads them:
+
+```python
+from tclip_jax.interop.gguf import read_gguf
+
+config, preprocess, params = read_gguf("FOLDER/FILE.gguf")
+```
+""",
+}
 
 
 def export_pytorch(
@@ -53,61 +74,82 @@ def export_pytorch(
     config: CLIPConfig,
     preprocess: Preprocess,
     params: Mapping[str, Any],
+    formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
     figures: Mapping[str, float | str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the folder that open_clip ("local-dir:…") and transformers (CLIPModel, CLIPProcessor) load, or nothing.
 
+    It has the tokenizer, open_clip_config.json and a model card whatever the formats are.
+
     Args:
       folder: local, or gs:// and its like.
       config: of the model.
       preprocess: of its images.
-      params: ternary weights as `TernaryTensor`; they are stored as scale · trit.
-      dtype: of the stored weights. Scales of 8 significant bits make ternary weights exact in all three.
+      params: ternary weights as `TernaryTensor`; open_clip and transformers get them as scale · trit.
+      formats: any of `FORMATS`; a GGUF is named after the folder, as in release-tq1_0.gguf, and is verified.
+      dtype: of the weights for open_clip and transformers. Scales of 8 significant bits make ternary weights exact in
+        all three.
       figures: measured values for the model card, by name.
       overwrite: replace the folder if it exists.
 
     Raises:
-      ValueError: what CLIPModel or CLIPImageProcessor cannot express, parameters that are not those of `config`, an
-        image size that is not the model's, or a dtype other than float32, bfloat16 and float16.
+      ValueError: what CLIPModel, CLIPImageProcessor or GGUF cannot express, parameters that are not those of `config`,
+        an image size that is not the model's, an unknown format, or a dtype other than float32, bfloat16 and float16.
       FileExistsError: the folder exists.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     if preprocess.size != config.vision.image_size:
         raise ValueError(f"preprocessing gives images of {preprocess.size}: the model takes {config.vision.image_size}")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise ValueError(f"format {unknown[0]!r} is not one of {', '.join(FORMATS)}")
     documents = {
-        "config.json": hugging_face_config(config, dtype),
-        "preprocessor_config.json": preprocess.to_hugging_face(),
-        "open_clip_config.json": {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()},
+        "open_clip_config.json": {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()}
     }
-    if epath.Path(folder).exists() and not (epath.Path(folder) / "open_clip_config.json").exists():
+    if "hf" in formats:
+        documents["config.json"] = hugging_face_config(config, dtype)
+        documents["preprocessor_config.json"] = preprocess.to_hugging_face()
+    folder = epath.Path(folder)
+    if folder.exists() and not (folder / "open_clip_config.json").exists():
         raise FileExistsError(f"{folder} exists and is no earlier export: choose another folder")
-    state = {key: value.astype(jnp.dtype(dtype)) for key, value in to_open_clip(params, config).items()}
+    state: State = {}
+    if "open_clip" in formats or "hf" in formats:
+        state = {key: value.astype(jnp.dtype(dtype)) for key, value in to_open_clip(params, config).items()}
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
-        _write_weights(unfinished / "open_clip_model.safetensors", state)
-        _write_weights(unfinished / "model.safetensors", to_hugging_face(state, config))
+        if "open_clip" in formats:
+            _write_weights(unfinished / "open_clip_model.safetensors", state)
+        if "hf" in formats:
+            _write_weights(unfinished / "model.safetensors", to_hugging_face(state, config))
+        for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
+            path = unfinished / f"{folder.name}-{kind}.gguf"
+            write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
+            verify_gguf(path, params)
         Tokenizer(config.text.context_length).save(unfinished)
-        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}))
+        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats))
 
 
-def model_card(params: Mapping[str, Any], dtype: str, figures: Mapping[str, float | str]) -> str:
+def model_card(
+    params: Mapping[str, Any], dtype: str, figures: Mapping[str, float | str], formats: Sequence[str]
+) -> str:
     """The README.md of an exported model: what its weights are, how to load it, and the measured figures."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
-    total = sum(leaf.trits.size if isinstance(leaf, TernaryTensor) else leaf.size for leaf in leaves)
-    ternary = sum(leaf.trits.size for leaf in leaves if isinstance(leaf, TernaryTensor))
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
     about = f"A CLIP model of {total:,} parameters, exported from tclip_jax as {dtype}."
     if ternary:
         about += (
-            f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale); here they are stored as the"
-            " floats scale · trit, so these files are as large as those of a float model."
+            f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale); in safetensors files they are"
+            " the floats scale · trit, so those are as large as a float model's."
         )
     rows = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
     table = f"\n| measured | |\n|---|---|\n{rows}" if rows else ""
-    return _CARD.format(title="Ternary CLIP" if ternary else "CLIP", about=about, table=table)
+    usage = "".join(text for name, text in _USAGE.items() if any(each.startswith(name) for each in formats))
+    return _CARD.format(title="Ternary CLIP" if ternary else "CLIP", about=about, usage=usage, table=table)
 
 
 def _write_weights(path: epath.Path, state: State) -> None:

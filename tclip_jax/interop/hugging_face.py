@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
 from tclip_jax.interop.open_clip import State, check_names
+from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 
 
@@ -97,19 +98,32 @@ def to_hugging_face(open_clip_state: Mapping[str, npt.NDArray[Any]], config: CLI
     return state
 
 
-def from_hugging_face(state_dict: Mapping[str, npt.ArrayLike], config: CLIPConfig) -> State:
-    """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`.
+def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
+    """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`; nothing is read.
 
     Raises:
       ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
     """
     entries = table(config)
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
-    parts: dict[str, list[npt.NDArray[Any]]] = {}
+    parts: dict[str, list[Any]] = {}
     for entry in entries:
-        value = np.asarray(state_dict[entry.key])
-        parts.setdefault(entry.open_clip, []).append(np.ascontiguousarray(value.T) if entry.transposed else value)
-    return {key: np.concatenate(values) if len(values) > 1 else values[0] for key, values in parts.items()}
+        parts.setdefault(entry.open_clip, []).append(state_dict[entry.key])
+    transposed = {entry.open_clip for entry in entries if entry.transposed}
+    return {key: _joined(values, key in transposed) for key, values in parts.items()}
+
+
+def _joined(parts: list[Any], transposed: bool) -> LazyArray:
+    """Thirds one below the other, or a whole tensor."""
+    shape = np.shape(parts[0])
+    if len(parts) > 1:
+        shape = (sum(np.shape(part)[0] for part in parts), *shape[1:])
+
+    def load() -> npt.NDArray[Any]:
+        value = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
+        return np.ascontiguousarray(value.T) if transposed else value
+
+    return LazyArray(shape[::-1] if transposed else shape, parts[0].dtype, load)
 
 
 def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str, Any]:

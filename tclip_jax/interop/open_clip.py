@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tclip_jax.lazy import LazyArray, LazyStack
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.ternary import TernaryTensor
@@ -115,12 +117,12 @@ def to_open_clip(params: Mapping[str, Any], config: CLIPConfig) -> State:
             leaf = jax.tree.map(lambda stacked, i=entry.layer: stacked[i], leaf)
         value = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
         value = value if entry.axes is None else value.transpose(entry.axes)
-        _check_shape(value, entry)
+        _check_shape(value.shape, entry)
         state[entry.key] = np.asarray(value, order="C")
     return state
 
 
-def from_open_clip(state_dict: Mapping[str, npt.ArrayLike], config: CLIPConfig) -> dict[str, Any]:
+def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
     """The parameters, float32 NumPy arrays, of an open_clip state dict; each of its tensors is read once.
 
     Any float dtype, a `module.` prefix, the `text.` prefix of CustomTextCLIP, a logit_scale of shape (1,) and the
@@ -129,21 +131,32 @@ def from_open_clip(state_dict: Mapping[str, npt.ArrayLike], config: CLIPConfig) 
     Raises:
       ValueError: missing and unexpected keys, or a tensor of another shape; all are named.
     """
+    return jax.tree.map(np.asarray, lazy_params(state_dict, config))
+
+
+def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
+    """As `from_open_clip`, with `LazyArray` and `LazyStack` leaves: nothing is read until a leaf is."""
     keys = {key.removeprefix("module.").removeprefix("text."): key for key in state_dict}
     entries = table(config)
     check_names(keys.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
-    leaves: dict[str, list[npt.NDArray[np.float32]]] = {}
+    leaves: dict[str, list[LazyArray]] = {}
     for entry in entries:
-        value = np.asarray(state_dict[keys[entry.key]]).astype(np.float32)
-        value = value.reshape(()) if entry.key == "logit_scale" and value.size == 1 else value
-        _check_shape(value, entry)
+        value = state_dict[keys[entry.key]]
+        if entry.key != "logit_scale" or math.prod(np.shape(value)) != 1:
+            _check_shape(np.shape(value), entry)
+        shape = entry.shape if entry.axes is None else tuple(entry.shape[axis] for axis in np.argsort(entry.axes))
         leaves.setdefault(entry.path, []).append(
-            value if entry.axes is None else value.transpose(np.argsort(entry.axes))
+            LazyArray(shape, np.dtype(np.float32), functools.partial(_read, value, entry))
         )
     stacked = {entry.path for entry in entries if entry.layer is not None}
     return unflatten_dict(
-        {path: np.stack(values) if path in stacked else values[0] for path, values in leaves.items()}, sep="/"
+        {path: LazyStack(tuple(values)) if path in stacked else values[0] for path, values in leaves.items()}, sep="/"
     )
+
+
+def _read(value: Any, entry: Entry) -> npt.NDArray[np.float32]:
+    theirs = np.asarray(value).astype(np.float32, copy=False).reshape(entry.shape)
+    return theirs if entry.axes is None else theirs.transpose(np.argsort(entry.axes))
 
 
 def check_names(found: Collection[str], expected: Collection[str], what: str) -> None:
@@ -159,9 +172,9 @@ def _first(names: Collection[str], count: int = 5) -> str:
     return ", ".join(sorted(names)[:count]) + more
 
 
-def _check_shape(value: npt.NDArray[Any], entry: Entry) -> None:
-    if value.shape != entry.shape:
-        raise ValueError(f"{entry.key} has shape {value.shape}: the model's is {entry.shape}")
+def _check_shape(shape: tuple[int, ...], entry: Entry) -> None:
+    if shape != entry.shape:
+        raise ValueError(f"{entry.key} has shape {shape}: the model's is {entry.shape}")
 
 
 def _permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ _SECTIONS: dict[str, type] = {
 
 def base_config() -> ml_collections.ConfigDict:
     """Every key at its default: what recipes start from."""
-    sections = {name: ml_collections.ConfigDict(dataclasses.asdict(cls())) for name, cls in _SECTIONS.items()}
+    sections = {name: dataclasses.asdict(cls()) for name, cls in _SECTIONS.items()}
     return ml_collections.ConfigDict(
         {
             "seed": 0,  # of parameters, shuffling and augmentation
@@ -164,6 +164,8 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
 def _rules(given: Any, quantizer: dict[str, Any]) -> str | Sequence[tuple[str, Quantizer]]:
     if isinstance(given, str):
         return given
+    if not all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in given):
+        raise ValueError(f"config.ternary is {given!r}: it must be a name, or a list of (regex, {{changed keys}})")
     return [
         (pattern, from_mapping(Quantizer, {**quantizer, **changes}, f"config.ternary {pattern!r}"))
         for pattern, changes in given

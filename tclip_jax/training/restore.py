@@ -1,4 +1,4 @@
-"""A model from whatever holds one: a training run or an artifact."""
+"""A model from whatever holds one: a training run, an artifact, or another library's checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
+from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
@@ -46,12 +48,19 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Mo
 
 
 def load_model(path: epath.PathLike, mesh: Mesh | None = None) -> Model:
-    """The model of an artifact (a folder with tclip.json) or of a run's workdir (a folder with config.json).
+    """The model of an artifact, of a run's workdir, or of another library's checkpoint.
+
+    Args:
+      path: a folder with tclip.json; with a run's config.json; or what `open_checkpoint` opens.
+      mesh: for the latent weights of a run.
 
     Raises:
-      FileNotFoundError: `path` is neither.
+      FileNotFoundError: `path` is none of these.
       ValueError: it is broken; one line naming the file and what was expected.
     """
     if (epath.Path(path) / "tclip.json").exists():
         return Model.load(path)
+    if is_checkpoint(path):
+        checkpoint = open_checkpoint(path)
+        return Model(checkpoint.config, checkpoint.preprocess, jax.tree.map(np.asarray, checkpoint.params))
     return load_run(path, mesh)[1]

@@ -19,7 +19,8 @@ from tclip_jax.storage import is_local, write_atomic
 class Telemetry:
     """A context manager that shows and writes scalars by step.
 
-    On resuming, lines of steps that will be done again are dropped from metrics.jsonl, so that each step is there once.
+    On resuming, what was written of steps that will be done again is dropped from metrics.jsonl and hidden in
+    TensorBoard, so that each step is there once.
     """
 
     def __init__(self, workdir: epath.PathLike, *, first_step: int, steps: int, title: str) -> None:
@@ -30,7 +31,7 @@ class Telemetry:
         self._lines = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= first_step]
         self._flush()
         tensorboard = epath.Path(workdir) / "tensorboard"
-        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
+        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=first_step + 1)
         self._bar = tqdm.tqdm(
             total=steps,
             initial=first_step,
@@ -60,11 +61,6 @@ class Telemetry:
         self._bar.update(step - self._bar.n)
         if "loss" in scalars:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
-
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        if self._active:
-            self._bar.write(line, file=sys.stderr)
 
     def _append(self, line: str) -> None:
         """A local file grows line by line; an object store gets the whole at the end and at every thousandth line."""

@@ -186,13 +186,18 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_only_replaced_when_asked(
+def test_only_an_earlier_export_is_replaced_and_only_when_asked(
     exported: tuple[pathlib.Path, Preprocess, Params], tmp_path: pathlib.Path
 ) -> None:
     _, pixels, params = exported
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=tmp_path.name):
-        export_pytorch(tmp_path, config=TINY, preprocess=pixels, params=params)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=tmp_path.name):
+            export_pytorch(tmp_path, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
     assert (tmp_path / "mine.txt").read_text() == "mine"
-    export_pytorch(tmp_path, config=TINY, preprocess=pixels, params=params, overwrite=True)
-    assert not (tmp_path / "mine.txt").exists() and (tmp_path / "model.safetensors").exists()
+    earlier = tmp_path / "export"
+    for overwrite in (False, True):
+        export_pytorch(earlier, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
+        assert (earlier / "model.safetensors").exists()
+    with pytest.raises(FileExistsError, match=r"export exists"):
+        export_pytorch(earlier, config=TINY, preprocess=pixels, params=params)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jax
 import ml_collections
 import pytest
 
 from tclip_jax.training.config import base_config
+
+
+@pytest.fixture(autouse=True)
+def fast_compilation() -> Iterator[None]:
+    """Compiling is nearly all of these tests' time, half of it optimizing what then runs for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

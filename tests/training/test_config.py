@@ -83,7 +83,12 @@ def test_impossible_values(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "nearest"),
-    [("", "step", "steps"), ("loss", "crt", "crd"), ("data", "batchsize", "batch_size"), ("model", "embed", "embed_dim")],
+    [
+        ("", "step", "steps"),
+        ("loss", "crt", "crd"),
+        ("data", "batchsize", "batch_size"),
+        ("model", "embed", "embed_dim"),
+    ],
 )
 def test_unknown_key_names_the_nearest(section: str, key: str, nearest: str) -> None:
     config = base_config()

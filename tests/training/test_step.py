@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ TEACHER = CLIPConfig(48, CONFIG.vision, CONFIG.text)
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=5), 100)
+DISTILLED = LossConfig(task=0.5, crd=2.0, icl=0.25, fd=3.0)
 Q_ALL = ternary_rules("Q-ALL", Quantizer())
 
 
@@ -75,14 +77,15 @@ class Run:
         return {path: leaf.trits for path, leaf in packed.items() if isinstance(leaf, TernaryTensor)}
 
 
-def one() -> Mesh:
-    return make_mesh(devices=jax.devices()[:1])
+@functools.cache
+def run_on(devices: int, rules: Any = (), loss: LossConfig | None = None) -> Run:
+    """Compiled once for all tests."""
+    return Run(make_mesh(4, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1]), rules, loss)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_eight_devices_equal_one_in_full_precision(distilled: bool) -> None:
-    loss = LossConfig(crd=1.0, icl=1.0, fd=1.0, fd_kind="cosine") if distilled else LossConfig()
-    single, sharded = Run(one(), loss=loss), Run(make_mesh(4, 2), loss=loss)
+@pytest.mark.parametrize("loss", [None, DISTILLED])
+def test_eight_devices_equal_one_in_full_precision(loss: LossConfig | None) -> None:
+    single, sharded = run_on(1, loss=loss), run_on(8, loss=loss)
     a, b = single.state, sharded.state
     for step in range(50):
         a, of_one = single.step(a, batch_of(step))
@@ -92,8 +95,8 @@ def test_eight_devices_equal_one_in_full_precision(distilled: bool) -> None:
 
 
 def test_eight_devices_equal_one_in_ternary() -> None:
-    """From the same state the trits are equal and the loss is, to 1e-6; left alone for 20 steps the losses are to 1e-4."""
-    single, sharded = Run(one(), Q_ALL), Run(make_mesh(4, 2), Q_ALL)
+    """From the same state trits are equal and losses are to 1e-6; left alone for 20 steps, losses are to 1e-4."""
+    single, sharded = run_on(1, Q_ALL), run_on(8, Q_ALL)
     a, alone = single.state, sharded.state
     for step in range(51):
         if step % 10 == 0:
@@ -110,8 +113,8 @@ def test_eight_devices_equal_one_in_ternary() -> None:
 
 
 def test_loss_is_the_weighted_sum_of_its_terms_with_each_model_normalised_its_own_way() -> None:
-    loss = LossConfig(task=0.5, crd=2.0, icl=0.25, fd=3.0)
-    run, batch = Run(one(), loss=loss), batch_of(0)
+    loss = DISTILLED
+    run, batch = run_on(1, loss=loss), batch_of(0)
     _, metrics = run.step(run.state, batch)
     terms = {name: metrics[f"loss/{name}"] for name in ("task", "crd", "icl", "fd")}
     assert metrics["loss"] == pytest.approx(sum(getattr(loss, name) * term for name, term in terms.items()), rel=1e-5)
@@ -127,7 +130,7 @@ def test_loss_is_the_weighted_sum_of_its_terms_with_each_model_normalised_its_ow
 
 
 def test_teacher_is_not_trained_and_its_heads_are() -> None:
-    run = Run(one(), loss=LossConfig(fd=1.0))
+    run = run_on(1, loss=DISTILLED)
     before = jax.device_get(run.teacher_params)
     state, _ = run.step(run.state, batch_of(0))
     state, _ = run.step(state, batch_of(1))
@@ -137,7 +140,7 @@ def test_teacher_is_not_trained_and_its_heads_are() -> None:
 
 
 def test_a_sample_of_weight_zero_changes_nothing() -> None:
-    run = Run(one(), Q_ALL)
+    run = run_on(1, Q_ALL)
     batch, other = batch_of(0), batch_of(0)
     batch["weight"][3] = other["weight"][3] = 0
     other["image"][3] = 0
@@ -147,7 +150,7 @@ def test_a_sample_of_weight_zero_changes_nothing() -> None:
 
 
 def test_logit_scale_is_clamped() -> None:
-    run = Run(one())
+    run = run_on(1)
     params = {"clip": run.state.params["clip"] | {"logit_scale": jnp.float32(9)}}
     state, metrics = run.step(run.state.replace(params=params), batch_of(0))
     assert float(state.params["clip"]["logit_scale"]) == pytest.approx(MAX_LOGIT_SCALE)
@@ -155,14 +158,15 @@ def test_logit_scale_is_clamped() -> None:
 
 
 def test_bfloat16_and_remat_stay_near() -> None:
-    plain, half, remat = Run(one(), Q_ALL), Run(one(), Q_ALL, dtype=jnp.bfloat16), Run(one(), Q_ALL, remat=True)
+    plain = run_on(1, Q_ALL)
+    half, remat = Run(plain.mesh, Q_ALL, dtype=jnp.bfloat16), Run(plain.mesh, Q_ALL, remat=True)
     losses = [run.step(run.state, batch_of(0))[1]["loss"] for run in (plain, half, remat)]
     assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[1] != losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_training_learns_a_batch_by_heart() -> None:
-    run, batch = Run(one(), Q_ALL), batch_of(0)
+    run, batch = run_on(1, Q_ALL), batch_of(0)
     state, first = run.step(run.state, batch)
     for _ in range(40):
         state, last = run.step(state, batch)

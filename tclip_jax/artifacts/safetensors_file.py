@@ -1,0 +1,112 @@
+"""safetensors files of any size, local or not, one tensor in memory at a time.
+
+The safetensors library maps the file, which must be local and counts as memory, and writes only what is all in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+
+from tclip_jax.lazy import LazyArray
+
+# In the order in which the library sorts tensors, the last first.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_NAMES = {dtype: (order, name) for order, (name, dtype) in enumerate(_DTYPES.items())}
+_MAX_HEADER_BYTES = 100 * 2**20  # the library's own limit
+_CHUNK = 16 * 2**20
+
+
+def read_safetensors(path: epath.PathLike) -> dict[str, LazyArray]:
+    """The tensors of a file, unread; its header and size are checked.
+
+    Raises:
+      ValueError: a file that is truncated or no safetensors file, naming it.
+    """
+    path = epath.Path(path)
+    size = path.stat().length
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is truncated or no safetensors file: its {size} bytes do not hold a header")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(path, 8 + length, **fields) for name, fields in header.items()}
+        end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no safetensors file: bad header: {error}") from None
+    if size != 8 + length + end:
+        raise ValueError(f"{path} is truncated or damaged: it has {size} bytes, its header gives {8 + length + end}")
+    return tensors
+
+
+def _tensor(path: epath.Path, data: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> LazyArray:
+    kind = jnp.dtype(_DTYPES[dtype])
+    start, end = data_offsets
+    if min(shape, default=0) < 0 or start < 0 or end - start != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"bytes {start} to {end} cannot be {dtype} {shape}")
+    return LazyArray(tuple(shape), kind, functools.partial(_read, path, data + start, tuple(shape), kind))
+
+
+def _read(path: epath.Path, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    with path.open("rb") as file:
+        file.seek(start)
+        return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+def write_safetensors(
+    path: epath.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Writes arrays, lazy ones too, to the same bytes as safetensors.numpy.save; each is read once, in its turn.
+
+    Returns:
+      The "bytes" and "sha256" of the file.
+    """
+    names = sorted(sorted(tensors), key=lambda name: -_NAMES[tensors[name].dtype.name][0])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + math.prod(tensors[name].shape) * tensors[name].dtype.itemsize
+        kind = _NAMES[tensors[name].dtype.name][1]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with epath.Path(path).open("wb") as file:
+
+        def put(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            flat = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
+            for start in range(0, flat.size, _CHUNK):
+                put(flat[start : start + _CHUNK].tobytes())
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}

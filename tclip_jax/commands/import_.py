@@ -1,0 +1,73 @@
+"""Examples:
+  tclip import hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K --out teacher
+  tclip import ViT-B-16.pt --preset ViT-B-16-quickgelu --out openai
+
+A source is a name of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, or an archive of
+OpenAI. Weights that are exactly scale · trit are stored as that; everything else stays float.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tclip_jax.interop.recover import NotTernaryError
+    from tclip_jax.ternary import TernaryTensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The source, where to write, and what the source does not say."""
+    parser.add_argument("source", metavar="SOURCE", help="hf-hub:org/name[@revision], a folder, or a file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", metavar="NAME", help="the model of a file that does not say it, as ViT-B-16")
+    model.add_argument("--model-cfg", metavar="JSON", help="the same as an open_clip configuration file")
+    parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to this size")
+    parser.add_argument("--ternary", choices=("auto", "no"), default="auto", help="recover trits (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of float parameters (default: float32)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports, and prints what was recovered."""
+    from tclip_jax.artifacts.sizes import weight_bytes
+    from tclip_jax.interop.importing import import_checkpoint
+
+    found = import_checkpoint(
+        args.source,
+        args.out,
+        like=args.preset or args.model_cfg,
+        image_size=args.image_size,
+        ternary=args.ternary == "auto",
+        rest_dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    print(recovery_table(found))
+    print(f"{args.out}: {weight_bytes(args.out):,} bytes of weights")
+
+
+def recovery_table(found: dict[str, TernaryTensor | NotTernaryError]) -> str:
+    """A line for each parameter, with its group and the bits of its scales or why it is float; one if all are float."""
+    from tclip_jax.interop.recover import scale_bits
+    from tclip_jax.ternary import TernaryTensor
+
+    if not any(isinstance(each, TernaryTensor) for each in found.values()):
+        return "float weights: none is scale · trit" if found else "float weights: trits were not looked for"
+    width = max(map(len, found))
+    lines = [f"{'ternary':{width}}  {'group':>7}  scale bits  zeros"]
+    for path, each in found.items():
+        if isinstance(each, TernaryTensor):
+            zeros = 1 - (each.trits != 0).mean()
+            lines.append(f"{path:{width}}  {_granularity(each):>7}  {scale_bits(each.scale):10}  {zeros:5.1%}")
+        else:
+            lines.append(f"{path:{width}}    float: {each}")
+    return "\n".join(lines)
+
+
+def _granularity(t: TernaryTensor) -> str:
+    if t.scale.shape[-2:] == (1, 1):
+        return "tensor"
+    return "channel" if t.scale.shape[t.axis] == 1 else str(t.group)

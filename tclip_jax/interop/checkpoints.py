@@ -1,0 +1,154 @@
+"""Other people's checkpoints, opened: which model they hold, and its parameters, unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop import hub, metadata
+from tclip_jax.interop.gguf import read_gguf
+from tclip_jax.interop.hugging_face import from_hugging_face
+from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP, Metadata
+from tclip_jax.interop.open_clip import lazy_params
+from tclip_jax.interop.reader import INDEX, open_weights, read_json
+from tclip_jax.interop.torchscript import is_torchscript
+from tclip_jax.lazy import LazyArray
+from tclip_jax.models.config import CLIPConfig
+
+_POSITIONS = "visual.positional_embedding"
+_WEIGHTS = {
+    OPEN_CLIP: ("open_clip_model.safetensors", f"open_clip_model.safetensors{INDEX}", "open_clip_pytorch_model.bin"),
+    HUGGING_FACE: ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
+}
+
+
+class Checkpoint(NamedTuple):
+    """A model that is not read yet: `params` is the parameter tree with lazy leaves, `files` hold its weights."""
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    params: dict[str, Any]
+    files: tuple[epath.Path, ...]
+
+
+def is_checkpoint(source: epath.PathLike) -> bool:
+    """Whether this is for `open_checkpoint`: a name of the hub, a file, or a folder of open_clip or transformers."""
+    path = epath.Path(source)
+    if str(source).startswith(hub.PREFIX) or (path.exists() and not path.is_dir()):
+        return True
+    # A run's config.json has no model_type.
+    return (path / OPEN_CLIP).exists() or (
+        (path / HUGGING_FACE).exists() and "model_type" in read_json(path / HUGGING_FACE)
+    )
+
+
+def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_size: int | None = None) -> Checkpoint:
+    """Opens `hf-hub:org/name`, a folder of open_clip or transformers, a file of open_clip, an OpenAI archive, a GGUF.
+
+    A GGUF is read at once, states everything itself, and holds its ternary weights as such.
+
+    Args:
+      source: local, or gs:// and its like.
+      like: a preset or a JSON file of open_clip: the model of a file that does not say it, else what it must be. Only
+        the image size may differ.
+      image_size: of the resulting model. For another size than the weights', asked for here or by `like`, their
+        position embeddings are interpolated; never merely because a checkpoint contradicts itself.
+
+    Raises:
+      FileNotFoundError: there is no such source, or a part of it is missing.
+      ValueError: a source that is damaged, lacks its metadata, or contradicts itself or `like`; one line naming it.
+    """
+    path = hub.fetch(str(source)) if str(source).startswith(hub.PREFIX) else epath.Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        return Checkpoint(*read_gguf(path), (path,))
+    given = metadata.from_name(like) if like else None
+    library = HUGGING_FACE if path.is_dir() and not (path / OPEN_CLIP).exists() else OPEN_CLIP
+    weights = open_weights(_weights_file(path, library))
+    stated = _stated(path, library, weights.tensors)
+    if stated is None and given is None:
+        raise ValueError(
+            f"{source} does not say which model it is, nor its activation: name it (--preset, --model-cfg)"
+        )
+    try:
+        config, pixels = _agreed(stated, given, image_size)
+        tensors = from_hugging_face(weights.tensors, config) if library == HUGGING_FACE else weights.tensors
+        if given or image_size:
+            tensors = _on_grid(tensors, config.vision.grid)
+        return Checkpoint(config, pixels, lazy_params(tensors, config), weights.files)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def resize_positions(embedding: npt.NDArray[Any], grid: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Position embeddings (1 + n·n, W) interpolated to (1 + h·w, W), bicubic and antialiased; the class token's stays.
+
+    It is open_clip's `resize_pos_embed`, with its assumption that the old grid is square.
+
+    Raises:
+      ValueError: an old grid that is not.
+    """
+    side = math.isqrt(len(embedding) - 1)
+    if side * side != len(embedding) - 1:
+        raise ValueError(f"{_POSITIONS} is of {len(embedding) - 1} patches: only a square grid can be resized")
+    token, patches = np.split(np.asarray(embedding, np.float32), [1])
+    old = jnp.asarray(patches.reshape(side, side, -1))
+    new = jax.image.resize(old, (*grid, old.shape[-1]), "cubic")
+    return np.concatenate([token, np.asarray(new).reshape(grid[0] * grid[1], -1)])
+
+
+def _weights_file(path: epath.Path, library: str) -> epath.Path:
+    if not path.is_dir():
+        return path
+    if not (path / library).exists():
+        raise FileNotFoundError(f"{path} holds neither {OPEN_CLIP} nor {HUGGING_FACE}")
+    for name in _WEIGHTS[library]:
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path} has no weights beside its {library}: expected {' or '.join(_WEIGHTS[library])}")
+
+
+def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) -> Metadata | None:
+    """What a source says of its own model; a bare file says nothing, unless it is an archive with its program."""
+    if path.is_dir():
+        return metadata.from_open_clip(path) if library == OPEN_CLIP else metadata.from_hugging_face(path)
+    return metadata.from_torchscript(path, tensors) if is_torchscript(path) else None
+
+
+def _agreed(stated: Metadata | None, given: Metadata | None, image_size: int | None) -> Metadata:
+    """The model that both describe, at the size that is asked for, and the preprocessing that the source states."""
+    known = [each for each in (given, stated) if each]
+    size = (image_size, image_size) if image_size else known[0].config.vision.image_size
+    models = [
+        dataclasses.replace(each.config, vision=dataclasses.replace(each.config.vision, image_size=size))
+        for each in known
+    ]
+    ours, theirs = (flatten_dict(dataclasses.asdict(model), sep=".") for model in (models[0], models[-1]))
+    for option in ours:
+        if ours[option] != theirs[option]:
+            raise ValueError(f"its {option} is {theirs[option]}, but the given model's is {ours[option]}")
+    config, pixels = known[-1]
+    if pixels.size != config.vision.image_size:
+        raise ValueError(f"its preprocessing gives images of {pixels.size}: the model takes {config.vision.image_size}")
+    return Metadata(models[0], Preprocess(**dataclasses.asdict(pixels) | {"size": size}))
+
+
+def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[str, LazyArray]:
+    """The same tensors, the position embeddings of images interpolated if they are of another grid."""
+    resized = dict(tensors)
+    for key, value in tensors.items():
+        if key.endswith(_POSITIONS) and value.shape[0] != 1 + grid[0] * grid[1]:
+            shape = (1 + grid[0] * grid[1], *value.shape[1:])
+            load = functools.partial(lambda value: resize_positions(np.asarray(value), grid), value)
+            resized[key] = LazyArray(shape, np.dtype(np.float32), load)
+    return resized

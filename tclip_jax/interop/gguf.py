@@ -1,0 +1,219 @@
+"""A CLIP as one GGUF file of two towers, in clip.cpp's names, with its ternary weights as TQ1_0 or TQ2_0 blocks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.gguf_blocks import BLOCK, Kind, as_half, decode_blocks, encode_blocks
+from tclip_jax.interop.gguf_file import Tensor, read_header, write_file
+from tclip_jax.interop.gguf_metadata import ARCHITECTURE, Description, from_metadata, to_metadata
+from tclip_jax.interop.gguf_names import PATCHES, Entry, table
+from tclip_jax.interop.open_clip import check_names
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TERNARIZABLE, input_axis
+from tclip_jax.storage import write_atomic
+from tclip_jax.ternary import TernaryTensor
+
+Array = npt.NDArray[Any]
+
+_KINDS: dict[str, Kind] = {"TQ1_0": "tq1_0", "TQ2_0": "tq2_0"}
+
+
+class _Ternary(NamedTuple):
+    """Trits (…, K, N) and one scale for each 256 of the K: (…, K / 256, N); of an embedding, along its rows."""
+
+    trits: Array
+    scale: Array
+
+
+def write_gguf(
+    path: epath.PathLike, *, config: CLIPConfig, preprocess: Preprocess, params: Mapping[str, Any], kind: Kind
+) -> None:
+    """Writes the file, whole or not at all; the same arguments give the same bytes.
+
+    Args:
+      path: local, or gs:// and its like.
+      config: of the model.
+      preprocess: of its images.
+      params: ternary weights as `TernaryTensor`, at least one. Float parameters are stored as F32; the patch embedding
+        as F16, which clip.cpp asks for, if that changes no value.
+      kind: of the blocks that hold the ternary weights.
+
+    Raises:
+      ValueError: a model, images, groups or scales that GGUF cannot hold, or parameters that are not those of `config`.
+    """
+    shapes, leaves = _shapes(config), flatten(params)
+    check_names(leaves, shapes, "the parameter tree")
+    if not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
+        raise ValueError(f"no parameter is ternary, so nothing would be stored as {kind}")
+    values = {name: _storable(name, leaf, shapes[name]) for name, leaf in leaves.items()}
+    metadata = to_metadata(Description(config, preprocess, float(np.asarray(leaves["logit_scale"]))), kind)
+    entries = table(shapes)
+    tensors = {entry.name: _type_and_shape(entry, values[entry.path], kind) for entry in entries}
+    file = io.BytesIO()
+    write_file(file, metadata, tensors, (_encode(entry, values[entry.path], kind) for entry in entries))
+    write_atomic(path, file.getvalue())
+
+
+def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, Any]]:
+    """The model, its preprocessing and its parameters: NumPy, float32 or `TernaryTensor` with groups of 256.
+
+    Every size is compared with the file's and the configuration's before anything of that size is allocated.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: a file that is damaged, of another architecture, or not a CLIP of two towers; one line naming it.
+    """
+    path = epath.Path(path)
+    with path.open("rb") as file:
+        try:
+            metadata, tensors = read_header(file, path.stat().length, ARCHITECTURE)
+            config, preprocess, logit_scale = from_metadata(metadata)
+            shapes = _shapes(config)
+            places = _places(shapes, tensors)
+            leaves = {name: _read(file, name, shapes[name], where) for name, where in places.items()}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return config, preprocess, unflatten_dict({"logit_scale": np.asarray(logit_scale, np.float32), **leaves}, sep="/")
+
+
+def verify_gguf(path: epath.PathLike, params: Mapping[str, Any]) -> None:
+    """Compares every bit of a file with the parameters that it was written from: trits, scales and floats.
+
+    Raises:
+      ValueError: a file that cannot be read, or the first parameter that differs.
+    """
+    found, expected = flatten(read_gguf(path)[2]), flatten(params)
+    check_names(found, expected, f"{path}")
+    for name, leaf in expected.items():
+        if not _same(found[name], _storable(name, leaf, np.shape(leaf))):
+            raise ValueError(f"{path}: {name} is not what the given parameters hold")
+
+
+def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+
+
+def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:
+    """A parameter as the file will give it back: floats of the type they are stored as, or scales per 256."""
+    if np.shape(leaf) != shape:
+        raise ValueError(f"{path} has shape {np.shape(leaf)}: the model's is {shape}")
+    if isinstance(leaf, TernaryTensor):
+        return _in_blocks(path, leaf)
+    value = np.asarray(leaf, np.float32)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{path} holds NaN or infinity: every number must be finite")
+    if path == PATCHES:
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        return half if (half == value).all() else value
+    return value
+
+
+def _in_blocks(path: str, leaf: TernaryTensor) -> _Ternary:
+    trits, scale, axis, group = np.asarray(leaf.trits), np.asarray(leaf.scale), leaf.axis, leaf.group
+    length, count = trits.shape[axis], scale.shape[axis]
+    if axis != input_axis(path) or length % BLOCK or (count > 1 and (group % BLOCK or length % group)):
+        raise ValueError(
+            f"{path} has groups of {group} along {length} weights: GGUF has a scale for each {BLOCK} inputs, "
+            f"so groups must be multiples of {BLOCK} that divide them"
+        )
+    try:
+        as_half(scale)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    shape = list(trits.shape)
+    shape[axis] = length // BLOCK
+    return _Ternary(trits, np.broadcast_to(scale.repeat(shape[axis] // count, axis), shape))
+
+
+def _type_and_shape(entry: Entry, value: Array | _Ternary, kind: Kind) -> tuple[str, tuple[int, ...]]:
+    if isinstance(value, _Ternary):
+        return kind.upper(), entry.view(value.trits).shape
+    return "F16" if value.dtype == np.float16 else "F32", entry.view(value).shape
+
+
+def _encode(entry: Entry, value: Array | _Ternary, kind: Kind) -> Array:
+    if not isinstance(value, _Ternary):
+        return entry.view(value)
+    try:
+        return encode_blocks(entry.view(value.trits), entry.view(value.scale), kind)
+    except ValueError as error:
+        raise ValueError(f"{entry.path}: {error}") from None
+
+
+def _places(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> dict[str, list[tuple[Entry, Tensor]]]:
+    """The tensors of each parameter; raises ValueError unless they are the model's, in types that it can use."""
+    entries = table(shapes)
+    check_names(tensors, {entry.name for entry in entries}, "the list of tensors")
+    places: dict[str, list[tuple[Entry, Tensor]]] = {}
+    for entry in entries:
+        tensor, pieces = tensors[entry.name], places.setdefault(entry.path, [])
+        expected = entry.view(np.broadcast_to(np.int8(0), shapes[entry.path])).shape
+        if tensor.shape != expected:
+            raise ValueError(f"tensor {entry.name} has shape {tensor.shape}: the model's is {expected}")
+        if tensor.type in _KINDS and entry.path not in TERNARIZABLE:
+            raise ValueError(f"tensor {entry.name} has type {tensor.type}: the model can use it as F32 or F16 only")
+        if pieces and (pieces[0][1].type in _KINDS) != (tensor.type in _KINDS):
+            raise ValueError(f"tensor {entry.name} has type {tensor.type}, {pieces[0][0].name} has {pieces[0][1].type}")
+        pieces.append((entry, tensor))
+    return places
+
+
+def _read(file: IO[bytes], path: str, shape: tuple[int, ...], pieces: list[tuple[Entry, Tensor]]) -> Any:
+    """The parameter at `path`, tensor by tensor into its place."""
+    if pieces[0][1].type not in _KINDS:
+        floats = np.empty(shape, np.float32)
+        for entry, tensor in pieces:
+            entry.view(floats)[...] = _read_floats(file, entry.name, tensor)
+        return floats
+    axis = input_axis(path)
+    groups = list(shape)
+    groups[axis] //= BLOCK
+    trits, scale = np.empty(shape, np.int8), np.empty(groups, np.float32)
+    for entry, tensor in pieces:
+        blocks = np.frombuffer(_bytes(file, tensor), np.uint8).reshape(tensor.shape[0], -1)
+        try:
+            entry.view(trits)[...], entry.view(scale)[...] = decode_blocks(blocks, _KINDS[tensor.type])
+        except ValueError as error:
+            raise ValueError(f"tensor {entry.name}: {error}") from None
+    leaf: Any = TernaryTensor(trits, scale, BLOCK, axis)  # type: ignore[arg-type]
+    return leaf
+
+
+def _read_floats(file: IO[bytes], name: str, tensor: Tensor) -> Array:
+    values = np.frombuffer(_bytes(file, tensor), "<f4" if tensor.type == "F32" else "<f2")
+    if not np.isfinite(values).all():
+        raise ValueError(f"tensor {name} holds NaN or infinity: every number must be finite")
+    return values.reshape(tensor.shape)
+
+
+def _bytes(file: IO[bytes], tensor: Tensor) -> bytes:
+    file.seek(tensor.offset)
+    return file.read(tensor.nbytes)
+
+
+def _same(found: Any, expected: Array | _Ternary) -> bool:
+    if isinstance(found, TernaryTensor) and isinstance(expected, _Ternary):
+        return np.array_equal(found.trits, expected.trits) and _same_bits(found.scale, expected.scale)
+    if isinstance(found, TernaryTensor) or isinstance(expected, _Ternary):
+        return False
+    return _same_bits(found, expected)
+
+
+def _same_bits(found: Any, expected: Array) -> bool:
+    """Whether two arrays are equal in float32, −0 and +0 being different."""
+    first, second = (np.asarray(array, np.float32).view(np.uint32) for array in (found, expected))
+    return np.array_equal(first, second)

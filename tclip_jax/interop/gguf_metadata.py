@@ -1,0 +1,207 @@
+"""clip.cpp's metadata of a model and its images: written from a configuration, and read as one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from etils import epath
+
+from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
+from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
+from tclip_jax.interop.gguf_blocks import Kind
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+
+ARCHITECTURE = "clip"
+# llama.cpp's numbers of files that are mostly of that type, and of the age of its quantised types.
+_FILE_TYPES: dict[Kind, int] = {"tq1_0": 36, "tq2_0": 37}
+_QUANTIZATION_VERSION = 2
+_EPSILON = 1e-5
+# Far above any model's numbers, and too low for their products to overflow.
+_LARGEST, _MOST_LAYERS = 2**15, 2**10
+
+T = TypeVar("T")
+
+
+class Description(NamedTuple):
+    """What the metadata of a file say: the model, its images, and the log scale, which is a parameter elsewhere."""
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    logit_scale: float
+
+
+class _Tower(NamedTuple):
+    width: int
+    hidden: int
+    embed_dim: int
+    heads: int
+    layers: int
+
+
+_TOWER_KEYS = ("embedding_length", "feed_forward_length", "projection_dim", "attention.head_count", "block_count")
+
+
+def to_metadata(description: Description, kind: Kind) -> dict[str, Any]:
+    """The metadata of a file whose ternary weights are blocks of `kind`.
+
+    Raises:
+      ValueError: a model or images that clip.cpp's keys cannot describe, naming the option.
+    """
+    config, preprocess, logit_scale = description
+    _check_expressible(config, preprocess)
+    vision, text = config.vision, config.text
+    towers = {
+        "text": _Tower(text.width, int(text.width * text.mlp_ratio), config.embed_dim, text.heads, text.layers),
+        "vision": _Tower(
+            vision.width, int(vision.width * vision.mlp_ratio), config.embed_dim, vision.heads, vision.layers
+        ),
+    }
+    metadata = {
+        "general.architecture": ARCHITECTURE,
+        "general.description": "two-tower CLIP model",
+        "general.file_type": _FILE_TYPES[kind],
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        "clip.use_gelu": not config.quick_gelu,
+        "clip.logit_scale": logit_scale,
+        "clip.text.context_length": text.context_length,
+        "clip.vision.image_size": vision.image_size[0],
+        "clip.vision.patch_size": vision.patch_size,
+        "clip.vision.image_mean": preprocess.mean,
+        "clip.vision.image_std": preprocess.std,
+        "tokenizer.ggml.tokens": _tokens(text.vocab_size),
+    }
+    for name, tower in towers.items():
+        metadata[f"clip.has_{name}_encoder"] = True
+        metadata[f"clip.{name}.attention.layer_norm_epsilon"] = _EPSILON
+        metadata |= {f"clip.{name}.{key}": number for key, number in zip(_TOWER_KEYS, tower, strict=True)}
+    return metadata
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> Description:
+    """What the metadata of a file describe.
+
+    Raises:
+      ValueError: another vocabulary than CLIP's, or a key that is missing or has an impossible value.
+    """
+    text, vision = _read_tower(metadata, "text"), _read_tower(metadata, "vision")
+    if text.embed_dim != vision.embed_dim:
+        raise ValueError(
+            f"projection_dim is {text.embed_dim} for text and {vision.embed_dim} for images: they must agree"
+        )
+    if vision.width % vision.heads or text.width % text.heads:
+        raise ValueError(
+            f"attention.head_count of {text.heads} (text) or {vision.heads} (vision) does not divide the width"
+        )
+    tokens = _get(metadata, "tokenizer.ggml.tokens", list)
+    if tokens != _tokens(len(tokens)):
+        raise ValueError("tokenizer.ggml.tokens are not those of CLIP's vocabulary, or not in its order")
+    size = _size(metadata, "clip.vision.image_size")
+    config = CLIPConfig(
+        embed_dim=text.embed_dim,
+        vision=VisionConfig(
+            image_size=(size, size),
+            patch_size=_size(metadata, "clip.vision.patch_size"),
+            width=vision.width,
+            layers=vision.layers,
+            head_width=vision.width // vision.heads,
+            mlp_ratio=_ratio(vision),
+        ),
+        text=TextConfig(
+            context_length=_size(metadata, "clip.text.context_length"),
+            vocab_size=len(tokens),
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+            mlp_ratio=_ratio(text),
+        ),
+        quick_gelu=not _get(metadata, "clip.use_gelu", bool),
+    )
+    mean, std = (_decimals(metadata, f"clip.vision.image_{name}") for name in ("mean", "std"))
+    logit_scale = _get(metadata, "clip.logit_scale", float)
+    if not abs(logit_scale) <= _LARGEST:
+        raise ValueError(f"clip.logit_scale is {logit_scale}: it must be a number of at most {_LARGEST}")
+    return Description(config, Preprocess(size, mean, std), logit_scale)
+
+
+def _read_tower(metadata: Mapping[str, Any], name: str) -> _Tower:
+    if not _get(metadata, f"clip.has_{name}_encoder", bool):
+        raise ValueError(f"it has no {name} encoder: a CLIP of two towers can be read")
+    key = f"clip.{name}.attention.layer_norm_epsilon"
+    epsilon = _get(metadata, key, float)
+    if not math.isclose(epsilon, _EPSILON, rel_tol=1e-6):
+        raise ValueError(f"{key} is {epsilon:.6g}: it can only be {_EPSILON}")
+    tower = _Tower(*(_size(metadata, f"clip.{name}.{key}") for key in _TOWER_KEYS))
+    if tower.layers > _MOST_LAYERS:
+        raise ValueError(f"clip.{name}.block_count is {tower.layers}: at most {_MOST_LAYERS} are read")
+    return tower
+
+
+def _get(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    if key not in metadata:
+        raise ValueError(f"its metadata lack {key}")
+    # A bool is an int to isinstance.
+    if type(metadata[key]) is not kind:
+        raise ValueError(f"{key} is {type(metadata[key]).__name__}: it must be {kind.__name__}")
+    return metadata[key]
+
+
+def _size(metadata: Mapping[str, Any], key: str) -> int:
+    number = _get(metadata, key, int)
+    if not 1 <= number <= _LARGEST:
+        raise ValueError(f"{key} is {number}: it must be 1 to {_LARGEST}")
+    return number
+
+
+def _decimals(metadata: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """Decimals that round to the float32 values: OpenAI's, which are not the shortest, or else those."""
+    values = _get(metadata, key, np.ndarray)
+    if values.dtype != np.float32 or values.shape != (3,) or not np.isfinite(values).all():
+        raise ValueError(f"{key} must hold three finite FLOAT32")
+    for known in (OPENAI_MEAN, OPENAI_STD):
+        if np.array_equal(values, np.asarray(known, np.float32)):
+            return known
+    return tuple(float(str(value)) for value in values)
+
+
+def _ratio(tower: _Tower) -> float:
+    """The mlp_ratio whose product with the width is the hidden size when it is rounded down."""
+    ratio = tower.hidden / tower.width
+    return ratio if int(tower.width * ratio) == tower.hidden else math.nextafter(ratio, math.inf)
+
+
+def _tokens(count: int) -> list[str]:
+    if not 1 <= count <= VOCAB_SIZE:
+        raise ValueError(f"a vocabulary of {count} tokens: CLIP's has 1 to {VOCAB_SIZE}")
+    return _vocabulary()[:count]
+
+
+@functools.cache
+def _vocabulary() -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer().save(folder)
+        return list(json.loads((epath.Path(folder) / "vocab.json").read_text()))
+
+
+def _check_expressible(config: CLIPConfig, preprocess: Preprocess) -> None:
+    vision, text = config.vision, config.text
+    only = (
+        ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
+        ("vision_cfg.pool_type", vision.pool_type, "tok"),
+        ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
+        ("vision_cfg.ls_init_value", vision.ls_init_value, None),
+        ("text_cfg.pool_type", text.pool_type, "argmax"),
+        ("text_cfg.no_causal_mask", text.no_causal_mask, False),
+        ("text_cfg.ls_init_value", text.ls_init_value, None),
+        ("preprocess_cfg.size", preprocess.size, vision.image_size),
+        ("preprocess_cfg.interpolation", preprocess.interpolation, "bicubic"),
+        ("preprocess_cfg.resize_mode", preprocess.resize_mode, "shortest"),
+    )
+    for option, value, possible in only:
+        if value != possible:
+            raise ValueError(f"{option} is {value!r}: a GGUF of CLIP can only have {possible!r}")

@@ -1,0 +1,128 @@
+"""Latent weights from which a quantizer makes given trits and scales again: where training goes on from an import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from tclip_jax.interop.recover import repeat_groups, scale_bits
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.parallel.rules import path_of
+from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
+
+Array = npt.NDArray[Any]
+
+_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
+
+# Of the threshold s/2, how far out the latent weight of a zero trit lies if nothing forces another place: half way.
+_ZERO = 0.25
+# Of s, how far out nonzero weights may lie before zeros are moved outwards instead.
+_FAR = 2.0
+
+
+def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
+    """A tree to train from: `latent_from_ternary` of every `TernaryTensor`, which must have a rule; the rest as it is.
+
+    Raises:
+      ValueError: a ternary parameter that no rule names, or one that its quantizer cannot reproduce; its path is named.
+    """
+
+    def latent(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, TernaryTensor):
+            return leaf
+        path = path_of(key_path)
+        quantizer = find_quantizer(path, rules)
+        if quantizer is None:
+            raise ValueError(f"{path} is ternary, but no rule of the run makes it so")
+        try:
+            return latent_from_ternary(leaf, quantizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(latent, params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
+
+
+def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[np.float32]:
+    """Weights w with ternarize(jnp.asarray(w), quantizer) equal to `t` in every trit and every bit of every scale.
+
+    In each group all zero trits get one magnitude, s/4 where possible, with alternating signs, and all others one that
+    gives the mean magnitude s/k; both are whole multiples of the last bit of the group's sum, which is therefore exact.
+
+    Raises:
+      ValueError: groups or scales that the quantizer cannot give, naming the first: another group size; scales of more
+        significant bits than its own; or more nonzero trits than 2/k of a group, since each must lie above s/2 (for
+        k = 2: a group without a zero).
+    """
+    trits, scale, length = np.asarray(t.trits), np.asarray(t.scale, np.float32), t.shape[t.axis]
+    group = length if isinstance(quantizer.group, str) else min(quantizer.group, length)
+    shared = scale.shape[-2:] == (1, 1) != trits.shape[-2:]
+    if group != t.group or shared != (quantizer.group == "tensor"):
+        raise ValueError(
+            f"groups of {t.group}, scales {scale.shape}: not what a quantizer of group {quantizer.group!r} makes"
+        )
+    if trits.ndim == 3:
+        parts = (TernaryTensor(*part, t.group, t.axis) for part in zip(trits, scale, strict=True))
+        return np.stack([latent_from_ternary(part, quantizer) for part in parts])
+    if shared:  # one group of all weights
+        w = _latent(trits.reshape(-1, 1), scale, trits.size, -2, quantizer.factor).reshape(trits.shape)
+    else:
+        w = _latent(trits, scale, t.group, t.axis, quantizer.factor)
+    again = jax.device_get(_ternarize(w, quantizer, t.axis))
+    if not np.array_equal(again.trits, trits) or again.scale.tobytes() != scale.tobytes():
+        raise ValueError(_why_not(trits, scale, again, quantizer))
+    return w
+
+
+def _latent(trits: Array, scale: Array, group: int, axis: int, factor: float) -> npt.NDArray[np.float32]:
+    length, starts = trits.shape[axis], np.arange(0, trits.shape[axis], group)
+    along = (-1, 1) if axis == -2 else (1, -1)
+    members = np.minimum(group, length - starts).reshape(along)
+    nonzeros = np.add.reduceat((trits != 0).astype(np.int64), starts, axis)
+    zeros = members - nonzeros
+    total = _totals(scale, (factor / members).astype(np.float32))
+    # Whole numbers of this unit below 2²⁴ add up without rounding; fine enough for both magnitudes in any case.
+    unit = np.minimum(np.spacing(total), np.spacing(scale) * 2.0**15).astype(np.float64)
+    units, threshold = total / unit, np.floor(scale / 2 / unit)
+    left_for_zeros = np.floor((units - nonzeros * (threshold + 1)) / np.maximum(zeros, 1))
+    outwards = np.ceil((units - nonzeros * np.floor(_FAR * scale / unit)) / np.maximum(zeros, 1))
+    inner = np.maximum(np.floor(_ZERO * scale / unit), outwards)
+    inner = np.maximum(np.minimum(inner, np.minimum(threshold, left_for_zeros)), 0)
+    inner = np.where(nonzeros == 0, np.floor(units / members), inner)
+    outer, remainder = np.divmod(units - zeros * inner, np.where(nonzeros == 0, members, nonzeros))
+
+    def each(values: Array) -> Array:
+        return repeat_groups(values, group, length, axis)
+
+    outside = (trits != 0) | each(nonzeros == 0)
+    counts = np.add.reduceat(outside.astype(np.int64), starts, axis)
+    rank = np.cumsum(outside, axis) - each(np.cumsum(counts, axis) - counts)
+    magnitude = np.where(trits != 0, each(outer), each(inner)) + (outside & (rank <= each(remainder)))
+    sign = np.where(trits != 0, trits, 1 - 2 * (np.arange(length) % 2).reshape(along))
+    return (sign * magnitude * each(unit)).astype(np.float32)
+
+
+def _totals(scale: Array, factor: Array) -> Array:
+    """A float32 sum for each scale that gives it when multiplied by `factor`, if one of the nearest five does."""
+    nearest = (scale / factor.astype(np.float64)).astype(np.float32)
+    total = nearest
+    for direction in (np.float32(np.inf), np.float32(0)):
+        moved = nearest
+        for _ in range(2):
+            moved = np.nextafter(moved, direction)
+            total = np.where((total * factor != scale) & (moved * factor == scale), moved, total)
+    return np.where(scale == 0, np.float32(0), total)
+
+
+def _why_not(trits: Array, scale: Array, again: TernaryTensor, quantizer: Quantizer) -> str:
+    bits = scale_bits(scale[scale > 0])
+    if bits > quantizer.scale_bits:
+        return f"its scales have {bits} significant bits: the quantizer keeps {quantizer.scale_bits}"
+    wrong = int((again.scale != scale).sum()), int((again.trits != trits).sum())
+    return (
+        f"no weights give {wrong[0]} of its {scale.size} scales and {wrong[1]} of its {trits.size} trits with factor"
+        f" {quantizer.factor:g}: the mean is s/{quantizer.factor:g}, and every nonzero lies above s/2"
+    )

@@ -1,0 +1,125 @@
+"""The tensors of a TorchScript archive, the form in which OpenAI published CLIP; none of its code is run.
+
+The archive is a zip file: `data.pkl` holds the tree of modules, `data/N` the storages, `code/` the program as text.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import pickle
+import re
+import zipfile
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+
+from tclip_jax.lazy import LazyArray
+
+_STORAGES = {
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "BoolStorage": "bool",
+}
+# Neither parameter nor buffer: tracing keeps the causal mask as an attribute.
+_MASK = "attn_mask"
+
+
+class _Module:
+    """What stands for a module of the archive: its attributes, and no code."""
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype[Any]
+    member: str
+    size: int
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors, modules without their code, and nothing else."""
+
+    def __init__(self, path: epath.Path, archive: zipfile.ZipFile) -> None:
+        self._path, self._root = path, archive.namelist()[0].split("/")[0]
+        super().__init__(io.BytesIO(archive.read(f"{self._root}/data.pkl")))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return functools.partial(_tensor, self._path)
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return jnp.dtype(_STORAGES[name])
+        if module.split(".")[0] == "__torch__":
+            return type(name, (_Module,), {})
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, and only tensors are read")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, dtype, key, _, size = pid
+        return _Storage(dtype, f"{self._root}/data/{key}", size)
+
+
+def is_torchscript(path: epath.Path) -> bool:
+    """Whether a file is a zip archive that holds TorchScript code."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            return any(re.match(r"[^/]+/code/", name) for name in archive.namelist())
+
+
+def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
+    """The tensors of an archive, unread, by the names of PyTorch's state dict.
+
+    Raises:
+      ValueError: an archive that is damaged or holds more than modules and tensors.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            module = _Unpickler(path, archive).load()
+        return {name: value for name, value in _tensors(module, "") if name.rpartition(".")[2] != _MASK}
+    # A damaged pickle raises almost anything.
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable TorchScript archive: {error}") from None
+
+
+def torchscript_activation(path: epath.Path) -> bool | None:
+    """Whether the program computes QuickGELU (True) or GELU (False), by its text; None if it shows neither or both."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        program = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
+    quick, exact = ("torch.sigmoid(" in program), ("torch.gelu(" in program)
+    return quick if quick != exact else None
+
+
+def _tensors(module: Any, prefix: str) -> list[tuple[str, LazyArray]]:
+    found = []
+    for name, value in vars(module).items():
+        if isinstance(value, LazyArray):
+            found.append((prefix + name, value))
+        elif isinstance(value, _Module):
+            found += _tensors(value, f"{prefix}{name}.")
+    return found
+
+
+def _tensor(
+    path: epath.Path, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> LazyArray:
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if min((offset, *shape, *strides)) < 0 or (0 not in shape and last >= storage.size):
+        raise ValueError(f"{storage.member} of {storage.size} numbers cannot hold {shape} at {offset}")
+
+    def load() -> npt.NDArray[Any]:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            flat = np.frombuffer(archive.read(storage.member), storage.dtype, storage.size)[offset:]
+        return np.lib.stride_tricks.as_strided(
+            flat, shape, [stride * storage.dtype.itemsize for stride in strides], writeable=False
+        )
+
+    return LazyArray(tuple(shape), storage.dtype, load)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tclip_jax.data.images import HALF_MEAN, HALF_STD, Preprocess
+from tclip_jax.interop.gguf_metadata import Description, from_metadata, to_metadata
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.presets import PRESETS
+
+B16 = CLIPConfig.from_open_clip(PRESETS["ViT-B-16"])
+
+
+def as_read(metadata: dict[str, Any]) -> dict[str, Any]:
+    """With the float32 that a file gives back."""
+    read: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if isinstance(value, tuple):
+            read[key] = np.asarray(value, np.float32)
+        else:
+            read[key] = float(np.float32(value)) if isinstance(value, float) else value
+    return read
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stats", [{}, {"mean": HALF_MEAN, "std": HALF_STD}, {"mean": (0.1, 0.2, 0.3)}])
+def test_every_preset_comes_back(preset: str, stats: dict[str, Any]) -> None:
+    config = CLIPConfig.from_open_clip(PRESETS[preset])
+    description = Description(config, Preprocess(config.vision.image_size, **stats), 4.5)
+    assert from_metadata(as_read(to_metadata(description, "tq1_0"))) == description
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "hidden"), [(1408, 4.3637, 6144), (1664, 4.9231, 8192), (1152, 3.7362, 4304)]
+)
+def test_mlp_ratios_of_large_models_come_back_as_their_hidden_sizes(width: int, ratio: float, hidden: int) -> None:
+    vision = dataclasses.replace(B16.vision, width=width, mlp_ratio=ratio)
+    description = Description(dataclasses.replace(B16, vision=vision), Preprocess(224), 0.0)
+    metadata = as_read(to_metadata(description, "tq2_0"))
+    assert metadata["clip.vision.feed_forward_length"] == hidden
+    assert int(width * from_metadata(metadata).config.vision.mlp_ratio) == hidden
+
+
+def test_every_hidden_size_has_a_ratio() -> None:
+    metadata = as_read(to_metadata(Description(B16, Preprocess(224), 0.0), "tq1_0"))
+    for hidden in range(1, 3000, 7):
+        config = from_metadata(metadata | {"clip.text.feed_forward_length": hidden}).config
+        assert int(config.text.width * config.text.mlp_ratio) == hidden
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("clip.has_vision_encoder", False, "it has no vision encoder: a CLIP of two towers can be read"),
+        ("clip.logit_scale", None, "its metadata lack clip.logit_scale"),
+        ("clip.logit_scale", np.nan, "clip.logit_scale is nan: it must be a number of at most 32768"),
+        ("clip.logit_scale", 1e300, "clip.logit_scale is 1e"),
+        ("clip.logit_scale", 4, "clip.logit_scale is int: it must be float"),
+        ("clip.use_gelu", None, "its metadata lack clip.use_gelu"),
+        ("clip.use_gelu", 1, "clip.use_gelu is int: it must be bool"),
+        ("clip.text.block_count", True, "clip.text.block_count is bool: it must be int"),
+        ("clip.text.block_count", 0, "clip.text.block_count is 0: it must be 1 to 32768"),
+        ("clip.text.block_count", 30000, "clip.text.block_count is 30000: at most 1024 are read"),
+        ("clip.vision.image_size", 4_000_000_000, "clip.vision.image_size is 4000000000: it must be 1 to 32768"),
+        ("clip.vision.image_size", 225, "image size 225 is not divisible by patch size 16"),
+        ("clip.vision.attention.head_count", 5, r"attention.head_count of 8 \(text\) or 5 \(vision\) does not divide"),
+        ("clip.text.attention.head_count", 1000, r"attention.head_count of 1000 \(text\)"),
+        ("clip.text.attention.layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06: it can only be 1e-05"),
+        ("clip.text.attention.layer_norm_epsilon", np.nan, "layer_norm_epsilon is nan"),
+        ("clip.vision.projection_dim", 41, "projection_dim is 512 for text and 41 for images: they must agree"),
+        (
+            "clip.vision.image_mean",
+            np.zeros(10**6, np.float32),
+            "clip.vision.image_mean must hold three finite FLOAT32",
+        ),
+        ("clip.vision.image_mean", np.zeros(3, np.int32), "clip.vision.image_mean must hold three finite FLOAT32"),
+        ("clip.vision.image_std", np.float32([1, 1, np.inf]), "clip.vision.image_std must hold three finite FLOAT32"),
+        ("clip.vision.image_std", np.zeros(3, np.float32), "with std above 0"),
+        ("tokenizer.ggml.tokens", ["!"] * 300, "tokenizer.ggml.tokens are not those of CLIP's vocabulary"),
+        ("tokenizer.ggml.tokens", ["!"] * 49409, "a vocabulary of 49409 tokens: CLIP's has 1 to 49408"),
+        ("tokenizer.ggml.tokens", np.zeros(3), "tokenizer.ggml.tokens is ndarray: it must be list"),
+    ],
+)
+def test_metadata_that_cannot_be_are_refused(key: str, value: Any, message: str) -> None:
+    metadata = as_read(to_metadata(Description(B16, Preprocess(224), 0.0), "tq1_0")) | {key: value}
+    if value is None:
+        del metadata[key]
+    with pytest.raises(ValueError, match=message) as error:
+        from_metadata(metadata)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("tower", "changes", "message"),
+    [
+        ("vision", {"pool_type": "avg"}, "vision_cfg.pool_type is 'avg': a GGUF of CLIP can only have 'tok'"),
+        ("vision", {"no_ln_pre": True}, "vision_cfg.no_ln_pre is True"),
+        ("vision", {"ls_init_value": 0.1}, "vision_cfg.ls_init_value is 0.1"),
+        ("vision", {"image_size": (224, 240)}, r"vision_cfg.image_size is \(224, 240\)"),
+        ("text", {"pool_type": "last"}, "text_cfg.pool_type is 'last'"),
+        ("text", {"no_causal_mask": True}, "text_cfg.no_causal_mask is True"),
+        ("text", {"vocab_size": 50000}, "a vocabulary of 50000 tokens: CLIP's has 1 to 49408"),
+    ],
+)
+def test_a_model_that_the_keys_cannot_describe_is_refused(tower: str, changes: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(B16, **{tower: dataclasses.replace(getattr(B16, tower), **changes)})
+    with pytest.raises(ValueError, match=message):
+        to_metadata(Description(config, Preprocess(224), 0.0), "tq1_0")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "option"),
+    [
+        (Preprocess(240), "size"),
+        (Preprocess(224, resize_mode="squash"), "resize_mode"),
+        (Preprocess(224, interpolation="bilinear"), "interpolation"),
+    ],
+)
+def test_images_that_the_keys_cannot_describe_are_refused(pixels: Preprocess, option: str) -> None:
+    with pytest.raises(ValueError, match=f"preprocess_cfg.{option} is .*: a GGUF of CLIP can only have"):
+        to_metadata(Description(B16, pixels, 0.0), "tq1_0")

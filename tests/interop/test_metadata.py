@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from etils import epath
+
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.hugging_face import hugging_face_config
+from tclip_jax.interop.metadata import (
+    config_from_hugging_face,
+    from_hugging_face,
+    from_name,
+    preprocess_from_hugging_face,
+)
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.presets import PRESETS
+
+TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_json_gives_the_model_it_was_written_from(preset: str) -> None:
+    config = CLIPConfig.from_open_clip(PRESETS[preset])
+    assert config_from_hugging_face(hugging_face_config(config)) == config
+    assert from_name(preset) == (config, Preprocess(config.vision.image_size))
+
+
+@pytest.mark.parametrize("hidden", [4304, 5461, 6144, 8191])
+def test_any_width_of_the_mlp_survives_the_ratio(hidden: int) -> None:
+    document = hugging_face_config(TINY)
+    document["vision_config"]["intermediate_size"] = hidden
+    config = config_from_hugging_face(document)
+    assert int(config.vision.width * config.vision.mlp_ratio) == hidden
+
+
+def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
+    for pixels in (
+        Preprocess(32),
+        Preprocess(32, (0.5,) * 3, (0.5,) * 3, "bilinear"),
+        Preprocess((32, 48), resize_mode="squash"),
+    ):
+        assert preprocess_from_hugging_face(pixels.to_hugging_face()) == pixels
+    # transformers wrote plain numbers before, and writes one file for image and text now.
+    old = Preprocess(32).to_hugging_face() | {"size": 32, "crop_size": 32}
+    assert preprocess_from_hugging_face(old) == Preprocess(32)
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": old}))
+    assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model_type", "siglip", "model_type is 'siglip'"),
+        ("vision_config.hidden_act", None, "lacks 'hidden_act'"),
+        ("text_config.hidden_act", "quick_gelu", "hidden_act is 'gelu' and 'quick_gelu': both towers"),
+        ("vision_config.hidden_act", "gelu_new", "'gelu_new'"),
+        ("vision_config.layer_norm_eps", 1e-6, "vision_config.layer_norm_eps is 1e-06: it must be 1e-05"),
+        ("text_config.eos_token_id", 3, "text_config.eos_token_id is 3: it must be 49407"),
+        ("projection_dim", None, "lacks 'projection_dim'"),
+        ("vision_config.num_attention_heads", 0, "not the config of a CLIPModel"),
+        ("text_config.hidden_size", "wide", "not the config of a CLIPModel"),
+    ],
+)
+def test_a_config_json_that_is_not_read(path: str, value: Any, message: str, tmp_path: pathlib.Path) -> None:
+    document = hugging_face_config(TINY)
+    *parents, key = path.split(".")
+    section = document[parents[0]] if parents else document
+    section.pop(key)
+    if value is not None:
+        section[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"/config\.json: .*{message}"):
+        from_hugging_face(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"do_resize": False}, "do_resize is false"),
+        ({"do_center_crop": False}, "give no images of one size"),
+        ({"crop_size": 24}, "give no images of one size"),
+        ({"resample": 0}, "resample is 0: it must be 2 .* or 3"),
+        ({"image_mean": [0.5]}, "not three numbers"),
+    ],
+)
+def test_a_preprocessor_that_is_not_read(changed: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
+    with pytest.raises(ValueError, match=r"lacks preprocessor_config\.json"):
+        from_hugging_face(epath.Path(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(Preprocess(32).to_hugging_face() | changed))
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{message}"):
+        from_hugging_face(epath.Path(tmp_path))
+
+
+def test_a_model_cfg_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(PRESETS["tiny"]))
+    assert from_name(str(path)) == (TINY, Preprocess(32))
+    path.write_text(json.dumps({"model_cfg": PRESETS["tiny"], "preprocess_cfg": {"interpolation": "bilinear"}}))
+    assert from_name(str(path)) == (TINY, Preprocess(32, interpolation="bilinear"))
+    path.write_text(json.dumps({"model_cfg": {"embed_dim": 1}}))
+    with pytest.raises(ValueError, match=r"model\.json: model_cfg lacks 'vision_cfg'"):
+        from_name(str(path))
+    with pytest.raises(ValueError, match="the nearest is 'ViT-B-16'"):
+        from_name("ViT-B-17")

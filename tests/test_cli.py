@@ -1,0 +1,137 @@
+"""The commands from outside: help, errors, overrides, and what is imported for them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import keyword
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from tclip_jax.cli import COMMANDS, main
+
+STUDENT = ("params", "--config", "quickstart:student")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_module_of_a_command_is_in_the_table() -> None:
+    folder = pathlib.Path(importlib.import_module("tclip_jax.commands").__path__[0])
+    assert set(COMMANDS) == {path.stem.removesuffix("_") for path in folder.glob("[!_]*.py")}
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(help_of([], capsys).split())
+    assert all(f"{name} {purpose}" in shown for name, purpose in COMMANDS.items())
+    assert main_exit([]) == 0 and capsys.readouterr().out.startswith("usage: tclip")
+
+
+def main_exit(arguments: Sequence[str]) -> object:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_ends_in_examples_that_it_parses(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = help_of([name], capsys)
+    assert shown.startswith(f"usage: tclip {name}") and COMMANDS[name] in " ".join(shown.split())
+    _, after = re.split(r"^Examples?:$", shown, flags=re.MULTILINE)
+    examples = re.findall(rf"^ *tclip ({name}\b.*)$", after, re.MULTILINE)
+    parsed: list[object] = []
+    monkeypatch.setattr(f"tclip_jax.commands.{name}{'_' * keyword.iskeyword(name)}.run", parsed.append)
+    for example in examples:
+        assert main(shlex.split(example)) == 0, example
+    assert len(parsed) == len(examples) > 0
+
+
+@pytest.mark.parametrize("arguments", [["qickstart"], ["--config", "quickstart"], ["--"], [*STUDENT, "--bogus"]])
+def test_what_is_no_command_or_option_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_exit(arguments) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_and_code_2(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["evaluate", nowhere, "--data", "digits"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"tclip evaluate: error: {nowhere}/config.json: no such file; expected the workdir")
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="config has no 'stepz'") as error:
+        main([*STUDENT, "--config.stepz=3", "--debug"])
+    assert error.traceback[-1].path.name == "schema.py"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.stepz=3", "config has no 'stepz': the nearest is 'steps'"),
+        ("--config.steps", "--config.steps has no value: write --config.steps=VALUE"),
+        ("--config.data.batch_size=many", "config.data.batch_size is 'many': it must be int"),
+        ("--config.mesh.fsdp=3", "mesh data=-1, fsdp=3 does not fit 8 devices"),
+    ],
+)
+def test_a_wrong_override_is_one_line(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STUDENT, override]) == 2
+    assert capsys.readouterr().err == f"tclip params: error: {message}\n"
+
+
+def test_params_as_json_needs_no_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STUDENT, "--json", "--config.mesh.fsdp=4", "--config.quantizer.group=32"]) == 0
+    rows = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["image/blocks/mlp/fc1/kernel"] == {
+        "path": "image/blocks/mlp/fc1/kernel",
+        "shape": [3, 64, 256],
+        "size": 3 * 64 * 256,
+        "dtype": "float32",
+        "sharding": "(None, None, 'fsdp')",
+        "ternary": "k=2 group=32",
+    }
+    assert rows["logit_scale"]["ternary"] == "" and rows["logit_scale"]["shape"] == []
+
+
+def test_params_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STUDENT, "--config.ternary=Q-FFN"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["path", "shape", "size", "dtype", "sharding", "ternary"]
+    assert next(line for line in lines if line.startswith("text/blocks/mlp/fc2/kernel")).endswith("k=2 group=256")
+    mlps, rest = 2 * 64 * 256 * (3 + 2), 49408 * 64
+    assert re.fullmatch(rf"all parameters: [\d,]+, of which ternary {mlps:,} \(\d+\.\d\d%\)", lines[-2])
+    assert int(lines[-2].split()[2].rstrip(",").replace(",", "")) - rest == int(
+        lines[-1].split()[4].rstrip(",").replace(",", "")
+    )
+
+
+def test_python_m_is_the_same_and_imports_no_jax_for_help() -> None:
+    shown = python("-X", "importtime", "-m", "tclip_jax", "train", "--help")
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: tclip train")
+    imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+    assert "tclip_jax.recipes" in imported and not imported & {"jax", "flax", "tensorflow_datasets"}
+    failed = python("-m", "tclip_jax", "train", "--config", "absent.py", "--workdir", "runs/x")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "tclip train: error: absent.py: no such recipe file\n"
+
+
+def test_importing_the_package_and_its_cli_imports_neither_jax_nor_flax() -> None:
+    code = "import sys, tclip_jax.cli; print(tclip_jax.__version__, {'jax', 'flax', 'torch'} & set(sys.modules))"
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S* set\(\)\n", python("-c", code).stdout)

@@ -1,0 +1,135 @@
+"""Recipes are found by name or path, and overrides reach every key or say which key was meant."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tclip_jax import recipes
+from tclip_jax.recipes import load_recipe, override, recipe_folder
+from tclip_jax.training.config import base_config, run_config
+
+RECIPES = sorted(path.stem for path in recipe_folder().glob("[!_]*.py"))
+
+
+def test_the_checkouts_recipes_are_found() -> None:
+    assert recipe_folder() == pathlib.Path(__file__).resolve().parents[1] / "configs"
+    assert "quickstart" in RECIPES
+
+
+def test_an_installed_packages_own_recipes_come_first(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package" / "configs").mkdir(parents=True)
+    (tmp_path / "configs").mkdir()
+    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "package")
+    assert recipe_folder() == tmp_path / "package" / "configs"
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize("mode", ["", ",runlocal"])
+def test_quickstart_is_a_run(who: str, mode: str) -> None:
+    config = load_recipe(f"quickstart:{who}{mode}")
+    run = run_config(override(config, ["teacher=runs/teacher"] if who == "student" else []))
+    assert bool(run.rules) == bool(run.loss.crd) == (who == "student")
+    assert run.steps == (4 if mode else 500) and run.data.source == run.eval.source == "digits"
+
+
+def test_without_an_argument_get_config_has_its_default() -> None:
+    assert load_recipe("quickstart") == load_recipe("quickstart:teacher")
+
+
+@pytest.mark.parametrize("argument", ["pupil", "teacher,fast", ",runlocal"])
+def test_quickstart_says_what_its_argument_may_be(argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"^quickstart:{argument}: write quickstart:teacher or quickstart:student"):
+        load_recipe(f"quickstart:{argument}")
+
+
+def test_a_recipe_of_ones_own(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from tclip_jax.training.config import base_config\n"
+        "def get_config(arg='7'):\n"
+        "    config = base_config()\n"
+        "    config.steps = int(arg)\n"
+        "    return config\n"
+    )
+    assert load_recipe(str(path)).steps == 7 and load_recipe(f"{path}:9").steps == 9
+
+
+def test_what_is_no_recipe(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the recipe folder .*configs has no 'quikstart': the nearest is 'quickstart'$"
+    ):
+        load_recipe("quikstart:teacher")
+    with pytest.raises(FileNotFoundError, match=r"absent\.py: no such recipe file"):
+        load_recipe(str(tmp_path / "absent.py"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.py is no recipe: it defines no get_config\(argument\)"):
+        load_recipe(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("steps=7", 7),
+        ("optimizer.learning_rate=2e-3", 2e-3),
+        ("optimizer.learning_rate=1", 1.0),
+        ("mesh.data=-1", -1),
+        ("remat=True", True),
+        ("teacher=runs/a=b", "runs/a=b"),
+        ("teacher=", ""),
+        ("data.source=folder:/data/my photos", "folder:/data/my photos"),
+        ("data.templates=('a {c}', 'the {c}')", ("a {c}", "the {c}")),
+        ("quantizer.group=channel", "channel"),
+        ("model.vision_cfg.width=96", 96),
+        ("model.vision_cfg.pool_type=avg", "avg"),
+        ("preprocess.size=(32, 32)", (32, 32)),
+        ("ternary=[('image/.*', {'factor': 1.0})]", [("image/.*", {"factor": 1.0})]),
+    ],
+)
+def test_an_override_is_a_literal_or_a_string(assignment: str, value: Any) -> None:
+    config = override(base_config(), [assignment])
+    for key in assignment.partition("=")[0].split("."):
+        config = config[key]
+    assert config == value and type(config) is type(value)
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none() | st.text())
+def test_any_literal_can_be_written(value: Any) -> None:
+    assert override(base_config(), [f"teacher={value!r}"]).teacher == value
+
+
+def test_the_last_override_wins_and_all_are_checked_by_run_config() -> None:
+    config = override(base_config(), ["steps=3", "steps=5", "data.batch_size=many"])
+    assert config.steps == 5
+    with pytest.raises(ValueError, match=r"config\.data\.batch_size is 'many': it must be int"):
+        run_config(config)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stepz=3", r"^config has no 'stepz': the nearest is 'steps'$"),
+        ("optimiser.b1=3", r"^config has no 'optimiser': the nearest is 'optimizer'$"),
+        ("data.batchsize=3", r"^config\.data has no 'batchsize': the nearest is 'batch_size'$"),
+        ("model.vison_cfg.width=3", r"^config\.model has no 'vison_cfg': the nearest is 'vision_cfg'$"),
+        ("steps", r"^--config\.steps has no value: write --config\.steps=VALUE$"),
+        ("steps.more=3", r"^config\.steps is a value, not a section: write --config\.steps=VALUE$"),
+        ("data=3", r"^config\.data is a section, not a value: write --config\.data\.KEY=VALUE$"),
+        ("model.text_cfg=None", r"^config\.model\.text_cfg is a section, not a value"),
+    ],
+)
+def test_an_impossible_override_says_what_would_be_right(assignment: str, message: str) -> None:
+    config = base_config()
+    with pytest.raises(ValueError, match=message):
+        override(config, [assignment])
+    assert config == base_config()
+
+
+def test_a_locked_recipe_can_be_overridden() -> None:
+    config = ml_collections.ConfigDict({"steps": 1}).lock()
+    assert override(config, ["steps=two"]).steps == "two" and config.is_locked
