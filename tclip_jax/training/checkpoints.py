@@ -27,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
-        self._folder = epath.Path(folder)
+        self._folder = epath.Path(folder).resolve()  # Orbax refuses relative paths, and only when it writes
         self._every = config.every
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -78,7 +78,7 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
-    folder = epath.Path(folder)
+    folder = epath.Path(folder).resolve()
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")

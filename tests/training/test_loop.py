@@ -66,11 +66,14 @@ def test_interrupted_run_goes_on_to_the_same_bits(
         loop.train(config, tmp_path / "whole")
 
 
-def test_distilling_from_a_run(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+def test_distilling_from_a_run(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config.steps = 2
-    loop.train(config, tmp_path / "teacher")
+    loop.train(config, "runs/teacher")
     config.model.embed_dim = 8
-    config.ternary, config.teacher = "Q-FFN", str(tmp_path / "teacher")
+    config.ternary, config.teacher = "Q-FFN", "runs/teacher"
     config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0})
     config.mesh.update({"data": 4, "fsdp": 2})
     loop.train(config, tmp_path / "student")
