@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tclip_jax.storage import is_local
 from tclip_jax.training.config import CheckpointConfig
 from tclip_jax.training.state import TrainState
 
@@ -27,7 +28,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
-        self._folder = epath.Path(folder).resolve()  # Orbax refuses relative paths, and only when it writes
+        self._folder = _absolute(folder)
         self._every = config.every
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -78,7 +79,7 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
-    folder = epath.Path(folder).resolve()
+    folder = _absolute(folder)
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
@@ -88,6 +89,12 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
             return max(steps), checkpointer.restore(newest, abstract)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(_explain(newest, error)) from error
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    """Orbax refuses relative paths, and only when it writes."""
+    path = epath.Path(folder)
+    return path.resolve() if is_local(path) else path
 
 
 def _without_model(state: TrainState) -> dict[str, Any]:
