@@ -31,7 +31,7 @@ def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:
     config.loss.positives = "equal_text"  # ten classes: a batch repeats its captions
     config.data.update({"source": "digits", "templates": "digits", "augment": "affine", "batch_size": 128})
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50, "clip_norm": 1.0})
-    config.steps = 500
+    config.steps = 400 if who == "teacher" else 500
     config.checkpoint.every = 250
     config.eval.update({"source": "digits", "split": "test", "templates": "digits", "every": 100})
     if mode == "runlocal":

@@ -20,6 +20,7 @@ COMMANDS = {
     "import": "read a checkpoint of open_clip, transformers or OpenAI, and write it as an artifact",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
     "export": "write a model as one folder that open_clip and transformers load",
+    "compare": "numerics of two models: weights, activations, inputs; JAX against PyTorch",
     "params": "table of parameters: shape, dtype, sharding, ternary or not",
 }
 

@@ -98,7 +98,10 @@ def scan_blocks(
 ) -> jax.Array:
     """Runs `layers` blocks as one scan inside a tower: compiled once, parameters `blocks/…` stacked on a layer axis."""
     body = nn.remat(Block, prevent_cse=False) if remat else Block
-    scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers)
+    # tclip_jax.numerics records activations in "taps" and replaces them from "reference"; both are empty otherwise.
+    scanned = nn.scan(
+        body, variable_axes={"params": 0, "taps": 0, "reference": 0}, split_rngs={"params": True}, length=layers
+    )
     # The name keeps the wrappers' own (ScanCheckpointBlock_0) out of the parameter paths.
     blocks = scanned(heads, layers, mlp_ratio, layer_scale, causal, quick_gelu, rules, dtype, name="blocks")
     return blocks(constrain_batch(x_BTD), None)[0]

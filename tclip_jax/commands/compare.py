@@ -1,0 +1,125 @@
+"""Example:
+  tclip compare activations runs/student export --html compare.html
+
+A, B and MODEL: a run's workdir, an artifact, an open_clip or transformers folder or file, a GGUF. B is the reference.
+The exit code is 0 within the budget, 1 over it, 2 after an error. docs/compare.md finds a bug with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tclip_jax.artifacts.model import Model
+    from tclip_jax.numerics.golden import Recording
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to compare, and the form of the report."""
+    form = argparse.ArgumentParser(add_help=False)
+    form.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    form.add_argument("--html", metavar="FILE", help="also write one self-contained page with plots")
+    numbers = argparse.ArgumentParser(add_help=False)
+    numbers.add_argument("--precision", default="highest", help="jax_default_matmul_precision (default: highest)")
+    numbers.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of JAX")
+    batch = argparse.ArgumentParser(add_help=False)
+    batch.add_argument("--batch", type=int, default=4, metavar="N", help="images and texts (default: 4)")
+    batch.add_argument(
+        "--via",
+        choices=("auto", "torch", "jax"),
+        default="auto",
+        help="what runs the reference (auto: PyTorch if it is installed and the folder is one of its libraries')",
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    weights = kinds.add_parser("weights", parents=[form], help="values, trits and scales, tensor by tensor")
+    activations = kinds.add_parser(
+        "activations", parents=[form, numbers, batch], help="every tap of both towers, cumulative and isolated"
+    )
+    golden = kinds.add_parser("golden", help="activations in a file, for machines without PyTorch")
+    actions = golden.add_subparsers(dest="action", metavar="ACTION", required=True)
+    dump = actions.add_parser("dump", parents=[numbers, batch], help="run a model and write its activations")
+    check = actions.add_parser("check", parents=[form, numbers], help="run a model and compare it with the file")
+    inputs = kinds.add_parser("inputs", parents=[form], help="tokens and pixels against open_clip and transformers")
+    for each in (weights, activations):
+        each.add_argument("a", metavar="A")
+        each.add_argument("b", metavar="B", help="the reference")
+    for each in (dump, check, inputs):
+        each.add_argument("model", metavar="MODEL")
+    for each in (dump, check):
+        each.add_argument("file", metavar="FILE")
+    for each in (weights, activations, check):
+        each.add_argument("--budget", type=float, help="largest relative error (default: 2e-5; of weights 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares, prints, and returns the exit code."""
+    from tclip_jax.numerics.activations import BUDGET, activations_report
+    from tclip_jax.numerics.golden import read_golden, write_golden
+    from tclip_jax.numerics.inputs import inputs_report
+    from tclip_jax.numerics.page import to_html
+    from tclip_jax.numerics.report import to_json, to_text
+    from tclip_jax.numerics.weights import weights_report
+    from tclip_jax.storage import write_atomic
+    from tclip_jax.training.restore import load_model
+
+    if args.kind == "weights":
+        title = f"weights of {args.a} against {args.b}"
+        report = weights_report(title, load_model(args.a), load_model(args.b), args.budget or 0.0)
+    elif args.kind == "inputs":
+        report = inputs_report(load_model(args.model), args.model)
+    elif args.kind == "golden" and args.action == "dump":
+        recording = _record(args.model, load_model(args.model), args)
+        write_golden(args.file, recording._replace(facts={"model": args.model, **recording.facts}))
+        print(f"{args.file}: {len(recording.taps)} taps, {args.batch} images and texts, {recording.facts['run by']}")
+        return 0
+    else:
+        if args.kind == "golden":
+            ours, theirs = args.model, args.file
+            model, reference = load_model(ours), read_golden(theirs)
+        else:
+            ours, theirs = _reference_last(args)
+            model = load_model(ours)
+            reference = _record(theirs, model, args)
+        report = activations_report(
+            f"activations of {ours} against {theirs}",
+            model,
+            reference,
+            budget=BUDGET if args.budget is None else args.budget,
+            precision=args.precision,
+            dtype=args.dtype,
+        )
+    if args.html:
+        write_atomic(args.html, to_html(report))
+    print(json.dumps(to_json(report)) if args.json else to_text(report))
+    return 0 if report.passed else 1
+
+
+def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
+    """A and B, exchanged if only A is a folder that PyTorch runs."""
+    exchange = _in_torch(args.a, args.via) and not _in_torch(args.b, args.via)
+    return (args.b, args.a) if exchange else (args.a, args.b)
+
+
+def _in_torch(path: str, via: str) -> bool:
+    from tclip_jax.numerics.torch_side import library_of
+
+    return via == "torch" or (
+        via == "auto" and bool(library_of(path)) and importlib.util.find_spec("torch") is not None
+    )
+
+
+def _record(path: str, inputs_of: Model, args: argparse.Namespace) -> Recording:
+    """The activations of the model at `path` on sample inputs for a model that is loaded."""
+    from tclip_jax.numerics.activations import record
+    from tclip_jax.numerics.samples import sample_batch
+    from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
+    from tclip_jax.training.restore import load_model
+
+    pixels, tokens = sample_batch(inputs_of, args.batch)
+    if not _in_torch(path, args.via):
+        return record(load_model(path), pixels, tokens, precision=args.precision, dtype=args.dtype)
+    module = load_torch(path) if library_of(path) else build_torch(load_model(path))
+    return record_torch(module, inputs_of.config, pixels, tokens)

@@ -1,0 +1,1 @@
+"""Two models compared number by number: weights, activations, inputs."""

@@ -1,0 +1,120 @@
+"""Named activations of both towers, recorded from the model that trains: the same modules, the same scan.
+
+A tower with L layers has 5 + 3·L taps, in the order of the computation:
+
+| tap | what |
+|---|---|
+| image/patch_embedding, text/token_embedding | (B, N, D), (B, T, D), without class token and positions |
+| image/embedded, text/embedded | what enters the first block (B, T, D) |
+| …/blocks/i/attention, …/blocks/i/mlp | what each branch of block i adds to the stream, before any LayerScale |
+| …/blocks/i | the residual stream after block i |
+| image/ln_post, text/ln_final | the pooled, normalised token (B, D) |
+| …/projection, …/embedding | the embedding (B, E), and the same with length 1 |
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.models.clip import CLIP
+from tclip_jax.models.config import CLIPConfig
+
+Taps = dict[str, npt.NDArray[np.float32]]
+
+_BRANCHES = ("attention", "mlp")
+_TAPPED = ("patch_embedding", "token_embedding", "blocks", *_BRANCHES, "ln_post", "ln_final", "projection")
+
+
+def tap_names(config: CLIPConfig) -> tuple[str, ...]:
+    """The taps of a model in the order of its computation."""
+    names = []
+    for tower, first, layers, last in (
+        ("image", "patch_embedding", config.vision.layers, "ln_post"),
+        ("text", "token_embedding", config.text.layers, "ln_final"),
+    ):
+        blocks = [f"blocks/{i}{part}" for i in range(layers) for part in ("/attention", "/mlp", "")]
+        names += [f"{tower}/{name}" for name in (first, "embedded", *blocks, last, "projection", "embedding")]
+    return tuple(names)
+
+
+def collect_taps(
+    model: Model,
+    pixels: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.int32],
+    reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    dtype: jax.typing.DTypeLike = np.float32,
+) -> Taps:
+    """The activations of a model as float32 arrays by name.
+
+    Args:
+      model: latent or packed.
+      pixels: normalised images (B, H, W, 3).
+      tokens: (B, T).
+      reference: activations of another model on the same inputs. Each tap is then computed from the reference's
+        earlier taps instead of the model's own, so that an error shows where it is made and nowhere after it.
+      dtype: of the computation.
+    """
+    clip, forced = CLIP(model.config, model.rules, dtype), {} if reference is None else _nest(reference, model.config)
+    recorded = flatten_dict(jax.device_get(_apply(clip, model.params, forced, pixels, tokens)), sep="/")
+    found: Taps = {}
+    for tower in ("image", "text"):
+        found[f"{tower}/embedding"] = recorded.pop(f"embeddings/{tower}")
+        found[f"{tower}/embedded"] = recorded.pop(f"{tower}/blocks/input")[0]
+    for path, value in recorded.items():
+        name = path.removesuffix("/output")
+        if "/blocks" in name:
+            found |= {name.replace("/blocks", f"/blocks/{i}"): layer for i, layer in enumerate(value)}
+        else:
+            found[name] = value
+    return {name: found[name].astype(np.float32) for name in tap_names(model.config)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(clip: CLIP, params: Any, reference: Any, pixels: jax.Array, tokens: jax.Array) -> dict[str, Any]:
+    with nn.intercept_methods(_record):
+        variables = {"params": params, "reference": reference}
+        (image, text, _), recorded = clip.apply(variables, pixels, tokens, mutable=["taps"])
+    return recorded["taps"] | {"embeddings": {"image": image, "text": text}}
+
+
+def _record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or module.name not in _TAPPED:
+        return next_fun(*args, **kwargs)
+    if module.name != "blocks":
+        return _exchange(module, "output", next_fun(*args, **kwargs))
+    x_BTD, *rest = args
+    x_BTD, nothing = next_fun(_exchange(module, "input", x_BTD), *rest, **kwargs)
+    return _exchange(module, "output", x_BTD), nothing
+
+
+def _exchange(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
+    """Records the model's own value, and gives back the reference's where there is one."""
+    module.sow("taps", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return module.get_variable("reference", name, value).astype(value.dtype)
+
+
+def _nest(reference: Mapping[str, npt.NDArray[np.float32]], config: CLIPConfig) -> dict[str, Any]:
+    """The taps as the variables that `_exchange` looks for, layers stacked."""
+    nested: dict[str, Any] = {}
+    for tower, layers, names in (
+        ("image", config.vision.layers, ("patch_embedding", "ln_post", "projection")),
+        ("text", config.text.layers, ("token_embedding", "ln_final", "projection")),
+    ):
+        nested |= {f"{tower}/{name}/output": reference[f"{tower}/{name}"] for name in names}
+        blocks = [reference[f"{tower}/blocks/{i}"] for i in range(layers)]
+        nested[f"{tower}/blocks/output"] = np.stack(blocks)
+        nested[f"{tower}/blocks/input"] = np.stack([reference[f"{tower}/embedded"], *blocks[:-1]])
+        for branch in _BRANCHES:
+            values = [reference[f"{tower}/blocks/{i}/{branch}"] for i in range(layers)]
+            nested[f"{tower}/blocks/{branch}/output"] = np.stack(values)
+    return unflatten_dict(nested, sep="/")

@@ -1,0 +1,217 @@
+"""The PyTorch side: models and inputs of open_clip and transformers, and the same taps by forward hooks.
+
+Only this file imports torch, and only when a function is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+from PIL import Image
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.open_clip import to_open_clip
+from tclip_jax.interop.reader import read_json
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.numerics.golden import Recording
+from tclip_jax.numerics.taps import Taps, tap_names
+from tclip_jax.storage import is_local
+
+# module path in open_clip and in transformers -> tap
+_OPEN_CLIP = {
+    "visual.conv1": "image/patch_embedding",
+    "visual.transformer.resblocks": "image/blocks",
+    "visual.ln_post": "image/ln_post",
+    "token_embedding": "text/token_embedding",
+    "transformer.resblocks": "text/blocks",
+    "ln_final": "text/ln_final",
+}
+_TRANSFORMERS = {
+    "vision_model.embeddings.patch_embedding": "image/patch_embedding",
+    "vision_model.encoder.layers": "image/blocks",
+    "vision_model.post_layernorm": "image/ln_post",
+    "visual_projection": "image/projection",
+    "text_model.embeddings.token_embedding": "text/token_embedding",
+    "text_model.encoder.layers": "text/blocks",
+    "text_model.final_layer_norm": "text/ln_final",
+    "text_projection": "text/projection",
+}
+_BRANCHES = {"attn": "attention", "self_attn": "attention", "mlp": "mlp"}
+
+
+def library_of(path: epath.PathLike) -> str:
+    """Whose local folder it is: 'open_clip', 'transformers', or '' for what neither loads."""
+    folder = epath.Path(path)
+    if not is_local(folder):
+        return ""
+    if (folder / "open_clip_config.json").exists():
+        return "open_clip"
+    config = folder / "config.json"
+    return "transformers" if config.exists() and read_json(config).get("model_type") == "clip" else ""
+
+
+@functools.cache
+def import_torch() -> Any:
+    """torch, beside which open_clip can be imported.
+
+    Raises:
+      ValueError: torch or torchvision is not installed.
+    """
+    try:
+        torch = importlib.import_module("torch")
+        _repair_torchvision(torch)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: what runs in PyTorch needs pip install 'tclip-jax[torch]'") from None
+    return torch
+
+
+@functools.cache
+def _repair_torchvision(torch: Any) -> Any:
+    """Defines the operators that torchvision's CUDA build needs to be imported beside a CPU build of torch.
+
+    They last as long as the library that is returned, and so kept.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+def load_torch(folder: epath.PathLike) -> Any:
+    """The float32 model of an open_clip or transformers folder, read by that library itself; on the CPU."""
+    import_torch()
+    if library_of(folder) == "open_clip":
+        open_clip = importlib.import_module("open_clip")
+        return open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
+    transformers = importlib.import_module("transformers")
+    return transformers.CLIPModel.from_pretrained(folder, dtype="float32").eval()
+
+
+def build_torch(model: Model) -> Any:
+    """open_clip's CLIP with our weights, those that are ternary dequantised; on the CPU."""
+    torch, open_clip = import_torch(), importlib.import_module("open_clip")
+    state = to_open_clip(pack_params(model.params, model.rules), model.config)
+    module = open_clip.CLIP(**model.config.to_open_clip())
+    module.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
+    return module.eval()
+
+
+def record_torch(
+    module: Any, config: CLIPConfig, pixels: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]
+) -> Recording:
+    """The activations of an open_clip or transformers model, named, shaped and ordered as `collect_taps` gives ours.
+
+    Args:
+      module: from `load_torch` or `build_torch`.
+      config: of the model.
+      pixels: normalised images (B, H, W, 3).
+      tokens: (B, T).
+    """
+    torch = import_torch()
+    images, ids = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), torch.from_numpy(np.array(tokens)).long()
+    taps: Taps = {}
+    with torch.no_grad(), _hooks(module, taps):
+        if hasattr(module, "visual"):
+            taps["image/projection"] = module.encode_image(images).float().numpy()
+            taps["text/projection"] = module.encode_text(ids).float().numpy()
+        else:
+            module(pixel_values=images, input_ids=ids)
+        scale = float(module.logit_scale.exp())
+    patches = taps["image/patch_embedding"]
+    taps["image/patch_embedding"] = patches.reshape(*patches.shape[:2], -1).transpose(0, 2, 1)
+    # open_clip normalises all tokens and then takes one; taking one first is the same.
+    if taps["image/ln_post"].ndim == 3 and config.vision.pool_type == "tok":
+        taps["image/ln_post"] = taps["image/ln_post"][:, 0]
+    end_B = tokens.argmax(axis=-1) if config.text.pool_type == "argmax" else np.full(len(tokens), -1)
+    taps["text/ln_final"] = taps["text/ln_final"][np.arange(len(tokens)), end_B]
+    for tower in ("image", "text"):
+        embedding = torch.from_numpy(taps[f"{tower}/projection"])
+        taps[f"{tower}/embedding"] = torch.nn.functional.normalize(embedding, dim=-1).numpy()
+    ordered = dict.fromkeys(name for name in tap_names(config) if name in taps)
+    return Recording(pixels, tokens, {name: taps[name] for name in ordered | taps}, scale, _environment(module))
+
+
+@contextlib.contextmanager
+def _hooks(module: Any, taps: Taps) -> Iterator[None]:
+    handles = []
+
+    def keep(name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        taps[name] = value.float().numpy().copy()
+
+    def tap(part: Any, name: str) -> None:
+        handles.append(part.register_forward_hook(lambda _module, _args, output: keep(name, output)))
+
+    for path, name in (_OPEN_CLIP if hasattr(module, "visual") else _TRANSFORMERS).items():
+        part = module.get_submodule(path)
+        if not name.endswith("/blocks"):
+            tap(part, name)
+            continue
+        embedded = name.replace("blocks", "embedded")
+        handles.append(part[0].register_forward_pre_hook(lambda _module, args, name=embedded: keep(name, args[0])))
+        for i, block in enumerate(part):
+            tap(block, f"{name}/{i}")
+            for child, branch in block.named_children():
+                if child in _BRANCHES:
+                    tap(branch, f"{name}/{i}/{_BRANCHES[child]}")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def library_inputs(
+    preprocess: Preprocess,
+    context_length: int,
+    texts: Sequence[str],
+    images: Sequence[Image.Image],
+    folder: epath.PathLike | None = None,
+) -> tuple[npt.NDArray[np.int32], list[npt.NDArray[np.float32]]]:
+    """Tokens (N, context_length) and normalised pixels (H, W, 3) as open_clip makes them.
+
+    Args:
+      preprocess: of the images.
+      context_length: of the texts.
+      texts: to tokenize.
+      images: to preprocess.
+      folder: of files that transformers loads; then as transformers makes them from those.
+    """
+    import_torch()
+    if folder is None:
+        open_clip = importlib.import_module("open_clip")
+        transform = importlib.import_module("open_clip.transform")
+        prepare = transform.image_transform_v2(transform.PreprocessCfg(**preprocess.to_open_clip()), is_train=False)
+        tokens = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)(list(texts)).numpy()
+        return tokens.astype(np.int32), [prepare(image).numpy().transpose(1, 2, 0) for image in images]
+    transformers = importlib.import_module("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(
+        list(texts), padding="max_length", max_length=context_length, truncation=True, return_tensors="np"
+    )
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixels = [processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0) for image in images]
+    # It pads with another token than open_clip, which the mask takes away.
+    return (batch["input_ids"] * batch["attention_mask"]).astype(np.int32), pixels
+
+
+def _environment(module: Any) -> dict[str, str]:
+    """The libraries, and whether PyTorch may round matrix products to TF32."""
+    torch, library = import_torch(), type(module).__module__.split(".")[0]
+    backends = torch.backends
+    return {
+        "run by": f"{library} on PyTorch {torch.__version__}, precision {torch.get_float32_matmul_precision()}",
+        "TF32": f"matmul {backends.cuda.matmul.allow_tf32}, cuDNN {backends.cudnn.allow_tf32}",
+    }

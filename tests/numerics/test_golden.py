@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tclip_jax.numerics.golden import Recording, read_golden, write_golden
+
+RNG = np.random.default_rng(0)
+RECORDING = Recording(
+    pixels=RNG.standard_normal((2, 4, 4, 3), np.float32),
+    tokens=RNG.integers(0, 49408, (2, 7), np.int32),
+    # Neither alphabetical nor contiguous.
+    taps={"image/b": RNG.standard_normal((3, 2), np.float32).T, "image/a": np.float32([[np.nan, -0.0]])},
+    logit_scale=14.285714285714286,
+    facts={"run by": "nobody — ß"},
+)
+
+
+def test_round_trip_keeps_every_bit_and_the_order(tmp_path: pathlib.Path) -> None:
+    write_golden(tmp_path / "golden", RECORDING)
+    found = read_golden(tmp_path / "golden")
+    assert [path.name for path in tmp_path.iterdir()] == ["golden"]
+    assert found.logit_scale == RECORDING.logit_scale and found.facts == RECORDING.facts
+    assert list(found.taps) == ["image/b", "image/a"]
+    for name, tap in RECORDING.taps.items():
+        np.testing.assert_array_equal(found.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
+    np.testing.assert_array_equal(found.pixels, RECORDING.pixels)
+    np.testing.assert_array_equal(found.tokens, RECORDING.tokens)
+    assert found.tokens.dtype == np.int32
+
+
+def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "golden"
+    with pytest.raises(FileNotFoundError, match="golden: no such file; `tclip compare golden dump` writes one"):
+        read_golden(path)
+    write_golden(path, RECORDING)
+    whole = path.read_bytes()
+    for broken in (b"", whole[:5], whole[:-1], b"{}" * 30, whole.replace(b'"tclip_golden":"1"', b'"tclip_golden":"2"')):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
+            read_golden(path)
+    for metadata in (None, {"tclip_golden": "1"}, {"tclip_golden": "1", "json": '{"taps": ["image/b"]}'}):
+        path.write_bytes(safetensors.numpy.save({"a": np.zeros(2)}, metadata))
+        with pytest.raises(ValueError, match="golden: not a golden file: it lacks "):
+            read_golden(path)

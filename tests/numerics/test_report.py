@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from tclip_jax.numerics.compare import measure
+from tclip_jax.numerics.page import to_html
+from tclip_jax.numerics.report import Report, to_json, to_text
+
+ONE = np.ones(1000, np.float32)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    broken = ONE.copy()
+    broken[0] = np.nan
+    rows = [
+        measure("image/same", ONE, ONE),
+        measure("image/near", ONE + np.float32(1e-6), ONE),
+        measure("image/far", ONE * np.float32(1.5), ONE),
+        measure("text/<broken>", broken, ONE),
+        measure("text/zero", ONE, ONE * 0),
+    ]
+    return Report("A & B", {"run by": "nobody"}, {"cumulative": rows, "isolated": rows[:1]}, 1e-5, ("found",), False)
+
+
+def test_text_shows_what_differs_in_aligned_columns(report: Report) -> None:
+    lines = to_text(report).splitlines()
+    assert lines[:2] == ["A & B", "  run by: nobody"] and lines[-1] == "found"
+    table = lines[lines.index("cumulative: 1 of 5 identical") + 1 : lines.index("isolated: 1 of 1 identical") - 1]
+    assert [line.split()[0] for line in table[1:]] == ["image/near", "image/far", "text/<broken>", "text/zero"]
+    assert [line.endswith("over") for line in table[1:]] == [False, True, True, True]
+    ends = [line.removesuffix("over").rstrip() for line in table]
+    assert len({len(line) for line in ends}) == 1
+
+
+def test_json_is_strict_and_whole(report: Report) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(json.dumps(to_json(report)), parse_constant=refuse)
+    assert [row["name"] for row in found["tables"]["cumulative"]] == [row.name for row in report.tables["cumulative"]]
+    far, zero = found["tables"]["cumulative"][2], found["tables"]["cumulative"][4]
+    assert far["max_abs"] == 0.5 and sum(far["ulp_counts"]) == 1000 and zero["relative"] == "inf"
+    assert found["passed"] is False and found["budget"] == 1e-5
+
+
+class Checker(html.parser.HTMLParser):
+    """Collects every address that a browser would load, and the texts of cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("link", "script", "iframe")
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_loads_nothing(report: Report) -> None:
+    page = to_html(report)
+    checker = Checker()
+    checker.feed(page)
+    assert len(checker.addresses) == 2
+    assert all(address.startswith("data:image/png;base64,iVBOR") for address in checker.addresses)
+    assert "http" not in page and "url(" not in page and "@import" not in page
+    assert {"A & B", "found", "text/<broken>", "image/far"} <= set(checker.words)
+    assert page.count('class="over"') == 3
+
+
+def test_a_page_of_identical_models_has_its_plots() -> None:
+    same = Report("same", {}, {"isolated": [measure("a", ONE, ONE)]}, 1e-5, ("none",), True)
+    assert to_html(same).count("data:image/png") == 2
