@@ -9,9 +9,12 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+import hypothesis
 import pytest
 from absl import flags
 
+hypothesis.settings.register_profile("no_deadline", deadline=None)  # a first example compiles
+hypothesis.settings.load_profile("no_deadline")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse to start otherwise
 
 if importlib.util.find_spec("torch"):

@@ -44,7 +44,7 @@ from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
@@ -101,7 +101,7 @@ def write_artifact(
         if isinstance(leaf, TernaryTensor):
             tensors[path], arrays = encode(path, leaf, dtype)
             ternary |= arrays
-        elif find_quantizer(path, rules):
+        elif path in TERNARIZABLE and find_quantizer(path, rules):
             raise ArtifactError(f"{path} holds the latent weights of a ternary rule: pack_params makes them ternary")
         else:
             tensors[path] = {"coding": RAW_CODING, "shape": list(np.shape(leaf)), "dtype": dtype}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.ternary import TernaryTensor, ternarize
 
@@ -29,7 +29,7 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
 
     def pack(key_path: tuple[Any, ...], leaf: Any) -> Any:
         path, leaf = path_of(key_path), jax.device_get(leaf)
-        quantizer = find_quantizer(path, rules)
+        quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None or _is_ternary(leaf):
             return leaf
         return jax.device_get(_ternarize(leaf, quantizer, input_axis(path)))

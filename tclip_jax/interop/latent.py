@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.interop.recover import repeat_groups, scale_bits
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
 
@@ -35,7 +35,7 @@ def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, A
         if not isinstance(leaf, TernaryTensor):
             return leaf
         path = path_of(key_path)
-        quantizer = find_quantizer(path, rules)
+        quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None:
             raise ValueError(f"{path} is ternary, but no rule of the run makes it so")
         try:

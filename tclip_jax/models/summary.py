@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.rules import partition_spec, path_of
 
 
@@ -17,7 +17,7 @@ def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh) -> list[dict[st
     rows = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = path_of(key_path)
-        quantizer = find_quantizer(path, rules)
+        quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         rows.append(
             {
                 "path": path,

@@ -54,8 +54,6 @@ def ternary_rules(which: str | Sequence[tuple[str, Quantizer]], quantizer: Quant
 
 def find_quantizer(path: str, rules: TernaryRules) -> Quantizer | None:
     """The quantizer of the first rule whose regex matches the whole path, or None for a float parameter."""
-    if path not in TERNARIZABLE:
-        return None
     return next((quantizer for pattern, quantizer in rules if re.fullmatch(pattern, path)), None)
 
 

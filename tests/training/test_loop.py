@@ -151,7 +151,7 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
     with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint there; expected a folder written by"):
         load_run(workdir)
     (workdir / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json.* not JSON"):
         tclip_jax.load(workdir)
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         tclip_jax.load(tmp_path / "nothing")
