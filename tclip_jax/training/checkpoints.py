@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tclip_jax.parallel.rules import path_of
 from tclip_jax.storage import is_local
 from tclip_jax.training.config import CheckpointConfig
 from tclip_jax.training.state import TrainState
@@ -65,10 +71,8 @@ class Checkpoints:
             training=ocp.args.StandardRestore(_without_model(abstract)),
             data=grain.checkpoint.CheckpointRestore(iterator),
         )
-        try:
+        with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise CheckpointError(_explain(self._folder / str(step), error)) from error
         training = restored.training
         return TrainState(training["step"], {"clip": restored.params} | training["heads"], training["optimizer"])
 
@@ -84,11 +88,22 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     if not steps:
         raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
     newest = folder / str(max(steps)) / "params"
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return max(steps), checkpointer.restore(newest, abstract)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(_explain(newest, error)) from error
+    with _explained(newest), ocp.StandardCheckpointer() as checkpointer:
+        _check_shapes(checkpointer.metadata(newest).item_metadata, abstract)
+        return max(steps), checkpointer.restore(newest, abstract)
+
+
+def _check_shapes(stored: Any, abstract: Any) -> None:
+    """Names what differs before anything is read: where Orbax fails, it leaves the reading of other arrays undone."""
+    if stored is None:
+        raise ValueError("its list of arrays cannot be read")
+    found, expected = (
+        {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored.tree, abstract)
+    )
+    for path in sorted(found.keys() | expected.keys()):
+        if found.get(path) != expected.get(path):
+            raise ValueError(f"{path} has shape {found.get(path)}, the model's is {expected.get(path)}")
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
@@ -102,6 +117,24 @@ def _without_model(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "heads": heads, "optimizer": state.optimizer}
 
 
-def _explain(folder: epath.Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return f"{folder}: not a checkpoint of this configuration, or a broken one: {reason[:300]}"
+@contextlib.contextmanager
+def _explained(folder: epath.Path) -> Iterator[None]:
+    """Turns what Orbax raises into one CheckpointError.
+
+    Orbax closes its event loop over the readers of the other arrays. Each complains when it is collected, on stderr and
+    long after: they are collected here, unheard.
+    """
+    reason: str | None = None
+    try:
+        yield
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+    if reason is None:
+        return
+    hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
+    sys.unraisablehook, asyncio_log.disabled = (lambda _: None), True
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook, asyncio_log.disabled = hook, False
+    raise CheckpointError(f"{folder}: not a checkpoint of this configuration, or a broken one: {reason}")
