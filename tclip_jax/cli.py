@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a model as one folder that open_clip and transformers load",
     "compare": "numerics of two models: weights, activations, inputs; JAX against PyTorch",
     "params": "table of parameters: shape, dtype, sharding, ternary or not",
+    "doctor": "versions, devices, precision; what is missing and how to get it",
 }
 
 
