@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:
-        names, values = (max(len(str(finding[column])) for finding in findings) for column in (0, 1))
+        width = max(len(finding.name) for finding in findings)
         for name, value, remedy, optional in findings:
             mark = "!" if remedy and not optional else " "
-            print(f"{mark} {name:{names}}  {value:{values}}  {remedy}".rstrip())
+            print(f"{mark} {name:{width}}  {value}" + (f"; {remedy}" if remedy else ""))
     return int(any(finding.remedy and not finding.optional for finding in findings))
