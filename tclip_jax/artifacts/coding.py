@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from tclip_jax.artifacts.manifest import RAW_CODING, TERNARY_CODING, ArtifactError
+from tclip_jax.artifacts.manifest import FLOAT_CODING, TERNARY_CODING, ArtifactError
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.ternary.packing import pack_base3, unpack_base3
 
-# Repetitions in trits are chance: level 1, which hardly looks for them, gives the smallest files at 45–75 % zeros.
+# Repetitions in trits are chance: level 1, which hardly looks for them, gives the smallest files at 45–75 % zeros. Of
+# floats the bytes with the exponents are worth coding: 0.40 of the size of scales remains, 0.37 at level 19.
 _ZSTD_LEVEL = 1
 
 Stored = dict[str, npt.NDArray[Any]]
@@ -31,8 +32,8 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
     """
     if not isinstance(leaf, TernaryTensor):
         value = _cast(path, np.asarray(leaf), rest_dtype)
-        raw = {"coding": RAW_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
-        return raw, {path: value}
+        entry = {"coding": FLOAT_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
+        return entry, {path: _compressed(_planes(value))}
     scale = np.asarray(leaf.scale, np.float32)
     half = _cast(f"{path}.scale", scale, "float16" if _exact_in_float16(scale) else "float32")
     if (half < 0).any():
@@ -41,7 +42,7 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
         packed = pack_base3(np.asarray(leaf.trits))
     except ValueError as error:
         raise ArtifactError(f"{path}.trits: {error}") from None
-    entry: dict[str, Any] = {
+    entry = {
         "coding": TERNARY_CODING,
         "shape": list(leaf.shape),
         "dtype": half.dtype.name,
@@ -50,8 +51,7 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
         "scale_shape": list(half.shape),
         "sha256": _digest(packed, half),
     }
-    compressed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed.tobytes())
-    return entry, {f"{path}.trits": np.frombuffer(compressed, np.uint8), f"{path}.scale": half}
+    return entry, {f"{path}.trits": _compressed(packed), f"{path}.scale": _compressed(_planes(half))}
 
 
 def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> Any:
@@ -60,18 +60,15 @@ def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray
     Raises:
       ArtifactError: arrays that are not what `entry` says.
     """
-    if entry["coding"] == RAW_CODING:
-        value = _checked(path, stored[path], entry["shape"], entry["dtype"])
+    if entry["coding"] == FLOAT_CODING:
+        value = _floats(path, stored[path], entry["shape"], entry["dtype"])
         _check_digest(path, entry, value)
         return value.astype(np.float32)
-    scale = _checked(f"{path}.scale", stored[f"{path}.scale"], entry["scale_shape"], entry["dtype"])
+    scale = _floats(f"{path}.scale", stored[f"{path}.scale"], entry["scale_shape"], entry["dtype"])
     if (scale < 0).any():
         raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
     shape = tuple(entry["shape"])
-    compressed = stored[f"{path}.trits"]
-    if compressed.dtype != np.uint8 or compressed.ndim != 1:
-        raise ArtifactError(f"{path}.trits is {_kind(compressed)}: it must be uint8 with one axis")
-    packed = np.frombuffer(_decompress(path, compressed.tobytes(), packed_bytes(shape)), np.uint8)
+    packed = _expanded(f"{path}.trits", stored[f"{path}.trits"], packed_bytes(shape))
     try:
         trits: Any = unpack_base3(packed, shape)
     except ValueError as error:
@@ -88,23 +85,44 @@ def packed_bytes(shape: tuple[int, ...]) -> int:
 
 def largest_stored_bytes(entry: Mapping[str, Any]) -> int:
     """Bytes that the stored arrays of a described parameter and their names cannot exceed."""
-    itemsize, names = np.dtype(entry["dtype"]).itemsize, 1024
-    if entry["coding"] == RAW_CODING:
-        return math.prod(entry["shape"]) * itemsize + names
-    packed = packed_bytes(tuple(entry["shape"]))
-    # What zstd may add to incompressible data is below 1/128 and some bytes.
-    return packed + packed // 128 + 512 + math.prod(entry["scale_shape"]) * itemsize + names
+    ternary = entry["coding"] == TERNARY_CODING
+    size = math.prod(entry["scale_shape" if ternary else "shape"]) * np.dtype(entry["dtype"]).itemsize
+    size += packed_bytes(tuple(entry["shape"])) if ternary else 0
+    # What zstd may add to incompressible data is below 1/128 and some bytes for each frame; 1,024 are for the names.
+    return size + size // 128 + 2 * 512 + 1024
 
 
-def _decompress(path: str, compressed: bytes, size: int) -> bytes:
+def _planes(value: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The first byte of every number, then the second, …: (itemsize, size)."""
+    return np.ascontiguousarray(value.reshape(-1).view(np.uint8).reshape(-1, value.dtype.itemsize).T)
+
+
+def _floats(name: str, stored: npt.NDArray[Any], shape: list[int], dtype: str) -> npt.NDArray[Any]:
+    itemsize = np.dtype(dtype).itemsize
+    planes = _expanded(name, stored, math.prod(shape) * itemsize).reshape(itemsize, -1)
+    value = np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+    if not np.isfinite(value).all():
+        raise ArtifactError(f"{name} holds NaN or infinity: every number must be finite")
+    return value
+
+
+def _compressed(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data.data), np.uint8)
+
+
+def _expanded(name: str, stored: npt.NDArray[Any], size: int) -> npt.NDArray[np.uint8]:
+    if stored.dtype != np.uint8 or stored.ndim != 1:
+        raise ArtifactError(f"{name} is {stored.dtype.name} {list(stored.shape)}: it must be uint8 with one axis")
+    frame = stored.data
     try:
-        declared = zstandard.frame_content_size(compressed)
+        declared = zstandard.frame_content_size(frame)
         if declared == size:
-            return zstandard.ZstdDecompressor().decompress(compressed, max_output_size=size, allow_extra_data=False)
+            data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+            return np.frombuffer(data, np.uint8)
     except zstandard.ZstdError as error:
-        raise ArtifactError(f"{path}.trits is not one zstd frame: {error}") from None
+        raise ArtifactError(f"{name} is not one zstd frame: {error}") from None
     what = "an unknown number of" if declared < 0 else declared
-    raise ArtifactError(f"{path}.trits expands to {what} bytes: its shape has {size}, which the frame must declare")
+    raise ArtifactError(f"{name} expands to {what} bytes: its shape has {size}, which the frame must declare")
 
 
 def _cast(name: str, value: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
@@ -120,14 +138,6 @@ def _exact_in_float16(scale: npt.NDArray[np.float32]) -> bool:
         return bool((scale.astype(np.float16) == scale).all())
 
 
-def _checked(name: str, value: npt.NDArray[Any], shape: list[int], dtype: str) -> npt.NDArray[Any]:
-    if list(value.shape) != shape or value.dtype.name != dtype:
-        raise ArtifactError(f"{name} is {_kind(value)}: it must be {dtype} {shape}")
-    if not np.isfinite(value).all():
-        raise ArtifactError(f"{name} holds NaN or infinity: every number must be finite")
-    return value
-
-
 def _check_digest(path: str, entry: Mapping[str, Any], *arrays: npt.NDArray[Any]) -> None:
     if _digest(*arrays) != entry.get("sha256"):
         raise ArtifactError(f"{path} does not have the sha256 that tclip.json gives for its decoded values")
@@ -138,7 +148,3 @@ def _digest(*arrays: npt.NDArray[Any]) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _kind(value: npt.NDArray[Any]) -> str:
-    return f"{value.dtype.name} {list(value.shape)}"

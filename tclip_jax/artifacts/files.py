@@ -12,10 +12,10 @@ import safetensors.numpy
 from etils import epath
 
 from tclip_jax.artifacts.coding import Stored, largest_stored_bytes
-from tclip_jax.artifacts.manifest import MANIFEST, RAW_CODING, TERNARY_CODING, ArtifactError
+from tclip_jax.artifacts.manifest import FLOAT_CODING, MANIFEST, TERNARY_CODING, ArtifactError
 
 TERNARY_FILE, REST_FILE = "ternary.safetensors", "rest.safetensors"
-WEIGHT_FILES = {TERNARY_CODING: TERNARY_FILE, RAW_CODING: REST_FILE}
+WEIGHT_FILES = {TERNARY_CODING: TERNARY_FILE, FLOAT_CODING: REST_FILE}
 
 MAX_OTHER_BYTES = 64 * 2**20
 

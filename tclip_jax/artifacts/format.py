@@ -25,9 +25,9 @@ from tclip_jax.artifacts.files import (
     read_files,
 )
 from tclip_jax.artifacts.manifest import (
+    FLOAT_CODING,
     MANIFEST,
     MAX_MANIFEST_BYTES,
-    RAW_CODING,
     TERNARY_CODING,
     ArtifactError,
     check_image_size,
@@ -104,18 +104,18 @@ def write_artifact(
         elif path in TERNARIZABLE and find_quantizer(path, rules):
             raise ArtifactError(f"{path} holds the latent weights of a ternary rule: pack_params makes them ternary")
         else:
-            tensors[path] = {"coding": RAW_CODING, "shape": list(np.shape(leaf)), "dtype": dtype}
+            tensors[path] = {"coding": FLOAT_CODING, "shape": list(np.shape(leaf)), "dtype": dtype}
     check_tensors(tensors, flatten(param_shapes(config)))
 
     def encoded(path: str) -> npt.NDArray[Any]:
         tensors[path], arrays = encode(path, leaves[path], tensors[path]["dtype"])
         return arrays[path]
 
-    # The rest is encoded while it is written, so that of a lazy tree one leaf at a time is in memory.
+    # The file's header needs the sizes, so the rest is encoded twice: of a lazy tree one leaf at a time is in memory.
     rest = {
-        path: LazyArray(tuple(entry["shape"]), np.dtype(entry["dtype"]), functools.partial(encoded, path))
+        path: LazyArray(encoded(path).shape, np.dtype(np.uint8), functools.partial(encoded, path))
         for path, entry in tensors.items()
-        if entry["coding"] == RAW_CODING
+        if entry["coding"] == FLOAT_CODING
     }
     with atomic_folder(folder, overwrite=overwrite) as building:
         weights = {
@@ -155,7 +155,7 @@ def read_artifact(folder: epath.PathLike) -> Artifact:
     check_tensors(tensors, flatten(shapes))
     contents = read_files(folder, manifest)
     leaves: dict[str, Any] = {}
-    for coding, suffixes in ((TERNARY_CODING, (".trits", ".scale")), (RAW_CODING, ("",))):
+    for coding, suffixes in ((TERNARY_CODING, (".trits", ".scale")), (FLOAT_CODING, ("",))):
         file = WEIGHT_FILES[coding]
         stored = parse_safetensors(contents[file], file)
         entries = {path: entry for path, entry in tensors.items() if entry["coding"] == coding}

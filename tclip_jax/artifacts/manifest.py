@@ -18,7 +18,7 @@ from tclip_jax.ternary import Quantizer
 
 MANIFEST = "tclip.json"
 FORMAT_VERSION = 1
-TERNARY_CODING, RAW_CODING = "base3+zstd", "raw"
+TERNARY_CODING, FLOAT_CODING = "base3+zstd", "planes+zstd"
 
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_PARAMETERS = 2**32
@@ -131,13 +131,13 @@ def check_names(given: Collection[str], expected: Collection[str], where: str) -
 def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}: it must be an object")
-    _require(where, entry, "coding", [TERNARY_CODING, RAW_CODING])
+    _require(where, entry, "coding", [TERNARY_CODING, FLOAT_CODING])
     _require(where, entry, "shape", [list(shape)])
     _require(where, entry, "dtype", ["float16", "float32"])
-    if entry["coding"] == RAW_CODING:
+    if entry["coding"] == FLOAT_CODING:
         return
     if path not in TERNARIZABLE:
-        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: the model can use it as {RAW_CODING} only")
+        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: the model can use it as {FLOAT_CODING} only")
     axis, group = input_axis(path), entry.get("group")
     _require(where, entry, "axis", [axis])
     if type(group) is not int or not 1 <= group <= shape[axis]:

@@ -119,7 +119,7 @@ def test_preprocessing_for_another_size_is_refused(manifest: Tree) -> None:
         (lambda t: t.pop(FC1), f"tensors miss {FC1}"),
         (lambda t: t.update(virus={}), "tensors have the unexpected virus"),
         (lambda t: t.update({FC1: 3}), f"{FC1} is 3: it must be an object"),
-        (lambda t: t[FC1].update(coding="rar"), f"{FC1} has coding 'rar': it must be base3\\+zstd or raw"),
+        (lambda t: t[FC1].update(coding="rar"), f"{FC1} has coding 'rar': it must be base3\\+zstd or planes\\+zstd"),
         (lambda t: t[FC1].pop("coding"), f"{FC1} has coding None"),
         (lambda t: t[FC1].update(shape=[2, 24, 97]), r"has shape \[2, 24, 97\]: it must be \[2, 24, 96\]"),
         (lambda t: t[FC1].update(dtype="int8"), "has dtype 'int8': it must be float16 or float32"),
@@ -130,7 +130,7 @@ def test_preprocessing_for_another_size_is_refused(manifest: Tree) -> None:
         (lambda t: t[FC1].update(group=4), r"has scale_shape \[2, 2, 96\]: it must be \[2, 6, 96\]"),
         (lambda t: t[FC1].update(scale_shape=[2, 1, 1]), r"has scale_shape \[2, 1, 1\]: it must be \[2, 2, 96\]"),
         (lambda t: t[FC1].update(group=24), r"it must be \[2, 1, 96\] or \[2, 1, 1\]"),
-        (lambda t: t["image/ln_pre/bias"].update(coding="base3+zstd"), "the model can use it as raw only"),
+        (lambda t: t["image/ln_pre/bias"].update(coding="base3+zstd"), r"the model can use it as planes\+zstd only"),
     ],
 )
 def test_tensors_that_do_not_fit_the_model_are_refused(

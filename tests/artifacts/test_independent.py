@@ -1,0 +1,80 @@
+"""The format as others know it: a writer made from its document is read here, and the document's reader reads ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tclip_jax.artifacts import read_artifact
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.ternary import TernaryTensor
+
+Tree = dict[str, Any]
+
+spec = importlib.util.spec_from_file_location(
+    "independent_writer", pathlib.Path(__file__).with_name("independent_writer.py")
+)
+assert spec and spec.loader
+independent_writer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(independent_writer)
+
+
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory: pytest.TempPathFactory, config: CLIPConfig, packed: Tree) -> pathlib.Path:
+    """The model as the other writer writes it."""
+    folder = tmp_path_factory.mktemp("independent") / "artifact"
+    ternary, floats = {}, {}
+    for path, leaf in flatten(packed).items():
+        if isinstance(leaf, TernaryTensor):
+            ternary[path] = (np.asarray(leaf.trits), np.asarray(leaf.scale), leaf.group, leaf.axis)
+        else:
+            floats[path] = leaf
+    independent_writer.write(folder, config.to_open_clip(), ternary, floats)
+    return folder
+
+
+def documented_reader(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    page = pathlib.Path(__file__).parents[2] / "docs" / "artifact.md"
+    code = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    names: Tree = {}
+    exec(code.replace('"artifact"', repr(str(folder))), names)
+    return names["weights"]
+
+
+def test_another_writer_is_read_to_the_bit(theirs: pathlib.Path, config: CLIPConfig, packed: Tree) -> None:
+    found = read_artifact(theirs)
+    assert found.config == config and found.rules == () and "provenance" not in found.manifest
+    expected, leaves = flatten(packed), flatten(found.params)
+    assert leaves.keys() == expected.keys()
+    for path, leaf in expected.items():
+        if isinstance(leaf, TernaryTensor):
+            np.testing.assert_array_equal(leaves[path].trits, leaf.trits)
+            np.testing.assert_array_equal(leaves[path].scale, leaf.scale)
+            assert (leaves[path].group, leaves[path].axis) == (leaf.group, leaf.axis)
+        else:
+            np.testing.assert_array_equal(leaves[path], leaf)
+
+
+def test_both_writers_give_the_same_checksums_of_tensors(theirs: pathlib.Path, written: pathlib.Path) -> None:
+    ours = json.loads((written / "tclip.json").read_text())["tensors"]
+    for path, entry in json.loads((theirs / "tclip.json").read_text())["tensors"].items():
+        if entry["dtype"] == ours[path]["dtype"]:
+            assert entry == ours[path]
+
+
+@pytest.mark.parametrize("which", ["theirs", "written"])
+def test_the_documented_reader_reads_both(which: str, packed: Tree, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(which)
+    weights, dtypes = documented_reader(folder), json.loads((folder / "tclip.json").read_text())["tensors"]
+    assert weights.keys() == flatten(packed).keys()
+    for path, leaf in flatten(packed).items():
+        if isinstance(leaf, TernaryTensor):
+            np.testing.assert_array_equal(weights[path], leaf.dequantize())
+        else:
+            np.testing.assert_array_equal(weights[path], leaf.astype(dtypes[path]["dtype"]))
