@@ -1,16 +1,221 @@
-"""The product of activations with a ternary weight."""
+"""The product of activations with a ternary weight, and which implementation computes it."""
 
 from __future__ import annotations
 
-import jax
+import functools
+import logging
+import math
+import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
+from tclip_jax.ternary.packed import Activations, PackedTensor
 from tclip_jax.ternary.tensor import TernaryTensor
 
+VARIABLE = "TCLIP_IMPLEMENTATION"
 
-def ternary_matmul(x: jax.Array, w: TernaryTensor) -> jax.Array:
-    """x · ŵ in the dtype of `x`: (..., K) with a (K, N) ternary weight gives (..., N).
+_logger = logging.getLogger(__name__)
 
-    Dequantizes and multiplies: the reference that every faster implementation is compared with, and bit-equal to the
-    fake-quantized product of training.
+
+def ternary_matmul(
+    x: jax.Array,
+    w: TernaryTensor | PackedTensor,
+    *,
+    activations: Activations = "A16",
+    implementation: str | None = None,
+) -> jax.Array:
+    """x · ŵ in the dtype of `x`: (..., K) with a (K, N) ternary weight gives (..., N), accumulated in float32.
+
+    A `PackedTensor` is multiplied by the implementation that it is packed for. A `TernaryTensor` is dequantized and
+    multiplied, bit-equal to the fake-quantized product of training, unless an implementation is named here or by the
+    variable TCLIP_IMPLEMENTATION: packing costs more than a product, so `repack` it once.
+
+    Works under jax.jit, jax.vmap and a mesh (rows stay sharded, a packed weight is gathered), and has a gradient to x.
+
+    Args:
+      x: floats.
+      w: one layer's weight; its scales are not differentiated.
+      activations: "A16" multiplies x as it is; "A8" rounds it to int8 first, with a scale max|x| / 127 for each token,
+        and has the gradient of the product without rounding (straight-through).
+      implementation: one of `kernels.NAMES`.
+
+    Raises:
+      ValueError: an implementation that does not exist, cannot run here, or is not the one that `w` is packed for.
     """
-    return x @ w.dequantize(x.dtype)
+    if isinstance(w, PackedTensor):
+        if implementation not in (None, w.layout):
+            raise ValueError(f"the weight is packed for {w.layout!r}, not for {implementation!r}: repack it from trits")
+        packed = w
+    else:
+        forced = implementation or os.environ.get(VARIABLE)
+        if forced in (None, reference.NAME):
+            return reference.multiply(x, w.dequantize(x.dtype), activations)
+        rows = math.prod(x.shape[:-1])
+        packed = repack(w, rows=rows, dtype=x.dtype, activations=activations, implementation=forced)
+    return _product(x.reshape(-1, x.shape[-1]), packed, activations).reshape(*x.shape[:-1], packed.shape[1])
+
+
+def repack(
+    w: TernaryTensor,
+    *,
+    rows: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    activations: Activations = "A16",
+    implementation: str | None = None,
+) -> PackedTensor:
+    """The weight in the order of the implementation that `choose` picks; leading layer axes are kept."""
+    shape = (w.shape[-2], w.shape[-1])
+    name = choose(shape, w.group, rows=rows, dtype=dtype, activations=activations, implementation=implementation)
+    return kernel(name).pack(w)
+
+
+def choose(
+    shape: tuple[int, int],
+    group: int,
+    *,
+    rows: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    activations: Activations = "A16",
+    implementation: str | None = None,
+) -> str:
+    """The name of the implementation for a (K, N) weight: of shapes and the kind of device alone, nothing is tried.
+
+    The device is that of the mesh in force, else jax's default. The choice and its reason are logged once each.
+
+    Args:
+      shape: (K, N).
+      group: weights along K that share a scale.
+      rows: of x; None when not known yet.
+      dtype: of x.
+      activations: "A16" or "A8".
+      implementation: forces one; else the variable TCLIP_IMPLEMENTATION does, read when a function is traced.
+
+    Raises:
+      ValueError: the forced one does not exist or cannot run, with the reason.
+    """
+    kind, platform = _device()
+    given: dict[str, Any] = {
+        "device_kind": kind,
+        "platform": platform,
+        "rows": rows,
+        "shape": shape,
+        "group": group,
+        "dtype": jnp.dtype(dtype),
+        "activations": activations,
+    }
+    size = f"M={'any' if rows is None else rows} K={shape[0]} N={shape[1]}"
+    where = f"{kind}, {activations} {jnp.dtype(dtype).name}, {size}"
+    forced = implementation or os.environ.get(VARIABLE)
+    if forced:
+        reason = kernel(forced).unsupported(**given)
+        if reason:
+            raise ValueError(f"implementation {forced!r} cannot serve {where}: {reason}")
+        _log(where, forced, "it was asked for")
+        return forced
+    passed_over: list[str] = []
+    for name in PREFERRED.get(platform, ()):
+        reason = kernel(name).unsupported(**given) or kernel(name).slower(**given)
+        if not reason:
+            _log(where, name, "; ".join(passed_over) or "the first choice on this platform")
+            return name
+        passed_over.append(f"not {name}: {reason}")
+    _log(where, reference.NAME, "; ".join(passed_over) or f"no other is for platform {platform}")
+    return reference.NAME
+
+
+@functools.cache
+def _log(where: str, name: str, reason: str) -> None:
+    _logger.info("ternary product (%s): %s (%s)", where, name, reason)
+
+
+def _device() -> tuple[str, str]:
+    """Kind and platform of the device that a function traced now will run on."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None:
+        default = jax.config.values["jax_default_device"]
+        described = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return described.device_kind, described.platform
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: PackedTensor, activations: Activations) -> jax.Array:
+    return _batchable(activations)(x, w)
+
+
+def _product_forward(x: jax.Array, w: PackedTensor, activations: Activations) -> tuple[jax.Array, PackedTensor]:
+    return _product(x, w, activations), w
+
+
+def _product_backward(activations: Activations, w: PackedTensor, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return gradient @ kernel(w.layout).unpack(w).astype(gradient.dtype).T, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.cache
+def _batchable(activations: Activations) -> Any:
+    """The product of (M, K) with one weight, whose vmap over x makes more rows of one product."""
+
+    @custom_vmap
+    def product(x: jax.Array, w: PackedTensor) -> jax.Array:
+        return _sharded(x, w, activations)
+
+    @product.def_vmap
+    def batched(size: int, is_batched: Any, x: jax.Array, w: PackedTensor) -> tuple[jax.Array, bool]:
+        x_batched, w_batched = is_batched
+        if not any(jax.tree.leaves(w_batched)):
+            return product(x.reshape(-1, x.shape[-1]), w).reshape(size, x.shape[1], w.shape[1]), True
+
+        def one(i: jax.Array) -> jax.Array:
+            own = [leaf[i] if mapped else leaf for leaf, mapped in zip(leaves, flags, strict=True)]
+            return product(*jax.tree.unflatten(structure, own))
+
+        leaves, structure = jax.tree.flatten((x, w))
+        flags = jax.tree.leaves((x_batched, w_batched))
+        return jax.lax.map(one, jnp.arange(size)), True
+
+    return product
+
+
+def _sharded(x: jax.Array, w: PackedTensor, activations: Activations) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
+        return kernel(w.layout).matmul(x, w, activations=activations)
+    static = (w.shape, w.group, w.layout, w.data.ndim, w.scale.ndim, activations)
+    return _partitioned(*static)(x, w.data, w.scale)
+
+
+@functools.cache
+def _partitioned(
+    shape: tuple[int, int], group: int, layout: str, data_axes: int, scale_axes: int, activations: Activations
+) -> Any:
+    """A product that the partitioner of XLA takes apart by rows of x, each device with the whole packed weight."""
+
+    def local(x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
+        w = PackedTensor(data, scale, shape, group, layout)
+        return kernel(layout).matmul(x, w, activations=activations)
+
+    def rows_and_whole(mesh: Any, arguments: Any) -> tuple[NamedSharding, NamedSharding]:
+        rows = arguments[0].sharding.spec[:1]
+        return NamedSharding(mesh, PartitionSpec(*rows, None)), NamedSharding(mesh, PartitionSpec())
+
+    def partition(mesh: Any, arguments: Any, result: Any) -> Any:
+        rows, whole = rows_and_whole(mesh, arguments)
+        return mesh, local, rows, (rows, whole, whole)
+
+    product = custom_partitioning(local)
+    factors = iter("abcdefgh")
+    data, scale = (" ".join(next(factors) for _ in range(axes)) for axes in (data_axes, scale_axes))
+    product.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=lambda mesh, arguments, result: rows_and_whole(mesh, arguments)[0],
+        sharding_rule=f"m k, {data}, {scale} -> m n",
+    )
+    return product
