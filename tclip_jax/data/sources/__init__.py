@@ -13,6 +13,7 @@ _KINDS = {
     "digits": ("digits", "tclip_jax.data.sources.digits:Digits"),
     "folder": ("folder:<path>", "tclip_jax.data.sources.folder:Folder"),
     "tfds": ("tfds:<name>[@<data_dir>]", "tclip_jax.data.sources.tfds:Tfds"),
+    "wds": ("wds:<folder>", "tclip_jax.data.sources.webdataset:Webdataset"),
 }
 
 
@@ -20,7 +21,7 @@ def open_source(spec: str, split: str) -> Source:
     """Opens the data named by `spec`, a kind and what that kind needs to find it.
 
     Args:
-      spec: `digits`, `folder:<path>` or `tfds:<name>[@<data_dir>]`.
+      spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]` or `wds:<folder>`.
       split: `train`, `test`, ..., as the kind of source defines them.
 
     Raises:

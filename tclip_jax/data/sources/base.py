@@ -15,13 +15,14 @@ class Record:
     Attributes:
       image: encoded bytes (PNG, JPEG, WebP), or pixels (H, W, 3) uint8.
       captions: every caption of the image; empty for labelled data.
-      label: index into the source's `classnames`; -1 where there is none.
+      label: index into the source's `classnames`, or for images of several classes a 0/1 vector over them (C,) int32;
+        -1 where there is none.
       name: path or key, for logs.
     """
 
     image: bytes | np.ndarray
     captions: tuple[str, ...]
-    label: int
+    label: int | np.ndarray
     name: str
 
 

@@ -1,0 +1,169 @@
+"""Webdataset exports of CLIP_benchmark, tar files at random access: the form in which the evaluation data is shared."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from tclip_jax.data.sources.base import Record
+
+# As webdataset does: of several images in a sample the first of these counts; all after the first dot is the suffix.
+_IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_META = re.compile(r"__[^/]*__($|/)")
+_TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+_MAX_TEXT = 1 << 24  # bytes of a text file beside the shards; the largest list of class names has 20 kB
+
+
+class _Member(NamedTuple):
+    name: str
+    start: int
+    stop: int
+
+
+class _Sample(NamedTuple):
+    shard: int
+    key: str
+    image: _Member | None
+    target: _Member | None
+
+
+class Webdataset:
+    """`<folder>/<split>/{nshards.txt,0.tar,1.tar,…}`, with what is in `<folder>` beside them.
+
+    A sample is a run of members with one key: an image with a `.cls` (a class), an `.npy` (a 0/1 vector over the
+    classes) or a `.txt` (captions, one per line), as `dataset_type.txt` says: absent, `multilabel`, `retrieval`. Class
+    names are the lines of `classnames.txt`; one may be empty. The tar headers are read once; records are read when
+    asked for. A sample without an image has no bytes, one without a whole target has label −1 or no captions.
+
+    Attributes:
+      kind: classification, multilabel or retrieval.
+      classnames: of the labels; empty for captions.
+
+    Raises:
+      FileNotFoundError: no such folder, or a file is missing.
+      ValueError: a shard that is no whole tar file, or a text file that cannot be right; one line naming it.
+    """
+
+    classnames: tuple[str, ...]
+
+    def __init__(self, argument: str, split: str) -> None:
+        self._folder = epath.Path(argument).expanduser()
+        self._split = split
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"{self._folder}: no such folder; it holds a webdataset export of CLIP_benchmark")
+        type_file = self._folder / "dataset_type.txt"
+        self.kind = _read_text(type_file).strip().lower() if type_file.exists() else "classification"
+        if self.kind not in _TARGET_SUFFIXES:
+            raise ValueError(f"{type_file}: {self.kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
+        self.classnames = () if self.kind == "retrieval" else self._lines("classnames.txt")
+        count_file = self._folder / split / "nshards.txt"
+        count = _read_text(count_file).strip()
+        if not re.fullmatch(r"[1-9]\d{0,5}", count):
+            raise ValueError(f"{count_file}: {count[:40]!r} is not a number of shards")
+        self._samples = [sample for shard in range(int(count)) for sample in self._index(shard)]
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The captions of a class, with `{c}` for its name: the lines of zeroshot_classification_templates.txt."""
+        return self._lines("zeroshot_classification_templates.txt")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Record:
+        shard, key, image, target = self._samples[index]
+        members = [member for member in (image, target) if member]
+        start = min((member.start for member in members), default=0)
+        # The members of a sample lie side by side: one read fetches them, which counts on object stores.
+        with self._shard(shard).open("rb") as file:
+            file.seek(start)
+            data = file.read(max((member.stop for member in members), default=0) - start)
+        pixels, found = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
+        name = f"{self._folder.name}/{self._split}/{shard}.tar/{key}"
+        if self.kind == "retrieval":
+            return Record(pixels, tuple(found.decode(errors="replace").splitlines()), -1, name)
+        label = _multi_hot(found, len(self.classnames)) if self.kind == "multilabel" else _integer(found)
+        return Record(pixels, (), label, name)
+
+    def _shard(self, number: int) -> epath.Path:
+        return self._folder / self._split / f"{number}.tar"
+
+    def _lines(self, name: str) -> tuple[str, ...]:
+        return tuple(line.strip() for line in _read_text(self._folder / name).splitlines())
+
+    def _index(self, shard: int) -> Iterator[_Sample]:
+        path = self._shard(shard)
+        for key, group in itertools.groupby(_members(path), lambda member: _NAME.fullmatch(member.name)[1]):  # type: ignore[index]
+            files: dict[str, _Member] = {}
+            for member in group:
+                suffix = member.name[len(key) + 1 :].lower()
+                if suffix in files:
+                    raise ValueError(f"{path}: {key}.{suffix} is there twice")
+                files[suffix] = member
+            image = next((files[suffix] for suffix in _IMAGE_SUFFIXES if suffix in files), None)
+            yield _Sample(shard, key, image, files.get(_TARGET_SUFFIXES[self.kind]))
+
+
+def _members(path: epath.Path) -> Iterator[_Member]:
+    """The files of a tar that have a key and a suffix."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, which nshards.txt beside it counts")
+    with path.open("rb") as file:
+        size, end = file.seek(0, io.SEEK_END), 0
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    start, stop = member.offset_data, member.offset_data + member.size
+                    # A header may lie about its size: beyond the file, or backwards, which would never end.
+                    if not end <= start <= stop <= size:
+                        raise tarfile.TarError(f"{member.name[:80]!r} does not lie within the file")
+                    end = stop
+                    name = member.name
+                    if member.isreg() and not member.issparse() and _NAME.fullmatch(name) and not _META.match(name):
+                        yield _Member(name, start, stop)
+                file.seek(tar.offset)
+                # tarfile takes a damaged header for the end.
+                if any(file.read(tarfile.BLOCKSIZE)):
+                    raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+        except tarfile.TarError as error:
+            raise ValueError(f"{path}: not a whole tar file: {error}") from None
+
+
+def _read_text(path: epath.Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, which a webdataset export of CLIP_benchmark has")
+    if path.stat().length > _MAX_TEXT:
+        raise ValueError(f"{path}: {path.stat().length:,} bytes, where at most {_MAX_TEXT:,} are expected")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def _integer(text: bytes) -> int:
+    return int(text) if re.fullmatch(rb"\s*\d{1,9}\s*", text) else -1
+
+
+def _multi_hot(data: bytes, classes: int) -> np.ndarray:
+    """The vector (classes,) int32 in an .npy file; −1 everywhere if there is none of 0 and 1 of that length."""
+    nothing = np.full(classes, -1, np.int32)
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            return nothing
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if shape != (classes,) or dtype.kind not in "biuf":
+            return nothing
+        vector = np.frombuffer(data, dtype, classes, file.tell())
+    except ValueError:
+        return nothing
+    return vector.astype(np.int32) if np.isin(vector, (0, 1)).all() else nothing

@@ -1,0 +1,122 @@
+"""Results on disk: one JSON per data set in CLIP_benchmark's schema, the predictions beside it, and a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+
+from tclip_jax.schema import from_mapping
+from tclip_jax.storage import write_atomic
+
+SUMMARY = "summary.json"
+Predictions = dict[str, npt.NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured of a model on a data set; the first six fields are CLIP_benchmark's.
+
+    Attributes:
+      dataset: name, as in the table of the suite.
+      model: what was evaluated, as it was named.
+      pretrained: which weights: a hash of them, or the step of a run.
+      task: zeroshot_classification, zeroshot_retrieval, or the name of a further suite's.
+      metrics: fractions 0–1 by name; NaN where a metric is not defined.
+      language: of the class names and captions.
+      dtype: of the computation.
+      versions: of the libraries, and the kind of device.
+      seconds: wall time.
+      samples: images that count in the metrics.
+      failed: images that do not, by reason.
+    """
+
+    dataset: str
+    model: str
+    pretrained: str
+    task: str
+    metrics: dict[str, Any]
+    language: str = "en"
+    dtype: str = "float32"
+    versions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    samples: int = 0
+    failed: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def result_path(out: epath.PathLike, dataset: str) -> epath.Path:
+    """Where the result of a data set lies: `vtab/cifar10` in `vtab-cifar10.json`."""
+    return epath.Path(out) / f"{dataset.replace('/', '-')}.json"
+
+
+def write_result(out: epath.PathLike, result: Result, predictions: Predictions) -> None:
+    """Writes `<dataset>.predictions.npz`, then `<dataset>.json`: where the JSON is, both are whole."""
+    path = result_path(out, result.dataset)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **predictions)  # type: ignore[arg-type]
+    write_atomic(path.with_suffix(".predictions.npz"), buffer.getvalue())
+    write_atomic(path, dump_json(dataclasses.asdict(result)))
+
+
+def read_result(path: epath.PathLike) -> Result:
+    """The result in a JSON file, ours or CLIP_benchmark's.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a result; one line.
+    """
+    path = epath.Path(path)
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    known = [field.name for field in dataclasses.fields(Result)]
+    if isinstance(found, dict):  # CLIP_benchmark may add class names and templates
+        found = {name: value for name, value in found.items() if name in known}
+    result = from_mapping(Result, found, str(path))
+    for name, value in result.metrics.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{path}: metric {name} is {value!r}: it must be a number or null")
+    metrics = {name: math.nan if value is None else float(value) for name, value in result.metrics.items()}
+    return dataclasses.replace(result, metrics=metrics)
+
+
+def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
+    """The arrays beside a result, one row per image that counts, in the order of the data set.
+
+    Always `keys` (N,), a name for each image that is the same in every run on this data, and `index` (N,), its place in
+    the source. Of classification `labels` (N,) and `top` (N, min(5, C)), the most probable classes; of several labels
+    `labels` (N, C) and `scores` (N, C); of retrieval `text_rank` (N,), and for each caption `text_to_image` (M,) (a row
+    of `keys`) and `image_rank` (M,), where rank 0 is first.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not an archive of plain arrays; one line.
+    """
+    path = result_path(out, dataset).with_suffix(".predictions.npz")
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not predictions: {error}") from None
+
+
+def dump_json(content: Mapping[str, Any]) -> str:
+    """Indented JSON, in which NaN is null: other programs refuse Python's NaN."""
+    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
