@@ -13,7 +13,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, ternary_rules
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, matrix_shape, ternary_rules
 from tclip_jax.ternary import Quantizer
 
 MANIFEST = "tclip.json"
@@ -132,6 +132,8 @@ def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> 
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}: it must be an object")
     _require(where, entry, "coding", [TERNARY_CODING, FLOAT_CODING])
+    if entry["coding"] == TERNARY_CODING:
+        shape = matrix_shape(shape)
     _require(where, entry, "shape", [list(shape)])
     _require(where, entry, "dtype", ["float16", "float32"])
     if entry["coding"] == FLOAT_CODING:

@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 
-from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis
+from tclip_jax.models.ternary_rules import (
+    TERNARIZABLE,
+    TernaryRules,
+    find_quantizer,
+    input_axis,
+    is_learned_scale,
+    matrix_shape,
+)
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.ternary import TernaryTensor, ternarize
 
@@ -23,18 +31,20 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
     """Ternarizes what `rules` name; NumPy leaves.
 
-    The trits and scales are, to the bit, those that the model computes from the same latent weights in training. Leaves
-    that are ternary already stay as they are.
+    The trits and scales are, to the bit, those that the model computes from the same latent weights in training;
+    learned scales are in them and no longer beside them. Leaves that are ternary already stay as they are.
     """
+    leaves = flatten(params)
 
-    def pack(key_path: tuple[Any, ...], leaf: Any) -> Any:
-        path, leaf = path_of(key_path), jax.device_get(leaf)
-        quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
+    def pack(path: str, leaf: Any) -> Any:
+        leaf, quantizer = jax.device_get(leaf), find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None or _is_ternary(leaf):
             return leaf
-        return jax.device_get(_ternarize(leaf, quantizer, input_axis(path)))
+        alpha = jax.device_get(leaves[f"{path}_scale"]) if quantizer.learned else None
+        return jax.device_get(_ternarize(leaf.reshape(matrix_shape(leaf.shape)), quantizer, input_axis(path), alpha))
 
-    return jax.tree_util.tree_map_with_path(pack, params, is_leaf=_is_ternary)
+    packed = {path: pack(path, leaf) for path, leaf in leaves.items() if not is_learned_scale(path)}
+    return unflatten_dict(packed, sep="/")
 
 
 def _is_ternary(leaf: Any) -> bool:

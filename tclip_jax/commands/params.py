@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> None:
 
     # The table is the same with any teacher, and none need be trained yet.
     run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))
-    rows = parameter_rows(param_shapes(run.model), run.rules, make_mesh(run.mesh.data, run.mesh.fsdp))
+    rows = parameter_rows(param_shapes(run.model, run.rules), run.rules, make_mesh(run.mesh.data, run.mesh.fsdp))
     print(json.dumps(rows) if args.json else parameter_table(rows))

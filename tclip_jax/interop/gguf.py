@@ -106,6 +106,8 @@ def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
 
 def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:
     """A parameter as the file will give it back: floats of the type they are stored as, or scales per 256."""
+    if path == PATCHES and isinstance(leaf, TernaryTensor):
+        leaf = np.asarray(leaf.dequantize()).reshape(shape)  # clip.cpp convolves with floats
     if np.shape(leaf) != shape:
         raise ValueError(f"{path} has shape {np.shape(leaf)}: the model's is {shape}")
     if isinstance(leaf, TernaryTensor):
@@ -164,7 +166,7 @@ def _places(
         expected = entry.view(np.broadcast_to(np.int8(0), shapes[entry.path])).shape
         if tensor.shape != expected:
             raise ValueError(f"tensor {entry.name} has shape {tensor.shape}: the model's is {expected}")
-        if tensor.type in _KINDS and entry.path not in TERNARIZABLE:
+        if tensor.type in _KINDS and (entry.path == PATCHES or entry.path not in TERNARIZABLE):
             raise ValueError(f"tensor {entry.name} has type {tensor.type}: the model can use it as F32 or F16 only")
         if pieces and (pieces[0][1].type in _KINDS) != (tensor.type in _KINDS):
             raise ValueError(f"tensor {entry.name} has type {tensor.type}, {pieces[0][0].name} has {pieces[0][1].type}")

@@ -57,6 +57,8 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
         significant bits than its own; or more nonzero trits than 2/k of a group, since each must lie above s/2 (for
         k = 2: a group without a zero).
     """
+    if quantizer.kind != "factor":
+        raise ValueError(f"latent weights are found for the quantizer factor alone, not for {quantizer.kind}")
     trits, scale, length = np.asarray(t.trits), np.asarray(t.scale, np.float32), t.shape[t.axis]
     group = length if isinstance(quantizer.group, str) else min(quantizer.group, length)
     shared = scale.shape[-2:] == (1, 1) != trits.shape[-2:]

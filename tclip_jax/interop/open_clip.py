@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tclip_jax.lazy import LazyArray, LazyStack
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, is_learned_scale
 from tclip_jax.ternary import TernaryTensor
 
 Axes = tuple[int, ...] | None
@@ -102,12 +103,14 @@ def table(config: CLIPConfig) -> tuple[Entry, ...]:
 def to_open_clip(params: Mapping[str, Any], config: CLIPConfig) -> State:
     """The state dict that open_clip's CLIP loads strictly: contiguous float32 arrays.
 
-    Ternary weights become scale · trit of what they store; latent weights are written as they are.
+    Ternary weights become scale · trit of what they store; latent weights are written as they are, without the learned
+    scales that may be beside them.
 
     Raises:
       ValueError: parameters that are not those of `config`, naming them.
     """
-    leaves = flatten_dict(params, sep="/")
+    leaves = {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if not is_learned_scale(path)}
+    shapes = flatten_dict(param_shapes(config), sep="/")
     entries = table(config)
     check_names(leaves, {entry.path for entry in entries}, "the parameter tree")
     state = {}
@@ -116,6 +119,8 @@ def to_open_clip(params: Mapping[str, Any], config: CLIPConfig) -> State:
         if entry.layer is not None:
             leaf = jax.tree.map(lambda stacked, i=entry.layer: stacked[i], leaf)
         value = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
+        if entry.path == PATCH_EMBEDDING and isinstance(leaf, TernaryTensor):
+            value = value.reshape(shapes[entry.path].shape)
         value = value if entry.axes is None else value.transpose(entry.axes)
         _check_shape(value.shape, entry)
         state[entry.key] = np.asarray(value, order="C")

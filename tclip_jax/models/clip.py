@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import normalize_embedding
-from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.models.text import TextTransformer
 from tclip_jax.models.vision import VisionTransformer
+from tclip_jax.ternary import initial_alpha
 
 
 class CLIP(nn.Module):
@@ -53,13 +56,32 @@ class CLIP(nn.Module):
 
 
 def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn float32 parameters: a nested dict of arrays."""
+    """Freshly drawn float32 parameters: a nested dict of arrays; the same weights whatever the rules are."""
     height, width = model.config.vision.image_size
     images = jnp.zeros((1, height, width, 3))
     tokens = jnp.zeros((1, model.config.text.context_length), jnp.int32)
-    return model.init(key, images, tokens)["params"]
+    return with_learned_scales(model.clone(rules=()).init(key, images, tokens)["params"], model.rules)
 
 
-def param_shapes(config: CLIPConfig) -> dict[str, Any]:
-    """The parameter tree of a model as jax.ShapeDtypeStruct leaves; allocates nothing."""
-    return jax.eval_shape(lambda key: init_params(CLIP(config), key), jax.random.key(0))
+def param_shapes(config: CLIPConfig, rules: TernaryRules = ()) -> dict[str, Any]:
+    """The parameter tree of a model as jax.ShapeDtypeStruct leaves; allocates nothing.
+
+    Rules add the learned scales that some quantizers have; a packed model and one of another library have none.
+    """
+    return jax.eval_shape(lambda key: init_params(CLIP(config, rules), key), jax.random.key(0))
+
+
+def with_learned_scales(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
+    """Float parameters as they come from elsewhere, and beside them the learned scales that the rules ask for.
+
+    Each starts from its weight; one that is there already stays.
+    """
+    leaves = flatten_dict(params, sep="/")
+    for path in TERNARIZABLE:
+        quantizer = find_quantizer(path, rules)
+        if quantizer and quantizer.learned and f"{path}_scale" not in leaves:
+            weight = jnp.asarray(leaves[path])
+            leaves[f"{path}_scale"] = initial_alpha(
+                weight.reshape(matrix_shape(weight.shape)), quantizer, input_axis(path)
+            )
+    return unflatten_dict(leaves, sep="/")

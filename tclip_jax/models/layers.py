@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis
+from tclip_jax.models.blending import Blend
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternary_matmul
 
 Initializer = nn.initializers.Initializer
 
 
-def _weight(
+class Latent(NamedTuple):
+    """A float weight as a matrix, or rows of one, and all that quantizes it; no quantizer: it stays float.
+
+    Attributes:
+      size: number of weights of the whole matrix.
+      alpha: the learned scale, of the kinds of quantizers that have one.
+      share: of the quantized weight where it is blended with the float one.
+    """
+
+    weight: jax.Array
+    size: int
+    quantizer: Quantizer | None = None
+    axis: int = -2
+    alpha: jax.Array | None = None
+    share: jax.Array | None = None
+
+    def rows(self, index: jax.Array) -> Latent:
+        """The rows of a table; α too has a row for each."""
+        alpha = None if self.alpha is None else self.alpha[index]
+        return self._replace(weight=self.weight[index], alpha=alpha)
+
+    def quantized(self) -> jax.Array:
+        if self.quantizer is None:
+            return self.weight
+        quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
+        return quantized if self.share is None else self.share * quantized + (1 - self.share) * self.weight
+
+
+def find_weight(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], rules: TernaryRules
-) -> tuple[Any, Quantizer | None, int]:
-    """The parameter, its quantizer if it is a latent weight, and its input axis."""
-    value = module.param(name, init, shape)
+) -> TernaryTensor | Latent:
+    """The parameter `name` of a module as a matrix, with the parameter `name`_scale where its scale is learned."""
+    stored = module.get_variable("params", name)
+    if isinstance(stored, TernaryTensor):
+        return stored
+    value, share = module.param(name, init, shape), None
+    if isinstance(value, Blend):
+        value, share = value.weight, value.share
     path = "/".join((*module.path, name))
-    quantizer = None if isinstance(value, TernaryTensor) else find_quantizer(path, rules)
-    return value, quantizer, input_axis(path)
+    weight, quantizer, axis = value.reshape(matrix_shape(shape)), find_quantizer(path, rules), input_axis(path)
+    alpha = module.get_variable("params", f"{name}_scale") if quantizer and quantizer.learned else None
+    return Latent(weight, weight.size, quantizer, axis, alpha, share)
+
+
+def multiply(x: jax.Array, weight: TernaryTensor | Latent) -> jax.Array:
+    """x · W in the dtype of `x`."""
+    if isinstance(weight, TernaryTensor):
+        return ternary_matmul(x, weight)
+    return x @ weight.quantized().astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -36,12 +78,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        kernel, quantizer, axis = _weight(self, "kernel", self.kernel_init, shape, self.rules)
-        x = x.astype(self.dtype)
-        if isinstance(kernel, TernaryTensor):
-            y = ternary_matmul(x, kernel)
-        else:
-            y = x @ (fake_quantize(kernel, quantizer, axis) if quantizer else kernel).astype(self.dtype)
+        y = multiply(x.astype(self.dtype), find_weight(self, "kernel", self.kernel_init, shape, self.rules))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -58,17 +95,16 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.entries, self.features)
-        table, quantizer, axis = _weight(self, "embedding", nn.initializers.normal(0.02), shape, self.rules)
+        table = find_weight(self, "embedding", nn.initializers.normal(0.02), shape, self.rules)
         if isinstance(table, TernaryTensor):
             # Scales that all rows share have one row, which clamping finds for every token.
             rows = TernaryTensor(
-                table.trits[tokens], jnp.take(table.scale, tokens, axis=0, mode="clip"), table.group, axis
+                table.trits[tokens], jnp.take(table.scale, tokens, axis=0, mode="clip"), table.group, table.axis
             )
             return rows.dequantize(self.dtype)
-        if quantizer and quantizer.group == "tensor":
-            return fake_quantize(table, quantizer, axis)[tokens].astype(self.dtype)
-        rows = table[tokens]
-        return (fake_quantize(rows, quantizer, axis) if quantizer else rows).astype(self.dtype)
+        if table.quantizer and table.quantizer.group == "tensor":
+            return table.quantized()[tokens].astype(self.dtype)
+        return table.rows(tokens).quantized().astype(self.dtype)
 
 
 def layer_norm(name: str) -> nn.LayerNorm:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, is_learned_scale
 from tclip_jax.parallel.rules import partition_spec, path_of
 
 
@@ -25,7 +25,7 @@ def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh) -> list[dict[st
                 "size": math.prod(leaf.shape),
                 "dtype": str(leaf.dtype),
                 "sharding": str(tuple(partition_spec(path, leaf.shape, mesh))),
-                "ternary": f"k={quantizer.factor:g} group={quantizer.group}" if quantizer else "",
+                "ternary": quantizer.description if quantizer else "",
             }
         )
     return rows
@@ -42,10 +42,12 @@ def parameter_table(rows: list[dict[str, Any]]) -> str:
         )
         for line in cells
     ]
+    # Learned scales become the scales of packed weights, which are not counted as parameters either.
+    counted = [row for row in rows if not is_learned_scale(row["path"])]
     lines.insert(1, "  ".join("-" * width for width in widths))
     for name, part in (
-        ("all parameters", rows),
-        ("without the token embedding", [row for row in rows if "token_embedding" not in row["path"]]),
+        ("all parameters", counted),
+        ("without the token embedding", [row for row in counted if "token_embedding" not in row["path"]]),
     ):
         total, ternary = (sum(row["size"] for row in part if keep(row)) for keep in (bool, lambda row: row["ternary"]))
         lines.append(f"{name}: {total:,}, of which ternary {ternary:,} ({ternary / total:.2%})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -12,10 +13,12 @@ TernaryRules = tuple[tuple[str, Quantizer], ...]
 MLP = r"(image|text)/blocks/mlp/(fc1|fc2)/kernel"
 ATTENTION = r"(image|text)/blocks/attention/(qkv|out)/kernel"
 TOKEN_EMBEDDING = r"text/token_embedding/embedding"
+PATCH_EMBEDDING = r"image/patch_embedding/kernel"
 
-# The weights of the models' Dense and Embedding layers: nothing else can be ternary.
+# The weights of the models' Dense and Embedding layers and the patch embedding: nothing else can be ternary.
 TERNARIZABLE = (
-    "text/token_embedding/embedding",
+    TOKEN_EMBEDDING,
+    PATCH_EMBEDDING,
     *(
         f"{tower}/{layer}/kernel"
         for tower in ("image", "text")
@@ -55,6 +58,19 @@ def ternary_rules(which: str | Sequence[tuple[str, Quantizer]], quantizer: Quant
 def find_quantizer(path: str, rules: TernaryRules) -> Quantizer | None:
     """The quantizer of the first rule whose regex matches the whole path, or None for a float parameter."""
     return next((quantizer for pattern, quantizer in rules if re.fullmatch(pattern, path)), None)
+
+
+def is_learned_scale(path: str) -> bool:
+    """Whether this is the learned scale beside a weight: "…/kernel_scale" of "…/kernel"."""
+    return path.endswith("_scale") and path.removesuffix("_scale") in TERNARIZABLE
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a weight is quantized and packed: the patch embedding's (h, w, C, N) is (h · w · C, N).
+
+    Its inputs are thereby in the order of `patchify`: rows, columns, channels.
+    """
+    return (math.prod(shape[:3]), shape[3]) if len(shape) == 4 else shape
 
 
 def input_axis(path: str) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tclip_jax.models.config import VisionConfig
-from tclip_jax.models.layers import Dense, layer_norm
+from tclip_jax.models.layers import Dense, find_weight, layer_norm, multiply
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import scan_blocks
 
@@ -17,14 +17,14 @@ class PatchEmbedding(nn.Module):
 
     patch: int
     width: int
+    rules: TernaryRules
     dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         shape = (self.patch, self.patch, images_BHWC.shape[-1], self.width)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape)
-        x_BNP = patchify(images_BHWC, self.patch).astype(self.dtype)
-        return x_BNP @ kernel.reshape(-1, self.width).astype(self.dtype)
+        kernel = find_weight(self, "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape, self.rules)
+        return multiply(patchify(images_BHWC, self.patch).astype(self.dtype), kernel)
 
 
 class VisionTransformer(nn.Module):
@@ -40,7 +40,7 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         cfg, width = self.config, self.config.width
-        x_BND = PatchEmbedding(cfg.patch_size, width, self.dtype, name="patch_embedding")(images_BHWC)
+        x_BND = PatchEmbedding(cfg.patch_size, width, self.rules, self.dtype, name="patch_embedding")(images_BHWC)
         small = nn.initializers.normal(width**-0.5)
         class_D = self.param("class_embedding", small, (width,)).astype(self.dtype)
         position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))

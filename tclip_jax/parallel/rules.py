@@ -13,10 +13,10 @@ P = PartitionSpec
 # First match wins. FSDP shards the output axis, so that no shard cuts through a group of weights that share a scale.
 # A path may have more before it (the optimizer's moments carry the parameters' paths).
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"blocks/(attention/(qkv|out)|mlp/(fc1|fc2))/kernel", P(None, None, "fsdp")),
+    (r"blocks/(attention/(qkv|out)|mlp/(fc1|fc2))/kernel(_scale)?", P(None, None, "fsdp")),
     (r"patch_embedding/kernel", P(None, None, None, "fsdp")),
-    (r"token_embedding/embedding", P("fsdp", None)),
-    (r"(projection|heads/(image|text))/kernel", P(None, "fsdp")),
+    (r"token_embedding/embedding(_scale)?", P("fsdp", None)),
+    (r"(projection/kernel(_scale)?|patch_embedding/kernel_scale|heads/(image|text)/kernel)", P(None, "fsdp")),
     (r".*", P()),
 )
 

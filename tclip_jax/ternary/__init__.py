@@ -2,7 +2,8 @@
 
 from tclip_jax.ternary.matmul import choose, repack, ternary_matmul
 from tclip_jax.ternary.packed import PackedTensor
-from tclip_jax.ternary.quantizers import Quantizer, fake_quantize, ternarize
+from tclip_jax.ternary.quantizers import Quantizer, initial_alpha, ternarize
+from tclip_jax.ternary.straight_through import fake_quantize
 from tclip_jax.ternary.tensor import TernaryTensor
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "TernaryTensor",
     "choose",
     "fake_quantize",
+    "initial_alpha",
     "repack",
     "ternarize",
     "ternary_matmul",

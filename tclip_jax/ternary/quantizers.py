@@ -1,33 +1,40 @@
-"""Float weights to trits and scales, and back through a straight-through gradient.
+"""Float weights to trits and scales: five quantizers behind one function.
 
-Every result depends on the bits of the weights alone: sums are halving trees, nothing is divided by data, and scales
+Every result depends on the bits of the weights alone: sums have a fixed order, nothing is divided by data, and scales
 are rounded to few bits, so that jit, eager, scan, sharding and NumPy agree to the bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
+from tclip_jax.ternary.sums import halving_sum, prefix_sums, quotient, split_groups
 from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """The factor-k quantizer: s = k · mean|w| of the group, t = sign(w) · (|w| > s/2), ŵ = s · t.
+    """ŵ = s · t with t = sign(w) · (|w| > Δ), and how s and Δ follow from a group of weights; m is its mean |w|.
 
-    k = 2 is TernaryCLIP's (arXiv 2510.21879, as its authors' EdgeRazor library has it), k = 1 is BitNet b1.58's
-    absmean (arXiv 2402.17764).
+    | kind | s, Δ | source |
+    |---|---|---|
+    | factor | s = k · m, Δ = s/2; k = 2 is TernaryCLIP's, k = 1 BitNet's | arXiv 2510.21879 (EdgeRazor), 2402.17764 |
+    | twn | Δ = 0.7 · m, s = mean of the |w| above it | arXiv 1605.04711 |
+    | least_squares | s = argmin Σ (w − ŵ)², found by sorting; Δ = s/2 | the optimum that twn approximates |
+    | lsq | s = α, learned from 2 · m on; Δ = s/2 | arXiv 1902.08153 |
+    | seq | s = 2/3 · α, learned from max |w| on; Δ = s/2 = α/3 | ParetoQ, arXiv 2502.02631 |
 
     Attributes:
-      factor: k.
+      factor: k, of kind "factor".
       group: consecutive weights along the input axis that share a scale; or one a "channel" (output), or a "tensor".
       scale_bits: significant bits of a scale: 8 is exact in float16, bfloat16 and float32; 11 in float16; 24 keeps all.
+      kind: see the table.
 
     Raises:
       ValueError: a value outside its range.
@@ -36,6 +43,7 @@ class Quantizer:
     factor: float = 2.0
     group: int | Literal["channel", "tensor"] = 256
     scale_bits: Literal[8, 11, 24] = 8
+    kind: Literal["factor", "twn", "least_squares", "lsq", "seq"] = "factor"
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -44,93 +52,130 @@ class Quantizer:
             raise ValueError(f"quantizer group is {self.group!r}: it must be a positive integer, 'channel' or 'tensor'")
         if self.scale_bits not in (8, 11, 24):
             raise ValueError(f"quantizer scale_bits is {self.scale_bits}: it must be 8, 11 or 24")
+        if self.kind not in ("factor", "twn", "least_squares", "lsq", "seq"):
+            raise ValueError(f"quantizer kind is {self.kind!r}: it must be factor, twn, least_squares, lsq or seq")
 
     @property
     def smallest_scale(self) -> float:
         """2⁻¹⁷ for 8 bits, 2⁻¹⁴ for 11: the least scale that a float16 holds with all its bits."""
         return 2.0 ** (min(self.scale_bits, 11) - 25)
 
+    @property
+    def learned(self) -> bool:
+        """Whether the scale is a parameter α beside the weight, not a function of it."""
+        return self.kind in ("lsq", "seq")
 
-def halving_sum(x: jax.Array, axis: int) -> jax.Array:
-    """Sums along `axis` in a fixed order, keeping the axis: pad to a power of two, then x[:n/2] + x[n/2:] down to 1."""
-    axis %= x.ndim
-    length = 1 << max(x.shape[axis] - 1, 0).bit_length()
-    if length != x.shape[axis]:
-        x = jnp.pad(x, [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)])
-    while length > 1:
-        length //= 2
-        x = jax.lax.slice_in_dim(x, 0, length, axis=axis) + jax.lax.slice_in_dim(x, length, 2 * length, axis=axis)
-    return x
+    @property
+    def description(self) -> str:
+        """For tables: "factor k=2 group=256"."""
+        return f"{self.kind}{f' k={self.factor:g}' if self.kind == 'factor' else ''} group={self.group}"
 
 
-def _group_sums(magnitude: jax.Array, group: int, axis: int) -> jax.Array:
-    """Sums of `group` consecutive entries along `axis`, the last over what is left: axis length ceil(K / group)."""
-    axis %= magnitude.ndim
-    before, length, after = magnitude.shape[:axis], magnitude.shape[axis], magnitude.shape[axis + 1 :]
-    count = -(-length // group)
-    missing = count * group - length
-    if missing:
-        magnitude = jnp.pad(magnitude, [(0, missing if i == axis else 0) for i in range(magnitude.ndim)])
-    return halving_sum(magnitude.reshape(*before, count, group, *after), axis + 1).squeeze(axis + 1)
+class Levels(NamedTuple):
+    """Scales and thresholds Δ, float32 in the shape of `TernaryTensor`'s scales, and the length of their groups."""
+
+    scale: jax.Array
+    threshold: jax.Array
+    group: int
 
 
-def factor_scale(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> tuple[jax.Array, int]:
-    """Scales of the groups of `w`, and the group length they stand for.
+def find_levels(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None) -> Levels:
+    """The levels of the groups of `w`.
 
     Args:
       w: (..., K, N) weights.
-      quantizer: factor, granularity and significant bits.
+      quantizer: kind, granularity and significant bits.
       axis: the input axis, −1 or −2.
+      alpha: the learned α of the kinds lsq and seq, float32 in the shape of the scales.
 
     Returns:
-      float32 scales as `TernaryTensor` wants them; +0 for a group of zeros, else at least `quantizer.smallest_scale`.
+      Scales that are +0 for a group of zeros whose scale is not learned, else at least `quantizer.smallest_scale`.
+
+    Raises:
+      ValueError: a kind that learns its scale, without it.
     """
-    magnitude, length = jnp.abs(w).astype(jnp.float32), w.shape[axis]
-    if quantizer.group == "tensor":
-        group = length
-        total = halving_sum(halving_sum(magnitude, axis), -3 - axis)
-        members = np.array(length * w.shape[-3 - axis])
-    else:
-        group = length if quantizer.group == "channel" else min(quantizer.group, length)
-        total = _group_sums(magnitude, group, axis)
-        own = np.minimum(group, length - group * np.arange(total.shape[axis]))
-        members = np.expand_dims(own, -1) if axis == -2 else own
+    group = w.shape[axis] if isinstance(quantizer.group, str) else min(quantizer.group, w.shape[axis])
+    if quantizer.learned:
+        if alpha is None:
+            raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: it is no function of the weight")
+        scale = alpha if quantizer.kind == "lsq" else alpha * jnp.float32(2 / 3)
+        scale = _rounded(scale, quantizer)
+        return Levels(scale, scale * 0.5, group)
+    magnitude = jnp.abs(w).astype(jnp.float32)
+    if quantizer.kind == "least_squares":
+        raw = _least_squares(magnitude, quantizer, group, axis)
+        scale = jnp.where(raw == 0, 0.0, _rounded(raw, quantizer))
+        return Levels(scale, scale * 0.5, group)
+    total, members = group_totals(magnitude, quantizer, axis), group_members(w.shape, quantizer, axis)
+    if quantizer.kind == "twn":
+        threshold = total * jnp.asarray(0.7 / members, jnp.float32)
+        kept = magnitude > expand_scale(threshold, group, w.shape[axis], axis)
+        count = group_totals(kept.astype(jnp.float32), quantizer, axis)
+        raw = quotient(group_totals(jnp.where(kept, magnitude, 0), quantizer, axis), jnp.maximum(count, 1))
+        return Levels(jnp.where(total == 0, 0.0, _rounded(raw, quantizer)), threshold, group)
     # The factor k/n is one constant: dividing by n would be a multiplication under jit and a division outside it.
-    scale = total * jnp.asarray(quantizer.factor / members, jnp.float32)
-    if quantizer.scale_bits < 24:
-        # Not a cast there and back, which XLA may drop.
-        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=quantizer.scale_bits - 1)
-    return jnp.where(total == 0, 0.0, jnp.maximum(scale, quantizer.smallest_scale)), group
+    raw = total * jnp.asarray(quantizer.factor / members, jnp.float32)
+    scale = jnp.where(total == 0, 0.0, _rounded(raw, quantizer))
+    return Levels(scale, scale * 0.5, group)
 
 
-def ternarize(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> TernaryTensor:
-    """Trits and scales of the latent weights `w` (..., K, N); the trit is 0 where |w| ≤ scale / 2."""
-    scale, group = factor_scale(w, quantizer, axis)
-    half = expand_scale(scale, group, w.shape[axis], axis) * 0.5
+def initial_alpha(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Array:
+    """Where the learned α of a weight starts: 2 · mean|w| for lsq, max|w| for seq, as in the papers.
+
+    Float32 in the shape of the scales: axis K has ceil(K / group) entries, or 1.
+    """
+    if quantizer.kind == "lsq":
+        return find_levels(w, Quantizer(2.0, quantizer.group, 24), axis).scale
+    magnitude = jnp.abs(w).astype(jnp.float32)
+    if quantizer.group == "tensor":
+        return magnitude.max(axis=(-1, -2), keepdims=True)
+    group = w.shape[axis] if quantizer.group == "channel" else min(quantizer.group, w.shape[axis])
+    return split_groups(magnitude, group, axis).max(axis=axis % w.ndim + 1)
+
+
+def ternarize(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None) -> TernaryTensor:
+    """Trits and scales of the latent weights `w` (..., K, N), with the learned `alpha` where the kind has one."""
+    scale, threshold, group = find_levels(w, quantizer, axis, alpha)
+    threshold = expand_scale(threshold, group, w.shape[axis], axis)
     w = w.astype(jnp.float32)
-    trits = (w > half).astype(jnp.int8) - (w < -half).astype(jnp.int8)
+    trits = (w > threshold).astype(jnp.int8) - (w < -threshold).astype(jnp.int8)
     return TernaryTensor(trits, scale, group, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def fake_quantize(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Array:
-    """ŵ = scale · trit in the dtype of `w`, with the identity as its gradient (straight-through, no clipping).
-
-    The scale is a function of `w` and is not differentiated (EdgeRazor). No residuals are kept.
-    """
-    scale, group = factor_scale(w, quantizer, axis)
-    level = expand_scale(scale, group, w.shape[axis], axis)
-    # Selecting, not multiplying, gives +0.0 for every zero trit.
-    w32 = w.astype(jnp.float32)
-    return jnp.where(jnp.abs(w32) > level * 0.5, jnp.copysign(level, w32), 0.0).astype(w.dtype)
+def group_totals(x: jax.Array, quantizer: Quantizer, axis: int) -> jax.Array:
+    """Sums of `x` (..., K, N) over the weights that share a scale, in the shape of the scales and in a fixed order."""
+    if quantizer.group == "tensor":
+        return halving_sum(halving_sum(x, axis), -3 - axis)
+    group = x.shape[axis] if quantizer.group == "channel" else min(quantizer.group, x.shape[axis])
+    along = axis % x.ndim + 1
+    return halving_sum(split_groups(x, group, axis), along).squeeze(along)
 
 
-def _fake_quantize_forward(w: jax.Array, quantizer: Quantizer, axis: int) -> tuple[jax.Array, None]:
-    return fake_quantize(w, quantizer, axis), None
+def group_members(shape: tuple[int, ...], quantizer: Quantizer, axis: int) -> npt.NDArray[Any]:
+    """How many weights share each scale; broadcasts against the scales. The last group of a row may be short."""
+    length = shape[axis]
+    if quantizer.group == "tensor":
+        return np.array(length * shape[-3 - axis])
+    group = length if quantizer.group == "channel" else min(quantizer.group, length)
+    own = np.minimum(group, length - group * np.arange(-(-length // group)))
+    return np.expand_dims(own, -1) if axis == -2 else own
 
 
-def _fake_quantize_backward(quantizer: Quantizer, axis: int, residuals: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (gradient,)
+def _rounded(scale: jax.Array, quantizer: Quantizer) -> jax.Array:
+    if quantizer.scale_bits < 24:
+        # Not a cast there and back, which XLA may drop.
+        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=quantizer.scale_bits - 1)
+    return jnp.maximum(scale, quantizer.smallest_scale)
 
 
-fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)
+def _least_squares(magnitude: jax.Array, quantizer: Quantizer, group: int, axis: int) -> jax.Array:
+    """The mean of the j largest of each group for the j that maximises (their sum)² / j; the least j of equal ones."""
+    if quantizer.group == "tensor":
+        x, along = magnitude.reshape(*magnitude.shape[:-2], 1, -1, 1), magnitude.ndim - 1
+    else:
+        x, along = split_groups(magnitude, group, axis), axis % magnitude.ndim + 1
+    sums = prefix_sums(jnp.flip(jnp.sort(x, axis=along), along), along)
+    counts = np.expand_dims(np.arange(1.0, x.shape[along] + 1), tuple(range(1, x.ndim - along)))
+    # The zeros that fill the last group come last and never raise a sum, so they are not chosen.
+    best = jnp.argmax(sums * jnp.asarray(counts**-0.5, jnp.float32), axis=along, keepdims=True)
+    return jnp.take_along_axis(sums * jnp.asarray(1 / counts, jnp.float32), best, axis=along).squeeze(along)

@@ -17,8 +17,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def decays(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks: matrices, not vectors and scalars; a layer axis does not count."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.ndim - ("/blocks/" in path_of(path)) >= 2, params)
+    """True for the leaves that weight decay shrinks: matrices, not vectors, scalars and learned scales.
+
+    A layer axis does not count.
+    """
+
+    def decay(key_path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        path = path_of(key_path)
+        return leaf.ndim - ("/blocks/" in path) >= 2 and not path.endswith("_scale")
+
+    return jax.tree_util.tree_map_with_path(decay, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

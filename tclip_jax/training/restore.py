@@ -40,7 +40,7 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
 def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
     """The newest step of a run, and its model: latent weights over `mesh`, and the rules that make them ternary."""
     run = read_config(workdir)
-    shapes = param_shapes(run.model)
+    shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     step, params = load_params(epath.Path(workdir) / "checkpoints", abstract)

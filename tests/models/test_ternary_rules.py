@@ -86,8 +86,8 @@ def test_the_first_rule_that_matches_the_whole_path_decides() -> None:
             "^ternary rule 'vision/.*' matches none of text/token_emb",
         ),
         (
-            [("image/patch_embedding/kernel", QUANTIZER)],
-            "^ternary rule 'image/patch_embedding/kernel' matches none of ",
+            [("image/class_embedding", QUANTIZER)],
+            "^ternary rule 'image/class_embedding' matches none of ",
         ),
     ],
 )

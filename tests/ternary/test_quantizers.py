@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer, fake_quantize, ternarize
-from tclip_jax.ternary.quantizers import halving_sum
+from tclip_jax.ternary.sums import halving_sum
 
 GRANULARITIES = (256, 64, 48, "channel", "tensor")
 
@@ -204,7 +204,13 @@ def test_halving_sum_equals_numpy_and_is_a_sum(x: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0.0,), "above 0"), ((2.0, 0), "positive integer"), ((2.0, "row"), "'channel'"), ((2.0, 256, 9), "8, 11 or 24")],
+    [
+        ((0.0,), "above 0"),
+        ((2.0, 0), "positive integer"),
+        ((2.0, "row"), "'channel'"),
+        ((2.0, 256, 9), "8, 11 or 24"),
+        ((2.0, 256, 8, "ttq"), "kind is 'ttq': it must be factor, twn"),
+    ],
 )
 def test_refuses_impossible_values(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
