@@ -30,6 +30,7 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
     Raises:
       ArtifactError: a value that is not finite after the cast, a negative scale, or something that is not a trit.
     """
+    entry: dict[str, Any]
     if not isinstance(leaf, TernaryTensor):
         value = _cast(path, np.asarray(leaf), rest_dtype)
         entry = {"coding": FLOAT_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}

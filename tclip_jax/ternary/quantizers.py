@@ -67,8 +67,8 @@ class Quantizer:
 
     @property
     def description(self) -> str:
-        """For tables: "factor k=2 group=256"."""
-        return f"{self.kind}{f' k={self.factor:g}' if self.kind == 'factor' else ''} group={self.group}"
+        """For tables: "k=2 group=256", "lsq group=channel"."""
+        return f"{f'k={self.factor:g}' if self.kind == 'factor' else self.kind} group={self.group}"
 
 
 class Levels(NamedTuple):
