@@ -23,8 +23,9 @@ from tclip_jax.data.images import preprocess
 from tclip_jax.data.pipeline import to_pil
 from tclip_jax.data.prompts import captions
 from tclip_jax.data.sources import Source, open_source
+from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.report import write_report
-from tclip_jax.evaluation.zero_shot import Classification, classify
+from tclip_jax.evaluation.zero_shot import Outcome, classify
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.recipes import load_recipe
 from tclip_jax.storage import write_atomic
@@ -68,11 +69,11 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         provenance={"recipe": recipe},
         overwrite=True,
     )
-    teacher_outcome = classify(models["teacher"], source, run.eval.templates)
-    outcome = classify(Model.load(artifact), source, run.eval.templates)
+    teacher_outcome = classify(Encoder(models["teacher"]), source, run.eval.templates)
+    outcome = classify(Encoder(Model.load(artifact)), source, run.eval.templates)
     summary = {
-        "teacher_accuracy": teacher_outcome.accuracy,
-        "student_accuracy": outcome.accuracy,
+        "teacher_accuracy": teacher_outcome.metrics["acc1"],
+        "student_accuracy": outcome.metrics["acc1"],
         "ternary_share": ternary_share(params),
         "zeros": zero_share(params),
         "compression_theoretical": theoretical_compression(ternary_share(params)),
@@ -115,12 +116,13 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _write_picture(
-    workdir: epath.Path, params: Any, source: Source, outcome: Classification, student: Model, templates: Any
+    workdir: epath.Path, params: Any, source: Source, outcome: Outcome, student: Model, templates: Any
 ) -> None:
-    right = outcome.predictions == outcome.labels
+    predictions = outcome.predictions["top"][:, 0]
+    right = predictions == outcome.predictions["labels"]
     # Stable sort: mistakes first, each kind in the order of the source. All images of a picture are readable here.
     shown = np.argsort(right, kind="stable")[:SHOWN]
-    said = [captions(source.classnames[outcome.predictions[i]], templates)[0] for i in shown]
+    said = [captions(source.classnames[predictions[i]], templates)[0] for i in shown]
     write_report(
         workdir / "report.png",
         curves={name: read_metrics(workdir / name) for name in ("teacher", "student")},

@@ -1,5 +1,11 @@
-"""Example:
-tclip evaluate runs/quickstart/artifact --data digits --split test --templates digits
+"""Examples:
+  tclip evaluate runs/quickstart/artifact --data digits --split test --templates digits
+  tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
+  tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
+
+With --suite, DATA is a folder of webdataset exports (docs/evaluate.md); what OUT holds already is not measured again.
+Exit code 0: every data set is whole; 1: one has no result; 3: all have results, but in one images do not count; 2: an
+error, nothing is measured.
 """
 
 from __future__ import annotations
@@ -9,23 +15,47 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and what it classifies."""
-    parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
-    parser.add_argument("--data", required=True, help="labelled source: digits, folder:<path>, tfds:<name>")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--templates", default="simple", help="name of a list of captions with {c} (default: simple)")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a line")
+    """The model, the data, and where results go."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run, an artifact, or a checkpoint of open_clip or transformers"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="with --suite a folder of exports; else digits, folder:<path>, tfds:<name>, wds:<folder>",
+    )
+    parser.add_argument("--suite", help="clip-benchmark-41, imagenet, vtab, retrieval, or names with commas between")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results, a JSON and predictions per data set")
+    parser.add_argument("--download", action="store_true", help="fetch missing exports from the Hugging Face hub")
+    parser.add_argument("--split", default="test", help="of DATA without --suite (default: test)")
+    parser.add_argument(
+        "--templates", default="simple", help="of DATA without --suite: name of a list of captions (default: simple)"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="images over all devices (default: 128)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default: float32)"
+    )
+    parser.add_argument("--name", help="of the model, for the results (default: MODEL)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints accuracy, number of images and unreadable images."""
-    from tclip_jax.data.sources import open_source
-    from tclip_jax.evaluation.zero_shot import classify
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints, and returns the exit code."""
+    from tclip_jax.evaluation.encoder import Encoder
+    from tclip_jax.evaluation.runner import evaluate, fingerprint
+    from tclip_jax.evaluation.table import report_table
+    from tclip_jax.evaluation.tasks import source_task, suite_tasks
     from tclip_jax.training.restore import load_model
 
-    outcome = classify(load_model(args.model), open_source(args.data, args.split), args.templates, args.batch_size)
-    figures = {"accuracy": outcome.accuracy, "images": len(outcome.labels), "unreadable": outcome.unreadable}
-    unreadable = f", {outcome.unreadable} unreadable" if outcome.unreadable else ""
-    line = f"zero-shot accuracy {outcome.accuracy:.2%} of {len(outcome.labels)} images{unreadable}"
-    print(json.dumps(figures) if args.json else line)
+    if args.suite:
+        tasks = suite_tasks(args.data, args.suite, args.download)
+    else:
+        tasks = [source_task(args.data, args.split, args.templates)]
+    model, name = load_model(args.model), args.name or args.model
+    weights = fingerprint(model)
+    encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
+    report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
+    if report.errors and not args.suite:
+        raise ValueError(report.errors[args.data])
+    print(json.dumps(report.summary(name, weights, args.dtype)) if args.json else report_table(report))
+    return 1 if report.errors else 3 if report.partial else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -81,16 +80,30 @@ def train_iterator(
 
 
 def eval_batches(
-    source: Source, *, preprocess: Preprocess, batch_size: int, threads: int = 2, prefetch: int = 4
+    source: Source,
+    *,
+    preprocess: Preprocess,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
 ) -> Iterator[dict[str, Any]]:
-    """Every record once, in order, in batches of one shape.
+    """Every record once, in order, in batches of one shape: this process's rows of each, which lie side by side.
 
-    Yields dicts of `image` (B, H, W, 3) uint8, `label` (B,) int32 (-1 where there is none), `weight` (B,) float32 and
-    `captions`, a list of B tuples of strings. Images that cannot be decoded and the rows that fill up the last batch
-    are zeros of weight 0.
+    Yields dicts of `image` (B, H, W, 3) uint8, `label` (B,) or (B, C) int32 (-1 where there is none), `weight` (B,)
+    float32, `index` (B,) int32, the place in the source, and lists of B: `captions`, each a tuple of strings, and
+    `name`; B is batch_size / process_count. Images that cannot be decoded are zeros of weight 0; so are the rows that
+    fill up the last batch, whose index is -1.
     """
-    rows = grain.MapDataset.range(len(source)).map(lambda index: _eval_row(source[index], preprocess))
-    batches = rows.batch(batch_size, batch_fn=functools.partial(_pad_and_stack, batch_size=batch_size))
+    share = batch_size // process_count
+
+    def load(number: int) -> dict[str, Any]:
+        start = number * batch_size + process_index * share
+        rows = [_eval_row(source[i], i, preprocess) for i in range(start, min(start + share, len(source)))]
+        return _pad_and_stack(rows, preprocess, share)
+
+    batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch))))
 
 
@@ -129,23 +142,34 @@ class _TrainRow(grain.transforms.RandomMap):
         return self._tokenizer([captions[rng.integers(len(captions))]])[0]
 
 
-def _eval_row(record: Record, preprocess: Preprocess) -> dict[str, Any]:
+def _eval_row(record: Record, index: int, preprocess: Preprocess) -> dict[str, Any]:
     try:
         image, weight = images.preprocess(to_pil(record.image), preprocess), 1
     except ValueError as error:
         _report_bad(record, error)
         image, weight = np.zeros((*preprocess.size, 3), np.uint8), 0
-    return {"image": image, "label": record.label, "weight": weight, "captions": record.captions}
+    return {
+        "image": image,
+        "label": record.label,
+        "weight": weight,
+        "index": index,
+        "captions": record.captions,
+        "name": record.name,
+    }
 
 
-def _pad_and_stack(rows: Sequence[dict[str, Any]], batch_size: int) -> dict[str, Any]:
-    fill = {"image": np.zeros_like(rows[0]["image"]), "label": -1, "weight": 0, "captions": ()}
-    rows = [*rows, *[fill] * (batch_size - len(rows))]
+def _pad_and_stack(rows: list[dict[str, Any]], preprocess: Preprocess, batch_size: int) -> dict[str, Any]:
+    label = np.full_like(rows[0]["label"], -1) if rows else -1
+    image = np.zeros((*preprocess.size, 3), np.uint8)
+    fill = {"image": image, "label": label, "weight": 0, "index": -1, "captions": (), "name": ""}
+    rows = rows + [fill] * (batch_size - len(rows))
     return {
         "image": np.stack([row["image"] for row in rows]),
         "label": np.array([row["label"] for row in rows], np.int32),
         "weight": np.array([row["weight"] for row in rows], np.float32),
+        "index": np.array([row["index"] for row in rows], np.int32),
         "captions": [row["captions"] for row in rows],
+        "name": [row["name"] for row in rows],
     }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
+from tclip_jax.data.sources.webdataset import Kind
 from tclip_jax.schema import check_keys
-
-Kind = Literal["classification", "multilabel", "retrieval"]
 
 MAIN_METRIC: dict[Kind, str] = {
     "classification": "acc1",

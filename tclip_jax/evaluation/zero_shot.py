@@ -1,72 +1,139 @@
-"""Zero-shot classification: images against the mean embedding of each class's captions."""
+"""Zero-shot evaluation: images against the mean embedding of each class's captions, or against captions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tclip_jax.artifacts.model import Model
-from tclip_jax.data.images import normalize
-from tclip_jax.data.pipeline import eval_batches
 from tclip_jax.data.prompts import captions, get_templates
 from tclip_jax.data.sources import Source
+from tclip_jax.data.sources.webdataset import Kind
+from tclip_jax.evaluation.encoder import Embeddings, Encoder
+from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision, mean_per_class_recall, top_k
+from tclip_jax.evaluation.results import Predictions
+from tclip_jax.evaluation.retrieval import recall, retrieval_ranks
+from tclip_jax.evaluation.rows import Progress, Rows, encode_rows
+
+UNREADABLE = "unreadable image"
+NO_LABEL = "label missing or out of range"
+NO_CAPTION = "no caption"
+_CHUNK = 1 << 14  # captions of classes that are embedded at a time
+
+Templates = str | Sequence[str]
+
+
+def _nothing(images: int) -> None:
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """The outcome for every readable image of a source, in its order.
+class Outcome:
+    """What a model makes of a source.
 
     Attributes:
-      labels: true classes (N,) int32.
-      logits: 100 · cosine similarity to each class (N, C) float32.
-      unreadable: images that could not be decoded, and are in neither.
+      metrics: fractions 0–1 by CLIP_benchmark's names.
+      predictions: arrays with a row per image that counts, as `read_predictions` describes them.
+      failed: images that do not count, by reason.
     """
 
-    labels: npt.NDArray[np.int32]
-    logits: npt.NDArray[np.float32]
-    unreadable: int
+    metrics: dict[str, float]
+    predictions: Predictions
+    failed: dict[str, int]
 
     @property
-    def predictions(self) -> npt.NDArray[np.intp]:
-        """The most similar class of each image (N,)."""
-        return self.logits.argmax(axis=-1)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images whose most similar class is their own, 0–1; NaN without images."""
-        return float(np.mean(self.predictions == self.labels)) if len(self.labels) else float("nan")
+    def samples(self) -> int:
+        """Images that count."""
+        return len(self.predictions["index"])
 
 
-def class_embeddings(
-    model: Model, classnames: Sequence[str], templates: str | Sequence[str]
-) -> npt.NDArray[np.float32]:
-    """One L2-normalised row per class (C, embed_dim): the mean over templates of the normalised caption embeddings.
+def class_embeddings(encoder: Encoder, classnames: Sequence[str], templates: Templates) -> Embeddings:
+    """One L2-normalised row per class (C, D): the mean over templates of the normalised caption embeddings.
 
     Source: CLIP, arXiv 2103.00020, section 3.1.4 (prompt ensembles in embedding space).
     """
     templates = get_templates(templates)
-    texts = [caption for name in classnames for caption in captions(name, templates)]
-    means = model.encode_text(texts).reshape(len(classnames), len(templates), -1).mean(axis=1)
-    return means / np.linalg.norm(means, axis=-1, keepdims=True)
+    step = max(_CHUNK // len(templates), 1)
+    means = []
+    for start in range(0, len(classnames), step):
+        names = classnames[start : start + step]
+        embeddings = encoder.texts([caption for name in names for caption in captions(name, templates)])
+        means.append(embeddings.reshape(len(names), len(templates), -1).mean(axis=1))
+    rows = np.concatenate(means)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def classify(model: Model, source: Source, templates: str | Sequence[str], batch_size: int = 128) -> Classification:
-    """Classifies every image of a labelled source.
+def classify(encoder: Encoder, source: Source, templates: Templates, progress: Progress = _nothing) -> Outcome:
+    """acc1, acc5 (NaN of fewer than five classes) and mean_per_class_recall of a labelled source.
 
     Raises:
-      ValueError: the source has captions instead of classes.
+      ValueError: the source has captions instead of classes, no image counts, or embeddings are not finite.
     """
+    count = len(_classnames(source))
+    classes = class_embeddings(encoder, source.classnames, templates)
+    rows, top = encode_rows(encoder, source, lambda images: top_k(100 * images @ classes.T, 5), progress)
+    kept, failed = _kept(rows, NO_LABEL, lambda i: isinstance(rows.labels[i], int) and 0 <= rows.labels[i] < count)
+    labels, top = np.array([rows.labels[i] for i in kept], np.int32), top[kept]
+    metrics = {
+        "acc1": hit_rate(top[:, :1], labels),
+        "acc5": hit_rate(top, labels) if count >= 5 else float("nan"),
+        "mean_per_class_recall": mean_per_class_recall(top[:, 0], labels),
+    }
+    return Outcome(metrics, _named(rows, kept) | {"labels": labels, "top": top}, failed)
+
+
+def classify_several(encoder: Encoder, source: Source, templates: Templates, progress: Progress = _nothing) -> Outcome:
+    """mean_average_precision of a source whose images are of several classes each; raises what `classify` raises."""
+    count = len(_classnames(source))
+    classes = class_embeddings(encoder, source.classnames, templates)
+    rows, scores = encode_rows(encoder, source, lambda images: 100 * images @ classes.T, progress)
+    kept, failed = _kept(rows, NO_LABEL, lambda i: np.shape(rows.labels[i]) == (count,) and min(rows.labels[i]) >= 0)
+    labels, scores = np.array([rows.labels[i] for i in kept], np.uint8), scores[kept]
+    metrics = {"mean_average_precision": mean_average_precision(scores, labels)}
+    return Outcome(metrics, _named(rows, kept) | {"labels": labels, "scores": scores}, failed)
+
+
+def retrieve(encoder: Encoder, source: Source, templates: Templates = (), progress: Progress = _nothing) -> Outcome:
+    """Recall@1, 5 and 10 of images by their captions and of captions by their images; `templates` mean nothing here.
+
+    Raises:
+      ValueError: no image counts, or embeddings are not finite.
+    """
+    rows, images = encode_rows(encoder, source, progress=progress)
+    kept, failed = _kept(rows, NO_CAPTION, lambda i: any(caption.strip() for caption in rows.captions[i]))
+    text_to_image = np.repeat(np.arange(len(kept)), [len(rows.captions[i]) for i in kept])
+    ranks = retrieval_ranks(
+        images[kept], encoder.texts([text for i in kept for text in rows.captions[i]]), text_to_image
+    )
+    found = {"text_rank": ranks.text, "image_rank": ranks.image, "text_to_image": text_to_image}
+    return Outcome(recall(ranks), _named(rows, kept) | found, failed)
+
+
+EVALUATORS: dict[Kind, Callable[[Encoder, Source, Templates, Progress], Outcome]] = {
+    "classification": classify,
+    "multilabel": classify_several,
+    "retrieval": retrieve,
+}
+
+
+def _classnames(source: Source) -> Sequence[str]:
     if not source.classnames:
         raise ValueError("zero-shot classification needs a labelled source: this one has captions")
-    classes = class_embeddings(model, source.classnames, templates)
-    labels, logits, rows = [], [], 0
-    for batch in eval_batches(source, preprocess=model.preprocess, batch_size=batch_size):
-        pixels = normalize(batch["image"], model.preprocess.mean, model.preprocess.std)
-        real = batch["weight"] > 0
-        labels.append(batch["label"][real])
-        logits.append(100 * model.encode_image(pixels, batch_size=batch_size)[real] @ classes.T)
-        rows += int(real.sum())
-    return Classification(np.concatenate(labels), np.concatenate(logits), len(source) - rows)
+    return source.classnames
+
+
+def _kept(rows: Rows, reason: str, is_good: Callable[[int], Any]) -> tuple[list[int], dict[str, int]]:
+    """The images that count, and how many do not and why; an image without pixels counts as that alone."""
+    readable = [i for i, yes in enumerate(rows.readable) if yes]
+    kept = [i for i in readable if is_good(i)]
+    counts = {UNREADABLE: len(rows.readable) - len(readable), reason: len(readable) - len(kept)}
+    failed = {why: count for why, count in counts.items() if count}
+    if not kept:
+        raise ValueError(f"no image counts: {', '.join(f'{count:,} x {why}' for why, count in failed.items())}")
+    return kept, failed
+
+
+def _named(rows: Rows, kept: list[int]) -> Predictions:
+    return {"keys": np.array([rows.names[i] for i in kept]), "index": np.array(kept, np.int32)}

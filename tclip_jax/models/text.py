@@ -13,7 +13,7 @@ from tclip_jax.models.transformer import scan_blocks
 
 
 class TextTransformer(nn.Module):
-    """Tokens (B, T) int32 to embeddings (B, embed_dim), not yet of length 1."""
+    """Tokens (B, T) int32 to embeddings (B, embed_dim), not yet of length 1; T is the context length or less."""
 
     config: TextConfig
     embed_dim: int
@@ -28,7 +28,7 @@ class TextTransformer(nn.Module):
         x_BTD = Embedding(cfg.vocab_size, width, self.rules, self.dtype, name="token_embedding")(tokens_BT)
         position_TD = self.param("position_embedding", nn.initializers.normal(0.01), (cfg.context_length, width))
         x_BTD = scan_blocks(
-            x_BTD + position_TD.astype(self.dtype),
+            x_BTD + position_TD[: tokens_BT.shape[1]].astype(self.dtype),
             layers=cfg.layers,
             heads=cfg.heads,
             mlp_ratio=cfg.mlp_ratio,

@@ -72,13 +72,15 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Zero-shot classification during training and at its end; source "" for none."""
+    """Zero-shot evaluation during training and at its end; source "" for none."""
 
-    source: str = ""
+    source: str = ""  # as data.source, or with a suite the folder of the exports
+    suite: str = ""  # names of suites and data sets, as of `tclip evaluate --suite`
     split: str = "test"
     templates: str | tuple[str, ...] = "digits"
     every: int = 1000  # steps
     batch_size: int = 128
+    name: str = ""  # metrics are <name>/<data set>/<metric>; of "" zero_shot_accuracy alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ class RunConfig:
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
+    evals: tuple[EvalConfig, ...]
 
 
 _SECTIONS: dict[str, type] = {
@@ -125,6 +128,7 @@ def base_config() -> ml_collections.ConfigDict:
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
             "teacher": "",  # a run's workdir or an artifact; "": none
+            "evals": (),  # further evaluations: mappings with keys of eval, and each with a name
             **sections,
         },
         # A tuple or None may be put where a string stands: types are checked in `run_config`, with clearer errors.
@@ -154,6 +158,9 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
             "preprocess": Preprocess.from_open_clip(values["preprocess"], model.vision.image_size),
             "rules": ternary_rules(_rules(values["ternary"], values["quantizer"]), quantizer),
             **sections,
+            "evals": tuple(
+                from_mapping(EvalConfig, each, f"config.evals[{i}]") for i, each in enumerate(values["evals"])
+            ),
         },
         "config",
     )
@@ -180,9 +187,16 @@ def _check_values(run: RunConfig) -> None:
         ("checkpoint.keep", run.checkpoint.keep),
         ("eval.every", run.eval.every),
         ("eval.batch_size", run.eval.batch_size),
+        *((f"evals[{i}].every", each.every) for i, each in enumerate(run.evals)),
+        *((f"evals[{i}].batch_size", each.batch_size) for i, each in enumerate(run.evals)),
     ):
         if value < 1:
             raise ValueError(f"config.{name} is {value}: it must be at least 1")
+    names = [each.name for each in run.evals]
+    if len({*names, ""}) <= len(names):
+        raise ValueError(f"config.evals have the names {names}: each must have one of its own")
+    if not all(each.source for each in run.evals):
+        raise ValueError("config.evals: each must have a source")
     if not math.isfinite(run.optimizer.learning_rate) or run.optimizer.learning_rate <= 0:
         raise ValueError(f"config.optimizer.learning_rate is {run.optimizer.learning_rate}: it must be above 0")
     if not 0 <= run.optimizer.warmup_steps < run.steps:

@@ -5,28 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from etils import epath
+from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.evaluation.zero_shot import classify
 from tclip_jax.models.clip import CLIP
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.checkpoints import Checkpoints
 from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tclip_jax.training.restore import load_model
-from tclip_jax.training.state import init_state
+from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import Encoders, make_train_step
 from tclip_jax.training.telemetry import Telemetry
 
@@ -66,6 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         sizes = f"{teacher.config.vision.image_size}, the student's {run.model.vision.image_size}"
         raise ValueError(f"the teacher's image size is {sizes}: they see the same pixels, so both must be equal")
     optimizer = make_optimizer(run.optimizer, run.steps)
+    evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
@@ -97,23 +100,26 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 started = now
                 previous = step + 1, metrics | {"learning_rate": schedule(step), "images_per_second": rate}
                 checkpoints.save(step + 1, state, data)
-                if run.eval.source and (step + 1) % run.eval.every == 0 and step + 1 < run.steps:
+                due = [each for each in evaluations if each.is_due(step + 1) and step + 1 < run.steps]
+                if due:
                     telemetry.write(*previous)
                     previous = None
-                    telemetry.write(step + 1, _evaluate(run, state.params["clip"]))
+                    _evaluate(due, telemetry, step + 1, _model(run, state), mesh)
                     started = time.perf_counter()
             if previous is not None:
                 telemetry.write(*previous)
                 checkpoints.save(run.steps, state, data, force=True)
-                if run.eval.source:
-                    telemetry.write(run.steps, _evaluate(run, state.params["clip"]))
+                _evaluate(evaluations, telemetry, run.steps, _model(run, state), mesh)
+    return _model(run, state)
+
+
+def _model(run: RunConfig, state: TrainState) -> Model:
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
 
 
-def _evaluate(run: RunConfig, params: Any) -> dict[str, float]:
-    model = Model(run.model, run.preprocess, params, run.rules)
-    source = open_source(run.eval.source, run.eval.split)
-    return {"zero_shot_accuracy": classify(model, source, run.eval.templates, run.eval.batch_size).accuracy}
+def _evaluate(evaluations: Sequence[Evaluation], telemetry: Telemetry, step: int, model: Model, mesh: Mesh) -> None:
+    for each in evaluations:
+        telemetry.write(step, each(model, mesh))
 
 
 def _encoders(model: CLIP, preprocess: Preprocess) -> Encoders:

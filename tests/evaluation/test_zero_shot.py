@@ -1,44 +1,32 @@
-"""Zero-shot classification against a plain float64 rendering of it, one class and one image at a time."""
+"""Zero-shot evaluation against a plain float64 rendering of it, one class, caption and image at a time."""
 
 from __future__ import annotations
 
 import pathlib
 import types
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
 
-from tclip_jax.artifacts.model import Model
-from tclip_jax.data.images import Preprocess
+from tclip_jax.data.images import decode, preprocess
 from tclip_jax.data.sources import Record, open_source
-from tclip_jax.evaluation.zero_shot import Classification, class_embeddings, classify
-from tclip_jax.models.clip import param_shapes
-from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.evaluation.zero_shot import class_embeddings, classify, classify_several, retrieve
 
-CONFIG = CLIPConfig(
-    8,
-    VisionConfig((16, 16), patch_size=8, width=16, layers=1, head_width=8),
-    TextConfig(context_length=16, width=8, heads=1, layers=1),
-)
-TEMPLATES = ("a photo of a {c}.", "{c}", "a bad drawing of the {c}")
 Floats = npt.NDArray[np.float64]
 
 
 class Pictures:
-    """Labelled random images of several sizes, some of them no images."""
+    """Records of colours, some of them no images."""
 
-    def __init__(self, classnames: Sequence[str], labels: Sequence[int], unreadable: Sequence[int] = ()) -> None:
+    def __init__(
+        self, classnames: Sequence[str], colours: Sequence[int | None], labels: Sequence[int | npt.NDArray[np.int32]]
+    ) -> None:
         self.classnames = tuple(classnames)
-        rng = np.random.default_rng(0)
-        pixels = [rng.integers(0, 256, (16 + i, 20, 3), np.uint8) for i in range(len(labels))]
         self._records = [
-            Record(b"no image" if i in unreadable else pixels[i], (), label, f"pictures/{i}")
-            for i, label in enumerate(labels)
+            Record(b"no image" if c is None else np.eye(3, dtype=np.uint8)[[[c] * 5] * 6] * 255, (), label, f"p/{i}")
+            for i, (c, label) in enumerate(zip(colours, labels, strict=True))
         ]
 
     def __len__(self) -> int:
@@ -48,82 +36,130 @@ class Pictures:
         return self._records[index]
 
 
-class Direct:
-    """Stands for a model: captions have the embeddings of a table, images their mean colour's."""
-
-    preprocess = Preprocess(4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-
-    def __init__(self, table: dict[str, tuple[float, ...]]) -> None:
-        self._table = table
-
-    def encode_text(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.array([self._table[text] for text in texts], np.float32)
-
-    def encode_image(self, pixels: npt.NDArray[Any], batch_size: int) -> npt.NDArray[np.float32]:
-        assert len(pixels) == batch_size, "every batch is of one shape, so that it is compiled once"
-        colours = pixels.mean(axis=(1, 2))
-        return colours / np.maximum(np.linalg.norm(colours, axis=-1, keepdims=True), 1e-12)
-
-
 def unit(x: Floats) -> Floats:
     return x / np.sqrt((x * x).sum())
 
 
-def test_logits_are_those_of_a_plain_rendering() -> None:
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(CONFIG))
-    model = Model(CONFIG, Preprocess(16), params)
-    source = Pictures(["cat", "dog", "tree frog"], [2, 0, 1, 1, 2])
-    outcome = classify(model, source, TEMPLATES, batch_size=1)
-
-    texts = [template.replace("{c}", name) for template in reversed(TEMPLATES) for name in source.classnames]
-    embedded = dict(zip(texts, model.encode_text(texts).astype(np.float64), strict=True))
+def plain_logits(exports: types.SimpleNamespace, source: object, names: Sequence[str]) -> Floats:
+    """100 · cosine of each image of a source to each class, from the definition."""
+    model = exports.Direct(batch_size=1)
     classes = []
-    for name in source.classnames:
-        captions = [unit(embedded[template.replace("{c}", name)]) for template in TEMPLATES]
+    for name in names:
+        captions = [unit(model.texts([line.replace("{c}", name)])[0].astype(np.float64)) for line in exports.TEMPLATES]
         classes.append(unit(np.mean(captions, axis=0)))
-    for i in range(len(source)):
-        image = model.encode_image(Image.fromarray(source[i].image))[0].astype(np.float64)
-        expected = [100 * float(unit(image) @ each) for each in classes]
-        np.testing.assert_allclose(outcome.logits[i], expected, atol=1e-4)
-    assert outcome.logits.dtype == np.float32 and outcome.logits.shape == (5, 3)
-    np.testing.assert_array_equal(outcome.labels, [2, 0, 1, 1, 2])
-    right = sum(int(np.argmax(row)) == label for row, label in zip(outcome.logits, outcome.labels, strict=True))
-    assert outcome.accuracy == right / 5 and outcome.unreadable == 0
+    rows = []
+    for i in range(len(source)):  # type: ignore[arg-type]
+        pixels = preprocess(decode(source[i].image), model.preprocess)  # type: ignore[index]
+        image = model.images(pixels[None])[0].astype(np.float64)
+        rows.append([100 * float(unit(image) @ each) for each in classes])
+    return np.array(rows)
 
 
-def test_a_class_is_the_normalised_mean_over_its_captions() -> None:
-    model = Direct({"a": (1.0, 0.0), "an a": (0.0, 1.0), "b": (0.6, 0.8), "an b": (0.6, 0.8)})
-    rows = class_embeddings(model, ["a", "b"], ["{c}", "an {c}"])  # type: ignore[arg-type]
+def test_classification_is_that_of_a_plain_rendering(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    names = [f"thing {i}" for i in range(7)]
+    labels = [i * 3 % 7 for i in range(30)]
+    source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', labels, names, suffix='jpg')}", "test")
+    outcome = classify(exports.Direct(4), source, exports.TEMPLATES)
+
+    logits = plain_logits(exports, source, names)
+    order = [sorted(range(7), key=lambda c, row=row: -row[c]) for row in logits]  # type: ignore[misc]
+    assert outcome.predictions["top"].tolist() == [each[:5] for each in order]
+    right = [each[0] == label for each, label in zip(order, labels, strict=True)]
+    assert outcome.metrics["acc1"] == pytest.approx(np.mean(right))
+    assert outcome.metrics["acc5"] == pytest.approx(
+        np.mean([label in each[:5] for each, label in zip(order, labels, strict=True)])
+    )
+    per_class = [np.mean([r for r, label in zip(right, labels, strict=True) if label == c]) for c in range(7)]
+    assert outcome.metrics["mean_per_class_recall"] == pytest.approx(np.mean(per_class))
+    assert outcome.predictions["labels"].tolist() == labels and outcome.predictions["index"].tolist() == [*range(30)]
+    assert outcome.predictions["keys"][16] == "wds_x/test/1.tar/s0000016" and outcome.failed == {}
+
+
+def test_several_labels_are_scored_by_all_similarities(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    names = ["cat", "dog", "tree frog"]
+    vectors = [np.array(v) for v in np.random.default_rng(0).integers(0, 2, (11, 3))]
+    source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', vectors, names)}", "test")
+    outcome = classify_several(exports.Direct(), source, exports.TEMPLATES)
+    logits = plain_logits(exports, source, names)
+    np.testing.assert_allclose(outcome.predictions["scores"], logits, atol=1e-4)
+    np.testing.assert_array_equal(outcome.predictions["labels"], vectors)
+    precisions = []
+    for c in range(3):
+        ranked = [vectors[i][c] for i in sorted(range(11), key=lambda i: -logits[i][c])]
+        at_hits = [sum(ranked[: i + 1]) / (i + 1) for i in range(11) if ranked[i]]
+        precisions.append(np.mean(at_hits))
+    assert outcome.metrics == {"mean_average_precision": pytest.approx(np.mean(precisions))}
+
+
+def test_retrieval_of_images_with_one_caption_or_more(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+    texts = [[f"caption {i} {j}" for j in range(1 + i % 3)] for i in range(13)]
+    source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', texts)}", "test")
+    outcome = retrieve(exports.Direct(5), source)
+    model = exports.Direct(1)
+    images = [model.images(preprocess(decode(source[i].image), model.preprocess)[None])[0] for i in range(13)]
+    owners = [i for i, own in enumerate(texts) for _ in own]
+    scores = np.array([[model.texts([text])[0] @ image for image in images] for own in texts for text in own])
+    for k in (1, 5, 10):
+        of_caption = [
+            owner in sorted(range(13), key=lambda i: -row[i])[:k] for owner, row in zip(owners, scores, strict=True)
+        ]
+        of_image = [
+            i in {owners[j] for j in sorted(range(len(owners)), key=lambda j: -scores[j][i])[:k]} for i in range(13)
+        ]
+        assert outcome.metrics[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(of_caption))
+        assert outcome.metrics[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(of_image))
+    assert outcome.predictions["text_to_image"].tolist() == owners
+    assert len(outcome.predictions["image_rank"]) == len(owners) and len(outcome.predictions["text_rank"]) == 13
+
+
+def test_a_class_is_the_normalised_mean_over_its_captions(exports: types.SimpleNamespace) -> None:
+    model = exports.Direct(table={"a": (1.0, 0.0), "an a": (0.0, 1.0), "b": (0.6, 0.8), "an b": (0.6, 0.8)})
+    rows = class_embeddings(model, ["a", "b"], ["{c}", "an {c}"])
     np.testing.assert_allclose(rows, [[2**-0.5, 2**-0.5], [0.6, 0.8]], rtol=1e-6)
 
 
+def test_classes_are_embedded_in_parts(exports: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"c{i}" for i in range(10)]
+    whole = class_embeddings(exports.Direct(), names, exports.TEMPLATES)
+    monkeypatch.setattr("tclip_jax.evaluation.zero_shot._CHUNK", 12)
+    np.testing.assert_array_equal(class_embeddings(exports.Direct(), names, exports.TEMPLATES), whole)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 128])
-def test_unreadable_images_are_counted_and_left_out_in_place(batch_size: int) -> None:
-    model = Direct({"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
-    whole = classify(model, Pictures(["red", "blue"], [0, 1, 1, 0, 1, 0, 0]), "none", 7)  # type: ignore[arg-type]
-    source = Pictures(["red", "blue"], [0, 1, 1, 0, 1, 0, 0], unreadable=(1, 6))
-    outcome = classify(model, source, "none", batch_size)  # type: ignore[arg-type]
-    assert outcome.unreadable == 2
-    np.testing.assert_array_equal(outcome.labels, [0, 1, 0, 1, 0])
-    np.testing.assert_allclose(outcome.logits, whole.logits[[0, 2, 3, 4, 5]], rtol=1e-6)
+def test_what_does_not_count_is_counted_and_left_out_in_place(exports: types.SimpleNamespace, batch_size: int) -> None:
+    model = exports.Direct(batch_size, {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
+    source = Pictures(["red", "blue"], [0, None, 2, 0, 2, 2, None], [0, 1, 1, 2, 0, 1, -1])
+    outcome = classify(model, source, "none")
+    assert outcome.failed == {"unreadable image": 2, "label missing or out of range": 1} and outcome.samples == 4
+    assert outcome.predictions["index"].tolist() == [0, 2, 4, 5]
+    assert outcome.predictions["labels"].tolist() == [0, 1, 0, 1]
+    assert outcome.predictions["top"].tolist() == [[0, 1], [1, 0], [1, 0], [1, 0]]
+    assert outcome.metrics["acc1"] == 0.75 and np.isnan(outcome.metrics["acc5"])
+    assert outcome.metrics["mean_per_class_recall"] == 0.75
 
 
-def test_without_a_readable_image_there_is_no_accuracy() -> None:
-    model = Direct({"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
-    outcome = classify(model, Pictures(["red", "blue"], [0, 1], (0, 1)), "none", 2)  # type: ignore[arg-type]
-    assert outcome.unreadable == 2 and outcome.logits.shape == (0, 2) and np.isnan(outcome.accuracy)
+def test_images_without_captions_and_bad_vectors_do_not_count(
+    exports: types.SimpleNamespace, tmp_path: pathlib.Path
+) -> None:
+    texts = [["a"], [""], [" ", ""], ["b", "c"]]
+    captioned = open_source(f"wds:{exports.write(tmp_path / 'a', texts, images={3: b'no image'}, shards=1)}", "test")
+    outcome = retrieve(exports.Direct(), captioned)
+    assert outcome.failed == {"unreadable image": 1, "no caption": 2} and outcome.predictions["index"].tolist() == [0]
+    vectors = [np.array([0, 1]), np.array([1, 2]), np.array([1, 0, 1]), np.array(["1", "0"]), np.array([1.0, 1.0])]
+    several = open_source(f"wds:{exports.write(tmp_path / 'b', vectors, ['x', 'y'], shards=1)}", "test")
+    outcome = classify_several(exports.Direct(), several, "none")
+    assert outcome.failed == {"label missing or out of range": 3} and outcome.predictions["index"].tolist() == [0, 4]
 
 
-def test_predictions_and_accuracy() -> None:
-    logits = np.array([[1, 3, 2], [9, 0, 0], [0, 0, 1], [5, 5, 4]], np.float32)
-    outcome = Classification(np.array([1, 2, 2, 0], np.int32), logits, 0)
-    assert outcome.predictions.tolist() == [1, 0, 2, 0] and outcome.accuracy == 0.75
-
-
-def test_a_captioned_source_is_refused(tmp_path: pathlib.Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    (tmp_path / "x.txt").write_text("a black square")
-    untouched = types.SimpleNamespace()  # refused before the model is asked for anything
+def test_what_is_refused(exports: types.SimpleNamespace) -> None:
+    model = exports.Direct(2, {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
+    with pytest.raises(ValueError, match=r"^no image counts: 2 x unreadable image, 1 x label missing or out of range$"):
+        classify(model, Pictures(["red", "blue"], [None, 0, None], [0, 5, 1]), "none")
     with pytest.raises(ValueError, match=r"^zero-shot classification needs a labelled source: this one has captions$"):
-        classify(untouched, open_source(f"folder:{tmp_path}", "test"), "simple")  # type: ignore[arg-type]
+        classify(model, Pictures([], [0], [-1]), "none")
+    with pytest.raises(ValueError, match=r"^there are no images$"):
+        classify(model, Pictures(["red"], [], []), "none")
+    broken = exports.Direct(2, {"red": (float("nan"), 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
+    broken.images = lambda pixels: np.full((2, 3), np.nan, np.float32)
+    with pytest.raises(ValueError, match="the model's embeddings are not finite"):
+        classify(broken, Pictures(["red", "blue"], [0], [0]), "none")

@@ -7,18 +7,20 @@ import itertools
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from tclip_jax.data.sources.base import Record
 
+Kind = Literal["classification", "multilabel", "retrieval"]
+
 # As webdataset does: of several images in a sample the first of these counts; all after the first dot is the suffix.
 _IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
-_TARGET_SUFFIXES = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+_TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _MAX_TEXT = 1 << 24  # bytes of a text file beside the shards; the largest list of class names has 20 kB
 
 
@@ -60,9 +62,10 @@ class Webdataset:
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder; it holds a webdataset export of CLIP_benchmark")
         type_file = self._folder / "dataset_type.txt"
-        self.kind = _read_text(type_file).strip().lower() if type_file.exists() else "classification"
-        if self.kind not in _TARGET_SUFFIXES:
-            raise ValueError(f"{type_file}: {self.kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
+        kind = _read_text(type_file).strip().lower() if type_file.exists() else "classification"
+        if kind not in _TARGET_SUFFIXES:
+            raise ValueError(f"{type_file}: {kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
+        self.kind: Kind = kind
         self.classnames = () if self.kind == "retrieval" else self._lines("classnames.txt")
         count_file = self._folder / split / "nshards.txt"
         count = _read_text(count_file).strip()

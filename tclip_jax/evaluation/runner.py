@@ -1,0 +1,215 @@
+"""A model over many data sets: one after the other, resumable, and a failure of one stops no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data.sources import Source
+from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.results import (
+    SUMMARY,
+    Predictions,
+    Result,
+    dump_json,
+    read_result,
+    result_path,
+    write_result,
+)
+from tclip_jax.evaluation.suite import DATASETS, Dataset
+from tclip_jax.evaluation.tasks import Task
+from tclip_jax.evaluation.zero_shot import EVALUATORS, Templates
+from tclip_jax.parallel.gather import gather_json
+from tclip_jax.storage import write_atomic
+
+MISSING = "missing from the export"
+SURPLUS = "more than the reference has"
+AVERAGES = ("acc1", "acc1_or_mean_per_class_recall")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came of every task, by name and in order.
+
+    Attributes:
+      results: what was measured, now or earlier; partial where `failed` of a result is not empty.
+      errors: why there is no result, one line each.
+    """
+
+    results: dict[str, Result]
+    errors: dict[str, str]
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Over the classification sets that have results: CLIP_benchmark's mean of acc1, and OpenAI's and DataComp's.
+
+        The latter takes mean_per_class_recall of caltech101, fgvc_aircraft, flowers and pets. Empty without such sets.
+        """
+        found = [each for each in self.results.values() if "acc1" in each.metrics]
+        if not found:
+            return {}
+        names = [DATASETS[each.dataset].averaged if each.dataset in DATASETS else "acc1" for each in found]
+        columns = (["acc1"] * len(found), names)
+        return {
+            average: float(np.mean([each.metrics[name] for each, name in zip(found, column, strict=True)]))
+            for average, column in zip(AVERAGES, columns, strict=True)
+        }
+
+    def summary(self, model: str, weights: str, dtype: str) -> dict[str, Any]:
+        """What summary.json holds: in CLIP_benchmark's schema too, so that its table of a folder has a line for it."""
+        return {
+            "dataset": "average",
+            "model": model,
+            "pretrained": weights,
+            "task": "summary",
+            "metrics": self.averages,
+            "language": "en",
+            "dtype": dtype,
+            "samples": sum(result.samples for result in self.results.values()),
+            "seconds": round(sum(result.seconds for result in self.results.values()), 3),
+            "datasets": {name: result.metrics for name, result in self.results.items()},
+            "partial": self.partial,
+            "failed": self.errors,
+        }
+
+    @property
+    def partial(self) -> dict[str, dict[str, int]]:
+        """The results in which images do not count, and why."""
+        return {name: result.failed for name, result in self.results.items() if result.failed}
+
+
+def fingerprint(model: Model) -> str:
+    """Sixteen hexadecimal digits that tell its parameters from others."""
+    digest = hashlib.sha256()
+    for path, leaf in flatten(model.params).items():
+        for array in jax.tree.leaves(leaf):
+            values = np.ascontiguousarray(array)
+            digest.update(f"{path} {values.dtype} {values.shape}".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    *,
+    model: str,
+    weights: str = "",
+    out: epath.PathLike | None = None,
+    title: str = "",
+) -> Report:
+    """Evaluates each task that has no result in `out` yet, and leaves its files there, and summary.json.
+
+    Args:
+      model: name of the model for the results.
+      weights: what tells its weights from others', as `fingerprint`; results of others in `out` are refused.
+      out: folder of the results; None to keep none.
+      title: shown before the progress bar.
+
+    Raises:
+      ValueError: `out` has results of other weights or another dtype, or a broken one.
+    """
+    found = {} if out is None else _found(out, tasks, weights, encoder.dtype)
+    # Processes may see different files: what the first of them sees counts.
+    results = {name: Result(**each) for name, each in gather_json(found)[0].items()}
+    left = [task for task in tasks if task.dataset.name not in results]
+    errors: dict[str, str] = {}
+    shown = sys.stderr.isatty() and jax.process_index() == 0
+    total = sum(task.dataset.samples for task in left)
+    with tqdm.tqdm(total=total, unit="image", dynamic_ncols=True, disable=not shown, leave=False) as bar:
+        for task in left:
+            name = task.dataset.name
+            bar.set_description(f"{title} {name}".strip())
+            try:
+                result, predictions = _measure(encoder, task, model, weights, bar)
+            except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and jax.process_count() > 1:
+                    raise  # on this process alone: the others wait for it
+                errors[name] = str(error)
+                bar.total = (bar.total or 0) - task.dataset.samples
+                _logger.warning("%s: no result: %s", name, error)
+                continue
+            results[name] = result
+            if out is not None and jax.process_index() == 0:
+                write_result(out, result, predictions)
+    report = Report(
+        {task.dataset.name: results[task.dataset.name] for task in tasks if task.dataset.name in results}, errors
+    )
+    if out is not None and jax.process_index() == 0:
+        write_atomic(epath.Path(out) / SUMMARY, dump_json(report.summary(model, weights, encoder.dtype)))
+    return report
+
+
+def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str) -> dict[str, dict[str, Any]]:
+    """The results that are there already, as mappings."""
+    if jax.process_index() == 0:
+        epath.Path(out).mkdir(parents=True, exist_ok=True)
+    found = {}
+    for task in tasks:
+        path = result_path(out, task.dataset.name)
+        if path.exists():
+            result = read_result(path)
+            if (result.pretrained, result.dtype) != (weights, dtype):
+                has = f"{result.model} ({result.pretrained}) in {result.dtype}"
+                raise ValueError(f"{path}: of {has}, not of {weights} in {dtype}: choose another folder")
+            found[task.dataset.name] = dataclasses.asdict(result)
+    return found
+
+
+def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.tqdm[Any]) -> tuple[Result, Predictions]:
+    started = time.perf_counter()
+    dataset, source, templates = _open_everywhere(task)
+    bar.total = (bar.total or 0) + len(source) - task.dataset.samples
+    bar.refresh()
+    outcome = EVALUATORS[dataset.kind](encoder, source, templates, bar.update)
+    surplus = len(source) - dataset.samples if dataset.samples else 0
+    counts = {MISSING: max(-surplus, 0), SURPLUS: max(surplus, 0)}
+    result = Result(
+        dataset=dataset.name,
+        model=model,
+        pretrained=weights,
+        task=dataset.task,
+        metrics=outcome.metrics,
+        dtype=encoder.dtype,
+        versions=_versions(),
+        seconds=round(time.perf_counter() - started, 3),
+        samples=outcome.samples,
+        failed=outcome.failed | {why: count for why, count in counts.items() if count},
+    )
+    return result, outcome.predictions
+
+
+def _open_everywhere(task: Task) -> tuple[Dataset, Source, Templates]:
+    """Opens the data; if one process cannot, none goes on."""
+    opened, error = None, ""
+    try:
+        opened = task.open()
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors = [each for each in gather_json(error) if each]
+    if opened is None or errors:
+        raise ValueError(errors[0])
+    return opened
+
+
+def _versions() -> dict[str, str]:
+    names = ("tclip-jax", "jax", "numpy", "Pillow")
+    device = jax.devices()[0]
+    where = {"python": platform.python_version(), "device": device.device_kind, "devices": str(jax.device_count())}
+    return {name: metadata.version(name) for name in names} | where

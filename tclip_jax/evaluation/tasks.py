@@ -1,0 +1,92 @@
+"""What is to be evaluated, and the data for it, opened when its turn comes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import huggingface_hub
+from etils import epath
+
+from tclip_jax.data.prompts import get_templates
+from tclip_jax.data.sources import Source, open_source
+from tclip_jax.data.sources.webdataset import Kind, Webdataset
+from tclip_jax.evaluation.suite import Dataset, find_datasets
+from tclip_jax.evaluation.zero_shot import Templates
+
+SPLIT = "test"
+
+
+class Task(NamedTuple):
+    """A data set, and how to open its images and the templates of its classes; what opening needs is read only then.
+
+    `open` may refine the data set, and raises FileNotFoundError or ValueError for data that is missing or wrong.
+    """
+
+    dataset: Dataset
+    open: Callable[[], tuple[Dataset, Source, Templates]]
+
+
+def suite_tasks(root: epath.PathLike, suite: str, download: bool = False) -> list[Task]:
+    """The tasks of a suite over the webdataset exports below `root`, in `<root>/wds_<name with / as ->`.
+
+    Args:
+      download: whether a missing export is fetched from `clip-benchmark/` of the Hugging Face hub.
+
+    Raises:
+      ValueError: a name that the suites do not have.
+    """
+    folder = epath.Path(root).expanduser()
+    return [Task(each, functools.partial(_open_export, each, folder, download)) for each in find_datasets(suite)]
+
+
+def opened(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks with their data open, so that they can be evaluated again and again; raises what opening raises."""
+    found = [(task.dataset, task.open()) for task in tasks]
+    return [Task(dataset, lambda data=data: data) for dataset, data in found]  # type: ignore[misc]
+
+
+def source_task(source: str, split: str, templates: Templates) -> Task:
+    """The task of one source, written as `open_source` reads it: what is measured follows from what the source has."""
+    return Task(Dataset(source, 0, 0), functools.partial(_open_source, source, split, templates))
+
+
+def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, Source, Templates]:
+    source = open_source(name, split)
+    kind: Kind = "classification" if source.classnames else "retrieval"
+    kind = source.kind if isinstance(source, Webdataset) else kind
+    return Dataset(name, 0, 0, kind=kind), source, get_templates(templates)
+
+
+def _open_export(dataset: Dataset, root: epath.Path, download: bool) -> tuple[Dataset, Source, Templates]:
+    folder = root / dataset.folder
+    if download and not (folder / SPLIT / "nshards.txt").exists():
+        _fetch(dataset, folder)
+    source = Webdataset(str(folder), SPLIT)
+    if source.kind != dataset.kind:
+        raise ValueError(f"{folder}: dataset_type.txt makes it {source.kind}, where {dataset.name} is {dataset.kind}")
+    if len(source.classnames) != dataset.classes:
+        raise ValueError(
+            f"{folder / 'classnames.txt'}: {len(source.classnames)} names, where {dataset.name} has {dataset.classes}"
+        )
+    if dataset.kind == "retrieval":
+        return dataset, source, ()
+    try:
+        return dataset, source, get_templates(source.templates)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'zeroshot_classification_templates.txt'}: {error}") from None
+
+
+def _fetch(dataset: Dataset, folder: epath.Path) -> None:
+    try:
+        huggingface_hub.snapshot_download(
+            f"clip-benchmark/{dataset.folder}",
+            repo_type="dataset",
+            local_dir=str(folder),
+            allow_patterns=["*.txt", f"{SPLIT}/*"],
+        )
+    # Its errors are the HTTP library's and its own, and have many lines.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"clip-benchmark/{dataset.folder}: not downloaded: {reason}") from None

@@ -1,0 +1,194 @@
+"""Webdataset exports: what is read of whole ones, and what of damaged and hostile ones."""
+
+from __future__ import annotations
+
+import gc
+import io
+import pathlib
+import pickle
+import tarfile
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources.webdataset import Webdataset
+
+
+def write(folder: pathlib.Path, *shards: Mapping[str, bytes], **texts: str) -> pathlib.Path:
+    (folder / "test").mkdir(parents=True)
+    for number, members in enumerate(shards):
+        with tarfile.open(folder / "test" / f"{number}.tar", "w") as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def npy(array: object, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(array), **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def test_labelled_samples_in_the_order_of_the_shards(tmp_path: pathlib.Path) -> None:
+    first = {"s0.webp": b"0", "s0.cls": b"2", "s1.cls": b" 0\n", "s1.png": b"1", "__meta__": b"", "README": b""}
+    second = {"a/b.c.jpg": b"", "dir/x.JPEG": b"3", "dir/x.jpg": b"4", "dir/x.cls": b"1"}
+    names = "snow leopard\n\n  cat \n"
+    templates = "a {c}.\nthe {c}\n"
+    folder = write(tmp_path / "wds_x", first, second, classnames=names, zeroshot_classification_templates=templates)
+    source = Webdataset(str(folder), "test")
+    assert source.kind == "classification" and source.classnames == ("snow leopard", "", "cat")
+    assert source.templates == ("a {c}.", "the {c}")
+    found = [source[i] for i in range(len(source))]
+    assert [(r.image, r.label, r.name) for r in found] == [
+        (b"0", 2, "wds_x/test/0.tar/s0"),
+        (b"1", 0, "wds_x/test/0.tar/s1"),
+        (b"", -1, "wds_x/test/1.tar/a/b"),  # its suffix is c.jpg
+        (b"4", 1, "wds_x/test/1.tar/dir/x"),  # jpg goes before jpeg
+    ]
+    again = pickle.loads(pickle.dumps(source))
+    assert again[1].image == b"1" and all(record.captions == () for record in found)
+
+
+def test_captions_are_the_lines(tmp_path: pathlib.Path) -> None:
+    members = {"0.png": b"", "0.txt": "a café\nb \r\n\nc".encode(), "1.png": b"", "2.txt": b"d\xff", "2.jpg": b"x"}
+    source = open_source(f"wds:{write(tmp_path / 'x', members, dataset_type=' Retrieval')}", "test")
+    assert source.classnames == () and [source[i].captions for i in range(3)] == [
+        ("a café", "b ", "", "c"),
+        (),
+        ("d\ufffd",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "label"),
+    [
+        (npy([1, 0, 1]), [1, 0, 1]),
+        (npy(np.array([0, 1, 0], np.float32)), [0, 1, 0]),
+        (npy([True, False, True]), [1, 0, 1]),
+        (npy([1, 0]), None),
+        (npy([[1, 0, 1]]), None),
+        (npy([1, 0, 2]), None),
+        (npy([1, 0, np.nan]), None),
+        (npy([1, 0, 1])[:-1], None),
+        (npy(np.array([1, None, "x"], object), allow_pickle=True), None),
+        (npy(1), None),
+        (b"", None),
+        (b"\x93NUMPY\x01\x00\xff\xff{", None),
+        (b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999,), }\n", None),
+    ],
+)
+def test_vectors_are_read_without_believing_their_headers(
+    tmp_path: pathlib.Path, data: bytes, label: list[int] | None
+) -> None:
+    folder = write(tmp_path / "x", {"0.png": b"", "0.npy": data}, dataset_type="multilabel", classnames="a\nb\nc\n")
+    found = Webdataset(str(folder), "test")[0].label
+    assert isinstance(found, np.ndarray) and found.dtype == np.int32
+    assert found.tolist() == (label or [-1, -1, -1])
+
+
+@pytest.mark.parametrize("text", [b"", b"-1", b"1.0", b"cat", b"9" * 5000, b"1 2", "١".encode()])
+def test_what_is_no_class_is_minus_one(tmp_path: pathlib.Path, text: bytes) -> None:
+    folder = write(tmp_path / "x", {"0.png": b"", "0.cls": text}, classnames="a\n")
+    assert Webdataset(str(folder), "test")[0].label == -1
+
+
+def damage(kind: str, folder: pathlib.Path) -> None:
+    shard = folder / "test" / "0.tar"
+    data = bytearray(shard.read_bytes())
+    header = tarfile.TarInfo("0.png")
+    if kind == "cut within a file":
+        data = data[: 512 + 600]
+    elif kind == "cut within a header":
+        data = data[: 512 + 1024 + 100]
+    elif kind == "damaged second header":
+        data[512 + 1024 + 4] ^= 1
+    elif kind == "size beyond the file":
+        header.size = 1 << 40
+        data[:512] = header.tobuf(tarfile.GNU_FORMAT)
+    elif kind == "size below zero":
+        header.size = -1024
+        data[:512] = header.tobuf(tarfile.GNU_FORMAT)
+    elif kind == "no tar":
+        data[:512] = b"<html>" * 86
+    shard.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut within a file", "not a whole tar file"),
+        ("cut within a header", "not a whole tar file"),
+        ("damaged second header", "damaged header at byte 1536"),
+        ("size beyond the file", "'0.png' does not lie within the file"),
+        ("size below zero", "not a whole tar file"),
+        ("no tar", "not a whole tar file"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path: pathlib.Path, kind: str, message: str) -> None:
+    folder = write(tmp_path / "x", {"0.png": b"p" * 1000, "0.cls": b"0"}, classnames="a\n")
+    damage(kind, folder)
+    with pytest.raises(ValueError, match=message) as error:
+        Webdataset(str(folder), "test")
+    assert str(error.value).startswith(f"{folder}/test/0.tar: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda f: (f / "test" / "0.tar").unlink(), FileNotFoundError, r"test/0\.tar: no such file, which nshards"),
+        (lambda f: (f / "test" / "nshards.txt").unlink(), FileNotFoundError, r"nshards\.txt: no such file"),
+        (lambda f: (f / "test" / "nshards.txt").write_text("-1"), ValueError, "'-1' is not a number of shards"),
+        (lambda f: (f / "test" / "nshards.txt").write_text("9" * 99), ValueError, "is not a number of shards"),
+        (lambda f: (f / "classnames.txt").unlink(), FileNotFoundError, r"classnames\.txt: no such file"),
+        (lambda f: (f / "classnames.txt").write_bytes(b"\xff"), ValueError, r"classnames\.txt: not UTF-8"),
+        (lambda f: (f / "classnames.txt").write_bytes(bytes(1 << 25)), ValueError, "33,554,432 bytes, where at most"),
+        (lambda f: (f / "dataset_type.txt").write_text("video"), ValueError, "'video' is not one of classification"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(
+    tmp_path: pathlib.Path, change: object, error: type[Exception], message: str
+) -> None:
+    folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")
+    change(folder)  # type: ignore[operator]
+    with pytest.raises(error, match=message):
+        Webdataset(str(folder), "test")
+
+
+def test_other_refusals(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; it holds a webdataset export"):
+        open_source(f"wds:{tmp_path}/nowhere", "test")
+    folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0", "0.PNG": b""}, classnames="a\n")
+    with pytest.raises(ValueError, match=r"0\.tar: 0\.png is there twice"):
+        Webdataset(str(folder), "test")
+    whole = Webdataset(str(write(tmp_path / "y", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")), "test")
+    with pytest.raises(FileNotFoundError, match=r"zeroshot_classification_templates\.txt: no such file"):
+        _ = whole.templates
+
+
+@pytest.mark.torch
+def test_the_samples_are_webdatasets(tmp_path: pathlib.Path) -> None:
+    """Written by the library that CLIP_benchmark writes with, and read by both."""
+    webdataset = pytest.importorskip("webdataset")
+    folder = write(tmp_path / "x", classnames="".join(f"{i}\n" for i in range(5)))
+    for shard in range(2):
+        with webdataset.TarWriter(str(folder / "test" / f"{shard}.tar")) as sink:
+            for i in range(4 - shard):
+                key = f"{'very_' * 30 * shard}long/{'x' * 90}{i}"
+                sink.write({"__key__": key, "png": bytes([shard, i]), "cls": i, "json": {"more": i}})
+    (folder / "test" / "nshards.txt").write_text("2")
+    shards = [str(folder / "test" / f"{i}.tar") for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        gc.collect()
+    source = Webdataset(str(folder), "test")
+    expected = [(sample["png"], int(sample["cls"])) for sample in samples]
+    assert [(source[i].image, source[i].label) for i in range(len(source))] == expected and len(expected) == 7

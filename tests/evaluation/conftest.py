@@ -1,0 +1,114 @@
+"""Webdataset exports written by hand, and a stand-in for a model that needs no compiling."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tarfile
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from tclip_jax.data.images import Preprocess
+
+TEMPLATES = ("a photo of a {c}.", "{c}", "a bad drawing of the {c}")
+
+
+def picture(number: int, suffix: str = "png") -> bytes:
+    """An image file of a size and content of its own."""
+    pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 12, 3), np.uint8)
+    buffer = io.BytesIO()
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(pixels).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix), **options)
+    return buffer.getvalue()
+
+
+def npy(vector: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(vector))
+    return buffer.getvalue()
+
+
+def write_tar(path: pathlib.Path, members: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_export(
+    folder: pathlib.Path,
+    targets: Sequence[Any],
+    classnames: Sequence[str] = (),
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    suffix: str = "png",
+    shards: int = 2,
+    images: Mapping[int, bytes] | None = None,
+) -> pathlib.Path:
+    """A folder as `clip_benchmark_export_wds` leaves it; the target of a sample is a class, a vector or captions.
+
+    Args:
+      images: bytes in place of the pictures of some samples.
+    """
+    members: list[dict[str, bytes]] = [{} for _ in range(shards)]
+    kind = {int: "cls", list: "txt", np.ndarray: "npy"}[type(targets[0])]
+    for i, target in enumerate(targets):
+        text = "\n".join(target) if kind == "txt" else str(target)
+        members[i * shards // len(targets)] |= {
+            f"s{i:07}.{suffix}": (images or {}).get(i, picture(i, suffix)),
+            f"s{i:07}.{kind}": npy(target) if kind == "npy" else text.encode(),
+        }
+    for number, shard in enumerate(members):
+        write_tar(folder / "test" / f"{number}.tar", shard)
+    (folder / "test" / "nshards.txt").write_text(f"{shards}\n")
+    if kind == "txt":
+        (folder / "dataset_type.txt").write_text("retrieval\n")
+        return folder
+    if kind == "npy":
+        (folder / "dataset_type.txt").write_text("multilabel\n")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classnames))
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{line}\n" for line in templates))
+    return folder
+
+
+class Direct:
+    """Stands for an encoder: a text has an embedding drawn from its bytes, an image from its pixels' sums."""
+
+    preprocess = Preprocess(4)
+    dtype = "float32"
+
+    def __init__(self, batch_size: int = 8, table: Mapping[str, Sequence[float]] | None = None) -> None:
+        self.batch_size, self._table = batch_size, table
+        self.asked: list[str] = []
+
+    def texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        self.asked += texts
+        if self._table is not None:
+            return _units(np.array([self._table[text] for text in texts]))
+        return _units(np.array([np.random.default_rng([*text.encode(), 1]).normal(size=6) for text in texts]))
+
+    def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        assert pixels.shape[0] == self.batch_size and pixels.dtype == np.uint8, "batches are of one shape"
+        if self._table is not None:
+            return _units(pixels.mean(axis=(1, 2)))
+        return _units(np.array([np.random.default_rng(each.ravel()).normal(size=6) for each in pixels]))
+
+
+def _units(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    return (rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+@pytest.fixture
+def exports() -> types.SimpleNamespace:
+    """The functions and classes above: a test cannot import them."""
+    return types.SimpleNamespace(
+        write=write_export, write_tar=write_tar, picture=picture, npy=npy, Direct=Direct, TEMPLATES=TEMPLATES
+    )
