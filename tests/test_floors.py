@@ -17,6 +17,7 @@ FLOORS = {
     "storage": 0,
     "schema": 0,
     "lazy": 0,
+    "pages": 0,
     "ternary": 1,
     "data": 1,
     "losses": 1,

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from tclip_jax.numerics.report import Report, cells, headings
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
-td, th {{ padding: .1rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-td:first-child, th:first-child {{ text-align: left; }}
-.over {{ background: #f6d5cc; }}
-.verdict {{ font-weight: 600; color: {color}; }}
-img {{ max-width: 100%; }}
-</style>
-<h1>{title}</h1>
-{verdict}
-{facts}
-<img alt="error of every row" src="data:image/png;base64,{errors}">
-<img alt="histogram of ULP distances" src="data:image/png;base64,{histogram}">
-{tables}
-"""
+from tclip_jax.pages import heading, page, paragraph, plot, table
 
 
 def to_html(report: Report) -> str:
     """One page: verdict, facts, the error of every row and the histogram of ULP distances as pictures, all tables."""
-    facts = [[name, str(value)] for name, value in report.facts.items()]
-    tables = [
-        f"<h2>{html.escape(name)}</h2>"
-        + _table([headings(rows), *(cells(row, rows, report.budget) for row in rows)], header=True)
-        for name, rows in report.tables.items()
-    ]
-    return _PAGE.format(
-        title=html.escape(report.title),
-        color="#2a7d3f" if report.passed else "#c0392b",
-        verdict="".join(f'<p class="verdict">{html.escape(line)}</p>' for line in report.verdict),
-        facts=_table(facts),
-        errors=_png(plot_errors(report)),
-        histogram=_png(plot_ulp(report)),
-        tables="".join(tables),
-    )
+    verdict = [paragraph(line, f"verdict {'good' if report.passed else 'bad'}") for line in report.verdict]
+    facts = table([[name, str(value)] for name, value in report.facts.items()], header=False)
+    plots = [plot(plot_errors(report), "error of every row"), plot(plot_ulp(report), "histogram of ULP distances")]
+    tables = []
+    for name, rows in report.tables.items():
+        lines = [headings(rows), *(cells(row, rows, report.budget) for row in rows)]
+        tables += [heading(name), table(lines, marked=[line[-1] == "over" for line in lines])]
+    return page(report.title, "\n".join([*verdict, facts, *plots, *tables]))
 
 
 def plot_errors(report: Report) -> Figure:
@@ -86,18 +54,3 @@ def plot_ulp(report: Report) -> Figure:
     axes.set(title="ULP distance", xlabel="0, 1, 2–3, 4–7, …: below 2ⁿ", ylabel="share of elements")
     axes.grid(alpha=0.3)
     return figure
-
-
-def _table(rows: Sequence[Sequence[str]], header: bool = False) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "th" if header and i == 0 else "td"
-        mark = ' class="over"' if row[-1] == "over" else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from tclip_jax.pages import aligned
+
 
 class Row(Protocol):
     """What a table shows a line of: a dataclass whose fields are those of `_COLUMNS` that it has."""
@@ -78,7 +80,7 @@ def to_text(report: Report) -> str:
     for name, rows in report.tables.items():
         shown = [row for row in rows if row.max_abs or row.over(report.budget)]
         lines += ["", f"{name}: {len(rows) - len(shown)} of {len(rows)} identical"]
-        lines += _aligned([headings(shown), *(cells(row, shown, report.budget) for row in shown)]) if shown else []
+        lines += aligned([headings(shown), *(cells(row, shown, report.budget) for row in shown)]) if shown else []
     return "\n".join([*lines, "", *report.verdict])
 
 
@@ -98,8 +100,3 @@ def cells(row: Row, rows: Sequence[Row], budget: float) -> list[str]:
         value = getattr(row, attribute)
         line.append("" if value is None else format(1 - value if attribute == "cosine" else value, form))
     return [*line, "over" if row.over(budget) else ""]
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
