@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import tqdm.contrib.logging
 
-# name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword) has
-# add_arguments(parser) and run(args).
+# name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword, and
+# evaluate_compare for evaluate compare) has add_arguments(parser) and run(args).
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or go on with a run",
     "evaluate": "zero-shot accuracy of a run or an artifact",
+    "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
     "import": "read a checkpoint of open_clip, transformers or OpenAI, and write it as an artifact",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
     "export": "write a model as one folder that open_clip and transformers load",
@@ -29,10 +30,11 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0 or the command's own, or 2 after an error, which is one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = arguments[0] if arguments else "--help"
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words]) or "--help"
     if name not in COMMANDS:
         _top_parser().parse_args(arguments or ["--help"])
-    module = importlib.import_module(f"tclip_jax.commands.{name}{'_' * keyword.iskeyword(name)}")
+    module = importlib.import_module(f"tclip_jax.commands.{name.replace(' ', '_')}{'_' * keyword.iskeyword(name)}")
     parser = argparse.ArgumentParser(
         prog=f"tclip {name}",
         description=COMMANDS[name],
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    args = parser.parse_args(_split_overrides(arguments[1:]))
+    args = parser.parse_args(_split_overrides(arguments[words:]))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
     try:

@@ -51,6 +51,11 @@ def heading(text: str) -> str:
     return f"<h2>{html.escape(text)}</h2>"
 
 
+def details(title: str, body: str) -> str:
+    """A part that opens on a click; the title is escaped, the body is HTML."""
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+
+
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, marked: Sequence[bool] = ()) -> str:
     """A table of escaped cells; the first row is its header, and a row is coloured where `marked` says so."""
     lines = []

@@ -32,7 +32,9 @@ def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
 
 def test_every_module_of_a_command_is_in_the_table() -> None:
     folder = pathlib.Path(importlib.import_module("tclip_jax.commands").__path__[0])
-    assert set(COMMANDS) == {path.stem.removesuffix("_") for path in folder.glob("[!_]*.py")}
+    assert {name.replace(" ", "_") for name in COMMANDS} == {
+        path.stem.removesuffix("_") for path in folder.glob("[!_]*.py")
+    }
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,12 +53,14 @@ def main_exit(arguments: Sequence[str]) -> object:
 def test_help_of_a_command_ends_in_examples_that_it_parses(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = help_of([name], capsys)
+    shown = help_of(name.split(), capsys)
     assert shown.startswith(f"usage: tclip {name}") and COMMANDS[name] in " ".join(shown.split())
     _, after = re.split(r"^Examples?:$", shown, flags=re.MULTILINE)
     examples = re.findall(rf"^ *tclip ({name}\b.*)$", after, re.MULTILINE)
     parsed: list[object] = []
-    monkeypatch.setattr(f"tclip_jax.commands.{name}{'_' * keyword.iskeyword(name)}.run", parsed.append)
+    monkeypatch.setattr(
+        f"tclip_jax.commands.{name.replace(' ', '_')}{'_' * keyword.iskeyword(name)}.run", parsed.append
+    )
     for example in examples:
         assert main(shlex.split(example)) == 0, example
     assert len(parsed) == len(examples) > 0

@@ -1,0 +1,258 @@
+"""Two folders of results: what is compared and refused, the numbers, and every form of the report."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tclip_jax.cli import main
+from tclip_jax.evaluation.comparison import compare
+from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_text
+from tclip_jax.evaluation.metrics import mean_average_precision
+from tclip_jax.evaluation.paired import Predicted
+from tclip_jax.evaluation.results import Result, read_predictions, write_result
+from tclip_jax.evaluation.retrieval import retrieval_ranks, retrieval_recall
+from tclip_jax.evaluation.statistics import mcnemar
+
+N, CLASSES = 400, 10
+KS = (1, 5)
+
+
+def write(folder: pathlib.Path, dataset: str, metrics: dict[str, Any], predictions: Any, task: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    task = task or "zeroshot_classification"
+    write_result(folder, Result(dataset, folder.name, "abc", task, metrics, samples=N), predictions)
+
+
+def classified(folder: pathlib.Path, dataset: str, accuracy: float, seed: int = 0, rows: Any = slice(None)) -> None:
+    """Labels are the same whatever the model, and the images in an order of the model's own."""
+    labels = np.random.default_rng(9).integers(0, CLASSES, N).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    top = np.stack([rng.permutation(CLASSES)[:5] for _ in range(N)]).astype(np.int32)
+    right = rng.random(N) < accuracy
+    top[right, 0] = labels[right]
+    order = rng.permutation(np.arange(N)[rows])
+    predictions = {
+        "keys": np.array([f"s{i:04d}" for i in order]),
+        "index": order,
+        "labels": labels[order],
+        "top": top[order],
+    }
+    found = Predicted(predictions["keys"], {"labels": labels[order], "top": top[order]})
+    metrics = {name: found.value(name) for name in ("acc1", "acc5", "mean_per_class_recall")}
+    write(folder, dataset, metrics, predictions)
+
+
+def retrieved(folder: pathlib.Path, noise: float, images: int = 60) -> None:
+    rng = np.random.default_rng(5)
+    owners = rng.permutation(np.repeat(np.arange(images), rng.integers(1, 7, images)))
+    image = rng.normal(size=(images, 8))
+    text = image[owners] + noise * rng.normal(size=(len(owners), 8))
+    ranks = retrieval_ranks(image, text, owners)
+    predictions = {
+        "keys": np.array([f"i{i}" for i in range(images)]),
+        "index": np.arange(images),
+        "text_rank": ranks.text,
+        "text_to_image": owners,
+        "image_rank": ranks.image,
+    }
+    write(folder, "flickr8k", retrieval_recall(image, text, owners, KS), predictions, "zeroshot_retrieval")
+
+
+def labelled(folder: pathlib.Path, noise: float) -> None:
+    rng = np.random.default_rng(6)
+    labels = (rng.random((N, CLASSES)) < 0.2).astype(np.int32)
+    scores = (labels + noise * rng.normal(size=labels.shape)).astype(np.float32)
+    predictions = {"keys": np.array([f"v{i}" for i in range(N)]), "index": np.arange(N)}
+    metrics = {"mean_average_precision": mean_average_precision(scores, labels)}
+    write(folder, "voc2007_multilabel", metrics, predictions | {"labels": labels, "scores": scores})
+
+
+@pytest.fixture
+def folders(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """`a`, and `b`, which is better at mnist, as good at cars, and worse at the rest."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, accuracy, noise, seed in ((a, 0.5, 0.8, 1), (b, 0.8, 1.2, 2)):
+        classified(folder, "mnist", accuracy, seed)
+        classified(folder, "cars", 0.6, seed=3)
+        retrieved(folder, noise)
+        labelled(folder, noise)
+    return a, b
+
+
+def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    found = compare(*folders, resamples=500)
+    rows = {row.dataset: row for row in found.rows}
+    assert list(rows) == ["cars", "flickr8k", "mnist", "voc2007_multilabel"] and not found.refused
+
+    sides = [read_predictions(folder, "mnist") for folder in folders]
+    right = [dict(zip(side["keys"], side["top"][:, 0] == side["labels"], strict=True)) for side in sides]
+    mnist = rows["mnist"]
+    assert set(mnist.flips.lost) == {key for key in right[0] if right[0][key] and not right[1][key]}
+    assert set(mnist.flips.gained) == {key for key in right[0] if right[1][key] and not right[0][key]}
+    assert mnist.flips.p == mcnemar(len(mnist.flips.lost), len(mnist.flips.gained)) < 0.01
+    acc1 = mnist.deltas["acc1"]
+    assert acc1.delta == pytest.approx((len(mnist.flips.gained) - len(mnist.flips.lost)) / N, abs=1e-12)
+    assert 0 < acc1.low < acc1.delta < acc1.high and acc1.clear
+    assert set(mnist.deltas) == {"acc1", "acc5", "mean_per_class_recall"}
+    assert all(each.low <= each.delta <= each.high for each in mnist.deltas.values())
+
+    same = rows["cars"]
+    assert same.deltas["acc1"].delta == same.deltas["acc1"].low == same.deltas["acc1"].high == 0
+    assert same.flips.lost == same.flips.gained == () and same.flips.p == 1
+
+    recalls = rows["flickr8k"]
+    assert recalls.metric == "image_retrieval_recall@5" and recalls.images == 60
+    assert set(recalls.deltas) == {f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in KS}
+    assert recalls.deltas["image_retrieval_recall@5"].high < 0
+    assert rows["voc2007_multilabel"].flips is None
+    assert rows["voc2007_multilabel"].deltas["mean_average_precision"].high < 0
+
+    main_deltas = [row.deltas[row.metric].delta for row in found.rows]
+    assert found.mean.delta == pytest.approx(np.mean(main_deltas)) and found.mean.low < found.mean.delta
+    assert compare(*folders, resamples=500) == found != compare(*folders, resamples=500, seed=1)
+
+
+def test_other_images_are_refused_by_name_or_intersected_aloud(
+    folders: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = folders
+    classified(b, "mnist", 0.8, seed=2, rows=slice(30, None))
+    arguments = ["evaluate", "compare", str(a), str(b), "--resamples", "200"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "not compared: mnist: 30 images only in A, 0 only in B; --intersect compares the 370 of both\n" in shown
+    assert main([*arguments, "--intersect"]) == 0
+    assert "mnist: compared on 370 images; left out 30 only in A, 0 only in B\n" in capsys.readouterr().out
+    row = next(row for row in compare(a, b, intersect=True, resamples=100).rows if row.dataset == "mnist")
+    side = read_predictions(a, "mnist")
+    kept = side["index"] >= 30
+    assert row.deltas["acc1"].a == np.mean((side["top"][:, 0] == side["labels"])[kept])
+
+
+def predictions_of(folder: pathlib.Path, dataset: str, **changes: Any) -> None:
+    np.savez(folder / f"{dataset}.predictions.npz", **(read_predictions(folder, dataset) | changes))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "change", "reason"),
+    [
+        ("mnist", lambda p: {"keys": p["keys"][:-1]}, "labels is int32 (400,), for 399 keys"),
+        ("mnist", lambda p: {"keys": np.repeat(p["keys"][:1], N)}, "keys are not one name for each image"),
+        ("mnist", lambda p: {"keys": np.arange(N)}, "keys are not one name for each image"),
+        ("mnist", lambda p: {"top": p["top"][:, 0]}, "top is int32 (400,), for 400 keys"),
+        ("mnist", lambda p: {"top": np.zeros_like(p["top"])}, "by the predictions beside it"),
+        ("mnist", lambda p: {n: (p[n] + 1) % 10 for n in ("labels", "top")}, "400 images have other labels in A than"),
+        ("flickr8k", lambda p: {"keys": np.char.add("x", p["keys"])}, "60 images only in A, 60 only in B; ranks are"),
+        ("flickr8k", lambda p: {"text_to_image": p["text_to_image"] + 60}, "not the predictions of an evaluation"),
+        ("voc2007_multilabel", lambda p: {"scores": p["scores"][:, :3]}, "scores are (400, 3), labels (400, 10)"),
+    ],
+)
+def test_predictions_that_cannot_be_compared_are_refused(
+    folders: tuple[pathlib.Path, pathlib.Path], dataset: str, change: Any, reason: str
+) -> None:
+    a, b = folders
+    predictions_of(b, dataset, **change(read_predictions(b, dataset)))
+    found = compare(a, b, intersect=True, resamples=100)
+    assert list(found.refused) == [dataset] and reason in found.refused[dataset]
+    assert len(found.rows) == 3
+
+
+def test_a_pickle_is_not_opened(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    predictions_of(folders[1], "mnist", keys=np.array([{"a": 1}] * N, object))
+    assert "Object arrays cannot be loaded" in compare(*folders, resamples=100).refused["mnist"]
+
+
+def test_a_data_set_in_one_folder_and_one_of_another_task_are_refused(
+    folders: tuple[pathlib.Path, pathlib.Path],
+) -> None:
+    a, b = folders
+    (b / "cars.json").unlink()
+    saved = json.loads((b / "mnist.json").read_text())
+    (b / "mnist.json").write_text(json.dumps(saved | {"task": "linear_probe"}))
+    assert compare(a, b, resamples=100).refused == {
+        "cars": f"only in {a}",
+        "mnist": "zeroshot_classification in A, linear_probe in B",
+    }
+
+
+def test_results_of_clip_benchmark_have_differences_without_intervals(
+    folders: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    found = {"dataset": "mnist", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification"}
+    found |= {"metrics": {"acc1": 0.25, "acc5": float("nan"), "mean_per_class_recall": 0.5}, "language": "en"}
+    (theirs / "mnist.json").write_text(json.dumps(found))
+    assert main(["evaluate", "compare", str(folders[0]), str(theirs)]) == 1
+    shown = capsys.readouterr().out
+    assert "no predictions, so no intervals: mnist" in shown and "ViT-B-32 (openai)" in shown
+    assert main(["evaluate", "compare", str(theirs), str(theirs), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"][0]["deltas"]["acc5"] == {"a": None, "b": None, "low": None, "high": None, "delta": None}
+
+
+def test_exit_code_of_a_drop(folders: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "compare", *map(str, folders), "--resamples", "100"]
+    assert [main([*arguments, *extra]) for extra in ([], ["--max-drop", "1"], ["--max-drop", "90"])] == [0, 1, 0]
+    assert main(["evaluate", "compare", str(folders[0]), str(folders[0] / "none")]) == 2
+    assert capsys.readouterr().err.startswith("tclip evaluate compare: error: ")
+    assert main([*arguments[:-1], "5"]) == 2
+
+
+def test_table_is_aligned_and_says_what_is_clear(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    lines = to_text(compare(*folders, resamples=200)).splitlines()
+    assert lines[0] == f"A: {folders[0]}: a (abc)"
+    table = lines[3 : lines.index("", 3)]
+    assert [line.split()[0] for line in table] == ["dataset", "cars", "flickr8k", "mnist", "voc2007_multilabel", "mean"]
+    places = {line.index(mark) for line in table[1:-1] for mark in ("better", " worse") if mark in line}
+    assert len(places) == 1, "one column"
+    assert lines[-1].startswith("B is clearly better on 1, clearly worse on 2;")
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("link", "script", "iframe", "b")
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    for folder in folders:
+        keys = read_predictions(folder, "mnist")["keys"]
+        predictions_of(folder, "mnist", keys=np.char.add("<b>", keys))
+    page = Page(to_html(compare(*folders, resamples=200)))
+    assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/png;base64,iVBOR")
+    assert "<b>s0000" in page.words or "<b>s0001" in page.words or "<b>s0002" in page.words
+
+
+def test_plot_shows_every_difference_in_order(
+    folders: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compare(*folders, resamples=200)
+    (axes,) = plot_deltas(found).axes
+    dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "oD"]
+    expected = sorted(100 * row.deltas[row.metric].delta for row in found.rows)
+    np.testing.assert_allclose(dots, [*expected, 100 * found.mean.delta])
+    assert [label.get_text() for label in axes.get_yticklabels()][-2:] == ["mnist", "mean"]
+    arguments = ["evaluate", "compare", *map(str, folders), "--resamples", "100"]
+    assert main([*arguments, "--plot", str(tmp_path / "p.png"), "--html", str(tmp_path / "p.html")]) == 0
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.format == "PNG"
+    assert (tmp_path / "p.html").stat().st_size > 10_000
