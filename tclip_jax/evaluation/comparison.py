@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+import tqdm
 from etils import epath
 
 from tclip_jax.evaluation.paired import Predicted, paired, predictions_path
@@ -116,7 +118,8 @@ def compare(
     """
     ours, theirs = _results(a), _results(b)
     rows, samples, refused = [], [], {}
-    for name in dict.fromkeys([*ours, *theirs]):
+    names = tqdm.tqdm(dict.fromkeys([*ours, *theirs]), "resampling", unit="set", disable=None, leave=False)
+    for name in names:
         if name not in ours or name not in theirs:
             refused[name] = f"only in {a if name in ours else b}"
             continue
@@ -173,7 +176,7 @@ def _compare(
         side.check(result.metrics)
     first, second, only = paired(first, second, intersect)
     found = {
-        metric: first.resampled(second, metric, resamples=resamples, seed=seed)
+        metric: first.resampled(second, metric, resamples=resamples, seed=(seed, zlib.crc32(name.encode())))
         for metric in common
         if first.has(metric) and not math.isnan(ours.metrics[metric])
     }

@@ -62,13 +62,14 @@ def to_html(comparison: Comparison) -> str:
         parts += [plot(plot_deltas(comparison), "B − A with its 95 % interval, by data set")]
         marked = [False, *(_worse(row.deltas[row.metric]) for row in comparison.rows), False]
         parts += [heading("Data sets"), table(_table(comparison), marked=marked)]
-        parts += [heading("All metrics"), table(_metrics(comparison))]
+        parts += [details("All metrics", table(_metrics(comparison)))]
     changed = [(row.dataset, row.flips) for row in comparison.rows if row.flips]
     parts += [heading("Images that changed"), *(_keys(name, flips) for name, flips in changed)] if changed else []
     parts.append(
         paragraph(
             f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}; "
-            "lost and gained: right in A and wrong in B, and the reverse; p: McNemar's exact test of the two.",
+            "lost and gained: images right in A and wrong in B, and the reverse (in retrieval, right is a caption of its own "
+            "among an image's five nearest); p: McNemar's exact test of the two.",
             "note",
         )
     )

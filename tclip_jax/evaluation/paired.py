@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +102,9 @@ class Predicted:
         """Some images, in this order."""
         return Predicted(self.keys[index], {name: array[index] for name, array in self.arrays.items()})
 
-    def resampled(self, other: Predicted, metric: str, *, resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    def resampled(
+        self, other: Predicted, metric: str, *, resamples: int, seed: int | Sequence[int]
+    ) -> npt.NDArray[np.float64]:
         """Bootstrap of the difference (resamples,), the other's less this one's, on the same images."""
         if metric == "mean_average_precision":
             scores, targets = (self.arrays["scores"], other.arrays["scores"]), self.arrays["labels"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def per_class_mean_of(column: int, label: int) -> Metric:
 
 
 def bootstrap_differences(
-    rows: Numbers, metric_a: Metric, metric_b: Metric, *, resamples: int, seed: int
+    rows: Numbers, metric_a: Metric, metric_b: Metric, *, resamples: int, seed: int | Sequence[int]
 ) -> npt.NDArray[np.float64]:
     """B − A of a metric for every resample (resamples,): as many images as there are, drawn with replacement.
 
@@ -47,7 +47,7 @@ def bootstrap_differences(
 
     Args:
       rows: what the metrics need of each image, for both models (N, F).
-      seed: of the draws.
+      seed: of the draws; another for every data set, or their draws would rise and fall together.
 
     Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 6.
     """
@@ -61,7 +61,7 @@ def bootstrap_differences(
 
 
 def bootstrap_map_differences(
-    scores_a: Numbers, scores_b: Numbers, targets: Numbers, *, resamples: int, seed: int
+    scores_a: Numbers, scores_b: Numbers, targets: Numbers, *, resamples: int, seed: int | Sequence[int]
 ) -> npt.NDArray[np.float64]:
     """The same of mean average precision, which no distinct rows shorten.
 
