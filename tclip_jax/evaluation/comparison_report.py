@@ -68,8 +68,8 @@ def to_html(comparison: Comparison) -> str:
     parts.append(
         paragraph(
             f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}; "
-            "lost and gained: images right in A and wrong in B, and the reverse (in retrieval, right is a caption of its own "
-            "among an image's five nearest); p: McNemar's exact test of the two.",
+            "lost and gained: images right in A and wrong in B, and the reverse (in retrieval an image is right if a "
+            "caption of its own is among its five nearest); p: McNemar's exact test of the two.",
             "note",
         )
     )

@@ -1,0 +1,89 @@
+"""A row of the table of 41 from TensorFlow Datasets, with the names and templates of its webdataset export."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import read_only_builder
+
+from tclip_jax.data.sources import Record
+from tclip_jax.evaluation.suite import Dataset, Kind
+from tclip_jax.evaluation.tfds_rows import count, samples
+
+TEMPLATES = "zeroshot_classification_templates.txt"
+
+
+class TfdsRow:
+    """The test images of a row, prepared by `tfds build` as ArrayRecord, read without TensorFlow.
+
+    Attributes:
+      kind: classification, multilabel or retrieval, as of `Webdataset`.
+      classnames: the lines of classnames.txt in `names`; empty for captions.
+      templates: those of zeroshot_classification_templates.txt there; empty for captions.
+
+    Raises:
+      FileNotFoundError: the data is not prepared, or `names` lacks a file.
+      ValueError: TFDS has no such row, prepared it otherwise, or there is another number of names than of classes.
+    """
+
+    kind: Kind
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __init__(self, dataset: Dataset, data_dir: epath.PathLike | None, names: epath.PathLike) -> None:
+        if dataset.tfds is None:
+            raise ValueError(f"{dataset.name}: TensorFlow Datasets have no such data; use its webdataset export")
+        self._dataset, self.kind = dataset, dataset.kind
+        retrieval = self.kind == "retrieval"
+        self.classnames = () if retrieval else _lines(names, "classnames.txt")
+        self.templates = () if retrieval else _lines(names, TEMPLATES)
+        if len(self.classnames) != dataset.classes:
+            raise ValueError(
+                f"{names}/classnames.txt: {len(self.classnames)} names, where {dataset.name} has {dataset.classes}"
+            )
+        name, split = dataset.tfds
+        where = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+        remedy = f"prepare it with `tfds build {name} --file_format=array_record --data_dir={where}`"
+        try:
+            builder = read_only_builder.builder_from_files(name, data_dir=where)
+        except tfds.core.DatasetNotFoundError:
+            raise FileNotFoundError(f"tfds:{name}: not prepared in {where}; {remedy}") from None
+        encoded = {
+            key: tfds.decode.SkipDecoding()
+            for key, feature in builder.info.features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+        try:
+            self._records = builder.as_data_source(split=split, decoders=encoded)
+        except NotImplementedError:
+            form = builder.info.file_format.value
+            raise ValueError(f"tfds:{name}: prepared as {form}, which has no random access; {remedy}") from None
+        except ValueError:
+            has = ", ".join(builder.info.splits)
+            raise ValueError(f"tfds:{name}: no split {split!r}; it has {has}") from None
+        self._name = f"tfds:{name}/{split}"
+        # An image is one sample except where every object is: then all annotations are read once.
+        self._ends = None
+        if dataset.name == "voc2007":
+            self._ends = np.cumsum([count(dataset.name, each) for each in self._records])
+
+    def __len__(self) -> int:
+        return len(self._records) if self._ends is None else int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        number, place = index, 0
+        if self._ends is not None:
+            number = int(np.searchsorted(self._ends, index, side="right"))
+            place = index - (int(self._ends[number - 1]) if number else 0)
+        found = samples(self._dataset.name, self._records[number], self._dataset.classes)[place]
+        return Record(found.image, found.captions, found.label, f"{self._name}/{index}")
+
+
+def _lines(folder: epath.PathLike, name: str) -> tuple[str, ...]:
+    path = epath.Path(folder) / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file: TFDS has the images, its webdataset export the names")
+    return tuple(line.strip() for line in path.read_text().splitlines())
