@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tclip_jax.evaluation.runner import AVERAGES, Report
+from tclip_jax.pages import aligned
 
 _COLUMNS = {
     "acc1": "acc1",
@@ -20,7 +21,14 @@ _AVERAGE_NAMES = dict(
 
 
 def report_table(report: Report) -> str:
-    """A line per data set, with the metrics that occur, then what is partial, what failed, and both averages."""
+    """A line per data set, with the metrics that occur, then both averages, what is partial, and what failed."""
+    averages = average_lines(report)
+    lines = [*(aligned(table_rows(report)) if report.results else []), *(["", *averages] if averages else [])]
+    return "\n".join([*lines, *problem_lines(report)])
+
+
+def table_rows(report: Report) -> list[list[str]]:
+    """The headings, and the cells of each data set."""
     columns = {
         metric: title
         for metric, title in _COLUMNS.items()
@@ -29,23 +37,22 @@ def report_table(report: Report) -> str:
     rows = [["data set", "images", *columns.values()]]
     for name, result in report.results.items():
         rows.append([name, f"{result.samples:,}", *(_per_cent(result.metrics.get(metric)) for metric in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return rows
+
+
+def average_lines(report: Report) -> list[str]:
+    """Both averages in words; nothing without classification."""
+    sets = sum("acc1" in result.metrics for result in report.results.values())
+    return [f"{_AVERAGE_NAMES[name]}, {sets} sets: {value:.2%}" for name, value in report.averages.items()]
+
+
+def problem_lines(report: Report) -> list[str]:
+    """What is partial, and what failed."""
     lines = []
-    for row in rows:
-        name, *cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([name, *cells]).rstrip())
-    lines = lines if report.results else []
-    if average := report.averages:
-        sets = sum("acc1" in result.metrics for result in report.results.values())
-        lines += ["", *(f"{_AVERAGE_NAMES[name]}, {sets} sets: {value:.2%}" for name, value in average.items())]
     for name, failed in report.partial.items():
         counts = ", ".join(f"{count:,} x {why}" for why, count in failed.items())
         lines.append(f"PARTIAL  {name}: {counts}")
-    lines += [f"FAILED   {name}: {error}" for name, error in report.errors.items()]
-    return "\n".join(lines)
+    return [*lines, *(f"FAILED   {name}: {error}" for name, error in report.errors.items())]
 
 
 def _per_cent(value: float | None) -> str:
