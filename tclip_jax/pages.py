@@ -26,10 +26,11 @@ td:first-child, th:first-child {{ text-align: left; white-space: normal; }}
 .verdict {{ font-weight: 600; }}
 .note {{ color: #666; }}
 img {{ max-width: 100%; }}
-.cards {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+.cards {{ display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; margin: .7rem 0; }}
 figure {{ margin: 0; width: 8.5rem; font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }}
+figure img.small {{ image-rendering: pixelated; }}
 figure img {{ display: block; width: 8.5rem; height: 8.5rem; object-fit: contain; background: #f2f2f2; }}
-summary {{ cursor: pointer; }}
+summary {{ cursor: pointer; margin: .5rem 0; }}
 </style>
 <h1>{title}</h1>
 {body}

@@ -37,16 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="of the model, for the results (default: MODEL)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--html", metavar="FILE", help="also write one page with example mistakes; needs --out")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints, and returns the exit code."""
     from tclip_jax.evaluation.encoder import Encoder
+    from tclip_jax.evaluation.page import write_page
     from tclip_jax.evaluation.runner import evaluate, fingerprint
     from tclip_jax.evaluation.table import report_table
     from tclip_jax.evaluation.tasks import source_task, suite_tasks
     from tclip_jax.training.restore import load_model
 
+    if args.html and not args.out:
+        raise ValueError("--html needs --out DIR: the page is made of the predictions there")
     if args.suite:
         tasks = suite_tasks(args.data, args.suite, args.download)
     else:
@@ -57,5 +61,7 @@ def run(args: argparse.Namespace) -> int:
     report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
     if report.errors and not args.suite:
         raise ValueError(report.errors[args.data])
+    if args.html:
+        write_page(args.html, report, args.out, tasks)
     print(json.dumps(report.summary(name, weights, args.dtype)) if args.json else report_table(report))
     return 1 if report.errors else 3 if report.partial else 0

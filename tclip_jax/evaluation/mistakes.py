@@ -1,0 +1,104 @@
+"""What a model got wrong: which images, and which classes it takes for which."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tclip_jax.data.pipeline import to_pil
+from tclip_jax.data.sources import Source
+from tclip_jax.evaluation.metrics import average_precision
+from tclip_jax.evaluation.results import Predictions
+
+_SIDE = 136  # pixels of a thumbnail, as wide as a page shows it
+_LETTERS = 120
+
+
+class Example(NamedTuple):
+    """An image and what to say of it.
+
+    Attributes:
+      thumbnail: a JPEG.
+      small: whether it is smaller than it will be shown.
+      truth: its class or classes, or one of its captions.
+      said: what the model made of it.
+    """
+
+    thumbnail: bytes
+    small: bool
+    truth: str
+    said: str
+
+
+def examples(predictions: Predictions, source: Source, limit: int) -> list[Example]:
+    """Up to `limit` mistakes, spread evenly over the data set; of retrieval the images whose captions rank worst.
+
+    A mistake is a most probable class that is not among the labels. Images that cannot be read are passed over.
+
+    Args:
+      predictions: as `read_predictions` describes them.
+      source: the data that was evaluated.
+    """
+    found = []
+    for row in _wrong(predictions, limit):
+        record = source[int(predictions["index"][row])]
+        try:
+            picture = to_pil(record.image).convert("RGB")
+        except ValueError:
+            continue
+        small = max(picture.size) < _SIDE // 2
+        picture.thumbnail((_SIDE, _SIDE))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=85)
+        if "text_rank" in predictions:
+            texts = len(predictions["image_rank"])
+            words = (record.captions[0], f"best caption is number {predictions['text_rank'][row] + 1:,} of {texts:,}")
+        else:
+            words = _classes(predictions, row, source.classnames)
+        found.append(Example(buffer.getvalue(), small, *(word[:_LETTERS] for word in words)))
+    return found
+
+
+def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:
+    """The commonest mistakes of classification: true class, predicted class, how many images."""
+    labels, said = predictions["labels"].astype(np.int64), predictions["top"][:, 0].astype(np.int64)
+    pairs, counts = np.unique(np.stack([labels, said])[:, labels != said], axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:limit]
+    return [(classnames[pairs[0, i]], classnames[pairs[1, i]], int(counts[i])) for i in order]
+
+
+def weakest_classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, float, int]]:
+    """The classes with the least recall, or of several labels average precision: name, fraction 0–1, images of it."""
+    labels = predictions["labels"]
+    if "scores" in predictions:
+        images, values = labels.sum(axis=0).astype(np.int64), average_precision(predictions["scores"], labels)
+    else:
+        images = np.bincount(labels, minlength=len(classnames))
+        right = np.bincount(labels[labels == predictions["top"][:, 0]], minlength=len(classnames))
+        values = right / np.maximum(images, 1)
+    (present,) = np.nonzero(images)
+    order = present[np.argsort(values[present], kind="stable")][:limit]
+    return [(classnames[i], float(values[i]), int(images[i])) for i in order]
+
+
+def _wrong(predictions: Predictions, limit: int) -> npt.NDArray[np.intp]:
+    if "text_rank" in predictions:
+        worst = np.argsort(-predictions["text_rank"], kind="stable")[:limit]
+        return worst[predictions["text_rank"][worst] > 0]
+    if "scores" in predictions:
+        top = predictions["scores"].argmax(axis=1)
+        (wrong,) = np.nonzero(predictions["labels"][np.arange(len(top)), top] == 0)
+    else:
+        (wrong,) = np.nonzero(predictions["top"][:, 0] != predictions["labels"])
+    return wrong[np.unique(np.linspace(0, len(wrong) - 1, limit).astype(int))] if len(wrong) else wrong
+
+
+def _classes(predictions: Predictions, row: np.intp, classnames: Sequence[str]) -> tuple[str, str]:
+    if "scores" in predictions:
+        truth = ", ".join(classnames[int(c)] for c in np.flatnonzero(predictions["labels"][row]))
+        return truth or "none", classnames[int(predictions["scores"][row].argmax())]
+    return classnames[int(predictions["labels"][row])], classnames[int(predictions["top"][row, 0])]

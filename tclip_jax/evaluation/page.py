@@ -1,0 +1,118 @@
+"""An evaluation as one HTML page that needs nothing else: the table, and what the model got wrong."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+import jax
+import tqdm
+from etils import epath
+from matplotlib.figure import Figure
+
+from tclip_jax.evaluation.mistakes import Example, confusions, examples, weakest_classes
+from tclip_jax.evaluation.results import Predictions, Result, read_predictions
+from tclip_jax.evaluation.runner import Report
+from tclip_jax.evaluation.suite import MAIN_METRIC
+from tclip_jax.evaluation.table import average_lines, problem_lines, table_rows
+from tclip_jax.evaluation.tasks import Task
+from tclip_jax.pages import data_uri, details, heading, page, paragraph, plot, table
+from tclip_jax.storage import write_atomic
+
+_LEGEND = (
+    "Below an image stands the truth, then what the model said. Mistakes are spread evenly over a data set; of "
+    "retrieval they are the images whose captions rank worst."
+)
+
+
+def write_page(path: epath.PathLike, report: Report, out: epath.PathLike, tasks: Sequence[Task]) -> None:
+    """Writes the page, on the first process alone."""
+    if jax.process_index() == 0:
+        write_atomic(path, to_html(report, out, tasks))
+
+
+def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit: int = 12) -> str:
+    """The page of an evaluation.
+
+    Args:
+      out: its folder of results, which has the predictions.
+      tasks: what was evaluated; their data is opened again for the images.
+      limit: mistakes and classes shown of each data set.
+    """
+    results = list(report.results.values())
+    troubles = problem_lines(report)
+    parts = [paragraph(line, "verdict") for line in average_lines(report)]
+    parts += [paragraph(line, "verdict bad") for line in troubles]
+    if results:
+        partial = [False, *(name in report.partial for name in report.results)]
+        parts += [_facts(results), plot(plot_metrics(results), "the main metric of every data set")]
+        parts += [heading("Data sets, in per cent"), table(table_rows(report), marked=partial)]
+        parts += [heading("What went wrong"), paragraph(_LEGEND, "note")]
+    measured = [task for task in tasks if task.dataset.name in report.results]
+    for task in tqdm.tqdm(measured, "report", unit="set", disable=None, leave=False):
+        parts.append(_section(report.results[task.dataset.name], out, task, limit))
+    models = dict.fromkeys(result.model for result in results)
+    return page(f"Evaluation of {', '.join(models) or 'nothing'}", "\n".join(parts))
+
+
+def plot_metrics(results: Sequence[Result]) -> Figure:
+    """A bar of the main metric of each data set, in per cent, the best on top."""
+    bars = {result.dataset: 100 * _main(result)[1] for result in results if not math.isnan(_main(result)[1])}
+    names = sorted(bars, key=lambda name: bars[name])
+    figure = Figure(figsize=(11, 1 + 0.22 * len(names)), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    drawn = axes.barh(names, [bars[name] for name in names], color="#3b6fb6")
+    axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    axes.set(xlim=(0, 105), xlabel="%: acc1, mAP of several labels, image recall@5 of retrieval")
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _main(result: Result) -> tuple[str, float]:
+    """The metric for tables and its value; the first there is where it is none of the usual ones."""
+    name = next((metric for metric in (*MAIN_METRIC.values(), *result.metrics) if metric in result.metrics), "")
+    return name, result.metrics.get(name, math.nan)
+
+
+def _facts(results: Sequence[Result]) -> str:
+    first = results[0]
+    seconds = sum(result.seconds for result in results)
+    rows = [["weights", first.pretrained], ["dtype", first.dtype], ["images", f"{sum(r.samples for r in results):,}"]]
+    rows += [["seconds", f"{seconds:,.1f}"], *([name, str(value)] for name, value in first.versions.items())]
+    return details("Model and machine", table(rows, header=False))
+
+
+def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str:
+    metric, value = _main(result)
+    title = f"{result.dataset}: {metric} {100 * value:.2f} %, {result.samples:,} images"
+    try:
+        predictions = read_predictions(out, result.dataset)
+        _, source, _ = task.open()
+    except (OSError, ValueError) as error:
+        return details(title, paragraph(f"no examples: {error}", "note"))
+    cards = "".join(_card(example) for example in examples(predictions, source, limit))
+    return details(title, f'<div class="cards">{cards}</div>{_classes(predictions, source.classnames, limit)}')
+
+
+def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> str:
+    if not classnames:
+        return ""
+    measure = "average precision %" if "scores" in predictions else "recall %"
+    weakest = [
+        [name, f"{100 * value:.1f}", f"{count:,}"]
+        for name, value, count in weakest_classes(predictions, classnames, limit)
+    ]
+    tables = [table([["weakest classes", measure, "images"], *weakest])]
+    if "top" in predictions:
+        pairs = [[truth, said, f"{count:,}"] for truth, said, count in confusions(predictions, classnames, limit)]
+        tables.append(table([["taken for another: true class", "predicted", "images"], *pairs]))
+    return f'<div class="cards">{"".join(tables)}</div>'
+
+
+def _card(example: Example) -> str:
+    kind = ' class="small"' if example.small else ""
+    picture = f'<img{kind} alt="" src="{data_uri(example.thumbnail, "jpeg")}">'
+    words = f'<span class="good">{html.escape(example.truth)}</span><br><span class="bad">{html.escape(example.said)}'
+    return f"<figure>{picture}<figcaption>{words}</span></figcaption></figure>"

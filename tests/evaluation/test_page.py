@@ -1,0 +1,166 @@
+"""The page of an evaluation: whole, escaped, loading nothing, with the mistakes that were made."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import pathlib
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tclip_jax.cli import main
+from tclip_jax.data.sources import Record
+from tclip_jax.evaluation.mistakes import confusions, examples, weakest_classes
+from tclip_jax.evaluation.page import plot_metrics, to_html
+from tclip_jax.evaluation.results import Result, read_predictions
+from tclip_jax.evaluation.runner import evaluate
+from tclip_jax.evaluation.tasks import suite_tasks
+
+NAMES = ["<b>zero</b>", *(f"digit {i}" for i in range(1, 10))]
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("link", "script", "iframe", "b")
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture
+def evaluated(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> Any:
+    """The report, folder and tasks of three small exports, of which one has a broken image, and one that is missing."""
+    root, out = tmp_path / "exports", tmp_path / "out"
+    exports.write(root / "wds_mnist", [i % 10 for i in range(40)], NAMES, images={3: b"broken"})
+    vectors = [np.eye(20, dtype=np.int64)[i % 20] for i in range(20)]
+    exports.write(root / "wds_voc2007_multilabel", vectors, [f"thing {i}" for i in range(20)])
+    exports.write(root / "wds_flickr8k", [[f"<b>caption</b> {i} {j}" for j in range(5)] for i in range(12)])
+    tasks = suite_tasks(root, "mnist,voc2007_multilabel,flickr8k,cars")
+    return evaluate(exports.Direct(), tasks, model="model & co", out=out), out, tasks
+
+
+def test_the_page_shows_what_was_measured_and_loads_nothing(evaluated: Any) -> None:
+    report, out, tasks = evaluated
+    text = to_html(report, out, tasks, limit=4)
+    page = Page(text)
+    assert "Evaluation of model & co" in page.words and "://" not in text
+    assert {"mnist", "39", "<b>zero</b>"} <= set(page.words)
+    assert any(word.startswith("PARTIAL  mnist: 1 x unreadable image, 9,960 x") for word in page.words)
+    assert any(word.startswith("FAILED   cars: ") for word in page.words)
+    assert any(word.startswith("<b>caption</b>") for word in page.words)
+    kinds = [address.partition(",")[0] for address in page.addresses]
+    assert kinds[0] == "data:image/png;base64" and set(kinds[1:]) == {"data:image/jpeg;base64"}
+    assert 3 <= len(kinds[1:]) <= 12
+    for address in page.addresses:
+        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
+            picture.load()
+
+
+def test_data_that_is_gone_leaves_the_numbers(evaluated: Any) -> None:
+    report, out, tasks = evaluated
+    (out / "mnist.predictions.npz").unlink()
+    (tasks[2].open()[1]._folder / "test" / "nshards.txt").unlink()
+    words = Page(to_html(report, out, tasks)).words
+    assert sum(word.startswith("no examples: ") for word in words) == 2
+
+
+def test_the_plot_has_every_main_metric() -> None:
+    results = [
+        Result("a", "m", "w", "t", {"acc1": 0.25, "acc5": 0.5}),
+        Result("b", "m", "w", "t", {"mean_average_precision": 0.75}),
+        Result("c", "m", "w", "t", {"acc1": float("nan")}),
+        Result("d", "m", "w", "linear_probe", {"mean_accuracy": 0.5}),
+    ]
+    (axes,) = plot_metrics(results).axes
+    assert [bar.get_width() for bar in axes.patches] == [25, 50, 75]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "d", "b"]
+
+
+class Pictures:
+    classnames = ("cat", "dog", "cow")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Record:
+        image: Any = b"no image" if index == 2 else np.full((300, 200, 3), 10 * index, np.uint8)
+        return Record(image, ("a caption",), 0, str(index))
+
+
+PREDICTIONS = {
+    "index": np.array([0, 2, 3, 5, 7, 9]),
+    "labels": np.array([0, 1, 1, 2, 0, 1]),
+    "top": np.array([[0, 1], [0, 1], [2, 1], [2, 0], [1, 0], [2, 0]]),
+}
+
+
+def test_mistakes_are_found_by_their_place_in_the_source() -> None:
+    found = examples(PREDICTIONS, Pictures(10), 10)
+    # Row 1, whose image cannot be read, is passed over.
+    assert [(each.truth, each.said) for each in found] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
+    shades = []
+    for each in found:
+        with Image.open(io.BytesIO(each.thumbnail)) as picture:
+            assert picture.size == (91, 136) and not each.small
+            shades.append(round(np.asarray(picture).mean() / 10))
+    assert shades == [3, 7, 9]
+    assert len(examples(PREDICTIONS, Pictures(10), 1)) == 0 and len(examples(PREDICTIONS, Pictures(10), 2)) == 1
+
+
+def test_confusions_and_weakest_classes() -> None:
+    assert confusions(PREDICTIONS, Pictures.classnames, 2) == [("dog", "cow", 2), ("cat", "dog", 1)]
+    assert weakest_classes(PREDICTIONS, (*Pictures.classnames, "absent"), 9) == [
+        ("dog", 0.0, 3),
+        ("cat", 0.5, 2),
+        ("cow", 1.0, 1),
+    ]
+
+
+def test_several_labels() -> None:
+    predictions = {
+        "index": np.array([0, 1, 3]),
+        "labels": np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0]]),
+        "scores": np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]),
+    }
+    found = examples(predictions, Pictures(4), 5)
+    assert [(each.truth, each.said) for each in found] == [("dog", "cat"), ("none", "cow")]
+    assert weakest_classes(predictions, Pictures.classnames, 9) == [("cat", 0.5, 1), ("dog", 1.0, 2)]
+
+
+def test_nothing_wrong_and_nothing_measured(evaluated: Any, tmp_path: pathlib.Path) -> None:
+    right = {"index": np.arange(2), "labels": np.array([0, 1]), "top": np.array([[0], [1]])}
+    assert examples(right, Pictures(2), 5) == [] == confusions(right, Pictures.classnames, 5)
+    report = type(evaluated[0])({}, {"cars": "no such folder"})
+    assert "Evaluation of nothing" in Page(to_html(report, tmp_path, ())).words
+
+
+def test_a_page_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "model", "--data", "digits", "--html", "page.html"]) == 2
+    assert capsys.readouterr().err == (
+        "tclip evaluate: error: --html needs --out DIR: the page is made of the predictions there\n"
+    )
+
+
+def test_retrieval_shows_the_worst(evaluated: Any) -> None:
+    _, out, tasks = evaluated
+    predictions = read_predictions(out, "flickr8k")
+    found = examples(predictions, tasks[2].open()[1], 3)
+    ranks = [int(each.said.split()[4].replace(",", "")) for each in found]
+    assert ranks == [1 + rank for rank in sorted(predictions["text_rank"], reverse=True)[:3]]
