@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", help="clip-benchmark-41, imagenet, vtab, retrieval, or names with commas between")
     parser.add_argument("--out", metavar="DIR", help="folder of the results, a JSON and predictions per data set")
     parser.add_argument("--download", action="store_true", help="fetch missing exports from the Hugging Face hub")
+    parser.add_argument("--tfds", metavar="DIR", help="TensorFlow Datasets, for rows whose export has no images")
     parser.add_argument("--split", default="test", help="of DATA without --suite (default: test)")
     parser.add_argument(
         "--templates", default="simple", help="of DATA without --suite: name of a list of captions (default: simple)"
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html and not args.out:
         raise ValueError("--html needs --out DIR: the page is made of the predictions there")
     if args.suite:
-        tasks = suite_tasks(args.data, args.suite, args.download)
+        tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
     else:
         tasks = [source_task(args.data, args.split, args.templates)]
     model, name = load_model(args.model), args.name or args.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,12 @@ from tclip_jax.data.prompts import get_templates
 from tclip_jax.data.sources import Source, open_source
 from tclip_jax.data.sources.webdataset import Kind, Webdataset
 from tclip_jax.evaluation.suite import Dataset, find_datasets
+from tclip_jax.evaluation.tfds_rows import MAY_DIFFER
 from tclip_jax.evaluation.zero_shot import Templates
 
 SPLIT = "test"
+
+_logger = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
@@ -28,17 +32,21 @@ class Task(NamedTuple):
     open: Callable[[], tuple[Dataset, Source, Templates]]
 
 
-def suite_tasks(root: epath.PathLike, suite: str, download: bool = False) -> list[Task]:
+def suite_tasks(
+    root: epath.PathLike, suite: str, download: bool = False, tfds: epath.PathLike | None = None
+) -> list[Task]:
     """The tasks of a suite over the webdataset exports below `root`, in `<root>/wds_<name with / as ->`.
 
     Args:
       download: whether a missing export is fetched from `clip-benchmark/` of the Hugging Face hub.
+      tfds: where TensorFlow Datasets are prepared: the images of a row that they have and whose export has none. Names
+        and templates are still the export's.
 
     Raises:
       ValueError: a name that the suites do not have.
     """
     folder = epath.Path(root).expanduser()
-    return [Task(each, functools.partial(_open_export, each, folder, download)) for each in find_datasets(suite)]
+    return [Task(each, functools.partial(_open_export, each, folder, download, tfds)) for each in find_datasets(suite)]
 
 
 def opened(tasks: Sequence[Task]) -> list[Task]:
@@ -59,10 +67,15 @@ def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, 
     return Dataset(name, 0, 0, kind=kind), source, get_templates(templates)
 
 
-def _open_export(dataset: Dataset, root: epath.Path, download: bool) -> tuple[Dataset, Source, Templates]:
+def _open_export(
+    dataset: Dataset, root: epath.Path, download: bool, tfds: epath.PathLike | None
+) -> tuple[Dataset, Source, Templates]:
     folder = root / dataset.folder
-    if download and not (folder / SPLIT / "nshards.txt").exists():
-        _fetch(dataset, folder)
+    missing = not (folder / SPLIT / "nshards.txt").exists()
+    if missing and tfds and dataset.tfds:
+        return _open_tfds(dataset, folder, download, tfds)
+    if download and missing:
+        _fetch(dataset, folder, ["*.txt", f"{SPLIT}/*"])
     source = Webdataset(str(folder), SPLIT)
     if source.kind != dataset.kind:
         raise ValueError(f"{folder}: dataset_type.txt makes it {source.kind}, where {dataset.name} is {dataset.kind}")
@@ -78,13 +91,26 @@ def _open_export(dataset: Dataset, root: epath.Path, download: bool) -> tuple[Da
         raise ValueError(f"{folder / 'zeroshot_classification_templates.txt'}: {error}") from None
 
 
-def _fetch(dataset: Dataset, folder: epath.Path) -> None:
+def _open_tfds(
+    dataset: Dataset, folder: epath.Path, download: bool, data_dir: epath.PathLike
+) -> tuple[Dataset, Source, Templates]:
+    from tclip_jax.evaluation.tfds_source import TfdsRow
+
+    if download and not folder.exists():
+        _fetch(dataset, folder, ["*.txt"])
+    source = TfdsRow(dataset, data_dir, folder)
+    if dataset.name in MAY_DIFFER:
+        _logger.warning("%s: from TFDS, which may hold other images than the webdataset export", dataset.name)
+    return dataset, source, get_templates(source.templates) if source.templates else ()
+
+
+def _fetch(dataset: Dataset, folder: epath.Path, patterns: list[str]) -> None:
     try:
         huggingface_hub.snapshot_download(
             f"clip-benchmark/{dataset.folder}",
             repo_type="dataset",
             local_dir=str(folder),
-            allow_patterns=["*.txt", f"{SPLIT}/*"],
+            allow_patterns=patterns,
         )
     # Its errors are the HTTP library's and its own, and have many lines.
     except Exception as error:

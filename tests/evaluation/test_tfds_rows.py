@@ -13,7 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tclip_jax.evaluation.imagenet_subsets import IMAGENET_A, IMAGENET_R
+from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.suite import DATASETS, Dataset
+from tclip_jax.evaluation.tasks import suite_tasks
 from tclip_jax.evaluation.tfds_rows import MAY_DIFFER, clevr_distance, kitti_distance, samples
 from tclip_jax.evaluation.tfds_source import TfdsRow
 
@@ -256,3 +258,24 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
         FileNotFoundError, match=r"^tfds:coco_captions/2014: not prepared in .*prepare it with `tfds bu"
     ):
         TfdsRow(DATASETS["mscoco_captions"], tmp_path, tmp_path)
+
+
+def test_a_suite_takes_tfds_where_the_export_has_no_images(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, exports: Any
+) -> None:
+    name = "vtab/smallnorb_label_azimuth"
+    folder = tmp_path / DATASETS[name].folder
+    features = {"image": F.Image(shape=(6, 6, 1)), "label_azimuth": F.ClassLabel(num_classes=18)}
+    examples = [{"image": io.BytesIO(png(GREY + i)), "label_azimuth": i % 18} for i in range(20)]
+    prepare(tmp_path / "tfds", DATASETS[name], features, examples)
+    exports.write(folder, [0], [f"at {20 * i}" for i in range(18)], shards=1)
+    (exported,) = suite_tasks(tmp_path, name, tfds=tmp_path / "tfds")
+    assert len(exported.open()[1]) == 1
+    (folder / "test" / "nshards.txt").unlink()
+    (task,) = suite_tasks(tmp_path, name, tfds=tmp_path / "tfds")
+    report = evaluate(exports.Direct(), [task], model="m")
+    assert report.results[name].samples == 10 and not report.errors
+    assert f"{name}: from TFDS, which may hold other images than the webdataset export" in caplog.messages
+    (refused,) = suite_tasks(tmp_path, name)
+    with pytest.raises(FileNotFoundError):
+        refused.open()
