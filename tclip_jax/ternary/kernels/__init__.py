@@ -24,8 +24,8 @@ from types import ModuleType
 # What is tried on a platform, best first; `reference` runs everywhere.
 PREFERRED = {
     "cpu": ("native_cpu", "xla_int8"),
-    "tpu": ("mosaic_tpu", "xla_int2"),
-    "gpu": ("mosaic_gpu", "xla_int2"),
+    "tpu": ("mosaic_tpu_int8", "mosaic_tpu", "xla_int2"),
+    "gpu": ("mosaic_gpu",),
 }
 NAMES = ("reference", *dict.fromkeys(name for names in PREFERRED.values() for name in names))
 

@@ -1,0 +1,77 @@
+"""Ternary product on a TPU with bf16 weights in VMEM, 2 bits a weight in HBM: any TPU from v4, float activations.
+
+Compiled ahead of time for v4, v5e, v5p and v6e (`benchmarks/tpu_static.py`) and run by Pallas' interpreter; it has not
+run on a TPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tclip_jax.ternary.kernels import word_order
+from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST, vmem
+from tclip_jax.ternary.kernels.reference import quantize_activations
+from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
+from tclip_jax.ternary.kernels.word_order import Order
+from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.tensor import TernaryTensor
+
+NAME = "mosaic_tpu"
+
+
+def unsupported(*, device_kind: str, platform: str, shape: tuple[int, int], dtype: Any, **_: Any) -> str | None:
+    if platform != "tpu":
+        return f"a TPU kernel does not run on platform {platform}"
+    if device_kind not in DEVICES:
+        return f"it is compiled for {', '.join(DEVICES)}, not for {device_kind}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"activations are bfloat16 or float32, not {dtype}"
+    if vmem(32, shape[0], 128, dtype.itemsize, dtype.itemsize) > DEVICES[device_kind].usable:
+        return f"K of {shape[0]} does not fit VMEM"
+    return None
+
+
+def slower(*, dtype: Any, activations: Activations, **_: Any) -> str | None:
+    if dtype == jnp.float32 and activations == "A16":
+        return "float32 takes six bf16 passes, for comparisons; a dense product takes one by default"
+    return None
+
+
+def pack(w: TernaryTensor) -> PackedTensor:
+    """int32 words in the bf16 order; groups that are no multiple of 16 are padded to one."""
+    return word_order.pack(w, "bf16", NAME)
+
+
+def unpack(w: PackedTensor) -> jax.Array:
+    """The float32 weights (…, K, N)."""
+    return word_order.unpack(w, "bf16")
+
+
+def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:
+    """x · ŵ; with more than 256 rows, group scales beyond 8 significant bits are rounded to bf16, as the weights are.
+
+    With A8 the rounded activations are bf16 too, which holds ±127 exactly.
+    """
+    return multiply(x, w, "bf16", activations, interpret=interpret)
+
+
+def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activations, *, interpret: bool) -> jax.Array:
+    """The product in either order, with K of `x` padded as K of `w` is."""
+    rows, level = (x, None) if activations == "A16" else quantize_activations(x)
+    if activations == "A8" and order == "bf16":
+        rows = rows.astype(jnp.bfloat16)
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return tpu_dot(
+        word_order.spread(rows, w.group, order, -1),
+        w.data,
+        w.scale,
+        level,
+        order=order,
+        group=word_order.padded_group(w.group, order),
+        out_dtype=x.dtype,
+        device=DEVICES.get(device.device_kind, SMALLEST),
+        interpret=interpret,
+    )[:, : w.shape[1]]

@@ -1,0 +1,53 @@
+"""Ternary product on a TPU's int8 matrix unit, 2 bits a weight in HBM: A8 on v5e, v5p and v6e (v4 has no int8 dot).
+
+Compiled ahead of time (`benchmarks/tpu_static.py`) and run by Pallas' interpreter; it has not run on a TPU yet. What it
+gains at many rows is the int8 rate, which dense int8 weights have too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from tclip_jax.ternary.kernels import mosaic_tpu, word_order
+from tclip_jax.ternary.kernels.block_sizes import DEVICES
+from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.tensor import TernaryTensor
+
+NAME = "mosaic_tpu_int8"
+
+
+def unsupported(*, device_kind: str, activations: Activations, **given: Any) -> str | None:
+    if activations != "A8":
+        return "it multiplies int8 activations: A8"
+    if device_kind in DEVICES and not DEVICES[device_kind].int8:
+        return f"{device_kind} has no int8 matrix unit"
+    return mosaic_tpu.unsupported(device_kind=device_kind, **given)
+
+
+def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:
+    if group < shape[0] and group % word_order.BLOCK:
+        return f"groups of {group} are padded to {word_order.padded_group(group, 'int8')}"
+    return None
+
+
+def pack(w: TernaryTensor) -> PackedTensor:
+    """int32 words in the int8 order; groups that are no multiple of 128 are padded to one."""
+    return word_order.pack(w, "int8", NAME)
+
+
+def unpack(w: PackedTensor) -> jax.Array:
+    """The float32 weights (…, K, N)."""
+    return word_order.unpack(w, "int8")
+
+
+def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:
+    """x rounded to int8, times ŵ: int32 sums of each group, scaled in float32.
+
+    Raises:
+      ValueError: activations other than A8.
+    """
+    if activations != "A8":
+        raise ValueError(f"{NAME} multiplies int8 activations: activations must be 'A8', not {activations!r}")
+    return mosaic_tpu.multiply(x, w, "int8", activations, interpret=interpret)
