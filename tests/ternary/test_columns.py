@@ -1,0 +1,54 @@
+"""Columns shared out over a mesh give the product and the gradient of the whole weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from tclip_jax.ternary.columns import matmul_columns, repack_columns
+from tclip_jax.ternary.matmul import ternary_matmul
+from tclip_jax.ternary.quantizers import Quantizer, ternarize
+
+
+def mesh_of(data: int, tensor: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("activations", ["A16", "A8"])
+def test_product_and_gradient_are_those_of_the_whole_weight(activations: Any) -> None:
+    mesh = mesh_of(2, 4)
+    w = ternarize(jax.random.normal(jax.random.key(0), (64, 40)), Quantizer(group=16))
+    x = jax.random.normal(jax.random.key(1), (6, 64))
+    packed = repack_columns(w, mesh, "tensor", implementation="reference")
+    assert packed.shape == (64, 10) and packed.data.shape == (16, 40)
+    assert packed.data.sharding.shard_shape(packed.data.shape) == (16, 10)
+
+    def loss(multiply: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        product = multiply(x)
+        return (product**2).sum(), product
+
+    def whole(x: jax.Array) -> jax.Array:
+        return ternary_matmul(x, w, activations=activations)
+
+    def shared(x: jax.Array) -> jax.Array:
+        return matmul_columns(x, packed, mesh, "tensor", rows="data", activations=activations)
+
+    (_, product), gradient = jax.jit(jax.value_and_grad(lambda x: loss(shared, x), has_aux=True))(x)
+    (_, expected), expected_gradient = jax.value_and_grad(lambda x: loss(whole, x), has_aux=True)(x)
+    assert product.sharding.shard_shape(product.shape) == (3, 10)
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+    if activations == "A16":
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_columns_that_cannot_be_shared_out() -> None:
+    w = ternarize(jnp.ones((16, 10)), Quantizer(group="channel"))
+    with pytest.raises(ValueError, match="10 columns cannot be shared out evenly over the 4 devices of axis 'tensor'"):
+        repack_columns(w, mesh_of(2, 4), "tensor")
+    with pytest.raises(ValueError, match="8 columns share one scale"):
+        repack_columns(ternarize(jnp.ones((16, 8)), Quantizer(group="tensor")), mesh_of(2, 4), "tensor")
