@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
     "import": "read a checkpoint of open_clip, transformers or OpenAI, and write it as an artifact",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
+    "verify": "compare an artifact bit for bit with what it was made from",
+    "inspect": "sizes, shares, zeros and provenance of an artifact",
     "export": "write a model as one folder that open_clip and transformers load",
     "compare": "numerics of two models: weights, activations, inputs; JAX against PyTorch",
     "params": "table of parameters: shape, dtype, sharding, ternary or not",

@@ -13,7 +13,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, matrix_shape, ternary_rules
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, matrix_shape
 from tclip_jax.ternary import Quantizer
 
 MANIFEST = "tclip.json"
@@ -92,7 +92,8 @@ def describe(manifest: Mapping[str, Any]) -> Description:
         key = "preprocess_cfg"
         preprocess = Preprocess.from_open_clip(manifest[key], config.vision.image_size)
         key = "ternary"
-        rules = ternary_rules([(pattern, Quantizer(**fields)) for pattern, fields in manifest[key]], Quantizer())
+        # Compiled and not matched: a regex that takes for ever is soon written.
+        rules = tuple((re.compile(pattern).pattern, Quantizer(**fields)) for pattern, fields in manifest[key])
     # Values of any type stand here, and Flax and Pillow raise whatever they like at them.
     except Exception as error:
         reason = str(error).partition("\n")[0]

@@ -19,6 +19,7 @@ from tclip_jax.artifacts.manifest import (
     parse_manifest,
 )
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.ternary import Quantizer
 
 Tree = dict[str, Any]
 
@@ -93,6 +94,12 @@ def test_configurations_that_no_model_has_are_refused(manifest: Tree, key: str, 
     edit(manifest)
     with pytest.raises(ArtifactError, match=rf"^tclip\.json: {key} is not usable: \w+: [^\n]*$"):
         describe(manifest)
+
+
+def test_regexes_of_a_stranger_are_not_run(manifest: Tree) -> None:
+    endless = "((([a-z/_]+)+)+)+!"
+    manifest["ternary"] = [[endless, {}]]
+    assert describe(manifest).rules == ((endless, Quantizer()),)
 
 
 def test_shapes_that_no_array_has_are_refused(manifest: Tree) -> None:

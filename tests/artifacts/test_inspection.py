@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tclip_jax.artifacts import pack_params, write_artifact
+from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.artifacts.plot import plot_inspection
+from tclip_jax.data.images import Preprocess
+from tclip_jax.models.config import CLIPConfig
+
+Tree = dict[str, Any]
+
+TABLE = "text/token_embedding/embedding"
+
+
+@pytest.fixture(scope="module")
+def found(written: pathlib.Path) -> Tree:
+    return inspect_artifact(written)
+
+
+def test_bytes_are_those_of_the_files(found: Tree, written: pathlib.Path) -> None:
+    stored = safetensors.numpy.load_file(written / "ternary.safetensors")
+    assert found["bytes"]["trits"] == sum(array.nbytes for name, array in stored.items() if name.endswith(".trits"))
+    assert found["bytes"]["scales"] == sum(array.nbytes for name, array in stored.items() if name.endswith(".scale"))
+    files = ("ternary.safetensors", "rest.safetensors")
+    assert sum(found["bytes"].values()) == found["weight_bytes"] == sum((written / f).stat().st_size for f in files)
+
+
+def test_layers_are_counted_one_by_one(found: Tree, packed: Tree) -> None:
+    rows = {(row["path"], row["layer"]): row for row in found["layers"]}
+    assert len(rows) == 4 * 2 + 4 * 1 + 1
+    for (path, layer), row in rows.items():
+        trits = flatten(packed)[path].trits
+        own = trits if layer is None else trits[layer]
+        shares = [float(np.mean(own == trit)) for trit in (-1, 0, 1)]
+        assert (row["trits"], [row["minus"], row["zeros"], row["plus"]]) == (own.size, pytest.approx(shares))
+        assert row["entropy"] == pytest.approx(-sum(share * np.log2(share) for share in shares if share))
+    trits, zeros = (sum(row["trits"] * row.get(key, 1) for row in rows.values()) for key in ("", "zeros"))
+    assert zeros / trits == pytest.approx(found["zeros"])
+    assert rows[TABLE, None]["zeros"] != found["zeros_without_token_embedding"] != found["zeros"]
+
+
+def test_it_is_json_and_carries_what_the_author_wrote(found: Tree) -> None:
+    assert json.loads(json.dumps(found)) == found
+    assert found["figures"] == {"top1": 0.5} and "numpy" in found["provenance"]["versions"]
+
+
+def test_the_tables_show_shares_in_per_cent(found: Tree) -> None:
+    lines = inspection_text(found).splitlines()
+    row = next(row for row in found["layers"] if row["path"].endswith("fc1/kernel") and row["layer"] == 1)
+    header = next(line for line in lines if line.startswith("layer")).split("  ")
+    column = [name.strip() for name in header if name].index("image fc1")
+    assert next(line for line in lines if line.startswith("1 ")).split()[column] == f"{100 * row['zeros']:.1f}"
+    assert f"({found['float32_bytes']:,} B)" in "\n".join(lines) and "  top1: 0.5" in lines
+    assert max(map(len, lines)) < 160 and all(line == line.rstrip() for line in lines)
+
+
+def test_the_picture_has_a_line_for_each_weight(found: Tree) -> None:
+    sizes, zeros = plot_inspection(found).axes
+    assert [bar.get_width() for bar in sizes.patches] == [size / 1e6 for size in found["bytes"].values()]
+    assert len(zeros.lines) == 9
+    text = {text.get_text() for text in zeros.get_legend().get_texts()}
+    assert {"image fc1", "text qkv", "text token embedding"} < text
+
+
+def test_a_model_of_floats_has_sizes_too(
+    tmp_path: pathlib.Path, config: CLIPConfig, preprocess: Preprocess, latent: Tree
+) -> None:
+    params = pack_params(latent, ())
+    write_artifact(tmp_path / "a", config=config, preprocess=preprocess, params=params, rules=(), rest_dtype="float32")
+    found = inspect_artifact(tmp_path / "a")
+    assert found["layers"] == [] and found["zeros"] == found["bits_per_trit"] == found["bytes"]["trits"] == 0
+    assert "0.00%" in inspection_text(found) and plot_inspection(found).axes[1].get_legend() is None
