@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
@@ -24,15 +25,30 @@ def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    beside = _beside(path, "tmp")
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Yields an open file that becomes `path` when the block ends, whole, and nothing if it raises.
+
+    What is too large for memory is written with it. On an object store the file is written in its place, and removed if
+    the block raises.
+    """
+    path = epath.Path(path)
+    building = _beside(path, "tmp") if is_local(path) else path
     try:
-        beside.write_bytes(data)
-        _sync(beside)
-        beside.replace(path)
+        with building.open("wb") as file:
+            yield file
+        if is_local(path):
+            _sync(building)
+            building.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        building.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if is_local(path):
+        _sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,10 @@ def plot_zeros(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
+    # At least 4 points high, so that what is chance looks like it.
+    low, high = axes.get_ylim()
+    missing = max(4 - (high - low), 0) / 2
+    axes.set_ylim(low - missing, high + missing)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

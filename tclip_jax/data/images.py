@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import jax
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -117,7 +117,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image.load()
     # A broken file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, MemoryError.
     except Exception as error:
-        raise ValueError(f"not a usable image ({len(data)} bytes): {error}") from error
+        # Pillow's own words for this name an object in memory.
+        reason = f"none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"not a usable image ({len(data)} bytes): {reason}") from error
     return image
 
 

@@ -1,0 +1,67 @@
+"""Examples:
+  tclip classify runs/quickstart/artifact pictures/*.png --labels "three,eight" --templates digits
+  tclip classify runs/quickstart/artifact cat.jpg --labels-file labels.txt --templates "a photo of a {c}." "{c}"
+
+An image that cannot be read is named and left out; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the images, and what they may show."""
+    parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    labels = parser.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--labels", metavar="A,B,…", help="separated by commas")
+    labels.add_argument("--labels-file", metavar="FILE", help="a label on each line, UTF-8")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        default=["simple"],
+        metavar="T",
+        help="name of a list of captions, or captions with {c} (default: simple)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the most probable labels of each image, and returns the exit code."""
+    from etils import epath
+
+    from tclip_jax.inference.classify import Guess, classify_images, guess_table
+    from tclip_jax.inference.inputs import Failure, printable
+    from tclip_jax.training.restore import load_model
+
+    if args.labels_file:
+        lines = epath.Path(args.labels_file).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
+        labels = [line.strip() for line in lines if line.strip()]
+    else:
+        labels = [label.strip() for label in args.labels.split(",")]
+    named = len(args.templates) == 1 and "{c}" not in args.templates[0]
+    templates = args.templates[0] if named else args.templates
+    outcomes = classify_images(load_model(args.model), args.images, labels, templates, args.batch_size)
+    guesses = [outcome for outcome in outcomes if isinstance(outcome, Guess)]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if args.json:
+        print(json.dumps([_fields(outcome) for outcome in outcomes]))
+    elif guesses:
+        print(guess_table(guesses))
+    for failure in failures:
+        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _fields(outcome: object) -> dict[str, object]:
+    from tclip_jax.inference.classify import Guess
+    from tclip_jax.inference.inputs import Failure, printable
+
+    if isinstance(outcome, Guess):
+        return {"image": printable(outcome.name), "labels": outcome.labels}
+    assert isinstance(outcome, Failure)
+    return {"image": printable(outcome.name), "error": outcome.reason}

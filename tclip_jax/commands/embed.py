@@ -1,0 +1,62 @@
+"""Examples:
+  tclip embed runs/quickstart/artifact --images pictures --out pictures.npy
+  tclip embed runs/quickstart/artifact --texts captions.txt --out captions.parquet
+
+Embeddings are float32 of length 1, in the order of the inputs. x.npy has their names in x.names.json beside it. A call
+that was interrupted and is repeated goes on where it stopped, from OUT.partial. An input that cannot be used is named
+and left out; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, what to embed, and where to write."""
+    parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files, and folders of them")
+    inputs.add_argument("--texts", metavar="FILE", help="a text on each line, UTF-8")
+    parser.add_argument("--out", required=True, metavar="FILE", help="x.npy or x.parquet")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embeds, writes, and returns the exit code."""
+    from etils import epath
+
+    from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, write_embeddings
+    from tclip_jax.inference.inputs import find_images, fingerprint, image_items, printable, text_items
+    from tclip_jax.inference.store import Store
+    from tclip_jax.training.restore import load_model
+
+    out = checked_output(args.out)
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out} exists: choose another file, or --overwrite it")
+    if args.images:
+        folders = {path: epath.Path(path).is_dir() for path in args.images}
+        paths = [each for path in args.images for each in (find_images(path) if folders[path] else [epath.Path(path)])]
+    else:
+        lines = epath.Path(args.texts).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
+        texts = [line.strip() for line in lines if line.strip()]
+    model = load_model(args.model)
+    width, mark = model.config.embed_dim, fingerprint(model)
+    store = Store(f"{out}.partial", width)
+    if args.images:
+        items, failures = image_items(mark, paths)
+        failures += embed_images(model, items, store, args.batch_size)
+    else:
+        items = text_items(mark, texts)
+        failures = embed_texts(model, items, store, args.batch_size)
+    for failure in failures:
+        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+    if not any(item.key in store for item in items):
+        raise ValueError(f"nothing to embed: none of {len(items) + len(failures)} inputs can be used")
+    count = write_embeddings(out, items, store, width)
+    store.remove()
+    left_out = f", {len(failures)} inputs left out" if failures else ""
+    print(f"{out}: {count:,} embeddings of {width} float32{left_out}")
+    return 1 if failures else 0

@@ -1,0 +1,77 @@
+"""Examples:
+  tclip search index runs/quickstart/artifact pictures --out pictures.index
+  tclip search query pictures.index "a handwritten digit three." --top 20 --html three.html
+  tclip search query pictures.index pictures/0007.png
+
+Indexing again brings the index up to date: only files that are new or changed are embedded. A picture that cannot be
+read is named and left out; the exit code is then 1. The page holds its pictures and loads nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """To index a folder, or to query an index."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    index = actions.add_parser("index", help="embed the pictures of a folder and all below it")
+    index.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
+    index.add_argument("folder", metavar="FOLDER")
+    index.add_argument("--out", required=True, metavar="INDEX", help="a folder: new, or an index to bring up to date")
+    index.add_argument("--batch-size", type=int, default=64)
+    query = actions.add_parser("query", help="the pictures nearest to a text or a picture")
+    query.add_argument("index", metavar="INDEX")
+    query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file, or else a text")
+    query.add_argument("--top", type=int, default=20, metavar="N", help="results (default: 20)")
+    query.add_argument("--model", metavar="MODEL", help="where the model of the index is now")
+    form = query.add_mutually_exclusive_group()
+    form.add_argument("--html", metavar="FILE", help="also write one page with the pictures in it")
+    form.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Indexes or queries, and returns the exit code."""
+    return _index(args) if args.action == "index" else _query(args)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from tclip_jax.inference.inputs import printable
+    from tclip_jax.inference.search import build_index
+    from tclip_jax.training.restore import load_model
+
+    where = args.model if "://" in args.model else os.path.abspath(args.model)
+    model = load_model(args.model)
+    outcome = build_index(model, args.folder, args.out, model_path=where, batch_size=args.batch_size)
+    for failure in outcome.failures:
+        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+    left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""
+    print(f"{args.out}: {outcome.count:,} pictures, {outcome.reused:,} of them unchanged{left_out}")
+    return 1 if outcome.failures else 0
+
+
+def _query(args: argparse.Namespace) -> int:
+    from etils import epath
+
+    from tclip_jax.inference.inputs import printable
+    from tclip_jax.inference.page import results_page
+    from tclip_jax.inference.search import query_index, read_index
+    from tclip_jax.storage import write_atomic
+    from tclip_jax.training.restore import load_model
+
+    index = read_index(args.index)
+    picture = epath.Path(args.query) if os.path.isfile(args.query) else None
+    results = query_index(load_model(args.model or index.model), index, picture or args.query, args.top)
+    if args.json:
+        print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
+        return 0
+    for rank, result in enumerate(results, 1):
+        print(f"{rank:3}  {result.score:6.3f}  {printable(result.name)}")
+    if args.html:
+        facts = f"{len(results)} of {len(index.names):,} pictures of {index.root}, by cosine similarity"
+        found = [(index.root / result.name, result.name, result.score) for result in results]
+        write_atomic(args.html, results_page(args.query, facts, found, picture))
+    return 0

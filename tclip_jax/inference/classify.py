@@ -1,0 +1,69 @@
+"""Labels for image files: which of some captions fits each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.evaluation.zero_shot import class_embeddings
+from tclip_jax.inference.embed import read_image
+from tclip_jax.inference.inputs import Failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """The probability of each label for an image file, in 0–1 and summing to 1; the most probable label first."""
+
+    name: str
+    labels: dict[str, float]
+
+
+def classify_images(
+    model: Model,
+    paths: Sequence[str],
+    labels: Sequence[str],
+    templates: str | Sequence[str] = "simple",
+    batch_size: int = 64,
+) -> list[Guess | Failure]:
+    """The softmax over the labels of logit_scale · cosine, for each path in its order, or why there is none.
+
+    Raises:
+      ValueError: no labels, or one twice; templates that are none.
+    """
+    if not labels or len(set(labels)) < len(labels) or not all(labels):
+        raise ValueError(f"labels are {', '.join(map(repr, labels)) or 'none'}: each must be there once, and not empty")
+    classes = class_embeddings(model, labels, templates)
+    outcomes: list[Guess | Failure] = []
+    for start in range(0, len(paths), batch_size):
+        pixels, readable, failed = [], [], {}
+        batch = paths[start : start + batch_size]
+        for path in batch:
+            try:
+                pixels.append(read_image(model, epath.Path(path)))
+                readable.append(path)
+            except (OSError, ValueError) as error:
+                failed[path] = Failure.of(path, error)
+        logits = model.logit_scale * model.encode_image(np.stack(pixels)) @ classes.T if pixels else []
+        guesses = {path: _guess(path, labels, row) for path, row in zip(readable, logits, strict=True)}
+        outcomes += [guesses.get(path) or failed[path] for path in batch]
+    return outcomes
+
+
+def _guess(path: str, labels: Sequence[str], logits: np.ndarray) -> Guess:
+    exp = np.exp(logits - logits.max())
+    probabilities = exp / exp.sum()
+    return Guess(path, {labels[i]: float(probabilities[i]) for i in np.argsort(-probabilities, kind="stable")})
+
+
+def guess_table(guesses: Sequence[Guess], shown: int = 3) -> str:
+    """A line for each image with its most probable labels, aligned."""
+    cells = [
+        [guess.name, *(f"{label} {share:.1%}" for label, share in list(guess.labels.items())[:shown])]
+        for guess in guesses
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)

@@ -1,0 +1,149 @@
+"""Embeddings of any number of images or texts, a batch at a time, and the files they are kept in."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.parquet
+import tqdm
+from etils import epath
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import decode, normalize, preprocess
+from tclip_jax.inference.inputs import Failure, Item, printable
+from tclip_jax.inference.store import Embeddings, Store, chunked
+from tclip_jax.storage import atomic_file, write_atomic
+
+_MAX_FILE_BYTES = 2**30
+
+
+def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
+    """The normalised pixels (H, W, 3) that the model takes, of an image file.
+
+    Raises:
+      OSError: a file that cannot be read.
+      ValueError: one that is no usable image, or larger than 1 GiB.
+    """
+    size = path.stat().length
+    if size > _MAX_FILE_BYTES:
+        raise ValueError(f"{size:,} bytes, where at most {_MAX_FILE_BYTES:,} are read")
+    p = model.preprocess
+    return normalize(preprocess(decode(path.read_bytes()), p), p.mean, p.std)
+
+
+def embed_images(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:
+    """Adds to the store every image that is not in it; what cannot be read is returned with the reason."""
+
+    def encode(pixels: list[npt.NDArray[np.float32]]) -> Embeddings:
+        return model.encode_image(np.stack(pixels), batch_size=batch_size)
+
+    return _embed(items, store, lambda path: read_image(model, path), encode, batch_size, "image")
+
+
+def embed_texts(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:
+    """Adds to the store every text that is not in it."""
+
+    def encode(texts: list[str]) -> Embeddings:
+        return model.encode_text(texts, batch_size=batch_size)
+
+    return _embed(items, store, lambda text: text, encode, batch_size, "text")
+
+
+def _embed(
+    items: Sequence[Item],
+    store: Store,
+    prepare: Callable[[Any], Any],
+    encode: Callable[[list[Any]], Embeddings],
+    batch_size: int,
+    unit: str,
+) -> list[Failure]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+
+    def attempt(item: Item) -> Any:
+        try:
+            return prepare(item.content)
+        except (OSError, ValueError) as error:
+            return Failure.of(item.name, error)
+
+    failures: list[Failure] = []
+    todo = list({item.key: item for item in items if item.key not in store}.values())
+    size = min(batch_size, 1 << max(len(todo) - 1, 0).bit_length())
+    bar = tqdm.tqdm(total=len(items), initial=len(items) - len(todo), unit=unit, disable=None)
+    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(todo), size):
+            batch = todo[start : start + size]
+            prepared = list(pool.map(attempt, batch))
+            usable = [(item.key, each) for item, each in zip(batch, prepared, strict=True) if type(each) is not Failure]
+            failures += [each for each in prepared if type(each) is Failure]
+            if usable:
+                keys, contents = zip(*usable, strict=True)
+                # Filled up, all batches have one shape: it is compiled once, and gives the same bits wherever a row is.
+                filled = [*contents, *contents[-1:] * (size - len(contents))]
+                store.add(keys, encode(filled)[: len(keys)])
+            bar.update(len(batch))
+    return failures
+
+
+def write_embeddings(out: epath.PathLike, items: Iterable[Item], store: Store, width: int) -> int:
+    """Writes the embeddings of all items that the store has, in their order, and returns their number.
+
+    `x.npy` holds float32 (N, width), and `x.names.json` beside it a list of N names; `x.parquet` the columns `name` and
+    `embedding`. Rows are streamed: they need not fit in memory.
+
+    Raises:
+      ValueError: another suffix.
+    """
+    out = checked_output(out)
+    kept = [item for item in items if item.key in store]
+    names = [printable(item.name) for item in kept]
+    chunks = chunked((store.row(item.key) for item in kept), width)
+    if out.suffix == ".npy":
+        # First: with the embeddings, the output is complete.
+        write_atomic(out.with_suffix(".names.json"), json.dumps(names, ensure_ascii=False, indent=0) + "\n")
+    with atomic_file(out) as file:
+        (_write_npy if out.suffix == ".npy" else _write_parquet)(file, names, chunks, width)
+    return len(kept)
+
+
+def checked_output(out: epath.PathLike) -> epath.Path:
+    """`out` as a path, if its suffix is one of those that can be written.
+
+    Raises:
+      ValueError: it is not.
+    """
+    out = epath.Path(out)
+    if out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"{out}: embeddings are written as .npy or .parquet")
+    return out
+
+
+def _write_npy(file: IO[bytes], names: list[str], chunks: Iterable[Embeddings], width: int) -> None:
+    write_npy_header(file, len(names), width)
+    for chunk in chunks:
+        file.write(chunk.astype("<f4", copy=False).tobytes())
+
+
+def write_npy_header(file: IO[bytes], rows: int, width: int) -> None:
+    """What precedes the bytes of float32 (rows, width) in a .npy file."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write_parquet(file: IO[bytes], names: list[str], chunks: Iterable[Embeddings], width: int) -> None:
+    kind = pyarrow.list_(pyarrow.float32(), width)
+    schema = pyarrow.schema([("name", pyarrow.string()), ("embedding", kind)])
+    start = 0
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for chunk in chunks:
+            rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(chunk.reshape(-1)), width)
+            part = pyarrow.array(names[start : start + len(chunk)], pyarrow.string())
+            writer.write_table(pyarrow.table([part, rows.cast(kind)], schema=schema))
+            start += len(chunk)

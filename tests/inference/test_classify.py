@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from tclip_jax.artifacts import Model
+from tclip_jax.cli import main
+from tclip_jax.inference.classify import Guess, classify_images, guess_table
+from tclip_jax.inference.inputs import Failure
+
+LABELS = ["cat", "dog", "a <b>"]
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(model: Model, readable: list[epath.Path]) -> None:
+    guesses = classify_images(model, list(map(str, readable)), LABELS, ["{c}", "a photo of a {c}."], batch_size=2)
+    images = model.encode_image([Image.open(path) for path in readable]).astype(np.float64)
+    texts = model.encode_text([text for label in LABELS for text in (label, f"a photo of a {label}.")])
+    means = texts.astype(np.float64).reshape(3, 2, -1).mean(axis=1)
+    exp = np.exp(model.logit_scale * images @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T)
+    for guess, row, path in zip(guesses, exp / exp.sum(axis=1, keepdims=True), readable, strict=True):
+        assert isinstance(guess, Guess) and guess.name == str(path)
+        assert list(guess.labels) == [LABELS[i] for i in np.argsort(-row)]
+        assert [guess.labels[label] for label in LABELS] == pytest.approx(row, abs=1e-5)
+
+
+def test_failures_keep_their_place(model: Model, pictures: pathlib.Path) -> None:
+    paths = [str(pictures / name) for name in ("absent.png", "0.png", "b/broken.png", "0.png")]
+    outcomes = classify_images(model, paths, LABELS, batch_size=2)
+    assert [type(outcome) for outcome in outcomes] == [Failure, Guess, Failure, Guess]
+    assert outcomes[0] == Failure(paths[0], "No such file or directory")
+    assert classify_images(model, paths[2:3], LABELS)[0].name == paths[2]
+
+
+@pytest.mark.parametrize("labels", [[], ["cat", "cat"], ["cat", ""]])
+def test_labels_are_there_once(model: Model, labels: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^labels are .*: each must be there once, and not empty"):
+        classify_images(model, [], labels)
+
+
+def test_the_table_is_aligned() -> None:
+    table = guess_table([Guess("a.png", {"cat": 0.75, "dog": 0.25}), Guess("long.png", {"dog": 1.0, "cat": 0.0})])
+    assert table == "a.png     cat 75.0%   dog 25.0%\nlong.png  dog 100.0%  cat 0.0%"
+
+
+def test_the_command(
+    artifact: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = str(pictures / "0.png"), str(pictures / "b" / "broken.png")
+    assert main(["classify", str(artifact), good, bad, "--labels", "cat, dog"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{good}  ") and captured.out.count("\n") == 1 and captured.out.count("%") == 2
+    assert captured.err.startswith(f"{bad}: not a usable image") and captured.err.count("\n") == 1
+    (tmp_path / "labels").write_text("cat\n\ndog\nbird\n")
+    given = ["classify", str(artifact), good, bad, "--labels-file", str(tmp_path / "labels"), "--json"]
+    assert main([*given, "--templates", "{c}", "the {c}"]) == 1
+    found, failed = json.loads(capsys.readouterr().out)
+    assert set(found["labels"]) == {"cat", "dog", "bird"} and sum(found["labels"].values()) == pytest.approx(1)
+    assert failed["image"] == bad and failed["error"].startswith("not a usable image")
+    assert main([*given, "--templates", "opnai"]) == 2
+    assert "no such name; use openai" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from etils import epath
+from PIL import Image
+
+from tclip_jax.artifacts import Model
+from tclip_jax.cli import main
+from tclip_jax.inference.embed import embed_images, embed_texts, write_embeddings
+from tclip_jax.inference.inputs import find_images, fingerprint, image_items, text_items
+from tclip_jax.inference.store import Store
+
+
+class Counting:
+    """A model that counts what it encodes, and may be interrupted."""
+
+    def __init__(self, model: Model, stop_after: int = 10**9) -> None:
+        self._model, self._left, self.calls = model, stop_after, 0
+        self.preprocess, self.config = model.preprocess, model.config
+
+    def encode_image(self, pixels: np.ndarray, **options: Any) -> np.ndarray:
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        self.calls += 1
+        return self._model.encode_image(pixels, **options)
+
+
+def embedded(model: Any, paths: Sequence[epath.Path], folder: pathlib.Path, batch_size: int = 2) -> np.ndarray:
+    """All embeddings, through a store and a file."""
+    items, _ = image_items("m", paths)
+    store = Store(folder / "store", 12)
+    embed_images(model, items, store, batch_size)
+    write_embeddings(folder / "x.npy", items, store, 12)
+    return np.load(folder / "x.npy")
+
+
+def test_embeddings_are_those_of_the_model(model: Model, readable: list[epath.Path], tmp_path: pathlib.Path) -> None:
+    found = embedded(model, readable, tmp_path)
+    pictures = [Image.open(path) for path in readable]
+    expected = model.encode_image([*pictures, pictures[-1]], batch_size=2)[:-1]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    assert json.loads((tmp_path / "x.names.json").read_text()) == list(map(str, readable))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_what_was_done_before_an_interruption_is_not_done_again(
+    model: Model, readable: list[epath.Path], tmp_path: pathlib.Path, batch_size: int
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        embedded(Counting(model, stop_after=2), readable, tmp_path)
+    assert not (tmp_path / "x.npy").exists()
+    second = Counting(model)
+    found = embedded(second, readable, tmp_path, batch_size)
+    assert second.calls == -(-(len(readable) - 4) // batch_size)
+    np.testing.assert_allclose(found, model.encode_image([Image.open(path) for path in readable]), atol=1e-6)
+
+
+def test_one_bad_image_does_not_stop_the_others(
+    model: Model, pictures: pathlib.Path, readable: list[epath.Path], tmp_path: pathlib.Path
+) -> None:
+    half = (pictures / "b" / "5.png").read_bytes()[:900]
+    (pictures / "b" / "5.png").write_bytes(half)
+    items, _ = image_items("m", find_images(pictures), epath.Path(pictures))
+    store = Store(tmp_path / "store", 12)
+    truncated, broken = embed_images(model, items, store, batch_size=3)
+    assert truncated.name == "b/5.png" and truncated.reason.startswith("not a usable image (900 bytes): ")
+    assert broken.name == "b/broken.png" and broken.reason.startswith("not a usable image (10 bytes): none of JPEG,")
+    assert write_embeddings(tmp_path / "x.npy", items, store, 12) == len(readable) - 1
+    names = json.loads((tmp_path / "x.names.json").read_text())
+    assert names == [item.name for item in items if item.name not in (truncated.name, broken.name)]
+
+
+def test_files_too_large_to_be_images_are_not_read(model: Model, tmp_path: pathlib.Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**40)
+    items, _ = image_items("m", [epath.Path(tmp_path / "huge.png")])
+    (failure,) = embed_images(model, items, Store(tmp_path / "store", 12))
+    assert failure.reason == "1,099,511,627,776 bytes, where at most 1,073,741,824 are read"
+
+
+def test_texts_and_parquet(model: Model, tmp_path: pathlib.Path) -> None:
+    texts = ["a cat", "ein Bär", "a cat"]
+    items, store = text_items("m", texts), Store(tmp_path / "store", 12)
+    assert embed_texts(model, items, store, batch_size=2) == []
+    assert write_embeddings(tmp_path / "x.parquet", items, store, 12) == 3
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert table.column("name").to_pylist() == texts
+    expected = model.encode_text(texts)
+    np.testing.assert_allclose(np.array(table.column("embedding").to_pylist(), np.float32), expected, atol=1e-6)
+    assert str(table.schema.field("embedding").type).startswith("fixed_size_list<") and len(expected[0]) == 12
+
+
+def test_many_rows_are_streamed_in_order(tmp_path: pathlib.Path) -> None:
+    items = text_items("m", list(map(str, range(5000))))
+    rows = np.random.default_rng(0).random((5000, 3), np.float32)
+    store = Store(tmp_path / "store", 3)
+    for start in (2500, 0):  # not in the order of the items
+        part = slice(start, start + 2500)
+        store.add([item.key for item in items[part]], rows[part])
+    for name in ("x.npy", "x.parquet"):
+        write_embeddings(tmp_path / name, items, store, 3)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), rows)
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    np.testing.assert_array_equal(np.array(table.column("embedding").to_pylist(), np.float32), rows)
+    assert table.column("name").to_pylist() == list(map(str, range(5000)))
+
+
+def test_the_command(
+    artifact: pathlib.Path,
+    model: Model,
+    pictures: pathlib.Path,
+    readable: list[epath.Path],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "x.npy"
+    given = ["embed", str(artifact), "--images", str(pictures), "--out", str(out)]
+    assert main(given) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: 7 embeddings of 12 float32, 1 inputs left out\n"
+    assert captured.err.startswith(f"{pictures}/b/broken.png: not a usable image") and captured.err.count("\n") == 1
+    np.testing.assert_allclose(np.load(out), model.encode_image([Image.open(path) for path in readable]), atol=1e-6)
+    assert not (tmp_path / "x.npy.partial").exists()
+    assert main(given) == 2 and "exists: choose another file, or --overwrite it" in capsys.readouterr().err
+    texts = tmp_path / "texts"
+    texts.write_text("\ufeffa cat\n\n a dog \n", encoding="utf-8")
+    assert main(["embed", str(artifact), "--texts", str(texts), "--out", str(out), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "x.names.json").read_text()) == ["a cat", "a dog"]
+
+
+def test_the_command_goes_on_where_it_stopped(
+    artifact: pathlib.Path, model: Model, readable: list[epath.Path], tmp_path: pathlib.Path
+) -> None:
+    """Embeddings that are there are taken as they are: here marked ones."""
+    items, _ = image_items(fingerprint(model), readable[:3])
+    Store(tmp_path / "x.npy.partial", 12).add([item.key for item in items], np.full((3, 12), 9, np.float32))
+    files = [str(path) for path in readable]
+    assert main(["embed", str(artifact), "--images", *files, "--out", str(tmp_path / "x.npy")]) == 0
+    found = np.load(tmp_path / "x.npy")
+    assert (found[:3] == 9).all() and (abs(found[3:]) <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "absent.png", "--out", "x.npy"], "nothing to embed: none of 1 inputs can be used"),
+        (["--images", "absent.png", "--out", "x.csv"], "x.csv: embeddings are written as .npy or .parquet"),
+        (["--texts", "absent", "--out", "x.npy"], "No such file or directory"),
+        (["--texts", "empty", "--out", "x.npy"], "nothing to embed: none of 0 inputs"),
+        (["--images", ".", "--out", "x.npy"], ".: no images in it or below"),
+        (["--texts", "text", "--out", "x.npy", "--batch-size", "0"], "batch_size is 0: it must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_embedded_leaves_no_output(
+    artifact: pathlib.Path,
+    tmp_path: pathlib.Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("a cat")
+    assert main(["embed", str(artifact), *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("x.*"))

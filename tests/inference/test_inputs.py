@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import pytest
+from etils import epath
+
+from tclip_jax.artifacts import Model
+from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.inputs import Failure, find_images, fingerprint, image_items, printable, text_items
+
+
+def test_images_are_found_below_a_folder_in_order(pictures: pathlib.Path) -> None:
+    found = [os.path.relpath(path, pictures) for path in find_images(pictures)]
+    assert found == [
+        "0.png",
+        "1.jpg",
+        "2.PNG",
+        *(f"b/{name}" for name in ["3.webp", "4.png", "5.png", "6.png", "broken.png"]),
+    ]
+
+
+def test_a_folder_without_images_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no images in it or below"):
+        find_images(tmp_path)
+
+
+def test_a_fingerprint_is_of_all_that_changes_embeddings(model: Model, artifact: pathlib.Path) -> None:
+    mark = fingerprint(model)
+    assert fingerprint(Model.load(artifact)) == mark
+    assert fingerprint(dataclasses.replace(model, preprocess=Preprocess(16, resize_mode="squash"))) != mark
+    leaves, structure = jax.tree.flatten(model.params)
+    leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].add(1e-3)
+    assert fingerprint(dataclasses.replace(model, params=jax.tree.unflatten(structure, leaves))) != mark
+
+
+def test_a_key_changes_with_the_file_and_the_model(pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = epath.Path(pictures / "0.png")
+
+    def key(mark: str = "m") -> str:
+        ((item,), failures) = image_items(mark, [path], epath.Path(pictures))
+        assert item.name == "0.png" and item.content == path and not failures
+        return item.key
+
+    first = key()
+    assert key() == first != key("other")
+    monkeypatch.chdir(pictures)
+    ((relative,), _) = image_items("m", [epath.Path("0.png")])
+    assert relative.key == first
+    os.utime(path, ns=(0, 1))
+    assert key() != first
+
+
+def test_files_that_are_not_there_are_failures(pictures: pathlib.Path) -> None:
+    items, failures = image_items("m", [epath.Path(pictures / "absent.png"), epath.Path(pictures / "0.png")])
+    assert len(items) == 1
+    assert failures == [Failure(f"{pictures}/absent.png", "No such file or directory")]
+
+
+def test_texts_are_their_own_names() -> None:
+    one, other = text_items("m", ["ä cat", "a dog"])
+    assert (one.name, one.content) == ("ä cat", "ä cat") and one.key != other.key
+
+
+def test_names_are_printable_whatever_they_are() -> None:
+    assert printable("ä.png") == "ä.png"
+    assert printable(os.fsdecode(b"\xff.png")) == "\\xff.png"

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tclip_jax.artifacts import Model
+from tclip_jax.cli import main
+from tclip_jax.inference import search
+from tclip_jax.inference.search import build_index, nearest, query_index, read_index
+
+
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_the_nearest_are_those_of_a_full_sort(count: int, top: int, chunk: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, query = rng.integers(-2, 3, (count, 3)).astype(np.float32), rng.integers(-2, 3, 3).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_CHUNK", chunk)
+        found, scores = nearest(rows, query, top)
+    expected = np.argsort(-(rows @ query), kind="stable")[:top]  # ties in the order of the rows
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(scores, (rows @ query)[expected])
+
+
+@pytest.fixture
+def index(model: Model, artifact: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """An index of the folder of pictures."""
+    outcome = build_index(model, pictures, tmp_path / "index", model_path=str(artifact))
+    assert (outcome.count, outcome.reused, [failure.name for failure in outcome.failures]) == (7, 0, ["b/broken.png"])
+    return tmp_path / "index"
+
+
+def test_a_picture_finds_itself(model: Model, index: pathlib.Path, readable: list[epath.Path]) -> None:
+    found = read_index(index)
+    for path in readable:
+        first, second, *_ = query_index(model, found, path, top=3)
+        assert found.root / first.name == path
+        assert first.score == pytest.approx(1, abs=1e-6) and second.score < first.score
+
+
+def test_a_text_is_compared_with_every_picture(model: Model, index: pathlib.Path, readable: list[epath.Path]) -> None:
+    results = query_index(model, read_index(index), "a cat", top=100)
+    scores = model.encode_image([Image.open(path) for path in readable]) @ model.encode_text("a cat")[0]
+    order = np.argsort(-scores)
+    names = [os.path.relpath(path, index.parent / "pictures") for path in readable]
+    assert [result.name for result in results] == [names[i] for i in order]
+    np.testing.assert_allclose([result.score for result in results], scores[order], atol=1e-6)
+
+
+def test_only_what_changed_is_embedded_again(
+    model: Model, artifact: pathlib.Path, index: pathlib.Path, pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_index(index)
+    rows = dict(zip(before.names, np.array(before.embeddings), strict=True))
+    (pictures / "0.png").unlink()
+    shutil.copy(pictures / "b" / "5.png", pictures / "1.jpg")
+    Image.new("RGB", (16, 16), "red").save(pictures / "new.png")
+    read: list[str] = []
+    original = search.embed_images
+
+    def spy(model: Model, items: list[search.Item], *rest: object) -> list[search.Failure]:
+        read.extend(item.name for item in items)
+        return original(model, items, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "embed_images", spy)
+    outcome = build_index(model, pictures, index, model_path=str(artifact))
+    assert read == ["1.jpg", "b/broken.png", "new.png"]
+    assert (outcome.count, outcome.reused) == (7, 5)
+    after = read_index(index)
+    assert after.names == ["1.jpg", "2.PNG", "b/3.webp", "b/4.png", "b/5.png", "b/6.png", "new.png"]
+    for name, row in zip(after.names, after.embeddings, strict=True):
+        if name not in ("1.jpg", "new.png"):
+            np.testing.assert_array_equal(row, rows[name])
+    np.testing.assert_allclose(after.embeddings[0], rows["b/5.png"], atol=1e-6)
+    assert sorted(path.name for path in index.parent.iterdir()) == ["index", "pictures"]
+
+
+def test_an_interruption_leaves_the_old_index_and_what_was_done(
+    model: Model, artifact: pathlib.Path, index: pathlib.Path, pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = (index / "index.json").read_bytes()
+    for path in pictures.rglob("*.png"):
+        os.utime(path, (1, 1))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "write_npy_header", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(model, pictures, index, model_path=str(artifact))
+    assert (index / "index.json").read_bytes() == old
+    monkeypatch.setattr(Model, "encode_image", stop)
+    assert build_index(model, pictures, index, model_path=str(artifact)).count == 7
+    assert not (index.parent / "index.partial").exists()
+
+
+def test_another_model_embeds_everything_again_and_cannot_query(
+    model: Model, index: pathlib.Path, pictures: pathlib.Path
+) -> None:
+    params = {**model.params, "logit_scale": model.params["logit_scale"] + 1}
+    other = Model(model.config, model.preprocess, params)
+    with pytest.raises(ValueError, match="the index was made with another model"):
+        query_index(other, read_index(index), "a cat")
+    assert build_index(other, pictures, index, model_path="other").reused == 0
+    assert query_index(other, read_index(index), "a cat", top=1)
+    with pytest.raises(ValueError, match="top is 0"):
+        query_index(other, read_index(index), "a cat", top=0)
+    with pytest.raises(ValueError, match=r"broken\.png: not a usable image"):
+        query_index(other, read_index(index), epath.Path(pictures / "b" / "broken.png"))
+
+
+def test_what_is_no_index_is_not_overwritten(model: Model, pictures: pathlib.Path) -> None:
+    with pytest.raises(FileExistsError, match=r"has no index\.json, so it is not an index"):
+        build_index(model, pictures, pictures, model_path="")
+    (pictures / "bad").mkdir()
+    (pictures / "bad" / "x.png").touch()
+    with pytest.raises(ValueError, match=r"none of 1 images can be used; x\.png: not a usable image \(0 bytes\)"):
+        build_index(model, pictures / "bad", pictures / "out", model_path="")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format_version": 2}, "format 'tclip-index' version 2, and version 1 is read"),
+        ({"format": "zip"}, "format 'zip'"),
+        ({"names": ["../secret.png"] * 7}, "names must be paths below its root"),
+        ({"names": ["/etc/secret.png"] * 7}, "names must be paths below its root"),
+        ({"names": ["a.png"]}, r"embeddings.npy is float32 \(7, 12\), where 1 rows of float32 are expected"),
+        ({"keys": 3}, "TypeError"),
+        ({"root": None}, "TypeError"),
+    ],
+)
+def test_a_broken_index_is_refused(index: pathlib.Path, fields: dict[str, object], message: str) -> None:
+    good = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps(good | fields))
+    with pytest.raises(ValueError, match=f"^{index} is not a readable index: .*{message}"):
+        read_index(index)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x80\x04N."])
+def test_broken_embeddings_are_refused(index: pathlib.Path, content: bytes) -> None:
+    (index / "embeddings.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{index} is not a readable index: "):
+        read_index(index)
+
+
+def test_the_commands(
+    artifact: pathlib.Path,
+    pictures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index, page = str(tmp_path / "index"), tmp_path / "page.html"
+    monkeypatch.chdir(artifact.parent)
+    assert main(["search", "index", artifact.name, str(pictures), "--out", index]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"{index}: 7 pictures, 0 of them unchanged, 1 left out\n"
+    assert captured.err.startswith("b/broken.png: not a usable image")
+    monkeypatch.chdir(tmp_path)  # the index knows where its model is
+    assert main(["search", "query", index, str(pictures / "b" / "4.png"), "--top", "2", "--html", str(page)]) == 0
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first.split() == ["1", "1.000", "b/4.png"]
+    assert page.read_text().count("data:image/png;base64,") + page.read_text().count("data:image/jpeg;base64,") == 3
+    assert main(["search", "query", index, "a cat", "--json", "--model", str(artifact)]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 7
+    assert main(["search", "query", str(tmp_path / "none"), "a cat"]) == 2
+    assert "index.json: no such file; expected what `tclip search index` writes" in capsys.readouterr().err
