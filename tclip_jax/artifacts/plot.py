@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tclip_jax.artifacts.inspection import weight_name
 
@@ -48,7 +49,7 @@ def plot_zeros(axes: Axes, found: Mapping[str, Any]) -> None:
         else:
             axes.plot(shares, style, marker="o", markersize=4, color=_WEIGHTS[name.split()[-1]], label=name)
     axes.set(title=f"zeros: {found['zeros']:.1%} of all trits", xlabel="layer", ylabel="% of the layer's trits")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
     # At least 4 points high, so that what is chance looks like it.

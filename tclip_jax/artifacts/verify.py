@@ -61,8 +61,12 @@ def verify_artifact(
         differences += [f"{path}: {reason}" for reason in reasons]
     ternary = [leaf for leaf in found.values() if isinstance(leaf, TernaryTensor)]
     floats = [leaf for leaf in found.values() if not isinstance(leaf, TernaryTensor)]
-    counts = (sum(map(np.size, arrays)) for arrays in ([t.trits for t in ternary], [t.scale for t in ternary], floats))
-    return Verification(*counts, differences=tuple(differences))
+    return Verification(
+        trits=sum(np.size(leaf.trits) for leaf in ternary),
+        scales=sum(np.size(leaf.scale) for leaf in ternary),
+        floats=sum(map(np.size, floats)),
+        differences=tuple(differences),
+    )
 
 
 def _reasons(found: Any, expected: Any, dtype: str) -> Iterator[str]:

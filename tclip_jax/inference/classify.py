@@ -47,8 +47,10 @@ def classify_images(
                 readable.append(path)
             except (OSError, ValueError) as error:
                 failed[path] = Failure.of(path, error)
-        logits = model.logit_scale * model.encode_image(np.stack(pixels)) @ classes.T if pixels else []
-        guesses = {path: _guess(path, labels, row) for path, row in zip(readable, logits, strict=True)}
+        guesses = {}
+        if pixels:
+            logits = model.logit_scale * model.encode_image(np.stack(pixels), batch_size=batch_size) @ classes.T
+            guesses = {path: _guess(path, labels, row) for path, row in zip(readable, logits, strict=True)}
         outcomes += [guesses.get(path) or failed[path] for path in batch]
     return outcomes
 
