@@ -26,7 +26,7 @@ FLOORS = {
     "artifacts": 3,
     "interop": 4,
     "evaluation": 4,
-    "inference": 5,
+    "inference": 4,
     "training": 5,
     "numerics": 5,
     "planning": 6,

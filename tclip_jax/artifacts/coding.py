@@ -33,8 +33,8 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
     entry: dict[str, Any]
     if not isinstance(leaf, TernaryTensor):
         value = _cast(path, np.asarray(leaf), rest_dtype)
-        floats = {"coding": FLOAT_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
-        return floats, {path: _compressed(_planes(value))}
+        entry = {"coding": FLOAT_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
+        return entry, {path: _compressed(_planes(value))}
     scale = np.asarray(leaf.scale, np.float32)
     half = _cast(f"{path}.scale", scale, "float16" if _exact_in_float16(scale) else "float32")
     if (half < 0).any():
@@ -43,7 +43,7 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
         packed = pack_base3(np.asarray(leaf.trits))
     except ValueError as error:
         raise ArtifactError(f"{path}.trits: {error}") from None
-    entry: dict[str, Any] = {
+    entry = {
         "coding": TERNARY_CODING,
         "shape": list(leaf.shape),
         "dtype": half.dtype.name,

@@ -21,6 +21,7 @@ from tclip_jax.artifacts.sizes import (
     weight_bytes,
     zero_share,
 )
+from tclip_jax.pages import aligned
 from tclip_jax.ternary import TernaryTensor
 
 
@@ -101,9 +102,9 @@ def inspection_text(found: Mapping[str, Any]) -> str:
             [("bits a trit", f"{bits:.3f}", f"entropy {entropy:.3f}: {bits / entropy - 1:+.1%}")] if entropy else []
         )
         facts += [("theoretical", f"{found['compression_theoretical']:.2f}x", "1.58 bits a trit, the rest float32")]
-    parts = [_aligned(sizes, words=True), _aligned(facts, words=True)]
+    parts = [_words(sizes), _words(facts)]
     if found["layers"]:
-        parts.append("zeros, %\n" + _aligned(_zero_rows(found["layers"])))
+        parts.append("\n".join(["zeros, %", *aligned(_zero_rows(found["layers"]))]))
     for name in ("figures", "provenance"):
         if found[name]:
             parts.append("\n".join([name, *(f"  {key}: {value}" for key, value in found[name].items())]))
@@ -127,14 +128,7 @@ def _zero_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines + [(*line, *[""] * (len(stacked) - 1)) for line in alone]
 
 
-def _aligned(rows: Sequence[Sequence[str]], words: bool = False) -> str:
-    """Columns of numbers to the right, the first to the left, and so the last if it holds words."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, len(widths) - 1} if words else {0}
-    lines = (
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def _words(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned lines whose last column is words, to the left."""
+    lines = aligned([row[:-1] for row in rows])
+    return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))

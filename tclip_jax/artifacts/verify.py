@@ -15,7 +15,7 @@ from tclip_jax.artifacts.manifest import check_names
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.ternary_rules import TernaryRules, matrix_shape
 from tclip_jax.ternary import TernaryTensor
 
 
@@ -71,6 +71,8 @@ def verify_artifact(
 
 def _reasons(found: Any, expected: Any, dtype: str) -> Iterator[str]:
     """What differs in one parameter, in words."""
+    if isinstance(found, TernaryTensor) and not isinstance(expected, TernaryTensor):
+        expected = np.asarray(expected, np.float32).reshape(matrix_shape(np.shape(expected)))
     if np.shape(found) != np.shape(expected):
         yield f"shape {np.shape(found)}, expected {np.shape(expected)}"
     elif isinstance(found, TernaryTensor) and isinstance(expected, TernaryTensor):
@@ -82,7 +84,7 @@ def _reasons(found: Any, expected: Any, dtype: str) -> Iterator[str]:
         yield from _unequal("trits", np.asarray(found.trits) != np.asarray(expected.trits))
     elif isinstance(found, TernaryTensor):
         # By value: the zeros of another library may be −0.
-        yield from _unequal("weights", np.asarray(found.dequantize()) != np.asarray(expected, np.float32))
+        yield from _unequal("weights", np.asarray(found.dequantize()) != expected)
     elif isinstance(expected, TernaryTensor):
         yield "float, expected trits"
     else:

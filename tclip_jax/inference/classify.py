@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.evaluation.zero_shot import class_embeddings
+from tclip_jax.data.prompts import captions
 from tclip_jax.inference.embed import read_image
-from tclip_jax.inference.inputs import Failure
+from tclip_jax.inference.inputs import Failure, printable
+from tclip_jax.pages import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,18 @@ def classify_images(
 ) -> list[Guess | Failure]:
     """The softmax over the labels of logit_scale · cosine, for each path in its order, or why there is none.
 
+    A label stands for the mean of its captions' embeddings (CLIP, arXiv 2103.00020, section 3.1.4).
+
     Raises:
       ValueError: no labels, or one twice; templates that are none.
     """
     if not labels or len(set(labels)) < len(labels) or not all(labels):
         raise ValueError(f"labels are {', '.join(map(repr, labels)) or 'none'}: each must be there once, and not empty")
-    classes = class_embeddings(model, labels, templates)
+    texts = [caption for label in labels for caption in captions(label, templates)]
+    means = (
+        model.encode_text(texts, batch_size=batch_size).reshape(len(labels), -1, model.config.embed_dim).mean(axis=1)
+    )
+    classes = means / np.linalg.norm(means, axis=-1, keepdims=True)
     outcomes: list[Guess | Failure] = []
     for start in range(0, len(paths), batch_size):
         pixels, readable, failed = [], [], {}
@@ -63,9 +70,8 @@ def _guess(path: str, labels: Sequence[str], logits: np.ndarray) -> Guess:
 
 def guess_table(guesses: Sequence[Guess], shown: int = 3) -> str:
     """A line for each image with its most probable labels, aligned."""
-    cells = [
-        [guess.name, *(f"{label} {share:.1%}" for label, share in list(guess.labels.items())[:shown])]
-        for guess in guesses
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    cells = []
+    for guess in guesses:
+        best = list(guess.labels.items())[:shown]
+        cells.append([printable(guess.name), *(cell for label, share in best for cell in (label, f"{share:.1%}"))])
+    return "\n".join(aligned(cells))

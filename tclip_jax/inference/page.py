@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Sequence
@@ -12,37 +11,9 @@ from PIL import Image, ImageOps
 
 from tclip_jax.data.images import decode
 from tclip_jax.inference.inputs import printable
+from tclip_jax.pages import data_uri, page, paragraph
 
-_SIDE, _SMALL = 320, 64  # pixels of a thumbnail's longer side: twice those on the page, and what is enlarged to be seen
-
-# Whatever a name may hold, the policy lets the page load nothing.
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
-h1 img {{ height: 5rem; vertical-align: middle; }}
-p {{ opacity: .7; overflow-wrap: anywhere; }}
-ol {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; padding: 0; }}
-li {{ list-style: none; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }}
-.picture {{ height: 10rem; display: flex; align-items: center; justify-content: center; background: #8881; }}
-.picture img {{ max-width: 100%; max-height: 10rem; }}
-.bar {{ height: .25rem; background: #3b6fb6; }}
-.text {{ padding: .4rem .6rem; overflow-wrap: anywhere; font-size: .85rem; }}
-b {{ font-variant-numeric: tabular-nums; }}
-</style>
-<h1>{title}{picture}</h1>
-<p>{facts}</p>
-<ol>
-{results}
-</ol>
-"""
+_SIDE, _SMALL = 272, 64  # pixels of a thumbnail's longer side, twice those on the page, and what is shown as pixels
 
 
 def results_page(
@@ -55,19 +26,14 @@ def results_page(
       facts: a line about what was searched.
       picture: the query, where it is one.
     """
-    best = max((score for *_, score in results), default=0)
     cards = [
-        f'<li><div class="picture">{_thumbnail(path)}</div>'
-        f'<div class="bar" style="width: {100 * max(score, 0) / max(best, 1e-9):.1f}%"></div>'
-        f'<div class="text"><b>{rank}. {score:.3f}</b><br>{html.escape(printable(name))}</div></li>'
+        f"<figure>{_thumbnail(path)}<figcaption><b>{rank}. {score:.3f}</b><br>{html.escape(printable(name))}"
+        "</figcaption></figure>"
         for rank, (path, name, score) in enumerate(results, 1)
     ]
-    return _PAGE.format(
-        title=html.escape(printable(query)),
-        facts=html.escape(printable(facts)),
-        picture=f" {_thumbnail(picture)}" if picture else "",
-        results="\n".join(cards),
-    )
+    asked = f'<div class="cards"><figure>{_thumbnail(picture)}</figure></div>' if picture else ""
+    body = f'{asked}{paragraph(printable(facts), "note")}<div class="cards">{"".join(cards)}</div>'
+    return page(printable(query), body)
 
 
 def _thumbnail(path: epath.Path) -> str:
@@ -75,13 +41,13 @@ def _thumbnail(path: epath.Path) -> str:
     try:
         image = ImageOps.exif_transpose(decode(path.read_bytes()))
     except (OSError, ValueError):
-        return "<small>no longer readable</small>"
+        return paragraph("no longer readable", "note")
     opaque = image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info
+    small = ' class="small"' if max(image.size) < _SMALL else ""
     image = image.convert("RGB" if opaque else "RGBA")
-    if max(image.size) < _SMALL:
-        image = ImageOps.scale(image, 2 * _SMALL // max(image.size), Image.Resampling.NEAREST)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG" if opaque else "PNG", **({"quality": 85} if opaque else {}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/{"jpeg" if opaque else "png"};base64,{data}">'
+    # JPEG would blur what is shown pixel by pixel.
+    kind = "jpeg" if opaque and not small else "png"
+    image.save(buffer, kind)
+    return f'<img{small} alt="" src="{data_uri(buffer.getvalue(), kind)}">'

@@ -44,7 +44,7 @@ def test_labels_are_there_once(model: Model, labels: list[str]) -> None:
 
 def test_the_table_is_aligned() -> None:
     table = guess_table([Guess("a.png", {"cat": 0.75, "dog": 0.25}), Guess("long.png", {"dog": 1.0, "cat": 0.0})])
-    assert table == "a.png     cat 75.0%   dog 25.0%\nlong.png  dog 100.0%  cat 0.0%"
+    assert table == "a.png     cat   75.0%  dog  25.0%\nlong.png  dog  100.0%  cat   0.0%"
 
 
 def test_the_command(
