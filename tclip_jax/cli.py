@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import tqdm.contrib.logging
 
 # name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword, and
-# evaluate_compare for evaluate compare) has add_arguments(parser) and run(args).
+# evaluate_compare for evaluate compare, underscores for all that is no letter) has add_arguments(parser) and run(args).
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or go on with a run",
+    "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
     "evaluate": "zero-shot accuracy of a run or an artifact",
     "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
     "embed": "embeddings of images or texts, as .npy or .parquet",
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = " ".join(arguments[:words]) or "--help"
     if name not in COMMANDS:
         _top_parser().parse_args(arguments or ["--help"])
-    module = importlib.import_module(f"tclip_jax.commands.{name.replace(' ', '_')}{'_' * keyword.iskeyword(name)}")
+    module_name = name.replace(" ", "_").replace("-", "_") + "_" * keyword.iskeyword(name)
+    module = importlib.import_module(f"tclip_jax.commands.{module_name}")
     parser = argparse.ArgumentParser(
         prog=f"tclip {name}",
         description=COMMANDS[name],

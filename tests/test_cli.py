@@ -32,7 +32,7 @@ def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
 
 def test_every_module_of_a_command_is_in_the_table() -> None:
     folder = pathlib.Path(importlib.import_module("tclip_jax.commands").__path__[0])
-    assert {name.replace(" ", "_") for name in COMMANDS} == {
+    assert {name.replace(" ", "_").replace("-", "_") for name in COMMANDS} == {
         path.stem.removesuffix("_") for path in folder.glob("[!_]*.py")
     }
 

@@ -16,6 +16,7 @@ from tclip_jax.data import images, prompts
 from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import Record, Source
+from tclip_jax.data.teacher_cache import TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -39,6 +40,7 @@ def train_iterator(
     workers: int = 0,
     threads: int = 2,
     prefetch: int = 4,
+    cache: TeacherCache | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled, augmented batches: this process's share of each global batch.
 
@@ -56,6 +58,8 @@ def train_iterator(
       workers: processes that prepare batches; 0 for threads in this one. Close the iterator to end them.
       threads: threads in this process or in every worker, each preparing a batch of its own.
       prefetch: batches kept ready in this process or in every worker.
+      cache: a teacher's embeddings, which are added to the batch as `teacher_image` and `teacher_text` (B, D) float16;
+        the captions and augmentations are then those that it was made of.
 
     Raises:
       ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, or the source is empty.
@@ -66,7 +70,9 @@ def train_iterator(
         raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTATIONS)}")
     if not len(source):
         raise ValueError("the source has no records to train on")
-    row = _TrainRow(source, tokenizer, preprocess, augment, prompts.get_templates(templates))
+    if cache is not None and cache.samples != len(source):
+        raise ValueError(f"{cache.folder} is of {cache.samples} samples: the source has {len(source)}")
+    row = TrainRow(source, tokenizer, preprocess, augment, templates, cache)
     # Rows are drawn by index because Grain's own source node costs a fifth of the time of a small image in metrics.
     # Only this order (shuffle, random_map, slice) draws the same global batches whatever the number of processes.
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(row)
@@ -107,20 +113,37 @@ def eval_batches(
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch))))
 
 
-class _TrainRow(grain.transforms.RandomMap):
+class TrainRow(grain.transforms.RandomMap):
     """Turns the index of a record into one row of a batch."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, preprocess: Preprocess, augment: str, templates: Sequence[str]
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        preprocess: Preprocess,
+        augment: str,
+        templates: str | Sequence[str],
+        cache: TeacherCache | None = None,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._preprocess = preprocess
         self._augment = augment
+        self._cache, templates = cache, prompts.get_templates(templates)
         # One (templates, T) array per class: labelled data is tokenized here and never again.
         self._class_tokens = [tokenizer(prompts.captions(name, templates)) for name in source.classnames]
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The row, with one of the caption and augmentations that a teacher has seen if there is a cache."""
+        if self._cache is None:
+            return self.draw(index, rng)
+        copy = int(rng.integers(self._cache.copies))
+        image, text = self._cache.read(index, copy)
+        row = self.draw(index, copy_generator(self._cache.seed, index, copy))
+        return row | {"teacher_image": image, "teacher_text": text}
+
+    def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """`image`, `tokens` and `weight` of a record."""
         record = self._source[index]
         try:
             tokens = self._tokens(record, rng)

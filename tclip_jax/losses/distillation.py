@@ -39,6 +39,28 @@ def crd(
     return weighted_mean(divergence.mean(axis=0), weight)
 
 
+def kl_mix(
+    student_image: jax.Array,
+    student_text: jax.Array,
+    student_scale: ArrayLike,
+    teacher_image: jax.Array,
+    teacher_text: jax.Array,
+    teacher_scale: ArrayLike,
+    weight: jax.Array | None = None,
+    reverse: float = 0.5,
+) -> jax.Array:
+    """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher) of the affinities of `crd`.
+
+    The forward divergence makes the student cover all that the teacher finds likely, the reverse one keeps it from what
+    the teacher finds unlikely. Source: MiniLLM, arXiv 2306.08543, for the reverse; a fixed mix as in arXiv 2404.02657.
+    """
+    student = _log_affinities(student_image, student_text, student_scale, weight)
+    teacher = jax.lax.stop_gradient(_log_affinities(teacher_image, teacher_text, teacher_scale, weight))
+    mix = (1 - reverse) * jnp.exp(teacher) - reverse * jnp.exp(student)
+    divergence = jnp.sum(mix * (teacher - student), axis=-1)
+    return weighted_mean(divergence.mean(axis=0), weight)
+
+
 def open_clip_distillation(
     student_image: jax.Array,
     student_text: jax.Array,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +47,12 @@ def find_weight(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], rules: TernaryRules
 ) -> TernaryTensor | Latent:
     """The parameter `name` of a module as a matrix, with the parameter `name`_scale where its scale is learned."""
-    stored = module.get_variable("params", name)
+    stored: Any = module.get_variable("params", name)
     if isinstance(stored, TernaryTensor):
         return stored
-    value, share = module.param(name, init, shape), None
-    if isinstance(value, Blend):
-        value, share = value.weight, value.share
+    value: Any = module.param(name, init, shape)
+    share = value.share if isinstance(value, Blend) else None
+    value = value.weight if isinstance(value, Blend) else value
     path = "/".join((*module.path, name))
     weight, quantizer, axis = value.reshape(matrix_shape(shape)), find_quantizer(path, rules), input_axis(path)
     alpha = module.get_variable("params", f"{name}_scale") if quantizer and quantizer.learned else None

@@ -16,7 +16,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/(attention/(qkv|out)|mlp/(fc1|fc2))/kernel(_scale)?", P(None, None, "fsdp")),
     (r"patch_embedding/kernel", P(None, None, None, "fsdp")),
     (r"token_embedding/embedding(_scale)?", P("fsdp", None)),
-    (r"(projection/kernel(_scale)?|patch_embedding/kernel_scale|heads/(image|text)/kernel)", P(None, "fsdp")),
+    (r"(projection/kernel(_scale)?|patch_embedding/kernel_scale|heads/(hidden/)?(image|text)/kernel)", P(None, "fsdp")),
     (r".*", P()),
 )
 

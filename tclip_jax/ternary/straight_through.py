@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tclip_jax.ternary.quantizers import Quantizer, find_levels, group_members, group_totals
 from tclip_jax.ternary.tensor import expand_scale
@@ -89,7 +90,7 @@ def _learned_backward(
     else:
         x = w32 / (1.5 * level)
         inside, slope = jnp.abs(x) <= _SEQ_INSIDE, 2 / 3 * trits - x
-        members = size
+        members = np.array(size)
     each = g32 * jnp.where(inside, slope, jnp.sign(w32))
     alpha_gradient = group_totals(each, quantizer, axis) * jnp.asarray(members**-0.5, jnp.float32)
     return jnp.where(inside, gradient, 0), alpha_gradient.astype(alpha.dtype)

@@ -74,7 +74,8 @@ class Checkpoints:
         with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
         training = restored.training
-        return TrainState(training["step"], {"clip": restored.params} | training["heads"], training["optimizer"])
+        params = {"clip": restored.params} | training["heads"]
+        return TrainState(training["step"], params, training["optimizer"], training.get("average"))
 
 
 def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
@@ -114,7 +115,8 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
 
 def _without_model(state: TrainState) -> dict[str, Any]:
     heads = {name: tree for name, tree in state.params.items() if name != "clip"}
-    return {"step": state.step, "heads": heads, "optimizer": state.optimizer}
+    average = {} if state.average is None else {"average": state.average}
+    return {"step": state.step, "heads": heads, "optimizer": state.optimizer} | average
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,72 +16,14 @@ from tclip_jax.models.presets import model_cfg, preprocess_cfg
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.schema import check_keys, from_mapping
 from tclip_jax.ternary import Quantizer
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is trained on."""
-
-    source: str = "digits"  # digits, folder:<path>, tfds:<name>[@<data_dir>]
-    split: str = "train"
-    templates: str | tuple[str, ...] = "digits"  # captions of labelled data: a name of data.prompts, or a list with {c}
-    augment: str = "none"  # none, affine, random_resized_crop
-    batch_size: int = 128  # images over all devices
-    workers: int = 0  # processes that prepare batches; 0: threads
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms of the loss; all but `task` need a teacher (CLIP-KD, arXiv 2307.12732)."""
-
-    task: float = 1.0  # contrastive, between the student's images and texts
-    crd: float = 0.0  # KL to the teacher's image-text similarities
-    icl: float = 0.0  # contrastive, between the student's and the teacher's embeddings
-    fd: float = 0.0  # distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse
-    fd_kind: Literal["mse", "cosine"] = "mse"
-    positives: Literal["diagonal", "equal_text"] = "diagonal"  # equal_text: equal captions are no negatives
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warmup and cosine decay to 0."""
-
-    learning_rate: float = 1e-3  # the peak
-    warmup_steps: int = 0
-    weight_decay: float = 0.1  # none for biases, LayerNorm, class embedding and logit scale
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    clip_norm: float = 0.0  # of the global gradient; 0: no clipping
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; one may be −1, the rest."""
-
-    data: int = -1
-    fsdp: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state and the data iterator are saved (always at the end), and how many are kept."""
-
-    every: int = 1000  # steps
-    keep: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Zero-shot evaluation during training and at its end; source "" for none."""
-
-    source: str = ""  # as data.source, or with a suite the folder of the exports
-    suite: str = ""  # names of suites and data sets, as of `tclip evaluate --suite`
-    split: str = "test"
-    templates: str | tuple[str, ...] = "digits"
-    every: int = 1000  # steps
-    batch_size: int = 128
-    name: str = ""  # metrics are <name>/<data set>/<metric>; of "" zero_shot_accuracy alone
+from tclip_jax.training.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +38,9 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"]
     remat: bool
     teacher: str
+    inherit: str
+    ternary_warmup_steps: int
+    telemetry_every: int
     data: DataConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -113,6 +59,8 @@ _SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
 }
 
+_SCALARS = ("seed", "steps", "dtype", "remat", "teacher", "inherit", "ternary_warmup_steps", "telemetry_every")
+
 
 def base_config() -> ml_collections.ConfigDict:
     """Every key at its default: what recipes start from."""
@@ -127,7 +75,10 @@ def base_config() -> ml_collections.ConfigDict:
             "quantizer": dataclasses.asdict(Quantizer()),
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
-            "teacher": "",  # a run's workdir or an artifact; "": none
+            "teacher": "",  # a run's workdir, an artifact or another library's checkpoint; "": none
+            "inherit": "",  # the same of a wider or deeper model, whose layers and channels the student starts from
+            "ternary_warmup_steps": 0,  # over which weights go from full precision to ternary
+            "telemetry_every": 100,  # steps between looks at trits, scales and latent weights; 0: none
             "evals": (),  # further evaluations: mappings with keys of eval, and each with a name
             **sections,
         },
@@ -153,7 +104,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     run = from_mapping(
         RunConfig,
         {
-            **{key: values[key] for key in ("seed", "steps", "dtype", "remat", "teacher")},
+            **{key: values[key] for key in _SCALARS},
             "model": model,
             "preprocess": Preprocess.from_open_clip(values["preprocess"], model.vision.image_size),
             "rules": ternary_rules(_rules(values["ternary"], values["quantizer"]), quantizer),
@@ -207,8 +158,29 @@ def _check_values(run: RunConfig) -> None:
         raise ValueError(
             f"config.preprocess.size {run.preprocess.size} is not the model's image size {run.model.vision.image_size}"
         )
-    needs_teacher = [name for name in ("crd", "icl", "fd") if getattr(run.loss, name)]
-    if needs_teacher and not run.teacher:
+    for name, count in (
+        ("ternary_warmup_steps", run.ternary_warmup_steps),
+        ("optimizer.recovery_steps", run.optimizer.recovery_steps + run.optimizer.warmup_steps),
+    ):
+        if not 0 <= count < run.steps:
+            raise ValueError(f"config.{name} (with the warmup) {count} is not below config.steps {run.steps}")
+    for pattern, changes in run.optimizer.groups:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"config.optimizer.groups {pattern!r} is not a regular expression: {error}") from None
+        check_keys(changes, ("learning_rate", "weight_decay"), f"config.optimizer.groups {pattern!r}")
+    check_keys(run.loss.towers, ("image", "text"), "config.loss.towers")
+    if run.teacher and run.data.teacher_cache:
+        raise ValueError("config.teacher and config.data.teacher_cache are two teachers: give one of them")
+    if run.loss.needs_teacher and not (run.teacher or run.data.teacher_cache):
         raise ValueError(
-            f"config.loss.{needs_teacher[0]} needs a teacher: set config.teacher to a workdir or an artifact"
+            f"config.loss.{run.loss.needs_teacher[0]} needs a teacher: set config.teacher to a workdir or an artifact"
         )
+    if run.loss.states and run.data.teacher_cache:
+        raise ValueError("config.loss.hidden and relations need a teacher in the step: a cache holds embeddings alone")
+    for tower, depth in (("image", run.model.vision.layers), ("text", run.model.text.layers)):
+        if run.loss.states and tower in run.loss.towers:
+            for layer in run.loss.layers:
+                if not -depth <= layer < depth:
+                    raise ValueError(f"config.loss.layers has {layer}: the {tower} tower has {depth} layers")

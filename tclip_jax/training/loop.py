@@ -19,18 +19,22 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.models.clip import CLIP
+from tclip_jax.models.clip import CLIP, with_learned_scales
+from tclip_jax.models.inherit import inherit_params
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.checkpoints import Checkpoints
 from tclip_jax.training.config import RunConfig, run_config
 from tclip_jax.training.evaluation import Evaluation
-from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tclip_jax.training.objective import Encoders, check_teacher
+from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, ternary_share
 from tclip_jax.training.restore import load_model
 from tclip_jax.training.state import TrainState, init_state
-from tclip_jax.training.step import Encoders, make_train_step
+from tclip_jax.training.step import make_train_step
+from tclip_jax.training.teacher_cache import open_cache
 from tclip_jax.training.telemetry import Telemetry
+from tclip_jax.training.trits import look, trit_metrics
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
     if run.data.batch_size % mesh.size:
         raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+    cache = open_cache(run) if run.data.teacher_cache else None
     data = train_iterator(
         open_source(run.data.source, run.data.split),
         tokenizer=Tokenizer(run.model.text.context_length),
@@ -61,26 +66,31 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=run.data.workers,
+        cache=cache,
     )
     student = CLIP(run.model, run.rules, jnp.dtype(run.dtype), run.remat)
     teacher = load_model(run.teacher, mesh) if run.teacher else None
-    if teacher is not None and teacher.config.vision.image_size != run.model.vision.image_size:
-        sizes = f"{teacher.config.vision.image_size}, the student's {run.model.vision.image_size}"
-        raise ValueError(f"the teacher's image size is {sizes}: they see the same pixels, so both must be equal")
+    if teacher is not None:
+        check_teacher(teacher.config, run.model, run.loss)
+    start = _inherited(run, mesh) if run.inherit else None
     optimizer = make_optimizer(run.optimizer, run.steps)
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
-        state = init_state(student, optimizer, run.seed, teacher.config.embed_dim if teacher else None, mesh)
+        shape = teacher.config if teacher else cache.embed_dim if cache else None
+        averaged = run.optimizer.ema_decay > 0
+        state = init_state(student, optimizer, run.seed, shape, mesh, run.loss, average=averaged, start=start)
         state = checkpoints.restore(state, data) or state
         teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
         step_function = jax.jit(
             make_train_step(
                 _encoders(student, run.preprocess),
-                _encoders(CLIP(teacher.config, teacher.rules, student.dtype), teacher.preprocess) if teacher else None,
+                _teacher(teacher, student) if teacher else cache.logit_scale if cache else None,
                 optimizer,
                 run.loss,
+                ternary_share(run.ternary_warmup_steps),
+                run.optimizer.ema_decay,
             ),
             out_shardings=(tree_shardings(state, mesh), None),
             donate_argnums=0,
@@ -91,6 +101,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
             started = time.perf_counter()
             for step in range(first, run.steps):
                 batch = shard_batch(next(data), mesh)
+                looks = run.rules and run.telemetry_every and (step + 1) % run.telemetry_every == 0
+                before = look(state.params["clip"], run.rules) if looks else {}
                 state, metrics = step_function(state, batch, teacher_params)
                 # Reading a step's metrics waits for it: one step late, the device is never kept waiting.
                 if previous is not None:
@@ -99,27 +111,41 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 rate = run.data.batch_size / (now - started)
                 started = now
                 previous = step + 1, metrics | {"learning_rate": schedule(step), "images_per_second": rate}
+                if looks:
+                    telemetry.write_trits(step + 1, trit_metrics(before, state.params["clip"], run.rules))
                 checkpoints.save(step + 1, state, data)
                 due = [each for each in evaluations if each.is_due(step + 1) and step + 1 < run.steps]
                 if due:
                     telemetry.write(*previous)
                     previous = None
-                    _evaluate(due, telemetry, step + 1, _model(run, state), mesh)
+                    _evaluate(due, telemetry, step + 1, run, state, mesh)
                     started = time.perf_counter()
             if previous is not None:
                 telemetry.write(*previous)
                 checkpoints.save(run.steps, state, data, force=True)
-                _evaluate(evaluations, telemetry, run.steps, _model(run, state), mesh)
-    return _model(run, state)
-
-
-def _model(run: RunConfig, state: TrainState) -> Model:
+                _evaluate(evaluations, telemetry, run.steps, run, state, mesh)
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
 
 
-def _evaluate(evaluations: Sequence[Evaluation], telemetry: Telemetry, step: int, model: Model, mesh: Mesh) -> None:
+def _evaluate(
+    evaluations: Sequence[Evaluation], telemetry: Telemetry, step: int, run: RunConfig, state: TrainState, mesh: Mesh
+) -> None:
+    """Of the weights and of their average, which is made ternary again and whose metrics end in `_of_average`."""
     for each in evaluations:
-        telemetry.write(step, each(model, mesh))
+        metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), mesh)
+        if state.average is not None:
+            of_average = each(Model(run.model, run.preprocess, state.average, run.rules), mesh)
+            metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
+        telemetry.write(step, metrics)
+
+
+def _inherited(run: RunConfig, mesh: Mesh) -> Any:
+    wider = load_model(run.inherit, mesh)
+    return with_learned_scales(inherit_params(wider.params, wider.config, run.model), run.rules)
+
+
+def _teacher(teacher: Model, student: CLIP) -> Encoders:
+    return _encoders(CLIP(teacher.config, teacher.rules, student.dtype), teacher.preprocess)
 
 
 def _encoders(model: CLIP, preprocess: Preprocess) -> Encoders:

@@ -11,7 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.models.config import CLIPConfig
 from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.training.heads import init_heads
+from tclip_jax.training.sections import LossConfig
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -21,42 +24,43 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar, steps done.
       params: `clip`, the model's tree of latent float32 weights, and `heads`, which are dropped after training.
       optimizer: optax's state, moments shaped and sharded like the parameters.
+      average: exponential moving average of `clip`, or None.
     """
 
     step: jax.Array
     params: dict[str, Any]
     optimizer: optax.OptState
-
-
-def init_heads(key: jax.Array, width: int, teacher_width: int) -> dict[str, Any]:
-    """Projections of the student's embeddings to the teacher's width, and ICL's learned scale."""
-    keys = dict(zip(("image", "text"), jax.random.split(key), strict=True))
-    bound = width**-0.5
-    heads: dict[str, Any] = {
-        name: {
-            "kernel": jax.random.uniform(keys[name], (width, teacher_width), minval=-bound, maxval=bound),
-            "bias": jnp.zeros(teacher_width),
-        }
-        for name in keys
-    }
-    return heads | {"icl_scale": jnp.float32(2.659)}
+    average: Any = None
 
 
 def init_state(
-    model: CLIP, optimizer: optax.GradientTransformation, seed: int, teacher_width: int | None, mesh: Mesh
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    teacher: CLIPConfig | int | None,
+    mesh: Mesh,
+    loss: LossConfig | None = None,
+    *,
+    average: bool = False,
+    start: Any = None,
 ) -> TrainState:
     """A fresh state, each array made in its own sharding.
 
     Args:
-      teacher_width: embed_dim of the teacher, None for training without one (then there are no heads).
+      teacher: its shape, its embed_dim where only its embeddings are known, None for training without one.
+      loss: decides about heads.
+      average: whether to keep one of the parameters.
+      start: the model's parameters, in place of freshly drawn ones.
     """
 
-    def init(key: jax.Array) -> TrainState:
+    def init(key: jax.Array, start: Any) -> TrainState:
         clip_key, heads_key = jax.random.split(key)
-        params = {"clip": init_params(model, clip_key)}
-        if teacher_width is not None:
-            params["heads"] = init_heads(heads_key, model.config.embed_dim, teacher_width)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
+        clip = init_params(model, clip_key) if start is None else start
+        params = {"clip": clip}
+        if heads := init_heads(heads_key, model.config, teacher, loss or LossConfig()):
+            params["heads"] = heads
+        copied = jax.tree.map(jnp.copy, clip) if average else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), copied)
 
     key = jax.random.key(seed)
-    return jax.jit(init, out_shardings=tree_shardings(jax.eval_shape(init, key), mesh))(key)
+    return jax.jit(init, out_shardings=tree_shardings(jax.eval_shape(init, key, start), mesh))(key, start)

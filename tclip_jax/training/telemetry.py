@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import tensorboardX
 import tqdm
 from etils import epath
@@ -62,6 +63,20 @@ class Telemetry:
         if "loss" in scalars:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
 
+    def write_trits(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Records `trit_metrics` of `step`: a line {"step", "trits"} per look, and means over layers in TensorBoard."""
+        if not self._active:
+            return
+        values = {path: {name: np.asarray(value) for name, value in each.items()} for path, each in metrics.items()}
+        rounded = {
+            path: {name: np.round(np.float64(value), 6).tolist() for name, value in each.items()}
+            for path, each in values.items()
+        }
+        self._append(json.dumps({"step": step, "trits": rounded}))
+        for path, each in values.items():
+            for name in ("zeros", "flips", "scale", "drift", "saturated"):
+                self._writer.add_scalar(f"{name}/{path}", float(each[name].mean()), step)
+
     def _append(self, line: str) -> None:
         """A local file grows line by line; an object store gets the whole at the end and at every thousandth line."""
         self._lines.append(line)
@@ -75,7 +90,7 @@ class Telemetry:
         write_atomic(self._path, "".join(line + "\n" for line in self._lines))
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
     path = epath.Path(workdir) / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []

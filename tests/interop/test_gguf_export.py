@@ -68,7 +68,6 @@ def params(random_params: Draw) -> Params:
             lambda p: grouped(p, "text/token_embedding/embedding", 100, 3),
             "embedding has groups of 100 along 300 weights",
         ),
-        (lambda p: grouped(p, "image/patch_embedding/kernel", 3, 1), "kernel has groups of 3 along 3 weights"),
         (lambda p: grouped(p, "image/projection/kernel", 40, 1, -1), "groups of 40 along 40 weights"),
         (lambda p: scaled(p, FC2, 0.1), f"{FC2}: scale 0.100000001 is not a float16 number"),
         (lambda p: scaled(p, FC2, np.nan), f"{FC2}: scale nan is not a float16 number"),

@@ -66,7 +66,7 @@ def folder(tmp_path: pathlib.Path, params: Params) -> pathlib.Path:
 def test_an_open_clip_folder_becomes_an_artifact(dtype: str, tmp_path: pathlib.Path, params: Params) -> None:
     source = open_clip_folder(tmp_path / "theirs", params, dtype=jax.numpy.dtype(dtype))
     found = import_checkpoint(source, tmp_path / "out")
-    assert len(found) == 11 and all(isinstance(each, NotTernaryError) for each in found.values())
+    assert len(found) == 12 and all(isinstance(each, NotTernaryError) for each in found.values())
     artifact = read_artifact(tmp_path / "out")
     assert_same(artifact.params, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), params))
     assert (artifact.config, artifact.preprocess) == (TINY, Preprocess(32, HALF_MEAN, HALF_STD))

@@ -26,10 +26,12 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import RULES, partition_spec, path_of, tree_shardings
-from tclip_jax.training.config import OptimizerConfig
+from tclip_jax.training.config import LossConfig, OptimizerConfig
+from tclip_jax.training.heads import init_heads
 from tclip_jax.training.optimizer import make_optimizer
-from tclip_jax.training.state import TrainState, init_heads
+from tclip_jax.training.state import TrainState
 
+TINY = CLIPConfig.from_open_clip(model_cfg("tiny"))
 GOLDEN = pathlib.Path(__file__).with_name("shardings.json")
 
 
@@ -76,7 +78,8 @@ def test_a_device_holds_its_share_of_the_weights(preset: str) -> None:
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in RULES])
 def test_every_rule_decides_for_some_parameter(pattern: str) -> None:
-    trees = {"clip": shapes("tiny"), "heads": jax.eval_shape(lambda key: init_heads(key, 64, 96), jax.random.key(0))}
+    heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig()), jax.random.key(0))
+    trees = {"clip": shapes("tiny"), "heads": heads}
     first = [next(p for p, _ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
     assert pattern in first
 
@@ -113,7 +116,7 @@ def test_moments_are_sharded_like_their_parameters(clip_norm: float) -> None:
     optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), 10)
 
     def state(key: jax.Array, clip: Any) -> TrainState:
-        params = {"clip": clip, "heads": init_heads(key, 64, 96)}
+        params = {"clip": clip, "heads": init_heads(key, TINY, 96, LossConfig())}
         return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
 
     abstract = jax.eval_shape(state, jax.random.key(0), shapes("tiny"))

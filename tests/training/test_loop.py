@@ -156,3 +156,36 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
         tclip_jax.load(workdir)
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         tclip_jax.load(tmp_path / "nothing")
+
+
+def test_every_piece_of_the_schedule_in_one_run_that_goes_on(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inherited, blended, with learned scales, groups, a recovery phase, an average and telemetry; interrupted too."""
+    wider = config.copy_and_resolve_references()
+    wider.model.text_cfg.layers, wider.model.vision_cfg.width, wider.steps = 2, 24, 1
+    loop.train(wider, tmp_path / "wider")
+    config.inherit = str(tmp_path / "wider")
+    config.ternary = [(".*/mlp/.*", {"kind": "lsq", "group": 8}), ("image/patch_embedding/kernel", {"kind": "seq"})]
+    config.ternary_warmup_steps, config.telemetry_every = 3, 2
+    config.optimizer.update({"recovery_steps": 2, "recovery_learning_rate": 1e-5, "ema_decay": 0.5, "warmup_steps": 1})
+    config.optimizer.groups = ((".*/kernel_scale", {"learning_rate": 0.1}),)
+    config.eval.update({"source": "digits", "every": 8})
+    whole = loop.train(config, tmp_path / "whole")
+    lines = read_metrics(tmp_path / "whole")
+    looks = [line for line in lines if "trits" in line]
+    assert [line["step"] for line in looks] == [2, 4, 6, 8]
+    assert looks[0]["trits"]["image/blocks/mlp/fc1/kernel"].keys() >= {"zeros", "flips", "scale", "saturated"}
+    accuracies = [line for line in lines if "zero_shot_accuracy" in line]
+    assert len(accuracies) == 1 and "zero_shot_accuracy_of_average" in accuracies[0]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates[-2:] == pytest.approx([1e-5, 1e-5]) and rates[1] == pytest.approx(1e-3)
+    assert "kernel_scale" in whole.params["image"]["blocks"]["mlp"]["fc1"]
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "cut")
+    resumed = loop.train(config, tmp_path / "cut")
+    assert_equal_params(whole.params, resumed.params)
+    assert [line for line in read_metrics(tmp_path / "cut") if "zero_shot_accuracy" in line] == accuracies
+    assert_equal_params(tclip_jax.load(tmp_path / "whole").params, whole.params)

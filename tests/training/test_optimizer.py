@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,51 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.training.config import OptimizerConfig
-from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer
+from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, ternary_share
 
 
 def test_schedule() -> None:
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
     expected = [min(step / 10, 0.5 * (1 + np.cos(np.pi * max(step - 10, 0) / 100))) for step in range(111)]
     np.testing.assert_allclose([schedule(step) for step in range(111)], expected, atol=1e-6)
+
+
+def test_recovery_is_a_low_constant_rate_at_the_end() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, recovery_steps=40, recovery_learning_rate=0.05)
+    schedule = learning_rate_schedule(config, 150)
+    np.testing.assert_allclose(schedule(60), 0.05 + 0.95 / 2, rtol=1e-6)  # half way down
+    np.testing.assert_allclose([schedule(step) for step in (110, 130, 149)], 0.05, rtol=1e-6)
+    assert schedule(109) > 0.05
+
+
+def test_ternary_share_reaches_one_exactly() -> None:
+    share = ternary_share(7)
+    assert share is not None and ternary_share(0) is None
+    shares = [float(jax.jit(share)(step)) for step in (*range(9), 10**6)]
+    assert shares[0] == 0 and shares[7:] == [1, 1, 1]
+    np.testing.assert_allclose(shares[:7], np.arange(7) / 7, rtol=1e-6)
+
+
+def test_the_first_group_that_matches_sets_rate_and_decay() -> None:
+    groups = (
+        (".*/fc1/kernel", {"learning_rate": 0.5}),
+        (".*/kernel", {"weight_decay": 0.0}),
+        (".*_scale", {"learning_rate": 0.1, "weight_decay": 0.3}),
+    )
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, eps=1e-12, groups=groups)
+    names = ("fc1/kernel", "fc2/kernel", "table", "kernel_scale")
+    params: Any = {"clip": {name: jnp.full((1, 1), 2.0) for name in names}}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    optimizer = make_optimizer(config, 10)
+    updates = optimizer.update(gradients, optimizer.init(params), params)[0]["clip"]
+    # Adam's first update is the sign of the gradient.
+    expected = {"fc1/kernel": 0.5 * (1 + 0.4), "fc2/kernel": 1, "table": 1 + 0.4, "kernel_scale": 0.1 * (1 + 0.6)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(updates[name], -0.1 * value, rtol=1e-5, err_msg=name)
+    shadowed = OptimizerConfig(groups=((".*", {}), (".*/kernel", {"weight_decay": 0.0})))
+    optimizer = make_optimizer(shadowed, 10)
+    with pytest.raises(ValueError, match=r"groups: '\.\*/kernel' matches no parameter of its own"):
+        optimizer.update(gradients, optimizer.init(params), params)
 
 
 def test_decay_is_for_matrices() -> None:

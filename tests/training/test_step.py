@@ -20,9 +20,10 @@ from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.config import LossConfig, OptimizerConfig
+from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import make_optimizer
 from tclip_jax.training.state import TrainState, init_state
-from tclip_jax.training.step import MAX_LOGIT_SCALE, Encoders, make_train_step
+from tclip_jax.training.step import MAX_LOGIT_SCALE, make_train_step
 
 CONFIG = CLIPConfig(
     32,
@@ -52,11 +53,10 @@ class Run:
     def __init__(self, mesh: Mesh, rules: Any = (), loss: LossConfig | None = None, **options: Any) -> None:
         self.mesh, self.rules = mesh, rules
         student, loss = CLIP(CONFIG, rules, **options), loss or LossConfig()
-        distils = loss.crd or loss.icl or loss.fd
-        teacher = CLIP(TEACHER) if distils else None
+        teacher = CLIP(TEACHER) if loss.needs_teacher else None
         self.teacher_params = init_params(teacher, jax.random.key(7)) if teacher else None
         with jax.set_mesh(mesh):
-            self.state = init_state(student, OPTIMIZER, 0, TEACHER.embed_dim if teacher else None, mesh)
+            self.state = init_state(student, OPTIMIZER, 0, TEACHER if teacher else None, mesh, loss)
         self._step = jax.jit(
             make_train_step(
                 Encoders(student, MEAN, STD), Encoders(teacher, HALF, HALF) if teacher else None, OPTIMIZER, loss

@@ -1,0 +1,80 @@
+"""The accuracy benchmark's models: small CLIPs on CIFAR-10 or emoji, every quantizer, with and without distillation.
+
+    python -m benchmarks.accuracy --out runs/accuracy
+
+trains and compares them all; one of them alone, on data that it has laid out under runs/accuracy/data:
+
+    tclip train --config accuracy:cifar10,teacher --workdir runs/teacher
+    tclip train --config accuracy:cifar10,lsq --config.teacher=runs/teacher --workdir runs/lsq
+
+After the data and the variant come, if wanted, `plain` for no distillation and `runlocal` for a test of seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+
+from tclip_jax.training.config import base_config
+
+# What differs from the default quantizer (factor 2, groups of 256), and from the default schedule.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"ternary": "none"},
+    "ternaryclip": {},
+    "bitnet": {"quantizer.factor": 1.0, "quantizer.group": "tensor"},
+    "twn": {"quantizer.kind": "twn"},
+    "least_squares": {"quantizer.kind": "least_squares"},
+    "lsq": {"quantizer.kind": "lsq"},
+    "seq": {"quantizer.kind": "seq", "quantizer.group": "channel"},
+    # The default, one step of the recipe at a time.
+    "group64": {"quantizer.group": 64},
+    "gradual": {"ternary_warmup_steps": 0.2},
+    "recovery": {"optimizer.recovery_steps": 0.1, "optimizer.recovery_learning_rate": 2e-5},
+    "hidden": {"loss.hidden": 1.0},
+    "relations": {"loss.relations": 1.0},
+    "average": {"optimizer.ema_decay": 0.998},
+    "patches": {"ternary": "all"},
+}
+DATA = ("cifar10", "emoji")
+
+
+def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
+    """The configuration: `arg` is DATA,VARIANT[,plain][,runlocal], with "teacher" as a further variant."""
+    data, who, *modes = f"{arg},teacher".split(",")[: max(arg.count(",") + 1, 2)]
+    if data not in DATA or who not in ("teacher", *VARIANTS) or set(modes) - {"plain", "runlocal"}:
+        raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {', '.join(DATA)}; teacher, {', '.join(VARIANTS)}")
+    local = "runlocal" in modes
+    config = base_config()
+    width, layers = (384, 6) if who == "teacher" else (256, 4)
+    if local:
+        width, layers = 32, 1
+    config.model.embed_dim = width
+    config.model.vision_cfg.update({"image_size": 32, "patch_size": 4, "width": width, "layers": layers})
+    config.model.vision_cfg.head_width = min(64, width // 2)
+    config.model.text_cfg.update({"width": width, "heads": max(width // 64, 2), "layers": max(layers // 2, 1)})
+    config.model.text_cfg.context_length = 16
+    labelled = data == "cifar10"
+    config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 256})
+    config.data.update({"templates": "cifar10" if labelled else "none"})
+    config.data.update({"augment": "random_resized_crop" if labelled else "affine"})
+    config.loss.positives = "equal_text"
+    config.steps = 2000 if labelled else 1000
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": config.steps // 20, "clip_norm": 1.0})
+    config.checkpoint.update({"every": 500, "keep": 1})
+    if labelled:
+        config.eval.update({"source": config.data.source, "split": "test", "templates": "cifar10", "every": 500})
+    if local:
+        config.steps, config.data.batch_size, config.optimizer.warmup_steps = 4, 16, 1
+    if who == "teacher":
+        return config
+    config.ternary = "Q-ALL"
+    if "plain" not in modes:
+        config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0, "fd_kind": "cosine"})
+    for key, value in VARIANTS[who].items():
+        if key.endswith("_steps"):  # a share of all steps
+            value = max(int(value * config.steps), 1)
+        if value == "all":
+            value = [("(image|text)/(blocks|token|patch).*", {})]
+        config.update_from_flattened_dict({key: value})
+    return config

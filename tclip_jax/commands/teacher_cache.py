@@ -1,0 +1,33 @@
+"""Example:
+  tclip teacher-cache --config quickstart:student --teacher runs/teacher --copies 4 --out caches/digits
+  tclip train --config quickstart:student --config.data.teacher_cache=caches/digits --workdir runs/student
+
+The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tclip_jax.commands.train import add_config_arguments
+from tclip_jax.recipes import load_recipe, override
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe whose data is embedded, by whom, and where to write."""
+    add_config_arguments(parser)
+    parser.add_argument("--teacher", required=True, metavar="PATH", help="workdir, artifact or open_clip checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache, local or gs://")
+    parser.add_argument("--copies", type=int, default=1, metavar="N", help="augmentations of each sample (default 1)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default 128)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fills the cache, and prints what it holds."""
+    from tclip_jax.training.config import run_config
+    from tclip_jax.training.teacher_cache import write_cache
+
+    # Whatever teacher the recipe names, this one is asked.
+    config = override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides])
+    cache = write_cache(args.out, run_config(config), args.teacher, copies=args.copies, batch_size=args.batch_size)
+    print(f"{args.out}: {cache.samples:,} samples x {cache.copies} copies, {cache.embed_dim} wide, {cache.files} files")

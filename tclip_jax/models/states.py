@@ -1,0 +1,51 @@
+"""What happens inside the towers, seen from outside: no model changes, and only what is asked for is kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from tclip_jax.models.clip import CLIP
+
+States = dict[str, dict[str, jax.Array]]  # tower -> "hidden" (L, B, T, D) and "qkv" (L, B, T, 3 · D)
+
+_MODULES = {"hidden": "blocks", "qkv": "qkv"}
+
+
+def apply_with_states(
+    model: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array, towers: Collection[str], kinds: Collection[str]
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], States]:
+    """What the model gives, and of each of `towers` ("image", "text") the states of all its layers.
+
+    Args:
+      kinds: any of "hidden", the residual stream after each block, and "qkv", its fused queries, keys and values.
+    """
+    wanted = {_MODULES[kind]: kind for kind in kinds}
+    with nn.intercept_methods(functools.partial(_record, wanted, tuple(towers))):
+        given, recorded = model.apply({"params": params}, pixels, tokens, mutable=["taps"])
+    states: States = {}
+    for tower, seen in recorded.get("taps", {}).items():
+        blocks = seen["blocks"]
+        states[tower] = {"hidden": blocks["hidden"]} if "hidden" in kinds else {}
+        states[tower] |= {"qkv": blocks["attention"]["qkv"]["qkv"]} if "qkv" in kinds else {}
+    return given, states
+
+
+def _record(
+    wanted: dict[str, str],
+    towers: tuple[str, ...],
+    next_fun: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    module, result = context.module, next_fun(*args, **kwargs)
+    name = module.name or ""
+    if context.method_name == "__call__" and name in wanted and module.path[0] in towers:
+        value = result[0] if name == "blocks" else result
+        module.sow("taps", wanted[name], value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return result

@@ -1,0 +1,197 @@
+"""Every term from the configuration: alone it is its function's value, and its gradient reaches the student."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.models.blending import blend_params
+from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.states import apply_with_states
+from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.ternary import Quantizer
+from tclip_jax.training.heads import init_heads
+from tclip_jax.training.objective import Encoders, Observed, cached_teacher, check_teacher, objective, same_depth
+from tclip_jax.training.sections import LossConfig
+
+VISION, TEXT = VisionConfig((16, 16), patch_size=8, width=16, layers=2, head_width=8), TextConfig(6, 32, 16, 2, 2)
+STUDENT = CLIPConfig(12, VISION, TEXT)
+TEACHER = CLIPConfig(20, VisionConfig((16, 16), 8, 32, 4, 8), TextConfig(6, 32, 24, 2, 3))
+MEAN, STD, HALF = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), (0.5, 0.5, 0.5)
+RULES = ternary_rules("Q-ALL", Quantizer(group=16))
+RNG = np.random.default_rng(0)
+BATCH = {
+    "image": RNG.integers(0, 256, (4, 16, 16, 3), np.uint8),
+    "tokens": np.array([[3, 4, 31, 0, 0, 0], [1, 31, 5, 5, 5, 5], [2, 2, 2, 2, 2, 31], [0, 31, 0, 0, 0, 0]], np.int32),
+    "weight": np.array([1, 1, 1, 0], np.float32),
+}
+CLIP_STUDENT, CLIP_TEACHER = CLIP(STUDENT, RULES), CLIP(TEACHER)
+
+
+@functools.cache
+def params() -> tuple[Any, Any]:
+    draw = jax.jit(init_params, static_argnums=0)
+    return draw(CLIP_STUDENT, jax.random.key(0)), draw(CLIP_TEACHER, jax.random.key(1))
+
+
+@functools.cache
+def seen() -> tuple[Any, Any]:
+    """What both models say, with each one's own pixels, and all states."""
+    found = []
+    for clip, tree, mean, std in zip((CLIP_STUDENT, CLIP_TEACHER), params(), (MEAN, HALF), (STD, HALF), strict=True):
+        pixels = (np.float32(BATCH["image"]) / 255 - np.float32(mean)) / np.float32(std)
+        run = jax.jit(
+            lambda tree, pixels, clip=clip: apply_with_states(
+                clip, tree, pixels, BATCH["tokens"], ("image", "text"), ("hidden", "qkv")
+            )
+        )
+        found.append(run(tree, pixels))
+    return found[0], found[1]
+
+
+def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
+    """Gradients and metrics of the objective, in one jitted call."""
+    clip, teacher_params = params()
+    tree = {"clip": clip, "heads": init_heads(jax.random.key(2), STUDENT, TEACHER, loss)}
+
+    def gradients(tree: Any, teacher_params: Any) -> Any:
+        teacher = Encoders(CLIP_TEACHER, HALF, HALF)(teacher_params, BATCH, loss)
+        return jax.grad(objective, has_aux=True)(tree, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), teacher, loss)
+
+    found, metrics = jax.jit(gradients)(tree, teacher_params)
+    return (found, tree), {name: float(value) for name, value in metrics.items()}
+
+
+def unit(x: Any) -> Any:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_every_term_is_its_function_and_they_add_up() -> None:
+    (ours, inside), (theirs, teacher_inside) = seen()
+    weights = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
+    weights |= {"hidden": 0.7, "relations": 0.9}
+    kinds = {"task_kind": "sigmoid", "fd_kind": "cosine", "hidden_kind": "mse", "positives": "equal_text"}
+    loss = LossConfig(**weights, **kinds, kl_reverse=0.3, relation_heads=2, layers=(0, -1))  # type: ignore[arg-type]
+    (gradients, tree), metrics = run(loss)
+    heads, weight = tree["heads"], BATCH["weight"]
+    same = contrastive.positive_pairs(jnp.asarray(BATCH["tokens"]), "equal_text")
+    to_image, to_text = (
+        unit(np.asarray(x) @ heads[name]["kernel"] + heads[name]["bias"])
+        for name, x in (("image", ours[0]), ("text", ours[1]))
+    )
+    valid = {"image": np.repeat(weight[:, None] > 0, 5, 1), "text": np.arange(6) <= BATCH["tokens"].argmax(1)[:, None]}
+    valid["text"] &= weight[:, None] > 0
+    hidden, relations = [], []
+    for tower, pairs in (("image", ((0, 1), (1, 3))), ("text", ((0, 1), (1, 2)))):
+        for i, j in pairs:
+            head = heads["hidden"][tower]
+            projected = inside[tower]["hidden"][i] @ head["kernel"] + head["bias"]
+            hidden.append(hidden_matching(projected, teacher_inside[tower]["hidden"][j], "mse", valid[tower]))
+            a, b = (jnp.split(states[tower]["qkv"][k], 3, -1) for states, k in ((inside, i), (teacher_inside, j)))
+            relations += [relation_matching(x, y, 2, valid[tower]) for x, y in zip(a, b, strict=True)]
+    expected = {
+        "task": contrastive.sigmoid_loss(*ours, -10.0, same, weight),
+        "crd": distillation.crd(*ours, *theirs, weight),
+        "icl": distillation.icl(to_image, to_text, theirs[0], theirs[1], 2.659, same, weight),
+        "fd": distillation.feature_distillation(to_image, theirs[0], "cosine", weight)
+        + distillation.feature_distillation(to_text, theirs[1], "cosine", weight),
+        "open_clip": distillation.open_clip_distillation(*ours, *theirs, weight),
+        "affinity": distillation.affinity_mimicking(*ours, *theirs, weight),
+        "kl": distillation.kl_mix(*ours, *theirs, weight, 0.3),
+        "hidden": np.mean(hidden),
+        "relations": np.mean(relations),
+    }
+    for name, value in expected.items():
+        assert metrics[f"loss/{name}"] == pytest.approx(float(value), rel=2e-4), name
+    assert metrics["loss"] == pytest.approx(sum(getattr(loss, k) * metrics[f"loss/{k}"] for k in expected), rel=1e-5)
+    for path, leaf in flatten_dict(gradients, sep="/").items():
+        # What stands after the last token that counts, and the key biases that a softmax cancels, get none.
+        assert np.isfinite(leaf).all() and (np.any(leaf) or path.endswith("bias")), path
+
+
+def test_no_head_is_made_that_no_term_needs() -> None:
+    assert init_heads(jax.random.key(0), STUDENT, None, LossConfig()) == {}
+    assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task_kind="sigmoid")).keys() == {"sigmoid_bias"}
+    assert init_heads(jax.random.key(0), STUDENT, 20, LossConfig()).keys() == {"image", "text", "icl_scale"}
+    hidden = init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(hidden=1.0, towers=("text",)))["hidden"]
+    assert {tower: head["kernel"].shape for tower, head in hidden.items()} == {"text": (16, 24)}
+
+
+def test_states_that_nobody_asked_for_are_not_computed() -> None:
+    def jaxpr(loss: LossConfig) -> str:
+        return str(jax.make_jaxpr(lambda tree: Encoders(CLIP_STUDENT, MEAN, STD)(tree, BATCH, loss))(params()[0]))
+
+    assert "2,4,5,16" not in jaxpr(LossConfig()) and "2,4,5,16" in jaxpr(LossConfig(hidden=1.0))
+    assert "2,4,6,48" not in jaxpr(LossConfig(relations=1.0, towers=("image",)))
+
+
+def test_a_blended_student_reaches_the_ternary_loss_exactly() -> None:
+    clip, _ = params()
+
+    @jax.jit
+    def loss(share: Any) -> jax.Array:
+        tree = clip if share is None else blend_params(clip, RULES, share)
+        return objective({"clip": tree}, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), None, LossConfig())[0]
+
+    @jax.jit
+    def by_share(share: Any) -> jax.Array:
+        return objective({"clip": clip}, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), None, LossConfig(), share)[0]
+
+    assert by_share(jnp.float32(1)) == loss(None)
+    floats = objective({"clip": clip}, BATCH, Encoders(CLIP(STUDENT), MEAN, STD), None, LossConfig())[0]
+    assert float(by_share(jnp.float32(0))) == pytest.approx(float(floats), rel=1e-5) and floats != loss(None)
+
+
+def test_the_teacher_of_a_batch_is_the_teacher_in_the_step() -> None:
+    _, (theirs, _) = seen()
+    batch = BATCH | {"teacher_image": np.float16(theirs[0]), "teacher_text": np.float16(theirs[1])}
+    loss = LossConfig(crd=1.0, icl=1.0, fd=1.0)
+    tree = {"clip": params()[0], "heads": init_heads(jax.random.key(2), STUDENT, 20, loss)}
+    both = [
+        jax.jit(lambda tree, teacher: objective(tree, batch, Encoders(CLIP_STUDENT, MEAN, STD), teacher, loss)[1])(
+            tree, teacher
+        )
+        for teacher in (Observed(*theirs, {}), cached_teacher(batch, float(theirs[2])))
+    ]
+    for name in ("loss/crd", "loss/icl", "loss/fd"):
+        assert float(both[0][name]) == pytest.approx(float(both[1][name]), abs=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("layers", "of", "expected"),
+    [(2, 4, [1, 3]), (12, 24, [*range(1, 24, 2)]), (3, 3, [0, 1, 2]), (4, 2, [0, 0, 1, 1])],
+)
+def test_layers_are_compared_at_the_same_depth(layers: int, of: int, expected: list[int]) -> None:
+    assert [same_depth(layer, layers, of) for layer in range(layers)] == expected
+    assert same_depth(-1, layers, of) == of - 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "loss", "message"),
+    [
+        (
+            CLIPConfig(8, VisionConfig((32, 32), 8), TEXT),
+            LossConfig(),
+            r"image size is \(32, 32\), the student's \(16, 16\)",
+        ),
+        (
+            CLIPConfig(8, VISION, TextConfig(8, 32, 16, 2, 2)),
+            LossConfig(),
+            "texts have 8 of 32 tokens, the student's 6",
+        ),
+        (CLIPConfig(8, VisionConfig((16, 16), 4), TEXT), LossConfig(hidden=1.0), r"grid of \(4, 4\) patches"),
+    ],
+)
+def test_a_teacher_that_cannot_see_the_same_is_refused(teacher: CLIPConfig, loss: LossConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_teacher(teacher, STUDENT, loss)
+    check_teacher(TEACHER, STUDENT, LossConfig(hidden=1.0))

@@ -1,0 +1,123 @@
+"""Embeddings stored once: the same on every call, resumed, and with the losses of a teacher in the step."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from tclip_jax.data.images import normalize
+from tclip_jax.data.pipeline import train_iterator
+from tclip_jax.data.sources import open_source
+from tclip_jax.data.teacher_cache import MANIFEST, TeacherCache
+from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.training import loop
+from tclip_jax.training.config import run_config
+from tclip_jax.training.heads import init_heads
+from tclip_jax.training.objective import Encoders, cached_teacher, objective
+from tclip_jax.training.restore import load_model
+from tclip_jax.training.sections import LossConfig
+from tclip_jax.training.teacher_cache import open_cache, write_cache
+from tclip_jax.training.telemetry import read_metrics
+
+SIZES = {"copies": 2, "batch_size": 700, "file_rows": 1000}
+
+
+@pytest.fixture
+def cached(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> ml_collections.ConfigDict:
+    """A teacher of two steps with its own pixel statistics, its cache of two copies, and a student's configuration."""
+    teacher = config.copy_and_resolve_references()
+    teacher.steps = 2
+    teacher.preprocess.update({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
+    loop.train(teacher, tmp_path / "teacher")
+    config.data.augment = "affine"
+    config.model.embed_dim, config.steps = 8, 2
+    write_cache(tmp_path / "cache", run_config(config), str(tmp_path / "teacher"), **SIZES)
+    config.data.teacher_cache = str(tmp_path / "cache")
+    config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0})
+    return config
+
+
+def batches(config: ml_collections.ConfigDict, count: int) -> list[dict[str, Any]]:
+    run = run_config(config)
+    iterator = train_iterator(
+        open_source("digits", "train"),
+        tokenizer=Tokenizer(run.model.text.context_length),
+        preprocess=run.preprocess,
+        augment=run.data.augment,
+        templates=run.data.templates,
+        batch_size=8,
+        seed=3,
+        cache=open_cache(run),
+    )
+    return [next(iterator) for _ in range(count)]
+
+
+def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+    folder, run = tmp_path / "cache", run_config(cached)
+    cache = TeacherCache.open(folder)
+    assert (cache.samples, cache.copies, cache.files, cache.embed_dim) == (1400, 2, 3, 16)
+    assert np.load(folder / "00002.npy").shape == (800, 2, 16)
+
+    # The losses are those of the teacher in the step, which normalises pixels its own way.
+    teacher, loss = load_model(tmp_path / "teacher"), LossConfig(crd=1.0, icl=1.0, fd=1.0, positives="equal_text")
+    student = CLIP(run.model)
+    params = {
+        "clip": jax.jit(init_params, static_argnums=0)(student, jax.random.key(0)),
+        "heads": init_heads(jax.random.key(1), run.model, cache.embed_dim, loss),
+    }
+    sees = Encoders(CLIP(teacher.config), teacher.preprocess.mean, teacher.preprocess.std)
+    learns = Encoders(student, run.preprocess.mean, run.preprocess.std)
+    in_the_step = jax.jit(lambda p, t, b: objective(p, b, learns, sees(t, b), loss)[1])
+    from_cache = jax.jit(lambda p, b: objective(p, b, learns, cached_teacher(b, cache.logit_scale), loss)[1])
+    for batch in batches(cached, 2):
+        in_step, stored = in_the_step(params, teacher.params, batch), from_cache(params, batch)
+        for name in ("loss/crd", "loss/icl", "loss/fd"):
+            assert float(stored[name]) == pytest.approx(float(in_step[name]), abs=1e-3), name
+        wrong = normalize(batch["image"], run.preprocess.mean, run.preprocess.std)
+        assert np.abs(teacher.encode_image(wrong) - batch["teacher_image"]).max() > 0.01
+
+    # Both copies are drawn, and whatever draws them they are the same.
+    rows = [row.tobytes() for batch in batches(cached, 20) for row in batch["image"]]
+    assert rows == [row.tobytes() for batch in batches(cached, 20) for row in batch["image"]]
+
+    # What was there stays, what is missing is made again, to the same bytes.
+    (folder / "00001.npy").rename(tmp_path / "was.npy")
+    with pytest.raises(FileNotFoundError, match=r"00001\.npy: no such file; `tclip teacher-cache` again"):
+        open_cache(run)
+    first = (folder / "00000.npy").stat().st_mtime_ns
+    again = write_cache(folder, run, str(tmp_path / "teacher"), **SIZES)
+    assert (folder / "00001.npy").read_bytes() == (tmp_path / "was.npy").read_bytes() and again == cache
+    assert (folder / "00000.npy").stat().st_mtime_ns == first
+    with pytest.raises(ValueError, match=r"cache\.json: this cache has copies 2, not 3: choose another folder"):
+        write_cache(folder, run, str(tmp_path / "teacher"), copies=3, file_rows=1000)
+
+    loop.train(cached, tmp_path / "student")
+    last = read_metrics(tmp_path / "student")[-1]
+    assert last["step"] == 2 and all(np.isfinite(last[f"loss/{name}"]) for name in ("task", "crd", "icl", "fd"))
+
+    cached.data.augment = "none"
+    with pytest.raises(ValueError, match="the teacher saw augment affine, not none"):
+        loop.train(cached, tmp_path / "other")
+    cached.data.augment = "affine"
+    broken = pathlib.Path(shutil.copytree(folder, tmp_path / "broken"))
+    np.save(broken / "00000.npy", np.zeros((3, 2, 16), np.float16))
+    with pytest.raises(ValueError, match=r"00000\.npy: it holds float16 \(3, 2, 16\): it must be"):
+        TeacherCache.open(broken).read(0, 0)
+    (broken / "00000.npy").write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"00000\.npy: not a whole file of embeddings"):
+        TeacherCache.open(broken).read(0, 0)
+    (folder / MANIFEST).write_text(json.dumps({"teacher": "x"}))
+    with pytest.raises(ValueError, match=r"cache\.json lacks 'embed_dim'"):
+        TeacherCache.open(folder)
+    with pytest.raises(FileNotFoundError, match="expected a folder written by `tclip teacher-cache`"):
+        TeacherCache.open(tmp_path / "nothing")

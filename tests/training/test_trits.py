@@ -1,0 +1,81 @@
+"""The telemetry of quantization against NumPy, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING
+from tclip_jax.ternary import Quantizer
+from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.trits import HISTOGRAM_EDGES, look, trit_metrics
+
+RULES = (
+    (MLP, Quantizer(group=16)),
+    (ATTENTION, Quantizer(group="channel", kind="lsq")),
+    (TOKEN_EMBEDDING, Quantizer(group="tensor")),
+    (PATCH_EMBEDDING, Quantizer(group=16)),
+)
+FC1, QKV = "image/blocks/mlp/fc1/kernel", "text/blocks/attention/qkv/kernel"
+
+
+def params(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    return {
+        "image": {
+            "blocks": {"mlp": {"fc1": {"kernel": draw(2, 32, 6)}}},
+            "patch_embedding": {"kernel": draw(4, 4, 3, 5)},
+        },
+        "text": {
+            "token_embedding": {"embedding": draw(7, 8)},
+            "blocks": {"attention": {"qkv": {"kernel": draw(1, 8, 6), "kernel_scale": np.abs(draw(1, 1, 6))}}},
+        },
+        "logit_scale": np.float32(1),
+    }
+
+
+def test_metrics_are_those_of_the_step() -> None:
+    old, new = params(0), params(1)
+    before = look(old, RULES)
+    after, found = look(new, RULES), trit_metrics(before, new, RULES)
+    assert found.keys() == {FC1, QKV, "text/token_embedding/embedding", "image/patch_embedding/kernel"}
+    leaves = flatten_dict(new, sep="/")
+    for path in (FC1, QKV):
+        w = leaves[path]
+        trits, was = np.asarray(after[path].trits), np.asarray(before[path].trits)
+        scale, group = np.asarray(after[path].scale), after[path].group
+        level = np.repeat(scale, group, 1)[:, : w.shape[1]]
+        x = np.abs(w) / level
+        for layer in range(len(w)):
+            values = {name: np.asarray(value)[layer] for name, value in found[path].items()}
+            expected = {
+                "zeros": np.mean(trits[layer] == 0),
+                "flips": np.mean(trits[layer] != was[layer]),
+                "scale": scale[layer].mean(),
+                "drift": np.abs(scale[layer] - np.asarray(before[path].scale)[layer]).mean() / scale[layer].mean(),
+                "saturated": np.mean(x[layer] > 1),
+            }
+            for name, value in expected.items():
+                np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=f"{path} {name}")
+            counts, _ = np.histogram(x[layer], (*HISTOGRAM_EDGES[:-1], HISTOGRAM_EDGES[-1], np.inf))
+            np.testing.assert_allclose(values["histogram"], counts / x[layer].size, atol=1e-6)
+    np.testing.assert_array_equal(trit_metrics(after, new, RULES)[FC1]["flips"], 0)
+
+
+def test_a_look_is_one_line_of_the_metrics(tmp_path: pathlib.Path) -> None:
+    found = trit_metrics(look(params(0), RULES), params(1), RULES)
+    with Telemetry(tmp_path, first_step=0, steps=2, title="t") as telemetry:
+        telemetry.write(1, {"loss": 1.0})
+        telemetry.write_trits(1, found)
+    lines = read_metrics(tmp_path)
+    assert [line.keys() for line in lines] == [{"step", "loss"}, {"step", "trits"}]
+    assert lines[1]["trits"][FC1]["zeros"] == np.round(np.float64(found[FC1]["zeros"]), 6).tolist()
+    assert json.dumps(lines[1])
