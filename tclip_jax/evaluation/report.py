@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.storage import write_atomic
 from tclip_jax.ternary import TernaryTensor
 
-Curves = Mapping[str, Sequence[Mapping[str, float]]]  # run -> lines of its metrics.jsonl
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # run -> lines of its metrics.jsonl
 _COLORS = {-1: "#3b6fb6", 0: "#d9d9d9", 1: "#d1603d"}
 
 
@@ -38,12 +39,19 @@ def write_report(
       said: the caption that the model gave to each.
       correct: whether it was right.
     """
-    figure = Figure(figsize=(15, 9), layout="constrained", dpi=110)
-    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.1)))
+    # Of the last run that has any: others may have other weights.
+    looks = max(
+        ([line for line in lines if "trits" in line] for lines in reversed([*curves.values()])), key=bool, default=[]
+    )
+    figure = Figure(figsize=(15, 13 if looks else 9), layout="constrained", dpi=110)
+    heights = (1, 0.8, 1.1) if looks else (1, 1.1)
+    top, *middle, bottom = np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights))
     loss, accuracy, trits = top.subplots(1, 3, width_ratios=(1, 1, 1.5))
     plot_curves(loss, curves, "loss/task", "contrastive loss")
     plot_curves(accuracy, curves, "zero_shot_accuracy", "zero-shot accuracy")
     plot_trits(trits, params)
+    if looks:
+        plot_dynamics(middle[0].subplots(1, 4), looks)
     plot_predictions(bottom, images, said, correct)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -62,6 +70,32 @@ def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
+
+
+def plot_dynamics(axes: npt.NDArray[Any], looks: Sequence[Mapping[str, Any]]) -> None:
+    """How trits moved while one run learned, a line per weight: zeros, flips in a step, saturation, and |w| at the end.
+
+    Args:
+      axes: four of them.
+      looks: lines of metrics.jsonl with "trits", whose values have one entry per layer; their mean is drawn.
+    """
+    titles = {"zeros": "zeros, %", "flips": "trits that flip in one step, %", "saturated": "latent weights beyond s, %"}
+    for each, (name, title) in zip(axes, titles.items(), strict=False):
+        for path in looks[-1]["trits"]:
+            points = [(look["step"], 100 * np.mean(look["trits"][path][name])) for look in looks]
+            each.plot(*zip(*points, strict=True), label=_short(path), marker="o", markersize=3)
+        each.set(title=title, xlabel="step")
+        each.grid(alpha=0.3)
+    for path, look in looks[-1]["trits"].items():
+        axes[-1].stairs(np.mean(look["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=_short(path))
+    axes[-1].set(title="|w| / s at the end, shares", xlabel="|w| / s")
+    axes[-1].axvline(0.5, color="grey", linewidth=0.8)  # the threshold of most quantizers
+    axes[-1].legend(frameon=False, fontsize=6)
+
+
+def _short(path: str) -> str:
+    tower, *names = path.removesuffix("/kernel").removesuffix("/embedding").split("/")
+    return f"{tower} {names[-1]}"
 
 
 def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP, with_learned_scales
 from tclip_jax.models.inherit import inherit_params
+from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
@@ -34,7 +35,6 @@ from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
 from tclip_jax.training.teacher_cache import open_cache
 from tclip_jax.training.telemetry import Telemetry
-from tclip_jax.training.trits import look, trit_metrics
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tclip_jax.evaluation.report import plot_curves, plot_predictions, plot_trits, write_report
+from tclip_jax.evaluation.report import plot_curves, plot_dynamics, plot_predictions, plot_trits, write_report
 from tclip_jax.ternary import TernaryTensor
 
 CURVES = {
@@ -88,6 +88,26 @@ def test_bars_are_the_shares_of_trits_per_layer() -> None:
         expected = [100 * np.count_nonzero(each == trit) / each.size for each in (*fc1, table)]
         np.testing.assert_allclose([bar.get_width() for bar in bars], expected)
     np.testing.assert_allclose([bar.get_x() + bar.get_width() for bar in axes.containers[-1]], 100)
+
+
+def test_dynamics_are_the_means_over_layers(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def look(step: int) -> dict[str, Any]:
+        names = ("zeros", "flips", "saturated", "scale", "drift")
+        values = {name: rng.random(2).tolist() for name in names} | {"histogram": rng.random((2, 18)).tolist()}
+        return {"step": step, "trits": {"image/blocks/mlp/fc1/kernel": values}}
+
+    looks = [look(100), look(200)]
+    axes = Figure().subplots(1, 4)
+    plot_dynamics(axes, looks)
+    for each, name in zip(axes, ("zeros", "flips", "saturated"), strict=False):
+        values = [100 * np.mean(x["trits"]["image/blocks/mlp/fc1/kernel"][name]) for x in looks]
+        np.testing.assert_allclose(each.lines[0].get_xydata(), list(zip((100, 200), values, strict=True)))
+    histogram = looks[1]["trits"]["image/blocks/mlp/fc1/kernel"]["histogram"]
+    np.testing.assert_allclose(axes[3].patches[0].get_data().values, np.mean(histogram, 0)[:-1])
+    assert axes[0].lines[0].get_label() == "image fc1"
+    assert picture(tmp_path / "r.png", curves={"student": [*CURVES["student"], *looks]}).size == (1650, 1430)
 
 
 def test_each_image_stands_under_what_was_said_of_it() -> None:

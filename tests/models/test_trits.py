@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING
+from tclip_jax.models.trits import HISTOGRAM_EDGES, look, trit_metrics
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.telemetry import Telemetry, read_metrics
-from tclip_jax.training.trits import HISTOGRAM_EDGES, look, trit_metrics
 
 RULES = (
     (MLP, Quantizer(group=16)),
