@@ -15,8 +15,9 @@ _COLUMNS = {
     "image_retrieval_recall@5": "image R@5",
     "text_retrieval_recall@5": "text R@5",
 }
-_AVERAGE_NAMES = dict(
-    zip(AVERAGES, ("mean of acc1 (CLIP_benchmark)", "mean, four sets per class (OpenAI, DataComp)"), strict=True)
+_AVERAGES = (
+    "mean of acc1 over {} sets (CLIP_benchmark)",
+    "mean over {} sets, of caltech101, fgvc_aircraft, flowers and pets per class (OpenAI, DataComp)",
 )
 
 
@@ -43,7 +44,8 @@ def table_rows(report: Report) -> list[list[str]]:
 def average_lines(report: Report) -> list[str]:
     """Both averages in words; nothing without classification."""
     sets = sum("acc1" in result.metrics for result in report.results.values())
-    return [f"{_AVERAGE_NAMES[name]}, {sets} sets: {value:.2%}" for name, value in report.averages.items()]
+    averages = report.averages
+    return [f"{_AVERAGES[i].format(sets)}: {averages[name]:.2%}" for i, name in enumerate(AVERAGES) if averages]
 
 
 def problem_lines(report: Report) -> list[str]:

@@ -29,13 +29,17 @@ class Evaluation:
         return step % self._config.every == 0
 
     def __call__(self, model: Model, mesh: Mesh) -> dict[str, float]:
-        """The metrics of the model, in float32: `<name>/<data set>/<metric>`, or without a name zero_shot_accuracy."""
+        """The metrics of the model, in float32, by `<name>/<metric>`, of a suite `<name>/<data set>/<metric>`.
+
+        Without a name that is zero_shot_accuracy alone, where there is one.
+        """
         encoder = Encoder(model, batch_size=self._config.batch_size, mesh=mesh)
         report = evaluate(encoder, self._tasks, model="", title=self._config.name)
         if not self._config.name and report.averages:
             return {"zero_shot_accuracy": report.averages["acc1"]}
         prefix = self._config.name or "eval"
-        metrics = {f"{prefix}/{name}": value for name, value in report.averages.items() if len(self._tasks) > 1}
+        metrics = {f"{prefix}/{name}": value for name, value in report.averages.items() if self._config.suite}
         for dataset, result in report.results.items():
-            metrics |= {f"{prefix}/{dataset}/{name}": value for name, value in result.metrics.items()}
+            path = f"{prefix}/{dataset}" if self._config.suite else prefix
+            metrics |= {f"{path}/{name}": value for name, value in result.metrics.items()}
         return {name: value for name, value in metrics.items() if not math.isnan(value)}

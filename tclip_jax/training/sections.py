@@ -104,7 +104,7 @@ class EvalConfig:
     templates: str | tuple[str, ...] = "digits"
     every: int = 1000  # steps
     batch_size: int = 128
-    name: str = ""  # metrics are <name>/<data set>/<metric>; of "" zero_shot_accuracy alone
+    name: str = ""  # metrics are <name>/<metric>, of a suite <name>/<data set>/<metric>; of "" zero_shot_accuracy
 
 
 def _as_tuples(config: Any, *names: str) -> None:

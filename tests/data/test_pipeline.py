@@ -225,6 +225,27 @@ def test_evaluation_is_in_order_and_padded() -> None:
     assert not batches[2]["image"][97:].any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_evaluation_in_blocks(count: int) -> None:
+    source = labelled(21)
+    found: list[int] = []
+    shares = [
+        list(eval_batches(source, preprocess=PREPROCESS, batch_size=8, process_index=i, process_count=count))
+        for i in range(count)
+    ]
+    assert [len(batches) for batches in shares] == [3] * count
+    for batches in zip(*shares, strict=True):
+        assert all(batch["image"].shape[0] == len(batch["name"]) == 8 // count for batch in batches)
+        found += [index for batch in batches for index in batch["index"].tolist()]
+    assert found == [*range(21), -1, -1, -1]
+
+
+def test_evaluation_of_several_labels_pads_with_none_of_them() -> None:
+    vector = np.array([0, 1, 1], np.int32)
+    (batch,) = eval_batches(Records([Record(png(9), (), vector, "x")]), preprocess=PREPROCESS, batch_size=2)
+    assert batch["label"].tolist() == [[0, 1, 1], [-1, -1, -1]] and batch["name"] == ["x", ""]
+
+
 def test_evaluation_of_captions_keeps_them_all() -> None:
     source = Records([Record(png(9), ("a", "b"), -1, "pair"), Record(b"broken", ("c",), -1, "broken in evaluation")])
     (batch,) = eval_batches(source, preprocess=PREPROCESS, batch_size=3)

@@ -44,7 +44,8 @@ def test_list_of_rules_changes_the_quantizer_by_regex() -> None:
 def test_round_trip_through_json() -> None:
     import json
 
-    config = changed(ternary=[("image/.*", {"factor": 1.0})], preprocess__size=[32, 32])
+    evals = ({"name": "all", "source": "exports", "suite": "clip-benchmark-41"},)
+    config = changed(ternary=[("image/.*", {"factor": 1.0})], preprocess__size=[32, 32], evals=evals)
     assert run_config(ml_collections.ConfigDict(json.loads(config.to_json()))) == run_config(config)
 
 
@@ -75,6 +76,11 @@ def test_round_trip_through_json() -> None:
         ({"optimizer__groups": [("(", {})]}, "groups '\\(' is not a regular expression"),
         ({"optimizer__groups": [("a", {"rate": 1.0})]}, "groups 'a' has no 'rate': the nearest is"),
         ({"quantizer__kind": "lsg"}, "kind is 'lsg': it must be one of 'factor', 'twn'"),
+        ({"evals": ({"name": "a", "sauce": "digits"},)}, r"config.evals\[0\] has no 'sauce': the nearest is 'source'"),
+        ({"evals": ({"source": "digits"},)}, r"config.evals have the names \[''\]: each must have one of its own"),
+        ({"evals": ({"name": "a", "source": "digits"}, {"name": "a", "source": "digits"})}, "one of its own"),
+        ({"evals": ({"name": "a"},)}, "config.evals: each must have a source"),
+        ({"evals": ({"name": "a", "source": "digits", "every": 0},)}, r"config.evals\[0\].every is 0"),
         ({"preprocess__size": (16, 16)}, r"\(16, 16\) is not the model's image size \(32, 32\)"),
     ],
 )

@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 
 import tclip_jax
+from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.runner import evaluate
+from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.training import loop
 from tclip_jax.training.checkpoints import CheckpointError
 from tclip_jax.training.restore import load_run
@@ -64,6 +67,39 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     config.ternary = "Q-FFN"
     with pytest.raises(ValueError, match=r"config\.json: this run has config\.ternary = Q-ALL, not Q-FFN"):
         loop.train(config, tmp_path / "whole")
+
+
+def test_several_evaluations_each_at_its_own_steps(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+    for name, text in (("cat", "black"), ("dog", "white")):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (20, 20), text).save(folder / "0.png")
+    config.steps = 4
+    config.eval.update({"source": "digits", "every": 4})
+    pictures = {"name": "pictures", "source": f"folder:{tmp_path}/pictures", "templates": "simple", "every": 2}
+    config.evals = (pictures, {"name": "digits", "source": "digits", "every": 3, "batch_size": 64})
+    model = loop.train(config, tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" not in line]
+    metrics = {"acc1", "mean_per_class_recall"}  # of fewer than five classes acc5 is not defined
+    of_pictures = {f"pictures/{metric}" for metric in metrics}
+    of_digits = {f"digits/{metric}" for metric in (*metrics, "acc5")}
+    assert [(line["step"], set(line) - {"step"}) for line in lines] == [
+        (2, of_pictures),
+        (3, of_digits),
+        (4, {"zero_shot_accuracy"}),
+        (4, of_pictures),
+        (4, of_digits),
+    ]
+    # The command measures the same.
+    report = evaluate(Encoder(model), [source_task("digits", "test", "digits")], model="")
+    assert report.results["digits"].metrics["acc1"] == lines[2]["zero_shot_accuracy"] == lines[4]["digits/acc1"]
+    # config.json, with its list, is read back.
+    assert load_run(tmp_path / "run")[0] == 4
+
+    config.evals = ({"name": "exports", "source": str(tmp_path), "suite": "mnist"},)
+    with pytest.raises(FileNotFoundError, match="wds_mnist: no such folder"):
+        loop.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_distilling_from_a_run(

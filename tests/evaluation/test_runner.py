@@ -1,0 +1,305 @@
+"""Suites from beginning to end: what is left on disk, what is done again, and what a failure stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tclip_jax.evaluation import suite
+from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
+from tclip_jax.evaluation.runner import Report, evaluate
+from tclip_jax.evaluation.table import report_table
+from tclip_jax.evaluation.tasks import opened, source_task, suite_tasks
+
+NAMES = "vtab/cifar10,vtab/pets,renderedsst2,voc2007_multilabel,flickr8k"
+IMAGES = 24
+
+
+@pytest.fixture(autouse=True)
+def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table for exports of 24 images, so that they are whole."""
+    for name, row in suite.DATASETS.items():
+        monkeypatch.setitem(suite.DATASETS, name, dataclasses.replace(row, samples=IMAGES))
+
+
+@pytest.fixture
+def root(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> pathlib.Path:
+    for row in suite.find_datasets(NAMES):
+        targets: dict[str, list[Any]] = {
+            "classification": [i % row.classes for i in range(IMAGES)] if row.classes else [],
+            "multilabel": [(np.arange(row.classes) % 7 == i % 7).astype(int) for i in range(IMAGES)],
+            "retrieval": [[f"a {i}", f"b {i}"] for i in range(IMAGES)],
+        }
+        exports.write(tmp_path / "data" / row.folder, targets[row.kind], [f"c{i}" for i in range(row.classes)])
+    return tmp_path / "data"
+
+
+def test_results_of_all_kinds(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    report = evaluate(exports.Direct(), suite_tasks(root, NAMES), model="a model", weights="0123", out=tmp_path / "out")
+    assert report.errors == {} and report.partial == {} and [*report.results] == NAMES.split(",")
+    for name, result in report.results.items():
+        found = read_result(tmp_path / "out" / f"{name.replace('/', '-')}.json")
+        assert dataclasses.replace(found, metrics={}) == dataclasses.replace(result, metrics={})
+        assert found.metrics == pytest.approx(result.metrics, nan_ok=True, abs=0)
+        assert (found.dataset, found.model, found.pretrained, found.language) == (name, "a model", "0123", "en")
+        assert found.samples == IMAGES and found.seconds > 0 and found.dtype == "float32"
+        assert {"jax", "tclip-jax", "numpy", "device", "devices"} <= set(found.versions)
+        arrays = read_predictions(tmp_path / "out", name)
+        assert arrays["keys"].dtype.kind == "U" and len(set(arrays["keys"])) == IMAGES
+    arrays = read_predictions(tmp_path / "out", "vtab/cifar10")
+    assert arrays["top"].shape == (IMAGES, 5)
+    assert np.mean(arrays["top"][:, 0] == arrays["labels"]) == report.results["vtab/cifar10"].metrics["acc1"]
+    assert read_predictions(tmp_path / "out", "renderedsst2")["top"].shape == (IMAGES, 2)
+    assert read_predictions(tmp_path / "out", "voc2007_multilabel")["scores"].shape == (IMAGES, 20)
+    assert read_predictions(tmp_path / "out", "flickr8k")["image_rank"].shape == (2 * IMAGES,)
+
+    # JSON has no NaN.
+    text = (tmp_path / "out" / "renderedsst2.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["acc5"] is None
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(), parse_constant=pytest.fail)
+    accuracies = [report.results[name].metrics for name in NAMES.split(",")[:3]]
+    assert summary["metrics"]["acc1"] == pytest.approx(np.mean([each["acc1"] for each in accuracies]))
+    pets = accuracies[1]["mean_per_class_recall"] - accuracies[1]["acc1"]
+    assert summary["metrics"]["acc1_or_mean_per_class_recall"] == pytest.approx(summary["metrics"]["acc1"] + pets / 3)
+    assert summary["failed"] == summary["partial"] == {} and set(summary["datasets"]) == set(NAMES.split(","))
+
+
+def test_what_is_there_is_not_measured_again(
+    exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    whole = evaluate(exports.Direct(), suite_tasks(root, NAMES), model="m", weights="w", out=tmp_path / "whole")
+
+    class Stopped(exports.Direct):  # type: ignore[misc, name-defined]
+        def texts(self, texts: Any) -> Any:
+            if "a photo of a c17." in texts and "a photo of a c30." not in texts:  # voc2007_multilabel
+                raise KeyboardInterrupt
+            return super().texts(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stopped(), suite_tasks(root, NAMES), model="m", weights="w", out=out)
+    assert sorted(path.name for path in out.glob("*.json")) == [
+        "renderedsst2.json",
+        "vtab-cifar10.json",
+        "vtab-pets.json",
+    ]
+    # A crash between its two files leaves predictions without a result: measured again.
+    (out / "flickr8k.predictions.npz").write_bytes(b"half")
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    model = exports.Direct()
+    report = evaluate(model, suite_tasks(root, NAMES), model="m", weights="w", out=out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.json") if path.name in before} == before
+    assert "a photo of a c36." not in model.asked, "pets is not asked for again"
+    for name in NAMES.split(","):
+        assert report.results[name].metrics == pytest.approx(whole.results[name].metrics, nan_ok=True, abs=0)
+        for key, array in read_predictions(tmp_path / "whole", name).items():
+            np.testing.assert_array_equal(read_predictions(out, name)[key], array)
+
+    for changes, message in (
+        ({"weights": "v"}, r"renderedsst2\.json: of m \(w\) in float32, not of v in float32: choose another folder"),
+        ({"dtype": "bfloat16"}, r"not of w in bfloat16"),
+    ):
+        other = exports.Direct()
+        other.dtype = changes.get("dtype", "float32")
+        with pytest.raises(ValueError, match=message):
+            evaluate(other, suite_tasks(root, "renderedsst2"), model="m", weights=changes.get("weights", "w"), out=out)
+        assert other.asked == []
+    (out / "renderedsst2.json").write_text('{"dataset": "renderedsst2"')
+    with pytest.raises(ValueError, match=r"renderedsst2\.json: not JSON"):
+        evaluate(exports.Direct(), suite_tasks(root, NAMES), model="m", weights="w", out=out)
+
+
+def test_a_failure_stops_no_other(
+    exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [
+        "mnist",
+        "vtab/cifar10",
+        "vtab/pets",
+        "renderedsst2",
+        "voc2007_multilabel",
+        "flickr8k",
+        "stl10",
+        "flickr30k",
+    ]
+    (root / "wds_vtab-cifar10" / "classnames.txt").write_text("a\nb\n")
+    exports.write(root / "wds_vtab-pets", [0, 1, 2, 37, 3], [f"c{i}" for i in range(37)], images={1: b"no image"})
+    (root / "wds_renderedsst2" / "zeroshot_classification_templates.txt").write_text("a photo.\n")
+    (root / "wds_voc2007_multilabel" / "dataset_type.txt").unlink()
+    shard = root / "wds_flickr8k" / "test" / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    exports.write(root / "wds_stl10", [0] * (IMAGES + 1), [f"c{i}" for i in range(10)])
+    exports.write(root / "wds_flickr30k", [[""]] * IMAGES)
+    report = evaluate(exports.Direct(), suite_tasks(root, ",".join(names)), model="m", out=tmp_path / "out")
+    assert report.errors == {
+        "mnist": f"{root}/wds_mnist: no such folder; it holds a webdataset export of CLIP_benchmark",
+        "vtab/cifar10": f"{root}/wds_vtab-cifar10/classnames.txt: 2 names, where vtab/cifar10 has 10",
+        "renderedsst2": f"{root}/wds_renderedsst2/zeroshot_classification_templates.txt: "
+        "template 'a photo.' has no {c} for the class name",
+        "voc2007_multilabel": f"{root}/wds_voc2007_multilabel: dataset_type.txt makes it classification, "
+        "where voc2007_multilabel is multilabel",
+        "flickr8k": f"{root}/wds_flickr8k/test/1.tar: not a whole tar file: "
+        "'s0000013.png' does not lie within the file",
+        "flickr30k": f"no image counts: {IMAGES} x no caption",
+    }
+    assert report.partial == {
+        "vtab/pets": {"unreadable image": 1, "label missing or out of range": 1, "missing from the export": 19},
+        "stl10": {"more than the reference has": 1},
+    }
+    assert report.results["vtab/pets"].samples == 3 and [*report.results] == ["vtab/pets", "stl10"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["failed"] == report.errors and summary["partial"] == report.partial
+    assert not (tmp_path / "out" / "mnist.json").exists() and "mnist: no result: " in caplog.text
+    table = report_table(report)
+    assert "PARTIAL  vtab/pets: 1 x unreadable image, 1 x label missing or out of range, 19 x missing" in table
+    assert f"FAILED   flickr30k: no image counts: {IMAGES} x no caption" in table
+
+
+def test_one_source(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for name, metric in (
+        ("vtab-cifar10", "acc1"),
+        ("voc2007_multilabel", "mean_average_precision"),
+        ("flickr8k", "image_retrieval_recall@5"),
+    ):
+        source = f"wds:{root}/wds_{name}"
+        report = evaluate(exports.Direct(), [source_task(source, "test", "simple")], model="m", out=tmp_path / "out")
+        assert metric in report.results[source].metrics and report.partial == {}
+    (again,) = opened([source_task("digits", "test", ("{c}",))])
+    assert again.open() is again.open() and len(again.open()[1]) == 397
+    with pytest.raises(ValueError, match="unknown data source 'imagenet'"):
+        opened([source_task("imagenet", "test", "simple")])
+    with pytest.raises(ValueError, match="the table of suites and data sets has no 'imagenet2k'"):
+        suite_tasks(root, "imagenet2k")
+
+
+def test_download_fetches_what_is_missing(
+    exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(name: str, **options: Any) -> None:
+        asked.append((name, options["repo_type"], options["allow_patterns"]))
+        if name.endswith("mnist"):
+            raise OSError("Repository not found\nand more lines")
+        exports.write(pathlib.Path(options["local_dir"]), [i % 10 for i in range(IMAGES)], [f"c{i}" for i in range(10)])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    tasks = suite_tasks(root, "stl10,mnist,vtab/cifar10", download=True)
+    report = evaluate(exports.Direct(), tasks, model="m")
+    assert asked == [(f"clip-benchmark/wds_{name}", "dataset", ["*.txt", "test/*"]) for name in ("stl10", "mnist")]
+    assert report.errors == {"mnist": "clip-benchmark/wds_mnist: not downloaded: Repository not found"}
+    assert set(report.results) == {"stl10", "vtab/cifar10"}
+
+
+def test_the_bar_counts_every_image(
+    exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Bar:
+        def __init__(self, total: int, **options: Any) -> None:
+            self.total, self.n, self.disable = total, 0, options["disable"]
+            bars.append(self)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def set_description(self, text: str) -> None: ...
+
+        def refresh(self) -> None: ...
+
+        def update(self, images: int) -> None:
+            self.n += images
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    exports.write(root / "wds_stl10", [0] * 5, [f"c{i}" for i in range(10)])
+    evaluate(exports.Direct(7), suite_tasks(root, f"{NAMES},stl10,mnist"), model="m")
+    assert (bars[0].n, bars[0].total, bars[0].disable) == (5 * IMAGES + 5, 5 * IMAGES + 5, False)
+
+
+def test_table_and_averages() -> None:
+    metrics = {"acc1": 0.5, "acc5": math.nan, "mean_per_class_recall": 0.25}
+    results = {
+        name: Result(name, "m", "", "zeroshot_classification", metrics, samples=12345, failed=failed)
+        for name, failed in (("vtab/pets", {}), ("mnist", {"unreadable image": 1234}))
+    }
+    report = Report(results, {"stl10": "no such folder"})
+    assert report.averages == {"acc1": 0.5, "acc1_or_mean_per_class_recall": 0.375}
+    assert report_table(report).splitlines() == [
+        "data set   images   acc1  acc5  per class",
+        "vtab/pets  12,345  50.00     –      25.00",
+        "mnist      12,345  50.00     –      25.00",
+        "",
+        "mean of acc1 over 2 sets (CLIP_benchmark): 50.00%",
+        "mean over 2 sets, of caltech101, fgvc_aircraft, flowers and pets per class (OpenAI, DataComp): 37.50%",
+        "PARTIAL  mnist: 1,234 x unreadable image",
+        "FAILED   stl10: no such folder",
+    ]
+    assert Report({}, {}).averages == {} and report_table(Report({}, {"a": "b"})) == "FAILED   a: b"
+
+
+@pytest.mark.torch
+# It leaves files open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_clip_benchmark_makes_its_table_of_ours_and_we_read_its_results(tmp_path: pathlib.Path) -> None:
+    import csv
+
+    from clip_benchmark import cli
+
+    metrics = {"acc1": 0.5, "acc5": math.nan, "mean_per_class_recall": 0.25}
+    write_result(tmp_path, Result("vtab/pets", "model", "w", "zeroshot_classification", metrics), {})
+    summary = Report({"vtab/pets": read_result(tmp_path / "vtab-pets.json")}, {}).summary("model", "w", "float32")
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    theirs = {
+        "dataset": "wds/x",
+        "model": "ViT",
+        "pretrained": "p",
+        "task": "zeroshot_classification",
+        "language": "en",
+    }
+    (tmp_path / "x.json").write_text(json.dumps(theirs | {"metrics": metrics, "classnames": ["a"]}))
+    cli.main_build(types.SimpleNamespace(files=[str(tmp_path)], output=str(tmp_path / "table.csv")))
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"vtab/pets", "average", "wds/x"}
+    assert rows["vtab/pets"]["acc1"] == "0.5" and rows["vtab/pets"]["model_fullname"] == "model w"
+    assert (rows["vtab/pets"]["acc5"], rows["wds/x"]["acc5"]) == ("", "nan")
+    assert rows["average"]["acc1"] == "0.5"
+    assert math.isnan(read_result(tmp_path / "x.json").metrics["acc5"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is \\[\\]: it must be a mapping"),
+        ('{"dataset": "x"}', "lacks 'model'"),
+        ('{"dataset":"x","model":"m","pretrained":"","task":"t","metrics":{"acc1":"high"}}', "metric acc1 is 'high'"),
+    ],
+)
+def test_what_is_no_result(tmp_path: pathlib.Path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_result(tmp_path / "x.json")
+    assert str(error.value).startswith(f"{tmp_path}/x.json")
+
+
+def test_predictions_are_never_unpickled(tmp_path: pathlib.Path) -> None:
+    np.savez(tmp_path / "x.predictions.npz", keys=np.array([{"a": 1}], object))
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
+        read_predictions(tmp_path, "x")
+    (tmp_path / "x.predictions.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
+        read_predictions(tmp_path, "x")
+    with pytest.raises(FileNotFoundError):
+        read_predictions(tmp_path, "y")
