@@ -19,6 +19,7 @@ COMMANDS = {
     "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
     "evaluate": "zero-shot accuracy of a run or an artifact",
     "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
+    "evaluate probe": "few-shot and linear classifiers on a model's frozen embeddings",
     "embed": "embeddings of images or texts, as .npy or .parquet",
     "classify": "which of some labels fits an image",
     "search": "index a folder of pictures, and find the nearest to a text or a picture",

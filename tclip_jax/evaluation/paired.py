@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision, mean_per_class_recall
+from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision
 from tclip_jax.evaluation.results import Predictions, read_predictions, result_path
 from tclip_jax.evaluation.statistics import (
     bootstrap_differences,
@@ -36,8 +37,9 @@ class Predicted:
 
     Attributes:
       keys: names of the images (N,), each once.
-      arrays: `labels` (N,) and `top` (N, k); or `labels` and `scores`, both (N, C); or `text_rank` (N,) and
-        `image_ranks` (N, most captions of any image), in which the largest int64 stands where there is no caption.
+      arrays: `labels` (N,) and `top` (N, k), or in its place `share` (N,), of the draws that were right; or `labels`
+        and `scores`, both (N, C); or `text_rank` (N,) and `image_ranks` (N, most captions of any image), in which the
+        largest int64 stands where there is no caption.
     """
 
     keys: npt.NDArray[np.str_]
@@ -63,7 +65,7 @@ class Predicted:
 
     @property
     def right(self) -> npt.NDArray[np.bool_] | None:
-        """Whether each image (N,) got its label, or one of its captions in its top five; None of several labels."""
+        """Whether each image (N,) got its label, or one of its captions in its top five; else None."""
         if "top" in self.arrays:
             return self.arrays["top"][:, 0] == self.arrays["labels"]
         return self.arrays["text_rank"] < 5 if "text_rank" in self.arrays else None
@@ -72,6 +74,8 @@ class Predicted:
         """Whether the metric can be computed."""
         if "top" in self.arrays:
             return metric in ("acc1", "acc5", "mean_per_class_recall")
+        if "share" in self.arrays:
+            return metric in ("acc1", "mean_per_class_recall")
         return metric == "mean_average_precision" if "scores" in self.arrays else bool(_RECALL.fullmatch(metric))
 
     def value(self, metric: str) -> float:
@@ -79,7 +83,8 @@ class Predicted:
         if metric == "mean_average_precision":
             return mean_average_precision(self.arrays["scores"], self.arrays["labels"])
         if metric == "mean_per_class_recall":
-            return mean_per_class_recall(self.arrays["top"][:, 0], self.arrays["labels"])
+            rows = np.stack([self._hits(metric), self.arrays["labels"]], axis=1)
+            return float(per_class_mean_of(0, 1)(np.ones((1, len(rows))), rows)[0])
         if metric == "acc5":
             return hit_rate(self.arrays["top"], self.arrays["labels"])
         hits = self._hits(metric)
@@ -118,13 +123,15 @@ class Predicted:
             measures = mean_of(0, count), mean_of(1, count)
         return bootstrap_differences(table, *measures, resamples=resamples, seed=seed)
 
-    def _hits(self, metric: str) -> npt.NDArray[np.int64]:
+    def _hits(self, metric: str) -> npt.NDArray[Any]:
         """For how many of its answers (its label, its captions, or itself) each image counts (N,)."""
         recall = _RECALL.fullmatch(metric)
         if recall and recall[1] == "image":
             return np.count_nonzero(self.arrays["image_ranks"] < int(recall[2]), axis=1)
         if recall:
             return (self.arrays["text_rank"] < int(recall[2])).astype(np.int64)
+        if "share" in self.arrays:
+            return self.arrays["share"]
         candidates = self.arrays["top"] if metric == "acc5" else self.arrays["top"][:, :1]
         return np.count_nonzero(candidates == self.arrays["labels"][:, None], axis=1)
 
@@ -166,8 +173,15 @@ def _by_image(arrays: Predictions, count: int) -> Predictions:
         table[owners[order], place] = ranks[order]
         kept = {"text_rank": arrays["text_rank"], "image_ranks": table}
     else:
-        kept = {name: arrays[name] for name in ("labels", "scores" if "scores" in arrays else "top")}
-    wanted = {"text_rank": 1, "image_ranks": 2, "scores": 2, "top": 2, "labels": 2 if "scores" in kept else 1}
+        kept = {name: arrays[name] for name in ("labels", next((n for n in ("scores", "share") if n in arrays), "top"))}
+    wanted = {
+        "text_rank": 1,
+        "image_ranks": 2,
+        "scores": 2,
+        "top": 2,
+        "share": 1,
+        "labels": 2 if "scores" in kept else 1,
+    }
     for name, array in kept.items():
         if array.ndim != wanted[name] or len(array) != count or array.dtype.kind not in "iufb":
             raise ValueError(f"{name} is {array.dtype} {array.shape}, for {count} keys")

@@ -93,9 +93,10 @@ def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
     """The arrays beside a result, one row per image that counts, in the order of the data set.
 
     Always `keys` (N,), a name for each image that is the same in every run on this data, and `index` (N,), its place in
-    the source. Of classification `labels` (N,) and `top` (N, min(5, C)), the most probable classes; of several labels
-    `labels` (N, C) and `scores` (N, C); of retrieval `text_rank` (N,), and for each caption `text_to_image` (M,) (a row
-    of `keys`) and `image_rank` (M,), where rank 0 is first.
+    the source. Of classification `labels` (N,) and `top` (N, min(5, C)), the most probable classes, or of few-shot
+    `labels` and `share` (N,), of the draws that were right; of several labels `labels` (N, C) and `scores` (N, C); of
+    retrieval `text_rank` (N,), and for each caption `text_to_image` (M,) (a row of `keys`) and `image_rank` (M,), where
+    rank 0 is first.
 
     Raises:
       FileNotFoundError: no such file.

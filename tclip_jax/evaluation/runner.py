@@ -187,7 +187,7 @@ def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.t
         task=dataset.task,
         metrics=outcome.metrics,
         dtype=encoder.dtype,
-        versions=_versions(),
+        versions=versions(),
         seconds=round(time.perf_counter() - started, 3),
         samples=outcome.samples,
         failed=outcome.failed | {why: count for why, count in counts.items() if count},
@@ -208,7 +208,8 @@ def _open_everywhere(task: Task) -> tuple[Dataset, Source, Templates]:
     return opened
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on, and the kind and number of devices."""
     names = ("tclip-jax", "jax", "numpy", "Pillow")
     device = jax.devices()[0]
     where = {"python": platform.python_version(), "device": device.device_kind, "devices": str(jax.device_count())}

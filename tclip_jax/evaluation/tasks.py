@@ -75,7 +75,7 @@ def _open_export(
     if missing and tfds and dataset.tfds:
         return _open_tfds(dataset, folder, download, tfds)
     if download and missing:
-        _fetch(dataset, folder, ["*.txt", f"{SPLIT}/*"])
+        fetch(dataset.folder, folder, ["*.txt", f"{SPLIT}/*"])
     source = Webdataset(str(folder), SPLIT)
     if source.kind != dataset.kind:
         raise ValueError(f"{folder}: dataset_type.txt makes it {source.kind}, where {dataset.name} is {dataset.kind}")
@@ -97,17 +97,18 @@ def _open_tfds(
     from tclip_jax.evaluation.tfds_source import TfdsRow
 
     if download and not folder.exists():
-        _fetch(dataset, folder, ["*.txt"])
+        fetch(dataset.folder, folder, ["*.txt"])
     source = TfdsRow(dataset, data_dir, folder)
     if dataset.name in MAY_DIFFER:
         _logger.warning("%s: from TFDS, which may hold other images than the webdataset export", dataset.name)
     return dataset, source, get_templates(source.templates) if source.templates else ()
 
 
-def _fetch(dataset: Dataset, folder: epath.Path, patterns: list[str]) -> None:
+def fetch(name: str, folder: epath.Path, patterns: list[str]) -> None:
+    """Downloads the files that match of `clip-benchmark/<name>`; raises FileNotFoundError where that fails."""
     try:
         huggingface_hub.snapshot_download(
-            f"clip-benchmark/{dataset.folder}",
+            f"clip-benchmark/{name}",
             repo_type="dataset",
             local_dir=str(folder),
             allow_patterns=patterns,
@@ -115,4 +116,4 @@ def _fetch(dataset: Dataset, folder: epath.Path, patterns: list[str]) -> None:
     # Its errors are the HTTP library's and its own, and have many lines.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"clip-benchmark/{dataset.folder}: not downloaded: {reason}") from None
+        raise FileNotFoundError(f"clip-benchmark/{name}: not downloaded: {reason}") from None

@@ -1,0 +1,69 @@
+"""Examples:
+  tclip evaluate probe runs/quickstart/artifact --data digits --out probes/quickstart
+  tclip evaluate probe student/ --data exports/ --suite vtab/cifar10,mnist --shots 1 4 --cache features --out probes
+
+Results are in OUT/linear_probe and OUT/<k>_shot, folders for `tclip evaluate compare`; what is there already is not
+fitted again. The exit code is 0, 1 if a data set has no result, 2 after an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the data, the probes, and where results go."""
+    parser.add_argument("model", metavar="MODEL", help="a run, an artifact, or a checkpoint of another library")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="with --suite a folder of exports; else digits, folder:<path>, tfds:<name>, wds:<folder>",
+    )
+    parser.add_argument("--suite", help="names of data sets and suites, with commas between; each needs train and test")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
+    parser.add_argument("--cache", metavar="DIR", help="folder of embeddings, so that they are computed once")
+    parser.add_argument("--download", action="store_true", help="fetch missing splits from the Hugging Face hub")
+    parser.add_argument(
+        "--linear", action=argparse.BooleanOptionalAction, default=True, help="the whole training set (default: yes)"
+    )
+    parser.add_argument(
+        "--shots", type=int, nargs="*", default=[1, 2, 4, 8, 16], metavar="K", help="images a class (default: 1 to 16)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="draws for each number of shots (default: 5)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images over all devices (default: 128)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings (default: float32)"
+    )
+    parser.add_argument("--name", help="of the model, for the results (default: MODEL)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fits the probes, prints, and returns the exit code."""
+    from tclip_jax.evaluation.encoder import Encoder
+    from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
+    from tclip_jax.evaluation.results import dump_json
+    from tclip_jax.evaluation.runner import fingerprint
+    from tclip_jax.training.restore import load_model
+
+    pairs = suite_pairs(args.data, args.suite, args.download) if args.suite else [source_pair(args.data)]
+    model = load_model(args.model)
+    results, errors = probe(
+        Encoder(model, batch_size=args.batch_size, dtype=args.dtype),
+        pairs,
+        model=args.name or args.model,
+        weights=fingerprint(model),
+        out=args.out,
+        linear=args.linear,
+        shots=args.shots,
+        seeds=args.seeds,
+        cache=args.cache,
+    )
+    if errors and not args.suite:
+        raise ValueError(errors[args.data])
+    if args.json:
+        print(dump_json({"results": [dataclasses.asdict(result) for result in results], "failed": errors}))
+    else:
+        print("\n".join([probe_table(results), *(f"FAILED  {name}: {why}" for name, why in errors.items())]))
+    return 1 if errors else 0

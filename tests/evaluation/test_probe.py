@@ -1,0 +1,224 @@
+"""Probes against scikit-learn called directly, the search of C, the cache, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import types
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.linear_model import LogisticRegression
+
+from tclip_jax.artifacts import write_artifact
+from tclip_jax.cli import main
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.sources import open_source
+from tclip_jax.evaluation import features as features_module
+from tclip_jax.evaluation import probe as probe_module
+from tclip_jax.evaluation.comparison import compare
+from tclip_jax.evaluation.features import features
+from tclip_jax.evaluation.probe import STRENGTHS, few_shot, linear_probe, search, t_interval
+from tclip_jax.evaluation.probe_suite import probe, suite_pairs
+from tclip_jax.evaluation.results import read_predictions, read_result
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+
+DIGITS = {split: open_source("digits", split) for split in ("train", "test")}
+
+
+def pixels(split: str) -> tuple[Any, Any]:
+    """Digits as unit vectors of their pixels."""
+    records = [DIGITS[split][i] for i in range(len(DIGITS[split]))]
+    rows = np.stack([record.image[..., 0].ravel() for record in records]).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), np.array([record.label for record in records])
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep of three strengths instead of 97."""
+    monkeypatch.setattr(probe_module, "STRENGTHS", np.array([0.1, 1.0, 10.0]))
+    monkeypatch.setattr(probe_module, "_COARSE", 1)
+
+
+def test_linear_probe_on_digits_is_scikit_learns(coarse: None) -> None:
+    (train, labels), (test, truth) = pixels("train"), pixels("test")
+    found = linear_probe(train, labels, test, seed=3)
+
+    rng = np.random.default_rng(3)
+    order = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    held = np.concatenate([each[: round(len(each) / 5)] for each in order])
+    kept = np.setdiff1d(np.arange(len(labels)), held)
+    scores = {}
+    for c in (0.1, 1.0, 10.0):
+        model = LogisticRegression(C=c, max_iter=1000).fit(train[kept], labels[kept])
+        scores[c] = model.score(train[held], labels[held])
+    assert found.c == max(scores, key=scores.__getitem__)
+    plain = LogisticRegression(C=found.c, max_iter=1000).fit(train, labels)
+    np.testing.assert_array_equal(found.top[:, 0], plain.predict(test))
+    best = np.argsort(-plain.predict_proba(test), axis=1)[:, :5]
+    assert np.mean(found.top == best) > 0.999 and found.top.dtype == np.int32
+    assert np.mean(found.top[:, 0] == truth) > 0.9
+
+
+def test_few_shot_draws_that_many_of_every_class(coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, labels), (test, truth) = pixels("train"), pixels("test")
+    fitted, plain = [], probe_module._fit
+    monkeypatch.setattr(probe_module, "_fit", lambda x, y, c: fitted.append((x, y)) or plain(x, y, c))
+    chosen, choose = [], probe_module._choose
+    monkeypatch.setattr(probe_module, "_choose", lambda *given: chosen.append(given) or choose(*given))
+    accuracies = []
+    for shots, seed in ((1, 0), (8, 0), (8, 1)):
+        found = few_shot(train, labels, test, shots=shots, seed=seed)
+        rows, classes = fitted[-1]
+        assert np.bincount(classes).tolist() == [shots] * 10
+        _, _, others, of_others = chosen[-1]
+        assert np.bincount(of_others).tolist() == [min(shots, 4)] * 10
+        assert not {row.tobytes() for row in rows} & {row.tobytes() for row in others}
+        accuracies.append(np.mean(found.top[:, 0] == truth))
+    assert accuracies[0] < min(accuracies[1:]) and accuracies[1] != accuracies[2]
+    again = few_shot(train, labels, test, shots=8, seed=1)
+    assert np.mean(again.top[:, 0] == truth) == accuracies[2]
+
+
+@pytest.mark.parametrize("peak", [0, 1, 31, 50, 96])
+def test_search_finds_a_single_peak_in_few_steps(peak: int) -> None:
+    asked: list[int] = []
+    assert search(lambda i: asked.append(i) or -abs(i - peak), 97, 16) == peak
+    assert len(set(asked)) == len(asked) <= 15
+    assert search(lambda i: 0.0, 97, 16) == 0, "of equal ones the strongest regularisation"
+
+
+def test_strengths_are_clips() -> None:
+    assert len(STRENGTHS) == 97 and STRENGTHS[0] == 1e-6 and STRENGTHS[-1] == 1e6
+    np.testing.assert_allclose(np.diff(np.log10(STRENGTHS)), 1 / 8, atol=1e-12)
+
+
+def test_two_classes_and_classes_that_were_not_trained_on(coarse: None) -> None:
+    (train, labels), (test, _) = pixels("train"), pixels("test")
+    two = np.isin(labels, (3, 7))
+    found = linear_probe(train[two], labels[two], test)
+    assert found.top.shape == (len(test), 2) and set(found.top.ravel()) == {3, 7}
+
+
+def test_interval_of_the_mean_is_students() -> None:
+    values = [0.5, 0.6, 0.55, 0.7]
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert all(map(math.isnan, t_interval([0.5])))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y: linear_probe(x, y * 0, x), "^the training images are of 1 class: a probe needs two$"),
+        (lambda x, y: few_shot(x, y, x, shots=4, seed=0), "^class 0 has 3 training images, fewer than 4 shots$"),
+        (lambda x, y: few_shot(x, y, x, shots=3, seed=0), "^no training image is left to choose the regularisation"),
+        (lambda x, y: linear_probe(x[:2], np.array([0, 1]), x), "^no training image is left"),
+    ],
+)
+def test_too_few_images_are_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(np.eye(6, dtype=np.float32), np.array([0, 0, 0, 1, 1, 1]))
+
+
+def test_embeddings_are_computed_once(
+    tmp_path: pathlib.Path, exports: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = [0, 1, 2, 1, 7]
+    folder = exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={1: b"broken"})
+    source = open_source(f"wds:{folder}", "test")
+    first = features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    assert first.labels.tolist() == [0, 2, 1] and first.places.tolist() == [0, 2, 3], "7 is no class"
+    assert first.embeddings.dtype == np.float32 and first.embeddings.shape == (3, 6)
+    assert [key[-5:] for key in first.keys] == ["00000", "00002", "00003"]
+
+    calls, plain = [], features_module.encode_rows
+    monkeypatch.setattr(features_module, "encode_rows", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    again = features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    assert not calls and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    features(exports.Direct(), source, weights="other", cache=tmp_path / "cache")
+    exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={4: exports.picture(99)})
+    features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
+    features(exports.Direct(), source, weights="w", cache=None)
+    assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes | None) -> None:
+    source = open_source(f"wds:{exports.write(tmp_path / 'data', [0, 1], ['a', 'b'])}", "test")
+    features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    if content is None:
+        np.savez(path, embeddings=np.array([{}], object))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path}: not embeddings: .*; delete it$"):
+        features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+
+
+def split_export(exports: types.SimpleNamespace, folder: pathlib.Path, per_class: int) -> None:
+    """An export with a training split: its members are those of a second one."""
+    names = ["a", "b", "c"]
+    other = exports.write(folder.with_name("other"), [i % 3 for i in range(3 * per_class)], names)
+    exports.write(folder, [i % 3 for i in range(9)], names, images={0: b"broken"})
+    (other / "test").rename(folder / "train")
+
+
+def test_a_suite_of_probes_resumes_and_compares(
+    tmp_path: pathlib.Path, exports: types.SimpleNamespace, coarse: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_export(exports, tmp_path / "wds_mnist", 6)
+    exports.write(tmp_path / "wds_cars", [0, 1], ["a", "b"])
+    pairs = suite_pairs(tmp_path, "mnist,cars,flickr8k")
+    given: Any = {"weights": "w", "shots": (1, 2), "seeds": 3, "cache": tmp_path / "cache"}
+    for side in ("a", "b"):
+        results, errors = probe(exports.Direct(), pairs, model=side, out=tmp_path / side, **given)
+    assert [(each.task, each.samples) for each in results] == [("linear_probe", 8), ("1_shot", 8), ("2_shot", 8)]
+    assert list(errors) == ["cars", "flickr8k"] and "wds_cars/train/nshards.txt: no such file" in errors["cars"]
+    assert results[0].failed == {"test: unreadable or without a class": 1}
+    linear, shots = (read_predictions(tmp_path / "a" / name, "mnist") for name in ("linear_probe", "2_shot"))
+    assert results[0].metrics["acc1"] == np.mean(linear["top"][:, 0] == linear["labels"])
+    assert results[2].metrics["acc1"] == pytest.approx(shots["share"].mean())
+    assert set(np.round(3 * shots["share"], 6)) <= {0, 1, 2, 3}
+    assert results[2].metrics["acc1_low"] <= results[2].metrics["acc1"] <= results[2].metrics["acc1_high"]
+    assert math.isnan(results[0].metrics["acc5"]) and "C" in results[0].metrics
+    assert read_result(tmp_path / "b" / "1_shot" / "mnist.json").metrics == pytest.approx(
+        results[1].metrics, nan_ok=True
+    )
+
+    monkeypatch.setattr("tclip_jax.evaluation.probe_suite.features", None)
+    again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **given)
+    assert [each.task for each in again] == ["linear_probe", "1_shot", "2_shot"]
+    with pytest.raises(ValueError, match="of w in float32, not of v in float32: choose another folder"):
+        probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(given | {"weights": "v"}))
+
+    for name in ("linear_probe", "1_shot"):
+        found = compare(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
+        assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
+
+
+def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFixture[str]) -> None:
+    vision = VisionConfig(image_size=(8, 8), patch_size=4, width=16, layers=1, head_width=8)
+    config = CLIPConfig(8, vision, TextConfig(context_length=8, width=8, heads=1, layers=1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(config))
+    same = {"config": config, "preprocess": Preprocess(8), "rules": (), "rest_dtype": "float32"}
+    write_artifact(tmp_path / "model", **same, params=params)
+    arguments = ["evaluate", "probe", str(tmp_path / "model"), "--data", "digits", "--out", str(tmp_path / "out")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([*arguments, "--shots", "2", "--seeds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["digits", "linear", "probe"], ["digits", "2", "shot"]]
+    assert main([*arguments, "--shots", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["task"] == "linear_probe" and 0.1 < result["metrics"]["acc1"] <= 1 and result["samples"] == 397
+    assert main([*arguments, "--shots", "0"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err
+    assert main([*arguments[:4], "folder:/nowhere", *arguments[5:]]) == 2
