@@ -1,0 +1,102 @@
+"""VLIW bundles of a TPU kernel, counted in what libtpu dumps: a static figure of `benchmarks.tpu_static`, no time."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tclip_jax.ternary.kernels.block_sizes import Device, block_sizes
+from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
+from tclip_jax.ternary.kernels.word_order import BLOCK, Order
+
+ROWS = 1576  # eight images of 197 tokens
+_BUNDLE = re.compile(r"\s*0(?:x[0-9a-f]+)?\s+(?:[A-Z]{2})?\s*:\s*(>*)")
+
+
+def dump_flags(folder: str) -> str:
+    """LIBTPU_INIT_ARGS of a process whose kernels are to be counted: undocumented, may be absent from a libtpu."""
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+
+
+def dense_dot(x: jax.Array, w: jax.Array, scale: jax.Array, *, blocks: tuple[int, int], vmem: int) -> jax.Array:
+    """The twin: the same grid and dot over dense weights, with one scale a column."""
+    (m, k), n, (rows, columns) = x.shape, w.shape[1], blocks
+    total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+
+    def kernel(x_ref: Any, w_ref: Any, scale_ref: Any, out_ref: Any) -> None:
+        product = jax.lax.dot(x_ref[...], w_ref[...], preferred_element_type=total)
+        out_ref[...] = (product.astype(jnp.float32) * scale_ref[...]).astype(out_ref.dtype)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(n, columns), pl.cdiv(m, rows)),
+        in_specs=[
+            pl.BlockSpec((rows, k), lambda j, i: (i, 0)),
+            pl.BlockSpec((k, columns), lambda j, i: (0, j)),
+            pl.BlockSpec((1, columns), lambda j, i: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((rows, columns), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem),
+    )(x, w, scale)
+
+
+def bundles(function: Callable[..., Any], arguments: list[Any], folder: pathlib.Path) -> tuple[int, int] | None:
+    """Bundles of the one kernel in `function`: outside its inner loop, and inside; None where libtpu dumped none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    jax.jit(function).lower(*arguments).compile()
+    dumped = [path for path in folder.glob("*-final_bundles.txt") if "late-finalization" not in path.name]
+    if not dumped:
+        return None
+    text = max(dumped, key=lambda path: path.stat().st_size).read_text()
+    depths = [len(match[1]) for match in map(_BUNDLE.match, text.splitlines()) if match]
+    shutil.rmtree(folder)
+    return sum(depth < 2 for depth in depths), sum(depth >= 2 for depth in depths)
+
+
+def compare(
+    device: Device, order: Order, k: int, n: int, groups: int, shard: Callable[..., Any], folder: pathlib.Path
+) -> dict[str, Any] | None:
+    """Bundles that one block of columns takes for 1576 rows, packed and dense: unpacking once, a dot for each block.
+
+    Args:
+      device: whose blocks are used.
+      order: bf16 or int8 activations and weights.
+      k, n: shape of the weight.
+      groups: scales along K.
+      shard: makes an abstract array of a shape and dtype on the device.
+      folder: that libtpu dumps to.
+    """
+    dtype = jnp.dtype(jnp.int8 if order == "int8" else jnp.bfloat16)
+    blocks = block_sizes(device, ROWS, k, n, dtype.itemsize, 2)
+    x = shard((ROWS, k), dtype)
+    packed = functools.partial(tpu_dot, order=order, group=k // groups, out_dtype=jnp.bfloat16, device=device)
+    words, scale = shard((k // 16, n), jnp.int32), shard((groups, n), jnp.float32)
+    twin = functools.partial(dense_dot, blocks=blocks, vmem=device.vmem)
+    steps = -(-ROWS // blocks[0])
+    counts = bundles(packed, [x, words, scale], folder)
+    dense = bundles(twin, [x, shard((k, n), dtype), shard((1, n), jnp.float32)], folder)
+    if counts is None or dense is None:
+        return None
+    executed = [steps * outer + k // BLOCK * inner for outer, inner in (counts, dense)]
+    static = [sum(counts), sum(dense)]
+    return {
+        "order": order,
+        "k": k,
+        "n": n,
+        "groups": groups,
+        "blocks": blocks,
+        "packed": executed[0],
+        "dense": executed[1],
+        "ratio": executed[0] / executed[1],
+        "static_ratio": static[0] / static[1],
+    }

@@ -1,0 +1,255 @@
+"""Compiles the packed products for TPUs, without one: `python -m benchmarks.tpu_static [--quick] [--json]`.
+
+Every product of CLIP ViT-B/16 and L/14 for v4, v5e, v5p and v6e, ahead of time by libtpu: compiled, or the error; the
+bytes of its weights; and, at fc1 and fc2 with 1576 rows, the VLIW bundles against a dense kernel with the same blocks.
+Nothing runs: no figure here is a speed. Exit code 1 when a product does not compile or a ratio is over its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from benchmarks import tpu_bundles
+from tclip_jax.models.presets import model_cfg
+from tclip_jax.ternary.columns import matmul_columns, repack_columns
+from tclip_jax.ternary.kernels import kernel
+from tclip_jax.ternary.kernels.block_sizes import DEVICES
+from tclip_jax.ternary.tensor import TernaryTensor
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ROWS = (1, 8, 77, 197, 1576, 50432)
+TARGETS = {"bf16": 1.3, "int8": 1.2}
+GROUP = 256
+FC = [(768, 3072), (3072, 768)]  # fc1 and fc2 of ViT-B/16
+# Implementation, activations, dtype of x, and the rows it is compiled for: XLA takes up to half a minute for int2 with
+# many rows, and float32 is for comparisons of one image.
+PATHS = (
+    ("mosaic_tpu", "A16", jnp.bfloat16, ROWS),
+    ("mosaic_tpu", "A16", jnp.float32, (197,)),
+    ("mosaic_tpu", "A8", jnp.bfloat16, ROWS),
+    ("mosaic_tpu_int8", "A8", jnp.bfloat16, ROWS),
+    ("xla_int2", "A16", jnp.bfloat16, (1, 197)),
+    ("xla_int2", "A8", jnp.bfloat16, (1, 197)),
+)
+
+
+def weight_shapes(presets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(K, N) of qkv, out, fc1 and fc2 of both towers, without repeats."""
+    shapes = {}
+    for preset in presets:
+        for tower in ("vision_cfg", "text_cfg"):
+            width = model_cfg(preset)[tower]["width"]
+            shapes |= dict.fromkeys([(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)])
+    return list(shapes)
+
+
+def mesh_of(device: str, devices: int) -> Mesh:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
+    return Mesh(np.array(topology.devices[:devices]), ("tensor",), axis_types=(AxisType.Auto,))
+
+
+def ternary(k: int, n: int) -> TernaryTensor:
+    group = min(GROUP, k)
+    trits, scale = jax.ShapeDtypeStruct((k, n), jnp.int8), jax.ShapeDtypeStruct((-(-k // group), n), jnp.float32)
+    return TernaryTensor(trits, scale, group)
+
+
+def abstract(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
+    """What the compiler says of x · ŵ: seconds, bytes in HBM and collectives; or the first line of its error."""
+    start = time.perf_counter()
+    try:
+        program = jax.jit(product).lower(x, w).compile()
+    except Exception as error:
+        return {"error": str(error).strip().splitlines()[0]}
+    memory: Any = program.memory_analysis()
+    return {
+        "seconds": time.perf_counter() - start,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "collectives": len(re.findall(r" (?:all-|collective-|reduce-)[a-z-]+\(", str(program.as_text()))),
+    }
+
+
+def weight_bytes(product: Any, w: Any, k: int, dtype: Any) -> dict[str, int]:
+    """Bytes of HBM of the weight alone, by the compiler: it is the only argument of a product with constants."""
+    program = jax.jit(lambda w: product(jnp.ones((8, k), dtype), w)).lower(w).compile()
+    memory: Any = program.memory_analysis()
+    return {"weight_bytes": memory.argument_size_in_bytes, "scales": w.scale.size}
+
+
+def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Every implementation that supports the device, with each shape and number of rows."""
+    mesh = mesh_of(device, 1)
+    with jax.set_mesh(mesh):
+        kind = mesh.devices.flat[0].device_kind
+        for name, activations, dtype, own_rows in PATHS:
+            module = kernel(name)
+            given = {"device_kind": kind, "platform": "tpu", "group": GROUP, "activations": activations, "rows": None}
+            product = functools.partial(module.matmul, activations=activations)
+            for k, n in shapes:
+                if module.unsupported(**given, shape=(k, n), dtype=jnp.dtype(dtype)):
+                    continue
+                w = abstract(jax.eval_shape(module.pack, ternary(k, n)), mesh, PartitionSpec())
+                cell = {"device": device, "implementation": name, "activations": activations}
+                cell |= {"dtype": jnp.dtype(dtype).name, "k": k, "n": n} | weight_bytes(product, w, k, dtype)
+                for m in (m for m in rows if m in own_rows):
+                    x = abstract(jax.ShapeDtypeStruct((m, k), dtype), mesh, PartitionSpec())
+                    yield cell | {"m": m} | compiled(product, x, w)
+
+
+def shared_columns(device: str, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """The columns of each weight over the four devices of a mesh."""
+    mesh = mesh_of(device, 4)
+    product = functools.partial(matmul_columns, mesh=mesh, axis="tensor")
+    with jax.set_mesh(mesh):
+        for k, n in shapes:
+            w = jax.eval_shape(lambda w: repack_columns(w, mesh, "tensor", dtype=jnp.bfloat16), ternary(k, n))
+            w = abstract(w, mesh, PartitionSpec(None, "tensor"))
+            x = abstract(jax.ShapeDtypeStruct((197, k), jnp.bfloat16), mesh, PartitionSpec())
+            cell = {"device": f"{device}, 4 devices", "implementation": w.layout, "activations": "A16"}
+            yield cell | {"dtype": "bfloat16", "m": 197, "k": k, "n": n} | compiled(product, x, w)
+
+
+def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Bundle ratios at fc1 and fc2 of ViT-B/16; in a process that dumps."""
+    mesh = mesh_of(device, 1)
+    own = DEVICES[mesh.devices.flat[0].device_kind]
+
+    def shard(shape: tuple[int, ...], dtype: Any) -> Any:
+        return abstract(jax.ShapeDtypeStruct(shape, dtype), mesh, PartitionSpec())
+
+    with jax.set_mesh(mesh):
+        for order in ("bf16", "int8") if own.int8 else ("bf16",):
+            for k, n in FC:
+                for groups in (1, k // GROUP):
+                    row = tpu_bundles.compare(own, order, k, n, groups, shard, folder)
+                    if row is None:
+                        return
+                    yield {"device": device, "target": TARGETS[order]} | row
+
+
+def child(device: str, quick: bool, dump: str) -> None:
+    """Prints the rows of one device, each when it is known."""
+    shapes = FC if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
+    rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (197,) if quick else ROWS)
+    if device == "v5e" and not dump:
+        rows = itertools.chain(rows, shared_columns(device, shapes))
+    for row in rows:
+        print("row " + json.dumps(row), flush=True)
+
+
+def spawn(device: str, quick: bool, dump: str = "") -> tuple[list[dict[str, Any]], str]:
+    """Rows of one device, and how its process failed: one of its own, so that an abort in XLA ends no other."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    if dump:
+        environment["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(dump)
+    command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", device, "--dump", dump]
+    with tempfile.TemporaryFile("w+") as errors:  # libtpu writes much there
+        process = subprocess.Popen(
+            command + ["--quick"] * quick, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout
+        lines = tqdm(process.stdout, desc=device + " bundles" * bool(dump), unit=" products", disable=None)
+        rows = [json.loads(line.removeprefix("row ")) for line in lines if line.startswith("row ")]
+        if process.wait() == 0:
+            return rows, ""
+        errors.seek(0)
+        return rows, f"{device}: exit code {process.returncode}: {(errors.read().strip().splitlines() or [''])[-1]}"
+
+
+def print_tables(cells: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> None:
+    print("Compiled ahead of time by libtpu; nothing here ran, and no figure is a speed.\n")
+    print(f"{'device':<17}{'implementation':<17}{'activations':<13}{'x':<10}{'compiled':>10}{'seconds each':>14}")
+    sets: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        sets[tuple(cell[key] for key in ("device", "implementation", "activations", "dtype"))].append(cell)
+    for (device, name, activations, dtype), own in sets.items():
+        good = [cell for cell in own if "error" not in cell]
+        seconds = f"{np.median([cell['seconds'] for cell in good]):.1f}" if good else "-"
+        count = f"{len(good)}/{len(own)}"
+        print(f"{device:<17}{name:<17}{activations:<13}{dtype:<10}{count:>10}{seconds:>14}")
+    for cell in cells:
+        if "error" in cell:
+            print("{device} {implementation} {activations} M={m} K={k} N={n}: {error}".format(**cell))
+    print(f"\n{'K':>5}{'N':>6}{'2-bit bytes':>13}{'with scales':>13}{'of dense bf16':>15}")
+    shapes = {
+        (cell["k"], cell["n"]): cell["weight_bytes"]
+        for cell in cells
+        if cell["implementation"] == "mosaic_tpu" and "weight_bytes" in cell
+    }
+    for (k, n), size in shapes.items():
+        print(f"{k:>5}{n:>6}{k * n // 4:>13,}{size:>13,}{100 * size / (2 * k * n):>13.1f} %")
+    if not bundles:
+        print("\nNo bundles: --quick, or a libtpu that dumps none.")
+        return
+    print(f"\nBundles for one block of columns, M = {tpu_bundles.ROWS}, against a dense kernel with the same blocks")
+    print(
+        f"{'device':<8}{'order':<7}{'K':>5}{'N':>6}{'scales/K':>10}{'blocks':>13}{'packed':>9}{'dense':>9}"
+        f"{'ratio':>7}{'target':>8}"
+    )
+    for row in bundles:
+        print(
+            f"{row['device']:<8}{row['order']:<7}{row['k']:>5}{row['n']:>6}{row['groups']:>10}"
+            f"{'x'.join(map(str, row['blocks'])):>13}{row['packed']:>9,}{row['dense']:>9,}"
+            f"{row['ratio']:>7.2f}{row['target']:>8}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="v4 and v5e, fc1 and fc2 of ViT-B/16 with 197 rows, no bundles"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--dump", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.quick, arguments.dump)
+        return 0
+    cells: list[dict[str, Any]] = []
+    bundles: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for device in ("v4", "v5e") if arguments.quick else TOPOLOGIES:
+            for dump, rows in (("", cells), (folder, bundles)) if not arguments.quick else (("", cells),):
+                own, failure = spawn(device, arguments.quick, dump)
+                rows += own
+                failures += [failure] if failure else []
+    print_tables(cells, bundles)
+    over = [row for row in bundles if row["ratio"] > row["target"]]
+    failed = failures + [f"{cell['device']}: {cell['error']}" for cell in cells if "error" in cell]
+    for failure in failures:
+        print(failure)
+    if arguments.json:
+        print(json.dumps({"compiled": cells, "bundles": bundles, "failures": failed}))
+    return 1 if failed or over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
