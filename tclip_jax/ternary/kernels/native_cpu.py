@@ -1,0 +1,113 @@
+"""The native CPU kernel: C++ over AVX-512 VNNI, AVX-VNNI, AVX2 or NEON, chosen when it is called.
+
+With A8 the activations are rounded to int8 and multiplied by the int8 dot instructions. With A16 they stay as they are:
+the weights are unpacked into the first cache, a piece at a time, and multiplied in float32, so that the result equals a
+dense float32 product but for the order of its sums. `hatch_build.py` compiles the library at installation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+
+NAME = "native_cpu"
+LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
+
+_TARGET = "tclip_ternary_matmul"
+_PANEL, _CHUNK = 32, 16  # columns of a panel, k of a chunk: see native/ternary_cpu.cc
+_SHIFTS = np.array([8 * (k % 4) + 2 * (k // 4) for k in range(_CHUNK)], np.uint32)  # of k within a chunk's word
+
+
+def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
+    """Needs a CPU, the compiled library, and float32 or bfloat16 activations."""
+    if platform != "cpu":
+        return "it runs on CPUs alone"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"activations are {jnp.dtype(dtype).name}: it takes float32 and bfloat16"
+    if not instruction_sets():
+        return "the native library was not built when tclip_jax was installed (it needs a C++17 compiler)"
+    return None
+
+
+def slower(**_: Any) -> str | None:
+    """None: faster than dense float32 at every shape measured (docs/performance.md)."""
+    return None
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """The kernel's instruction sets, best first, '' for one that this CPU lacks; none without the library."""
+    if not LIBRARY.exists():
+        return ()
+    library = ctypes.cdll.LoadLibrary(str(LIBRARY))
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.TclipTernaryMatmul), platform="cpu")
+    library.TclipInstructions.restype = ctypes.c_char_p
+    library.TclipInstructions.argtypes = [ctypes.c_int64]
+    names: list[str] = []
+    while (name := library.TclipInstructions(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+def pack(w: TernaryTensor) -> PackedTensor:
+    """Two bits a weight: data (…, panels, chunks, 32) uint32, scale (…, panels, groups, 32), bfloat16 where exact."""
+    *layers, length, columns = w.shape
+    groups, wide = -(-length // w.group), [(0, 0)] * len(layers)
+    rows = _padded_rows(length, w.group)
+    codes = np.asarray(w.trits, np.int8).view(np.uint8) + np.uint8(1)
+    if len(rows) != length or (rows != np.arange(length)).any():
+        # Groups are padded to whole chunks with the code of a zero: it stands in the added last row.
+        codes = np.pad(codes, [*wide, (0, 1), (0, 0)], constant_values=1)[..., rows, :]
+    codes = np.pad(codes, [*wide, (0, 0), (0, -columns % _PANEL)], constant_values=1)
+    chunks = codes.reshape(*layers, len(rows) // _CHUNK, _CHUNK, -1, _PANEL)
+    words = np.zeros((*layers, chunks.shape[-4], chunks.shape[-2], _PANEL), np.uint32)
+    for k, shift in enumerate(_SHIFTS):
+        words |= chunks[..., k, :, :].astype(np.uint32) << shift
+    scale = np.broadcast_to(np.asarray(w.scale, np.float32), (*layers, groups, columns))
+    scale = np.pad(scale, [*wide, (0, 0), (0, -columns % _PANEL)]).reshape(*layers, groups, -1, _PANEL)
+    narrow = scale.astype(jnp.bfloat16)
+    data, scale = (
+        np.ascontiguousarray(np.moveaxis(a, -2, -3)) for a in (words, narrow if (narrow == scale).all() else scale)
+    )
+    return PackedTensor(data, scale, (length, columns), w.group, NAME)
+
+
+def unpack(w: PackedTensor) -> jax.Array:
+    """The float32 weights (…, K, N)."""
+    length, columns = w.shape
+    rows = _padded_rows(length, w.group)
+    *layers, panels, chunks, _ = w.data.shape
+    codes = jnp.moveaxis(w.data, -3, -2).reshape(*layers, chunks, 1, panels * _PANEL) >> _SHIFTS[:, None] & 3
+    places = np.flatnonzero(rows < length)
+    trits = codes.reshape(*layers, chunks * _CHUNK, -1)[..., places, :columns].astype(jnp.float32) - 1
+    scale = jnp.moveaxis(w.scale, -3, -2).reshape(*layers, -1, panels * _PANEL)[..., :columns].astype(jnp.float32)
+    return trits * expand_scale(scale, w.group, length, -2)
+
+
+def _padded_rows(length: int, group: int) -> np.ndarray:
+    """Where each packed k comes from, or `length` where it is padding."""
+    starts = range(0, length, group)
+    members = [min(group, length - start) for start in starts]
+    return np.concatenate(
+        [
+            np.pad(np.arange(start, start + own), (0, -own % _CHUNK), constant_values=length)
+            for start, own in zip(starts, members, strict=True)
+        ]
+    )
+
+
+def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, instructions: str | None = None) -> jax.Array:
+    """x · ŵ; `instructions` forces one of `instruction_sets()`, else it is the first that this CPU has."""
+    sets = instruction_sets()
+    index = sets.index(instructions) if instructions else next(i for i, name in enumerate(sets) if name)
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype))
+    return call(x, w.data, w.scale, group=w.group, int8_activations=activations == "A8", instructions=np.int64(index))
