@@ -15,12 +15,14 @@ import numpy.typing as npt
 from etils import epath
 from PIL import Image
 
-from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.artifacts.format import Artifact, read_artifact
+from tclip_jax.artifacts.pack import repack_params
 from tclip_jax.data.images import Preprocess, normalize, preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.ternary.packed import Activations
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -38,7 +40,7 @@ class Model:
     Attributes:
       config: the shape of both towers.
       preprocess: how an image becomes the model's input.
-      params: parameter tree, packed (`TernaryTensor` leaves) or latent floats; on the default device.
+      params: parameter tree, packed (`PackedTensor` or `TernaryTensor` leaves) or latent floats; on the default device.
       rules: which latent floats are to be fake-quantized; none of a packed model.
     """
 
@@ -51,15 +53,36 @@ class Model:
         object.__setattr__(self, "params", jax.device_put(self.params))
 
     @classmethod
-    def load(cls, folder: epath.PathLike) -> Model:
-        """The model of an artifact.
+    def load(
+        cls, folder: epath.PathLike, *, implementation: str | None = None, activations: Activations = "A16"
+    ) -> Model:
+        """The model of an artifact, packed for this device as by `repacked`.
 
         Raises:
           ArtifactError: a folder that is not a whole artifact.
+          ValueError: an implementation that cannot run here.
         """
-        artifact = read_artifact(folder)
+        return cls.from_artifact(read_artifact(folder), implementation=implementation, activations=activations)
+
+    @classmethod
+    def from_artifact(
+        cls, artifact: Artifact, *, implementation: str | None = None, activations: Activations = "A16"
+    ) -> Model:
+        """The model of an artifact that was read, packed for this device."""
+        params = repack_params(artifact.params, implementation=implementation, activations=activations)
         # Its rules stay behind: what they made is packed, and a stranger's regexes are not run.
-        return cls(artifact.config, artifact.preprocess, artifact.params)
+        return cls(artifact.config, artifact.preprocess, params)
+
+    def repacked(self, *, implementation: str | None = None, activations: Activations = "A16") -> Model:
+        """The same model with its trits in the bytes that this device multiplies by; others stay as they are.
+
+        Args:
+          implementation: of the ternary product, see `tclip_jax.ternary.kernels`; None: the best for this device.
+          activations: "A16" gives the embeddings of the fake-quantized model; "A8" rounds the activations of each token
+            to int8, which is faster and moves embeddings by about 1e-3 in cosine.
+        """
+        params = repack_params(jax.device_get(self.params), implementation=implementation, activations=activations)
+        return dataclasses.replace(self, params=params)
 
     @property
     def logit_scale(self) -> float:

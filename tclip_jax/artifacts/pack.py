@@ -1,4 +1,4 @@
-"""Latent float parameters to packed ones: the same tree with `TernaryTensor` leaves."""
+"""Latent float parameters to packed ones: the same tree with `TernaryTensor` leaves, or in the bytes of a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from tclip_jax.models.ternary_rules import (
@@ -17,7 +18,8 @@ from tclip_jax.models.ternary_rules import (
     matrix_shape,
 )
 from tclip_jax.parallel.rules import path_of
-from tclip_jax.ternary import TernaryTensor, ternarize
+from tclip_jax.ternary import PackedTensor, TernaryTensor, pack_rows, repack, ternarize
+from tclip_jax.ternary.packed import Activations
 
 _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
@@ -45,6 +47,35 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
 
     packed = {path: pack(path, leaf) for path, leaf in leaves.items() if not is_learned_scale(path)}
     return unflatten_dict(packed, sep="/")
+
+
+def repack_params(
+    params: Mapping[str, Any],
+    *,
+    implementation: str | None = None,
+    activations: Activations = "A16",
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> dict[str, Any]:
+    """The trits of a packed tree in the bytes that the implementation for this device reads, four to a byte or denser.
+
+    Args:
+      params: from `pack_params`; leaves that hold no trits stay as they are.
+      implementation: forces one of `tclip_jax.ternary.kernels.NAMES`.
+      activations: "A16" multiplies activations as they are, "A8" rounds those of each token to int8.
+      dtype: of the activations.
+
+    Raises:
+      ValueError: an implementation that cannot run here, with the reason.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not _is_ternary(leaf):
+            return leaf
+        if leaf.axis == -1:
+            return pack_rows(leaf)
+        return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor | TernaryTensor))
 
 
 def _is_ternary(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from tclip_jax.models.blending import Blend
 from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis, matrix_shape
-from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternary_matmul
+from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
 
 Initializer = nn.initializers.Initializer
 
@@ -45,10 +45,10 @@ class Latent(NamedTuple):
 
 def find_weight(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], rules: TernaryRules
-) -> TernaryTensor | Latent:
+) -> PackedTensor | TernaryTensor | Latent:
     """The parameter `name` of a module as a matrix, with the parameter `name`_scale where its scale is learned."""
     stored: Any = module.get_variable("params", name)
-    if isinstance(stored, TernaryTensor):
+    if isinstance(stored, PackedTensor | TernaryTensor):
         return stored
     value: Any = module.param(name, init, shape)
     share = value.share if isinstance(value, Blend) else None
@@ -59,9 +59,9 @@ def find_weight(
     return Latent(weight, weight.size, quantizer, axis, alpha, share)
 
 
-def multiply(x: jax.Array, weight: TernaryTensor | Latent) -> jax.Array:
+def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent) -> jax.Array:
     """x · W in the dtype of `x`."""
-    if isinstance(weight, TernaryTensor):
+    if isinstance(weight, PackedTensor | TernaryTensor):
         return ternary_matmul(x, weight)
     return x @ weight.quantized().astype(x.dtype)
 
@@ -96,6 +96,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.entries, self.features)
         table = find_weight(self, "embedding", nn.initializers.normal(0.02), shape, self.rules)
+        if isinstance(table, PackedTensor):
+            return gather_rows(table, tokens, self.dtype)
         if isinstance(table, TernaryTensor):
             # Scales that all rows share have one row, which clamping finds for every token.
             rows = TernaryTensor(

@@ -3,6 +3,7 @@
 from tclip_jax.ternary.matmul import choose, repack, ternary_matmul
 from tclip_jax.ternary.packed import PackedTensor
 from tclip_jax.ternary.quantizers import Quantizer, initial_alpha, ternarize
+from tclip_jax.ternary.rows import gather_rows, pack_rows
 from tclip_jax.ternary.straight_through import fake_quantize
 from tclip_jax.ternary.tensor import TernaryTensor
 
@@ -12,7 +13,9 @@ __all__ = [
     "TernaryTensor",
     "choose",
     "fake_quantize",
+    "gather_rows",
     "initial_alpha",
+    "pack_rows",
     "repack",
     "ternarize",
     "ternary_matmul",

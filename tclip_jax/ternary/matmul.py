@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -27,7 +28,7 @@ def ternary_matmul(
     x: jax.Array,
     w: TernaryTensor | PackedTensor,
     *,
-    activations: Activations = "A16",
+    activations: Activations | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """x · ŵ in the dtype of `x`: (..., K) with a (K, N) ternary weight gives (..., N), accumulated in float32.
@@ -42,7 +43,8 @@ def ternary_matmul(
       x: floats.
       w: one layer's weight; its scales are not differentiated.
       activations: "A16" multiplies x as it is; "A8" rounds it to int8 first, with a scale max|x| / 127 for each token,
-        and has the gradient of the product without rounding (straight-through).
+        and has the gradient of the product without rounding (straight-through). None: what the weight is packed for,
+        "A16" of a `TernaryTensor`.
       implementation: one of `kernels.NAMES`.
 
     Raises:
@@ -51,8 +53,9 @@ def ternary_matmul(
     if isinstance(w, PackedTensor):
         if implementation not in (None, w.layout):
             raise ValueError(f"the weight is packed for {w.layout!r}, not for {implementation!r}: repack it from trits")
-        packed = w
+        packed, activations = w, activations or w.activations
     else:
+        activations = activations or "A16"
         forced = implementation or os.environ.get(VARIABLE)
         if forced in (None, reference.NAME):
             return reference.multiply(x, w.dequantize(x.dtype), activations)
@@ -72,7 +75,7 @@ def repack(
     """The weight in the order of the implementation that `choose` picks; leading layer axes are kept."""
     shape = (w.shape[-2], w.shape[-1])
     name = choose(shape, w.group, rows=rows, dtype=dtype, activations=activations, implementation=implementation)
-    return kernel(name).pack(w)
+    return dataclasses.replace(kernel(name).pack(w), activations=activations)
 
 
 def choose(

@@ -12,7 +12,9 @@ Activations = Literal["A16", "A8"]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("data", "scale"), meta_fields=("shape", "group", "layout")
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "scale"),
+    meta_fields=("shape", "group", "layout", "activations"),
 )
 @dataclasses.dataclass(frozen=True)
 class PackedTensor:
@@ -23,7 +25,8 @@ class PackedTensor:
       scale: float32 or bfloat16.
       shape: (K, N) of one layer's weight; (V, W) of an embedding table.
       group: consecutive weights along K (W of a table) that share a scale.
-      layout: name of the implementation.
+      layout: name of the implementation; "rows" of an embedding table.
+      activations: how it is multiplied where the caller does not say.
     """
 
     data: jax.Array
@@ -31,3 +34,4 @@ class PackedTensor:
     shape: tuple[int, int]
     group: int
     layout: str
+    activations: Activations = "A16"

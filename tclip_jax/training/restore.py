@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.model import Model
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.models.clip import param_shapes
@@ -48,7 +49,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Mo
 
 
 def load_model(path: epath.PathLike, mesh: Mesh | None = None) -> Model:
-    """The model of an artifact, of a run's workdir, or of another library's checkpoint.
+    """The model of an artifact, its trits as they are stored; of a run's workdir; or of another library's checkpoint.
 
     Args:
       path: a folder with tclip.json; with a run's config.json; or what `open_checkpoint` opens.
@@ -59,7 +60,8 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None) -> Model:
       ValueError: it is broken; one line naming the file and what was expected.
     """
     if (epath.Path(path) / "tclip.json").exists():
-        return Model.load(path)
+        artifact = read_artifact(path)
+        return Model(artifact.config, artifact.preprocess, artifact.params)
     if is_checkpoint(path):
         checkpoint = open_checkpoint(path)
         return Model(checkpoint.config, checkpoint.preprocess, jax.tree.map(np.asarray, checkpoint.params))

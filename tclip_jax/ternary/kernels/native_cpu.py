@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.rows import narrow_scale
 from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 
 NAME = "native_cpu"
@@ -74,11 +75,9 @@ def pack(w: TernaryTensor) -> PackedTensor:
         words |= chunks[..., k, :, :].astype(np.uint32) << shift
     scale = np.broadcast_to(np.asarray(w.scale, np.float32), (*layers, groups, columns))
     scale = np.pad(scale, [*wide, (0, 0), (0, -columns % _PANEL)]).reshape(*layers, groups, -1, _PANEL)
-    narrow = scale.astype(jnp.bfloat16)
-    data, scale = (
-        np.ascontiguousarray(np.moveaxis(a, -2, -3)) for a in (words, narrow if (narrow == scale).all() else scale)
-    )
-    return PackedTensor(data, scale, (length, columns), w.group, NAME)
+    data: Any = np.ascontiguousarray(np.moveaxis(words, -2, -3))
+    level: Any = np.ascontiguousarray(np.moveaxis(narrow_scale(scale), -2, -3))
+    return PackedTensor(data, level, (length, columns), w.group, NAME)
 
 
 def unpack(w: PackedTensor) -> jax.Array:
