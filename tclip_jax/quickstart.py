@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from typing import Any
@@ -59,8 +60,8 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     student = models["student"]
     params = pack_params(student.params, student.rules)
     artifact = workdir / "artifact"
-    # What is evaluated is what is kept: the packed weights, from the artifact's own bytes.
-    write_artifact(
+    write = functools.partial(
+        write_artifact,
         artifact,
         config=student.config,
         preprocess=student.preprocess,
@@ -69,6 +70,8 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         provenance={"recipe": recipe},
         overwrite=True,
     )
+    # What is evaluated is what is kept: the packed weights, from the artifact's own bytes; then with what was found.
+    write()
     teacher_outcome = classify(Encoder(models["teacher"]), source, run.eval.templates)
     outcome = classify(Encoder(Model.load(artifact)), source, run.eval.templates)
     summary = {
@@ -81,6 +84,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         "artifact_bytes": weight_bytes(artifact),
     }
     figures = {name: value for name, value in summary.items() if name != "teacher_accuracy"}
+    write(figures=figures)
     export_pytorch(
         workdir / "export",
         config=student.config,

@@ -28,7 +28,7 @@ def plot_sizes(axes: Axes, found: Mapping[str, Any]) -> None:
     """A bar for each part of the weight files, in MB (10⁶ bytes)."""
     parts, total = found["bytes"], found["weight_bytes"]
     bars = axes.barh(list(parts), [size / 1e6 for size in parts.values()], color=_PARTS, height=0.6)
-    axes.bar_label(bars, [f" {size / 1e6:.2f} MB, {size / total:.0%}" for size in parts.values()], padding=2)
+    axes.bar_label(bars, [f" {size / 1e6:.3g} MB, {size / total:.0%}" for size in parts.values()], padding=2)
     axes.set(
         title=f"weight files: {total / 1e6:.2f} MB, {found['compression_real']:.2f}x below float32",
         xlabel=f"MB; {found['bits_per_trit']:.3f} bits a trit, entropy {found['entropy']:.3f}",

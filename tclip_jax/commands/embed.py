@@ -57,6 +57,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"nothing to embed: none of {len(items) + len(failures)} inputs can be used")
     count = write_embeddings(out, items, store, width)
     store.remove()
-    left_out = f", {len(failures)} inputs left out" if failures else ""
+    left_out = f", {len(failures)} left out" if failures else ""
     print(f"{out}: {count:,} embeddings of {width} float32{left_out}")
     return 1 if failures else 0

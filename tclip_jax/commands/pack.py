@@ -5,6 +5,8 @@ tclip pack runs/student --out artifact
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rest", choices=("float16", "float32"), default="float16", help="dtype of the float parameters"
     )
+    parser.add_argument("--figures", metavar="FILE.json", help="measurements to keep with the model, a JSON object")
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
 
 
@@ -24,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
     from tclip_jax.training.restore import load_run
 
+    figures = _read_figures(args.figures) if args.figures else {}
     step, model = load_run(args.run)
     params = pack_params(model.params, model.rules)
     write_artifact(
@@ -33,8 +37,21 @@ def run(args: argparse.Namespace) -> None:
         params=params,
         rules=model.rules,
         rest_dtype=args.rest,
+        figures=figures,
         provenance={"step": step},
         overwrite=args.overwrite,
     )
     saved = f"{weight_bytes(args.out):,} bytes of weights, {compression_real(params, args.out):.2f}x below float32"
     print(f"{args.out}: {saved}; {ternary_share(params):.2%} ternary, {zero_share(params):.1%} of the trits zero")
+
+
+def _read_figures(path: str) -> dict[str, Any]:
+    from etils import epath
+
+    try:
+        figures = json.loads(epath.Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(figures, dict):
+        raise ValueError(f"{path} holds {type(figures).__name__}: it must be one JSON object")
+    return figures

@@ -40,9 +40,8 @@ def classify_images(
     if not labels or len(set(labels)) < len(labels) or not all(labels):
         raise ValueError(f"labels are {', '.join(map(repr, labels)) or 'none'}: each must be there once, and not empty")
     texts = [caption for label in labels for caption in captions(label, templates)]
-    means = (
-        model.encode_text(texts, batch_size=batch_size).reshape(len(labels), -1, model.config.embed_dim).mean(axis=1)
-    )
+    embeddings = model.encode_text(texts, batch_size=batch_size)
+    means = embeddings.reshape(len(labels), -1, model.config.embed_dim).mean(axis=1)
     classes = means / np.linalg.norm(means, axis=-1, keepdims=True)
     outcomes: list[Guess | Failure] = []
     for start in range(0, len(paths), batch_size):

@@ -126,7 +126,7 @@ def test_the_command(
     given = ["embed", str(artifact), "--images", str(pictures), "--out", str(out)]
     assert main(given) == 1
     captured = capsys.readouterr()
-    assert captured.out == f"{out}: 7 embeddings of 12 float32, 1 inputs left out\n"
+    assert captured.out == f"{out}: 7 embeddings of 12 float32, 1 left out\n"
     assert captured.err.startswith(f"{pictures}/b/broken.png: not a usable image") and captured.err.count("\n") == 1
     np.testing.assert_allclose(np.load(out), model.encode_image([Image.open(path) for path in readable]), atol=1e-6)
     assert not (tmp_path / "x.npy.partial").exists()

@@ -1,0 +1,123 @@
+"""Bad input from outside: a forged artifact is one line and exit code 2, and nothing large is allocated for it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import zstandard
+
+from tclip_jax.artifacts import read_artifact
+from tclip_jax.artifacts.manifest import MANIFEST
+from tclip_jax.cli import main
+
+Tree = dict[str, Any]
+Forge = Callable[..., pathlib.Path]
+
+FC1, FILE = "image/blocks/mlp/fc1/kernel", "ternary.safetensors"
+
+
+def flipped_byte(folder: pathlib.Path, forge: Forge) -> None:
+    data = bytearray((folder / FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / FILE).write_bytes(data)
+
+
+def truncated_file(folder: pathlib.Path, forge: Forge) -> None:
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-1])
+
+
+def truncated_file_with_forged_checksums(folder: pathlib.Path, forge: Forge) -> None:
+    truncated_file(folder, forge)
+    forge(changed=(FILE,))
+
+
+def newer_version(folder: pathlib.Path, forge: Forge) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 2}))
+
+
+def other_shape(folder: pathlib.Path, forge: Forge) -> None:
+    forge(lambda manifest: manifest["tensors"][FC1].update(shape=[2, 24, 2**20]))
+
+
+def wider_model(folder: pathlib.Path, forge: Forge) -> None:
+    """The configuration is changed, not the tensors: 2³¹ parameters of which none may be allocated."""
+    forge(lambda manifest: manifest["model_cfg"]["text_cfg"].update(vocab_size=2**27))
+
+
+def other_group(folder: pathlib.Path, forge: Forge) -> None:
+    forge(lambda manifest: manifest["tensors"][FC1].update(group=1))
+
+
+def other_scales(folder: pathlib.Path, forge: Forge) -> None:
+    """One scale too few for the shape and the group that tclip.json gives."""
+    scales = zstandard.compress(np.ones(2 * 2 * 96 - 1, np.float16).tobytes())
+    replace(folder, f"{FC1}.scale", scales)
+    forge(changed=(FILE,))
+
+
+def zstd_bomb(folder: pathlib.Path, forge: Forge) -> None:
+    bomb = zstandard.ZstdCompressor().compressobj(size=2**28)
+    replace(folder, f"{FC1}.trits", b"".join(bomb.compress(bytes(2**20)) for _ in range(2**8)) + bomb.flush())
+    forge(changed=(FILE,))
+
+
+def large_bomb(folder: pathlib.Path, forge: Forge) -> None:
+    """A frame that is larger than the tensor can need makes the file too large to be read at all."""
+    replace(folder, f"{FC1}.trits", bytes(2**24))
+    forge(changed=(FILE,))
+
+
+def replace(folder: pathlib.Path, name: str, data: bytes) -> None:
+    stored = safetensors.numpy.load((folder / FILE).read_bytes())
+    (folder / FILE).write_bytes(safetensors.numpy.save(stored | {name: np.frombuffer(data, np.uint8)}))
+
+
+@pytest.fixture(scope="module")
+def warm(written: pathlib.Path) -> None:
+    """What reading imports and traces for the first time is not the artifact's doing."""
+    read_artifact(written)
+
+
+@pytest.mark.parametrize(
+    ("forgery", "message"),
+    [
+        (flipped_byte, f"{FILE} is damaged: its bytes do not have the sha256"),
+        (truncated_file, rf"{FILE} has \d+ bytes: tclip.json gives \d+"),
+        (truncated_file_with_forged_checksums, f"{FILE} is not a readable safetensors file"),
+        (newer_version, "format_version is 2, and this tclip_jax reads 1: a newer artifact needs a newer tclip_jax"),
+        (other_shape, rf"{FC1} has shape \[2, 24, 1048576\]: it must be \[2, 24, 96\]"),
+        (wider_model, r"embedding has shape \[50, 16\]: it must be \[134217728, 16\]"),
+        (other_group, rf"{FC1} has scale_shape \[2, 2, 96\]: it must be \[2, 24, 96\]"),
+        (other_scales, rf"{FC1}\.scale expands to 766 bytes: its shape has 768"),
+        (zstd_bomb, rf"{FC1}\.trits expands to 268435456 bytes: its shape has 922"),
+        (large_bomb, rf"{FILE} has \d+ bytes: at most \d+ can be right"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_it_is_refused_on_one_line(
+    artifact: pathlib.Path,
+    forge: Forge,
+    warm: None,
+    forgery: Callable[[pathlib.Path, Forge], None],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forgery(artifact, forge)
+    tracemalloc.start()
+    code = main(["inspect", str(artifact)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith("tclip inspect: error: ")
+    assert re.search(message, captured.err)
+    assert peak < 16 * 2**20
