@@ -1,0 +1,107 @@
+"""`tclip evaluate` from outside: both of its forms, its exit codes, and the page about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tclip_jax.artifacts import write_artifact
+from tclip_jax.cli import main
+from tclip_jax.data.images import Preprocess
+from tclip_jax.evaluation import suite
+from tclip_jax.interop.export import export_pytorch
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+
+CONFIG = CLIPConfig(
+    8,
+    VisionConfig((16, 16), patch_size=8, width=16, layers=1, head_width=8),
+    TextConfig(context_length=16, width=8, heads=1, layers=1),
+)
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "evaluate.md"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(CONFIG))
+    folder = tmp_path_factory.mktemp("models")
+    preprocess = Preprocess(16)
+    write_artifact(
+        folder / "artifact", config=CONFIG, preprocess=preprocess, params=params, rules=(), rest_dtype="float32"
+    )
+    export_pytorch(folder / "export", config=CONFIG, preprocess=preprocess, params=params)
+    return folder / "artifact"
+
+
+def test_one_source_and_any_model(artifact: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--data", "digits", "--split", "test", "--templates", "digits"]
+    assert main(["evaluate", str(artifact), *command]) == 0
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["data", "set", "images", "acc1"] and row.split()[:2] == ["digits", "397"]
+    found = []
+    for model in (artifact, artifact.parent / "export"):
+        assert main(["evaluate", str(model), *command, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert f"{100 * found[0]['metrics']['acc1']:.2f}" in row
+    assert found[0]["datasets"] == found[1]["datasets"] and found[0]["model"] == str(artifact)
+    assert main(["evaluate", str(artifact), "--data", "digits", "--templates", "digitz"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines()[-1].startswith("tclip evaluate: error: templates 'digitz'")
+
+
+def test_a_suite_and_its_exit_codes(
+    artifact: pathlib.Path,
+    exports: types.SimpleNamespace,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("mnist", "stl10"):
+        monkeypatch.setitem(suite.DATASETS, name, dataclasses.replace(suite.DATASETS[name], samples=12))
+        exports.write(tmp_path / "data" / f"wds_{name}", [i % 10 for i in range(12)], [f"c{i}" for i in range(10)])
+
+    def run(names: str, out: str, *more: str) -> int:
+        suite_options = ["--data", str(tmp_path / "data"), "--suite", names, "--out", str(tmp_path / out)]
+        return main(["evaluate", str(artifact), *suite_options, "--batch-size", "8", *more])
+
+    assert run("mnist,stl10", "whole", "--name", "tiny") == 0
+    whole = capsys.readouterr().out
+    assert "mean of acc1 over 2 sets (CLIP_benchmark): " in whole and "PARTIAL" not in whole
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["model"] == "tiny" and re.fullmatch("[0-9a-f]{16}", summary["pretrained"])
+    assert run("mnist,stl10", "whole", "--name", "tiny") == 0 and capsys.readouterr().out == whole
+    assert run("mnist,flickr8k", "one") == 1
+    assert "FAILED   flickr8k: " in capsys.readouterr().out
+    exports.write(tmp_path / "data" / "wds_mnist", [0] * 12, [f"c{i}" for i in range(10)], images={5: b"no image"})
+    assert run("mnist,stl10", "two") == 3
+    assert "PARTIAL  mnist: 1 x unreadable image" in capsys.readouterr().out
+    assert run("mnist,stl10", "two", "--dtype", "bfloat16") == 2
+    assert "two/mnist.json: of " in capsys.readouterr().err
+    assert run("minst", "three") == 2 and not (tmp_path / "three").exists()
+
+
+def test_the_page_has_the_table_of_the_suite() -> None:
+    text = PAGE.read_text()
+    rows = re.findall(r"^\| (\d+) \| (\S+) \| ([\d,]+) \| (\S+) \| (.*) \|$", text, re.MULTILINE)
+    of_kind = {
+        "classification": "acc1, acc5, mean_per_class_recall",
+        "multilabel": "mean_average_precision",
+        "retrieval": "image and text R@1, 5, 10",
+    }
+    expected = []
+    for number, row in enumerate(suite.DATASETS.values(), 1):
+        scored = of_kind[row.kind]
+        if row.averaged != row.main_metric:
+            scored += "; OpenAI: per class"
+        if 0 < row.classes < 5:
+            scored = scored.replace("acc5, ", "")
+        expected.append((str(number), row.name, f"{row.samples:,}", str(row.classes or "–"), scored))
+    assert rows == expected
