@@ -180,9 +180,7 @@ def main() -> int:
         rates = ", ".join(f"{name} {rate:,.1f}" for name, rate in each["images_per_second"].items())
         ratios = ", ".join(f"{ratio:.2f}" for ratio in each["ratios"])
         print(f"{preset}, {images:,} images: {rates} images/s; ratio {each['ratio']:.2f} ({ratios})", flush=True)
-        print(
-            f"  compiled in {each['compile_seconds']:.1f} s, acc1 {each["acc1"]:.4f}, load {each['load']:.1f}"
-        )
+        print(f"  compiled in {each['compile_seconds']:.1f} s, acc1 {each['acc1']:.4f}, load {each['load']:.1f}")
     passed = all(each["ratio"] >= 1 for each in found)
     if args.json:
         print(json.dumps({"figures": found, "passed": passed}))
