@@ -135,4 +135,6 @@ def _fit(embeddings: Embeddings, labels: Labels, c: float) -> Any:
 
 def _classify(classifier: Any, embeddings: Embeddings) -> npt.NDArray[np.int32]:
     """The most probable classes; those that were not trained on never are."""
-    return classifier.classes_[top_k(classifier.predict_log_proba(embeddings), 5)].astype(np.int32)
+    logits = classifier.decision_function(embeddings)
+    logits = np.stack([-logits, logits], axis=1) if logits.ndim == 1 else logits  # one column of two classes
+    return classifier.classes_[top_k(logits, 5)].astype(np.int32)

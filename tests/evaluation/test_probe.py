@@ -222,3 +222,11 @@ def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFix
     assert main([*arguments, "--shots", "0"]) == 2
     assert "must be 1 or more" in capsys.readouterr().err
     assert main([*arguments[:4], "folder:/nowhere", *arguments[5:]]) == 2
+
+
+def test_classes_keep_their_order_where_probabilities_are_zero() -> None:
+    (train, labels), (test, _) = pixels("train"), pixels("test")
+    plain = LogisticRegression(C=10.0, max_iter=1000).fit(train, labels)
+    found = probe_module._classify(plain, 1e4 * test)
+    assert (plain.predict_proba(1e4 * test) == 0).any()
+    np.testing.assert_array_equal(found, np.argsort(-plain.decision_function(1e4 * test), axis=1)[:, :5])
