@@ -59,7 +59,8 @@ def test_help_of_a_command_ends_in_examples_that_it_parses(
     examples = re.findall(rf"^ *tclip ({name}\b.*)$", after, re.MULTILINE)
     parsed: list[object] = []
     monkeypatch.setattr(
-        f"tclip_jax.commands.{name.replace(' ', '_')}{'_' * keyword.iskeyword(name)}.run", parsed.append
+        f"tclip_jax.commands.{name.replace(' ', '_').replace('-', '_')}{'_' * keyword.iskeyword(name)}.run",
+        parsed.append,
     )
     for example in examples:
         assert main(shlex.split(example)) == 0, example
