@@ -64,7 +64,7 @@ def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray
     if entry["coding"] == FLOAT_CODING:
         value = _floats(path, stored[path], entry["shape"], entry["dtype"])
         _check_digest(path, entry, value)
-        return value.astype(np.float32)
+        return value.astype(np.float32, copy=False)
     scale = _floats(f"{path}.scale", stored[f"{path}.scale"], entry["scale_shape"], entry["dtype"])
     if (scale < 0).any():
         raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")

@@ -19,10 +19,10 @@ from tclip_jax.artifacts.files import (
     REST_FILE,
     TERNARY_FILE,
     WEIGHT_FILES,
+    check_files,
+    check_size,
     file_entry,
-    parse_safetensors,
-    read_bounded,
-    read_files,
+    open_safetensors,
 )
 from tclip_jax.artifacts.manifest import (
     FLOAT_CODING,
@@ -149,18 +149,21 @@ def read_artifact(folder: epath.PathLike) -> Artifact:
       ArtifactError: a file that is missing, damaged, or not what the configuration asks for.
     """
     folder = epath.Path(folder)
-    manifest = parse_manifest(read_bounded(folder / MANIFEST, MAX_MANIFEST_BYTES))
+    check_size(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    manifest = parse_manifest((folder / MANIFEST).read_bytes())
     config, preprocess, rules, shapes = describe(manifest)
     tensors = manifest["tensors"]
     check_tensors(tensors, flatten(shapes))
-    contents = read_files(folder, manifest)
+    check_files(folder, manifest)
     leaves: dict[str, Any] = {}
     for coding, suffixes in ((TERNARY_CODING, (".trits", ".scale")), (FLOAT_CODING, ("",))):
         file = WEIGHT_FILES[coding]
-        stored = parse_safetensors(contents[file], file)
+        stored = open_safetensors(folder / file)
         entries = {path: entry for path, entry in tensors.items() if entry["coding"] == coding}
         check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file)
-        leaves |= {path: decode(path, entry, stored) for path, entry in entries.items()}
+        for path, entry in entries.items():
+            arrays = {path + suffix: np.asarray(stored[path + suffix]) for suffix in suffixes}
+            leaves[path] = decode(path, entry, arrays)
     params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
     return Artifact(config, preprocess, params, rules, manifest)
 

@@ -55,21 +55,38 @@ def read_safetensors(path: epath.PathLike) -> dict[str, LazyArray]:
             raise ValueError(f"{path} is truncated or no safetensors file: its {size} bytes do not hold a header")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, **fields) for name, fields in header.items()}
-        end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        end = 0
+        # Overlapping tensors would let a small file ask for much memory.
+        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if fields["data_offsets"][0] != end:
+                raise ValueError(f"{name} begins at byte {fields['data_offsets'][0]}: the one before ends at {end}")
+            end = fields["data_offsets"][1]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no safetensors file: bad header: {error}") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is truncated or damaged: it has {size} bytes, its header gives {8 + length + end}")
     return tensors
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose names comes twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return fields
+
+
 def _tensor(path: epath.Path, data: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> LazyArray:
     kind = jnp.dtype(_DTYPES[dtype])
     start, end = data_offsets
-    if min(shape, default=0) < 0 or start < 0 or end - start != math.prod(shape) * kind.itemsize:
+    if (
+        any(type(number) is not int or number < 0 for number in (start, *shape))
+        or end - start != math.prod(shape) * kind.itemsize
+    ):
         raise ValueError(f"bytes {start} to {end} cannot be {dtype} {shape}")
     return LazyArray(tuple(shape), kind, functools.partial(_read, path, data + start, tuple(shape), kind))
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors.numpy
+import numpy as np
+import numpy.typing as npt
 from etils import epath
 
+from tclip_jax.artifacts.safetensors_file import write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.interop.examples import Examples, write_check
 from tclip_jax.interop.gguf import verify_gguf, write_gguf
 from tclip_jax.interop.gguf_blocks import BLOCK_BYTES
 from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
-from tclip_jax.interop.open_clip import State, to_open_clip
+from tclip_jax.interop.open_clip import lazy_state
+from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
@@ -25,7 +29,10 @@ from tclip_jax.ternary import TernaryTensor
 GGUF_KINDS = {f"gguf-{kind}": kind for kind in BLOCK_BYTES}
 FORMATS = ("open_clip", "hf", *GGUF_KINDS)
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# transformers refuses files that do not say which library's tensors they hold.
+_METADATA = {"format": "pt"}
 
 _CARD = """\
 ---
@@ -36,7 +43,12 @@ tags: [clip, transformers, ternary]
 # {title}
 
 {about}
-{usage}{table}"""
+{usage}{check}{table}"""
+
+_CHECK = """
+`python check.py` computes embeddings of stored inputs with these libraries, and compares them with those that JAX computed
+at export.
+"""
 
 _USAGE = {
     "open_clip": """
@@ -76,31 +88,37 @@ def export_pytorch(
     params: Mapping[str, Any],
     formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
-    figures: Mapping[str, float | str] | None = None,
+    figures: Mapping[str, Any] | None = None,
+    examples: Examples | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the folder that open_clip ("local-dir:…") and transformers (CLIPModel, CLIPProcessor) load, or nothing.
 
-    It has the tokenizer, open_clip_config.json and a model card whatever the formats are.
+    It has the tokenizer, open_clip_config.json and a model card whatever the formats are. Weights are converted and
+    written tensor by tensor.
 
     Args:
       folder: local, or gs:// and its like.
       config: of the model.
       preprocess: of its images.
-      params: ternary weights as `TernaryTensor`; open_clip and transformers get them as scale · trit.
+      params: ternary weights as `TernaryTensor`; open_clip and transformers get them as scale · trit. The others may
+        be lazy.
       formats: any of `FORMATS`; a GGUF is named after the folder, as in release-tq1_0.gguf, and is verified.
       dtype: of the weights for open_clip and transformers. Scales of 8 significant bits make ternary weights exact in
         all three.
-      figures: measured values for the model card, by name.
+      figures: measured values for the model card, by name; nested ones get dotted names.
+      examples: inputs and their embeddings, from `make_examples` with the same dtype, for a check script beside the
+        weights; none: no script.
       overwrite: replace the folder if it exists.
 
     Raises:
       ValueError: what CLIPModel, CLIPImageProcessor or GGUF cannot express, parameters that are not those of `config`,
-        an image size that is not the model's, an unknown format, or a dtype other than float32, bfloat16 and float16.
+        an image size that is not the model's, an unknown format, a dtype other than float32, bfloat16 and float16, or
+        weights that are not finite in it.
       FileExistsError: the folder exists.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if preprocess.size != config.vision.image_size:
         raise ValueError(f"preprocessing gives images of {preprocess.size}: the model takes {config.vision.image_size}")
     unknown = [name for name in formats if name not in FORMATS]
@@ -115,28 +133,28 @@ def export_pytorch(
     folder = epath.Path(folder)
     if folder.exists() and not (folder / "open_clip_config.json").exists():
         raise FileExistsError(f"{folder} exists and is no earlier export: choose another folder")
-    state: State = {}
-    if "open_clip" in formats or "hf" in formats:
-        state = {key: value.astype(jnp.dtype(dtype)) for key, value in to_open_clip(params, config).items()}
+    state = {key: _cast(key, value, jnp.dtype(dtype)) for key, value in lazy_state(params, config).items()}
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
         if "open_clip" in formats:
-            _write_weights(unfinished / "open_clip_model.safetensors", state)
+            write_safetensors(unfinished / "open_clip_model.safetensors", state, _METADATA)
         if "hf" in formats:
-            _write_weights(unfinished / "model.safetensors", to_hugging_face(state, config))
+            write_safetensors(unfinished / "model.safetensors", to_hugging_face(state, config), _METADATA)
+        if examples:
+            write_check(unfinished, examples)
         for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
             path = unfinished / f"{folder.name}-{kind}.gguf"
             write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
             verify_gguf(path, params)
         Tokenizer(config.text.context_length).save(unfinished)
-        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats))
+        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats, bool(examples)))
 
 
 def model_card(
-    params: Mapping[str, Any], dtype: str, figures: Mapping[str, float | str], formats: Sequence[str]
+    params: Mapping[str, Any], dtype: str, figures: Mapping[str, Any], formats: Sequence[str], checked: bool = False
 ) -> str:
-    """The README.md of an exported model: what its weights are, how to load it, and the measured figures."""
+    """The README.md of an exported model: what its weights are, how to load and check it, and the measured figures."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
@@ -146,12 +164,33 @@ def model_card(
             f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale); in safetensors files they are"
             " the floats scale · trit, so those are as large as a float model's."
         )
-    rows = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
+    rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in _flat(figures))
     table = f"\n| measured | |\n|---|---|\n{rows}" if rows else ""
     usage = "".join(text for name, text in _USAGE.items() if any(each.startswith(name) for each in formats))
-    return _CARD.format(title="Ternary CLIP" if ternary else "CLIP", about=about, usage=usage, table=table)
+    title, check = "Ternary CLIP" if ternary else "CLIP", _CHECK if checked else ""
+    return _CARD.format(title=title, about=about, usage=usage, check=check, table=table)
 
 
-def _write_weights(path: epath.Path, state: State) -> None:
-    # transformers refuses files that do not say which library's tensors they hold.
-    path.write_bytes(safetensors.numpy.save(state, {"format": "pt"}))
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _cell(value: Any) -> str:
+    """A value on one line of a table, floats with six digits."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _cast(key: str, value: LazyArray, dtype: np.dtype[Any]) -> LazyArray:
+    def load() -> npt.NDArray[Any]:
+        with np.errstate(over="ignore"):
+            cast = np.asarray(value).astype(dtype, copy=False)
+        if not np.isfinite(cast).all():
+            raise ValueError(f"{key} is not finite in {dtype.name}: NaN, infinity, or too large")
+        return cast
+
+    return LazyArray(value.shape, dtype, load)

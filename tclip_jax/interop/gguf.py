@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from tclip_jax.interop.open_clip import check_names
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, input_axis
-from tclip_jax.storage import write_atomic
+from tclip_jax.storage import atomic_file
 from tclip_jax.ternary import TernaryTensor
 
 Array = npt.NDArray[Any]
@@ -56,13 +56,13 @@ def write_gguf(
     check_names(leaves, shapes, "the parameter tree")
     if not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
         raise ValueError(f"no parameter is ternary, so nothing would be stored as {kind}")
-    values = {name: _storable(name, leaf, shapes[name]) for name, leaf in leaves.items()}
-    metadata = to_metadata(Description(config, preprocess, float(np.asarray(leaves["logit_scale"]))), kind)
+    logit_scale = float(_storable("logit_scale", leaves["logit_scale"], ()))  # type: ignore[arg-type]
+    metadata = to_metadata(Description(config, preprocess, logit_scale), kind)
     entries = table(shapes)
-    tensors = {entry.name: _type_and_shape(entry, values[entry.path], kind) for entry in entries}
-    file = io.BytesIO()
-    write_file(file, metadata, tensors, (_encode(entry, values[entry.path], kind) for entry in entries))
-    write_atomic(path, file.getvalue())
+    tensors = {entry.name: _type_and_shape(entry, value, kind) for entry, value in _storables(entries, leaves, shapes)}
+    with atomic_file(path) as file:
+        contents = (_encode(entry, value, kind) for entry, value in _storables(entries, leaves, shapes))
+        write_file(file, metadata, tensors, contents)
 
 
 def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, Any]]:
@@ -77,14 +77,10 @@ def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, A
     path = epath.Path(path)
     with path.open("rb") as file:
         try:
-            metadata, tensors = read_header(file, path.stat().length, ARCHITECTURE)
-            config, preprocess, logit_scale = from_metadata(metadata)
-            shapes = _shapes(config)
-            places = _places(shapes, tensors)
-            leaves = {name: _read(file, name, shapes[name], where) for name, where in places.items()}
+            (config, preprocess, _), leaves = _open(file, path.stat().length)
+            return config, preprocess, unflatten_dict(dict(leaves), sep="/")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    return config, preprocess, unflatten_dict({"logit_scale": np.asarray(logit_scale, np.float32), **leaves}, sep="/")
 
 
 def verify_gguf(path: epath.PathLike, params: Mapping[str, Any]) -> None:
@@ -93,15 +89,45 @@ def verify_gguf(path: epath.PathLike, params: Mapping[str, Any]) -> None:
     Raises:
       ValueError: a file that cannot be read, or the first parameter that differs.
     """
-    found, expected = flatten(read_gguf(path)[2]), flatten(params)
-    check_names(found, expected, f"{path}")
-    for name, leaf in expected.items():
-        if not _same(found[name], _storable(name, leaf, np.shape(leaf))):
-            raise ValueError(f"{path}: {name} is not what the given parameters hold")
+    path, expected = epath.Path(path), flatten(params)
+    with path.open("rb") as file:
+        try:
+            description, found = _open(file, path.stat().length)
+            check_names(_shapes(description.config), expected, "the file")
+            for name, leaf in found:
+                if not _same(leaf, _storable(name, expected[name], np.shape(expected[name]))):
+                    raise ValueError(f"{name} is not what the given parameters hold")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _open(file: IO[bytes], size: int) -> tuple[Description, Iterator[tuple[str, Any]]]:
+    """What a file describes, and its parameters by path, each read in its turn."""
+    metadata, tensors = read_header(file, size, ARCHITECTURE)
+    description = from_metadata(metadata)
+    shapes = _shapes(description.config)
+    places = _places(shapes, tensors)
+
+    def leaves() -> Iterator[tuple[str, Any]]:
+        yield "logit_scale", np.asarray(description.logit_scale, np.float32)
+        for path, pieces in places.items():
+            yield path, _read(file, path, shapes[path], pieces)
+
+    return description, leaves()
 
 
 def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+
+
+def _storables(
+    entries: list[Entry], leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[Entry, Array | _Ternary]]:
+    """Every entry with its parameter, which is made storable once for all entries of a path."""
+    for path, of_path in itertools.groupby(entries, lambda entry: entry.path):
+        value = _storable(path, leaves[path], shapes[path])
+        for entry in of_path:
+            yield entry, value
 
 
 def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:

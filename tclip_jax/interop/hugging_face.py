@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
-from tclip_jax.interop.open_clip import State, check_names
+from tclip_jax.interop.open_clip import check_names
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 
@@ -82,20 +82,30 @@ def table(config: CLIPConfig) -> list[Entry]:
     ]
 
 
-def to_hugging_face(open_clip_state: Mapping[str, npt.NDArray[Any]], config: CLIPConfig) -> State:
-    """The state dict of transformers' CLIPModel from open_clip's; contiguous arrays of the same dtype.
+def to_hugging_face(open_clip_state: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
+    """The state dict of transformers' CLIPModel from open_clip's, arrays of the same dtype; nothing is read yet.
 
     Raises:
       ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
     """
     entries = table(config)
     check_names(open_clip_state, {entry.open_clip for entry in entries}, "open_clip's state dict")
-    state = {}
-    for entry in entries:
-        value = open_clip_state[entry.open_clip]
+    return {entry.key: _part(open_clip_state[entry.open_clip], entry) for entry in entries}
+
+
+def _part(tensor: Any, entry: Entry) -> LazyArray:
+    """A third of a tensor, or a whole one."""
+    first, *rest = np.shape(tensor) or (1,)
+    shape = np.shape(tensor)
+    if entry.third is not None:
+        shape = (shape[0] // 3, *shape[1:])
+
+    def load() -> npt.NDArray[Any]:
+        value = np.asarray(tensor)
         value = value if entry.third is None else np.split(value, 3)[entry.third]
-        state[entry.key] = np.ascontiguousarray(value.T) if entry.transposed else value
-    return state
+        return np.ascontiguousarray(value.T) if entry.transposed else value
+
+    return LazyArray(shape[::-1] if entry.transposed else shape, tensor.dtype, load)
 
 
 def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal
 
 import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from tclip_jax.artifacts.files import sha256
 from tclip_jax.artifacts.format import write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.checkpoints import open_checkpoint
@@ -57,7 +57,7 @@ def import_checkpoint(
             leaves[path] = found[path] = recover_ternary(weight, input_axis(path))
         except NotTernaryError as error:
             found[path] = error
-    provenance = {"source": str(source), "source_sha256": {file.name: _sha256(file) for file in checkpoint.files}}
+    provenance = {"source": str(source), "source_sha256": {file.name: sha256(file) for file in checkpoint.files}}
     try:
         write_artifact(
             out,
@@ -72,8 +72,3 @@ def import_checkpoint(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return found
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from tclip_jax.artifacts import ArtifactError, read_artifact
-from tclip_jax.artifacts.files import parse_safetensors
+from tclip_jax.artifacts.files import open_safetensors
 
 Tree = dict[str, Any]
 Forge = Callable[[Callable[[Tree], Any]], pathlib.Path]
@@ -83,12 +84,7 @@ def test_forged_file_entries_are_refused(forge: Forge, edit: Callable[[Tree], An
 @pytest.mark.parametrize(
     "data", [b"", b"\xff" * 64, b"\x08" + bytes(7) + b"{}      more", safetensors.numpy.save({"x": np.ones(3)})[:-1]]
 )
-def test_bytes_that_are_not_safetensors_are_refused(data: bytes) -> None:
-    with pytest.raises(ArtifactError, match=r"^x is not a readable safetensors file: "):
-        parse_safetensors(data, "x")
-
-
-def test_element_types_that_numpy_lacks_are_refused() -> None:
-    data = safetensors.numpy.save({"x": np.ones(2, np.float16)}).replace(b'"F16"', b'"BF16"').replace(b" ", b"", 1)
-    with pytest.raises(ArtifactError, match=r"^x is not a readable safetensors file: 'BF16'"):
-        parse_safetensors(data, "x")
+def test_bytes_that_are_not_safetensors_are_refused(data: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"/x is (no safetensors file|truncated)"):
+        open_safetensors(epath.Path(tmp_path / "x"))

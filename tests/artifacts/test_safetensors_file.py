@@ -56,6 +56,9 @@ def test_lazy_tensors_are_read_once_and_in_their_turn(tmp_path: pathlib.Path) ->
     assert safetensors.numpy.load_file(tmp_path / "f")["bb"].tolist() == [2, 2, 2]
 
 
+FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
 def _with_header(header: Any, data: bytes = b"") -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -73,6 +76,14 @@ def _with_header(header: Any, data: bytes = b"") -> bytes:
         (_with_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, bytes(4)), "cannot be F32"),
         (_with_header({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, b"x"), "F8_E4M3"),
         (_with_header({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
+        (_with_header({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, bytes(4)), "cannot be F32"),
+        (_with_header({name: FOUR for name in "ab"}, bytes(4)), "b begins at byte 0: the one before ends at 4"),
+        (
+            _with_header({"a": FOUR | {"data_offsets": [4, 8]}}, bytes(8)),
+            "a begins at byte 4: the one before ends at 0",
+        ),
+        (_with_header({"a": FOUR, "A": FOUR}, bytes(4)).replace(b'"A"', b'"a"'), "a is there twice"),
+        (struct.pack("<Q", 10**5) + b"[" * 10**5, "bad header: maximum recursion depth exceeded"),
     ],
 )
 def test_a_broken_file_is_refused_by_its_name(content: bytes, message: str, tmp_path: pathlib.Path) -> None:
