@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -140,10 +140,14 @@ def write_artifact(
         (building / MANIFEST).write_bytes(dump_manifest(fields))
 
 
-def read_artifact(folder: epath.PathLike) -> Artifact:
+def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda leaf: leaf) -> Artifact:
     """Reads and checks a packed model: float32 arrays and `TernaryTensor` leaves, both NumPy.
 
     Sizes are compared with those that the configuration gives before anything of that size is read or allocated.
+
+    Args:
+      folder: local or gs://.
+      put: applied to each leaf as it is read, as jax.device_put: a second copy is never there of more than one leaf.
 
     Raises:
       ArtifactError: a file that is missing, damaged, or not what the configuration asks for.
@@ -163,7 +167,7 @@ def read_artifact(folder: epath.PathLike) -> Artifact:
         check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file)
         for path, entry in entries.items():
             arrays = {path + suffix: np.asarray(stored[path + suffix]) for suffix in suffixes}
-            leaves[path] = decode(path, entry, arrays)
+            leaves[path] = put(decode(path, entry, arrays))
     params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
     return Artifact(config, preprocess, params, rules, manifest)
 

@@ -83,10 +83,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: epath.Path, data: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> LazyArray:
     kind = jnp.dtype(_DTYPES[dtype])
     start, end = data_offsets
-    if (
-        any(type(number) is not int or number < 0 for number in (start, *shape))
-        or end - start != math.prod(shape) * kind.itemsize
-    ):
+    counts = all(type(number) is int and number >= 0 for number in (start, *shape))
+    if not counts or end - start != math.prod(shape) * kind.itemsize:
         raise ValueError(f"bytes {start} to {end} cannot be {dtype} {shape}")
     return LazyArray(tuple(shape), kind, functools.partial(_read, path, data + start, tuple(shape), kind))
 

@@ -109,9 +109,9 @@ def _embed(clip: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array) -> tup
 
 
 def _rounded(leaf: Any, dtype: np.dtype[Any]) -> Any:
-    """A weight as the export stores it; the model computes with it in float32."""
+    """A weight as the export stores it, on the device; the model computes with it in float32."""
     if not isinstance(leaf, TernaryTensor):
-        return np.asarray(leaf).astype(dtype, copy=False)
+        return jax.device_put(np.asarray(leaf).astype(dtype, copy=False))
     scale: Any = np.asarray(leaf.scale).astype(dtype).astype(np.float32)
     return TernaryTensor(leaf.trits, scale, leaf.group, leaf.axis)
 

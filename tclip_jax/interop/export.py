@@ -16,7 +16,7 @@ from etils import epath
 from tclip_jax.artifacts.safetensors_file import write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.interop.examples import Examples, write_check
+from tclip_jax.interop.examples import make_examples, write_check
 from tclip_jax.interop.gguf import verify_gguf, write_gguf
 from tclip_jax.interop.gguf_blocks import BLOCK_BYTES
 from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
@@ -46,8 +46,8 @@ tags: [clip, transformers, ternary]
 {usage}{check}{table}"""
 
 _CHECK = """
-`python check.py` computes embeddings of stored inputs with these libraries, and compares them with those that JAX computed
-at export.
+`python check.py` computes embeddings of stored inputs with these libraries, and compares them with those that JAX
+computed at export.
 """
 
 _USAGE = {
@@ -89,7 +89,7 @@ def export_pytorch(
     formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
     figures: Mapping[str, Any] | None = None,
-    examples: Examples | None = None,
+    check: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Writes the folder that open_clip ("local-dir:…") and transformers (CLIPModel, CLIPProcessor) load, or nothing.
@@ -107,8 +107,7 @@ def export_pytorch(
       dtype: of the weights for open_clip and transformers. Scales of 8 significant bits make ternary weights exact in
         all three.
       figures: measured values for the model card, by name; nested ones get dotted names.
-      examples: inputs and their embeddings, from `make_examples` with the same dtype, for a check script beside the
-        weights; none: no script.
+      check: whether to run the model once, and to leave check.py, which compares with that what the libraries compute.
       overwrite: replace the folder if it exists.
 
     Raises:
@@ -141,18 +140,18 @@ def export_pytorch(
             write_safetensors(unfinished / "open_clip_model.safetensors", state, _METADATA)
         if "hf" in formats:
             write_safetensors(unfinished / "model.safetensors", to_hugging_face(state, config), _METADATA)
-        if examples:
-            write_check(unfinished, examples)
+        if check:
+            write_check(unfinished, make_examples(config, params, dtype=dtype))
         for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
             path = unfinished / f"{folder.name}-{kind}.gguf"
             write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
             verify_gguf(path, params)
         Tokenizer(config.text.context_length).save(unfinished)
-        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats, bool(examples)))
+        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats, check))
 
 
 def model_card(
-    params: Mapping[str, Any], dtype: str, figures: Mapping[str, Any], formats: Sequence[str], checked: bool = False
+    params: Mapping[str, Any], dtype: str, figures: Mapping[str, Any], formats: Sequence[str], check: bool = False
 ) -> str:
     """The README.md of an exported model: what its weights are, how to load and check it, and the measured figures."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
@@ -167,8 +166,8 @@ def model_card(
     rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in _flat(figures))
     table = f"\n| measured | |\n|---|---|\n{rows}" if rows else ""
     usage = "".join(text for name, text in _USAGE.items() if any(each.startswith(name) for each in formats))
-    title, check = "Ternary CLIP" if ternary else "CLIP", _CHECK if checked else ""
-    return _CARD.format(title=title, about=about, usage=usage, check=check, table=table)
+    title = "Ternary CLIP" if ternary else "CLIP"
+    return _CARD.format(title=title, about=about, usage=usage, check=_CHECK if check else "", table=table)
 
 
 def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

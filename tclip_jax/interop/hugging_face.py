@@ -95,7 +95,6 @@ def to_hugging_face(open_clip_state: Mapping[str, Any], config: CLIPConfig) -> d
 
 def _part(tensor: Any, entry: Entry) -> LazyArray:
     """A third of a tensor, or a whole one."""
-    first, *rest = np.shape(tensor) or (1,)
     shape = np.shape(tensor)
     if entry.third is not None:
         shape = (shape[0] // 3, *shape[1:])

@@ -49,34 +49,52 @@ def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, A
 def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[np.float32]:
     """Weights w with ternarize(jnp.asarray(w), quantizer) equal to `t` in every trit and every bit of every scale.
 
+    Where the quantizer has other groups than `t`, its scales are those of `t` for the same weights: that is possible
+    for finer groups, and for coarser ones in which all scales are equal.
+
     In each group all zero trits get one magnitude, s/4 where possible, with alternating signs, and all others one that
     gives the mean magnitude s/k; both are whole multiples of the last bit of the group's sum, which is therefore exact.
 
     Raises:
-      ValueError: groups or scales that the quantizer cannot give, naming the first: another group size; scales of more
-        significant bits than its own; or more nonzero trits than 2/k of a group, since each must lie above s/2 (for
-        k = 2: a group without a zero).
+      ValueError: scales that the quantizer cannot give, naming the first: several in a group; scales of more bits than
+        its own; or more nonzero trits than 2/k of a group, since each must lie above s/2 (for k = 2: a group without a
+        zero).
     """
     if quantizer.kind != "factor":
         raise ValueError(f"latent weights are found for the quantizer factor alone, not for {quantizer.kind}")
     trits, scale, length = np.asarray(t.trits), np.asarray(t.scale, np.float32), t.shape[t.axis]
-    group = length if isinstance(quantizer.group, str) else min(quantizer.group, length)
-    shared = scale.shape[-2:] == (1, 1) != trits.shape[-2:]
-    if group != t.group or shared != (quantizer.group == "tensor"):
-        raise ValueError(
-            f"groups of {t.group}, scales {scale.shape}: not what a quantizer of group {quantizer.group!r} makes"
-        )
     if trits.ndim == 3:
         parts = (TernaryTensor(*part, t.group, t.axis) for part in zip(trits, scale, strict=True))
         return np.stack([latent_from_ternary(part, quantizer) for part in parts])
+    group = length if isinstance(quantizer.group, str) else min(quantizer.group, length)
+    shared = quantizer.group == "tensor"
+    if group != t.group or shared != (scale.shape == (1, 1) != trits.shape):
+        scale = _regrouped(trits, repeat_groups(scale, t.group, length, t.axis), group, t.axis, shared)
     if shared:  # one group of all weights
         w = _latent(trits.reshape(-1, 1), scale, trits.size, -2, quantizer.factor).reshape(trits.shape)
     else:
-        w = _latent(trits, scale, t.group, t.axis, quantizer.factor)
+        w = _latent(trits, scale, group, t.axis, quantizer.factor)
     again = jax.device_get(_ternarize(w, quantizer, t.axis))
     if not np.array_equal(again.trits, trits) or again.scale.tobytes() != scale.tobytes():
         raise ValueError(_why_not(trits, scale, again, quantizer))
     return w
+
+
+def _regrouped(trits: Array, each: Array, group: int, axis: int, shared: bool) -> Array:
+    """The scale of every group from that of every weight; of a group of zeros, which may have several, the largest."""
+    length, starts = trits.shape[axis], np.arange(0, trits.shape[axis], group)
+    used = np.where(trits != 0, each, np.float32(0))
+    if shared:
+        scale = used.max(keepdims=True)
+    else:
+        scale = np.maximum.reduceat(used, starts, axis)
+        scale = np.where(scale == 0, np.maximum.reduceat(np.broadcast_to(each, trits.shape), starts, axis), scale)
+    wrong = (trits != 0) & (used != (scale if shared else repeat_groups(scale, group, length, axis)))
+    if wrong.any():
+        raise ValueError(
+            f"{np.sum(wrong):,} weights have another scale than the rest of their group in the quantizer's"
+        )
+    return scale
 
 
 def _latent(trits: Array, scale: Array, group: int, axis: int, factor: float) -> npt.NDArray[np.float32]:

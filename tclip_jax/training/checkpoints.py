@@ -78,6 +78,12 @@ class Checkpoints:
         return TrainState(training["step"], params, training["optimizer"], training.get("average"))
 
 
+def saved_steps(folder: epath.PathLike) -> list[int]:
+    """The steps that a folder has whole checkpoints of; none if there is no such folder."""
+    folder = epath.Path(folder)
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
 def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     """The newest step in `folder` and its parameters, as the tree of shapes `abstract` says; nothing else is read.
 
@@ -85,7 +91,7 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
     folder = _absolute(folder)
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    steps = saved_steps(folder)
     if not steps:
         raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
     newest = folder / str(max(steps)) / "params"

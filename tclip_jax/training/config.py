@@ -37,6 +37,8 @@ class RunConfig:
     rules: TernaryRules
     dtype: Literal["float32", "bfloat16"]
     remat: bool
+    init: str
+    init_scales: Literal["keep", "recompute"]
     teacher: str
     inherit: str
     ternary_warmup_steps: int
@@ -59,7 +61,10 @@ _SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
 }
 
-_SCALARS = ("seed", "steps", "dtype", "remat", "teacher", "inherit", "ternary_warmup_steps", "telemetry_every")
+_SCALARS = (
+    *("seed", "steps", "dtype", "remat", "init", "init_scales", "teacher", "inherit"),
+    *("ternary_warmup_steps", "telemetry_every"),
+)
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -75,6 +80,8 @@ def base_config() -> ml_collections.ConfigDict:
             "quantizer": dataclasses.asdict(Quantizer()),
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters stay float32
             "remat": False,  # recompute blocks in the backward pass to save memory
+            "init": "",  # weights to start from: a run, an artifact, or what `tclip import` reads; "": random ones
+            "init_scales": "keep",  # of ternary weights in init: keep, or recompute from scale · trit by the quantizer
             "teacher": "",  # a run's workdir, an artifact or another library's checkpoint; "": none
             "inherit": "",  # the same of a wider or deeper model, whose layers and channels the student starts from
             "ternary_warmup_steps": 0,  # over which weights go from full precision to ternary
@@ -143,6 +150,8 @@ def _check_values(run: RunConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"config.{name} is {value}: it must be at least 1")
+    if run.init and run.inherit:
+        raise ValueError("config.init and config.inherit both say where to start: one must be empty")
     names = [each.name for each in run.evals]
     if len({*names, ""}) <= len(names):
         raise ValueError(f"config.evals have the names {names}: each must have one of its own")

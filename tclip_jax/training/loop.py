@@ -25,9 +25,10 @@ from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.checkpoints import Checkpoints
-from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.training.checkpoints import Checkpoints, saved_steps
+from tclip_jax.training.config import RunConfig, base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
+from tclip_jax.training.initial import initial_weights
 from tclip_jax.training.objective import Encoders, check_teacher
 from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, ternary_share
 from tclip_jax.training.restore import load_model
@@ -74,6 +75,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         check_teacher(teacher.config, run.model, run.loss)
     start = _inherited(run, mesh) if run.inherit else None
     optimizer = make_optimizer(run.optimizer, run.steps)
+    if run.init and not saved_steps(workdir / "checkpoints"):
+        start = initial_weights(run)
+        start = jax.device_put(start, tree_shardings(start, mesh))
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
@@ -159,8 +163,9 @@ def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     workdir.mkdir(parents=True, exist_ok=True)
     path, resolved = workdir / "config.json", json.loads(config.to_json())
     if path.exists():
-        for key in ("model", "ternary", "quantizer", "seed"):
-            was = json.loads(path.read_text()).get(key)
+        saved = json.loads(base_config().to_json()) | json.loads(path.read_text())  # a key may be newer than the run
+        for key in ("model", "ternary", "quantizer", "seed", "init", "init_scales"):
+            was = saved[key]
             if was != resolved[key]:
                 raise ValueError(
                     f"{path}: this run has config.{key} = {was}, not {resolved[key]}: choose another workdir"

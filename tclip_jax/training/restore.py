@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -11,13 +13,32 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.artifacts.manifest import MANIFEST
 from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.checkpoints import load_params
 from tclip_jax.training.config import RunConfig, run_config
+
+
+class Stored(NamedTuple):
+    """A model on the host.
+
+    Attributes:
+      params: packed, or floats, which are NumPy or lazy; those that `rules` name are latent.
+      figures: what an artifact says was measured of it.
+    """
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    params: dict[str, Any]
+    rules: TernaryRules = ()
+    figures: Mapping[str, Any] = {}
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
@@ -48,21 +69,35 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Mo
     return step, Model(run.model, run.preprocess, params, run.rules)
 
 
-def load_model(path: epath.PathLike, mesh: Mesh | None = None) -> Model:
+def load_stored(path: epath.PathLike) -> Stored:
+    """As `load_model`, for what writes weights or starts from them: those of another library are read when needed."""
+    if (epath.Path(path) / MANIFEST).exists():
+        artifact = read_artifact(path, jax.device_put)
+        params = jax.device_get(artifact.params)  # on a CPU the same memory
+        return Stored(artifact.config, artifact.preprocess, params, figures=artifact.manifest.get("figures", {}))
+    if is_checkpoint(path):
+        checkpoint = open_checkpoint(path)
+        return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params)
+    model = load_run(path)[1]
+    return Stored(model.config, model.preprocess, jax.device_get(model.params), model.rules)
+
+
+def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None) -> Model:
     """The model of an artifact, its trits as they are stored; of a run's workdir; or of another library's checkpoint.
 
     Args:
       path: a folder with tclip.json; with a run's config.json; or what `open_checkpoint` opens.
       mesh: for the latent weights of a run.
+      like: as of `open_checkpoint`, for a file that does not say which model it is.
 
     Raises:
       FileNotFoundError: `path` is none of these.
       ValueError: it is broken; one line naming the file and what was expected.
     """
-    if (epath.Path(path) / "tclip.json").exists():
+    if (epath.Path(path) / MANIFEST).exists():
         artifact = read_artifact(path)
         return Model(artifact.config, artifact.preprocess, artifact.params)
     if is_checkpoint(path):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, like=like)
         return Model(checkpoint.config, checkpoint.preprocess, jax.tree.map(np.asarray, checkpoint.params))
     return load_run(path, mesh)[1]

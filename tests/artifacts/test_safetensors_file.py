@@ -77,7 +77,7 @@ def _with_header(header: Any, data: bytes = b"") -> bytes:
         (_with_header({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, b"x"), "F8_E4M3"),
         (_with_header({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
         (_with_header({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, bytes(4)), "cannot be F32"),
-        (_with_header({name: FOUR for name in "ab"}, bytes(4)), "b begins at byte 0: the one before ends at 4"),
+        (_with_header(dict.fromkeys("ab", FOUR), bytes(4)), "b begins at byte 0: the one before ends at 4"),
         (
             _with_header({"a": FOUR | {"data_offsets": [4, 8]}}, bytes(8)),
             "a begins at byte 4: the one before ends at 0",

@@ -70,7 +70,11 @@ def test_groups_of_zeros_with_and_without_a_scale() -> None:
 @pytest.mark.parametrize(
     ("changed", "quantizer", "message"),
     [
-        ({}, Quantizer(group=128), r"groups of 256, scales \(1, 2\): not what a quantizer of group 128 makes"),
+        (
+            {"scale": np.float32([[1, 1], [1, 2]]), "group": 128, "trits": np.ones((256, 2), np.int8)},
+            Quantizer(),
+            "128 weights have another scale than the rest of their group",
+        ),
         ({"scale": np.float32([[0.1, 1]])}, Quantizer(), "its scales have 24 significant bits: the quantizer keeps 8"),
         (
             {"trits": np.ones((256, 2), np.int8)},
@@ -96,5 +100,22 @@ def test_a_tree_keeps_its_floats_and_names_what_has_no_rule() -> None:
     assert_gives_back(latent["kernel"], jax.device_get(t), quantizer)
     with pytest.raises(ValueError, match=rf"^{path} is ternary, but no rule"):
         latent_params(params, ())
-    with pytest.raises(ValueError, match=rf"^{path}: groups of 8"):
-        latent_params(params, ((path, Quantizer(group=4)),))
+    with pytest.raises(ValueError, match=rf"^{path}: \d+ weights have another scale"):
+        latent_params(params, ((path, Quantizer(group="tensor")),))
+
+
+@pytest.mark.parametrize("group", [64, 100, 256, "channel", "tensor"])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_other_groups_of_the_same_scales(group: Any, axis: int) -> None:
+    """GGUF gives a scale for each 256 weights, and recovery the largest groups, whatever the quantizer's are."""
+    trits: Any = np.random.default_rng(0).integers(-1, 2, (2, 512, 512), np.int8)
+    trits[:, :256] = 0
+    coarse: Any = np.full((2, 1, 1), 0.75, np.float32)
+    shape = (2, 512, 2) if axis == -1 else (2, 2, 512)
+    for t in (
+        TernaryTensor(trits, coarse, 512, axis),
+        TernaryTensor(trits, np.full(shape, 0.75, np.float32), 256, axis),  # type: ignore[arg-type]
+    ):
+        again = jax.device_get(_ternarize(latent_from_ternary(t, Quantizer(group=group)), Quantizer(group=group), axis))
+        np.testing.assert_array_equal(again.trits, trits)
+        assert {*np.unique(again.scale)} == {0.75}
