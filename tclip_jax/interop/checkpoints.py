@@ -15,6 +15,7 @@ import numpy.typing as npt
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from tclip_jax.artifacts.manifest import MAX_PARAMETERS
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop import hub, metadata
 from tclip_jax.interop.gguf import read_gguf
@@ -24,6 +25,7 @@ from tclip_jax.interop.open_clip import lazy_params
 from tclip_jax.interop.reader import INDEX, open_weights, read_json
 from tclip_jax.interop.torchscript import is_torchscript
 from tclip_jax.lazy import LazyArray
+from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 
 _POSITIONS = "visual.positional_embedding"
@@ -82,6 +84,7 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
         )
     try:
         config, pixels = _agreed(stated, given, image_size)
+        _check_size(config, len(weights.tensors))
         tensors = from_hugging_face(weights.tensors, config) if library == HUGGING_FACE else weights.tensors
         if given or image_size:
             tensors = _on_grid(tensors, config.vision.grid)
@@ -141,6 +144,21 @@ def _agreed(stated: Metadata | None, given: Metadata | None, image_size: int | N
     if pixels.size != config.vision.image_size:
         raise ValueError(f"its preprocessing gives images of {pixels.size}: the model takes {config.vision.image_size}")
     return Metadata(models[0], Preprocess(**dataclasses.asdict(pixels) | {"size": size}))
+
+
+def _check_size(config: CLIPConfig, tensors: int) -> None:
+    """Raises ValueError before anything is made of a model that is far larger than its file can be."""
+    layers = config.vision.layers + config.text.layers
+    if layers > tensors:
+        raise ValueError(f"the model has {layers} layers, but the file {tensors} tensors")
+    try:
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(config)))
+    # Numbers of any size stand in these files, and Flax raises whatever it likes at them.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no model can have these sizes: {type(error).__name__}: {reason}") from None
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"the model has more than {MAX_PARAMETERS} parameters: no more are read")
 
 
 def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[str, LazyArray]:

@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from tclip_jax.lazy import LazyArray
 from tclip_jax.storage import is_local
 
 INDEX = ".index.json"
+_MAX_JSON = 64 * 2**20
 
 
 class Weights(NamedTuple):
@@ -56,15 +57,21 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      ValueError: it is not JSON, or not an object.
+      ValueError: it is too long, not JSON, or not an object.
     """
+    if path.stat().length > _MAX_JSON:
+        raise ValueError(f"{path} has {path.stat().length} bytes: at most {_MAX_JSON} are read")
     try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
+        document = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}: it must be a JSON object")
     return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is none of its numbers")
 
 
 def _open_shards(index: epath.Path) -> Weights:
@@ -116,6 +123,9 @@ def _from_torch(path: epath.Path, key: str, tensor: Any) -> LazyArray:
         dtype = jnp.dtype(name)
     except TypeError:
         raise ValueError(f"{path}: {key} is {name}, which has no array of NumPy") from None
+    # Strides of 0 would make much of little.
+    if tensor.numel() * dtype.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}: its storage is smaller")
     return LazyArray(tuple(tensor.shape), dtype, functools.partial(_as_numpy, tensor, dtype))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import io
+import math
 import pickle
 import re
 import zipfile
@@ -29,6 +30,8 @@ _STORAGES = {
     "IntStorage": "int32",
     "BoolStorage": "bool",
 }
+# Far above CLIP's: the tree of its modules is a few hundred KB, its program a few MB.
+_MAX_TEXT = 64 * 2**20
 # Neither parameter nor buffer: tracing keeps the causal mask as an attribute.
 _MASK = "attn_mask"
 
@@ -47,8 +50,8 @@ class _Unpickler(pickle.Unpickler):
     """Knows tensors, modules without their code, and nothing else."""
 
     def __init__(self, path: epath.Path, archive: zipfile.ZipFile) -> None:
-        self._path, self._root = path, archive.namelist()[0].split("/")[0]
-        super().__init__(io.BytesIO(archive.read(f"{self._root}/data.pkl")))
+        self._path, self._archive, self._root = path, archive, archive.namelist()[0].split("/")[0]
+        super().__init__(io.BytesIO(_read_text(archive, f"{self._root}/data.pkl")))
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -63,7 +66,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, dtype, key, _, size = pid
-        return _Storage(dtype, f"{self._root}/data/{key}", size)
+        member = self._archive.getinfo(f"{self._root}/data/{key}")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
+            raise ValueError(f"{member.filename} of {member.file_size} bytes is not {size} {dtype}, stored as they are")
+        return _Storage(dtype, member.filename, size)
 
 
 def is_torchscript(path: epath.Path) -> bool:
@@ -84,27 +90,46 @@ def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             module = _Unpickler(path, archive).load()
-        return {name: value for name, value in _tensors(module, "") if name.rpartition(".")[2] != _MASK}
+        return {name: value for name, value in _tensors(module, "", set()) if name.rpartition(".")[2] != _MASK}
     # A damaged pickle raises almost anything.
     except Exception as error:
-        raise ValueError(f"{path} is not a readable TorchScript archive: {error}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a readable TorchScript archive: {reason}") from None
 
 
 def torchscript_activation(path: epath.Path) -> bool | None:
-    """Whether the program computes QuickGELU (True) or GELU (False), by its text; None if it shows neither or both."""
+    """Whether the program computes QuickGELU (True) or GELU (False), by its text; None if it shows neither or both.
+
+    Raises:
+      ValueError: a program of impossible length.
+    """
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        program = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
+        names = [name for name in archive.namelist() if name.endswith(".py")]
+        if sum(archive.getinfo(name).file_size for name in names) > _MAX_TEXT:
+            raise ValueError(f"{path}: its program has more than {_MAX_TEXT} bytes: no CLIP's has")
+        program = "".join(archive.read(name).decode() for name in names)
     quick, exact = ("torch.sigmoid(" in program), ("torch.gelu(" in program)
     return quick if quick != exact else None
 
 
-def _tensors(module: Any, prefix: str) -> list[tuple[str, LazyArray]]:
+def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > _MAX_TEXT:
+        raise ValueError(f"{name} has {size} bytes: at most {_MAX_TEXT} can be right")
+    return archive.read(name)
+
+
+def _tensors(module: Any, prefix: str, seen: set[int]) -> list[tuple[str, LazyArray]]:
+    # Modules that hold each other, or many times the same one, have no end, or none within a lifetime.
+    if id(module) in seen:
+        raise ValueError(f"{prefix}* is there under another name: a CLIP shares no modules")
+    seen.add(id(module))
     found = []
     for name, value in vars(module).items():
         if isinstance(value, LazyArray):
             found.append((prefix + name, value))
         elif isinstance(value, _Module):
-            found += _tensors(value, f"{prefix}{name}.")
+            found += _tensors(value, f"{prefix}{name}.", seen)
     return found
 
 
@@ -112,7 +137,12 @@ def _tensor(
     path: epath.Path, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> LazyArray:
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min((offset, *shape, *strides)) < 0 or (0 not in shape and last >= storage.size):
+    # Strides of 0 would make much of little.
+    if (
+        min((offset, *shape, *strides)) < 0
+        or math.prod(shape) > storage.size
+        or (0 not in shape and last >= storage.size)
+    ):
         raise ValueError(f"{storage.member} of {storage.size} numbers cannot hold {shape} at {offset}")
 
     def load() -> npt.NDArray[Any]:
