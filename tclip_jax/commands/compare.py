@@ -1,7 +1,8 @@
 """Example:
   tclip compare activations runs/student export --html compare.html
 
-A, B and MODEL: a run's workdir, an artifact, an open_clip or transformers folder or file, a GGUF. B is the reference.
+A, B and MODEL: a run's workdir, an artifact, an open_clip or transformers folder, a file of open_clip (with --preset or
+--model-cfg), a GGUF. B is the reference.
 The exit code is 0 within the budget, 1 over it, 2 after an error. docs/compare.md finds a bug with it.
 """
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to compare, and the form of the report."""
     form = argparse.ArgumentParser(add_help=False)
+    named = argparse.ArgumentParser(add_help=False)
+    model = named.add_mutually_exclusive_group()
+    model.add_argument("--preset", metavar="NAME", help="the model of a file that does not say it, as ViT-B-16")
+    model.add_argument("--model-cfg", metavar="JSON", help="the same as an open_clip configuration file")
     form.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     form.add_argument("--html", metavar="FILE", help="also write one self-contained page with plots")
     numbers = argparse.ArgumentParser(add_help=False)
@@ -34,15 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the reference (auto: PyTorch if it is installed and the folder is one of its libraries')",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    weights = kinds.add_parser("weights", parents=[form], help="values, trits and scales, tensor by tensor")
+    weights = kinds.add_parser("weights", parents=[named, form], help="values, trits and scales, tensor by tensor")
     activations = kinds.add_parser(
-        "activations", parents=[form, numbers, batch], help="every tap of both towers, cumulative and isolated"
+        "activations", parents=[named, form, numbers, batch], help="every tap of both towers, cumulative and isolated"
     )
     golden = kinds.add_parser("golden", help="activations in a file, for machines without PyTorch")
     actions = golden.add_subparsers(dest="action", metavar="ACTION", required=True)
-    dump = actions.add_parser("dump", parents=[numbers, batch], help="run a model and write its activations")
-    check = actions.add_parser("check", parents=[form, numbers], help="run a model and compare it with the file")
-    inputs = kinds.add_parser("inputs", parents=[form], help="tokens and pixels against open_clip and transformers")
+    dump = actions.add_parser("dump", parents=[named, numbers, batch], help="run a model and write its activations")
+    check = actions.add_parser("check", parents=[named, form, numbers], help="run a model and compare it with the file")
+    inputs = kinds.add_parser(
+        "inputs", parents=[named, form], help="tokens and pixels against open_clip and transformers"
+    )
     for each in (weights, activations):
         each.add_argument("a", metavar="A")
         each.add_argument("b", metavar="B", help="the reference")
@@ -63,25 +70,24 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.numerics.report import to_json, to_text
     from tclip_jax.numerics.weights import weights_report
     from tclip_jax.storage import write_atomic
-    from tclip_jax.training.restore import load_model
 
     if args.kind == "weights":
         title = f"weights of {args.a} against {args.b}"
-        report = weights_report(title, load_model(args.a), load_model(args.b), args.budget or 0.0)
+        report = weights_report(title, _load(args.a, args), _load(args.b, args), args.budget or 0.0)
     elif args.kind == "inputs":
-        report = inputs_report(load_model(args.model), args.model)
+        report = inputs_report(_load(args.model, args), args.model)
     elif args.kind == "golden" and args.action == "dump":
-        recording = _record(args.model, load_model(args.model), args)
+        recording = _record(args.model, _load(args.model, args), args)
         write_golden(args.file, recording._replace(facts={"model": args.model, **recording.facts}))
         print(f"{args.file}: {len(recording.taps)} taps, {args.batch} images and texts, {recording.facts['run by']}")
         return 0
     else:
         if args.kind == "golden":
             ours, theirs = args.model, args.file
-            model, reference = load_model(ours), read_golden(theirs)
+            model, reference = _load(ours, args), read_golden(theirs)
         else:
             ours, theirs = _reference_last(args)
-            model = load_model(ours)
+            model = _load(ours, args)
             reference = _record(theirs, model, args)
         report = activations_report(
             f"activations of {ours} against {theirs}",
@@ -95,6 +101,12 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(args.html, to_html(report))
     print(json.dumps(to_json(report)) if args.json else to_text(report))
     return 0 if report.passed else 1
+
+
+def _load(path: str, args: argparse.Namespace) -> Model:
+    from tclip_jax.training.restore import load_model
+
+    return load_model(path, like=args.preset or args.model_cfg)
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
@@ -116,10 +128,9 @@ def _record(path: str, inputs_of: Model, args: argparse.Namespace) -> Recording:
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.samples import sample_batch
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
-    from tclip_jax.training.restore import load_model
 
     pixels, tokens = sample_batch(inputs_of, args.batch)
     if not _in_torch(path, args.via):
-        return record(load_model(path), pixels, tokens, precision=args.precision, dtype=args.dtype)
-    module = load_torch(path) if library_of(path) else build_torch(load_model(path))
+        return record(_load(path, args), pixels, tokens, precision=args.precision, dtype=args.dtype)
+    module = load_torch(path) if library_of(path) else build_torch(_load(path, args))
     return record_torch(module, inputs_of.config, pixels, tokens)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import pathlib
 import runpy
 import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
@@ -18,9 +22,13 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.latent import latent_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.numerics.weights import weights_report
 from tclip_jax.ternary import Quantizer, TernaryTensor
+from tclip_jax.training.config import base_config, run_config
+from tclip_jax.training.restore import load_model
 
 Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]
@@ -176,3 +184,43 @@ def test_an_export_of_an_import_has_the_same_bytes(release: pathlib.Path, tmp_pa
     for path in release.iterdir():
         if path.name != "README.md":  # the figures are the artifact's
             assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def kinds(student: pathlib.Path, release: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The same weights in everything that `tclip compare` takes."""
+    workdir = student.parent / "run"
+    config = base_config()
+    with config.unlocked():
+        config.update({"model": CONFIG.to_open_clip(), "ternary": "Q-ALL"})
+    run = run_config(config)
+    latent = latent_params(read_artifact(student).params, run.rules)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(workdir / "checkpoints" / "1" / "params", jax.tree.map(jax.numpy.asarray, latent))
+    (workdir / "config.json").write_text(config.to_json())
+    files = ("config.json", "preprocessor_config.json", "model.safetensors")
+    return {
+        "run": workdir,
+        "artifact": student,
+        "open_clip folder": release,
+        "open_clip file": release / "open_clip_model.safetensors",
+        "transformers folder": copied(release, student.parent / "hf", *files),
+        "GGUF": release / "release-tq1_0.gguf",
+    }
+
+
+def test_compare_takes_any_two_kinds(
+    kinds: dict[str, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "model.json"
+    named.write_text(json.dumps(CONFIG.to_open_clip()))
+    models = {kind: load_model(path, like=str(named)) for kind, path in kinds.items()}
+    for (a, ours), (b, theirs) in itertools.combinations(models.items(), 2):
+        report = weights_report("", ours, theirs)
+        assert report.passed and report.verdict == ("0 of 50 tensors over budget 0, 0 trit flips",), (a, b)
+    paths = [str(kinds["open_clip file"]), str(kinds["run"])]
+    assert main(["compare", "weights", *paths]) == 2
+    assert "does not say which model it is" in capsys.readouterr().err
+    assert main(["compare", "weights", *paths, "--model-cfg", str(named)]) == 0
+    paths[1] = str(kinds["GGUF"])
+    assert main(["compare", "activations", *paths, "--model-cfg", str(named), "--via", "jax", "--batch", "1"]) == 0
