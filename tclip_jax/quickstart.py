@@ -91,6 +91,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         preprocess=student.preprocess,
         params=params,
         figures=figures,
+        check=True,
         overwrite=True,
     )
     _write_picture(workdir, params, source, outcome, student, run.eval.templates)
