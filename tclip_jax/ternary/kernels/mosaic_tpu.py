@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.ternary.kernels import word_order
+from tclip_jax.ternary.kernels import k_axis, word_order
 from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST, vmem
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
@@ -65,12 +65,12 @@ def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activatio
         rows = rows.astype(jnp.bfloat16)
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return tpu_dot(
-        word_order.spread(rows, w.group, order, -1),
+        k_axis.spread(rows, w.group, word_order.GRANULE[order], word_order.BLOCK, -1),
         w.data,
         w.scale,
         level,
         order=order,
-        group=word_order.padded_group(w.group, order),
+        group=k_axis.padded(w.group, word_order.GRANULE[order]),
         out_dtype=x.dtype,
         device=DEVICES.get(device.device_kind, SMALLEST),
         interpret=interpret,

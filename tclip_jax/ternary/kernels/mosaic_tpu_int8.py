@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from tclip_jax.ternary.kernels import mosaic_tpu, word_order
+from tclip_jax.ternary.kernels import k_axis, mosaic_tpu, word_order
 from tclip_jax.ternary.kernels.block_sizes import DEVICES
 from tclip_jax.ternary.packed import Activations, PackedTensor
 from tclip_jax.ternary.tensor import TernaryTensor
@@ -28,7 +28,7 @@ def unsupported(*, device_kind: str, activations: Activations, **given: Any) -> 
 
 def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:
     if group < shape[0] and group % word_order.BLOCK:
-        return f"groups of {group} are padded to {word_order.padded_group(group, 'int8')}"
+        return f"groups of {group} are padded to {k_axis.padded(group, word_order.BLOCK)}"
     return None
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from tclip_jax.ternary.kernels import k_axis
 from tclip_jax.ternary.packed import PackedTensor
 from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 
@@ -61,43 +62,17 @@ def _shifts(order: Order) -> jax.Array:
     return 2 * (steps * h[:, None] + steps - 1 - i)
 
 
-def padded_group(group: int, order: Order) -> int:
-    """Weights along K from one scale to the next, as packed."""
-    return -(-group // GRANULE[order]) * GRANULE[order]
-
-
-def spread(array: jax.Array, group: int, order: Order, axis: int) -> jax.Array:
-    """K as packed: every group is padded with zeros to `padded_group`, then the axis to a multiple of 128."""
-    axis %= array.ndim
-    padded = padded_group(group, order)
-    if group < array.shape[axis] and padded != group:
-        array = _pad(array, group, axis)
-        array = array.reshape(*array.shape[:axis], -1, group, *array.shape[axis + 1 :])
-        array = _pad(array, padded, axis + 1)
-        array = array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
-    return _pad(array, BLOCK, axis)
-
-
 @functools.partial(jax.jit, static_argnames=("order", "layout"))
 def pack(w: TernaryTensor, order: Order, layout: str) -> PackedTensor:
     """Words (…, K′ / 16, N′) and float32 scales (…, G, N′) without the order's factor; N′ is a multiple of 128."""
-    trits = _pad(spread(w.trits, w.group, order, -2), BLOCK, -1)
+    trits = k_axis.pad(k_axis.spread(w.trits, w.group, GRANULE[order], BLOCK, -2), 128, -1)
     scale = jnp.broadcast_to(w.scale, (*w.scale.shape[:-1], w.shape[-1])).astype(jnp.float32) / _FACTOR[order]
-    return PackedTensor(pack_words(trits, order), _pad(scale, BLOCK, -1), (w.shape[-2], w.shape[-1]), w.group, layout)
+    shape = (w.shape[-2], w.shape[-1])
+    return PackedTensor(pack_words(trits, order), k_axis.pad(scale, 128, -1), shape, w.group, layout)
 
 
 @functools.partial(jax.jit, static_argnames="order")
 def unpack(w: PackedTensor, order: Order) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    trits, (length, columns) = unpack_words(w.data, order)[..., : w.shape[1]], w.shape
-    groups, padded = w.scale.shape[-2], padded_group(w.group, order)
-    if groups > 1 and padded != w.group:
-        trits = trits[..., : groups * padded, :].reshape(*trits.shape[:-2], groups, padded, columns)
-        trits = trits[..., : w.group, :].reshape(*trits.shape[:-3], groups * w.group, columns)
-    scale = w.scale[..., :columns] * _FACTOR[order]
-    return trits[..., :length, :] * expand_scale(scale, w.group, length, -2)
-
-
-def _pad(array: jax.Array, multiple: int, axis: int) -> jax.Array:
-    missing = -array.shape[axis] % multiple
-    return jnp.pad(array, [(0, missing if i == axis % array.ndim else 0) for i in range(array.ndim)])
+    trits = k_axis.gather(unpack_words(w.data, order), w.shape[0], w.group, GRANULE[order])
+    return (trits * expand_scale(w.scale * _FACTOR[order], w.group, w.shape[0], -2))[..., : w.shape[1]]

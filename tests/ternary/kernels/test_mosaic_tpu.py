@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tclip_jax.ternary.kernels import mosaic_tpu, mosaic_tpu_int8, word_order
+from tclip_jax.ternary.kernels import k_axis, mosaic_tpu, mosaic_tpu_int8
 from tclip_jax.ternary.kernels.block_sizes import SMALLEST
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
@@ -73,11 +73,11 @@ def test_bf16_activations_lose_nothing_before_the_result_is_rounded(shape: tuple
     packed = mosaic_tpu.pack(w)
     x = jax.random.normal(jax.random.key(0), (rows, length), jnp.bfloat16)
     result = tpu_dot(
-        word_order.spread(x, group, "bf16", -1),
+        k_axis.spread(x, group, 16, 128, -1),
         packed.data,
         packed.scale,
         order="bf16",
-        group=word_order.padded_group(group, "bf16"),
+        group=k_axis.padded(group, 16),
         out_dtype=jnp.float32,
         device=SMALLEST,
         interpret=True,

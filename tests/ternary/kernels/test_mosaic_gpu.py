@@ -1,0 +1,94 @@
+"""The Hopper kernel: lowered for CUDA, and its numbers in Pallas' GPU interpreter; no GPU takes part."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tclip_jax.ternary.kernels import mosaic_gpu
+from tclip_jax.ternary.kernels.reference import quantize_activations
+from tclip_jax.ternary.tensor import TernaryTensor
+
+# M, K, N, group: a scale per channel; groups that end within a block of k; padding everywhere; more rows than a block.
+SHAPES = [(1, 256, 64, 256), (3, 512, 130, 256), (17, 300, 64, 100), (70, 520, 64, 48)]
+
+
+def weight(length: int, columns: int, group: int) -> TernaryTensor:
+    draw = np.random.default_rng(0)
+    trits = draw.integers(-1, 2, (length, columns), np.int8)
+    scale = (draw.integers(128, 256, (-(-length // group), columns)) / 4096).astype(np.float32)
+    return TernaryTensor(jnp.asarray(trits), jnp.asarray(scale), group)
+
+
+def test_words_are_the_documented_ones() -> None:
+    trits = np.zeros((512, 64), np.int8)
+    trits[256 + 16 * 5 + 3, 7] = -1
+    words = np.asarray(mosaic_gpu.pack(TernaryTensor(jnp.asarray(trits), jnp.ones((1, 64)), 512)).data)
+    assert words.shape == (64, 32) and words.nbytes == 512 * 64 // 4
+    assert words.view(np.uint32)[7, 16 + 3] == 3 << 2 * 5 and np.count_nonzero(words) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_round_trip(shape: tuple[int, int, int, int]) -> None:
+    w = weight(*shape[1:])
+    np.testing.assert_array_equal(mosaic_gpu.unpack(mosaic_gpu.pack(w)), w.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("shape", "activations"), [(SHAPES[0], "A8"), *[(shape, "A16") for shape in SHAPES[1:]]], ids=str
+)
+def test_equals_float64_in_the_interpreter(
+    shape: tuple[int, int, int, int], activations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    # The interpreter knows a plain read alone, not one with a layout of registers.
+    monkeypatch.setattr(mosaic_gpu.plgpu, "load", lambda ref, index, **_: ref[index])
+    w = weight(*shape[1:])
+    x = jax.random.normal(jax.random.key(0), shape[:2], jnp.bfloat16).astype(jnp.float32)
+    result = mosaic_gpu.matmul(
+        x, mosaic_gpu.pack(w), activations=activations, interpret=interpreter.InterpretGPUParams()
+    )
+    exact = np.asarray(x, np.float64)
+    if activations == "A8":
+        rounded, level = quantize_activations(x)
+        exact = np.asarray(rounded, np.float64) * np.asarray(level, np.float64)
+    expected = exact @ np.asarray(w.dequantize(), np.float64)
+    assert np.abs(np.asarray(result, np.float64) - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("rows", "group"), [(1, 768), (20, 256), (197, 48)])
+def test_is_lowered_for_cuda(rows: int, group: int) -> None:
+    packed = mosaic_gpu.pack(weight(768, 128, group))
+    multiply = jax.jit(functools.partial(mosaic_gpu.matmul, activations="A16"))
+    exported = jax.export.export(multiply, platforms=["cuda"])(jnp.ones((rows, 768), jnp.bfloat16), packed)
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"device_kind": "NVIDIA H200"}, None),
+        ({"device_kind": "NVIDIA GH200 480GB"}, None),
+        ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
+        ({"device_kind": "NVIDIA B200"}, "Hopper"),
+        ({"platform": "tpu"}, "platform tpu"),
+        ({"dtype": jnp.dtype(jnp.float32)}, "not float32"),
+        ({"dtype": jnp.dtype(jnp.float32), "activations": "A8"}, None),
+    ],
+)
+def test_says_where_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None:
+    given: dict[str, Any] = {
+        "device_kind": "NVIDIA H100 80GB HBM3",
+        "platform": "gpu",
+        "dtype": jnp.dtype(jnp.bfloat16),
+        "activations": "A16",
+    }
+    found = mosaic_gpu.unsupported(**given | changes)
+    assert found is None if reason is None else reason in found
+    assert "not run on a GPU" in mosaic_gpu.slower()
