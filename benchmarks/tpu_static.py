@@ -41,15 +41,15 @@ ROWS = (1, 8, 77, 197, 1576, 50432)
 TARGETS = {"bf16": 1.3, "int8": 1.2}
 GROUP = 256
 FC = [(768, 3072), (3072, 768)]  # fc1 and fc2 of ViT-B/16
-# Implementation, activations, dtype of x, and the rows it is compiled for: XLA takes up to half a minute for int2 with
-# many rows, and float32 is for comparisons of one image.
+# Implementation, activations, dtype of x, and the rows it is compiled for. XLA takes up to half a minute for int2 with
+# many rows; float32 is for comparisons of one image; A8 in bf16 is what v4 has.
 PATHS = (
     ("mosaic_tpu", "A16", jnp.bfloat16, ROWS),
     ("mosaic_tpu", "A16", jnp.float32, (197,)),
     ("mosaic_tpu", "A8", jnp.bfloat16, ROWS),
     ("mosaic_tpu_int8", "A8", jnp.bfloat16, ROWS),
-    ("xla_int2", "A16", jnp.bfloat16, (1, 197)),
-    ("xla_int2", "A8", jnp.bfloat16, (1, 197)),
+    ("xla_int2", "A16", jnp.bfloat16, (197,)),
+    ("xla_int2", "A8", jnp.bfloat16, (197,)),
 )
 
 
@@ -96,11 +96,11 @@ def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
     }
 
 
-def weight_bytes(product: Any, w: Any, k: int, dtype: Any) -> dict[str, int]:
+def weight_bytes(product: Any, w: Any, k: int, dtype: Any) -> int:
     """Bytes of HBM of the weight alone, by the compiler: it is the only argument of a product with constants."""
     program = jax.jit(lambda w: product(jnp.ones((8, k), dtype), w)).lower(w).compile()
     memory: Any = program.memory_analysis()
-    return {"weight_bytes": memory.argument_size_in_bytes, "scales": w.scale.size}
+    return memory.argument_size_in_bytes
 
 
 def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
@@ -113,11 +113,14 @@ def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) 
             given = {"device_kind": kind, "platform": "tpu", "group": GROUP, "activations": activations, "rows": None}
             product = functools.partial(module.matmul, activations=activations)
             for k, n in shapes:
-                if module.unsupported(**given, shape=(k, n), dtype=jnp.dtype(dtype)):
+                reason = module.unsupported(**given, shape=(k, n), dtype=jnp.dtype(dtype))
+                if reason or (DEVICES[kind].int8 and (name, activations) == ("mosaic_tpu", "A8")):
                     continue
                 w = abstract(jax.eval_shape(module.pack, ternary(k, n)), mesh, PartitionSpec())
-                cell = {"device": device, "implementation": name, "activations": activations}
-                cell |= {"dtype": jnp.dtype(dtype).name, "k": k, "n": n} | weight_bytes(product, w, k, dtype)
+                cell: dict[str, Any] = {"device": device, "implementation": name, "activations": activations}
+                cell |= {"dtype": jnp.dtype(dtype).name, "k": k, "n": n}
+                if (name, dtype) == ("mosaic_tpu_int8" if activations == "A8" else "mosaic_tpu", jnp.bfloat16):
+                    cell["weight_bytes"] = weight_bytes(product, w, k, dtype)
                 for m in (m for m in rows if m in own_rows):
                     x = abstract(jax.ShapeDtypeStruct((m, k), dtype), mesh, PartitionSpec())
                     yield cell | {"m": m} | compiled(product, x, w)
@@ -147,17 +150,16 @@ def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     with jax.set_mesh(mesh):
         for order in ("bf16", "int8") if own.int8 else ("bf16",):
             for k, n in FC:
-                for groups in (1, k // GROUP):
-                    row = tpu_bundles.compare(own, order, k, n, groups, shard, folder)
-                    if row is None:
-                        return
-                    yield {"device": device, "target": TARGETS[order]} | row
+                row = tpu_bundles.compare(own, order, k, n, k // GROUP, shard, folder)
+                if row is None:
+                    return
+                yield {"device": device, "target": TARGETS[order]} | row
 
 
 def child(device: str, quick: bool, dump: str) -> None:
     """Prints the rows of one device, each when it is known."""
     shapes = FC if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
-    rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (197,) if quick else ROWS)
+    rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (1, 197, 1576) if quick else ROWS)
     if device == "v5e" and not dump:
         rows = itertools.chain(rows, shared_columns(device, shapes))
     for row in rows:
@@ -224,8 +226,9 @@ def print_tables(cells: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="v4 and v5e, fc1 and fc2 of ViT-B/16 with 197 rows, no bundles"
+        "--quick", action="store_true", help="fc1 and fc2 of ViT-B/16 with few numbers of rows, no bundles"
     )
+    parser.add_argument("--devices", nargs="+", choices=TOPOLOGIES, help="default: all, v4 and v5e with --quick")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dump", default="", help=argparse.SUPPRESS)
@@ -237,7 +240,7 @@ def main() -> int:
     bundles: list[dict[str, Any]] = []
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for device in ("v4", "v5e") if arguments.quick else TOPOLOGIES:
+        for device in arguments.devices or (("v4", "v5e") if arguments.quick else TOPOLOGIES):
             for dump, rows in (("", cells), (folder, bundles)) if not arguments.quick else (("", cells),):
                 own, failure = spawn(device, arguments.quick, dump)
                 rows += own
