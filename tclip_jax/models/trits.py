@@ -16,24 +16,34 @@ from tclip_jax.ternary import TernaryTensor, ternarize
 from tclip_jax.ternary.tensor import expand_scale
 
 # |w| in units of its scale; the last bin holds all that is beyond.
+LIMIT = 2**18
 HISTOGRAM_EDGES = tuple(np.arange(0, 2.25, 0.125).tolist())
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def look(params: Any, rules: TernaryRules) -> dict[str, TernaryTensor]:
-    """The trits and scales of every ternary parameter as it is now; stacked layers first, others as one layer."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def look(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[str, TernaryTensor]:
+    """The trits and scales of every ternary parameter as it is now; stacked layers first, others as one layer.
+
+    Of a layer of more than `limit` weights only every n-th output is looked at (of a table, every n-th row).
+    """
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     seen = {}
     for path, leaf in leaves.items():
         quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer:
+            weight, axis = _layers(path, leaf), input_axis(path)
             alpha = _layers(path, leaves[f"{path}_scale"]) if quantizer.learned else None
-            seen[path] = ternarize(_layers(path, leaf), quantizer, input_axis(path), alpha)
+            if quantizer.group != "tensor":
+                stride = _stride(weight, limit)
+                weight, alpha = _every(weight, stride, axis), None if alpha is None else _every(alpha, stride, axis)
+            seen[path] = ternarize(weight, quantizer, axis, alpha)
     return seen
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def trit_metrics(before: Mapping[str, TernaryTensor], params: Any, rules: TernaryRules) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def trit_metrics(
+    before: Mapping[str, TernaryTensor], params: Any, rules: TernaryRules, limit: int = LIMIT
+) -> dict[str, Any]:
     """For each ternary parameter, arrays with one entry per layer, of the step between `before` and `params`.
 
     `zeros`: share of zero trits. `flips`: share of trits that changed. `scale`: mean scale. `drift`: mean |change| of
@@ -42,8 +52,10 @@ def trit_metrics(before: Mapping[str, TernaryTensor], params: Any, rules: Ternar
     """
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     metrics = {}
-    for path, now in look(params, rules).items():
-        was, magnitude = before[path], jnp.abs(_layers(path, leaves[path]))
+    for path, now in look(params, rules, limit).items():
+        was, weight = before[path], _layers(path, leaves[path])
+        stride = -(-weight.shape[-3 - now.axis] // now.shape[-3 - now.axis])
+        magnitude = jnp.abs(_every(weight, stride, now.axis))
         level = expand_scale(now.scale, now.group, magnitude.shape[now.axis], now.axis)
         within = [_share(magnitude < edge * level) for edge in HISTOGRAM_EDGES[1:]]
         cumulative = jnp.stack([jnp.zeros_like(within[0]), *within, jnp.ones_like(within[0])], axis=-1)
@@ -57,6 +69,15 @@ def trit_metrics(before: Mapping[str, TernaryTensor], params: Any, rules: Ternar
             "histogram": jnp.diff(cumulative, axis=-1),
         }
     return metrics
+
+
+def _stride(weight: jax.Array, limit: int) -> int:
+    return -(-weight.shape[-1] * weight.shape[-2] // limit)
+
+
+def _every(x: jax.Array, stride: int, axis: int) -> jax.Array:
+    """Every n-th entry of the axis that is not the input axis."""
+    return x[..., ::stride] if axis == -2 else x[..., ::stride, :]
 
 
 def _layers(path: str, leaf: jax.Array) -> jax.Array:

@@ -70,6 +70,18 @@ def test_metrics_are_those_of_the_step() -> None:
     np.testing.assert_array_equal(trit_metrics(after, new, RULES)[FC1]["flips"], 0)
 
 
+def test_of_a_large_weight_every_nth_output_is_looked_at() -> None:
+    old, new = params(0), params(1)
+    whole, part = look(new, RULES), look(new, RULES, 50)
+    np.testing.assert_array_equal(part[FC1].trits, whole[FC1].trits[..., ::4])  # 32 x 6 weights
+    np.testing.assert_array_equal(part[FC1].scale, whole[FC1].scale[..., ::4])
+    np.testing.assert_array_equal(part[QKV].trits, whole[QKV].trits)  # 8 x 6
+    found = trit_metrics(look(old, RULES, 50), new, RULES, 50)
+    flips = np.mean(part[FC1].trits != np.asarray(look(old, RULES, 50)[FC1].trits), axis=(1, 2))
+    np.testing.assert_allclose(found[FC1]["flips"], flips, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(found[FC1]["histogram"], -1), 1, rtol=1e-6)
+
+
 def test_a_look_is_one_line_of_the_metrics(tmp_path: pathlib.Path) -> None:
     found = trit_metrics(look(params(0), RULES), params(1), RULES)
     with Telemetry(tmp_path, first_step=0, steps=2, title="t") as telemetry:

@@ -1,0 +1,252 @@
+"""The accuracy that ternary weights keep: `python -m benchmarks.accuracy --out runs/accuracy [--quick] [--json]`.
+
+On the real images of ../shared/data or TCLIP_TEST_DATA: CIFAR-10 (zero-shot accuracy on its test images) and emoji
+(recall@5 of names among all names, in a drawing style that was never trained on: of names that were, and of the other
+half of the names, which were not). Every variant of configs/accuracy.py is trained with the same seeds, its weights
+packed, and the packed model evaluated. A difference is to the full-precision student with the same distillation, seed
+by seed; intervals are of 95 %, by Student's t. What is done is kept in OUT, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from scipy import stats
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.artifacts.sizes import ternary_share, zero_share
+from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.runner import evaluate
+from tclip_jax.evaluation.tasks import source_task
+from tclip_jax.recipes import load_recipe
+from tclip_jax.storage import atomic_folder, write_atomic
+from tclip_jax.training.config import run_config
+from tclip_jax.training.loop import train
+from tclip_jax.training.teacher_cache import write_cache
+
+FULL = "full"
+VARIANTS = (
+    FULL, "ternaryclip", "bitnet", "twn", "least_squares", "lsq", "seq", "group64", "gradual", "recovery", "average",
+    "patches", "hidden", "relations",
+)  # fmt: skip
+IN_THE_STEP = ("hidden", "relations")  # need more of the teacher than its embeddings
+METRICS = {
+    "cifar10": {"accuracy": ("test", "acc1")},
+    "emoji": {"R@5": ("test", "text_retrieval_recall@5"), "R@5 unseen names": ("unseen", "text_retrieval_recall@5")},
+}
+COPIES = {"cifar10": 4, "emoji": 16}
+
+
+def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: int) -> None:
+    """Writes the images of one data set as folders that `folder:` reads, whole or not at all, if it is not there."""
+    if folder.exists():
+        return
+    with atomic_folder(folder) as building:
+        for name, content in (_cifar10 if data == "cifar10" else _emoji)(shared / data, per_class):
+            path = building / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
+    """`train/<class>/<nnnn>.jpg` and `test/…`: the first images of each class."""
+    for name, content in _members(shared / "cifar10_jpg.tar.xz"):
+        *_, split, classname, file = pathlib.PurePosixPath(name).parts
+        if split in ("train", "test") and int(pathlib.PurePosixPath(file).stem) < per_class:
+            yield f"{split}/{classname}/{file}", content
+
+
+def _emoji(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
+    """`train` in one drawing style; in the other `test`, of the same names, and `unseen`, of the other half."""
+    for shard in ("noto", "blob"):
+        files: dict[str, dict[str, bytes]] = {}
+        for name, content in _members(shared / f"{shard}.tar"):
+            stem, _, kind = pathlib.PurePosixPath(name).name.partition(".")
+            files.setdefault(stem, {})[kind] = content
+        for stem, each in sorted(files.items()):
+            seen = hashlib.sha256(each["txt"].strip()).digest()[0] % 2 == 0
+            split = {("noto", True): "train", ("blob", True): "test", ("blob", False): "unseen"}.get((shard, seen))
+            if split and (per_class > 100 or hashlib.sha256(stem.encode()).digest()[1] < 64):
+                yield f"{split}/{stem}.png", _on_white(each["png"])
+                yield f"{split}/{stem}.txt", each["txt"]
+
+
+def _members(archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            if file:
+                yield member.name, file.read()
+
+
+def _on_white(png: bytes) -> bytes:
+    with Image.open(io.BytesIO(png)) as picture:
+        rgba = picture.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    buffer = io.BytesIO()
+    flat.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> Any:
+    """The configuration of a variant on the data that was laid out."""
+    modes = ("" if distilled else ",plain") + (",runlocal" if args.quick else "")
+    config = load_recipe(f"accuracy:{data},{who}{modes}")
+    config.data.source = f"folder:{args.out}/data/{data}"
+    config.eval.source = config.eval.source and config.data.source
+    if args.width:
+        config.model.vision_cfg.width = config.model.text_cfg.width = config.model.embed_dim = args.width
+        config.model.text_cfg.heads = max(args.width // 64, 2)
+    if args.steps:
+        config.optimizer.warmup_steps = config.optimizer.warmup_steps * args.steps // config.steps
+        config.optimizer.recovery_steps = config.optimizer.recovery_steps * args.steps // config.steps
+        config.ternary_warmup_steps = config.ternary_warmup_steps * args.steps // config.steps
+        config.steps = args.steps
+    return config
+
+
+def prepare_teacher(args: argparse.Namespace, data: str) -> None:
+    """Trains the teacher of one data set, and stores its embeddings."""
+    folder = pathlib.Path(args.out) / data
+    config = recipe(args, data, "teacher", True)
+    config.steps = config.steps if args.quick else 2 * config.steps
+    train(config, folder / "teacher")
+    run = run_config(recipe(args, data, FULL, False))
+    write_cache(folder / "cache", run, str(folder / "teacher"), copies=1 if args.quick else COPIES[data])
+
+
+def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, seed: int) -> dict[str, float]:
+    """Trains and evaluates one variant with one seed, or reads what came of it earlier."""
+    folder = pathlib.Path(args.out) / data
+    name = f"{who}-{'distilled' if distilled else 'plain'}-{seed}"
+    path = folder / "results" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    config = recipe(args, data, who, distilled)
+    config.seed = seed
+    if distilled and who in IN_THE_STEP:
+        config.teacher = str(folder / "teacher")
+    elif distilled:
+        config.data.teacher_cache = str(folder / "cache")
+    model = train(config, folder / "runs" / name)
+    params = pack_params(model.params, model.rules)
+    encoder = Encoder(Model(model.config, model.preprocess, params), batch_size=256)
+    result = {
+        "share": ternary_share(params),
+        "share without embedding": ternary_share(params, token_embedding=False),
+        "zeros": zero_share(params),
+        "zeros without embedding": zero_share(params, token_embedding=False),
+    }
+    for metric, (split, measured) in METRICS[data].items():
+        task = source_task(config.data.source, split, config.data.templates)
+        report = evaluate(encoder, [task], model="")
+        if report.errors:
+            raise ValueError(f"{name}: {next(iter(report.errors.values()))}")
+        result[metric] = next(iter(report.results.values())).metrics[measured]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(epath.Path(path), json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and how far the 95 % interval of Student's t reaches to either side; NaN of a single value."""
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows aligned, shares in per cent."""
+    heads = ("data", "variant", "metric", "seeds", "mean", "± 95 %", "to full", "± 95 %")
+    lines = [[*heads, "ternary", "(no emb.)", "zeros", "(no emb.)"]]
+    for row in rows:
+        numbers = (
+            row["mean"], row["half"], row["difference"], row["difference_half"], row["share"],
+            row["share without embedding"], row["zeros"], row["zeros without embedding"],
+        )  # fmt: skip
+        shown = ["" if math.isnan(number) else f"{100 * number:.2f}" for number in numbers]
+        lines.append([row["data"], row["variant"], row["metric"], str(row["seeds"]), *shown])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[dict[str, Any]]:
+    """A row for each metric of a variant; `results` has the results of every variant, seed by seed."""
+    own, full = results[who, distilled], results.get((FULL, distilled), [])
+    for metric in METRICS[data]:
+        mean, half = interval([each[metric] for each in own])
+        pairs = [a[metric] - b[metric] for a, b in zip(own, full, strict=False)]
+        difference, difference_half = interval(pairs) if pairs and who != FULL else (math.nan, math.nan)
+        shares = {name: float(np.mean([each[name] for each in own])) for name in own[0] if name not in METRICS[data]}
+        yield {
+            "data": data,
+            "variant": who if distilled else f"{who}, plain",
+            "metric": metric,
+            "seeds": len(own),
+            "mean": mean,
+            "half": half,
+            "difference": difference,
+            "difference_half": difference_half,
+            **shares,
+        }
+
+
+def main() -> int:
+    """Prints a line as each experiment ends, then the table, and with --json one object last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default="runs/accuracy", metavar="DIR", help="data, runs and results")
+    parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="default both")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--plain", nargs="*", choices=VARIANTS, default=[FULL, "ternaryclip"], help="without teacher")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--width", type=int, default=0, metavar="N", help="of the models, instead of the recipe's")
+    parser.add_argument("--quick", action="store_true", help="tiny models, two variants, four steps, under a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    if args.quick:
+        args.out, args.data, args.seeds = f"{args.out}-quick", ["emoji"], 1
+        args.variants, args.plain = [FULL, "lsq"], []
+    shared = pathlib.Path(os.environ.get("TCLIP_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+    if not shared.is_dir():
+        print(f"{shared}: no real images there; set TCLIP_TEST_DATA", file=sys.stderr)
+        return 2
+    rows = []
+    for data in args.data:
+        lay_out(pathlib.Path(args.out) / "data" / data, shared, data, 20 if args.quick else 10**6)
+        prepare_teacher(args, data)
+        results: dict[tuple[str, bool], list[dict[str, float]]] = {}
+        for seed in range(args.seeds):
+            for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
+                found = experiment(args, data, who, distilled, seed)
+                results.setdefault((who, distilled), []).append(found)
+                figures = ", ".join(f"{metric} {found[metric]:.2%}" for metric in METRICS[data])
+                print(f"{data} seed {seed} {who}{'' if distilled else ', plain'}: {figures}", flush=True)
+        rows += [row for who, distilled in results for row in summarize(data, who, distilled, results)]
+    print(table(rows))
+    if args.json:
+        clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+        print(json.dumps({"rows": clean}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

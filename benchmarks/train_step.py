@@ -1,0 +1,154 @@
+"""What a training step costs: `python -m benchmarks.train_step [--quick] [--json]`.
+
+Times one step (forward, contrastive loss, backward, AdamW) of the same model in full precision and ternary, a look at
+the trits, and the full-precision step of open_clip in PyTorch, which needs the extra `torch`. The runs are interleaved,
+and a ratio is the median over rounds of the ratios within a round: on a shared machine only those mean anything. Exit
+code 1 when a ratio is over its budget; with --quick, which has too few rounds to judge, always 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, normalize
+from tclip_jax.models.clip import CLIP
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.presets import PRESETS, model_cfg
+from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
+from tclip_jax.models.trits import look, trit_metrics
+from tclip_jax.numerics.torch_side import import_torch
+from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.ternary import Quantizer
+from tclip_jax.training.config import base_config
+from tclip_jax.training.objective import Encoders
+from tclip_jax.training.optimizer import make_optimizer
+from tclip_jax.training.sections import LossConfig, OptimizerConfig
+from tclip_jax.training.state import init_state
+from tclip_jax.training.step import make_train_step
+
+OPTIMIZER = OptimizerConfig()
+# ratio -> (of what, to what, the most that it may be)
+BUDGETS = {
+    "ternary / full precision": ("ternary", "full", 1.05),
+    "JAX / open_clip in PyTorch": ("full", "torch", 0.9),
+    "telemetry of trits / ternary": ("look", "ternary", 0.02),
+}
+
+
+def draw_batch(config: CLIPConfig, rows: int) -> dict[str, np.ndarray]:
+    """Random pixels and tokens, the last of each text being its end."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.text.vocab_size - 1, (rows, config.text.context_length), np.int32)
+    tokens[:, -1] = config.text.vocab_size - 1
+    images = rng.integers(0, 256, (rows, *config.vision.image_size, 3), np.uint8)
+    return {"image": images, "tokens": tokens, "weight": np.ones(rows, np.float32)}
+
+
+def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A function that does one step, and one that looks at the trits twice, as telemetry does around a step."""
+    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(OPTIMIZER, 1000)
+    clip = CLIP(config, rules)
+    student = Encoders(clip, OPENAI_MEAN, OPENAI_STD)
+    step = jax.jit(make_train_step(student, None, optimizer, LossConfig()), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        held = {"state": init_state(clip, optimizer, 0, None, mesh)}
+    batch = shard_batch(draw_batch(config, rows), mesh)
+
+    def run() -> None:
+        with jax.set_mesh(mesh):
+            held["state"], metrics = step(held["state"], batch, None)
+        jax.block_until_ready(metrics)
+
+    def observe() -> None:
+        params = held["state"].params["clip"]
+        jax.block_until_ready(trit_metrics(look(params, rules), params, rules))
+
+    return run, observe
+
+
+def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
+    """open_clip's own step with its own loss, on the cores that JAX has."""
+    torch = import_torch()
+    import open_clip
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    batch, module = draw_batch(config, rows), open_clip.CLIP(**config.to_open_clip())
+    pixels = normalize(batch["image"], OPENAI_MEAN, OPENAI_STD)
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    tokens, loss = torch.from_numpy(batch["tokens"]).long(), open_clip.ClipLoss()
+    decayed = [p for p in module.parameters() if p.ndim >= 2]
+    others = [p for p in module.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        OPTIMIZER.learning_rate,
+        (OPTIMIZER.b1, OPTIMIZER.b2),
+        OPTIMIZER.eps,
+    )
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss(*module(images, tokens)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            module.logit_scale.clamp_(0, np.log(100))
+
+    return run
+
+
+def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after two that compile and warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(-2, rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> int:
+    """Prints seconds and ratios, and with --json one object last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="pairs in a step (default 8)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default 9")
+    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', three rounds, under a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    if args.quick:
+        args.preset, args.rounds, args.batch = "tiny", 3, 32
+    config, rules = CLIPConfig.from_open_clip(model_cfg(args.preset)), ternary_rules("Q-ALL", Quantizer())
+    full, _ = jax_steps(config, args.batch, ())
+    ternary, observe = jax_steps(config, args.batch, rules)
+    runs = {"full": full, "ternary": ternary, "look": observe, "torch": torch_step(config, args.batch)}
+    seconds = measure(runs, args.rounds)
+    # A look comes once in `telemetry_every` steps.
+    seconds["look"] = [each / base_config().telemetry_every for each in seconds["look"]]
+    print(f"{args.preset}, batch {args.batch}, {len(os.sched_getaffinity(0))} cores, {args.rounds} rounds")
+    for name, values in seconds.items():
+        print(f"{name:30}{statistics.median(values):>10.4f} s")
+    figures: list[dict[str, Any]] = []
+    for name, (of, to, budget) in BUDGETS.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+        figures.append({"name": name, "ratio": ratio, "budget": budget, "passed": ratio <= budget})
+        print(f"{name:30}{ratio:>10.3f}    budget {budget:g}{'' if ratio <= budget else '  OVER'}")
+    passed = all(figure["passed"] for figure in figures)
+    if args.json:
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        print(json.dumps({"preset": args.preset, "batch": args.batch, "seconds": medians, "figures": figures}))
+    return 0 if passed or args.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
