@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import orbax.checkpoint as ocp
 
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
@@ -106,12 +108,12 @@ def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
     """A folder of open_clip, its weights drawn one by one; returns the bytes of the model in float32."""
     folder.mkdir()
     rng = np.random.default_rng(0)
+
+    def draw(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        return np.asarray(0.02 * rng.standard_normal(shape, np.float32), np.float32)
+
     state = {
-        entry.key: LazyArray(
-            entry.shape,
-            np.dtype(np.float32),
-            lambda shape=entry.shape: 0.02 * rng.standard_normal(shape, np.float32),  # type: ignore[misc]
-        )
+        entry.key: LazyArray(entry.shape, np.dtype(np.float32), functools.partial(draw, entry.shape))
         for entry in table(config)
     }
     write_safetensors(folder / "open_clip_model.safetensors", state)
