@@ -7,14 +7,17 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.checkpoints import is_checkpoint
 from tclip_jax.interop.latent import latent_params
 from tclip_jax.interop.recover import NotTernaryError, recover_ternary
 from tclip_jax.models.clip import param_shapes, with_learned_scales
+from tclip_jax.models.inherit import inherit_params
 from tclip_jax.models.ternary_rules import (
     PATCH_EMBEDDING,
     TERNARIZABLE,
@@ -23,9 +26,25 @@ from tclip_jax.models.ternary_rules import (
     input_axis,
     matrix_shape,
 )
+from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.training.config import RunConfig
-from tclip_jax.training.restore import Stored, load_stored
+from tclip_jax.training.restore import Stored, load_model, load_stored
+
+
+def start_params(run: RunConfig, mesh: Mesh) -> Any:
+    """What `config.init` or `config.inherit` gives a run, over `mesh`; None where neither says anything.
+
+    Raises what `initial_weights`, `load_model` and `inherit_params` raise.
+    """
+    if run.init:
+        start = initial_weights(run)
+    elif run.inherit:
+        wider = load_model(run.inherit)
+        start = with_learned_scales(inherit_params(wider.params, wider.config, run.model), run.rules)
+    else:
+        return None
+    return jax.device_put(start, tree_shardings(start, mesh))
 
 
 def initial_weights(run: RunConfig) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.models.clip import CLIP, with_learned_scales
-from tclip_jax.models.inherit import inherit_params
+from tclip_jax.models.clip import CLIP
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
@@ -28,7 +27,7 @@ from tclip_jax.storage import write_atomic
 from tclip_jax.training.checkpoints import Checkpoints, saved_steps
 from tclip_jax.training.config import RunConfig, base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
-from tclip_jax.training.initial import initial_weights
+from tclip_jax.training.initial import start_params
 from tclip_jax.training.objective import Encoders, check_teacher
 from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, ternary_share
 from tclip_jax.training.restore import load_model
@@ -73,11 +72,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     teacher = load_model(run.teacher, mesh) if run.teacher else None
     if teacher is not None:
         check_teacher(teacher.config, run.model, run.loss)
-    start = _inherited(run, mesh) if run.inherit else None
+    start = None if saved_steps(workdir / "checkpoints") else start_params(run, mesh)
     optimizer = make_optimizer(run.optimizer, run.steps)
-    if run.init and not saved_steps(workdir / "checkpoints"):
-        start = initial_weights(run)
-        start = jax.device_put(start, tree_shardings(start, mesh))
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
@@ -143,11 +139,6 @@ def _evaluate(
         telemetry.write(step, metrics)
 
 
-def _inherited(run: RunConfig, mesh: Mesh) -> Any:
-    wider = load_model(run.inherit, mesh)
-    return with_learned_scales(inherit_params(wider.params, wider.config, run.model), run.rules)
-
-
 def _teacher(teacher: Model, student: CLIP) -> Encoders:
     return _encoders(CLIP(teacher.config, teacher.rules, student.dtype), teacher.preprocess)
 
@@ -164,7 +155,7 @@ def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> Non
     path, resolved = workdir / "config.json", json.loads(config.to_json())
     if path.exists():
         saved = json.loads(base_config().to_json()) | json.loads(path.read_text())  # a key may be newer than the run
-        for key in ("model", "ternary", "quantizer", "seed", "init", "init_scales"):
+        for key in ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit"):
             was = saved[key]
             if was != resolved[key]:
                 raise ValueError(
