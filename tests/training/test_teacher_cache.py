@@ -17,6 +17,7 @@ from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.teacher_cache import MANIFEST, TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.training import loop
 from tclip_jax.training.config import run_config
@@ -85,6 +86,14 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
             assert float(stored[name]) == pytest.approx(float(in_step[name]), abs=1e-3), name
         wrong = normalize(batch["image"], run.preprocess.mean, run.preprocess.std)
         assert np.abs(teacher.encode_image(wrong) - batch["teacher_image"]).max() > 0.01
+
+    # Exported to open_clip and read again, the teacher sees the same, by the pixel statistics of its files.
+    described = {"config": teacher.config, "preprocess": teacher.preprocess, "params": teacher.params}
+    export_pytorch(tmp_path / "open_clip", **described, formats=("open_clip",))
+    imported = load_model(tmp_path / "open_clip")
+    again = Encoders(CLIP(imported.config), imported.preprocess.mean, imported.preprocess.std)
+    for ours, theirs in zip(sees(teacher.params, batch)[:3], again(imported.params, batch)[:3], strict=True):
+        np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
     # Both copies are drawn, and whatever draws them they are the same.
     rows = [row.tobytes() for batch in batches(cached, 20) for row in batch["image"]]
