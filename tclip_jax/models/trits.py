@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
+from tclip_jax.parallel.mesh import constrain_replicated
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.ternary import TernaryTensor, ternarize
 from tclip_jax.ternary.tensor import expand_scale
@@ -68,7 +69,7 @@ def trit_metrics(
             "saturated": _share(magnitude > level),
             "histogram": jnp.diff(cumulative, axis=-1),
         }
-    return metrics
+    return constrain_replicated(metrics)
 
 
 def _stride(weight: jax.Array, limit: int) -> int:

@@ -58,3 +58,8 @@ def constrain_batch(x: Any) -> Any:
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def constrain_replicated(x: Any) -> Any:
+    """Keeps every array of a tree whole on each device of the mesh in force, so that each process can read it."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -6,11 +6,14 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING
 from tclip_jax.models.trits import HISTOGRAM_EDGES, look, trit_metrics
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.telemetry import Telemetry, read_metrics
 
@@ -80,6 +83,17 @@ def test_of_a_large_weight_every_nth_output_is_looked_at() -> None:
     flips = np.mean(part[FC1].trits != np.asarray(look(old, RULES, 50)[FC1].trits), axis=(1, 2))
     np.testing.assert_allclose(found[FC1]["flips"], flips, rtol=1e-6)
     np.testing.assert_allclose(np.sum(found[FC1]["histogram"], -1), 1, rtol=1e-6)
+
+
+def test_of_sharded_weights_every_process_can_read_the_same() -> None:
+    old, new, mesh = params(0), params(1), make_mesh(4, 2)
+    placed = [jax.device_put(tree, tree_shardings(tree, mesh)) for tree in (old, new)]
+    with jax.set_mesh(mesh):
+        found = trit_metrics(look(placed[0], RULES), placed[1], RULES)
+    assert "fsdp" in placed[1]["image"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
+    expected = trit_metrics(look(old, RULES), new, RULES)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
 def test_a_look_is_one_line_of_the_metrics(tmp_path: pathlib.Path) -> None:
