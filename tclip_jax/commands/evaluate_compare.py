@@ -1,5 +1,5 @@
 """Examples:
-tclip evaluate compare runs/teacher/eval runs/student/eval --html compare.html
+tclip evaluate compare runs/teacher/eval runs/student/eval --data exports/ --html compare.html
 tclip evaluate compare eval/main eval/branch --max-drop 0.2 --json
 
 A and B: folders that `tclip evaluate --out` wrote; B − A is what B gains. The exit code is 0 if every data set was
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-drop", type=float, metavar="POINTS", help="exit with 1 if a data set falls further")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--html", metavar="FILE", help="also write one self-contained page with a plot")
+    parser.add_argument("--data", metavar="DIR", help="the exports, for images that changed on the page")
     parser.add_argument("--plot", metavar="FILE", help="also write the plot as a PNG")
 
 
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tclip_jax.evaluation.comparison import compare
     from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_json, to_text
+    from tclip_jax.evaluation.flipped import flipped
     from tclip_jax.evaluation.results import dump_json
     from tclip_jax.storage import write_atomic
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--resamples is {args.resamples}: it must be 100 or more for the ends of an interval")
     found = compare(args.a, args.b, intersect=args.intersect, resamples=args.resamples, seed=args.seed)
     if args.html:
-        write_atomic(args.html, to_html(found))
+        write_atomic(args.html, to_html(found, flipped(found, args.data)))
     if args.plot:
         picture = io.BytesIO()
         plot_deltas(found).savefig(picture, format="png")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from tclip_jax.evaluation.comparison import Comparison, Delta, Flips, Row
+from tclip_jax.evaluation.flipped import Pictures
+from tclip_jax.evaluation.page import cards
 from tclip_jax.pages import aligned, details, heading, page, paragraph, plot, table
 
 _HEADINGS = ("dataset", "metric", "images", "A %", "B %", "B − A", "95 % interval", "", "lost", "gained", "p")
@@ -52,8 +56,12 @@ def verdict(comparison: Comparison) -> list[str]:
     ]
 
 
-def to_html(comparison: Comparison) -> str:
-    """One page: verdict, plot of the differences, the table, all metrics, and the keys of the images that changed."""
+def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingProxyType({})) -> str:
+    """One page: verdict, plot of the differences, the table, all metrics, and the images that changed.
+
+    Args:
+      pictures: by data set; the keys alone are shown of others.
+    """
     lost = comparison.mean.delta < 0
     said = [paragraph(line, f"verdict {'bad' if lost else 'good'}") for line in verdict(comparison)]
     sides = [["A", comparison.a, comparison.models[0]], ["B", comparison.b, comparison.models[1]]]
@@ -64,7 +72,7 @@ def to_html(comparison: Comparison) -> str:
         parts += [heading("Data sets"), table(_table(comparison), marked=marked)]
         parts += [details("All metrics", table(_metrics(comparison)))]
     changed = [(row.dataset, row.flips) for row in comparison.rows if row.flips]
-    parts += [heading("Images that changed"), *(_keys(name, flips) for name, flips in changed)] if changed else []
+    parts += [heading("Images that changed"), *(_changed(*each, pictures) for each in changed)] if changed else []
     parts.append(
         paragraph(
             f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}; "
@@ -144,7 +152,16 @@ def _said_aloud(comparison: Comparison) -> list[str]:
     return [*lines, f"no predictions, so no intervals: {', '.join(bare)}"] if bare else lines
 
 
-def _keys(name: str, flips: Flips) -> str:
+def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures]) -> str:
+    found = pictures.get(name, Pictures((), (), ""))
+    title = f"{name}: {len(flips.lost):,} lost, {len(flips.gained):,} gained"
+    shown = [paragraph(f"no images: {found.why_not}", "note")] if found.why_not else []
+    for what, images in (("lost", found.lost), ("gained", found.gained)):
+        shown += [paragraph(what), cards(images)] if images else []
+    return details(title, "".join([*shown, _keys(flips)]))
+
+
+def _keys(flips: Flips) -> str:
     rows = [["right in A, wrong in B", "wrong in A, right in B"]]
     both = (flips.lost[:_SHOWN_KEYS], flips.gained[:_SHOWN_KEYS])
     for i in range(max(map(len, both))):
@@ -154,4 +171,4 @@ def _keys(name: str, flips: Flips) -> str:
         for keys in (flips.lost, flips.gained)
     ]
     rows += [more] if any(more) else []
-    return details(f"{name}: {len(flips.lost):,} lost, {len(flips.gained):,} gained", table(rows))
+    return table(rows)

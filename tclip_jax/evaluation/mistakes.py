@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.pipeline import to_pil
-from tclip_jax.data.sources import Source
+from tclip_jax.data.sources import Record, Source
 from tclip_jax.evaluation.metrics import average_precision
 from tclip_jax.evaluation.results import Predictions
 
@@ -46,21 +46,39 @@ def examples(predictions: Predictions, source: Source, limit: int) -> list[Examp
     found = []
     for row in _wrong(predictions, limit):
         record = source[int(predictions["index"][row])]
-        try:
-            picture = to_pil(record.image).convert("RGB")
-        except ValueError:
-            continue
-        small = max(picture.size) < _SIDE // 2
-        picture.thumbnail((_SIDE, _SIDE))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)
-        if "text_rank" in predictions:
-            texts = len(predictions["image_rank"])
-            words = (record.captions[0], f"best caption is number {predictions['text_rank'][row] + 1:,} of {texts:,}")
-        else:
-            words = _classes(predictions, row, source.classnames)
-        found.append(Example(buffer.getvalue(), small, *(word[:_LETTERS] for word in words)))
-    return found
+        found.append(_example(record, *_words(predictions, int(row), record, source.classnames)))
+    return [each for each in found if each]
+
+
+def changed(first: Predictions, second: Predictions, keys: Sequence[str], source: Source, limit: int) -> list[Example]:
+    """Up to `limit` of the images with these keys, spread evenly, and what either model made of them.
+
+    Raises:
+      ValueError: the source has another image in the place of one of them.
+    """
+    found = []
+    for key in (keys[i] for i in _spread(len(keys), limit)):
+        here, there = (int(np.flatnonzero(each["keys"] == key)[0]) for each in (first, second))
+        place = int(first["index"][here])
+        record = source[place] if place < len(source) else None
+        if record is None or record.name != key:
+            raise ValueError(f"image {place} is {record.name if record else 'not there'}, not {key}")
+        truth, a = _words(first, here, record, source.classnames)
+        _, b = _words(second, there, record, source.classnames)
+        found.append(_example(record, truth, f"A: {a}; B: {b}"))
+    return [each for each in found if each]
+
+
+def _example(record: Record, truth: str, said: str) -> Example | None:
+    try:
+        picture = to_pil(record.image).convert("RGB")
+    except ValueError:
+        return None
+    small = max(picture.size) < _SIDE // 2
+    picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return Example(buffer.getvalue(), small, truth[:_LETTERS], said[:_LETTERS])
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:
@@ -94,10 +112,19 @@ def _wrong(predictions: Predictions, limit: int) -> npt.NDArray[np.intp]:
         (wrong,) = np.nonzero(predictions["labels"][np.arange(len(top)), top] == 0)
     else:
         (wrong,) = np.nonzero(predictions["top"][:, 0] != predictions["labels"])
-    return wrong[np.unique(np.linspace(0, len(wrong) - 1, limit).astype(int))] if len(wrong) else wrong
+    return wrong[_spread(len(wrong), limit)]
 
 
-def _classes(predictions: Predictions, row: np.intp, classnames: Sequence[str]) -> tuple[str, str]:
+def _spread(count: int, limit: int) -> npt.NDArray[np.intp]:
+    """Up to `limit` of 0 to count − 1, evenly."""
+    return np.unique(np.linspace(0, count - 1, limit).astype(np.intp)) if count else np.empty(0, np.intp)
+
+
+def _words(predictions: Predictions, row: int, record: Record, classnames: Sequence[str]) -> tuple[str, str]:
+    """The truth, and what the model said."""
+    if "text_rank" in predictions:
+        texts = len(predictions["image_rank"])
+        return record.captions[0], f"best caption is number {predictions['text_rank'][row] + 1:,} of {texts:,}"
     if "scores" in predictions:
         truth = ", ".join(classnames[int(c)] for c in np.flatnonzero(predictions["labels"][row]))
         return truth or "none", classnames[int(predictions["scores"][row].argmax())]

@@ -56,6 +56,11 @@ def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit
     return page(f"Evaluation of {', '.join(models) or 'nothing'}", "\n".join(parts))
 
 
+def cards(found: Sequence[Example]) -> str:
+    """Images in rows, each above the truth and what the model said."""
+    return f'<div class="cards">{"".join(map(_card, found))}</div>'
+
+
 def plot_metrics(results: Sequence[Result]) -> Figure:
     """A bar of the main metric of each data set, in per cent, the best on top."""
     bars = {result.dataset: 100 * _main(result)[1] for result in results if not math.isnan(_main(result)[1])}
@@ -92,8 +97,7 @@ def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str
         _, source, _ = task.open()
     except (OSError, ValueError) as error:
         return details(title, paragraph(f"no examples: {error}", "note"))
-    cards = "".join(_card(example) for example in examples(predictions, source, limit))
-    return details(title, f'<div class="cards">{cards}</div>{_classes(predictions, source.classnames, limit)}')
+    return details(title, cards(examples(predictions, source, limit)) + _classes(predictions, source.classnames, limit))
 
 
 def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> str:

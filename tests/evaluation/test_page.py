@@ -15,7 +15,7 @@ from PIL import Image
 
 from tclip_jax.cli import main
 from tclip_jax.data.sources import Record
-from tclip_jax.evaluation.mistakes import confusions, examples, weakest_classes
+from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
 from tclip_jax.evaluation.runner import evaluate
@@ -164,3 +164,40 @@ def test_retrieval_shows_the_worst(evaluated: Any) -> None:
     found = examples(predictions, tasks[2].open()[1], 3)
     ranks = [int(each.said.split()[4].replace(",", "")) for each in found]
     assert ranks == [1 + rank for rank in sorted(predictions["text_rank"], reverse=True)[:3]]
+
+
+def test_images_that_changed_stand_on_the_page_of_a_comparison(
+    evaluated: Any, tmp_path: pathlib.Path, exports: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, tasks = evaluated
+    table = {
+        f"{template.format(c=name)}": np.eye(3)[i % 3] for template in exports.TEMPLATES for i, name in enumerate(NAMES)
+    }
+    evaluate(exports.Direct(table=table), tasks[:1], model="other", out=tmp_path / "other")
+    arguments = ["evaluate", "compare", str(out), str(tmp_path / "other"), "--resamples", "100", "--html"]
+    assert main([*arguments, str(tmp_path / "bare.html")]) == 1
+    bare = Page((tmp_path / "bare.html").read_text())
+    assert main([*arguments, str(tmp_path / "full.html"), "--data", str(tmp_path / "exports")]) == 1
+    full = Page((tmp_path / "full.html").read_text())
+    assert len(bare.addresses) == 1 < len(full.addresses) <= 15
+    said = [word for word in full.words if word.startswith("A: ") and "; B: " in word]
+    assert len(said) == len(full.addresses) - 1
+    exports.write(tmp_path / "exports" / "wds_mnist", [0], NAMES, shards=1)
+    assert main([*arguments, str(tmp_path / "gone.html"), "--data", str(tmp_path / "exports")]) == 1
+    assert any(word.startswith("no images: image ") for word in Page((tmp_path / "gone.html").read_text()).words)
+
+
+def test_what_either_model_said_of_an_image_that_changed() -> None:
+    keys = np.array(["0", "3", "5", "7"])
+    first = {"keys": keys, "index": np.array([0, 3, 5, 7]), "labels": np.array([0, 1, 2, 0])}
+    first["top"] = np.array([[0], [1], [0], [2]])
+    second = {name: array[::-1] for name, array in first.items()}
+    second["top"] = np.array([[0], [2], [2], [1]])  # of 7, 5, 3, 0
+    found = changed(first, second, ["0", "3", "7"], Pictures(10), 7)
+    assert [(each.truth, each.said) for each in found] == [
+        ("cat", "A: cat; B: dog"),
+        ("dog", "A: dog; B: cow"),
+        ("cat", "A: cow; B: cat"),
+    ]
+    with pytest.raises(ValueError, match=r"^image 7 is not there, not 7$"):
+        changed(first, second, ["7"], Pictures(5), 7)
