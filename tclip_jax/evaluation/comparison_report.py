@@ -62,8 +62,8 @@ def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingPr
     Args:
       pictures: by data set; the keys alone are shown of others.
     """
-    lost = comparison.mean.delta < 0
-    said = [paragraph(line, f"verdict {'bad' if lost else 'good'}") for line in verdict(comparison)]
+    color = ("good" if comparison.mean.delta > 0 else "bad") if comparison.mean.clear else ""
+    said = [paragraph(line, f"verdict {color}") for line in verdict(comparison)]
     sides = [["A", comparison.a, comparison.models[0]], ["B", comparison.b, comparison.models[1]]]
     parts = [*said, table(sides, header=False), *(paragraph(line, "note") for line in _said_aloud(comparison))]
     if comparison.rows:

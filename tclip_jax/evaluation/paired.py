@@ -60,7 +60,7 @@ class Predicted:
             if keys.ndim != 1 or keys.dtype.kind != "U" or (counts > 1).any():
                 raise ValueError("keys are not one name for each image")
             return cls(keys, _by_image(arrays, len(keys)))
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the predictions of an evaluation: {error}") from None
 
     @property

@@ -151,6 +151,7 @@ def predictions_of(folder: pathlib.Path, dataset: str, **changes: Any) -> None:
         ("mnist", lambda p: {n: (p[n] + 1) % 10 for n in ("labels", "top")}, "400 images have other labels in A than"),
         ("flickr8k", lambda p: {"keys": np.char.add("x", p["keys"])}, "60 images only in A, 60 only in B; ranks are"),
         ("flickr8k", lambda p: {"text_to_image": p["text_to_image"] + 60}, "not the predictions of an evaluation"),
+        ("flickr8k", lambda p: {"text_to_image": p["text_to_image"] / 2}, "not the predictions of an evaluation"),
         ("voc2007_multilabel", lambda p: {"scores": p["scores"][:, :3]}, "scores are (400, 3), labels (400, 10)"),
     ],
 )
