@@ -63,7 +63,7 @@ def few_shot(train: Embeddings, labels: Labels, test: Embeddings, *, shots: int,
     Raises:
       ValueError: a class with fewer images, or no image left to choose C with.
 
-    Source: CLIP, arXiv 2103.00020, section 3.1.5; the images for the choice as in CoOp, arXiv 2109.01134.
+    Source: CLIP, arXiv 2103.00020, section 3.1.5; how many images choose C is from the code of CoOp, arXiv 2109.01134.
     """
     order = _by_class(labels, seed)
     for each in order:
