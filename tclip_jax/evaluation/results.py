@@ -18,6 +18,7 @@ from tclip_jax.schema import from_mapping
 from tclip_jax.storage import write_atomic
 
 SUMMARY = "summary.json"
+_MAX_PREDICTIONS = 1 << 30  # bytes unpacked; the largest of the 41 have 20 MB
 Predictions = dict[str, npt.NDArray[Any]]
 
 
@@ -104,9 +105,14 @@ def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
     """
     path = result_path(out, dataset).with_suffix(".predictions.npz")
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            size = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+            if size > _MAX_PREDICTIONS:
+                raise ValueError(f"{size:,} bytes, where at most {_MAX_PREDICTIONS:,} are expected")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not predictions: {error}") from None
 
 

@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 import types
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -294,12 +295,20 @@ def test_what_is_no_result(tmp_path: pathlib.Path, content: str, message: str) -
     assert str(error.value).startswith(f"{tmp_path}/x.json")
 
 
-def test_predictions_are_never_unpickled(tmp_path: pathlib.Path) -> None:
+def test_predictions_are_never_unpickled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "x.predictions.npz", keys=np.array([{"a": 1}], object))
     with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
         read_predictions(tmp_path, "x")
     (tmp_path / "x.predictions.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
+        read_predictions(tmp_path, "x")
+    lie = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }\n"
+    with zipfile.ZipFile(tmp_path / "x.predictions.npz", "w") as archive:
+        archive.writestr("keys.npy", lie)
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
+        read_predictions(tmp_path, "x")
+    monkeypatch.setattr("tclip_jax.evaluation.results._MAX_PREDICTIONS", 10)
+    with pytest.raises(ValueError, match="bytes, where at most 10 are expected"):
         read_predictions(tmp_path, "x")
     with pytest.raises(FileNotFoundError):
         read_predictions(tmp_path, "y")
