@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Embeds, writes, and returns the exit code."""
     from etils import epath
 
+    from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, write_embeddings
-    from tclip_jax.inference.inputs import find_images, fingerprint, image_items, printable, text_items
+    from tclip_jax.inference.inputs import find_images, image_items, printable, text_items
     from tclip_jax.inference.store import Store
     from tclip_jax.training.restore import load_model
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         lines = epath.Path(args.texts).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
         texts = [line.strip() for line in lines if line.strip()]
     model = load_model(args.model)
-    width, mark = model.config.embed_dim, fingerprint(model)
+    width, mark = model.config.embed_dim, fingerprint(model, args.model)
     store = Store(f"{out}.partial", width)
     if args.images:
         items, failures = image_items(mark, paths)

@@ -64,7 +64,8 @@ def _query(args: argparse.Namespace) -> int:
 
     index = read_index(args.index)
     picture = epath.Path(args.query) if os.path.isfile(args.query) else None
-    results = query_index(load_model(args.model or index.model), index, picture or args.query, args.top)
+    where = args.model or index.model
+    results = query_index(load_model(where), index, picture or args.query, args.top, model_path=where)
     if args.json:
         print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
         return 0

@@ -7,11 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import numpy as np
 from etils import epath
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.storage import is_local
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -35,16 +32,6 @@ class Failure(NamedTuple):
     def of(cls, name: str, error: Exception) -> Failure:
         """The failure that an exception means, on one line."""
         return cls(name, " ".join(str(getattr(error, "strerror", None) or error).split()))
-
-
-def fingerprint(model: Model) -> str:
-    """Hexadecimal digits that change with anything that changes embeddings: parameters, rules, preprocessing."""
-    digest = hashlib.blake2b(repr(model).encode(), digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def find_images(folder: epath.PathLike) -> list[epath.Path]:

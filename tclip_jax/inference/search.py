@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.artifacts.model import Model
 from tclip_jax.inference.embed import embed_images, read_image, write_npy_header
-from tclip_jax.inference.inputs import Failure, find_images, fingerprint, image_items
+from tclip_jax.inference.inputs import Failure, find_images, image_items
 from tclip_jax.inference.store import Embeddings, Store, chunked
 from tclip_jax.storage import atomic_folder, is_local
 
@@ -61,6 +62,9 @@ def build_index(
     An embedding is kept as long as model, path, size and time of change of its file are the same. A call that was
     killed leaves the old index, and what it had done beside it for the next call.
 
+    Args:
+      model_path: where the model was loaded from.
+
     Raises:
       FileExistsError: `out` is something else than an index.
       FileNotFoundError, ValueError: no folder, or no images in it.
@@ -68,7 +72,7 @@ def build_index(
     root, out = epath.Path(folder).resolve(), epath.Path(out)
     if out.exists() and not (out / _MANIFEST).exists():
         raise FileExistsError(f"{out} has no {_MANIFEST}, so it is not an index that may be brought up to date")
-    mark, width = fingerprint(model), model.config.embed_dim
+    mark, width = fingerprint(model, model_path), model.config.embed_dim
     items, failures = image_items(mark, find_images(root), root)
     old = read_index(out) if out.exists() else None
     kept = {key: row for row, key in enumerate(old.keys)} if old and old.fingerprint == mark else {}
@@ -146,15 +150,18 @@ class Result(NamedTuple):
     score: float
 
 
-def query_index(model: Model, index: Index, query: str | epath.Path, top: int = 20) -> list[Result]:
+def query_index(model: Model, index: Index, query: str | epath.Path, top: int = 20, *, model_path: str) -> list[Result]:
     """The pictures nearest to a text, or to the picture at a path, the nearest first.
+
+    Args:
+      model_path: where the model was loaded from.
 
     Raises:
       ValueError: the index is another model's, or the picture cannot be used.
     """
     if top < 1:
         raise ValueError(f"top is {top}: it must be 1 or more")
-    if fingerprint(model) != index.fingerprint:
+    if fingerprint(model, model_path) != index.fingerprint:
         raise ValueError(f"the index was made with another model ({index.model}): index the folder again with this one")
     if isinstance(query, str):
         (embedding,) = model.encode_text([query])

@@ -41,13 +41,15 @@ def index(model: Model, artifact: pathlib.Path, pictures: pathlib.Path, tmp_path
 def test_a_picture_finds_itself(model: Model, index: pathlib.Path, readable: list[epath.Path]) -> None:
     found = read_index(index)
     for path in readable:
-        first, second, *_ = query_index(model, found, path, top=3)
+        first, second, *_ = query_index(model, found, path, top=3, model_path=found.model)
         assert found.root / first.name == path
         assert first.score == pytest.approx(1, abs=1e-6) and second.score < first.score
 
 
-def test_a_text_is_compared_with_every_picture(model: Model, index: pathlib.Path, readable: list[epath.Path]) -> None:
-    results = query_index(model, read_index(index), "a cat", top=100)
+def test_a_text_is_compared_with_every_picture(
+    model: Model, artifact: pathlib.Path, index: pathlib.Path, readable: list[epath.Path]
+) -> None:
+    results = query_index(model, read_index(index), "a cat", top=100, model_path=str(artifact))
     scores = model.encode_image([Image.open(path) for path in readable]) @ model.encode_text("a cat")[0]
     order = np.argsort(-scores)
     names = [os.path.relpath(path, index.parent / "pictures") for path in readable]
@@ -109,13 +111,13 @@ def test_another_model_embeds_everything_again_and_cannot_query(
     params = {**model.params, "logit_scale": model.params["logit_scale"] + 1}
     other = Model(model.config, model.preprocess, params)
     with pytest.raises(ValueError, match="the index was made with another model"):
-        query_index(other, read_index(index), "a cat")
+        query_index(other, read_index(index), "a cat", model_path="other")
     assert build_index(other, pictures, index, model_path="other").reused == 0
-    assert query_index(other, read_index(index), "a cat", top=1)
+    assert query_index(other, read_index(index), "a cat", top=1, model_path="other")
     with pytest.raises(ValueError, match="top is 0"):
-        query_index(other, read_index(index), "a cat", top=0)
+        query_index(other, read_index(index), "a cat", top=0, model_path="other")
     with pytest.raises(ValueError, match=r"broken\.png: not a usable image"):
-        query_index(other, read_index(index), epath.Path(pictures / "b" / "broken.png"))
+        query_index(other, read_index(index), epath.Path(pictures / "b" / "broken.png"), model_path="other")
 
 
 def test_what_is_no_index_is_not_overwritten(model: Model, pictures: pathlib.Path) -> None:
