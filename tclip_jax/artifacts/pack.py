@@ -25,8 +25,8 @@ _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a parameter tree by path, a `TernaryTensor` being one leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_ternary)
+    """The leaves of a parameter tree by path, a `TernaryTensor` or `PackedTensor` being one leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
     return {path_of(key_path): leaf for key_path, leaf in leaves}
 
 
@@ -75,8 +75,12 @@ def repack_params(
             return pack_rows(leaf)
         return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
 
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor | TernaryTensor))
+    return jax.tree.map(one, params, is_leaf=_is_packed)
 
 
 def _is_ternary(leaf: Any) -> bool:
     return isinstance(leaf, TernaryTensor)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedTensor | TernaryTensor)

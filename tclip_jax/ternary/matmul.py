@@ -177,7 +177,7 @@ def _batchable(activations: Activations) -> Any:
             return product(x.reshape(-1, x.shape[-1]), w).reshape(size, x.shape[1], w.shape[1]), True
 
         def one(i: jax.Array) -> jax.Array:
-            own = [leaf[i] if mapped else leaf for leaf, mapped in zip(leaves, flags, strict=True)]
+            own = [jnp.asarray(leaf)[i] if mapped else leaf for leaf, mapped in zip(leaves, flags, strict=True)]
             return product(*jax.tree.unflatten(structure, own))
 
         leaves, structure = jax.tree.flatten((x, w))

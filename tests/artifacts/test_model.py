@@ -10,11 +10,14 @@ from PIL import Image
 
 from tclip_jax.artifacts import Model, write_artifact
 from tclip_jax.artifacts.model import _forward
+from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data import images
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary.kernels import kernel
 
 Tree = dict[str, Any]
 RNG = np.random.default_rng(0)
@@ -37,6 +40,24 @@ def test_packed_and_fake_quantized_models_agree_to_the_bit(packed_model: Model, 
     np.testing.assert_array_equal(packed_model.encode_text(TOKENS), fake_quantized.encode_text(TOKENS))
 
 
+@pytest.mark.parametrize("implementation", [None, "reference", "xla_int8"])
+def test_repacked_models_equal_the_fake_quantized_one(
+    packed_model: Model, fake_quantized: Model, implementation: str | None
+) -> None:
+    repacked = packed_model.repacked(implementation=implementation)
+    leaves = flatten(repacked.params)
+    assert not [path for path, leaf in leaves.items() if isinstance(leaf, TernaryTensor)]
+    for path, leaf in flatten(packed_model.params).items():
+        if isinstance(leaf, TernaryTensor) and leaf.axis == -2:
+            np.testing.assert_array_equal(kernel(leaves[path].layout).unpack(leaves[path]), leaf.dequantize())
+    rounded = packed_model.repacked(implementation=implementation, activations="A8")
+    for method, inputs in (("encode_image", PIXELS), ("encode_text", TOKENS)):
+        expected = getattr(fake_quantized, method)(inputs)
+        np.testing.assert_allclose(getattr(repacked, method)(inputs), expected, rtol=0, atol=1e-5)
+        found = getattr(rounded, method)(inputs)
+        assert np.abs(found - expected).max() > 0 and (found * expected).sum(axis=1).min() >= 0.999
+
+
 def test_rules_matter(config: CLIPConfig, preprocess: Preprocess, latent: Tree, fake_quantized: Model) -> None:
     unquantized = Model(config, preprocess, latent)
     assert np.abs(unquantized.encode_image(PIXELS) - fake_quantized.encode_image(PIXELS)).max() > 0.01
@@ -48,7 +69,7 @@ def test_a_loaded_model_equals_the_written_one(
 ) -> None:
     described = {"config": packed_model.config, "preprocess": packed_model.preprocess, "rules": rules}
     write_artifact(tmp_path / "a", **described, params=packed, rest_dtype=rest_dtype)
-    loaded = Model.load(tmp_path / "a")
+    loaded = Model.load(tmp_path / "a", implementation="reference")
     tolerance = 0 if rest_dtype == "float32" else 2e-3
     np.testing.assert_allclose(loaded.encode_image(PIXELS), packed_model.encode_image(PIXELS), rtol=0, atol=tolerance)
     np.testing.assert_allclose(loaded.encode_text(TOKENS), packed_model.encode_text(TOKENS), rtol=0, atol=tolerance)

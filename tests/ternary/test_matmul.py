@@ -1,35 +1,214 @@
-"""The ternary product against NumPy float64."""
+"""The ternary product against NumPy float64: every implementation that runs on a CPU, by one suite."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternarize, ternary_matmul
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, repack, ternarize, ternary_matmul
+from tclip_jax.ternary.kernels import kernel, native_cpu
+
+needs_library = pytest.mark.skipif(not native_cpu.instruction_sets(), reason="the native library was not built")
+IMPLEMENTATIONS = ["reference", "xla_int8", pytest.param("native_cpu", marks=needs_library)]
+on_cpus = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+ACTIVATIONS = ["A16", "A8"]
+
+Array = np.ndarray[Any, Any]
+
+
+def draw(rows: int, length: int, columns: int, group: int | str, seed: int = 0) -> tuple[Array, TernaryTensor]:
+    """Random activations and a ternary weight whose first column is all zero."""
+    rng = np.random.default_rng(seed)
+    own = length if group in ("channel", "tensor") else min(int(group), length)
+    scale = (1, 1) if group == "tensor" else (-(-length // own), columns)
+    trits = rng.integers(-1, 2, (length, columns), dtype=np.int8)
+    trits[:, 0] = 0
+    level = np.asarray(jnp.asarray(rng.uniform(0.01, 1, scale), jnp.bfloat16), np.float32)
+    x = rng.standard_normal((rows, length), np.float32)
+    return x, TernaryTensor(trits, level, own)  # type: ignore[arg-type]
+
+
+def dense(w: TernaryTensor) -> Array:
+    scale = np.float64(w.scale)
+    return np.float64(w.trits) * (np.repeat(scale, w.group, 0)[: w.shape[0]] if len(scale) > 1 else scale)
+
+
+def rounded(x: Array) -> Array:
+    """Each token's values on its grid of 255, in the float32 steps that are documented."""
+    largest = np.abs(x).max(-1, keepdims=True)
+    q = np.rint(x * (np.float32(127) / largest))
+    return np.float64(q) * np.float64(largest) / 127
+
+
+def assert_close(found: Any, x: Array, weights: Array) -> None:
+    """Within the bound of a float32 sum in any order, (K + 8) · 2⁻²⁴ · Σ|x·w|, of the float64 product."""
+    bound = (len(weights) + 8) * 2.0**-24 * (np.abs(x) @ np.abs(weights)) + 1e-30
+    assert (np.abs(np.float64(found) - x @ weights) <= bound).all()
+
+
+@on_cpus
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@settings(max_examples=6)
+@given(
+    rows=st.integers(1, 40),
+    length=st.integers(1, 300),
+    columns=st.integers(1, 70),
+    group=st.sampled_from([1, 20, 48, 256, "channel", "tensor"]),
+    seed=st.integers(0, 99),
+)
+@example(rows=1, length=1, columns=1, group="tensor", seed=0)
+@example(rows=33, length=588, columns=33, group=256, seed=1)  # L/14's patches: a short last group
+@example(rows=40, length=513, columns=32, group="channel", seed=2)  # one more than two blocks of the native kernel
+@example(rows=5, length=100, columns=64, group=100, seed=3)
+def test_equals_float64(
+    implementation: str, activations: Any, rows: int, length: int, columns: int, group: Any, seed: int
+) -> None:
+    x, w = draw(rows, length, columns, group, seed)
+    packed = kernel(implementation).pack(w)
+    found = jax.jit(ternary_matmul, static_argnames="activations")(x, packed, activations=activations)
+    assert (found.shape, found.dtype) == ((rows, columns), jnp.float32)
+    assert_close(found, np.float64(x) if activations == "A16" else rounded(x), dense(w))
+
+
+@on_cpus
+@pytest.mark.parametrize("group", [20, 64, "channel", "tensor"])
+def test_packing_keeps_trits_scales_and_layers(implementation: str, group: Any) -> None:
+    layers = [draw(1, 100, 37, group, seed)[1] for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    module = kernel(implementation)
+    packed = module.pack(stacked)
+    assert (packed.shape, packed.group, packed.layout) == ((100, 37), stacked.group, implementation)
+    np.testing.assert_array_equal(module.unpack(packed), [dense(layer) for layer in layers])
+    second = jax.tree.map(lambda leaf: leaf[1], packed)
+    np.testing.assert_array_equal(module.unpack(second), dense(layers[1]))
+
+
+@on_cpus
+def test_scales_of_any_bits_are_kept(implementation: str) -> None:
+    w = draw(1, 40, 5, 20)[1]
+    fine = TernaryTensor(w.trits, np.float32(w.scale) * np.float32(1.2345678), w.group)  # type: ignore[arg-type]
+    module = kernel(implementation)
+    np.testing.assert_array_equal(module.unpack(module.pack(fine)), fine.dequantize())
+
+
+@on_cpus
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_bfloat16_activations_give_bfloat16(implementation: str, activations: Any) -> None:
+    x, w = draw(35, 96, 40, 32)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    found = ternary_matmul(narrow, kernel(implementation).pack(w), activations=activations)
+    assert found.dtype == jnp.bfloat16
+    wide = np.asarray(narrow, np.float32)
+    expected = (np.float64(wide) if activations == "A16" else rounded(wide)) @ dense(w)
+    np.testing.assert_allclose(np.float64(found), expected, rtol=2**-8, atol=2e-2)
+
+
+@on_cpus
+def test_a_token_of_zeros_stays_zero_and_one_with_nan_spoils_no_other(implementation: str) -> None:
+    x, w = draw(36, 64, 8, 32)
+    x[3], x[5, 7] = 0, np.nan
+    found = np.asarray(ternary_matmul(x, kernel(implementation).pack(w), activations="A8"))
+    np.testing.assert_array_equal(found[3], 0)
+    assert np.isnan(found[5, 1:]).all() and np.isfinite(np.delete(found, 5, 0)).all()
+
+
+@on_cpus
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_gradient_to_x_is_that_of_the_exact_product(implementation: str, activations: Any) -> None:
+    x, w = draw(34, 50, 24, 20)
+    packed = kernel(implementation).pack(w)
+    toward = np.random.default_rng(1).standard_normal((34, 24)).astype(np.float32)
+    _, pull = jax.vjp(lambda x: ternary_matmul(x, packed, activations=activations), x)
+    np.testing.assert_allclose(pull(toward)[0], toward @ dense(w).T, rtol=1e-5, atol=1e-5)
+    each = jax.vmap(jax.grad(lambda row: ternary_matmul(row, packed, activations=activations) @ toward[0]))(x)
+    np.testing.assert_allclose(each, np.broadcast_to(toward[0] @ dense(w).T, x.shape), rtol=1e-5, atol=1e-5)
+
+
+@on_cpus
+def test_leading_axes_jit_vmap_and_scan_are_one_product(implementation: str) -> None:
+    x, _ = draw(36, 50, 50, 20)
+    layers = [draw(1, 50, 50, 20, seed)[1] for seed in range(3)]
+    stacked = kernel(implementation).pack(jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
+    first = jax.tree.map(lambda leaf: leaf[0], stacked)
+    expected = ternary_matmul(x, first)
+    boxed = x.reshape(3, 4, 3, 50)
+    for product in (ternary_matmul, jax.jit(ternary_matmul), jax.vmap(ternary_matmul, (0, None))):
+        np.testing.assert_array_equal(product(boxed, first), expected.reshape(3, 4, 3, 50))
+    assert_close(jax.vmap(ternary_matmul, (None, 0))(x, stacked)[2], np.float64(x), dense(layers[2]))
+    scanned = jax.lax.scan(lambda x, w: (ternary_matmul(x, w), None), x, stacked)[0]
+    in_turn = x @ dense(layers[0]) @ dense(layers[1]) @ dense(layers[2])
+    np.testing.assert_allclose(scanned, in_turn, atol=1e-5 * np.abs(in_turn).max())
+
+
+@on_cpus
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_rows_stay_sharded_over_a_mesh_and_sharded_weights_are_gathered(implementation: str, activations: Any) -> None:
+    x, w = draw(16, 64, 64, 32)
+    packed = kernel(implementation).pack(w)
+    expected = ternary_matmul(x, packed, activations=activations)
+    mesh = make_mesh(data=4, fsdp=2)
+    product = jax.jit(lambda x, w: ternary_matmul(x, w, activations=activations))
+    with jax.set_mesh(mesh):
+        for rows in (("data", "fsdp"), "data", None):
+            sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(rows)))
+            for axis in (PartitionSpec(), PartitionSpec("fsdp")):
+                spread = jax.tree.map(
+                    lambda leaf, axis=axis: jax.device_put(
+                        leaf, NamedSharding(mesh, axis if leaf.shape[0] % 2 == 0 else PartitionSpec())
+                    ),
+                    packed,
+                )
+                found = product(sharded, spread)
+                assert found.sharding.is_equivalent_to(sharded.sharding, 2)
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [16, 48, "channel", "tensor"])
-def test_equals_float64(group: int | str) -> None:
+def test_trits_are_multiplied_as_in_training_to_the_bit(group: Any) -> None:
     x, w = jax.random.normal(jax.random.key(0), (3, 5, 100)), jax.random.normal(jax.random.key(1), (100, 7))
-    packed = ternarize(w, Quantizer(2.0, group))  # type: ignore[arg-type]
-    scale = np.asarray(packed.scale, np.float64)
-    if scale.shape[0] > 1:
-        scale = np.repeat(scale, packed.group, axis=0)[:100]
-    expected = np.asarray(x, np.float64) @ (np.asarray(packed.trits, np.float64) * scale)
-    np.testing.assert_allclose(ternary_matmul(x, packed), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_array_equal(ternary_matmul(x, packed), x @ fake_quantize(w, Quantizer(2.0, group)))  # type: ignore[arg-type]
+    quantizer = Quantizer(2.0, group)
+    packed = ternarize(w, quantizer)
+    np.testing.assert_array_equal(ternary_matmul(x, packed), x @ fake_quantize(w, quantizer))
+    assert_close(ternary_matmul(x[0], packed, implementation="xla_int8"), np.float64(x[0]), dense(packed))
 
 
-def test_is_a_pytree_that_scans_and_differentiates() -> None:
-    w = ternarize(jax.random.normal(jax.random.key(1), (3, 8, 8)), Quantizer(2.0, 4))
-    x = jax.random.normal(jax.random.key(0), (2, 8))
+def instruction_sets() -> list[Any]:
+    names = [name for name in native_cpu.instruction_sets() if name]
+    return [pytest.param(name, marks=needs_library) for name in names or ["portable"]]
 
-    def body(x: jax.Array, layer: TernaryTensor) -> tuple[jax.Array, None]:
-        return ternary_matmul(x, layer), None
 
-    scanned = jax.jit(lambda x: jax.lax.scan(body, x, w)[0])
-    dense = w.dequantize()
-    np.testing.assert_allclose(scanned(x), x @ dense[0] @ dense[1] @ dense[2], rtol=1e-5, atol=1e-5)
-    gradient = jax.grad(lambda x: scanned(x).sum())(x)
-    np.testing.assert_allclose(gradient[0], (dense[0] @ dense[1] @ dense[2]).sum(1), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize(("rows", "group"), [(1, 256), (13, 20), (250, "channel")])
+def test_instruction_sets_agree(instructions: str, rows: int, group: Any) -> None:
+    x, w = draw(rows, 300, 45, group)
+    packed = native_cpu.pack(w)
+
+    def product(activations: Any, instructions: str) -> Any:
+        return native_cpu.matmul(jnp.asarray(x), packed, activations=activations, instructions=instructions)
+
+    np.testing.assert_array_equal(product("A8", instructions), product("A8", "portable"))
+    assert_close(product("A16", instructions), np.float64(x), dense(w))
+
+
+@needs_library
+def test_operands_that_do_not_fit_are_refused_by_the_native_kernel() -> None:
+    x, w = draw(2, 64, 32, 32)
+    packed = native_cpu.pack(w)
+    short = PackedTensor(packed.data[:, :-1], packed.scale, packed.shape, packed.group, packed.layout)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="operands do not fit together"):
+        native_cpu.matmul(jnp.asarray(x), short, activations="A16")
+
+
+def test_two_bits_a_weight_are_resident() -> None:
+    _, w = draw(1, 768, 96, 256)
+    for name in ("reference", "native_cpu") if native_cpu.instruction_sets() else ("reference",):
+        packed = repack(w, implementation=name)
+        assert packed.data.nbytes == 768 * 96 / 4

@@ -239,16 +239,19 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer data, 
   }
   const Kernels& kernels = sets[instructions].kernels;
   const int64_t tiles = (rows + kernels.rows - 1) / kernels.rows;
-  // Rows whose distance is a power of two would meet in the cache.
-  const int64_t stride = padded + 64 / (int8_activations ? 1 : 4);
-  const Shape shape{rows, columns, padded, stride, static_cast<int64_t>(blocks.size()), tiles};
   const bool narrow = x.element_type() == ffi::BF16, narrow_scale = scale.element_type() == ffi::BF16;
+  // Rows whose distance is a multiple of 2 KiB would meet in the cache, so those are copied to one that is not.
+  const bool direct = !int8_activations && !narrow && padded == length && length % 512 != 0;
+  const int64_t stride = direct ? length : padded + 64 / (int8_activations ? 1 : 4);
+  const Shape shape{rows, columns, padded, stride, static_cast<int64_t>(blocks.size()), tiles};
 
-  auto floats = Allocate<float>(int8_activations ? 0 : rows * stride);
+  auto floats = Allocate<float>(int8_activations || direct ? 0 : rows * stride);
+  const float* values = direct ? static_cast<const float*>(x.untyped_data()) : floats.get();
   auto q = Allocate<int8_t>(int8_activations ? rows * stride : 0);
   auto sums = Allocate<int32_t>(int8_activations ? rows * shape.blocks : 0);
   auto levels = Allocate<float>(rows);
-  ParallelFor(pool, tiles, 1 + rows * length / kProductsPerThread * 8, [&](int64_t tile) {
+  std::fill(levels.get(), levels.get() + rows, 1.0f);
+  ParallelFor(pool, direct ? 0 : tiles, 1 + rows * length / kProductsPerThread * 8, [&](int64_t tile) {
     auto row = Allocate<float>(padded);
     for (int64_t m = shape.first_row(tile); m < shape.first_row(tile + 1); ++m) {
       float* to = int8_activations ? row.get() : &floats[m * stride];
@@ -258,7 +261,6 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer data, 
         ToFloat32(x.untyped_data(), narrow, m * length + start, members, to + block.start);
         std::fill(to + block.start + members, to + block.start + block.length, 0.0f);
       }
-      levels[m] = 1.0f;
       if (int8_activations) {
         levels[m] = kernels.quantize(shape, blocks.data(), to, &q[m * stride], &sums[m * shape.blocks]) / 127.0f;
       }
@@ -277,7 +279,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer data, 
     if (int8_activations) {
       kernels.panel_a8(shape, blocks.data(), from, to, q.get(), sums.get(), packed, level.get(), out.get());
     } else {
-      kernels.panel_f32(shape, blocks.data(), from, to, floats.get(), packed, level.get(), out.get());
+      kernels.panel_f32(shape, blocks.data(), from, to, values, packed, level.get(), out.get());
     }
     const int64_t width = std::min<int64_t>(kPanel, columns - panel * kPanel);
     for (int64_t r = 0; r < count; ++r) {

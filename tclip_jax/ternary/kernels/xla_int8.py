@@ -1,0 +1,52 @@
+"""Ternary product by XLA's int8 dot on CPUs: what serves A8 where the native library was not built.
+
+The trits are int8 in memory, a quarter of float32; unpacking 2-bit weights in XLA would cost what the dot saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tclip_jax.ternary.kernels.reference import multiply, quantize_activations
+from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+
+NAME = "xla_int8"
+
+_FEWEST_ROWS = 32  # below, XLA's int8 dot takes longer than its float32 dot
+
+
+def unsupported(*, platform: str, **_: Any) -> str | None:
+    return None if platform == "cpu" else "it is for CPUs: others have packed weights"
+
+
+def slower(*, rows: int | None, activations: str, **_: Any) -> str | None:
+    if activations == "A16":
+        return "its dot takes int8 activations (A8) alone"
+    return f"M is below {_FEWEST_ROWS}" if rows is not None and rows < _FEWEST_ROWS else None
+
+
+def pack(w: TernaryTensor) -> PackedTensor:
+    """The trits as they are."""
+    return PackedTensor(w.trits, w.scale, (w.shape[-2], w.shape[-1]), w.group, NAME)
+
+
+def unpack(w: PackedTensor) -> jax.Array:
+    """The float32 weights (…, K, N)."""
+    return w.data.astype(jnp.float32) * expand_scale(w.scale, w.group, w.shape[0], -2)
+
+
+def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
+    """x · ŵ from int32 sums of each group, scaled in float32; for few rows, or with A16, a float product."""
+    if activations == "A16" or x.shape[0] < _FEWEST_ROWS:
+        return multiply(x, unpack(w), activations)
+    rounded, level = quantize_activations(x)
+    total = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    for j in range(w.scale.shape[-2]):
+        own = slice(j * w.group, (j + 1) * w.group)
+        part = jnp.matmul(rounded[:, own], w.data[own], preferred_element_type=jnp.int32)
+        total += part.astype(jnp.float32) * w.scale[j]
+    return (total * level).astype(x.dtype)

@@ -1,0 +1,94 @@
+"""Which implementation serves: decided on shapes and the kind of device alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tclip_jax.ternary import TernaryTensor, choose, matmul, repack, ternary_matmul
+from tclip_jax.ternary.kernels import NAMES, PREFERRED, kernel, native_cpu
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choice made before, none from outside, and a native library whether there is one or not."""
+    matmul._log.cache_clear()
+    monkeypatch.delenv(matmul.VARIABLE, raising=False)
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("portable",))
+
+
+@pytest.fixture
+def weight() -> TernaryTensor:
+    return TernaryTensor(np.ones((64, 32), np.int8), np.ones((2, 32), np.float32), 32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "native_cpu"),
+        ({"activations": "A8", "rows": 1}, "native_cpu"),
+        ({"dtype": np.float16, "activations": "A8"}, "xla_int8"),
+        ({"dtype": np.float16, "activations": "A8", "rows": 1}, "reference"),
+        ({"dtype": np.float16}, "reference"),
+    ],
+)
+def test_cpus(given: dict[str, Any], name: str) -> None:
+    assert choose((768, 3072), 256, **given) == name
+
+
+def test_without_the_library_xla_serves_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_cpu, "instruction_sets", tuple)
+    with caplog.at_level(logging.INFO, "tclip_jax"):
+        assert [choose((768, 3072), 256, activations=each) for each in ("A8", "A16")] == ["xla_int8", "reference"]  # type: ignore[arg-type]
+    assert "xla_int8 (not native_cpu: the native library was not built" in caplog.messages[0]
+    assert "not xla_int8: its dot takes int8 activations" in caplog.messages[1]
+
+
+def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tclip_jax"):
+        for rows in (8, 8, 16):
+            choose((768, 3072), 256, rows=rows)
+    assert caplog.messages == [
+        f"ternary product (cpu, A16 float32, M={rows} K=768 N=3072): native_cpu (the first choice on this platform)"
+        for rows in (8, 16)
+    ]
+
+
+def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_device", lambda: ("some accelerator", "cuneiform"))
+    assert choose((768, 3072), 256) == "reference"
+
+
+def test_what_is_forced_serves_or_says_why_not(weight: TernaryTensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repack(weight, implementation="xla_int8").layout == "xla_int8"
+    monkeypatch.setenv(matmul.VARIABLE, "reference")
+    assert repack(weight).layout == "reference"
+    assert repack(weight, implementation="xla_int8").layout == "xla_int8"
+    message = r"^implementation 'xla_int2' cannot serve cpu, A8 float32, M=3 K=64 N=32: XLA packs int2 on TPU v5"
+    with pytest.raises(ValueError, match=message):
+        ternary_matmul(np.ones((3, 64), np.float32), weight, activations="A8", implementation="xla_int2")
+    with pytest.raises(ValueError, match=r"^no implementation 'cuda' of the ternary product: there are reference, "):
+        repack(weight, implementation="cuda")
+
+
+def test_a_packed_weight_is_not_multiplied_by_another(weight: TernaryTensor) -> None:
+    packed = repack(weight, implementation="reference")
+    with pytest.raises(ValueError, match=r"^the weight is packed for 'reference', not for 'native_cpu': repack it"):
+        ternary_matmul(np.ones((3, 64), np.float32), packed, implementation="native_cpu")
+
+
+def test_a_weight_remembers_what_it_was_packed_for(weight: TernaryTensor) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    packed = repack(weight, implementation="reference", activations="A8")
+    np.testing.assert_array_equal(ternary_matmul(x, packed), ternary_matmul(x, weight, activations="A8"))
+    np.testing.assert_array_equal(ternary_matmul(x, packed, activations="A16"), ternary_matmul(x, weight))
+
+
+def test_implementations_have_their_names() -> None:
+    here = [name for name in NAMES if name not in PREFERRED["gpu"][:1]]
+    assert [kernel(name).NAME for name in here] == here
