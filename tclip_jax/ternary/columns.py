@@ -43,7 +43,7 @@ def matmul_columns(
     axis: str,
     *,
     rows: str | tuple[str, ...] | None = None,
-    activations: Activations = "A16",
+    activations: Activations | None = None,
 ) -> jax.Array:
     """x · ŵ of a weight from `repack_columns`: (M, K) gives (M, N), whose columns stay on their devices.
 

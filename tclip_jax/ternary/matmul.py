@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from tclip_jax.ternary.device import traced_device
 from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
 from tclip_jax.ternary.packed import Activations, PackedTensor
 from tclip_jax.ternary.tensor import TernaryTensor
@@ -102,7 +103,7 @@ def choose(
     Raises:
       ValueError: the forced one does not exist or cannot run, with the reason.
     """
-    kind, platform = _device()
+    kind, platform = traced_device()
     given: dict[str, Any] = {
         "device_kind": kind,
         "platform": platform,
@@ -135,15 +136,6 @@ def choose(
 @functools.cache
 def _log(where: str, name: str, reason: str) -> None:
     _logger.info("ternary product (%s): %s (%s)", where, name, reason)
-
-
-def _device() -> tuple[str, str]:
-    """Kind and platform of the device that a function traced now will run on."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is None:
-        default = jax.config.values["jax_default_device"]
-        described = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-    return described.device_kind, described.platform
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -191,8 +183,27 @@ def _sharded(x: jax.Array, w: PackedTensor, activations: Activations) -> jax.Arr
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
         return kernel(w.layout).matmul(x, w, activations=activations)
+    if traced_device()[1] == "tpu":
+        return _over_all_devices(x, w, activations, mesh)
     static = (w.shape, w.group, w.layout, w.data.ndim, w.scale.ndim, activations)
     return _partitioned(*static)(x, w.data, w.scale)
+
+
+def _over_all_devices(x: jax.Array, w: PackedTensor, activations: Activations, mesh: AbstractMesh) -> jax.Array:
+    """A product whose rows are spread over all devices, or repeated on each where they do not divide evenly.
+
+    XLA for TPUs has no custom partitioning (https://github.com/jax-ml/jax/issues/38196).
+    """
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+    even = x.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
+    rows = PartitionSpec(axes) if even else PartitionSpec()
+    return jax.shard_map(
+        lambda x, w: kernel(w.layout).matmul(x, w, activations=activations),
+        in_specs=(rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names=set(axes),
+        check_vma=False,
+    )(x, w)
 
 
 @functools.cache

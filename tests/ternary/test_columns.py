@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from tclip_jax.ternary import matmul
 from tclip_jax.ternary.columns import matmul_columns, repack_columns
 from tclip_jax.ternary.matmul import ternary_matmul
 from tclip_jax.ternary.quantizers import Quantizer, ternarize
@@ -52,3 +53,19 @@ def test_refuses_columns_that_cannot_be_shared_out() -> None:
         repack_columns(w, mesh_of(2, 4), "tensor")
     with pytest.raises(ValueError, match="8 columns share one scale"):
         repack_columns(ternarize(jnp.ones((16, 8)), Quantizer(group="tensor")), mesh_of(2, 4), "tensor")
+
+
+@pytest.mark.parametrize("rows", [16, 3])
+def test_on_a_tpu_rows_are_spread_over_all_devices(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where custom partitioning is missing; the reference stands in for a TPU's kernel."""
+    monkeypatch.setattr(matmul, "traced_device", lambda: ("TPU v5 lite", "tpu"))
+    w = ternarize(jax.random.normal(jax.random.key(0), (64, 40)), Quantizer(group=16))
+    x = jax.random.normal(jax.random.key(1), (rows, 64))
+    packed = matmul.repack(w, implementation="reference")
+    with jax.set_mesh(mesh_of(2, 4)):
+        product, pull = jax.vjp(jax.jit(lambda x: ternary_matmul(x, packed)), x)
+        (gradient,) = pull(product)
+    assert product.sharding.shard_shape(product.shape)[0] == (2 if rows == 16 else 3)
+    expected = x @ w.dequantize()
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected @ w.dequantize().T, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tclip_jax.ternary.device import traced_device
 from tclip_jax.ternary.kernels import k_axis, word_order
 from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST, vmem
 from tclip_jax.ternary.kernels.reference import quantize_activations
@@ -63,7 +64,6 @@ def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activatio
     rows, level = (x, None) if activations == "A16" else quantize_activations(x)
     if activations == "A8" and order == "bf16":
         rows = rows.astype(jnp.bfloat16)
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return tpu_dot(
         k_axis.spread(rows, w.group, word_order.GRANULE[order], word_order.BLOCK, -1),
         w.data,
@@ -72,6 +72,6 @@ def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activatio
         order=order,
         group=k_axis.padded(w.group, word_order.GRANULE[order]),
         out_dtype=x.dtype,
-        device=DEVICES.get(device.device_kind, SMALLEST),
+        device=DEVICES.get(traced_device()[0], SMALLEST),
         interpret=interpret,
     )[:, : w.shape[1]]
