@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -24,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 import orbax.checkpoint as ocp
 
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
@@ -57,9 +55,9 @@ jax.numpy.ones(2).block_until_ready()
 def peak():  # resource's figure would begin with the peak of the parent process
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
-before, started = peak(), time.perf_counter()
+before, started, worked = peak(), time.perf_counter(), time.process_time()
 code = main(sys.argv[1:])
-print(json.dumps([code, time.perf_counter() - started, peak() - before, peak()]))
+print(json.dumps([code, time.perf_counter() - started, time.process_time() - worked, peak() - before, peak()]))
 """
 
 
@@ -79,9 +77,10 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a command: seconds, and bytes that it added to the peak of resident memory, and that peak."""
+    """Of a command: seconds, those of all threads, the bytes that it added to the peak of resident memory, and that."""
 
     seconds: float
+    processor: float
     added: int
     peak: int
 
@@ -90,10 +89,10 @@ def measure(*arguments: str | pathlib.Path) -> Cost:
     """Runs `tclip` in a process of its own."""
     command = [sys.executable, "-c", _MEASURED, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    code, seconds, added, peak = json.loads(done.stdout.splitlines()[-1])
+    code, *cost = json.loads(done.stdout.splitlines()[-1])
     if code:
         raise RuntimeError(f"tclip {' '.join(command[3:])} ended with {code}: {done.stderr.splitlines()[-1]}")
-    return Cost(seconds, added, peak)
+    return Cost(*cost)
 
 
 def run(*arguments: str | pathlib.Path) -> None:
@@ -109,13 +108,10 @@ def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
     folder.mkdir()
     rng = np.random.default_rng(0)
 
-    def draw(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        return np.asarray(0.02 * rng.standard_normal(shape, np.float32), np.float32)
+    def drawn(shape: tuple[int, ...]) -> LazyArray:
+        return LazyArray(shape, np.dtype(np.float32), lambda: np.float32(0.02) * rng.standard_normal(shape, np.float32))
 
-    state = {
-        entry.key: LazyArray(entry.shape, np.dtype(np.float32), functools.partial(draw, entry.shape))
-        for entry in table(config)
-    }
+    state = {entry.key: drawn(entry.shape) for entry in table(config)}
     write_safetensors(folder / "open_clip_model.safetensors", state)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config.to_open_clip()}))
     return 4 * sum(int(np.prod(entry.shape)) for entry in table(config))
@@ -128,10 +124,12 @@ def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterato
     budget = 1.5 if size > 2**28 else math.inf
     cost = measure("import", folder / "theirs", "--out", folder / "artifact")
     yield Figure(name, "import: seconds", cost.seconds, 20 if large else math.inf)
+    yield Figure(name, "import: processor seconds", cost.processor)
     yield Figure(name, "import: peak memory of the process, GiB", cost.peak / 2**30, 2.5 if large else math.inf)
     yield Figure(name, "import: added memory / float32 model", cost.added / size, budget)
     cost = measure("export", folder / "artifact", "--out", folder / "release")
     yield Figure(name, "export: seconds", cost.seconds)
+    yield Figure(name, "export: processor seconds", cost.processor)
     yield Figure(name, "export: added memory / float32 model", cost.added / size, budget)
     run("import", folder / "release", "--out", folder / "artifact", "--overwrite")
     run("export", folder / "artifact", "--out", folder / "again")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -111,13 +112,11 @@ def write_artifact(
         tensors[path], arrays = encode(path, leaves[path], tensors[path]["dtype"])
         return arrays[path]
 
-    # The file's header needs the sizes, so the rest is encoded twice: of a lazy tree one leaf at a time is in memory.
-    rest = {
-        path: LazyArray(encoded(path).shape, np.dtype(np.uint8), functools.partial(encoded, path))
-        for path, entry in tensors.items()
-        if entry["coding"] == FLOAT_CODING
-    }
-    with atomic_folder(folder, overwrite=overwrite) as building:
+    with atomic_folder(folder, overwrite=overwrite) as building, tempfile.TemporaryFile() as spool:
+        # The file's header needs the sizes of all: of a lazy tree one leaf at a time is encoded, and put aside.
+        rest = {
+            path: _spooled(spool, encoded(path)) for path, entry in tensors.items() if entry["coding"] == FLOAT_CODING
+        }
         weights = {
             TERNARY_FILE: write_safetensors(building / TERNARY_FILE, ternary),
             REST_FILE: write_safetensors(building / REST_FILE, rest),
@@ -138,6 +137,18 @@ def write_artifact(
         }
         # Last: on an object store, an artifact exists from here on.
         (building / MANIFEST).write_bytes(dump_manifest(fields))
+
+
+def _spooled(spool: IO[bytes], array: npt.NDArray[np.uint8]) -> LazyArray:
+    """Bytes that wait in a file until they are asked for."""
+    start, size = spool.seek(0, os.SEEK_END), array.size
+    spool.write(array.data)
+
+    def load() -> npt.NDArray[np.uint8]:
+        spool.seek(start)
+        return np.frombuffer(spool.read(size), np.uint8)
+
+    return LazyArray(array.shape, array.dtype, load)
 
 
 def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda leaf: leaf) -> Artifact:

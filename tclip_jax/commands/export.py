@@ -32,17 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Exports the dequantised weights, and to GGUF the trits and scales."""
-    from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.interop.export import export_pytorch
-    from tclip_jax.training.restore import load_stored
+    from tclip_jax.training.restore import load_packed
 
     formats = args.to.split(",")
-    model = load_stored(args.model)
+    model = load_packed(args.model)
     export_pytorch(
         args.out,
         config=model.config,
         preprocess=model.preprocess,
-        params=pack_params(model.params, model.rules) if model.rules else model.params,
+        params=model.params,
         formats=formats,
         dtype=args.dtype,
         figures=model.figures,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -95,7 +96,9 @@ def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     if not steps:
         raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
     newest = folder / str(max(steps)) / "params"
-    with _explained(newest), ocp.StandardCheckpointer() as checkpointer:
+    # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    with _explained(newest), ocp.StandardCheckpointer(restore_concurrent_gb=1.01e-9 * largest) as checkpointer:
         _check_shapes(checkpointer.metadata(newest).item_metadata, abstract)
         return max(steps), checkpointer.restore(newest, abstract)
 

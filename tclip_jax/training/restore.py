@@ -10,16 +10,18 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST
 from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.checkpoints import load_params
@@ -80,6 +82,19 @@ def load_stored(path: epath.PathLike) -> Stored:
         return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params)
     model = load_run(path)[1]
     return Stored(model.config, model.preprocess, jax.device_get(model.params), model.rules)
+
+
+def load_packed(path: epath.PathLike) -> Stored:
+    """As `load_stored`, what its rules name being packed; each latent weight is dropped when that is done."""
+    config, preprocess, params, rules, figures = load_stored(path)
+    if rules:
+        leaves, packed = flatten(params), dict[str, Any]()
+        del params
+        for name in [name for name in leaves if not is_learned_scale(name)]:
+            part = {each: leaves.pop(each) for each in (name, f"{name}_scale") if each in leaves}
+            packed |= flatten(pack_params(unflatten_dict(part, sep="/"), rules))
+        params = unflatten_dict(packed, sep="/")
+    return Stored(config, preprocess, params, figures=figures)
 
 
 def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None) -> Model:

@@ -81,8 +81,8 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
     first: list[Params] = []
     init_state = loop.init_state
 
-    def keep(*args: Any) -> Any:
-        state = init_state(*args)
+    def keep(*args: Any, **options: Any) -> Any:
+        state = init_state(*args, **options)
         first.append(jax.device_get(state.params["clip"]))
         return state
 
