@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,8 +61,27 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_device", lambda: ("some accelerator", "cuneiform"))
+    monkeypatch.setattr(matmul, "traced_device", lambda: ("some accelerator", "cuneiform"))
     assert choose((768, 3072), 256) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "given", "name"),
+    [
+        ("TPU v4", "tpu", {}, "mosaic_tpu"),
+        ("TPU v4", "tpu", {"activations": "A8"}, "mosaic_tpu"),
+        ("TPU v5 lite", "tpu", {"activations": "A8"}, "mosaic_tpu_int8"),
+        ("TPU v6 lite", "tpu", {}, "mosaic_tpu"),
+        ("TPU v6 lite", "tpu", {"dtype": np.float16}, "xla_int2"),
+        ("TPU v3", "tpu", {}, "reference"),
+        ("NVIDIA H100 80GB HBM3", "gpu", {}, "reference"),
+    ],
+)
+def test_accelerators(
+    kind: str, platform: str, given: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "traced_device", lambda: (kind, platform))
+    assert choose((768, 3072), 256, **{"dtype": jnp.bfloat16} | given) == name
 
 
 def test_what_is_forced_serves_or_says_why_not(weight: TernaryTensor, monkeypatch: pytest.MonkeyPatch) -> None:
