@@ -1,4 +1,4 @@
-"""A few digits that tell whether two embeddings came from the same model."""
+"""A few digits that tell whether results and embeddings came from the same model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tclip_jax.artifacts.files import read_bounded
+from tclip_jax.artifacts.files import check_size
 from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
 from tclip_jax.artifacts.model import Model
 
@@ -24,7 +24,8 @@ def fingerprint(model: Model, path: epath.PathLike) -> str:
     """
     manifest = epath.Path(path) / MANIFEST
     if manifest.exists():
-        fields = parse_manifest(read_bounded(manifest, MAX_MANIFEST_BYTES))
+        check_size(manifest, MAX_MANIFEST_BYTES)
+        fields = parse_manifest(manifest.read_bytes())
         contents = [fields[key] for key in ("model_cfg", "preprocess_cfg", "tensors")]
         return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
     digest = hashlib.blake2b(f"{model!r} {jax.tree.structure(model.params)}".encode(), digest_size=16)

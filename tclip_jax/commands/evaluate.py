@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints, and returns the exit code."""
+    from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import write_page
-    from tclip_jax.evaluation.runner import evaluate, fingerprint
+    from tclip_jax.evaluation.runner import evaluate
     from tclip_jax.evaluation.table import report_table
     from tclip_jax.evaluation.tasks import source_task, suite_tasks
     from tclip_jax.training.restore import load_model
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         tasks = [source_task(args.data, args.split, args.templates)]
     model, name = load_model(args.model), args.name or args.model
-    weights = fingerprint(model)
+    weights = fingerprint(model, args.model)
     encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
     report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
     if report.errors and not args.suite:

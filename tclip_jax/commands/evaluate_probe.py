@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fits the probes, prints, and returns the exit code."""
+    from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
     from tclip_jax.evaluation.results import dump_json
-    from tclip_jax.evaluation.runner import fingerprint
     from tclip_jax.training.restore import load_model
 
     pairs = suite_pairs(args.data, args.suite, args.download) if args.suite else [source_pair(args.data)]
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         Encoder(model, batch_size=args.batch_size, dtype=args.dtype),
         pairs,
         model=args.name or args.model,
-        weights=fingerprint(model),
+        weights=fingerprint(model, args.model),
         out=args.out,
         linear=args.linear,
         shots=args.shots,

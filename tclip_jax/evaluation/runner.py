@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import platform
 import sys
@@ -17,8 +16,6 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from tclip_jax.artifacts.model import Model
-from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.sources import Source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.results import (
@@ -94,17 +91,6 @@ class Report:
         return {name: result.failed for name, result in self.results.items() if result.failed}
 
 
-def fingerprint(model: Model) -> str:
-    """Sixteen hexadecimal digits that tell its parameters from others."""
-    digest = hashlib.sha256()
-    for path, leaf in flatten(model.params).items():
-        for array in jax.tree.leaves(leaf):
-            values = np.ascontiguousarray(array)
-            digest.update(f"{path} {values.dtype} {values.shape}".encode())
-            digest.update(values.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def evaluate(
     encoder: Encoder,
     tasks: Sequence[Task],
@@ -118,7 +104,7 @@ def evaluate(
 
     Args:
       model: name of the model for the results.
-      weights: what tells its weights from others', as `fingerprint`; results of others in `out` are refused.
+      weights: what tells its weights from others', as `artifacts.fingerprint`; results of others in `out` are refused.
       out: folder of the results; None to keep none.
       title: shown before the progress bar.
 

@@ -107,10 +107,11 @@ if port != "0":
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 import dataclasses
 import numpy as np
+from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.evaluation.runner import evaluate, fingerprint
+from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import suite_tasks
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -120,7 +121,7 @@ rng = np.random.default_rng(0)
 params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(config))
 model = Model(config, Preprocess(16), params)
 tasks = suite_tasks(root, "vtab/cifar10,voc2007_multilabel,flickr8k,mnist")
-report = evaluate(Encoder(model, batch_size=8), tasks, model="m", weights=fingerprint(model), out=out)
+report = evaluate(Encoder(model, batch_size=8), tasks, model="m", weights=fingerprint(model, root), out=out)
 assert set(report.errors) == {"mnist"} and len(report.results) == 3
 """
 
