@@ -92,7 +92,10 @@ def warm(written: pathlib.Path) -> None:
     [
         (flipped_byte, f"{FILE} is damaged: its bytes do not have the sha256"),
         (truncated_file, rf"{FILE} has \d+ bytes: tclip.json gives \d+"),
-        (truncated_file_with_forged_checksums, f"{FILE} is not a readable safetensors file"),
+        (
+            truncated_file_with_forged_checksums,
+            rf"{FILE} is truncated or damaged: it has \d+ bytes, its header gives \d+",
+        ),
         (newer_version, "format_version is 2, and this tclip_jax reads 1: a newer artifact needs a newer tclip_jax"),
         (other_shape, rf"{FC1} has shape \[2, 24, 1048576\]: it must be \[2, 24, 96\]"),
         (wider_model, r"embedding has shape \[50, 16\]: it must be \[134217728, 16\]"),
