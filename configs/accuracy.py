@@ -46,16 +46,16 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
         raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {', '.join(DATA)}; teacher, {', '.join(VARIANTS)}")
     local = "runlocal" in modes
     config = base_config()
-    width, layers = (384, 6) if who == "teacher" else (256, 4)
+    width, layers = (128, 4) if who == "teacher" else (64, 3)  # minutes on a CPU; the benchmark's --width has others
     if local:
         width, layers = 32, 1
     config.model.embed_dim = width
-    config.model.vision_cfg.update({"image_size": 32, "patch_size": 4, "width": width, "layers": layers})
-    config.model.vision_cfg.head_width = min(64, width // 2)
+    config.model.vision_cfg.update({"image_size": 32, "patch_size": 8, "width": width, "layers": layers})
+    config.model.vision_cfg.head_width = min(32, width // 2)
     config.model.text_cfg.update({"width": width, "heads": max(width // 64, 2), "layers": max(layers // 2, 1)})
     config.model.text_cfg.context_length = 16
     labelled = data == "cifar10"
-    config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 256})
+    config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 128})
     config.data.update({"templates": "cifar10" if labelled else "none"})
     config.data.update({"augment": "random_resized_crop" if labelled else "affine"})
     config.loss.positives = "equal_text"
@@ -63,7 +63,7 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": config.steps // 20, "clip_norm": 1.0})
     config.checkpoint.update({"every": 500, "keep": 1})
     if labelled:
-        config.eval.update({"source": config.data.source, "split": "test", "templates": "cifar10", "every": 500})
+        config.eval.update({"source": config.data.source, "split": "test", "templates": "cifar10", "every": 1000})
     if local:
         config.steps, config.data.batch_size, config.optimizer.warmup_steps = 4, 16, 1
     if who == "teacher":
