@@ -76,7 +76,7 @@ def test_a_suite_and_its_exit_codes(
     whole = capsys.readouterr().out
     assert "mean of acc1 over 2 sets (CLIP_benchmark): " in whole and "PARTIAL" not in whole
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["model"] == "tiny" and re.fullmatch("[0-9a-f]{16}", summary["pretrained"])
+    assert summary["model"] == "tiny" and re.fullmatch("[0-9a-f]{32}", summary["pretrained"])
     assert run("mnist,stl10", "whole", "--name", "tiny") == 0 and capsys.readouterr().out == whole
     assert run("mnist,flickr8k", "one") == 1
     assert "FAILED   flickr8k: " in capsys.readouterr().out
