@@ -119,6 +119,20 @@ def gelu(x: jax.Array, quick: bool) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x) if quick else jax.nn.gelu(x, approximate=False)
 
 
+def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool) -> jax.Array:
+    """softmax(q · kᵀ / √K) · v of each head (B, T, H, K), the softmax in float32; causal: no token sees a later one.
+
+    What jax.nn.dot_product_attention computes. Moving heads before tokens first is twice as fast in XLA on CPUs.
+    """
+    q_BHTK, k_BHSK, v_BHSK = (x.transpose(0, 2, 1, 3) for x in (q_BTHK, k_BTHK, v_BTHK))
+    logits_BHTS = jnp.einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    logits_BHTS *= q_BTHK.shape[-1] ** -0.5
+    if causal:
+        logits_BHTS = jnp.where(jnp.tri(logits_BHTS.shape[-1], dtype=bool), logits_BHTS, -jnp.inf)
+    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(v_BTHK.dtype)
+    return jnp.einsum("BHTS,BHSK->BHTK", weights_BHTS, v_BHSK).transpose(0, 2, 1, 3)
+
+
 def normalize_embedding(x: jax.Array) -> jax.Array:
     """Rows of length 1 in float32; a zero row stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.layers import Dense, gelu, layer_norm
+from tclip_jax.models.layers import Dense, attend, gelu, layer_norm
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import constrain_batch
 
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         q_BTHK, k_BTHK, v_BTHK = (
             part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv_BT3D, 3, axis=-1)
         )
-        mixed_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=self.causal)
+        mixed_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, self.causal)
         out = Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="out")
         return out(mixed_BTHK.reshape(batch, length, width))
 

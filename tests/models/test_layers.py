@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from tclip_jax.models.layers import Dense, Embedding, gelu, layer_norm, normalize_embedding
+from tclip_jax.models.layers import Dense, Embedding, attend, gelu, layer_norm, normalize_embedding
 from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternarize
 
 RNG = np.random.default_rng(0)
@@ -67,6 +67,19 @@ def test_the_gradient_of_a_ternary_dense_is_straight_through() -> None:
     gradient = jax.grad(lambda w: (layer.apply({"params": {"kernel": w}}, x) ** 2).sum())(kernel)
     quantized = np.float64(fake_quantize(kernel, quantizer))
     np.testing.assert_allclose(gradient, 2 * x.T @ (x @ quantized), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_softmax_of_scaled_products(causal: bool) -> None:
+    q, k, v = RNG.standard_normal((3, 2, 7, 3, 4)).astype(np.float32)
+    logits = np.einsum("bthk,bshk->bhts", np.float64(q), k) / 2
+    logits = np.where(np.tri(7, dtype=bool), logits, -np.inf) if causal else logits
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(attend(q, k, v, causal), np.einsum("bhts,bshk->bthk", weights, v), atol=1e-6)
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in (q, k, v)]
+    found, expected = attend(*narrow, causal), jax.nn.dot_product_attention(*narrow, is_causal=causal)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
 
 
 def test_gelu_is_torchs_and_openais() -> None:

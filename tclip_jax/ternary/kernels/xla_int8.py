@@ -17,6 +17,7 @@ from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 NAME = "xla_int8"
 
 _FEWEST_ROWS = 32  # below, XLA's int8 dot takes longer than its float32 dot
+_MOST_ROWS = 1024  # above, its int32 sums leave the cache, and it wins nothing
 
 
 def unsupported(*, platform: str, **_: Any) -> str | None:
@@ -26,7 +27,9 @@ def unsupported(*, platform: str, **_: Any) -> str | None:
 def slower(*, rows: int | None, activations: str, **_: Any) -> str | None:
     if activations == "A16":
         return "its dot takes int8 activations (A8) alone"
-    return f"M is below {_FEWEST_ROWS}" if rows is not None and rows < _FEWEST_ROWS else None
+    if rows is not None and not _FEWEST_ROWS <= rows <= _MOST_ROWS:
+        return f"M is not within {_FEWEST_ROWS} to {_MOST_ROWS}"
+    return None
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
