@@ -10,10 +10,12 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+import numpy.typing as npt
 import tensorboardX
 import tqdm
 from etils import epath
 
+from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.storage import is_local, write_atomic
 
 
@@ -64,7 +66,7 @@ class Telemetry:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
 
     def write_trits(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records `trit_metrics` of `step`: a line {"step", "trits"} per look, and means over layers in TensorBoard."""
+        """Records `trit_metrics` of `step`: a line {"step", "trits"}, and means over layers in TensorBoard."""
         if not self._active:
             return
         values = {path: {name: np.asarray(value) for name, value in each.items()} for path, each in metrics.items()}
@@ -76,6 +78,24 @@ class Telemetry:
         for path, each in values.items():
             for name in ("zeros", "flips", "scale", "drift", "saturated"):
                 self._writer.add_scalar(f"{name}/{path}", float(each[name].mean()), step)
+            self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
+
+    def _write_histogram(self, name: str, shares: npt.NDArray[np.floating], step: int) -> None:
+        """Of |w| / s; the last bin, which has no end, is drawn as wide as the others."""
+        width = HISTOGRAM_EDGES[1]
+        limits = [*HISTOGRAM_EDGES[1:], HISTOGRAM_EDGES[-1] + width]
+        centres = np.array(limits) - width / 2
+        self._writer.add_histogram_raw(
+            name,
+            min=0.0,
+            max=limits[-1],
+            num=1.0,
+            sum=float(shares @ centres),
+            sum_squares=float(shares @ centres**2),
+            bucket_limits=limits,
+            bucket_counts=shares.tolist(),
+            global_step=step,
+        )
 
     def _append(self, line: str) -> None:
         """A local file grows line by line; an object store gets the whole at the end and at every thousandth line."""
