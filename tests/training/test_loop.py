@@ -194,6 +194,7 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
         tclip_jax.load(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_every_piece_of_the_schedule_in_one_run_that_goes_on(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

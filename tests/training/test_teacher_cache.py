@@ -63,6 +63,7 @@ def batches(config: ml_collections.ConfigDict, count: int) -> list[dict[str, Any
     return [next(iterator) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
     folder, run = tmp_path / "cache", run_config(cached)
     cache = TeacherCache.open(folder)
