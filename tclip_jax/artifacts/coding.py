@@ -12,6 +12,7 @@ import numpy.typing as npt
 import zstandard
 
 from tclip_jax.artifacts.manifest import FLOAT_CODING, TERNARY_CODING, ArtifactError
+from tclip_jax.lazy import LazyArray
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.ternary.packing import pack_base3, unpack_base3
 
@@ -55,7 +56,7 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
     return entry, {f"{path}.trits": _compressed(packed), f"{path}.scale": _compressed(_planes(half))}
 
 
-def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any]]) -> Any:
+def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any] | LazyArray]) -> Any:
     """The float32 array or `TernaryTensor` at `path`; `entry` must have been checked against the configuration.
 
     Raises:
@@ -98,7 +99,7 @@ def _planes(value: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(value.reshape(-1).view(np.uint8).reshape(-1, value.dtype.itemsize).T)
 
 
-def _floats(name: str, stored: npt.NDArray[Any], shape: list[int], dtype: str) -> npt.NDArray[Any]:
+def _floats(name: str, stored: npt.NDArray[Any] | LazyArray, shape: list[int], dtype: str) -> npt.NDArray[Any]:
     itemsize = np.dtype(dtype).itemsize
     planes = _expanded(name, stored, math.prod(shape) * itemsize).reshape(itemsize, -1)
     value = np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
@@ -111,10 +112,10 @@ def _compressed(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data.data), np.uint8)
 
 
-def _expanded(name: str, stored: npt.NDArray[Any], size: int) -> npt.NDArray[np.uint8]:
-    if stored.dtype != np.uint8 or stored.ndim != 1:
+def _expanded(name: str, stored: npt.NDArray[Any] | LazyArray, size: int) -> npt.NDArray[np.uint8]:
+    if stored.dtype != np.uint8 or len(stored.shape) != 1:
         raise ArtifactError(f"{name} is {stored.dtype.name} {list(stored.shape)}: it must be uint8 with one axis")
-    frame = stored.data
+    frame = np.asarray(stored).data
     try:
         declared = zstandard.frame_content_size(frame)
         if declared == size:

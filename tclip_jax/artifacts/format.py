@@ -176,9 +176,7 @@ def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda lea
         stored = open_safetensors(folder / file)
         entries = {path: entry for path, entry in tensors.items() if entry["coding"] == coding}
         check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file)
-        for path, entry in entries.items():
-            arrays = {path + suffix: np.asarray(stored[path + suffix]) for suffix in suffixes}
-            leaves[path] = put(decode(path, entry, arrays))
+        leaves |= {path: put(decode(path, entry, stored)) for path, entry in entries.items()}
     params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
     return Artifact(config, preprocess, params, rules, manifest)
 
