@@ -41,6 +41,7 @@ ROWS = (1, 8, 77, 197, 1576, 50432)
 TARGETS = {"bf16": 1.3, "int8": 1.2}
 GROUP = 256
 FC = [(768, 3072), (3072, 768)]  # fc1 and fc2 of ViT-B/16
+LARGEST = (4096, 1024)  # fc2 of ViT-L/14, which fills VMEM
 # Implementation, activations, dtype of x, and the rows it is compiled for. XLA takes up to half a minute for int2 with
 # many rows; float32 is for comparisons of one image; A8 in bf16 is what v4 has.
 PATHS = (
@@ -160,7 +161,7 @@ def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def child(device: str, quick: bool, dump: str) -> None:
     """Prints the rows of one device, each when it is known."""
-    shapes = FC if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
+    shapes = [*FC, LARGEST] if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
     rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (1, 197, 1576) if quick else ROWS)
     if device == "v5e" and not dump:
         rows = itertools.chain(rows, shared_columns(device, shapes))
@@ -228,7 +229,7 @@ def print_tables(cells: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="fc1 and fc2 of ViT-B/16 with few numbers of rows, no bundles"
+        "--quick", action="store_true", help="fc1 and fc2 of ViT-B/16, fc2 of L/14, fewer rows, no bundles"
     )
     parser.add_argument("--devices", nargs="+", choices=TOPOLOGIES, help="default: all, v4 and v5e with --quick")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")

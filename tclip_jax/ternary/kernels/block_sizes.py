@@ -27,7 +27,7 @@ class Device:
     @property
     def usable(self) -> int:
         """The bytes for blocks; the compiler's own needs stay within the rest."""
-        return self.vmem * 7 // 8
+        return self.vmem * 3 // 4
 
 
 # The kinds that the kernels are compiled for; half of the VMEM stays with XLA where there is more than 16 MiB.
