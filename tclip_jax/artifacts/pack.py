@@ -71,6 +71,7 @@ def repack_params(
     def one(leaf: Any) -> Any:
         if not _is_ternary(leaf):
             return leaf
+        leaf = jax.device_get(leaf)
         if leaf.axis == -1:
             return pack_rows(leaf)
         return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         labels = [label.strip() for label in args.labels.split(",")]
     named = len(args.templates) == 1 and "{c}" not in args.templates[0]
     templates = args.templates[0] if named else args.templates
-    outcomes = classify_images(load_model(args.model), args.images, labels, templates, args.batch_size)
+    outcomes = classify_images(load_model(args.model).repacked(), args.images, labels, templates, args.batch_size)
     guesses = [outcome for outcome in outcomes if isinstance(outcome, Guess)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if args.json:

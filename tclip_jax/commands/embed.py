@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         lines = epath.Path(args.texts).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
         texts = [line.strip() for line in lines if line.strip()]
-    model = load_model(args.model)
+    model = load_model(args.model).repacked()
     width, mark = model.config.embed_dim, fingerprint(model, args.model)
     store = Store(f"{out}.partial", width)
     if args.images:

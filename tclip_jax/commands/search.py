@@ -44,7 +44,7 @@ def _index(args: argparse.Namespace) -> int:
     from tclip_jax.training.restore import load_model
 
     where = args.model if "://" in args.model else os.path.abspath(args.model)
-    model = load_model(args.model)
+    model = load_model(args.model).repacked()
     outcome = build_index(model, args.folder, args.out, model_path=where, batch_size=args.batch_size)
     for failure in outcome.failures:
         print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
@@ -65,7 +65,7 @@ def _query(args: argparse.Namespace) -> int:
     index = read_index(args.index)
     picture = epath.Path(args.query) if os.path.isfile(args.query) else None
     where = args.model or index.model
-    results = query_index(load_model(where), index, picture or args.query, args.top, model_path=where)
+    results = query_index(load_model(where).repacked(), index, picture or args.query, args.top, model_path=where)
     if args.json:
         print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
         return 0
