@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -168,6 +169,23 @@ def _dense(model: Model) -> Any:
     )
 
 
+def accuracy_row(quick: bool) -> dict[str, Any]:
+    """Embeddings of the packed model against dense float32: max |Δ| with A16, the least cosine with A8."""
+    model, rng = _model(quick), np.random.default_rng(0)
+    dense = dataclasses.replace(model, params=_dense(model))
+    inputs = {
+        "encode_image": rng.standard_normal((8, *model.config.vision.image_size, 3)).astype(np.float32),
+        "encode_text": rng.integers(1, model.config.text.vocab_size, (8, model.config.text.context_length)),
+    }
+    row: dict[str, Any] = {"name": "accuracy"}
+    for method, batch in inputs.items():
+        expected = getattr(dense, method)(batch)
+        exact, rounded = (getattr(model.repacked(activations=each), method)(batch) for each in get_args(Activations))
+        row[f"{method} A16"] = float(np.abs(exact - expected).max())
+        row[f"{method} A8"] = float((rounded * expected).sum(axis=1).min())
+    return row
+
+
 def memory_row(quick: bool) -> dict[str, Any]:
     """float32 over packed: bytes of all parameters, and growth of processes that load and encode one image."""
     model = _model(quick)
@@ -246,13 +264,16 @@ def main() -> int:
     print_table(matmul)
     encode = encode_rows(args.quick, clock, torch=not args.no_torch)
     print_table(encode)
+    accuracy = accuracy_row(args.quick)
+    for method in ("encode_image", "encode_text"):
+        print(f"{method}: A16 max |Δ| {accuracy[f'{method} A16']:.2g}, A8 least cosine {accuracy[f'{method} A8']:.5f}")
     memory = memory_row(args.quick)
     print(
         f"float32 / packed: weights {memory['weights']:.2f}x, process {memory['process']:.2f}x; "
         f"load {memory['load_seconds']:.2f} s"
     )
     if args.json:
-        print(json.dumps({"matmul": matmul, "encode": encode, "memory": memory}))
+        print(json.dumps({"matmul": matmul, "encode": encode, "accuracy": accuracy, "memory": memory}))
     return 0
 
 
