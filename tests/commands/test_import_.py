@@ -11,6 +11,7 @@ from tclip_jax.artifacts import read_artifact
 from tclip_jax.cli import main
 from tclip_jax.interop.open_clip import table
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TERNARIZABLE
 
 MODEL_CFG = {
     "embed_dim": 8,
@@ -44,7 +45,7 @@ def test_import_prints_what_was_recovered(
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert lines["image/blocks/mlp/fc2/kernel"][1:3] == ["64", "8"]
     assert lines["image/blocks/mlp/fc1/kernel"][1:5] == ["float:", "layer", "0,", "inputs"]
-    assert len(lines) == 1 + 11 + 1 and lines[f"{out}:"][2:] == ["bytes", "of", "weights"]
+    assert len(lines) == 1 + len(TERNARIZABLE) + 1 and lines[f"{out}:"][2:] == ["bytes", "of", "weights"]
     kernel = read_artifact(out).params["image"]["blocks"]["mlp"]["fc2"]["kernel"]
     assert (kernel.group, kernel.scale.shape) == (64, (2, 4, 64))
 

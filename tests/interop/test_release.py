@@ -209,6 +209,7 @@ def kinds(student: pathlib.Path, release: pathlib.Path) -> dict[str, pathlib.Pat
     }
 
 
+@pytest.mark.slow
 def test_compare_takes_any_two_kinds(
     kinds: dict[str, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
