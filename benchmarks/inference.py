@@ -12,7 +12,6 @@ worked, which a crowded machine disturbs least. Above 1 is faster than dense flo
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import gc
 import json
@@ -229,8 +228,6 @@ def print_growth(path: pathlib.Path) -> None:
         del params, stored
     model.encode_image(np.zeros((1, *model.config.vision.image_size, 3), np.float32))
     gc.collect()
-    # What the C library keeps for later is not the model's.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     print(_resident_bytes() - before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,17 +50,17 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
     return unflatten_dict(packed, sep="/")
 
 
-def repack_params(
-    params: Mapping[str, Any],
+def repack_leaf(
+    leaf: Any,
     *,
     implementation: str | None = None,
     activations: Activations = "A16",
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> dict[str, Any]:
-    """The trits of a packed tree in the bytes that the implementation for this device reads, four to a byte or denser.
+) -> Any:
+    """The trits of a leaf in the bytes that the implementation for this device reads, four to a byte or denser.
 
     Args:
-      params: from `pack_params`; leaves that hold no trits stay as they are.
+      leaf: of a tree from `pack_params`; one that holds no trits stays as it is.
       implementation: forces one of `tclip_jax.ternary.kernels.NAMES`.
       activations: "A16" multiplies activations as they are, "A8" rounds those of each token to int8.
       dtype: of the activations.
@@ -67,16 +68,17 @@ def repack_params(
     Raises:
       ValueError: an implementation that cannot run here, with the reason.
     """
+    if not _is_ternary(leaf):
+        return leaf
+    leaf = jax.device_get(leaf)
+    if leaf.axis == -1:
+        return pack_rows(leaf)
+    return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
 
-    def one(leaf: Any) -> Any:
-        if not _is_ternary(leaf):
-            return leaf
-        leaf = jax.device_get(leaf)
-        if leaf.axis == -1:
-            return pack_rows(leaf)
-        return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
 
-    return jax.tree.map(one, params, is_leaf=_is_packed)
+def repack_params(params: Mapping[str, Any], **how: Any) -> dict[str, Any]:
+    """The tree with every leaf as `repack_leaf` makes it; it takes the same further arguments."""
+    return jax.tree.map(functools.partial(repack_leaf, **how), params, is_leaf=_is_packed)
 
 
 def _is_ternary(leaf: Any) -> bool:
