@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -31,6 +33,18 @@ Embeddings = npt.NDArray[np.float32]
 def _forward(model: CLIP, params: Any, batch: jax.Array, method: str) -> Any:
     # The parameters are an argument: captured, they would be copied into the program as constants.
     return model.apply({"params": params}, batch, method=method)
+
+
+def _return_freed_memory() -> None:
+    """Gives the system back what was freed: glibc keeps more of it than a packed model takes, for later."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _return_memory_of_compiling(model: CLIP, shape: tuple[int, ...], method: str) -> None:
+    """As `_return_freed_memory`, once for each program."""
+    _return_freed_memory()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +79,7 @@ class Model:
         pack = functools.partial(repack_leaf, implementation=implementation, activations=activations)
         # Leaf by leaf: all trits at once, a byte each, are three times what the packed model takes.
         artifact = read_artifact(folder, lambda leaf: jax.device_put(pack(leaf)))
+        _return_freed_memory()
         # Its rules stay behind: what they made is packed, and a stranger's regexes are not run.
         return cls(artifact.config, artifact.preprocess, artifact.params)
 
@@ -123,6 +138,7 @@ class Model:
             batch = load(slice(start, min(start + size, count)))
             padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
             embeddings[start : start + size] = np.asarray(_forward(encoder, self.params, padded, method))[: len(batch)]
+            _return_memory_of_compiling(encoder, padded.shape, method)
         return embeddings
 
     def _prepared(self, pictures: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
