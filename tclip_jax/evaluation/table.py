@@ -42,10 +42,10 @@ def table_rows(report: Report) -> list[list[str]]:
 
 
 def average_lines(report: Report) -> list[str]:
-    """Both averages in words; nothing without classification."""
+    """Both averages in words; nothing with fewer than two classification sets."""
     sets = sum("acc1" in result.metrics for result in report.results.values())
     averages = report.averages
-    return [f"{_AVERAGES[i].format(sets)}: {averages[name]:.2%}" for i, name in enumerate(AVERAGES) if averages]
+    return [f"{_AVERAGES[i].format(sets)}: {averages[name]:.2%}" for i, name in enumerate(AVERAGES) if sets > 1]
 
 
 def problem_lines(report: Report) -> list[str]:
