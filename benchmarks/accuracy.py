@@ -66,7 +66,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
 def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
     """`train/<class>/<nnnn>.jpg` and `test/…`: the first images of each class."""
     for name, content in _members(shared / "cifar10_jpg.tar.xz"):
-        *_, split, classname, file = pathlib.PurePosixPath(name).parts
+        split, classname, file = ("", "", *pathlib.PurePosixPath(name).parts)[-3:]
         if split in ("train", "test") and int(pathlib.PurePosixPath(file).stem) < per_class:
             yield f"{split}/{classname}/{file}", content
 
