@@ -93,7 +93,7 @@ def test_debug_shows_the_traceback() -> None:
         ("--config.stepz=3", "config has no 'stepz': the nearest is 'steps'"),
         ("--config.steps", "--config.steps has no value: write --config.steps=VALUE"),
         ("--config.data.batch_size=many", "config.data.batch_size is 'many': it must be int"),
-        ("--config.mesh.fsdp=3", "mesh data=-1, fsdp=3 does not fit 8 devices"),
+        ("--config.mesh.fsdp=3", "mesh data=-1, fsdp=3, tensor=1 does not fit 8 devices"),
     ],
 )
 def test_a_wrong_override_is_one_line(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """Example:
-tclip params --config quickstart:student --config.mesh.fsdp=1
+  tclip params --config ternaryclip --config.mesh.data=16 --config.mesh.fsdp=16
+
+The devices of the mesh need not be there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import load_recipe, override
@@ -19,12 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table; allocates no parameters."""
+    import jax
+
     from tclip_jax.models.clip import param_shapes
     from tclip_jax.models.summary import parameter_rows, parameter_table
-    from tclip_jax.parallel.mesh import make_mesh
+    from tclip_jax.parallel.mesh import abstract_mesh
     from tclip_jax.training.config import run_config
 
     # The table is the same with any teacher, and none need be trained yet.
     run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))
-    rows = parameter_rows(param_shapes(run.model, run.rules), run.rules, make_mesh(run.mesh.data, run.mesh.fsdp))
+    sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    devices = jax.device_count() if -1 in sizes else math.prod(sizes)
+    rows = parameter_rows(param_shapes(run.model, run.rules), run.rules, abstract_mesh(devices, *sizes))
     print(json.dumps(rows) if args.json else parameter_table(rows))

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, is_learned_scale
 from tclip_jax.parallel.rules import partition_spec, path_of
 
 
-def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh) -> list[dict[str, Any]]:
+def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh | AbstractMesh) -> list[dict[str, Any]]:
     """One dict per parameter: path, shape, size, dtype, sharding, and the quantizer's words or "" for a float."""
     rows = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):

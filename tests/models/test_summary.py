@@ -59,6 +59,6 @@ def test_table() -> None:
     assert set(rule) == {"-", " "} and not any(line.endswith(" ") for line in table.splitlines())
 
 
-@pytest.mark.parametrize(("fsdp", "sharding"), [(1, "(None, None, 'fsdp')"), (4, "(None, None, None)")])
+@pytest.mark.parametrize(("fsdp", "sharding"), [(2, "(None, None, 'fsdp')"), (4, "(None, None, None)")])
 def test_an_axis_that_does_not_divide_is_shown_as_not_sharded(fsdp: int, sharding: str) -> None:
     assert parameter_rows(PARAMS, (), make_mesh(-1, fsdp))[0]["sharding"] == sharding  # 250 columns

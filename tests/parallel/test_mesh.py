@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.parallel.mesh import batch_sharding, constrain_batch, make_mesh, shard_batch
+from tclip_jax.parallel.mesh import (
+    abstract_mesh,
+    batch_sharding,
+    constrain_batch,
+    describe_run,
+    make_mesh,
+    shard_batch,
+)
 
 CONFIG = CLIPConfig(
     8,
@@ -25,25 +35,86 @@ CONFIG = CLIPConfig(
 def test_a_size_of_minus_one_is_the_rest(data: int, given: str) -> None:
     sizes = {"data": data if given != "fsdp" else -1, "fsdp": 8 // data if given != "data" else -1}
     mesh = make_mesh(**sizes)
-    assert dict(mesh.shape) == {"data": data, "fsdp": 8 // data}
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(mesh.shape) == {"data": data, "fsdp": 8 // data, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
     assert mesh.devices.ravel().tolist() == jax.devices()
 
 
 def test_the_default_is_every_device_or_those_given() -> None:
-    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1}
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert make_mesh(devices=jax.devices()[3:4]).devices.ravel().tolist() == jax.devices()[3:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    client: None = None
+
+
+def chips(slices: int, processes: int) -> list[Any]:
+    """Eight, those of one slice and of one process not beside each other."""
+    return [Chip(i, i % slices, i % processes) for i in range(8)]
+
+
+def ids(mesh: Mesh) -> list[list[list[int]]]:
+    return [[[device.id for device in row] for row in plane] for plane in mesh.devices]
+
+
+@pytest.mark.parametrize(("slices", "found", "processes"), [(-1, 2, 4), (2, 2, 1), (2, 1, 2)])
+def test_data_lies_between_slices_or_between_processes_and_the_rest_within(
+    slices: int, found: int, processes: int
+) -> None:
+    mesh = make_mesh(4, 2, 1, slices, chips(found, processes))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert ids(mesh) == [[[0], [2]], [[4], [6]], [[1], [3]], [[5], [7]]]
+    assert ids(make_mesh(-1, 2, 2, slices, chips(found, processes))) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ((8, 1, 1, 2), chips(1, 1), "mesh slices=2: the devices are of 1 slices and 1 processes"),
+        ((8, 1, 1, 1), chips(2, 1), "mesh slices=1: the devices are of 2 slices and 1 processes"),
+        ((8, 1, 1, 4), chips(2, 4), "mesh slices=4: the devices are of 2 slices and 4 processes"),
+        ((1, 8, 1, -1), chips(2, 2), "mesh data=1 is not divisible by 2 slices: data is the axis between slices"),
+    ],
+)
+def test_slices_that_are_not_there_or_cut_the_data_axis(sizes: Any, devices: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_mesh(*sizes, devices)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (-1, -1), (0, -1), (-1, 0), (-2, -4), (4, 4), (16, -1)])
 def test_a_mesh_that_does_not_fit_names_its_sizes_and_the_devices(data: int, fsdp: int) -> None:
-    with pytest.raises(ValueError, match=rf"^mesh data={data}, fsdp={fsdp} does not fit 8 devices$"):
+    with pytest.raises(ValueError, match=rf"^mesh data={data}, fsdp={fsdp}, tensor=1 does not fit 8 devices$"):
         make_mesh(data, fsdp)
 
 
-def test_rows_of_a_batch_lie_over_all_devices_in_order() -> None:
+def test_tensor_is_the_last_axis_and_named_in_what_does_not_fit() -> None:
+    assert ids(make_mesh(tensor=4)) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    assert make_mesh(2, 2, 2).shape == abstract_mesh(8, 2, -1, 2).shape
+    with pytest.raises(ValueError, match=r"^mesh data=-1, fsdp=2, tensor=3 does not fit 8 devices$"):
+        make_mesh(fsdp=2, tensor=3)
+
+
+def test_the_first_lines_of_a_run() -> None:
+    assert describe_run(make_mesh(2, 2, 2), 128) == (
+        "process 0 of 1: 8 of 8 devices",
+        "mesh data=2, fsdp=2, tensor=2 of cpu (cpu)",
+        "global batch 128: 128 a process, 16 a device",
+    )
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 2, 2)])
+def test_rows_of_a_batch_lie_over_all_devices_in_order(sizes: tuple[int, ...]) -> None:
     batch = {"image": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3), "weight": np.arange(16, dtype=np.float32)}
-    placed = shard_batch(batch, make_mesh(4, 2))
+    placed = shard_batch(batch, make_mesh(*sizes))
     for key, array in placed.items():
         assert array.dtype == batch[key].dtype
         shards = sorted(array.addressable_shards, key=lambda shard: shard.device.id)

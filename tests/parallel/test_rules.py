@@ -1,7 +1,7 @@
 """Every parameter's sharding, against a golden file: a misspelt rule would replicate in silence.
 
-shardings.json holds the PartitionSpec of every parameter of every preset on the mesh data=4, fsdp=2. After a change
-that is meant, write it anew and read the difference:
+golden/ holds the PartitionSpec of every parameter of every preset on two meshes. After a change that is meant, write
+them anew and read the difference:
 
     TCLIP_UPDATE_GOLDEN=1 pytest tests/parallel/test_rules.py
 """
@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
-from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.parallel.mesh import abstract_mesh, make_mesh
 from tclip_jax.parallel.rules import RULES, partition_spec, path_of, tree_shardings
 from tclip_jax.training.config import LossConfig, OptimizerConfig
 from tclip_jax.training.heads import init_heads
@@ -32,7 +32,8 @@ from tclip_jax.training.optimizer import make_optimizer
 from tclip_jax.training.state import TrainState
 
 TINY = CLIPConfig.from_open_clip(model_cfg("tiny"))
-GOLDEN = pathlib.Path(__file__).with_name("shardings.json")
+GOLDEN = pathlib.Path(__file__).with_name("golden")
+MESHES = {"data4-fsdp2": (4, 2, 1), "data2-fsdp2-tensor2": (2, 2, 2)}
 
 
 @functools.cache
@@ -44,31 +45,34 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def specs(preset: str) -> dict[str, list[str | None]]:
-    shardings = by_path(tree_shardings(shapes(preset), make_mesh(4, 2)))
-    return {path: list(sharding.spec) for path, sharding in shardings.items()}
+def specs(preset: str, mesh: str = "data4-fsdp2") -> dict[str, Any]:
+    shardings = by_path(tree_shardings(shapes(preset), make_mesh(*MESHES[mesh])))
+    return {path: json.loads(json.dumps(tuple(sharding.spec))) for path, sharding in shardings.items()}
 
 
-def write_golden() -> None:
+def write_golden(mesh: str) -> None:
     presets = []
     for preset in PRESETS:
-        lines = ",\n".join(f"    {json.dumps(path)}: {json.dumps(spec)}" for path, spec in specs(preset).items())
+        lines = ",\n".join(f"    {json.dumps(path)}: {json.dumps(spec)}" for path, spec in specs(preset, mesh).items())
         presets.append(f"  {json.dumps(preset)}: {{\n{lines}\n  }}")
-    GOLDEN.write_text("{\n" + ",\n".join(presets) + "\n}\n")
+    (GOLDEN / f"{mesh}.json").write_text("{\n" + ",\n".join(presets) + "\n}\n")
 
 
 if os.environ.get("TCLIP_UPDATE_GOLDEN"):
-    write_golden()
+    for name in MESHES:
+        write_golden(name)
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_shardings_are_the_golden_ones(preset: str) -> None:
-    assert specs(preset) == json.loads(GOLDEN.read_text())[preset]
+def test_shardings_are_the_golden_ones(preset: str, mesh: str) -> None:
+    assert specs(preset, mesh) == json.loads((GOLDEN / f"{mesh}.json").read_text())[preset]
 
 
+@pytest.mark.parametrize("sizes", [(1, 8), (1, 4, 2), (1, 2, 4)])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_device_holds_its_share_of_the_weights(preset: str) -> None:
-    mesh = make_mesh(1, 8)
+def test_a_device_holds_its_share_of_the_weights(preset: str, sizes: tuple[int, ...]) -> None:
+    mesh = make_mesh(*sizes)
     held = sum(
         np.prod(NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)).shard_shape(leaf.shape))
         for path, leaf in by_path(shapes(preset)).items()
@@ -109,6 +113,23 @@ def test_spec_of_one_path(path: str, shape: tuple[int, ...], spec: PartitionSpec
     mesh = make_mesh(4, 2)
     assert partition_spec(path, shape, mesh) == spec
     assert partition_spec(f"optimizer/0/mu/clip/{path}", shape, mesh) == spec
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("text/blocks/attention/qkv/kernel", (2, 8, 24), PartitionSpec(None, None, ("tensor", "fsdp"))),
+        ("text/blocks/attention/qkv/kernel", (2, 8, 22), PartitionSpec(None, None, "fsdp")),  # 4 does not divide 22
+        ("text/blocks/attention/out/kernel", (2, 8, 8), PartitionSpec(None, "tensor", "fsdp")),
+        ("text/blocks/mlp/fc2/kernel_scale", (2, 4, 8), PartitionSpec(None, "tensor", "fsdp")),
+        ("text/blocks/mlp/fc2/kernel_scale", (2, 1, 8), PartitionSpec(None, None, "fsdp")),
+        ("text/token_embedding/embedding", (49408, 8), PartitionSpec(("tensor", "fsdp"), None)),
+        ("heads/hidden/image/kernel", (8, 16), PartitionSpec(None, ("tensor", "fsdp"))),
+    ],
+)
+def test_spec_of_one_path_over_tensor(path: str, shape: tuple[int, ...], spec: PartitionSpec) -> None:
+    assert partition_spec(path, shape, abstract_mesh(8, 2, 2, 2)) == spec
+    assert partition_spec(f"optimizer/0/mu/clip/{path}", shape, make_mesh(2, 2, 2)) == spec
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
