@@ -13,6 +13,7 @@ import ml_collections
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg, preprocess_cfg
+from tclip_jax.models.tensor_parallel import check_tensor
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.schema import check_keys, from_mapping
 from tclip_jax.ternary import Quantizer
@@ -150,6 +151,7 @@ def _check_values(run: RunConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"config.{name} is {value}: it must be at least 1")
+    check_tensor(run.model, run.rules, max(run.mesh.tensor, 1))
     if run.init and run.inherit:
         raise ValueError("config.init and config.inherit both say where to start: one must be empty")
     names = [each.name for each in run.evals]

@@ -21,7 +21,7 @@ from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.trits import look, trit_metrics
-from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.parallel.mesh import describe_run, make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.checkpoints import Checkpoints, saved_steps
@@ -51,9 +51,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
       ValueError: an impossible configuration, or a workdir that holds another model's run.
     """
     run, workdir = run_config(config), epath.Path(workdir)
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.slices)
     if run.data.batch_size % mesh.size:
         raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+    for line in describe_run(mesh, run.data.batch_size):
+        _logger.info("%s", line)
     cache = open_cache(run) if run.data.teacher_cache else None
     data = train_iterator(
         open_source(run.data.source, run.data.split),

@@ -82,8 +82,10 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one may be −1, the rest."""
 
-    data: int = -1
-    fsdp: int = 1
+    data: int = -1  # each has other rows and, but for fsdp, all parameters
+    fsdp: int = 1  # share the parameters, each with other rows
+    tensor: int = 1  # share the products of the same rows; must divide heads, and inputs into whole groups
+    slices: int = -1  # of TPUs, or processes, between which data lies; −1: as many as the devices are of
 
 
 @dataclasses.dataclass(frozen=True)
