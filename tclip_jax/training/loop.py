@@ -9,30 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.models.clip import CLIP
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.mesh import describe_run, make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
+from tclip_jax.training.build import Build, check_batch
 from tclip_jax.training.checkpoints import Checkpoints, saved_steps
 from tclip_jax.training.config import RunConfig, base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.initial import start_params
-from tclip_jax.training.objective import Encoders, check_teacher
-from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, ternary_share
+from tclip_jax.training.optimizer import learning_rate_schedule
 from tclip_jax.training.restore import load_model
-from tclip_jax.training.state import TrainState, init_state
-from tclip_jax.training.step import make_train_step
+from tclip_jax.training.state import TrainState
 from tclip_jax.training.teacher_cache import open_cache
 from tclip_jax.training.telemetry import Telemetry
 
@@ -52,8 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     """
     run, workdir = run_config(config), epath.Path(workdir)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.slices)
-    if run.data.batch_size % mesh.size:
-        raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+    check_batch(run, mesh)
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
     cache = open_cache(run) if run.data.teacher_cache else None
@@ -70,33 +65,17 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         workers=run.data.workers,
         cache=cache,
     )
-    student = CLIP(run.model, run.rules, jnp.dtype(run.dtype), run.remat)
     teacher = load_model(run.teacher, mesh) if run.teacher else None
-    if teacher is not None:
-        check_teacher(teacher.config, run.model, run.loss)
+    build = Build(run, mesh, teacher or cache)
     start = None if saved_steps(workdir / "checkpoints") else start_params(run, mesh)
-    optimizer = make_optimizer(run.optimizer, run.steps)
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
-        shape = teacher.config if teacher else cache.embed_dim if cache else None
-        averaged = run.optimizer.ema_decay > 0
-        state = init_state(student, optimizer, run.seed, shape, mesh, run.loss, average=averaged, start=start)
+        state = build.init_state(start)
         state = checkpoints.restore(state, data) or state
         teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
-        step_function = jax.jit(
-            make_train_step(
-                _encoders(student, run.preprocess),
-                _teacher(teacher, student) if teacher else cache.logit_scale if cache else None,
-                optimizer,
-                run.loss,
-                ternary_share(run.ternary_warmup_steps),
-                run.optimizer.ema_decay,
-            ),
-            out_shardings=(tree_shardings(state, mesh), None),
-            donate_argnums=0,
-        )
+        step_function = build.jitted_step(state)
         schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
         with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name) as telemetry:
             previous: tuple[int, dict[str, Any]] | None = None
@@ -139,14 +118,6 @@ def _evaluate(
             of_average = each(Model(run.model, run.preprocess, state.average, run.rules), mesh)
             metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
         telemetry.write(step, metrics)
-
-
-def _teacher(teacher: Model, student: CLIP) -> Encoders:
-    return _encoders(CLIP(teacher.config, teacher.rules, student.dtype), teacher.preprocess)
-
-
-def _encoders(model: CLIP, preprocess: Preprocess) -> Encoders:
-    return Encoders(model, preprocess.mean, preprocess.std)
 
 
 def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:

@@ -19,7 +19,7 @@ from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.importing import import_checkpoint
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.ternary import TernaryTensor
-from tclip_jax.training import loop
+from tclip_jax.training import build, loop
 from tclip_jax.training.config import RunConfig, run_config
 from tclip_jax.training.initial import initial_weights
 from tclip_jax.training.restore import load_run
@@ -79,14 +79,14 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
     import_checkpoint(dequantised(tmp_path, run, packed), imported)
     assert_same_weights(read_artifact(imported).params, (), packed)
     first: list[Params] = []
-    init_state = loop.init_state
+    init_state = build.init_state
 
     def keep(*args: Any, **options: Any) -> Any:
         state = init_state(*args, **options)
         first.append(jax.device_get(state.params["clip"]))
         return state
 
-    monkeypatch.setattr(loop, "init_state", keep)
+    monkeypatch.setattr(build, "init_state", keep)
     config.init, config.steps = str(imported), 3
     config.mesh.update({"data": 4, "fsdp": 2})
     loop.train(config, workdir)

@@ -1,0 +1,135 @@
+"""What a run trains with on a mesh: student, optimizer, state and jitted step; with arrays, or with shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.models.clip import CLIP, param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.parallel.mesh import batch_sharding
+from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.training.config import RunConfig
+from tclip_jax.training.objective import Encoders, check_teacher
+from tclip_jax.training.optimizer import make_optimizer, ternary_share
+from tclip_jax.training.state import TrainState, init_state
+from tclip_jax.training.step import make_train_step
+
+
+class Architecture(NamedTuple):
+    """A model without its weights; `rules` name those that are latent."""
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    rules: TernaryRules = ()
+
+
+def check_batch(run: RunConfig, mesh: Mesh) -> None:
+    """Raises ValueError for a global batch that does not divide over the devices."""
+    if run.data.batch_size % mesh.size:
+        raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A run on a mesh; its methods are called under `jax.set_mesh(mesh)`.
+
+    Attributes:
+      run: the configuration.
+      mesh: of devices, which need not be there if only shapes are asked for.
+      teacher: a model that runs in the step, or the cache that its embeddings are read from, or None.
+
+    Raises:
+      ValueError: a teacher that cannot see the student's batches.
+    """
+
+    run: RunConfig
+    mesh: Mesh
+    teacher: Model | Architecture | TeacherCache | None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, Model | Architecture):
+            check_teacher(self.teacher.config, self.run.model, self.run.loss)
+
+    @functools.cached_property
+    def student(self) -> CLIP:
+        return CLIP(self.run.model, self.run.rules, jnp.dtype(self.run.dtype), self.run.remat)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.run.optimizer, self.run.steps)
+
+    def init_state(self, start: Any = None) -> TrainState:
+        """A fresh state, of the model's parameters `start` where they are given."""
+        teacher, averaged = self.teacher, self.run.optimizer.ema_decay > 0
+        shape = teacher.embed_dim if isinstance(teacher, TeacherCache) else teacher.config if teacher else None
+        return init_state(
+            self.student, self.optimizer, self.run.seed, shape, self.mesh, self.run.loss, average=averaged, start=start
+        )
+
+    def state_shapes(self) -> TrainState:
+        """The state as jax.ShapeDtypeStruct leaves with their shardings."""
+        return self._sharded(jax.eval_shape(self.init_state))
+
+    def teacher_shapes(self) -> Any:
+        """The same of the teacher's parameters, float32; None where no teacher runs in the step."""
+        if self.teacher is None or isinstance(self.teacher, TeacherCache):
+            return None
+        return self._sharded(param_shapes(self.teacher.config, self.teacher.rules))
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a batch, as `data.pipeline` makes it."""
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "image": ((*self.run.model.vision.image_size, 3), np.uint8),
+            "tokens": ((self.run.model.text.context_length,), np.int32),
+            "weight": ((), np.float32),
+        }
+        if isinstance(self.teacher, TeacherCache):
+            shapes |= dict.fromkeys(("teacher_image", "teacher_text"), ((self.teacher.embed_dim,), np.float16))
+        rows, sharding = self.run.data.batch_size, batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def jitted_step(self, state: TrainState) -> Any:
+        """jax.jit of (state, batch, teacher's parameters) -> (state, metrics), which takes the state's memory.
+
+        `state` says what is sharded how, and may be shapes.
+        """
+        step = make_train_step(
+            Encoders(self.student, self.run.preprocess.mean, self.run.preprocess.std),
+            self._teacher(),
+            self.optimizer,
+            self.run.loss,
+            ternary_share(self.run.ternary_warmup_steps),
+            self.run.optimizer.ema_decay,
+        )
+        return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
+
+    def _teacher(self) -> Encoders | float | None:
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        if isinstance(teacher, TeacherCache):
+            return teacher.logit_scale
+        model = CLIP(teacher.config, teacher.rules, self.student.dtype)
+        return Encoders(model, teacher.preprocess.mean, teacher.preprocess.std)
+
+    def _sharded(self, shapes: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            tree_shardings(shapes, self.mesh),
+        )
