@@ -68,7 +68,7 @@ def param_shapes(config: CLIPConfig, rules: TernaryRules = ()) -> dict[str, Any]
 
     Rules add the learned scales that some quantizers have; a packed model and one of another library have none.
     """
-    return jax.eval_shape(lambda key: init_params(CLIP(config, rules), key), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(CLIP(config, rules), jax.random.key(0)))
 
 
 def with_learned_scales(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:

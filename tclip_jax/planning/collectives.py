@@ -1,0 +1,176 @@
+"""The collectives of a compiled program: what they carry, how often, and over which axes of the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tclip_jax.planning.hlo import Array, Instruction, Program, called, executions
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# XLA for TPU writes a reduce-scatter as a fusion of this name around an all-reduce, and a collective that runs beside
+# other work as copies of itself in several fusions, the first of which has the start.
+_FUSED_SCATTER, _ASYNC_START = "all-reduce-scatter", "AsyncCollectiveStart"
+
+Groups = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of transfer.
+
+    Attributes:
+      kind: one of `KINDS`.
+      arrays: what comes out of it on a device; of a reduce-scatter what goes in.
+      axes: of the mesh, over which it runs; () where none of them fits.
+      devices: that take part in it together.
+      times: executions a step.
+      name: JAX's name of the operation, for people.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    axes: tuple[str, ...]
+    devices: int
+    times: int
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        """Of the largest array."""
+        return max(self.arrays, key=lambda array: array.bytes).dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole arrays, in all executions of a step."""
+        return self.times * sum(array.bytes for array in self.arrays)
+
+    @property
+    def sent_bytes(self) -> float:
+        """That a device sends a step, if it is done in rings: (n − 1) / n of the arrays, twice that to reduce all."""
+        share = (self.devices - 1) / self.devices
+        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"dtype": self.dtype, "bytes": self.bytes, "sent_bytes": self.sent_bytes}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Collective:
+        arrays = tuple(Array(each["dtype"], tuple(each["dims"]), each["on_chip"]) for each in fields["arrays"])
+        names = ("kind", "devices", "times", "name")
+        return cls(arrays=arrays, axes=tuple(fields["axes"]), **{name: fields[name] for name in names})
+
+
+def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
+    """Every collective of a program on a mesh (name of axis -> size), the largest first."""
+    found = [
+        _collective(instruction, computation, times, mesh) for instruction, computation, times in _instructions(program)
+    ]
+    return sorted((each for each in found if each.devices > 1), key=lambda each: -each.sent_bytes)
+
+
+def carries_activations(collective: Collective, sizes: frozenset[int], rows: int, least_rows: int) -> bool:
+    """Whether it carries a batch x sequence x width array.
+
+    Args:
+      sizes: sequence · width of every such array of the models.
+      rows: of the global batch, which a part of the batch divides.
+      least_rows: of the smallest part of it that a device has at once.
+    """
+    for array in collective.arrays:
+        for size in sizes:
+            part, rest = divmod(array.size, size)
+            if not rest and part >= max(least_rows, 2) and rows % part == 0:
+                return True
+    return False
+
+
+def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
+    """Collectives with the computation that they stand in and their executions, those within fusions once each."""
+    for computation, times in executions(program):
+        waiting = [computation]
+        while waiting:
+            name = waiting.pop()
+            instructions = program.computations[name]
+            started = {
+                operand
+                for each in instructions.values()
+                if f'"{_ASYNC_START}"' in each.attributes
+                for operand in each.operands
+            }
+            for each in instructions.values():
+                if each.opcode.removesuffix("-start") in KINDS:
+                    if "chain_id=" not in each.attributes or each.name in started:
+                        yield each, name, times
+                elif each.opcode in ("fusion", "async-start"):
+                    waiting += called(each)
+
+
+def _collective(instruction: Instruction, computation: str, times: int, mesh: Mapping[str, int]) -> Collective:
+    kind, arrays = instruction.opcode, instruction.arrays
+    if kind.endswith("-start"):
+        kind = kind.removesuffix("-start")
+        if kind != "all-reduce":  # (what goes in, what comes out, flags)
+            arrays = tuple(array for array in arrays if array.dims)
+            arrays = arrays[len(arrays) // 2 :]
+    groups = _groups(instruction.attributes, mesh)
+    devices = 2 if kind == "collective-permute" else groups.shape[1]
+    if kind == "reduce-scatter":
+        arrays = tuple(dataclasses.replace(each, dims=(devices, *each.dims)) for each in arrays)
+    if computation.startswith(_FUSED_SCATTER):
+        kind = "reduce-scatter"
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return Collective(kind, arrays, _axes(groups, mesh), devices, times, name[1] if name else "")
+
+
+def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
+    """Device numbers (groups, members), from any of XLA's ways to write them; pairs of a permutation are groups too."""
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
+    listed = pairs or re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
+    if listed:
+        return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if counted:
+        shape = tuple(map(int, counted[3].split(",")))
+        order = tuple(map(int, counted[4].split(","))) if counted[4] else tuple(range(len(shape)))
+        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(counted[1]), int(counted[2]))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        return _named_groups(sizes, named[2], re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[3]))
+    return np.arange(math.prod(mesh.values()))[None]  # no groups: all devices
+
+
+def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str, str, str]]) -> Groups:
+    """Of mesh['a'=2,'b'=8] {'a','b':(2)4}: the group's axes, or the part of one whose outer parts have two."""
+    shape: list[int] = []
+    inside: list[int] = []
+    chosen = {name: (int(before or 1), int(part) if part else sizes[name]) for name, before, part in axes}
+    for name, size in sizes.items():
+        if name in chosen:
+            before, part = chosen[name]
+            inside.append(len(shape) + 1)
+            shape += [before, part, size // before // part]
+        else:
+            shape.append(size)
+    ids = np.arange(math.prod(shape))
+    listed = re.search(r"device_ids=\(?\[?([\d,\s]+)", order)
+    if listed and listed[1].count(",") + 1 == ids.size:
+        ids = np.array(list(map(int, listed[1].split(","))))
+    outside = [axis for axis in range(len(shape)) if axis not in inside]
+    members = math.prod(shape[axis] for axis in inside)
+    return ids.reshape(shape).transpose(*outside, *inside).reshape(-1, members)
+
+
+def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which the members of a group differ."""
+    if groups.max() >= math.prod(mesh.values()):
+        return ()
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())))
+    return tuple(name for name, where in zip(mesh, places, strict=True) if (where != where[:, :1]).any())

@@ -1,0 +1,140 @@
+"""Compiles the step of a run for TPUs that are not there; as a module it answers one request, for a process of its own.
+
+libtpu may abort a process and writes to its terminal, so `planning.child` starts one for each compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh
+from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives
+from tclip_jax.planning.hardware import Topology, parse_topology
+from tclip_jax.planning.hlo import parse_program
+from tclip_jax.planning.memory import argument_bytes, compiled_memory
+from tclip_jax.planning.program import StepFacts
+from tclip_jax.planning.teachers import find_teacher
+from tclip_jax.planning.traffic import memory_traffic
+from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.training.config import run_config
+
+
+def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: str = "") -> StepFacts:
+    """The facts of a configuration's step on a slice of TPUs; the process must be able to load libtpu.
+
+    Raises:
+      ValueError: a configuration that is wrong, or that does not fit the topology.
+    """
+    run = run_config(ml_collections.ConfigDict(dict(config)))
+    # Without it a v4 chip would be two devices, which no runtime makes of it.
+    options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=described.devices)
+    check_batch(run, mesh)
+    return compile_step(Build(run, mesh, find_teacher(run, teacher_preset)), topology)
+
+
+def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
+    """The facts of a step on a mesh; without a topology nothing is known of links."""
+    started = time.perf_counter()
+    with jax.set_mesh(build.mesh):
+        shapes = build.state_shapes(), build.batch_shapes(), build.teacher_shapes()
+        compiled = build.jitted_step(shapes[0]).lower(*shapes).compile()
+    seconds = time.perf_counter() - started
+    program = parse_program(compiled.as_text())
+    mesh = dict(build.mesh.shape)
+    collectives = find_collectives(program, mesh)
+    memory = compiled_memory(compiled, argument_bytes(build))
+    rows = build.run.data.batch_size
+    sizes = activation_sizes(build)
+    least_rows = rows // math.prod(mesh[axis] for axis in BATCH_AXES)
+    moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows))
+    return StepFacts(
+        how="compiled",
+        mesh=mesh,
+        memory=memory,
+        peak=compiled.memory_analysis().peak_memory_in_bytes or memory.total,
+        traffic=memory_traffic(program),
+        collectives=tuple(collectives),
+        moving_activations=tuple(f"{each.kind} {_shapes(each)} {each.name}" for each in moving),
+        links=count_links(build.mesh, topology, (each.axes for each in collectives)) if topology else {},
+        seconds=seconds,
+    )
+
+
+def activation_sizes(build: Build) -> frozenset[int]:
+    """Sequence · width of what both models hold of a sample: hidden states, q, k, v, the MLP's, logits of attention.
+
+    `tensor` may share a width.
+    """
+    configs = [build.run.model, *([build.teacher.config] if isinstance(build.teacher, Architecture) else [])]
+    return frozenset(
+        size // part for config in configs for size in _sizes(config) for part in (1, build.mesh.shape.get("tensor", 1))
+    )
+
+
+def _sizes(config: CLIPConfig) -> Iterable[int]:
+    for tower, tokens in (
+        (config.vision, 1 + math.prod(config.vision.grid)),
+        (config.text, config.text.context_length),
+    ):
+        widths = (tower.width, 3 * tower.width, int(tower.width * tower.mlp_ratio), tower.heads * tokens)
+        lengths = (tokens, tokens - 1) if tower is config.vision else (tokens,)
+        yield from (length * width for length in lengths for width in widths)
+
+
+def count_links(mesh: Mesh, topology: Topology, axes: Iterable[Sequence[str]]) -> dict[str, int]:
+    """For axes of a mesh, joined by "+", the links of a device that rings over them use at once.
+
+    In each dimension of the torus along which these axes lie two, if the dimension closes to a ring and they fill it,
+    else one.
+    """
+    coordinates = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
+    links = {}
+    for names in set(map(tuple, axes)):
+        index = tuple(slice(None) if name in names else 0 for name in mesh.axis_names)
+        places = coordinates[index].reshape(-1, coordinates.shape[-1])
+        extents = [len(set(places[:, i])) for i in range(len(topology.shape))]
+        links["+".join(names)] = sum(
+            2 if extent == size and size % topology.chip.ring == 0 else 1
+            for extent, size in zip(extents, topology.shape, strict=True)
+            if extent > 1
+        )
+    return links
+
+
+def _shapes(collective: Collective) -> str:
+    dims = [f"{each.dtype}[{','.join(map(str, each.dims))}]" for each in itertools.islice(collective.arrays, 3)]
+    return ", ".join(dims) + ("…" if len(collective.arrays) > 3 else "")
+
+
+def main() -> int:
+    """Reads a request from stdin, and prints its facts or its error as the last line."""
+    request = json.load(sys.stdin)
+    try:
+        topology = parse_topology(request["topology"])
+        answer: dict[str, Any] = {
+            "facts": compile_for(request["config"], topology, request["teacher_preset"]).to_json()
+        }
+    except (ValueError, OSError) as error:
+        answer = {"error": str(error)}
+    print("answer " + json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

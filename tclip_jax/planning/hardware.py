@@ -1,0 +1,116 @@
+"""What chips have, by their data sheets, and the topologies that a run can be planned for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+from tclip_jax.models.flops import PEAK_FLOPS
+
+MOST_CHIPS = 4096
+_SHEETS = "https://cloud.google.com/tpu/docs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip and what connects it with others.
+
+    Attributes:
+      device_kind: JAX's name of a device, by which `PEAK_FLOPS` knows it.
+      memory: bytes of its HBM.
+      bandwidth: bytes/s of its HBM.
+      link: bytes/s in one direction of one link: to a neighbour in the torus of TPUs, or from a GPU into its node.
+      network: bytes/s of a chip in one direction to other nodes, of GPUs.
+      torus: dimensions of the torus; 0 of GPUs.
+      ring: a dimension of a slice closes to a ring where its size is a multiple of this.
+      devices: JAX devices a chip.
+      source: the data sheet.
+    """
+
+    device_kind: str
+    memory: float
+    bandwidth: float
+    link: float
+    source: str
+    network: float = 0.0
+    torus: int = 0
+    ring: int = 0
+    devices: int = 1
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s of one device."""
+        return PEAK_FLOPS[self.device_kind]
+
+
+# A link of a TPU is its "inter-chip interconnect bandwidth" over the ports: 4 of a 2D torus, 6 of a 3D torus.
+TPUS = {
+    "v4": Chip("TPU v4", 32 * 2**30, 1228e9, 50e9, f"{_SHEETS}/v4", torus=3, ring=4),
+    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16),
+    "v5p": Chip("TPU v5", 95 * 10**9, 2765e9, 100e9, f"{_SHEETS}/v5p", torus=3, ring=4),
+    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16),
+    "tpu7x": Chip("TPU7x", 192 * 2**30, 7370e9, 200e9, f"{_SHEETS}/tpu7x", torus=3, ring=4, devices=2),
+}
+NODE = 8  # GPUs that NVLink connects
+GPUS = {
+    "a100": Chip("NVIDIA A100", 80e9, 2039e9, 300e9, "https://www.nvidia.com/en-us/data-center/a100", 25e9),
+    "h100": Chip("NVIDIA H100", 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100", 50e9),
+    "h200": Chip("NVIDIA H200", 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200", 50e9),
+}
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 16))
+_SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`kind` is a key of `TPUS` or `GPUS`; `shape` the chips along each dimension, of GPUs their number."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        return (TPUS | GPUS)[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """JAX devices, which for TPU v7x are half a chip."""
+        return self.chips * self.chip.devices
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in GPUS
+
+
+def parse_topology(name: str) -> Topology:
+    """Of "v5e:16x16" or "h100:64".
+
+    Raises:
+      ValueError: another name, with those that are accepted.
+    """
+    kind, _, text = name.partition(":")
+    numbers = text.split("x")
+    shape = tuple(int(number) for number in numbers if number.isascii() and number.isdigit())
+    if len(shape) == len(numbers) and (
+        (kind in GPUS and len(shape) == 1 and 1 <= shape[0] <= MOST_CHIPS)
+        or (kind in TPUS and shape in (_FLAT if TPUS[kind].torus == 2 else (*_SMALL, *_cubes())))
+    ):
+        return Topology(kind, shape)
+    flat, small = (", ".join("x".join(map(str, each)) for each in shapes) for shapes in (_FLAT, _SMALL))
+    raise ValueError(
+        f"topology {name!r} is none of these: v5e, v6e: {flat}; v4, v5p, tpu7x: {small}, or three of 4, 8, 12 and 16"
+        f" with at most {MOST_CHIPS:,} chips, as v5p:8x8x16; {', '.join(GPUS)}: a number, as h100:64"
+    )
+
+
+def _cubes() -> list[tuple[int, ...]]:
+    return [shape for shape in itertools.product((4, 8, 12, 16), repeat=3) if math.prod(shape) <= MOST_CHIPS]

@@ -1,0 +1,63 @@
+"""The shape of a run's teacher, without its weights and without the network."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from tclip_jax.artifacts.manifest import MANIFEST, describe, parse_manifest
+from tclip_jax.data.teacher_cache import MANIFEST as CACHE_MANIFEST
+from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
+from tclip_jax.interop.hub import PREFIX
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.presets import PRESETS, model_cfg
+from tclip_jax.training.build import Architecture
+from tclip_jax.training.config import RunConfig
+from tclip_jax.training.restore import read_config
+from tclip_jax.training.teacher_cache import describe_inputs, open_cache
+
+# What people distil from, by the name on the Hugging Face hub.
+HUB = {
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": "ViT-L-14",
+    "laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K": "ViT-L-14",
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "ViT-B-16",
+    "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K": "ViT-B-16",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "ViT-B-32",
+}
+
+
+def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCache | None:
+    """What the step of a run has to know of its teacher; its weights are planned as float32.
+
+    Args:
+      preset: a name of `PRESETS` or an open_clip JSON file, in place of what `config.teacher` or `teacher_cache` names.
+
+    Raises:
+      ValueError: a teacher whose shape is not known.
+    """
+    if run.data.teacher_cache:
+        if (epath.Path(run.data.teacher_cache) / CACHE_MANIFEST).exists():
+            return open_cache(run)
+        width = _architecture(run, preset, run.data.teacher_cache).config.embed_dim
+        return TeacherCache(run.data.teacher_cache, preset, width, 100.0, 1, 1, run.seed, 1, describe_inputs(run))
+    return _architecture(run, preset, run.teacher) if run.teacher else None
+
+
+def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
+    preset = preset or HUB.get(teacher.removeprefix(PREFIX), teacher)
+    if preset in PRESETS or preset.endswith(".json"):
+        return Architecture(CLIPConfig.from_open_clip(model_cfg(preset)), run.preprocess)
+    if (manifest := epath.Path(teacher) / MANIFEST).exists():
+        found = describe(parse_manifest(manifest.read_bytes()))
+        return Architecture(found.config, found.preprocess)
+    if not teacher.startswith(PREFIX) and is_checkpoint(teacher):
+        checkpoint = open_checkpoint(teacher)
+        return Architecture(checkpoint.config, checkpoint.preprocess)
+    if (epath.Path(teacher) / "config.json").exists():
+        theirs = read_config(teacher)
+        return Architecture(theirs.model, theirs.preprocess, theirs.rules)
+    raise ValueError(
+        f"the shape of the teacher {teacher!r} is not known here: it is no preset, no run, artifact or checkpoint on"
+        f" this machine, and none of {', '.join(HUB)}; give --teacher-preset: {', '.join(PRESETS)}, or the path of an"
+        " open_clip JSON file"
+    )
