@@ -16,6 +16,7 @@ import tqdm.contrib.logging
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or go on with a run",
+    "launch": "start a command on several processes: here, on TPU VMs, GKE, SLURM or SkyPilot",
     "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
     "evaluate": "zero-shot accuracy of a run or an artifact",
     "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
@@ -35,7 +36,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0 or the command's own, or 2 after an error, which is one line."""
+    """Runs a command; the exit code is 0 or the command's own, or the error's or 2 after one, which is one line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"tclip {name}: error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     return code or 0
 
 
@@ -82,9 +83,11 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:
-    """--config.a.b=value, an option of any name, becomes --config.KEY a.b=value."""
+    """--config.a.b=value, an option of any name, becomes --config.KEY a.b=value; what follows -- is another's."""
     split: list[str] = []
-    for argument in arguments:
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return split + arguments[i:]
         if argument.startswith("--config."):
             split += ["--config.KEY", argument.removeprefix("--config.")]
         else:

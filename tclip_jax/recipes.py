@@ -15,9 +15,14 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def recipe_folder() -> pathlib.Path:
-    """The folder of shipped recipes: inside the package when installed from a wheel, beside it in a checkout."""
-    inside = _PACKAGE / "configs"
-    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+    """The folder of shipped recipes."""
+    return shipped_folder("configs")
+
+
+def shipped_folder(name: str) -> pathlib.Path:
+    """A folder of the repository: inside the package when installed from a wheel, beside it in a checkout."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
 def load_recipe(spec: str) -> ml_collections.ConfigDict:

@@ -43,27 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints, and returns the exit code."""
+    import jax
+
     from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import write_page
     from tclip_jax.evaluation.runner import evaluate
     from tclip_jax.evaluation.table import report_table
     from tclip_jax.evaluation.tasks import source_task, suite_tasks
+    from tclip_jax.parallel.distributed import distributed
     from tclip_jax.training.restore import load_model
 
     if args.html and not args.out:
         raise ValueError("--html needs --out DIR: the page is made of the predictions there")
-    if args.suite:
-        tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
-    else:
-        tasks = [source_task(args.data, args.split, args.templates)]
-    model, name = load_model(args.model), args.name or args.model
-    weights = fingerprint(model, args.model)
-    encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
-    report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
-    if report.errors and not args.suite:
-        raise ValueError(report.errors[args.data])
-    if args.html:
-        write_page(args.html, report, args.out, tasks)
-    print(json.dumps(report.summary(name, weights, args.dtype)) if args.json else report_table(report))
+    with distributed():
+        first = jax.process_index() == 0
+        if args.suite:
+            tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
+        else:
+            tasks = [source_task(args.data, args.split, args.templates)]
+        model, name = load_model(args.model), args.name or args.model
+        weights = fingerprint(model, args.model)
+        encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
+        report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
+        if report.errors and not args.suite:
+            raise ValueError(report.errors[args.data])
+        if args.html and first:
+            write_page(args.html, report, args.out, tasks)
+        if first:
+            print(json.dumps(report.summary(name, weights, args.dtype)) if args.json else report_table(report))
     return 1 if report.errors else 3 if report.partial else 0

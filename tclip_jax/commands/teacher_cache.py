@@ -24,10 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fills the cache, and prints what it holds."""
+    import jax
+
+    from tclip_jax.parallel.distributed import distributed
     from tclip_jax.training.config import run_config
     from tclip_jax.training.teacher_cache import write_cache
 
     # Whatever teacher the recipe names, this one is asked.
     config = override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides])
-    cache = write_cache(args.out, run_config(config), args.teacher, copies=args.copies, batch_size=args.batch_size)
+    with distributed():
+        cache = write_cache(args.out, run_config(config), args.teacher, copies=args.copies, batch_size=args.batch_size)
+        if jax.process_index():
+            return
     print(f"{args.out}: {cache.samples:,} samples x {cache.copies} copies, {cache.embed_dim} wide, {cache.files} files")

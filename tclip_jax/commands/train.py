@@ -32,9 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, and prints the last accuracy."""
+    import jax
+
+    from tclip_jax.parallel.distributed import distributed
     from tclip_jax.training.loop import train
     from tclip_jax.training.telemetry import read_metrics
 
-    train(override(load_recipe(args.config), args.overrides), args.workdir)
+    config = override(load_recipe(args.config), args.overrides)
+    with distributed(preemption=True):
+        train(config, args.workdir)
+        if jax.process_index():
+            return
     accuracies = [line["zero_shot_accuracy"] for line in read_metrics(args.workdir) if "zero_shot_accuracy" in line]
     print(f"{args.workdir}: done" + (f", zero-shot accuracy {accuracies[-1]:.2%}" if accuracies else ""))

@@ -1,0 +1,75 @@
+# shellcheck shell=bash
+# What the launchers share, to be sourced. It works in bash 3.2 too, which is what macOS has.
+
+dry_run=false
+
+# parse "OPTION ..." "FLAG ..." "$@": sets a variable for each option with a value and each flag (_ for -), and the array
+# `command` to what follows --.
+parse() {
+  local valued=" $1 " flags=" $2 " name
+  shift 2
+  command=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --) command=("${@:2}") && break ;;
+      -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+      -n) set -- --processes "${@:2}" && continue ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+    esac
+    name=${1#--} name=${name//-/_}
+    case $1$valued$flags in
+      --*" $name "*) ;;
+      *) fail "no option $1: see --help; what is to be run follows --" ;;
+    esac
+    if [[ $flags == *" $name "* ]]; then
+      printf -v "$name" true
+      shift
+    else
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      printf -v "$name" %s "$2"
+      shift 2
+    fi
+  done
+  [ ${#command[@]} -gt 0 ] || fail "nothing is to be run: end with -- train --config NAME --workdir DIR"
+}
+
+# require NAME ...: the options that must have been given.
+require() {
+  local name
+  for name in "$@"; do
+    [ -n "${!name}" ] || fail "--${name//_/-} is needed: see --help"
+  done
+}
+
+# number NAME ...: the options that must be whole numbers.
+number() {
+  local name
+  for name in "$@"; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} is '${!name}': it must be a whole number"
+  done
+}
+
+# quoted WORD ...: as a shell reads them.
+quoted() {
+  local word line='' escaped="'\\''"
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_@%+=:,./-]*) word="'${word//\'/$escaped}'" ;;
+    esac
+    line+="${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# run COMMAND ...: prints it, and runs it unless --dry-run was given.
+run() {
+  echo "+ $(quoted "$@")" >&2
+  $dry_run || "$@"
+}
+
+say() { echo "launch/${0##*/}: $*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 2
+}

@@ -1,0 +1,166 @@
+"""Which processes a run has, from what its launcher put into the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import urllib.request
+from collections.abc import Mapping
+
+# jax's own port for TPU pods: where they are, firewalls are open for it.
+_TPU_PORT = 8482
+_METADATA = "computeMetadata/v1/instance/attributes"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+      launcher: who said so.
+      coordinator: HOST:PORT at which process 0 can be reached.
+      count, index: how many there are, and which of them this is.
+      local_count, local_index: the same of those on this host, who share its GPUs.
+    """
+
+    launcher: str
+    coordinator: str
+    count: int
+    index: int
+    local_count: int = 1
+    local_index: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"{self.launcher}: process {self.index} of {self.count}: they are counted from 0")
+        if not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"{self.launcher}: the coordinator is {self.coordinator!r}: it must be HOST:PORT")
+
+
+def find_processes(environ: Mapping[str, str] = os.environ) -> Processes | None:
+    """The processes of this run; None if this is the only one.
+
+    To be called after jax is imported, which notes in TPU_SKIP_MDS_QUERY that a machine has no TPU.
+
+    Raises:
+      ValueError: variables that contradict each other or say too little, or a TPU that does not tell its hosts.
+    """
+    for find in (_explicit, _open_mpi, _slurm, _gke, _tpu_vm):
+        found = find(environ)
+        if found is not None:
+            return found if found.count > 1 else None
+    if environ.get("TCLIP_COORDINATOR"):
+        raise ValueError("TCLIP_COORDINATOR is set: set TCLIP_NUM_PROCESSES and TCLIP_PROCESS_ID too, or none of them")
+    return None
+
+
+def _explicit(environ: Mapping[str, str]) -> Processes | None:
+    names = ("TCLIP_NUM_PROCESSES", "TCLIP_PROCESS_ID")
+    if not any(environ.get(name) for name in names):
+        return None
+    if not all(environ.get(name) for name in ("TCLIP_COORDINATOR", *names)):
+        raise ValueError("TCLIP_COORDINATOR, TCLIP_NUM_PROCESSES and TCLIP_PROCESS_ID: set all of them, or none")
+    count, index = (_number(environ, name) for name in names)
+    local = _number(environ, "TCLIP_PROCESSES_PER_HOST", "1")
+    return Processes("TCLIP_*", environ["TCLIP_COORDINATOR"], count, index, local, index % local)
+
+
+def _open_mpi(environ: Mapping[str, str]) -> Processes | None:
+    if environ.get("OMPI_COMM_WORLD_SIZE", "1") == "1":
+        return None
+    count, index, local_count, local_index = (
+        _number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    )
+    coordinator = environ.get("TCLIP_COORDINATOR")
+    if not coordinator:
+        # As 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911: the job's number in the upper bits, and mpirun's addresses.
+        uri = re.match(r"(\d+)\..*?tcp6?://(?:\[([^,\]]+)|([^,:]+))", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+        if not uri:
+            raise ValueError("Open MPI 5 does not tell where process 0 is: mpirun -x TCLIP_COORDINATOR=HOST:PORT")
+        coordinator = f"{uri[3] or f'[{uri[2]}]'}:{_port(int(uri[1]) >> 12)}"
+    return Processes("Open MPI", coordinator, count, index, local_count, local_index)
+
+
+def _slurm(environ: Mapping[str, str]) -> Processes | None:
+    # Of the step: within `salloc` and `sbatch` SLURM_NTASKS is what was asked for, though one process runs.
+    if environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        if "SLURM_STEP_NUM_TASKS" not in environ and environ.get("SLURM_NTASKS", "1") != "1":
+            _logger.warning("SLURM has %s tasks, but this process is alone: start it by srun", environ["SLURM_NTASKS"])
+        return None
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", environ["SLURM_STEP_NODELIST"])
+    assert first is not None, environ["SLURM_STEP_NODELIST"]
+    # Steps of one job can run at once, and on one host.
+    port = _port(_number(environ, "SLURM_JOB_ID") + _number(environ, "SLURM_STEP_ID", "0"))
+    return Processes(
+        "SLURM",
+        environ.get("TCLIP_COORDINATOR", f"{first[1]}{first[2] or ''}:{port}"),
+        _number(environ, "SLURM_STEP_NUM_TASKS"),
+        _number(environ, "SLURM_PROCID"),
+        _tasks_of_nodes(environ["SLURM_STEP_TASKS_PER_NODE"])[_number(environ, "SLURM_NODEID")],
+        _number(environ, "SLURM_LOCALID"),
+    )
+
+
+def _gke(environ: Mapping[str, str]) -> Processes | None:
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if not hosts or not _wants_tpu(environ):
+        return None
+    return _tpu(environ, hosts.split(","), _number(environ, "TPU_WORKER_ID", "0"))
+
+
+def _tpu_vm(environ: Mapping[str, str]) -> Processes | None:
+    if "TPU_SKIP_MDS_QUERY" in environ or not _wants_tpu(environ):
+        return None
+    # Hosts, or of older runtimes name:id:address of each.
+    hosts = [host.split(":")[-1] for host in _metadata(environ, "worker-network-endpoints").split(",")]
+    # Lines like MEGASCALE_NUM_SLICES: '2'.
+    slices = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)'?", _metadata(environ, "tpu-env"), re.MULTILINE))
+    return _tpu(slices | dict(environ), hosts, int(_metadata(environ, "agent-worker-number")))
+
+
+def _tpu(environ: Mapping[str, str], hosts: list[str], worker: int) -> Processes:
+    slices, this = _number(environ, "MEGASCALE_NUM_SLICES", "1"), _number(environ, "MEGASCALE_SLICE_ID", "0")
+    first = (environ.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+    port = environ.get("JAX_COORDINATOR_PORT", _TPU_PORT)
+    coordinator = environ.get("TCLIP_COORDINATOR", f"{first}:{port}")
+    return Processes("TPU", coordinator, len(hosts) * slices, this * len(hosts) + worker)
+
+
+def _wants_tpu(environ: Mapping[str, str]) -> bool:
+    platforms = environ.get("JAX_PLATFORMS", "")
+    return not platforms or "tpu" in platforms
+
+
+def _metadata(environ: Mapping[str, str], name: str) -> str:
+    host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(f"http://{host}/{_METADATA}/{name}", headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.read().decode()
+    except OSError as error:
+        raise ValueError(
+            f"{host} does not tell the TPU's {name} ({error}): where there is one host set TPU_SKIP_MDS_QUERY=1, "
+            "else TCLIP_COORDINATOR, TCLIP_NUM_PROCESSES and TCLIP_PROCESS_ID"
+        ) from None
+
+
+def _tasks_of_nodes(compact: str) -> list[int]:
+    """[4, 4, 2] of "4(x2),2"."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", compact)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _port(job: int) -> int:
+    """jax's choice: one of the last 4,096, the same on every host of a job and another for the next job."""
+    return 2**16 - 2**12 + job % 2**12
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = environ.get(name, default)
+    if value is None or not value.isdecimal():
+        raise ValueError(f"{name} is {value!r}: it must be a whole number")
+    return int(value)
