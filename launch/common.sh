@@ -6,7 +6,7 @@ dry_run=false
 # parse "OPTION ..." "FLAG ..." "$@": sets a variable for each option with a value and each flag (_ for -), and the array
 # `command` to what follows --.
 parse() {
-  local valued=" $1 " flags=" $2 " name
+  local valued=" $1 " flags=" $2 " key
   shift 2
   command=()
   while [ $# -gt 0 ]; do
@@ -16,17 +16,17 @@ parse() {
       -n) set -- --processes "${@:2}" && continue ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     esac
-    name=${1#--} name=${name//-/_}
+    key=${1#--} key=${key//-/_}
     case $1$valued$flags in
-      --*" $name "*) ;;
+      --*" $key "*) ;;
       *) fail "no option $1: see --help; what is to be run follows --" ;;
     esac
-    if [[ $flags == *" $name "* ]]; then
-      printf -v "$name" true
+    if [[ $flags == *" $key "* ]]; then
+      printf -v "$key" true
       shift
     else
       [ $# -ge 2 ] || fail "$1 needs a value"
-      printf -v "$name" %s "$2"
+      printf -v "$key" %s "$2"
       shift 2
     fi
   done
@@ -65,6 +65,13 @@ quoted() {
 run() {
   echo "+ $(quoted "$@")" >&2
   $dry_run || "$@"
+}
+
+# installation PACKAGE: the command that puts it and Python into ~/.tclip, whatever Python the machine has.
+installation() {
+  echo "curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet" \
+    "&& ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/.tclip" \
+    "&& ~/.local/bin/uv pip install --quiet --python ~/.tclip/bin/python $(quoted "$1")"
 }
 
 say() { echo "launch/${0##*/}: $*" >&2; }

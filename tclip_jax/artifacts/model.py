@@ -64,7 +64,9 @@ class Model:
     rules: TernaryRules = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", jax.device_put(self.params))
+        # What is on devices stays: those of other processes cannot be put anywhere.
+        placed = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), self.params)
+        object.__setattr__(self, "params", placed)
 
     @classmethod
     def load(
