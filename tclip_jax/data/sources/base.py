@@ -1,11 +1,47 @@
-"""What every kind of data source yields: records at random access."""
+"""What every kind of data source yields: records at random access, or the reason why there is none."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+import os
+import pathlib
+from typing import Literal, Protocol, get_args
 
 import numpy as np
+
+Fault = Literal[
+    "corrupt_image",
+    "too_many_pixels",
+    "no_image",
+    "no_caption",
+    "invalid_utf8",
+    "duplicate_key",
+    "unsafe_name",
+    "too_large",
+    "corrupt_record",
+    "broken_shard",
+    "empty_shard",
+    "unreadable",
+]
+# What can be wrong with a sample: the code in a batch is the place in this list.
+FAULTS = ("none", *get_args(Fault))
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. It keeps its place in the order of the source and counts with weight 0.
+
+    Attributes:
+      kind: one of FAULTS but "none".
+      name: of the sample: its path or key.
+      reason: one line.
+    """
+
+    def __init__(self, kind: Fault, name: str, reason: str) -> None:
+        super().__init__(kind, name, reason)
+        self.kind, self.name, self.reason = kind, name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +63,11 @@ class Record:
 
 
 class Source(Protocol):
-    """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes."""
+    """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes.
+
+    `source[index]` raises `BadSample` where there is no record to give. A source may have a `digest`, which differs
+    where its records do, and `parts`, the weight and the length of each of the sources that it is a mixture of.
+    """
 
     @property
     def classnames(self) -> tuple[str, ...]:
@@ -37,3 +77,26 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
+
+
+def digest(source: Source) -> str:
+    """What two hosts, and a run before and after a restart, must agree on."""
+    return f"{len(source)}:{getattr(source, 'digest', '')}"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where indices and copies of remote data lie on this machine: TCLIP_CACHE_DIR, or ~/.cache/tclip_jax."""
+    return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR", "~/.cache/tclip_jax")).expanduser()
+
+
+def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
+    """The lines of a caption file that are not blank.
+
+    Raises:
+      BadSample: it is not UTF-8.
+    """
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadSample("invalid_utf8", name, f"the caption is not UTF-8 at byte {error.start}") from None
+    return tuple(line.strip() for line in lines if line.strip())

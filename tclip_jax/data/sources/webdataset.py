@@ -13,28 +13,19 @@ import numpy as np
 from etils import epath
 
 from tclip_jax.data.sources.base import Record
+from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 
-# As webdataset does: of several images in a sample the first of these counts; all after the first dot is the suffix.
-_IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-_META = re.compile(r"__[^/]*__($|/)")
 _TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _MAX_TEXT = 1 << 24  # bytes of a text file beside the shards; the largest list of class names has 20 kB
-
-
-class _Member(NamedTuple):
-    name: str
-    start: int
-    stop: int
 
 
 class _Sample(NamedTuple):
     shard: int
     key: str
-    image: _Member | None
-    target: _Member | None
+    image: Member | None
+    target: Member | None
 
 
 class Webdataset:
@@ -83,12 +74,12 @@ class Webdataset:
 
     def __getitem__(self, index: int) -> Record:
         shard, key, image, target = self._samples[index]
-        members = [member for member in (image, target) if member]
-        start = min((member.start for member in members), default=0)
+        wanted = [member for member in (image, target) if member]
+        start = min((member.start for member in wanted), default=0)
         # The members of a sample lie side by side: one read fetches them, which counts on object stores.
         with self._shard(shard).open("rb") as file:
             file.seek(start)
-            data = file.read(max((member.stop for member in members), default=0) - start)
+            data = file.read(max((member.stop for member in wanted), default=0) - start)
         pixels, found = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
         name = f"{self._folder.name}/{self._split}/{shard}.tar/{key}"
         if self.kind == "retrieval":
@@ -104,39 +95,22 @@ class Webdataset:
 
     def _index(self, shard: int) -> Iterator[_Sample]:
         path = self._shard(shard)
-        for key, group in itertools.groupby(_members(path), lambda member: _NAME.fullmatch(member.name)[1]):  # type: ignore[index]
-            files: dict[str, _Member] = {}
+        for key, group in itertools.groupby(_members(path), lambda member: member.key):
+            files: dict[str, Member] = {}
             for member in group:
-                suffix = member.name[len(key) + 1 :].lower()
-                if suffix in files:
-                    raise ValueError(f"{path}: {key}.{suffix} is there twice")
-                files[suffix] = member
-            image = next((files[suffix] for suffix in _IMAGE_SUFFIXES if suffix in files), None)
+                if member.suffix in files:
+                    raise ValueError(f"{path}: {key}.{member.suffix} is there twice")
+                files[member.suffix] = member
+            image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
             yield _Sample(shard, key, image, files.get(_TARGET_SUFFIXES[self.kind]))
 
 
-def _members(path: epath.Path) -> Iterator[_Member]:
-    """The files of a tar that have a key and a suffix."""
+def _members(path: epath.Path) -> Iterator[Member]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, which nshards.txt beside it counts")
     with path.open("rb") as file:
-        size, end = file.seek(0, io.SEEK_END), 0
-        file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    start, stop = member.offset_data, member.offset_data + member.size
-                    # A header may lie about its size: beyond the file, or backwards, which would never end.
-                    if not end <= start <= stop <= size:
-                        raise tarfile.TarError(f"{member.name[:80]!r} does not lie within the file")
-                    end = stop
-                    name = member.name
-                    if member.isreg() and not member.issparse() and _NAME.fullmatch(name) and not _META.match(name):
-                        yield _Member(name, start, stop)
-                file.seek(tar.offset)
-                # tarfile takes a damaged header for the end.
-                if any(file.read(tarfile.BLOCKSIZE)):
-                    raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+            yield from members(file)
         except tarfile.TarError as error:
             raise ValueError(f"{path}: not a whole tar file: {error}") from None
 

@@ -1,0 +1,94 @@
+"""ArrayRecord files of tf.train.Example, as TFDS and Grain users write them, at random access."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
+
+from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_captions
+from tclip_jax.data.sources.patterns import find_files, is_remote
+from tclip_jax.data.sources.remote import retry
+from tclip_jax.data.sources.shard_index import Scan, open_index
+
+_IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp")
+_CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt", "caption/text", "captions/text", "texts/text")
+_OPEN_FILES = 256  # each holds its chunks' offsets: a few kB
+
+
+class ArrayRecord:
+    """Every record of the files that a pattern names: an Example with an encoded image and its captions.
+
+    The image is the feature `image`, `image/encoded`, `jpg`, `jpeg`, `png` or `webp`; the captions are `caption`,
+    `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records is kept.
+    For data that TFDS has prepared `tfds:<name>` says more: which split, and the names of the classes.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: no file has a record, or a URL, which ArrayRecord's reader cannot open.
+    """
+
+    classnames: tuple[str, ...] = ()
+
+    def __init__(self, pattern: str) -> None:
+        if is_remote(pattern):
+            raise ValueError(f"arrayrecord:{pattern}: its reader opens local paths alone; mount the bucket (gcsfuse)")
+        self._index = open_index("arrayrecord", find_files(pattern), scan)
+        self.digest = self._index.digest
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Record:
+        shard, place = self._index.locate(index)
+        path = self._index.shards[shard]
+        name = f"{path}/{place}"
+        data = retry(lambda: _read(path, place), name)
+        try:
+            features = tf_example_pb2.Example.FromString(data).features.feature
+        except Exception as error:  # protobuf's own DecodeError, whose place differs between its versions
+            raise BadSample("corrupt_record", name, f"not a tf.train.Example ({error})") from None
+        images, captions = (_first(features, keys) for keys in (_IMAGE_KEYS, _CAPTION_KEYS))
+        if not images:
+            raise BadSample("no_image", name, f"an Example with {', '.join(sorted(features)) or 'nothing'}")
+        return Record(images[0], tuple(text for each in captions for text in decode_captions(each, name)), -1, name)
+
+
+def _first(features: Any, keys: tuple[str, ...]) -> list[bytes]:
+    return next((list(features[key].bytes_list.value) for key in keys if key in features), [])
+
+
+def scan(path: str) -> Scan:
+    """The number of records of one file, from its footer.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    size = pathlib.Path(path).stat().st_size
+    if not size:
+        return Scan(0, 1, FAULTS.index("empty_shard"))
+    try:
+        records = _open(path, size).num_records()
+    except (RuntimeError, ValueError):
+        return Scan(size, 1, FAULTS.index("broken_shard"))
+    return Scan(size, records) if records else Scan(size, 1, FAULTS.index("empty_shard"))
+
+
+def _read(path: str, place: int) -> bytes:
+    try:
+        (data,) = _reader(path).read([place])
+    except (RuntimeError, IndexError) as error:
+        raise BadSample("corrupt_record", f"{path}/{place}", f"ArrayRecord cannot read it ({error})") from None
+    return data
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _reader(path: str) -> Any:
+    return _open(path, 0)
+
+
+def _open(path: str, size: int) -> Any:
+    return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")

@@ -1,0 +1,145 @@
+"""Parts of files, here or on any store that fsspec knows: read again where that fails, and kept on this machine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tclip_jax.data.sources.base import BadSample, cache_folder
+from tclip_jax.data.sources.patterns import is_remote
+
+# Waits between attempts. A store that is away for longer costs samples, not the run.
+RETRY_SECONDS = (0.1, 0.4, 1.6, 6.4)
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+Result = TypeVar("Result")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there.
+
+    Raises:
+      ValueError: there is no such kind of URL, or what reads it is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
+def retry(read: Callable[[], Result], name: str) -> Result:
+    """What `read` returns, after as many attempts as it takes of those that are allowed.
+
+    Raises:
+      BadSample: all failed, or trying again is of no use.
+    """
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            return read()
+        except BadSample:
+            raise
+        # Stores raise errors of their own libraries, which derive from nothing in common.
+        except Exception as error:
+            if seconds is None or isinstance(error, _PERMANENT):
+                raise BadSample("unreadable", name, f"{type(error).__name__}: {error}") from error
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def read_file(path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+      BadSample: it cannot be read.
+    """
+
+    def read() -> bytes:
+        if is_remote(path):
+            system, place = file_system(path)
+            return system.cat_file(place)
+        return pathlib.Path(path).read_bytes()
+
+    return retry(read, path)
+
+
+def read_range(path: str, start: int, stop: int, *, size: int) -> bytes:
+    """The bytes [start, stop) of a tar that was indexed at `size`.
+
+    Raises:
+      BadSample: they cannot be read, or the file is not the one that was indexed.
+    """
+    if is_remote(path):
+        data = _mirror().read(path, start, stop)
+    else:
+        data = retry(lambda: _read_local(path, start, stop, size), path)
+    if len(data) != stop - start:
+        raise BadSample("broken_shard", path, f"it has {len(data)} of the {stop - start} bytes from {start} on")
+    return data
+
+
+def _read_local(path: str, start: int, stop: int, size: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if (now := os.fstat(descriptor).st_size) != size:
+            raise BadSample("broken_shard", path, f"it has {now:,} bytes, and had {size:,} when it was indexed")
+        return os.pread(descriptor, stop - start, start)
+    finally:
+        os.close(descriptor)
+
+
+class Mirror:
+    """Copies of remote tars with holes, which fill with the samples that are read, up to a number of bytes.
+
+    Nothing is removed to make room: where every sample is read once an epoch, no other choice of what to keep would
+    hit more often. A range begins with the header of a tar member, which is never all zeros and is written last: where
+    there is one, the range is whole.
+    """
+
+    def __init__(self, folder: pathlib.Path, max_bytes: int) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._left = max_bytes - sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder))
+        self._lock = threading.Lock()
+
+    def read(self, url: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop), from the copy or, after which they are in it, from the store."""
+        copy = self._folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+        if copy.exists():
+            with open(copy, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), stop - start, start)
+            if len(data) == stop - start and any(data[:_HEADER]):
+                return data
+        data = retry(lambda: _fetch(url, start, stop), url)
+        with self._lock:
+            self._left -= len(data)
+            room = self._left >= 0
+        if room and len(data) == stop - start:
+            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, data[_HEADER:], start + _HEADER)
+                os.pwrite(descriptor, data[:_HEADER], start)
+            finally:
+                os.close(descriptor)
+        return data
+
+
+_HEADER = 512
+
+
+def _fetch(url: str, start: int, stop: int) -> bytes:
+    system, path = file_system(url)
+    return system.cat_file(path, start=start, end=stop)
+
+
+@functools.cache
+def _mirror() -> Mirror:
+    """Of this process; TCLIP_CACHE_GIB bounds it, 50 by default."""
+    return Mirror(cache_folder() / "samples", int(float(os.environ.get("TCLIP_CACHE_GIB", "50")) * 2**30))

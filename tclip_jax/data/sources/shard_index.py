@@ -1,0 +1,236 @@
+"""The index of a sharded data set: how many samples each shard has, and where they lie; a folder on local disk.
+
+The folder is made once and read in place, so that a billion samples start as fast as a thousand:
+
+    index.json    {"version": 1, "kind": "tar" or "arrayrecord", "samples": N, "shards": S, "digest": SHA-256 of the rest}
+    shards.txt    S lines: the path or URL of each shard
+    starts.npy    (S + 1,) int64: the number of the first sample of each shard, and N
+    sizes.npy     (S,) int64: bytes of each shard when it was indexed; −1 of a shard that could not be read
+    faults.npy    (S,) uint8: place in FAULTS of what is wrong with the shard; its last sample then stands for what is lost
+    samples.bin   N rows of SAMPLE, of tars alone: 32 bytes a sample
+
+`write_sparse_index` writes one of any size whose samples.bin is a hole, to try what size costs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import struct
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tqdm
+
+from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, cache_folder
+from tclip_jax.storage import atomic_folder, write_atomic
+
+# Where a sample lies in its tar: `start` is the header of its first file; `image` and `text` are counted from there.
+SAMPLE = np.dtype(
+    [
+        ("start", "<i8"),
+        ("image", "<u4"),
+        ("image_size", "<u4"),  # 0: there is none
+        ("text", "<u4"),
+        ("text_size", "<u4"),  # 0: there is none
+        ("fault", "u1"),
+        ("unused", "V7"),
+    ]
+)
+
+_VERSION = 1
+_PART = struct.Struct("<Bqq")  # the fault, the size and the number of samples of one shard, before its rows
+_MANY_SHARDS = 64
+
+
+class Scan(NamedTuple):
+    """What is found in one shard; `rows` (samples,) SAMPLE for tars, else None. A fault has a sample of its own."""
+
+    size: int
+    samples: int
+    fault: int = 0
+    rows: npt.NDArray[np.void] | None = None
+
+
+class ShardIndex:
+    """An index folder, open for reading.
+
+    Attributes:
+      folder: where it lies.
+      shards: path or URL of each.
+      sizes: (S,) int64 bytes of each.
+      digest: differs where the samples do.
+
+    Raises:
+      ValueError: not a whole index of this version.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        try:
+            about = json.loads((folder / "index.json").read_text())
+            version, samples, self.digest = about["version"], about["samples"], about["digest"]
+            self.shards = (folder / "shards.txt").read_text().splitlines()
+            self._starts, self.sizes, self._faults = (
+                np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "sizes", "faults")
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: not a whole index; delete the folder to make it again ({error})") from None
+        count = len(self.shards)
+        rows = folder / "samples.bin"
+        whole = rows.stat().st_size == samples * SAMPLE.itemsize if rows.exists() else about["kind"] != "tar"
+        shapes = [array.shape for array in (self._starts, self.sizes, self._faults)]
+        if version != _VERSION or shapes != [(count + 1,), (count,), (count,)] or not whole:
+            raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
+        self._samples = int(samples)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardIndex, (self.folder,)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the shard that has a sample, and the sample's place in it.
+
+        Raises:
+          BadSample: the sample stands for what the shard has lost.
+        """
+        if not 0 <= index < self._samples:
+            raise IndexError(f"sample {index} of {self._samples}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if self._faults[shard] and index == self._starts[shard + 1] - 1:
+            kind: Fault = FAULTS[self._faults[shard]]  # type: ignore[assignment]
+            raise BadSample(kind, self.shards[shard], _LOST[kind])
+        return shard, index - int(self._starts[shard])
+
+    def sample(self, index: int) -> np.void:
+        """The SAMPLE of a tar."""
+        # Not a memory map, whose pages would count as this process's memory, in time all of them.
+        data = os.pread(self._descriptor, SAMPLE.itemsize, index * SAMPLE.itemsize)
+        return np.frombuffer(data, SAMPLE)[0]
+
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.open(self.folder / "samples.bin", os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+
+_LOST = {
+    "broken_shard": "the shard is damaged from here on: samples after this one are lost",
+    "empty_shard": "the shard holds no sample",
+    "unreadable": "the shard could not be read when it was indexed",
+}
+
+
+def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) -> ShardIndex:
+    """The index of these shards from the cache folder, made now if it is not there: in parallel, and going on after a kill.
+
+    Args:
+      kind: tar or arrayrecord.
+      shards: path or URL of each.
+      scan: reads one; raises nothing that is about the shard.
+
+    Raises:
+      ValueError: no shard has a sample.
+    """
+    key = hashlib.sha256("\n".join([kind, *shards]).encode()).hexdigest()[:32]
+    folder = cache_folder() / "index" / key
+    if not (folder / "index.json").exists():
+        parts = folder.with_name(f"{key}.parts")
+        parts.mkdir(parents=True, exist_ok=True)
+        _scan_all(shards, scan, parts)
+        _join(kind, shards, parts, folder)
+        shutil.rmtree(parts, ignore_errors=True)
+    return ShardIndex(folder)
+
+
+def _scan_all(shards: Sequence[str], scan: Callable[[str], Scan], parts: pathlib.Path) -> None:
+    waiting = [(i, shard) for i, shard in enumerate(shards) if not _part(parts, i).exists()]
+    # Reading headers is work for the processor when the shards are local, and waiting when they are not.
+    busy = len(waiting) > _MANY_SHARDS and not any("://" in shard for _, shard in waiting)
+    workers = min(os.cpu_count() or 1, 64) if busy else 16
+    pool: concurrent.futures.Executor = (
+        concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        if busy
+        else concurrent.futures.ThreadPoolExecutor(workers)
+    )
+    with pool:
+        found = [pool.submit(_write_part, scan, shard, _part(parts, i)) for i, shard in waiting]
+        bar = tqdm.tqdm(total=len(shards), initial=len(shards) - len(waiting), desc="index", unit="shard")
+        bar.disable = bar.disable or not sys.stderr.isatty()
+        with bar:
+            for each in concurrent.futures.as_completed(found):
+                each.result()
+                bar.update()
+
+
+def _part(parts: pathlib.Path, shard: int) -> pathlib.Path:
+    return parts / str(shard)
+
+
+def _write_part(scan: Callable[[str], Scan], shard: str, path: pathlib.Path) -> None:
+    size, samples, fault, rows = scan(shard)
+    write_atomic(path, _PART.pack(fault, size, samples) + (b"" if rows is None else rows.tobytes()))
+
+
+def _join(kind: str, shards: Sequence[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
+    count = len(shards)
+    starts, sizes, faults = np.zeros(count + 1, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
+    digest = hashlib.sha256()
+    try:
+        with atomic_folder(folder) as building:
+            with open(building / "samples.bin", "wb") as file:
+                for i in range(count):
+                    data = _part(parts, i).read_bytes()
+                    faults[i], sizes[i], samples = _PART.unpack_from(data)
+                    starts[i + 1] = starts[i] + samples
+                    digest.update(data)
+                    file.write(data[_PART.size :])
+            if not starts[-1]:
+                raise ValueError(f"{shards[0]} … {shards[-1]}: no sample in {count} shards")
+            if kind != "tar":
+                (building / "samples.bin").unlink()
+            _write_rest(pathlib.Path(building), kind, shards, starts, sizes, faults, digest.hexdigest())
+    except FileExistsError:
+        pass  # another process of this machine was faster
+
+
+def _write_rest(
+    folder: pathlib.Path,
+    kind: str,
+    shards: Sequence[str],
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    faults: npt.NDArray[np.uint8],
+    digest: str,
+) -> None:
+    (folder / "shards.txt").write_text("".join(f"{shard}\n" for shard in shards))
+    for name, array in (("starts", starts), ("sizes", sizes), ("faults", faults)):
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    about = {"version": _VERSION, "kind": kind, "samples": int(starts[-1]), "shards": len(shards), "digest": digest}
+    write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
+
+
+def write_sparse_index(folder: pathlib.Path, *, shards: int = 100_000, samples: int = 10_000) -> None:
+    """An index of `shards` tars of `samples` each that do not exist; it takes no room on disk for the samples.
+
+    What is read of it are samples without an image. `Tars(ShardIndex(folder))` is the source.
+    """
+    folder.mkdir(parents=True)
+    names = [f"/nowhere/{i:06}.tar" for i in range(shards)]
+    with open(folder / "samples.bin", "wb") as file:
+        file.truncate(shards * samples * SAMPLE.itemsize)
+    starts = np.arange(shards + 1, dtype=np.int64) * samples
+    _write_rest(folder, "tar", names, starts, np.zeros(shards, np.int64), np.zeros(shards, np.uint8), "sparse")

@@ -1,0 +1,139 @@
+"""Webdataset tars of images and captions, as img2dataset writes them, at random access."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, decode_captions
+from tclip_jax.data.sources.patterns import find_files, is_remote
+from tclip_jax.data.sources.remote import file_system, read_range, retry
+from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
+from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
+
+_MAX_SAMPLE = 1 << 28  # bytes
+_REASONS: dict[Fault, str] = {
+    "no_image": f"no {', '.join(IMAGE_SUFFIXES)} beside the caption",
+    "no_caption": "no txt beside the image",
+    "duplicate_key": "its key, or one of its files, is there twice",
+    "unsafe_name": "its name leads out of the folder",
+    "too_large": f"its image and caption, with what lies between them, have more than {_MAX_SAMPLE:,} bytes",
+}
+
+
+class Tars:
+    """The samples of many tars: an image and a `.txt` with a caption per line, side by side under one key.
+
+    The headers are read once, into an index in the cache folder; a sample is then one read, also from a remote store,
+    and what has been read from there is kept. A sample without its image or caption, of a key that was there before, or
+    of a name that leads out of a folder is a bad one, and so is the one that stands for the rest of a damaged shard.
+    """
+
+    classnames: tuple[str, ...] = ()
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index, self.digest = index, index.digest
+
+    @classmethod
+    def open(cls, pattern: str) -> Tars:
+        """The tars of a pattern with braces, globs and `::`, local or of URLs.
+
+        Raises:
+          FileNotFoundError: a tar is not there.
+          ValueError: no tar has a sample.
+        """
+        return cls(open_index("tar", find_files(pattern), scan))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Record:
+        shard, place = self._index.locate(index)
+        path, name = self._index.shards[shard], f"{self._index.shards[shard]}/{place}"
+        start, image, image_size, text, text_size, fault, _ = self._index.sample(index).item()
+        kind: Fault = FAULTS[fault] if fault else "no_image" if not image_size else "no_caption"  # type: ignore[assignment]
+        if fault or not (image_size and text_size):
+            raise BadSample(kind, name, _REASONS[kind])
+        stop = max(image + image_size, text + text_size)
+        data = read_range(path, start, start + stop, size=int(self._index.sizes[shard]))
+        key = tarfile.nts(data[:100], "utf-8", "replace")  # type: ignore[attr-defined]
+        name = f"{path}/{key.partition('.')[0]}"
+        captions = decode_captions(data[text : text + text_size], name)
+        return Record(data[image : image + image_size], captions, -1, name)
+
+
+def scan(path: str) -> Scan:
+    """Where the samples of one tar lie.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        with retry(lambda: _open(path), path) as file:
+            return _scan(file)
+    except BadSample as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: no such file") from None
+        return Scan(-1, 1, FAULTS.index("unreadable"), np.zeros(1, SAMPLE))
+
+
+def _open(path: str) -> IO[bytes]:
+    if not is_remote(path):
+        return open(path, "rb")
+    system, place = file_system(path)
+    return system.open(place, "rb")
+
+
+def _scan(file: IO[bytes]) -> Scan:
+    size = file.seek(0, io.SEEK_END)
+    found: list[Member] = []
+    fault: Fault | None = None
+    try:
+        for member in members(file):
+            found.append(member)
+    except tarfile.TarError:
+        fault = "broken_shard" if size else "empty_shard"
+    except OSError:
+        fault = "unreadable"
+    rows = list(_samples(found))
+    if not rows and fault is None:
+        fault = "empty_shard"
+    if fault:
+        rows.append(np.zeros((), SAMPLE))
+    return Scan(size, len(rows), FAULTS.index(fault) if fault else 0, np.array(rows, SAMPLE))
+
+
+def _samples(found: Sequence[Member]) -> Iterator[npt.NDArray[np.void]]:
+    """The SAMPLE of every run of files with one key; a file that a run has already begins another."""
+    seen: set[str] = set()
+    for key, run in itertools.groupby(found, lambda member: member.key):
+        samples: list[dict[str, Member]] = [{}]
+        for member in run:
+            if member.suffix in samples[-1]:
+                samples.append({})
+            samples[-1][member.suffix] = member
+        for files in samples:
+            yield _sample(files, "unsafe_name" if _leads_out(key) else "duplicate_key" if key in seen else None)
+            seen.add(key)
+
+
+def _leads_out(key: str) -> bool:
+    return key.startswith("/") or ".." in key.split("/")
+
+
+def _sample(files: dict[str, Member], fault: Fault | None) -> npt.NDArray[np.void]:
+    image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+    text = files.get("txt")
+    wanted = [member for member in (image, text) if member]
+    start = min((member.header for member in wanted), default=0)
+    too_large = max((member.stop for member in wanted), default=0) - start > _MAX_SAMPLE
+    if fault or too_large:
+        return np.array((start, 0, 0, 0, 0, FAULTS.index(fault or "too_large"), b""), SAMPLE)
+    spans = [(member.start - start, member.stop - member.start) if member else (0, 0) for member in (image, text)]
+    return np.array((start, *spans[0], *spans[1], 0, b""), SAMPLE)
