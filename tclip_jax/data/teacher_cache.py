@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import io
 import json
+import math
+import os
 from typing import Any
 
 import numpy as np
@@ -57,11 +59,11 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: epath.PathLike) -> TeacherCache:
-        """Reads and checks cache.json, and that every file is there.
+        """Reads and checks cache.json, and that every file is there and of its size.
 
         Raises:
           FileNotFoundError: there is no cache, or a part of it is missing.
-          ValueError: it is broken.
+          ValueError: it is broken, or a file is cut short.
         """
         path = epath.Path(folder) / MANIFEST
         if not path.exists():
@@ -73,10 +75,19 @@ class TeacherCache:
         cache = from_mapping(cls, {**fields, "folder": str(folder)} if isinstance(fields, dict) else fields, str(path))
         if min(cache.embed_dim, cache.samples, cache.copies, cache.file_rows) < 1:
             raise ValueError(f"{path}: embed_dim, samples, copies and file_rows must be at least 1")
-        missing = [cache.path(i) for i in range(cache.files) if not cache.path(i).exists()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]}: no such file; `tclip teacher-cache` again goes on where it stopped")
+        for file in range(cache.files):
+            cache.check(file)
         return cache
+
+    def check(self, file: int) -> None:
+        """Raises FileNotFoundError for a file that is not there, ValueError for one that has another size."""
+        path, remedy = self.path(file), "`tclip teacher-cache` again goes on where it stopped"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file; {remedy}")
+        shape = self._shape(file)
+        size, whole = path.stat().length, len(_header(shape)) + 2 * math.prod(shape)
+        if size != whole:
+            raise ValueError(f"{path}: {size:,} bytes: a whole file of float16 {shape} has {whole:,}; {remedy}")
 
     def write_manifest(self) -> None:
         """Writes cache.json, or finds it as it would write it.
@@ -115,19 +126,50 @@ class TeacherCache:
         write_atomic(self.path(file), buffer.getvalue())
 
     def read(self, index: int, copy: int) -> Embeddings:
-        """The embeddings (2, D) of one copy of a sample: of its image and of its text."""
+        """The embeddings (2, D) of one copy of a sample: of its image and of its text.
+
+        Raises:
+          ValueError: the file has become another since the cache was opened.
+        """
         file, row = divmod(copy * self.samples + index, self.file_rows)
-        return np.array(_open(str(self.path(file)), (len(self.rows_of(file)), 2, self.embed_dim))[row])
+        path, header = str(self.path(file)), _header(self._shape(file))
+        size = 4 * self.embed_dim
+        _check_header(path, header)
+        data = _read(path, len(header) + row * size, size)
+        if len(data) < size:
+            raise ValueError(f"{path}: row {row} is not there: the file was cut short after it was opened")
+        return np.frombuffer(data, "<f2").reshape(2, self.embed_dim)
+
+    def _shape(self, file: int) -> tuple[int, int, int]:
+        return len(self.rows_of(file)), 2, self.embed_dim
 
 
-@functools.lru_cache(maxsize=1024)
-def _open(path: str, shape: tuple[int, ...]) -> Embeddings:
-    """A file by memory map, or whole from an object store."""
+@functools.cache
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What np.save writes before the values."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@functools.cache
+def _check_header(path: str, header: bytes) -> None:
+    if _read(path, 0, len(header)) != header:
+        raise ValueError(f"{path}: not a whole file of embeddings: it does not begin as NumPy begins one of its shape")
+
+
+def _read(path: str, start: int, size: int) -> bytes:
+    # Not by a memory map: a file that is cut short while mapped ends the process by a signal.
+    if not is_local(epath.Path(path)):
+        return _fetch(path)[start : start + size]
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        given = path if is_local(epath.Path(path)) else io.BytesIO(epath.Path(path).read_bytes())
-        array = np.load(given, mmap_mode="r" if isinstance(given, str) else None, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a whole file of embeddings: {error}") from None
-    if array.shape != shape or array.dtype != np.float16:
-        raise ValueError(f"{path}: it holds {array.dtype} {array.shape}: it must be float16 {shape}")
-    return array
+        return os.pread(descriptor, size, start)
+    finally:
+        os.close(descriptor)
+
+
+@functools.lru_cache(maxsize=64)
+def _fetch(path: str) -> bytes:
+    """A whole file of an object store."""
+    return epath.Path(path).read_bytes()

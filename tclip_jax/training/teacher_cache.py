@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.data.images import normalize
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import Source, open_source
 from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.models.clip import CLIP
+from tclip_jax.parallel.mesh import batch_sharding, make_mesh
+from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.config import RunConfig
-from tclip_jax.training.objective import check_teacher
+from tclip_jax.training.objective import Encoders, check_teacher
 from tclip_jax.training.restore import load_model
+
+_THREADS = 4  # that decode while the devices are busy; as many batches are kept ready
 
 
 def write_cache(
@@ -26,7 +37,8 @@ def write_cache(
 ) -> TeacherCache:
     """Embeds every sample of `run.data` `copies` times, going on where an earlier call stopped.
 
-    In memory are one batch of images and one file of embeddings.
+    In memory are a few batches of images and one file of embeddings. Of several processes each fills files of its own
+    on its own devices; they must see the same folder, and wait for each other only at the end.
 
     Args:
       folder: of the cache, new or begun.
@@ -41,7 +53,8 @@ def write_cache(
     """
     if copies < 1:
         raise ValueError(f"copies is {copies}: it must be at least 1")
-    model, source = load_model(teacher), open_source(run.data.source, run.data.split)
+    mesh = make_mesh(devices=jax.local_devices())
+    model, source = load_model(teacher, mesh), open_source(run.data.source, run.data.split)
     check_teacher(model.config, run.model, run.loss)
     cache = TeacherCache(
         str(folder),
@@ -55,13 +68,16 @@ def write_cache(
         describe_inputs(run),
     )
     cache.write_manifest()
-    row = train_row(run, source)
-    bar = tqdm.tqdm(total=len(source) * copies, unit="sample", desc="teacher", disable=not sys.stderr.isatty())
-    with bar:
-        for file in range(cache.files):
-            if not cache.path(file).exists():
-                cache.write(file, _embed(cache, file, model, row, batch_size))
-            bar.update(len(cache.rows_of(file)))
+    own = range(cache.files)[jax.process_index() :: jax.process_count()]
+    files = [file for file in own if not _is_whole(cache, file)]
+    rows = sum(len(cache.rows_of(file)) for file in files)
+    hidden = jax.process_index() > 0 or not sys.stderr.isatty()
+    with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
+        for file, embeddings in _embed(cache, files, model, train_row(run, source), mesh, batch_size):
+            cache.write(file, embeddings)
+            bar.update(len(embeddings))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("teacher cache")
     return TeacherCache.open(folder)
 
 
@@ -100,18 +116,39 @@ def train_row(run: RunConfig, source: Source) -> TrainRow:
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
 
-def _embed(cache: TeacherCache, file: int, model: Model, row: TrainRow, batch_size: int) -> Embeddings:
-    rows, found = cache.rows_of(file), np.zeros((len(cache.rows_of(file)), 2, cache.embed_dim), np.float16)
-    for start in range(0, len(rows), batch_size):
+def _is_whole(cache: TeacherCache, file: int) -> bool:
+    try:
+        cache.check(file)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _embed(
+    cache: TeacherCache, files: Sequence[int], model: Model, row: TrainRow, mesh: Mesh, batch_size: int
+) -> Iterator[tuple[int, Embeddings]]:
+    """Each file with its embeddings (rows, 2, D), computed over the devices of this process."""
+    size = -(-batch_size // mesh.size) * mesh.size
+    encoders = Encoders(CLIP(model.config, model.rules), model.preprocess.mean, model.preprocess.std)
+    encode = jax.jit(lambda params, batch: jnp.stack(encoders(params, batch)[:2], axis=1))
+    params = jax.device_put(model.params, tree_shardings(model.params, mesh))
+    batches = _batches(cache, files, row, size)
+    for file in files:
+        count = len(cache.rows_of(file))
+        found = [encode(params, jax.device_put(next(batches), batch_sharding(mesh))) for _ in range(0, count, size)]
+        yield file, np.concatenate(found)[:count].astype(np.float16)
+
+
+def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int) -> Iterator[Any]:
+    """Batches of `image` and `tokens`, `size` rows each, file after file; zeros fill up the last of a file."""
+    parts = [rows[i : i + size] for rows in map(cache.rows_of, files) for i in range(0, len(rows), size)]
+
+    def load(number: int) -> dict[str, Any]:
         drawn = []
-        for number in rows[start : start + batch_size]:
-            copy, index = divmod(number, cache.samples)
+        for place in parts[number]:
+            copy, index = divmod(place, cache.samples)
             drawn.append(row.draw(index, copy_generator(cache.seed, index, copy)))
-        images, tokens = (np.stack([each[name] for each in drawn]) for name in ("image", "tokens"))
-        pixels = normalize(images, model.preprocess.mean, model.preprocess.std)
-        embeddings = (
-            model.encode_image(pixels, batch_size=batch_size),
-            model.encode_text(tokens, batch_size=batch_size),
-        )
-        found[start : start + len(drawn)] = np.stack(embeddings, axis=1)
-    return found
+        stacked = {name: np.stack([each[name] for each in drawn]) for name in ("image", "tokens")}
+        return {name: np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]) for name, x in stacked.items()}
+
+    return iter(grain.MapDataset.range(len(parts)).map(load).to_iter_dataset(grain.ReadOptions(_THREADS, _THREADS)))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -120,14 +125,76 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
         loop.train(cached, tmp_path / "other")
     cached.data.augment = "affine"
     broken = pathlib.Path(shutil.copytree(folder, tmp_path / "broken"))
-    np.save(broken / "00000.npy", np.zeros((3, 2, 16), np.float16))
-    with pytest.raises(ValueError, match=r"00000\.npy: it holds float16 \(3, 2, 16\): it must be"):
-        TeacherCache.open(broken).read(0, 0)
-    (broken / "00000.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"00000\.npy: not a whole file of embeddings"):
-        TeacherCache.open(broken).read(0, 0)
+    whole = (broken / "00000.npy").read_bytes()
+    (broken / "00000.npy").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"00000\.npy: 64,127 bytes: a whole file .* has 64,128; `tclip teacher-cache`"):
+        TeacherCache.open(broken)
+    assert write_cache(broken, run, str(tmp_path / "teacher"), **SIZES).read(999, 0).shape == (2, 16)
+    assert (broken / "00000.npy").read_bytes() == whole
+    (broken / "00001.npy").write_bytes(b"x" * 64_128)
+    opened = TeacherCache.open(broken)
+    with pytest.raises(ValueError, match=r"00001\.npy: not a whole file of embeddings"):
+        opened.read(1, 1)
+    os.truncate(broken / "00000.npy", 64_100)  # of a file mapped to memory the last page would raise SIGBUS
+    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is not there: the file was cut short"):
+        opened.read(999, 0)
     (folder / MANIFEST).write_text(json.dumps({"teacher": "x"}))
     with pytest.raises(ValueError, match=r"cache\.json lacks 'embed_dim'"):
         TeacherCache.open(folder)
     with pytest.raises(FileNotFoundError, match="expected a folder written by `tclip teacher-cache`"):
         TeacherCache.open(tmp_path / "nothing")
+
+
+PROCESS = """
+import os, sys
+index, port, root, out = int(sys.argv[1]), *sys.argv[2:]
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+if port != "0":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+from tclip_jax.training.config import run_config
+from tclip_jax.training.restore import read_config
+from tclip_jax.training.teacher_cache import write_cache
+write_cache(out, read_config(root), root, copies=2, batch_size=8, file_rows=100)
+"""
+
+
+def start(index: int, port: int, *paths: pathlib.Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROCESS, str(index), str(port), *map(str, paths)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_started_again_give_the_files_of_one(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path
+) -> None:
+    config.steps = 1
+    loop.train(config, tmp_path / "teacher")
+    two, one = tmp_path / "two", tmp_path / "one"
+
+    def start_two() -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = int(probe.getsockname()[1])
+        return [start(index, port, tmp_path / "teacher", two) for index in (0, 1)]
+
+    killed = start_two()
+    deadline = time.monotonic() + 120
+    while not list(two.glob("*.npy")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert 0 < len(list(two.glob("*.npy"))) < 28
+    with pytest.raises(FileNotFoundError, match="again goes on where it stopped"):
+        TeacherCache.open(two)
+    first = {path: path.stat().st_mtime_ns for path in two.glob("*.npy")}
+
+    for process in [*start_two(), start(0, 0, tmp_path / "teacher", one)]:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-2000:]
+    assert TeacherCache.open(two).files == 28 and {path: path.stat().st_mtime_ns for path in first} == first
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes()
