@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO
 
@@ -49,6 +51,28 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
         raise
     if is_local(path):
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
+    """As `atomic_file`, for writers that must open the file themselves: yields the name of a local one."""
+    path = epath.Path(path)
+    if is_local(path):
+        building = _beside(path, "tmp")
+        try:
+            yield os.fspath(building)
+            _sync(building)
+            building.replace(path)
+        except BaseException:
+            building.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        name = os.path.join(folder, path.name)
+        yield name
+        with open(name, "rb") as file, atomic_file(path) as there:
+            shutil.copyfileobj(file, there)
 
 
 @contextlib.contextmanager

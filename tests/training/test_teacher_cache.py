@@ -127,7 +127,9 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     broken = pathlib.Path(shutil.copytree(folder, tmp_path / "broken"))
     whole = (broken / "00000.npy").read_bytes()
     (broken / "00000.npy").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"00000\.npy: 64,127 bytes: a whole file .* has 64,128; `tclip teacher-cache`"):
+    with pytest.raises(
+        ValueError, match=r"00000\.npy: 64,127 bytes: a whole file .* has 64,128; `tclip teacher-cache`"
+    ):
         TeacherCache.open(broken)
     assert write_cache(broken, run, str(tmp_path / "teacher"), **SIZES).read(999, 0).shape == (2, 16)
     assert (broken / "00000.npy").read_bytes() == whole

@@ -1,0 +1,53 @@
+"""Examples:
+  tclip data bench --config ternaryclip --config.data.source='wds:/data/cc12m/*.tar' --workers 0 4 8 16
+  tclip data bench --config quickstart:student --step-seconds 0.1 --json
+
+Wait is the share of the time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all
+processes together. The first batch takes longer where the source is indexed for the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from tclip_jax.commands.train import add_config_arguments
+from tclip_jax.recipes import load_recipe, override
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe, and what is measured."""
+    add_config_arguments(parser)
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="processes to try (default: the recipe's)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="of a step of the accelerator, to see waits")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures each number of workers and prints a line for it."""
+    import sys
+
+    import tqdm
+
+    from tclip_jax.pages import aligned
+    from tclip_jax.training.config import run_config
+    from tclip_jax.training.input_bench import measure
+
+    # Batches are measured as they are without a teacher's store.
+    config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
+    speeds = [
+        measure(config, workers, seconds=args.seconds, step_seconds=args.step_seconds)
+        for workers in tqdm.tqdm(args.workers or [config.data.workers], desc="bench", disable=not sys.stderr.isatty())
+    ]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(speed) for speed in speeds]))
+        return
+    rows = [["workers", "images/s", "wait", "first batch, s", "memory, GiB", "weight 0"]]
+    for speed in speeds:
+        wait = "–" if speed.wait_share is None else f"{speed.wait_share:.1%}"
+        memory = "–" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**30:.2f}"
+        figures = (f"{speed.images_per_second:,.0f}", wait, f"{speed.first_seconds:.1f}", memory)
+        rows.append([str(speed.workers), *figures, f"{speed.weightless:.2%}"])
+    print("\n".join(aligned(rows)))

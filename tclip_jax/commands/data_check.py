@@ -1,0 +1,33 @@
+"""Examples:
+  tclip data check --data 'wds:/data/cc12m/*.tar'
+  tclip data check --data tfds:cc12m@/data/tfds --workers 16 --json
+
+The exit code is 0, 1 if a sample is broken, 2 after an error. Images that are there twice are no fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The source, and the form of the report."""
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="wds:<pattern>, tfds:<name>, csv:<file>, ...")
+    parser.add_argument("--split", default="train", help="of the source (default: train)")
+    parser.add_argument("--context-length", type=int, default=77, metavar="N", help="tokens of the model (default: 77)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads everything, prints, and returns the exit code."""
+    from tclip_jax.data.check import check
+    from tclip_jax.data.check_report import to_json, to_text
+
+    found = check(args.data, args.split, workers=args.workers)
+    print(json.dumps(to_json(found, args.context_length)) if args.json else to_text(found, args.context_length))
+    return 1 if found.broken else 0
