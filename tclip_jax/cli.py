@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(_split_overrides(arguments[words:]))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
-    # Orbax warns of files that it does not need; what fails is raised.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax warns of files that it does not need, and logs the traceback of what it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with tqdm.contrib.logging.logging_redirect_tqdm():
             code: int | None = module.run(args)

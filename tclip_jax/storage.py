@@ -95,7 +95,7 @@ def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[
         building.mkdir(parents=True, exist_ok=True)
         yield building
         if is_local(path):
-            _sync_tree(building)
+            sync_tree(building)
             _swap(building, path)
     except BaseException:
         building.rmtree(missing_ok=True)
@@ -122,9 +122,10 @@ def _beside(path: epath.Path, why: str) -> epath.Path:
     return path.parent / f"{path.name}.{why}-{secrets.token_hex(4)}"
 
 
-def _sync_tree(folder: epath.Path) -> None:
+def sync_tree(folder: epath.Path) -> None:
+    """Waits until a local folder and all below it are on disk."""
     for path in folder.iterdir():
-        _sync_tree(path) if path.is_dir() else _sync(path)
+        sync_tree(path) if path.is_dir() else _sync(path)
     _sync(folder)
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.telemetry import read_metrics
 
     config = override(load_recipe(args.config), args.overrides)
-    with distributed(preemption=True):
+    with distributed():
         train(config, args.workdir)
         if jax.process_index():
             return

@@ -1,25 +1,34 @@
-"""Checkpoints of the state and of the data iterator, by Orbax: whole or not there at all."""
+"""Checkpoints of the state and of the place in the data, by Orbax: whole or not there at all."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.storage import is_local
+from tclip_jax.training.checksums import damage, write_checksums
 from tclip_jax.training.config import CheckpointConfig
 from tclip_jax.training.state import TrainState
+
+# Seconds that processes wait for each other while saving. Orbax counts them by the wall clock, which may be set; a
+# process that is gone is noticed by JAX's own heartbeats.
+_PATIENCE = 24 * 3600
+
+_logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -29,36 +38,63 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The folder `checkpoints/` of a run: a sub-folder per saved step, of `params`, `training` and `data`.
 
-    `params` is the model's tree alone, so that it can be read without knowing how it was trained.
+    `params` is the model's tree alone, so that it can be read without knowing how it was trained. A checkpoint counts
+    as one when all is written, with its checksums.
 
-    A context manager: leaving it waits for writing in the background.
+    A context manager: leaving it waits for writing in the background. Every process of a run calls the same methods.
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
-        self._folder = _absolute(folder)
-        self._every = config.every
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
+        self._folder, self._config = _absolute(folder), config
+        self._scores: dict[int, float] = {}
+        self._saving, self._saved_at = 0, time.monotonic()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(_PATIENCE, post_finalization_callback=self._finish),
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._manager.close()
+        with self._written():
+            self._manager.close()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, force: bool = False) -> bool:
-        """Saves after `step` steps if that step is due, or if forced; in the background. Whether it did."""
-        if self._manager.latest_step() == step or not (force or step % self._every == 0):
-            return False
+    def is_due(self, step: int, *, late: bool = False) -> bool:
+        """Whether the state after `step` steps is to be saved; `late` is what `is_late` said a step ago."""
+        return step % self._config.every == 0 or (late and step > self._saving + 1)
+
+    def is_late(self) -> bool:
+        """Whether it is to be saved by the time that has passed. Clocks differ: processes must agree on it."""
+        return 0 < 60 * self._config.every_minutes <= time.monotonic() - self._saved_at
+
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
+        """Saves the state after `step` steps, in the background, and where in the data it stands.
+
+        Raises:
+          CheckpointError: the checkpoint before this one could not be written.
+        """
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params["clip"]),
             training=ocp.args.StandardSave(_without_model(state)),
-            data=grain.checkpoint.CheckpointSave(iterator),
+            data=ocp.args.JsonSave(dict(position)),
         )
-        return self._manager.save(step, args=items, force=True)
+        if self._manager.latest_step() == step:
+            return
+        self.wait()
+        self._saving, self._saved_at = step, time.monotonic()
+        with self._written():
+            self._manager.save(step, args=items, force=True)
 
-    def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
-        """The newest state, in the shardings of `state`, with `iterator` set to follow it; None if nothing was saved.
+    def wait(self) -> None:
+        """Until what is being saved is whole; raises CheckpointError if it cannot be."""
+        with self._written():
+            self._manager.wait_until_finished()
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state, in the shardings of `state`, and where in the data it stands; None if nothing was saved.
 
         Raises:
           CheckpointError: the checkpoint is broken or not of this configuration.
@@ -70,37 +106,111 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params["clip"]),
             training=ocp.args.StandardRestore(_without_model(abstract)),
-            data=grain.checkpoint.CheckpointRestore(iterator),
         )
         with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
+            # One file: its name is Orbax's, or Grain's in older versions.
+            position = json.loads(next((self._folder / str(step) / "data").iterdir()).read_text())
         training = restored.training
         params = {"clip": restored.params} | training["heads"]
-        return TrainState(training["step"], params, training["optimizer"], training.get("average"))
+        return TrainState(training["step"], params, training["optimizer"], training.get("average")), position
+
+    def score(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
+        value = metrics.get(self._config.best_metric)
+        if value is not None and math.isfinite(value):
+            self._scores[step] = value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which checkpoints to keep."""
+        steps = [each.step for each in checkpoints]
+        preserved = kept(steps, self._scores, self._config)
+        return [step in preserved for step in steps]
+
+    def _finish(self) -> None:
+        """On process 0, when all is written by all processes and before it counts as a checkpoint."""
+        name = str(self._saving)
+        building = [
+            path for path in self._folder.iterdir() if path.name == name or path.name.startswith(f"{name}.orbax")
+        ]
+        write_checksums(building[0])
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Turns an error of writing into one CheckpointError, and gives back the space of what is not whole."""
+        try:
+            yield
+        except (ValueError, OSError, TimeoutError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+        else:
+            return
+        folder = self._folder / str(self._saving)
+        if jax.process_index() == 0:
+            for path in self._folder.glob(f"{self._saving}.orbax*"):
+                path.rmtree(missing_ok=True)
+        steps = [step for step in saved_steps(self._folder) if step < self._saving]
+        before = f"that of step {max(steps)} is whole" if steps else "there is none before it"
+        raise CheckpointError(f"{folder}: the checkpoint could not be written, {before}: {reason}")
+
+
+def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
+    """The newest steps and the best, as many of each as the configuration says; of equals the newer is better."""
+    sign = 1 if config.best_mode == "max" else -1
+    scored = sorted((sign * scores[step], step) for step in steps if step in scores)
+    best = scored[max(0, len(scored) - config.keep_best) :]
+    return {*sorted(steps)[-config.keep :], *(step for _, step in best)}
 
 
 def saved_steps(folder: epath.PathLike) -> list[int]:
-    """The steps that a folder has whole checkpoints of; none if there is no such folder."""
+    """The steps that a folder has finished checkpoints of, in order; none if there is no such folder."""
     folder = epath.Path(folder)
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    # On an object store a folder has its name from the beginning, and a file that is written last.
+    return sorted(
+        int(path.name)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name.isdigit() and (is_local(path) or (path / "commit_success.txt").exists())
+    )
+
+
+def whole_steps(folder: epath.PathLike) -> list[int]:
+    """As `saved_steps`, the newest being one whose files are what was written.
+
+    Those that are not are renamed to `<step>.damaged`, which the log says. A collective: process 0 does it.
+    """
+    folder = epath.Path(folder)
+    if jax.process_index() == 0:
+        steps = saved_steps(folder)
+        while steps and (why := damage(folder / str(steps[-1]))):
+            aside = folder / f"{steps.pop()}.damaged"
+            if aside.exists():
+                aside.rmtree()
+            (folder / aside.stem).rename(aside)
+            instead = f"going on from step {steps[-1]}" if steps else "there is none before it: starting anew"
+            _logger.error("%s; renamed to %s; %s", why, aside.name, instead)
+    return gather_json(saved_steps(folder) if jax.process_index() == 0 else None)[0]
 
 
 def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
     """The newest step in `folder` and its parameters, as the tree of shapes `abstract` says; nothing else is read.
 
+    Parameters that are not what was written are passed over, which the log says.
+
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
     folder = _absolute(folder)
-    steps = saved_steps(folder)
+    steps, why = saved_steps(folder), None
+    while steps and (why := damage(folder / str(steps[-1]), "params/")):
+        steps.pop()
+        _logger.error("%s%s", why, f": reading step {steps[-1]} instead" if steps else "")
     if not steps:
-        raise CheckpointError(f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
-    newest = folder / str(max(steps)) / "params"
+        raise CheckpointError(why or f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
+    newest = folder / str(steps[-1]) / "params"
     # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with _explained(newest), ocp.StandardCheckpointer(restore_concurrent_gb=1.01e-9 * largest) as checkpointer:
         _check_shapes(checkpointer.metadata(newest).item_metadata, abstract)
-        return max(steps), checkpointer.restore(newest, abstract)
+        return steps[-1], checkpointer.restore(newest, abstract)
 
 
 def _check_shapes(stored: Any, abstract: Any) -> None:

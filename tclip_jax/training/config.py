@@ -44,6 +44,13 @@ class RunConfig:
     inherit: str
     ternary_warmup_steps: int
     telemetry_every: int
+    log_every: int
+    max_skipped_steps: int
+    stall_minutes: float
+    stall_exit: bool
+    compile_cache: str
+    profile_steps: tuple[int, ...]
+    wandb_project: str
     data: DataConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -64,7 +71,8 @@ _SECTIONS: dict[str, type] = {
 
 _SCALARS = (
     *("seed", "steps", "dtype", "remat", "init", "init_scales", "teacher", "inherit"),
-    *("ternary_warmup_steps", "telemetry_every"),
+    *("ternary_warmup_steps", "telemetry_every", "log_every", "max_skipped_steps"),
+    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project"),
 )
 
 
@@ -87,6 +95,13 @@ def base_config() -> ml_collections.ConfigDict:
             "inherit": "",  # the same of a wider or deeper model, whose layers and channels the student starts from
             "ternary_warmup_steps": 0,  # over which weights go from full precision to ternary
             "telemetry_every": 100,  # steps between looks at trits, scales and latent weights; 0: none
+            "log_every": 100,  # steps between lines of loss, speed and where the time went in the log; 0: none
+            "max_skipped_steps": 10,  # in a row, whose loss or gradients are not finite, and then the run stops
+            "stall_minutes": 30.0,  # without a step before the log names the processes that are behind; 0: never
+            "stall_exit": False,  # then end the process with the code that launchers restart on
+            "compile_cache": "",  # folder of compiled programs, for the next start; "": JAX_COMPILATION_CACHE_DIR's
+            "profile_steps": (),  # (first, last) of a trace for xprof in <workdir>/profile
+            "wandb_project": "",  # of Weights & Biases, which is then needed; "": none
             "evals": (),  # further evaluations: mappings with keys of eval, and each with a name
             **sections,
         },
@@ -117,6 +132,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
             "preprocess": Preprocess.from_open_clip(values["preprocess"], model.vision.image_size),
             "rules": ternary_rules(_rules(values["ternary"], values["quantizer"]), quantizer),
             **sections,
+            "profile_steps": tuple(values["profile_steps"]),
             "evals": tuple(
                 from_mapping(EvalConfig, each, f"config.evals[{i}]") for i, each in enumerate(values["evals"])
             ),
@@ -144,6 +160,7 @@ def _check_values(run: RunConfig) -> None:
         ("data.batch_size", run.data.batch_size),
         ("checkpoint.every", run.checkpoint.every),
         ("checkpoint.keep", run.checkpoint.keep),
+        ("max_skipped_steps", run.max_skipped_steps),
         ("eval.every", run.eval.every),
         ("eval.batch_size", run.eval.batch_size),
         *((f"evals[{i}].every", each.every) for i, each in enumerate(run.evals)),
@@ -152,6 +169,17 @@ def _check_values(run: RunConfig) -> None:
         if value < 1:
             raise ValueError(f"config.{name} is {value}: it must be at least 1")
     check_tensor(run.model, run.rules, max(run.mesh.tensor, 1))
+    for name, amount in (
+        ("checkpoint.every_minutes", run.checkpoint.every_minutes),
+        ("checkpoint.keep_best", run.checkpoint.keep_best),
+        ("log_every", run.log_every),
+        ("stall_minutes", run.stall_minutes),
+    ):
+        if not amount >= 0:
+            raise ValueError(f"config.{name} is {amount}: it must be at least 0")
+    profiled = run.profile_steps
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= run.steps):
+        raise ValueError(f"config.profile_steps is {profiled}: it must be (first, last), 1 <= first <= last <= steps")
     if run.init and run.inherit:
         raise ValueError("config.init and config.inherit both say where to start: one must be empty")
     names = [each.name for each in run.evals]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from jax.sharding import Mesh
 
@@ -24,9 +25,16 @@ class Evaluation:
             else [source_task(config.source, config.split, config.templates)]
         )
 
-    def is_due(self, step: int) -> bool:
-        """Whether it is to be run after `step` steps."""
-        return step % self._config.every == 0
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether it is to be run after `step` of `steps` steps."""
+        return step % self._config.every == 0 or step == steps
+
+    def is_among(self, names: Iterable[str]) -> bool:
+        """Whether metrics of these names are, some of them, what this evaluation measures."""
+        prefix = f"{self._config.name or 'eval'}/"
+        return any(
+            name.startswith(prefix) or (name == "zero_shot_accuracy" and not self._config.name) for name in names
+        )
 
     def __call__(self, model: Model, mesh: Mesh) -> dict[str, float]:
         """The metrics of the model, in float32, by `<name>/<metric>`, of a suite `<name>/<data set>/<metric>`.

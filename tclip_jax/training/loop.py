@@ -2,122 +2,188 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 from etils import epath
-from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
+from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import look, trit_metrics
+from tclip_jax.parallel.agreement import Agreement
+from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import describe_run, make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
+from tclip_jax.training.batches import Batches
 from tclip_jax.training.build import Build, check_batch
-from tclip_jax.training.checkpoints import Checkpoints, saved_steps
-from tclip_jax.training.config import RunConfig, base_config, run_config
+from tclip_jax.training.checkpoints import Checkpoints, saved_steps, whole_steps
+from tclip_jax.training.config import base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.initial import start_params
+from tclip_jax.training.journal import Journal
+from tclip_jax.training.notices import Notices, Stopped
 from tclip_jax.training.optimizer import learning_rate_schedule
+from tclip_jax.training.phases import Phases
+from tclip_jax.training.profile import Trace
 from tclip_jax.training.restore import load_model
+from tclip_jax.training.speed import Speed
 from tclip_jax.training.state import TrainState
 from tclip_jax.training.teacher_cache import open_cache
-from tclip_jax.training.telemetry import Telemetry
+from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
-    """Trains to `config.steps`, going on from the newest checkpoint in `workdir` if there is one.
+    """Trains to `config.steps`, going on from the newest whole checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/.
+    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/, and of several processes
+    heartbeats/. What metrics.jsonl says of a step is there before the step's checkpoint is.
 
     Returns:
       The trained model, its weights latent.
 
     Raises:
-      ValueError: an impossible configuration, or a workdir that holds another model's run.
+      ValueError: an impossible configuration, a workdir that holds another model's run, a checkpoint that cannot be
+        written, or `max_skipped_steps` steps in a row that were not finite.
+      Stopped: it was asked to stop, on any process, and is saved.
     """
     run, workdir = run_config(config), epath.Path(workdir)
+    if run.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", run.compile_cache)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.slices)
     check_batch(run, mesh)
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
     cache = open_cache(run) if run.data.teacher_cache else None
-    data = train_iterator(
-        open_source(run.data.source, run.data.split),
-        tokenizer=Tokenizer(run.model.text.context_length),
-        preprocess=run.preprocess,
-        augment=run.data.augment,
-        templates=run.data.templates,
-        batch_size=run.data.batch_size,
-        seed=run.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=run.data.workers,
-        cache=cache,
+    data = Batches(
+        functools.partial(
+            train_iterator,
+            open_source(run.data.source, run.data.split),
+            tokenizer=Tokenizer(run.model.text.context_length),
+            preprocess=run.preprocess,
+            augment=run.data.augment,
+            templates=run.data.templates,
+            batch_size=run.data.batch_size,
+            seed=run.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=run.data.workers,
+            cache=cache,
+        )
     )
     teacher = load_model(run.teacher, mesh) if run.teacher else None
     build = Build(run, mesh, teacher or cache)
-    start = None if saved_steps(workdir / "checkpoints") else start_params(run, mesh)
+    start = None if whole_steps(workdir / "checkpoints") else start_params(run, mesh)
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
     _write_config(config, workdir)
 
-    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints:
-        state = build.init_state(start)
-        state = checkpoints.restore(state, data) or state
-        teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
-        step_function = build.jitted_step(state)
+    phases = Phases()
+    with (
+        jax.set_mesh(mesh),
+        Notices() as notices,
+        Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
+        Watchdog(workdir, phases, run.stall_minutes, leave=run.stall_exit) as watchdog,
+        Trace(workdir, run.profile_steps) as trace,
+    ):
+        with phases.during("compile"):
+            state = build.init_state(start)
+            if restored := checkpoints.restore(state):
+                state, position = restored
+                data.seek(position)
+            teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
+            step_function = build.jitted_step(state)
         schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
-        with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name) as telemetry:
-            previous: tuple[int, dict[str, Any]] | None = None
-            started = time.perf_counter()
-            for step in range(first, run.steps):
-                batch = shard_batch(next(data), mesh)
-                looks = run.rules and run.telemetry_every and (step + 1) % run.telemetry_every == 0
+        wandb = {"wandb_project": run.wandb_project, "config": config.to_dict()}
+        with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb) as telemetry:
+            speed = Speed(run.data.batch_size, _flops(build), mesh.devices.flat, run.log_every)
+            journal = Journal(telemetry, checkpoints, speed, steps=run.steps, max_skipped=run.max_skipped_steps)
+            agreement = Agreement(mesh, 2)
+            written = _written_before(workdir, first, checkpoints)
+            # A run may have ended between a checkpoint and the evaluation of its step.
+            due = [each for each in evaluations if each.is_due(first, run.steps) and not each.is_among(written)]
+            _evaluate(due if first else [], journal, first, build, state, phases)
+            for step in range(first + 1, run.steps + 1):
+                watchdog.step(step)
+                trace.before(step)
+                with phases.during("data"):
+                    batch = shard_batch(next(data), mesh)
+                looks = run.rules and run.telemetry_every and step % run.telemetry_every == 0
                 before = look(state.params["clip"], run.rules) if looks else {}
-                state, metrics = step_function(state, batch, teacher_params)
-                # Reading a step's metrics waits for it: one step late, the device is never kept waiting.
-                if previous is not None:
-                    telemetry.write(*previous)
-                now = time.perf_counter()
-                rate = run.data.batch_size / (now - started)
-                started = now
-                previous = step + 1, metrics | {"learning_rate": schedule(step), "images_per_second": rate}
+                with phases.during("step" if step > first + 1 else "compile"):
+                    state, metrics = step_function(state, batch, teacher_params)
+                stop, late = agreement.ask((notices.code, checkpoints.is_late()))
+                journal.flush()
+                trace.after(step, metrics)
+                rates = speed.metrics(phases.take())
+                journal.add(step, metrics | {"learning_rate": schedule(step - 1)} | rates)
                 if looks:
-                    telemetry.write_trits(step + 1, trit_metrics(before, state.params["clip"], run.rules))
-                checkpoints.save(step + 1, state, data)
-                due = [each for each in evaluations if each.is_due(step + 1) and step + 1 < run.steps]
+                    telemetry.write_trits(step, trit_metrics(before, state.params["clip"], run.rules))
+                due = [each for each in evaluations if each.is_due(step, run.steps)]
+                if (
+                    checkpoints.is_due(step, late=bool(late))
+                    or (due and run.checkpoint.keep_best)
+                    or stop
+                    or step == run.steps
+                ):
+                    journal.flush()
+                    telemetry.sync()
+                    with phases.during("checkpoint"):
+                        checkpoints.save(step, state, data.position)
+                if stop:
+                    checkpoints.wait()
+                    if jax.process_index() == 0:
+                        _logger.warning("asked to stop: step %d is saved, and the same command goes on from it", step)
+                    raise Stopped(stop)
                 if due:
-                    telemetry.write(*previous)
-                    previous = None
-                    _evaluate(due, telemetry, step + 1, run, state, mesh)
-                    started = time.perf_counter()
-            if previous is not None:
-                telemetry.write(*previous)
-                checkpoints.save(run.steps, state, data, force=True)
-                _evaluate(evaluations, telemetry, run.steps, run, state, mesh)
+                    journal.flush()
+                    _evaluate(due, journal, step, build, state, phases)
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
 
 
 def _evaluate(
-    evaluations: Sequence[Evaluation], telemetry: Telemetry, step: int, run: RunConfig, state: TrainState, mesh: Mesh
+    evaluations: Sequence[Evaluation], journal: Journal, step: int, build: Build, state: TrainState, phases: Phases
 ) -> None:
     """Of the weights and of their average, which is made ternary again and whose metrics end in `_of_average`."""
+    run = build.run
     for each in evaluations:
-        metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), mesh)
-        if state.average is not None:
-            of_average = each(Model(run.model, run.preprocess, state.average, run.rules), mesh)
-            metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
-        telemetry.write(step, metrics)
+        with phases.during("evaluate"):
+            metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
+            if state.average is not None:
+                of_average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
+                metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
+        journal.write(step, metrics)
+
+
+def _flops(build: Build) -> int:
+    """Of the model, per pair."""
+    teacher = build.teacher
+    return train_flops(
+        build.run.model, None if teacher is None or isinstance(teacher, TeacherCache) else teacher.config
+    )
+
+
+def _written_before(workdir: epath.Path, step: int, checkpoints: Checkpoints) -> list[str]:
+    """Names of what metrics.jsonl has of `step`; tells `checkpoints` what it has of the steps that are saved."""
+    lines: list[dict[str, Any]] = []
+    if jax.process_index() == 0:
+        saved = saved_steps(workdir / "checkpoints")
+        lines = [line for line in read_metrics(workdir) if line["step"] in saved and "trits" not in line]
+    lines = gather_json(lines)[0]
+    for line in lines:
+        checkpoints.score(line["step"], line)
+    return [name for line in lines if line["step"] == step for name in line]
 
 
 def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:

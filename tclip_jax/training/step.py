@@ -28,6 +28,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The function (state, batch, teacher's parameters or None) -> (next state, metrics); float32 scalars.
 
+    A step whose loss or gradient is not finite changes nothing but the counts; `skipped_steps` is then 1, otherwise 0.
+
     Args:
       student: the model that is trained.
       teacher: runs in the step; or the scale of a teacher whose embeddings come with the batch; or None.
@@ -51,11 +53,19 @@ def make_train_step(
         average = state.average
         if average is not None:
             average = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, average, params["clip"])
+        metrics |= {"gradient_norm": optax.tree.norm(gradients)}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        updated = keep_if(finite, TrainState(state.step + 1, params, optimizer_state, average), state)
         metrics |= {
-            "gradient_norm": optax.tree.norm(gradients),
-            "logit_scale": jnp.exp(params["clip"]["logit_scale"]),
+            "logit_scale": jnp.exp(updated.params["clip"]["logit_scale"]),
             "bad_samples": jnp.sum(batch["weight"] == 0).astype(jnp.float32),
+            "skipped_steps": 1 - finite.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, optimizer_state, average), metrics
+        return updated, metrics
 
     return train_step
+
+
+def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where all is finite, else `old` with the counts of `new`, by which the schedule goes on."""
+    return jax.tree.map(lambda a, b: a if jnp.issubdtype(a.dtype, jnp.integer) else jnp.where(finite, a, b), new, old)

@@ -1,8 +1,12 @@
-"""Where metrics go: a progress bar, metrics.jsonl and TensorBoard; from process 0 only."""
+"""Where metrics go: a bar, metrics.jsonl, TensorBoard and, if wanted, Weights & Biases; from process 0 only."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -23,14 +27,27 @@ class Telemetry:
     """A context manager that shows and writes scalars by step.
 
     On resuming, what was written of steps that will be done again is dropped from metrics.jsonl and hidden in
-    TensorBoard, so that each step is there once.
+    TensorBoard, so that each step is there once. What is not a finite number is null in metrics.jsonl.
+
+    Raises:
+      ValueError: `wandb_project` is given and wandb is not installed.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, first_step: int, steps: int, title: str) -> None:
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        first_step: int,
+        steps: int,
+        title: str,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._wandb = _open_wandb(workdir, wandb_project, title, config) if wandb_project else None
         self._lines = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= first_step]
         self._flush()
         tensorboard = epath.Path(workdir) / "tensorboard"
@@ -52,15 +69,20 @@ class Telemetry:
             self._flush()
             self._bar.close()
             self._writer.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(error is not None))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records the scalars of `step` and moves the bar there."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
-        self._append(json.dumps({"step": step} | scalars))
+        self._append({"step": step} | scalars)
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
         self._bar.update(step - self._bar.n)
         if "loss" in scalars:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
@@ -74,11 +96,21 @@ class Telemetry:
             path: {name: np.round(np.float64(value), 6).tolist() for name, value in each.items()}
             for path, each in values.items()
         }
-        self._append(json.dumps({"step": step, "trits": rounded}))
+        self._append({"step": step, "trits": rounded})
         for path, each in values.items():
             for name in ("zeros", "flips", "scale", "drift", "saturated"):
                 self._writer.add_scalar(f"{name}/{path}", float(each[name].mean()), step)
             self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
+
+    def sync(self) -> None:
+        """Waits until all that was written is in metrics.jsonl, and on a local disk."""
+        if not self._active:
+            return
+        if is_local(self._path):
+            with self._path.open("a") as file:
+                os.fsync(file.fileno())
+        else:
+            self._flush()
 
     def _write_histogram(self, name: str, shares: npt.NDArray[np.floating], step: int) -> None:
         """Of |w| / s; the last bin, which has no end, is drawn as wide as the others."""
@@ -97,8 +129,9 @@ class Telemetry:
             global_step=step,
         )
 
-    def _append(self, line: str) -> None:
-        """A local file grows line by line; an object store gets the whole at the end and at every thousandth line."""
+    def _append(self, values: dict[str, Any]) -> None:
+        """A local file grows line by line; an object store gets the whole when synced and at every thousandth line."""
+        line = json.dumps(_without_nan(values), allow_nan=False)
         self._lines.append(line)
         if is_local(self._path):
             with self._path.open("a") as file:
@@ -108,6 +141,25 @@ class Telemetry:
 
     def _flush(self) -> None:
         write_atomic(self._path, "".join(line + "\n" for line in self._lines))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mapping[str, Any] | None) -> Any:
+    """A run of Weights & Biases that is gone on with from the same workdir."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(f"config.wandb_project is {project!r}: it needs wandb (pip install wandb)") from None
+    same = hashlib.sha256(os.fspath(epath.Path(workdir).resolve()).encode()).hexdigest()[:12]
+    return wandb.init(project=project, name=title, id=same, resume="allow", config=dict(config or {}))
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -1,0 +1,71 @@
+"""The metrics of every step: read when the next is under way, written, judged and shown."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from tclip_jax.training.checkpoints import Checkpoints
+from tclip_jax.training.speed import Speed
+from tclip_jax.training.telemetry import Telemetry
+
+_logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Writes the metrics of a step when it is given those of the next, so that no device is kept waiting.
+
+    Args:
+      steps: of the whole run.
+      max_skipped: steps in a row whose loss or gradient is not finite, after which the run is given up.
+    """
+
+    def __init__(
+        self, telemetry: Telemetry, checkpoints: Checkpoints, speed: Speed, *, steps: int, max_skipped: int
+    ) -> None:
+        self._telemetry, self._checkpoints, self._speed = telemetry, checkpoints, speed
+        self._steps, self._max_skipped = steps, max_skipped
+        self._skipped, self._pending = 0, dict[int, Mapping[str, Any]]()
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes what `step` will have measured, and writes what is pending.
+
+        Raises:
+          ValueError: too many steps in a row were not finite.
+        """
+        self.flush()
+        self._pending = {step: metrics}
+
+    def flush(self) -> None:
+        """Waits for what is pending, and writes it; raises as `add`."""
+        pending, self._pending = self._pending, {}
+        for step, metrics in pending.items():
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.write(step, values)
+            line = self._speed.line(step, self._steps, values)
+            if line and jax.process_index() == 0:
+                _logger.info("%s", line)
+            self._judge(step, values)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes at once what is known already."""
+        self._telemetry.write(step, metrics)
+        self._checkpoints.score(step, metrics)
+
+    def _judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not metrics["skipped_steps"]:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        wrong = " and ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+        if self._skipped >= self._max_skipped:
+            raise ValueError(
+                f"step {step}: {wrong}; this is the last of {self._skipped} steps in a row that changed nothing, since"
+                " they were not finite: lower config.optimizer.learning_rate or set clip_norm, and go on"
+            )
+        if jax.process_index() == 0:
+            _logger.warning("step %d: %s; it changes nothing", step, wrong)

@@ -1,0 +1,41 @@
+"""A trace of chosen steps, for xprof (TensorBoard's profile plugin)."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from etils import epath
+
+
+class Trace:
+    """Traces process 0 from the beginning of the first to the end of the last of `steps` into `<workdir>/profile`.
+
+    A context manager: a run that ends between them keeps what there is.
+    """
+
+    def __init__(self, workdir: epath.PathLike, steps: tuple[int, ...]) -> None:
+        self._folder, self._running = epath.Path(workdir) / "profile", False
+        self._first, self._last = steps if steps and jax.process_index() == 0 else (0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """To be called before `step` is dispatched."""
+        if step == self._first:
+            jax.profiler.start_trace(os.fspath(self._folder))
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """To be called after; at the last step it waits for the metrics."""
+        if self._running and step == self._last:
+            jax.block_until_ready(metrics)
+            self.__exit__(None, None, None)

@@ -1,0 +1,163 @@
+"""A watch over runs that hang: which processes are behind, and where in the program they are."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import jax
+from etils import epath
+
+from tclip_jax.storage import write_atomic
+from tclip_jax.training.notices import RESTART
+from tclip_jax.training.phases import Phases
+
+_DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
+
+_logger = logging.getLogger(__name__)
+
+
+class Heartbeat(NamedTuple):
+    """What a process says of itself.
+
+    Attributes:
+      step: the last that it began.
+      seconds: since it came to its phase.
+      beat: counts heartbeats.
+      behind: what process 0 found.
+      silent: seconds since the reader last heard a new beat, by the reader's clock.
+    """
+
+    step: int
+    phase: str
+    seconds: float
+    host: str
+    beat: int
+    behind: tuple[int, ...] = ()
+    silent: float = 0.0
+
+
+class Watchdog:
+    """A thread that looks after a run; a context manager.
+
+    When no step has ended for `minutes`, the log names the processes that are behind, and they write the stacks of
+    their threads to stderr. Then, with `leave`, every process ends with the code that launchers restart on. Compiling
+    and evaluating have no limit. Of several processes each leaves heartbeats in the workdir's `heartbeats/`; process 0
+    reads them all, and only when it must, and the others read its own. Durations are by clocks that nobody can set, and
+    no two machines' clocks are compared.
+
+    Args:
+      workdir: of the run, shared by all processes.
+      phases: of this process.
+      minutes: 0 for no watch.
+    """
+
+    def __init__(self, workdir: epath.PathLike, phases: Phases, minutes: float, *, leave: bool = False) -> None:
+        self._folder, self._phases, self._leave = epath.Path(workdir) / "heartbeats", phases, leave
+        self._limit, self._every = 60 * minutes, min(60.0, 12 * minutes)
+        self._step, self._ended = 0, time.monotonic()
+        self._behind: tuple[int, ...] | None = None
+        self._beats: dict[int, Heartbeat] = {}
+        self._heard: dict[int, float] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._limit:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def step(self, step: int) -> None:
+        """Tells that `step` has begun, and so that the one before has ended."""
+        self._step, self._ended, self._behind = step, time.monotonic(), None
+
+    def _watch(self) -> None:
+        while not self._closing.wait(self._every):
+            try:
+                self._look()
+            except OSError as error:  # the disk may be what hangs
+                _logger.warning("%s: cannot keep heartbeats: %s", self._folder, error)
+
+    def _look(self) -> None:
+        if self._phases.now in ("compile", "evaluate"):
+            self._ended = time.monotonic()
+        stalled, me = time.monotonic() - self._ended, jax.process_index()
+        self._write(me)
+        if stalled > self._limit - 3 * self._every:
+            self._read(range(jax.process_count()) if me == 0 else (0,))
+        if stalled <= self._limit or self._behind is not None:
+            return
+        silence, first = 1.5 * self._every, self._beats.get(0)
+        decides = me == 0 or (first is not None and first.silent > silence)
+        behind = slowest(self._beats, silence) if decides else first.behind if first else ()
+        if not behind:
+            return
+        self._behind = behind
+        self._write(me)
+        if decides and me < 2:
+            text = described(self._beats, behind, silence)
+            _logger.error("no step has ended for %.1f minutes: %s", stalled / 60, text)
+        if me in behind:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        if self._leave:
+            self._closing.wait(self._every)  # for the others to read who is behind
+            os._exit(RESTART)
+
+    def _write(self, me: int) -> None:
+        beat = self._beats[me].beat + 1 if me in self._beats else 0
+        seconds, host = time.monotonic() - self._phases.since, f"{socket.gethostname()}, process {os.getpid()}"
+        self._beats[me] = Heartbeat(self._step, self._phases.now, seconds, host, beat, self._behind or ())
+        if jax.process_count() > 1:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._folder / f"{me}.json", json.dumps(self._beats[me]._asdict()))
+
+    def _read(self, processes: Iterable[int]) -> None:
+        now = time.monotonic()
+        for index in processes:
+            path = self._folder / f"{index}.json"
+            if index == jax.process_index() or not path.exists():
+                continue
+            said = Heartbeat(**json.loads(path.read_text()))
+            if index not in self._beats or said.beat != self._beats[index].beat:
+                self._heard[index] = now
+            self._beats[index] = said._replace(behind=tuple(said.behind), silent=now - self._heard[index])
+
+
+def slowest(beats: Mapping[int, Heartbeat], silence: float) -> tuple[int, ...]:
+    """The processes that are behind: those that were not heard of for `silence` seconds, or those at the lowest step.
+
+    Of these, the ones that wait for data or write a checkpoint: who waits for the devices waits for the others.
+    """
+    silent = [index for index, beat in beats.items() if beat.silent > silence]
+    least = min(beat.step for beat in beats.values())
+    last = [index for index, beat in beats.items() if beat.step == least]
+    return tuple(sorted(silent or [index for index in last if beats[index].phase != "step"] or last))
+
+
+def described(beats: Mapping[int, Heartbeat], behind: tuple[int, ...], silence: float) -> str:
+    """One line: who is behind, in which step and phase, and where the others are."""
+
+    def one(index: int) -> str:
+        beat = beats[index]
+        silent = f", not heard of for {beat.silent:.0f} s" if beat.silent > silence else ""
+        phase = f"{_DOING.get(beat.phase, beat.phase)} for {beat.seconds + beat.silent:.0f} s"
+        return f"process {index} ({beat.host}) is in step {beat.step}, {phase}{silent}"
+
+    others = sorted({beat.step for index, beat in beats.items() if index not in behind})
+    more = [f"{len(behind) - 8} more"] if len(behind) > 8 else []
+    rest = [f"the others are in step {', '.join(map(str, others))}"] if others else []
+    return "; ".join([*map(one, behind[:8]), *more, *rest])
