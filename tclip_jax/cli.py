@@ -7,7 +7,7 @@ import importlib
 import keyword
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tqdm.contrib.logging
 
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"
     if name not in COMMANDS:
-        _top_parser().parse_args(arguments or ["--help"])
+        group = [command for command in COMMANDS if command.startswith(f"{name} ")]
+        wanted = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
+        _top_parser(group or COMMANDS).parse_args(wanted if group else arguments or ["--help"])
     module_name = name.replace(" ", "_").replace("-", "_") + "_" * keyword.iskeyword(name)
     module = importlib.import_module(f"tclip_jax.commands.{module_name}")
     parser = argparse.ArgumentParser(
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _top_parser() -> argparse.ArgumentParser:
+def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tclip",
         description="Ternary CLIP in JAX.",
@@ -81,8 +83,8 @@ def _top_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, purpose in COMMANDS.items():
-        commands.add_parser(name, help=purpose)
+    for name in names:
+        commands.add_parser(name, help=COMMANDS[name])
     return parser
 
 

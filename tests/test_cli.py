@@ -49,6 +49,15 @@ def main_exit(arguments: Sequence[str]) -> object:
     return stop.value.code
 
 
+def test_the_first_word_of_some_commands_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_exit(["data"]) == 0
+    shown = capsys.readouterr().out
+    assert "data prepare" in shown and "data check" in shown and "quickstart:" not in shown and "evaluate" not in shown
+    assert help_of(["data"], capsys) == shown
+    assert main_exit(["data", "chek"]) == 2
+    assert "invalid choice: 'data chek' (choose from 'data prepare'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_ends_in_examples_that_it_parses(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

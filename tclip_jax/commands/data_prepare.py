@@ -1,10 +1,9 @@
 """Examples:
   tclip data prepare --data 'wds:/data/cc12m/{00000..01242}.tar' --name cc12m --out /data/tfds --workers 16
-  tclip data prepare --data 'wds:gs://bucket/cc12m/*.tar' --name cc12m --out gs://bucket/tfds \\
-      --beam="--runner=DataflowRunner --project=my-project --region=us-central1 --temp_location=gs://bucket/tmp"
+  tclip data prepare --data 'wds:gs://b/cc12m/*.tar' --name cc12m --out gs://b/tfds --beam="--runner=DataflowRunner"
 
-A file is written for each tar. Train on it as `tfds:cc12m@/data/tfds`, or `arrayrecord:` and its files. The same command
-again goes on where it was killed. What is dropped is counted by kind; nothing else about a sample is changed.
+A file is written for each tar. Train on it as `tfds:cc12m@/data/tfds`, or `arrayrecord:` and its files. The same
+command again goes on where it was killed. What is dropped is counted by kind; what is kept is kept as it was.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from array_record.python import array_record_module
 from etils import epath
+from tensorflow_datasets.core import example_serializer
 
 from tclip_jax.data.examine import examine
 from tclip_jax.data.sources import Source, open_source
@@ -149,14 +150,14 @@ def prepare_part(target: Target, number: int, part: Part) -> Outcome:
     """Writes the file of a part, then the note of what became of it; a part that is done is left alone."""
     if done := target.outcome(number):
         return done
-    source, outcome, spec = open_source(part.source, target.split), Outcome(), _features()
+    source, outcome = open_source(part.source, target.split), Outcome()
     with atomic_local_file(target.file(number)) as name:
         # A group of one: reading a sample reads nothing else.
         writer = array_record_module.ArrayRecordWriter(name, "group_size:1")
         for index in range(part.start, len(source) if part.stop is None else part.stop):
             outcome.samples += 1
             try:
-                data = _example(source, index, spec)
+                data = _example(source, index)
             except BadSample as error:
                 outcome.drop(error)
                 continue
@@ -219,15 +220,19 @@ def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
 
 
 @functools.cache
-def _features() -> tfds.features.FeaturesDict:
-    return features()
+def _serializer() -> tuple[tfds.features.FeaturesDict, Any]:
+    spec = features()
+    return spec, example_serializer.ExampleSerializer(spec.get_serialized_info())
 
 
-def _example(source: Source, index: int, spec: tfds.features.FeaturesDict) -> bytes:
+def _example(source: Source, index: int) -> bytes:
     record, _ = examine(source, index)
     assert isinstance(record.image, bytes), record.name
-    example: dict[str, Any] = {"captions": list(record.captions), "key": record.name.rpartition("/")[2]}
-    return spec.serialize_example(spec.encode_example({"image": io.BytesIO(record.image), **example}))
+    spec, serializer = _serializer()
+    values = {"captions": list(record.captions), "key": record.name.rpartition("/")[2]}
+    example = serializer.get_tf_example(spec.encode_example({"image": io.BytesIO(record.image), **values}))
+    # The features of an Example have no order of their own: without a fixed one no two runs write the same file.
+    return example.SerializeToString(deterministic=True)
 
 
 def _split_info(target: Target, outcomes: Sequence[Outcome]) -> tfds.core.SplitInfo:
