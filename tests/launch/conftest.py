@@ -1,0 +1,41 @@
+"""The scripts of launch/, with other programs in the place of those that they call."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stub(tmp_path: pathlib.Path) -> Callable[[str, str], None]:
+    """Writes a bash program of that name, which the scripts find first; $CALLS is a file of its own to count in."""
+
+    def write(name: str, text: str) -> None:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\nCALLS={tmp_path}/{name}.calls\n{text}\n")
+        path.chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def environ(tmp_path: pathlib.Path) -> dict[str, str]:
+    return os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def launch(tmp_path: pathlib.Path, environ: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script in an empty folder."""
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        script = [str(ROOT / "launch" / name), *arguments]
+        return subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+
+    return run
