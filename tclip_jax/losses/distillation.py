@@ -1,101 +1,57 @@
 """Distillation losses between a student's embeddings and a frozen teacher's.
 
-The conventions are those of `contrastive`; no gradient reaches the teacher. Student and teacher may differ in width
-where images are compared with texts of the same model (`crd`, `open_clip_distillation`, `affinity_mimicking`);
-`feature_distillation` and `icl` want the student projected to the teacher's width and normalised after that.
+Where images are compared with texts of the same model, by `rows.compare`, student and teacher may differ in width;
+`feature_distillation` wants the student projected to the teacher's width and normalised after that, and so does
+CLIP-KD's ICL, which is `contrastive.info_nce` of a student's rows and a teacher's columns.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from tclip_jax.losses.contrastive import cross_entropy, existing_positives, existing_rows, similarity, weighted_mean
-
-
-def _log_affinities(image: jax.Array, text: jax.Array, scale: ArrayLike, weight: jax.Array | None = None) -> jax.Array:
-    """Log probabilities (2, B, B): of each text given an image [0] and of each image given a text [1]."""
-    logits = jnp.stack([similarity(image, text, scale, weight), similarity(text, image, scale, weight)])
-    return jax.nn.log_softmax(logits, axis=-1)
+from tclip_jax.losses.rows import Rows, existing_rows, weighted_mean
 
 
-def crd(
-    student_image: jax.Array,
-    student_text: jax.Array,
-    student_scale: ArrayLike,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    teacher_scale: ArrayLike,
-    weight: jax.Array | None = None,
-) -> jax.Array:
+def crd(image: Rows, text: Rows) -> jax.Array:
     """Contrastive relational distillation: ½ [KL(teacher ‖ student) of image → text + of text → image].
 
     Source: CLIP-KD, arXiv 2307.12732, L_CRD.
     """
-    student = _log_affinities(student_image, student_text, student_scale, weight)
-    teacher = jax.lax.stop_gradient(_log_affinities(teacher_image, teacher_text, teacher_scale, weight))
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    return weighted_mean(divergence.mean(axis=0), weight)
+    return kl_mix(image, text, reverse=0)
 
 
-def kl_mix(
-    student_image: jax.Array,
-    student_text: jax.Array,
-    student_scale: ArrayLike,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    teacher_scale: ArrayLike,
-    weight: jax.Array | None = None,
-    reverse: float = 0.5,
-) -> jax.Array:
-    """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher) of the affinities of `crd`.
+def kl_mix(image: Rows, text: Rows, reverse: float = 0.5) -> jax.Array:
+    """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher), the mean of both directions.
 
     The forward divergence makes the student cover all that the teacher finds likely, the reverse one keeps it from what
     the teacher finds unlikely. Source: MiniLLM, arXiv 2306.08543, for the reverse; a fixed mix as in arXiv 2404.02657.
     """
-    student = _log_affinities(student_image, student_text, student_scale, weight)
-    teacher = jax.lax.stop_gradient(_log_affinities(teacher_image, teacher_text, teacher_scale, weight))
-    mix = (1 - reverse) * jnp.exp(teacher) - reverse * jnp.exp(student)
-    divergence = jnp.sum(mix * (teacher - student), axis=-1)
-    return weighted_mean(divergence.mean(axis=0), weight)
+
+    def divergence(rows: Rows) -> jax.Array:
+        student, teacher = rows.soft["student"], rows.soft["teacher"]
+        forward, backward = teacher["student"] - teacher["teacher"], student["teacher"] - student["student"]
+        return weighted_mean((1 - reverse) * forward + reverse * backward, rows.real)
+
+    return (divergence(image) + divergence(text)) / 2
 
 
-def open_clip_distillation(
-    student_image: jax.Array,
-    student_text: jax.Array,
-    student_scale: ArrayLike,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    teacher_scale: ArrayLike,
-    weight: jax.Array | None = None,
-) -> jax.Array:
+def open_clip_distillation(image: Rows, text: Rows) -> jax.Array:
     """The mean over both directions of the cross entropy between the teacher's and the student's affinities.
 
     Its gradient is that of `crd`; its value is larger by the teacher's entropy.
     Source: `distill_loss` of open_clip's DistillClipLoss.
     """
-    student = _log_affinities(student_image, student_text, student_scale, weight)
-    teacher = jax.lax.stop_gradient(_log_affinities(teacher_image, teacher_text, teacher_scale, weight))
-    soft_cross_entropy = -jnp.sum(jnp.exp(teacher) * student, axis=-1)
-    return weighted_mean(soft_cross_entropy.mean(axis=0), weight)
+    image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.real) for rows in (image, text))
+    return (image_to_text + text_to_image) / 2
 
 
-def affinity_mimicking(
-    student_image: jax.Array,
-    student_text: jax.Array,
-    student_scale: ArrayLike,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    teacher_scale: ArrayLike,
-    weight: jax.Array | None = None,
-) -> jax.Array:
+def affinity_mimicking(image: Rows, text: Rows) -> jax.Array:
     """TinyCLIP's affinity mimicking: the sum, not the mean, of the two terms of `open_clip_distillation`.
 
     Source: arXiv 2309.12314, L_distill = L_I2T + L_T2I; the authors' training code then halves it.
     """
-    teacher = (teacher_image, teacher_text, teacher_scale)
-    return 2 * open_clip_distillation(student_image, student_text, student_scale, *teacher, weight)
+    return 2 * open_clip_distillation(image, text)
 
 
 def feature_distillation(
@@ -114,24 +70,3 @@ def feature_distillation(
     if kind == "cosine":
         return weighted_mean(1 - jnp.sum(student * teacher, axis=-1), weight)
     raise ValueError(f"feature distillation {kind!r} is unknown: use 'mse' or 'cosine'")
-
-
-def icl(
-    student_image: jax.Array,
-    student_text: jax.Array,
-    teacher_image: jax.Array,
-    teacher_text: jax.Array,
-    scale: ArrayLike,
-    positives: jax.Array | None = None,
-    weight: jax.Array | None = None,
-) -> jax.Array:
-    """Interactive contrastive learning: student images among teacher texts, and student texts among teacher images.
-
-    ½ [CE(scale · v′ · Tᵀ) + CE(scale · t′ · Vᵀ)] against `positives`, with student v′, t′ and teacher V, T.
-    Source: CLIP-KD, arXiv 2307.12732, L_ICL; its code learns `scale` itself, not its log, from 2.659.
-    """
-    teacher_image, teacher_text = jax.lax.stop_gradient((teacher_image, teacher_text))
-    positives = existing_positives(positives, weight, len(student_image))
-    image_to_text = cross_entropy(student_image, teacher_text, scale, positives, weight)
-    text_to_image = cross_entropy(student_text, teacher_image, scale, positives.T, weight)
-    return (image_to_text + text_to_image) / 2

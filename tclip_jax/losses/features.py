@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.losses.contrastive import existing_rows, weighted_mean
 from tclip_jax.losses.distillation import feature_distillation
+from tclip_jax.losses.rows import existing_rows, weighted_mean
 
 
 def hidden_matching(

@@ -115,6 +115,7 @@ class Build:
             self.run.loss,
             ternary_share(self.run.ternary_warmup_steps),
             self.run.optimizer.ema_decay,
+            self.run.data.microbatches,
         )
         return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
 

@@ -158,6 +158,7 @@ def _check_values(run: RunConfig) -> None:
     for name, value in (
         ("steps", run.steps),
         ("data.batch_size", run.data.batch_size),
+        ("data.microbatches", run.data.microbatches),
         ("checkpoint.every", run.checkpoint.every),
         ("checkpoint.keep", run.checkpoint.keep),
         ("max_skipped_steps", run.max_skipped_steps),
@@ -180,6 +181,11 @@ def _check_values(run: RunConfig) -> None:
     profiled = run.profile_steps
     if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1] <= run.steps):
         raise ValueError(f"config.profile_steps is {profiled}: it must be (first, last), 1 <= first <= last <= steps")
+    if run.data.batch_size % run.data.microbatches:
+        raise ValueError(
+            f"config.data.batch_size {run.data.batch_size} is not divisible by"
+            f" config.data.microbatches {run.data.microbatches}"
+        )
     if run.init and run.inherit:
         raise ValueError("config.init and config.inherit both say where to start: one must be empty")
     names = [each.name for each in run.evals]

@@ -11,25 +11,16 @@ import jax.numpy as jnp
 
 from tclip_jax.data.images import normalize
 from tclip_jax.losses import contrastive, distillation
-from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.rows import compare, compare_rows
 from tclip_jax.models.blending import blend_params
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import normalize_embedding
 from tclip_jax.models.states import States, apply_with_states
+from tclip_jax.parallel.mesh import BATCH_AXES
+from tclip_jax.training.inside import Batch, Metrics, compare_states
 from tclip_jax.training.sections import LossConfig
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-class Observed(NamedTuple):
-    """Embeddings of images and of texts, the scale of their similarities, and what was seen inside the towers."""
-
-    image: jax.Array
-    text: jax.Array
-    scale: jax.Array | float
-    states: States
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,64 +31,104 @@ class Encoders:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, params: Any, batch: Batch, loss: LossConfig | None = None) -> Observed:
-        """What the model says of a batch's uint8 images and its tokens, and the states that `loss` compares."""
+    def __call__(
+        self, params: Any, batch: Batch, loss: LossConfig | None = None
+    ) -> tuple[jax.Array, jax.Array, States]:
+        """Embeddings of a batch's uint8 images and of its tokens, and the states that `loss` compares."""
         pixels = normalize(batch["image"], self.mean, self.std)
         if loss is None or not loss.states:
-            image, text, scale = self.model.apply({"params": params}, pixels, batch["tokens"])  # type: ignore[misc]
-            return Observed(image, text, scale, {})
-        given, states = apply_with_states(self.model, params, pixels, batch["tokens"], loss.towers, loss.states)
-        return Observed(*given, states)
+            image, text, _ = self.model.apply({"params": params}, pixels, batch["tokens"])  # type: ignore[misc]
+            return image, text, {}
+        (image, text, _), states = apply_with_states(
+            self.model, params, pixels, batch["tokens"], loss.towers, loss.states
+        )
+        return image, text, states
 
 
-def cached_teacher(batch: Batch, scale: float) -> Observed:
-    """The teacher of a batch that brings its embeddings."""
-    return Observed(batch["teacher_image"].astype(jnp.float32), batch["teacher_text"].astype(jnp.float32), scale, {})
+class Seen(NamedTuple):
+    """Embeddings (B, D) of a batch's images and texts, and a teacher's of both where there is one."""
+
+    image: jax.Array
+    text: jax.Array
+    teacher: tuple[jax.Array, jax.Array] | None = None
 
 
-def objective(
-    params: Any,
-    batch: Batch,
-    student: Encoders,
-    teacher: Observed | None,
-    loss: LossConfig,
-    share: jax.Array | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the loss terms that have a weight, and each; `teacher` is what it says of the batch.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a student is trained for.
 
-    `share` is the part of ternary weights that is quantized, None for all.
+    `see` is what the towers do, to any rows of a batch; `judge` makes a loss of what was seen of all of them.
+
+    Attributes:
+      student: the model that is trained.
+      teacher: runs beside it; or is the scale of one whose embeddings come with the batch; or None.
+      loss: weights of the terms.
     """
-    clip = params["clip"] if share is None else blend_params(params["clip"], student.model.rules, share)
-    ours = student(clip, batch, loss)
-    weight, positives = batch["weight"], contrastive.positive_pairs(batch["tokens"], loss.positives)
-    terms: Metrics = {}
-    if loss.task and loss.task_kind == "sigmoid":
-        bias = params["heads"]["sigmoid_bias"]
-        terms["task"] = contrastive.sigmoid_loss(ours.image, ours.text, ours.scale, bias, positives, weight)
-    elif loss.task:
-        terms["task"] = contrastive.info_nce(ours.image, ours.text, ours.scale, positives, weight)
-    if teacher is not None:
-        heads = params["heads"]
-        models = (*ours[:3], *teacher[:3], weight)
-        to_image, to_text = _project(heads["image"], ours.image), _project(heads["text"], ours.text)
-        if loss.crd:
-            terms["crd"] = distillation.crd(*models)
-        if loss.open_clip:
-            terms["open_clip"] = distillation.open_clip_distillation(*models)
-        if loss.affinity:
-            terms["affinity"] = distillation.affinity_mimicking(*models)
-        if loss.kl:
-            terms["kl"] = distillation.kl_mix(*models, loss.kl_reverse)
-        if loss.icl:
-            pair = (to_image, to_text, teacher.image, teacher.text)
-            terms["icl"] = distillation.icl(*pair, heads["icl_scale"], positives, weight)
-        if loss.fd:
-            distance = functools.partial(distillation.feature_distillation, kind=loss.fd_kind, weight=weight)
-            terms["fd"] = distance(to_image, teacher.image) + distance(to_text, teacher.text)
-        terms |= _inside(heads, batch, ours.states, teacher.states, loss)
-    total = sum((getattr(loss, name) * term for name, term in terms.items()), jnp.float32(0))
-    accuracy = contrastive.retrieval_accuracy(ours.image, ours.text, positives, weight)
-    return total, {"loss": total, **{f"loss/{name}": term for name, term in terms.items()}, "batch_accuracy": accuracy}
+
+    student: Encoders
+    teacher: Encoders | float | None
+    loss: LossConfig
+
+    def see(
+        self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, share: jax.Array | None = None
+    ) -> tuple[Seen, Metrics]:
+        """Embeddings, and the terms that look inside the towers: of parts of a batch these add up to the whole's.
+
+        Args:
+          batch: some rows of `whole`, or all.
+          share: the part of ternary weights that is quantized, None for all.
+        """
+        clip = params["clip"] if share is None else blend_params(params["clip"], self.student.model.rules, share)
+        image, text, states = self.student(clip, batch, self.loss)
+        if self.teacher is None:
+            return Seen(image, text), {}
+        if not isinstance(self.teacher, Encoders):
+            cached = batch["teacher_image"].astype(jnp.float32), batch["teacher_text"].astype(jnp.float32)
+            return Seen(image, text, cached), {}
+        their_image, their_text, their_states = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.loss))
+        inside = compare_states(params["heads"], batch, states, their_states, self.loss, whole)
+        return Seen(image, text, (their_image, their_text)), inside
+
+    def judge(
+        self, params: Any, teacher_params: Any, batch: Batch, seen: Seen, inside: Metrics
+    ) -> tuple[jax.Array, Metrics]:
+        """The weighted sum of the loss terms that have a weight, and each."""
+        loss, heads, terms = self.loss, params.get("heads", {}), dict(inside)
+        how: dict[str, Any] = {
+            "tokens": batch["tokens"] if loss.positives == "equal_text" else None,
+            "weight": batch["weight"],
+            "ring": Ring(BATCH_AXES, loss.ring_chunk) if loss.distributed == "ring" else None,
+        }
+        teacher, bias = None, heads["sigmoid_bias"] if loss.task_kind == "sigmoid" else None
+        if self.teacher is not None and seen.teacher is not None and loss.affinities:
+            teacher = *seen.teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
+        rows = compare(seen.image, seen.text, _scale(params["clip"]), teacher=teacher, bias=bias, **how)
+        if loss.task:
+            terms["task"] = contrastive.sigmoid_loss(rows[0]) if bias is not None else contrastive.info_nce(*rows)
+        if seen.teacher is not None:
+            their_image, their_text = seen.teacher
+            to_image, to_text = _project(heads["image"], seen.image), _project(heads["text"], seen.text)
+            if loss.crd:
+                terms["crd"] = distillation.crd(*rows)
+            if loss.open_clip:
+                terms["open_clip"] = distillation.open_clip_distillation(*rows)
+            if loss.affinity:
+                terms["affinity"] = distillation.affinity_mimicking(*rows)
+            if loss.kl:
+                terms["kl"] = distillation.kl_mix(*rows, loss.kl_reverse)
+            if loss.icl:
+                terms["icl"] = contrastive.info_nce(
+                    compare_rows(to_image, their_text, heads["icl_scale"], **how),
+                    compare_rows(to_text, their_image, heads["icl_scale"], **how),
+                )
+            if loss.fd:
+                distance = functools.partial(
+                    distillation.feature_distillation, kind=loss.fd_kind, weight=batch["weight"]
+                )
+                terms["fd"] = distance(to_image, their_image) + distance(to_text, their_text)
+        total = sum((getattr(loss, name) * term for name, term in terms.items()), jnp.float32(0))
+        metrics = {"loss": total, **{f"loss/{name}": term for name, term in terms.items()}}
+        return total, metrics | {"batch_accuracy": contrastive.retrieval_accuracy(rows[0])}
 
 
 def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) -> None:
@@ -119,39 +150,8 @@ def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) ->
         )
 
 
-def same_depth(layer: int, depth: int, teacher_depth: int) -> int:
-    """The teacher's layer at the relative depth of a student's layer; the last of one is the last of the other."""
-    return -(-(layer % depth + 1) * teacher_depth // depth) - 1
-
-
-def _inside(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig) -> Metrics:
-    """Hidden states and relations, each the mean over layers and towers (and over queries, keys and values)."""
-    tokens = batch["tokens"]
-    found: dict[str, list[jax.Array]] = {name: [] for name in ("hidden", "relations") if getattr(loss, name)}
-    # What stands after the end of a text has no meaning.
-    texts = jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True)
-    for tower in student:
-        ours, theirs = student[tower], teacher[tower]
-        depth, teacher_depth = (len(next(iter(states.values()))) for states in (ours, theirs))
-        for i, j in ((layer, same_depth(layer, depth, teacher_depth)) for layer in loss.layers):
-            if loss.hidden:
-                x, y = ours["hidden"][i], theirs["hidden"][j]
-                valid = _valid(texts if tower == "text" else None, x, batch["weight"])
-                projected = x.astype(jnp.float32) @ heads["hidden"][tower]["kernel"] + heads["hidden"][tower]["bias"]
-                found["hidden"].append(hidden_matching(projected, y, loss.hidden_kind, valid))
-            if loss.relations:
-                x, y = ours["qkv"][i], theirs["qkv"][j]
-                valid = _valid(texts if tower == "text" else None, x, batch["weight"])
-                found["relations"] += [
-                    relation_matching(a, b, loss.relation_heads, valid)
-                    for a, b in zip(jnp.split(x, 3, axis=-1), jnp.split(y, 3, axis=-1), strict=True)
-                ]
-    return {name: sum(values, jnp.float32(0)) / len(values) for name, values in found.items()}
-
-
-def _valid(texts: jax.Array | None, states: jax.Array, weight: jax.Array) -> jax.Array:
-    real = jnp.broadcast_to((weight > 0)[:, None], states.shape[:2])
-    return real if texts is None else real & texts
+def _scale(params: Any) -> jax.Array:
+    return jnp.exp(params["logit_scale"])
 
 
 def _project(head: dict[str, jax.Array], embedding: jax.Array) -> jax.Array:

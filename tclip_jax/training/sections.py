@@ -15,6 +15,7 @@ class DataConfig:
     templates: str | tuple[str, ...] = "digits"  # captions of labelled data: a name of data.prompts, or a list with {c}
     augment: str = "none"  # none, affine, random_resized_crop
     batch_size: int = 128  # images over all devices
+    microbatches: int = 1  # parts of a batch that pass the towers one after the other; the loss is the whole batch's
     workers: int = 0  # processes that prepare batches; 0: threads
     teacher_cache: str = ""  # folder of `tclip teacher-cache`, in place of a teacher in the step
 
@@ -40,14 +41,23 @@ class LossConfig:
     layers: tuple[int, ...] = (-1,)  # of the student, for hidden and relations; the teacher's at the same depth
     towers: tuple[str, ...] = ("image", "text")  # whose layers; both models must have the same number of tokens there
     positives: Literal["diagonal", "equal_text"] = "diagonal"  # equal_text: equal captions are no negatives
+    distributed: Literal["gather", "ring"] = "gather"  # every device holds all embeddings, or they visit it in turn
+    ring_chunk: int = 1024  # the most visiting embeddings that a device compares its own with at a time
 
     def __post_init__(self) -> None:
         _as_tuples(self, "layers", "towers")
+        if self.ring_chunk < 1:
+            raise ValueError(f"config.loss.ring_chunk is {self.ring_chunk}: it must be at least 1")
 
     @property
     def states(self) -> tuple[str, ...]:
         """What must be seen inside the towers: hidden states, and fused queries, keys and values."""
         return (("hidden",) if self.hidden else ()) + (("qkv",) if self.relations else ())
+
+    @property
+    def affinities(self) -> bool:
+        """Whether a term with a weight compares how similar student and teacher find an image and a text."""
+        return bool(self.crd or self.open_clip or self.affinity or self.kl)
 
     @property
     def needs_teacher(self) -> tuple[str, ...]:

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tclip_jax.training.objective import Batch, Encoders, Metrics, cached_teacher, objective
+from tclip_jax.losses.grad_cache import gradient_in_parts
+from tclip_jax.parallel.mesh import BATCH_AXES
+from tclip_jax.training.inside import Batch, Metrics
+from tclip_jax.training.objective import Encoders, Objective
 from tclip_jax.training.sections import LossConfig
 from tclip_jax.training.state import TrainState
 
@@ -25,6 +28,7 @@ def make_train_step(
     loss: LossConfig,
     ternary_share: Schedule | None = None,
     ema_decay: float = 0.0,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The function (state, batch, teacher's parameters or None) -> (next state, metrics); float32 scalars.
 
@@ -37,16 +41,21 @@ def make_train_step(
       loss: weights of its terms.
       ternary_share: from the step to the share of ternary weights that is quantized; None for all.
       ema_decay: of the state's average, where it has one.
+      microbatches: parts of a batch whose activations exist one after the other; the step does not depend on it.
     """
 
+    goal = Objective(student, teacher, loss)
+
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
-        targets = None
-        if isinstance(teacher, Encoders):
-            targets = jax.lax.stop_gradient(teacher(teacher_params, batch, loss))
-        elif teacher is not None:
-            targets = cached_teacher(batch, teacher)
         share = ternary_share(state.step) if ternary_share else None
-        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, batch, student, targets, loss, share)
+        gradients, metrics = gradient_in_parts(
+            lambda params, rows: goal.see(params, teacher_params, rows, batch, share),
+            lambda params, seen, inside: goal.judge(params, teacher_params, batch, seen, inside),
+            state.params,
+            batch,
+            microbatches,
+            BATCH_AXES,
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         params["clip"]["logit_scale"] = jnp.clip(params["clip"]["logit_scale"], 0, MAX_LOGIT_SCALE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tclip_jax.losses.contrastive import info_nce, positive_pairs, retrieval_accuracy, sigmoid_loss
+from tclip_jax.losses import contrastive
+from tclip_jax.losses.blocks import Side, positives_of
+from tclip_jax.losses.rows import compare, compare_rows
 
 BATCH, WIDTH = 8, 6
 BIAS = -10.0
@@ -43,11 +46,25 @@ def sigmoid_loss_float64(image: np.ndarray, text: np.ndarray, scale: float, posi
     return np.logaddexp(0, -np.where(positives, logits, -logits)).sum() / len(image)
 
 
+def info_nce(image: Any, text: Any, scale: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
+    return contrastive.info_nce(*compare(image, text, scale, tokens=tokens, weight=weight))
+
+
+def sigmoid_loss(
+    image: Any, text: Any, scale: Any, bias: Any = BIAS, tokens: Any = None, weight: Any = None
+) -> jax.Array:
+    return contrastive.sigmoid_loss(compare_rows(image, text, scale, tokens=tokens, weight=weight, bias=bias))
+
+
+def retrieval_accuracy(image: Any, text: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
+    return contrastive.retrieval_accuracy(compare_rows(image, text, 1.0, tokens=tokens, weight=weight))
+
+
 Loss = Callable[..., jax.Array]
 Oracle = Callable[..., float]
 LOSSES: dict[str, tuple[Loss, Oracle]] = {
     "info_nce": (jax.jit(info_nce), info_nce_float64),
-    "sigmoid_loss": (jax.jit(functools.partial(sigmoid_loss, bias=BIAS)), sigmoid_loss_float64),
+    "sigmoid_loss": (jax.jit(sigmoid_loss), sigmoid_loss_float64),
 }
 
 
@@ -58,22 +75,17 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[jax.Array, tuple[jax.
 
 every_loss = pytest.mark.parametrize("loss, oracle", LOSSES.values(), ids=LOSSES)
 retrieval = jax.jit(retrieval_accuracy)
-pairs = jax.jit(positive_pairs, static_argnums=1)
-every_mask = pytest.mark.parametrize(
-    "positives",
-    [None, equal_rows(TOKENS), np.tri(BATCH, dtype=bool)],
-    ids=["diagonal", "equal_text", "asymmetric"],
-)
+pairs = jax.jit(positives_of)
 
 
 @every_loss
-@every_mask
+@pytest.mark.parametrize("tokens", [None, TOKENS], ids=["diagonal", "equal_text"])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_value_equals_numpy(loss: Loss, oracle: Oracle, positives: np.ndarray | None, scale: float) -> None:
+def test_value_equals_numpy(loss: Loss, oracle: Oracle, tokens: np.ndarray | None, scale: float) -> None:
     image, text = unit_vectors(0), unit_vectors(1)
-    mask = np.eye(BATCH, dtype=bool) if positives is None else positives
+    mask = np.eye(BATCH, dtype=bool) if tokens is None else equal_rows(tokens)
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
-        value = loss(image, text, scale, positives=positives)
+        value = loss(image, text, scale, tokens=tokens)
     assert value.shape == () and value.dtype == jnp.float32
     np.testing.assert_allclose(value, oracle(image, text, scale, mask), rtol=2e-6)
 
@@ -83,7 +95,7 @@ def test_value_equals_numpy(loss: Loss, oracle: Oracle, positives: np.ndarray | 
 def test_gradients_equal_finite_differences(loss: Loss, oracle: Oracle, scale: float) -> None:
     arguments = (unit_vectors(0), unit_vectors(1), np.array(scale))
     mask = equal_rows(TOKENS)
-    _, gradients = value_and_gradients(loss)(*arguments, positives=mask)
+    _, gradients = value_and_gradients(loss)(*arguments, tokens=TOKENS)
     for i, (argument, gradient) in enumerate(zip(arguments, gradients, strict=True)):
         expected = np.zeros(argument.shape)
         for index in np.ndindex(argument.shape):
@@ -104,7 +116,7 @@ def test_weight_zero_removes_the_sample(loss: Loss, oracle: Oracle, weight: list
     real = np.array(weight) > 0
     expected = oracle(image[real], text[real], 10.0, mask[real][:, real]) if real.any() else 0.0
     image[~real], text[~real] = np.nan, 7.0
-    value, gradients = value_and_gradients(loss)(image, text, 10.0, positives=mask, weight=np.array(weight))
+    value, gradients = value_and_gradients(loss)(image, text, 10.0, tokens=TOKENS, weight=np.array(weight))
     np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert not np.any(gradients[0][~real]) and not np.any(gradients[1][~real])
@@ -115,7 +127,7 @@ def test_weight_zero_removes_the_sample(loss: Loss, oracle: Oracle, weight: list
 @given(order=st.permutations(range(BATCH)))
 def test_order_of_the_batch_is_irrelevant(loss: Loss, oracle: Oracle, order: list[int]) -> None:
     image, text, mask = unit_vectors(2), unit_vectors(3), equal_rows(TOKENS)
-    shuffled = loss(image[order], text[order], 10.0, positives=mask[order][:, order])
+    shuffled = loss(image[order], text[order], 10.0, tokens=TOKENS[order])
     np.testing.assert_allclose(shuffled, oracle(image, text, 10.0, mask), rtol=2e-6)
 
 
@@ -149,23 +161,20 @@ def test_perfect_embeddings_at_scale_100_are_stable(loss: Loss, oracle: Oracle) 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(49_405, 49_407)), min_size=5, max_size=5))
 def test_equal_text_matches_equal_token_rows(rows: list[tuple[int, int]]) -> None:
     tokens = np.array(rows, np.int32)
-    np.testing.assert_array_equal(pairs(tokens, "equal_text"), equal_rows(tokens))
+    side = Side(jnp.zeros((5, 2)), tokens=tokens, index=jnp.arange(5), real=jnp.ones(5, bool))
+    np.testing.assert_array_equal(pairs(side, side), equal_rows(tokens))
+    np.testing.assert_array_equal(pairs(side._replace(tokens=None), side._replace(tokens=None)), np.eye(5))
 
 
-def test_diagonal_matches_own_text_only_even_if_texts_repeat() -> None:
-    np.testing.assert_array_equal(positive_pairs(jnp.asarray(TOKENS), "diagonal"), np.eye(BATCH))
-
-
-def test_unknown_kind_of_positives_is_named() -> None:
-    with pytest.raises(ValueError, match="'nearest' is unknown: use 'diagonal' or 'equal_text'"):
-        positive_pairs(jnp.asarray(TOKENS), "nearest")
+def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
+    with pytest.raises(ValueError, match="compared with a bias"):
+        sigmoid_loss(unit_vectors(0), unit_vectors(1), 1.0, bias=None)
 
 
 def test_repeated_captions_count_as_found() -> None:
     image, text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[[1, 0, 2, 3]]
-    mask = equal_rows(np.array([[9], [9], [1], [2]]))
     assert retrieval_accuracy(image, text) == 0.5
-    assert retrieval_accuracy(image, text, mask) == 1.0
+    assert retrieval_accuracy(image, text, np.array([[9], [9], [1], [2]])) == 1.0
 
 
 @settings(max_examples=25, deadline=None)
@@ -175,7 +184,7 @@ def test_retrieval_accuracy_equals_numpy(weight: list[float], seed: int) -> None
     real = np.flatnonzero(weight)
     hits = [mask[row, real[np.argmax(text[real] @ image[row])]] for row in real]
     text[np.array(weight) == 0] = 10 * image[0]
-    value = retrieval(image, text, mask, np.array(weight))
+    value = retrieval(image, text, TOKENS, np.array(weight))
     np.testing.assert_allclose(value, np.mean(hits) if hits else 0.0, rtol=1e-6)
 
 

@@ -14,13 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tclip_jax.losses.distillation import (
-    affinity_mimicking,
-    crd,
-    feature_distillation,
-    icl,
-    open_clip_distillation,
-)
+from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses.distillation import feature_distillation
+from tclip_jax.losses.rows import Rows, compare, compare_rows
 
 BATCH, WIDTH = 8, 6
 SCALES = np.float32(20), np.float32(100)
@@ -57,15 +53,37 @@ def icl_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: Any) 
     return -np.mean(np.diag(log_softmax(scale * v @ T.T)) + np.diag(log_softmax(scale * t @ V.T))) / 2
 
 
+def both(v: Any, t: Any, s: Any, V: Any, T: Any, S: Any, weight: Any = None) -> tuple[Rows, Rows]:
+    return compare(v, t, s, teacher=(V, T, S), weight=weight)
+
+
+def icl(v: Any, t: Any, V: Any, T: Any, scale: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
+    V, T = jax.lax.stop_gradient((V, T))
+    pairs = ((v, T), (t, V))
+    return contrastive.info_nce(*(compare_rows(*pair, scale, tokens=tokens, weight=weight) for pair in pairs))
+
+
+def kl_mix_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: Any) -> float:
+    forward = crd_float64(v, t, V, T, scale, teacher_scale)
+    return 0.7 * forward + 0.3 * crd_float64(V, T, v, t, teacher_scale, scale)
+
+
 # Each loss beside its oracle, as functions of student v, t, teacher V, T and the two scales.
 LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., float]]] = {
-    "crd": (lambda v, t, V, T, s, S, weight=None: crd(v, t, s, V, T, S, weight), crd_float64),
+    "crd": (
+        lambda v, t, V, T, s, S, weight=None: distillation.crd(*both(v, t, s, V, T, S, weight)),
+        crd_float64,
+    ),
+    "kl_mix": (
+        lambda v, t, V, T, s, S, weight=None: distillation.kl_mix(*both(v, t, s, V, T, S, weight), 0.3),
+        kl_mix_float64,
+    ),
     "open_clip": (
-        lambda v, t, V, T, s, S, weight=None: open_clip_distillation(v, t, s, V, T, S, weight),
+        lambda v, t, V, T, s, S, weight=None: distillation.open_clip_distillation(*both(v, t, s, V, T, S, weight)),
         lambda *batch: affinity_mimicking_float64(*batch) / 2,
     ),
     "affinity_mimicking": (
-        lambda v, t, V, T, s, S, weight=None: affinity_mimicking(v, t, s, V, T, S, weight),
+        lambda v, t, V, T, s, S, weight=None: distillation.affinity_mimicking(*both(v, t, s, V, T, S, weight)),
         affinity_mimicking_float64,
     ),
     "icl": (lambda v, t, V, T, s, S, weight=None: icl(v, t, V, T, s, weight=weight), icl_float64),
@@ -167,13 +185,15 @@ def test_a_sharded_batch_has_the_loss_of_the_whole(name: str) -> None:
 
 def test_the_teacher_may_be_wider_than_the_student() -> None:
     v, t, V, T = unit_vectors(0), unit_vectors(1), unit_vectors(2, width=11), unit_vectors(3, width=11)
-    np.testing.assert_allclose(crd(v, t, 20.0, V, T, 100.0), oracle("crd", v, t, V, T, *SCALES), rtol=2e-6)
+    np.testing.assert_allclose(
+        distillation.crd(*both(v, t, 20.0, V, T, 100.0)), oracle("crd", v, t, V, T, *SCALES), rtol=2e-6
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_crd_of_a_student_that_equals_its_teacher_is_zero(scale: float) -> None:
     v, t, _, _ = random_batch(5)
-    value, gradient = jax.value_and_grad(crd)(v, t, scale, v, t, scale)
+    value, gradient = jax.value_and_grad(lambda x: distillation.crd(*both(x, t, scale, v, t, scale)))(v)
     assert value == 0
     np.testing.assert_allclose(gradient, 0, atol=1e-6 * scale)
 
@@ -186,10 +206,11 @@ def test_cosine_is_half_the_width_times_mse() -> None:
 
 def test_icl_chooses_uniformly_among_several_positives() -> None:
     v, t, V, T = random_batch(9)
-    positives = np.tri(BATCH, dtype=bool)
+    tokens = np.array([[1], [2], [1], [3], [1], [3], [4], [5]])
+    positives = tokens == tokens.T
     image_to_text, text_to_image = log_softmax(20.0 * v @ T.T), log_softmax(20.0 * t @ V.T)
     expected = [image_to_text[i, positives[i]].mean() + text_to_image[i, positives[:, i]].mean() for i in range(BATCH)]
-    np.testing.assert_allclose(icl(v, t, V, T, 20.0, positives), -np.mean(expected) / 2, rtol=2e-6)
+    np.testing.assert_allclose(icl(v, t, V, T, 20.0, tokens), -np.mean(expected) / 2, rtol=2e-6)
 
 
 def test_unknown_kind_and_unprojected_student_are_named() -> None:
@@ -217,6 +238,10 @@ def test_value_and_gradients_equal_pytorch(name: str) -> None:
 
     expected = {
         "crd": lambda: (divergence(student, teacher) + divergence(student.T, teacher.T)) / 2,
+        "kl_mix": lambda: (
+            0.35 * (divergence(student, teacher) + divergence(student.T, teacher.T))
+            + 0.15 * (divergence(teacher, student) + divergence(teacher.T, student.T))
+        ),
         "open_clip": lambda: DistillClipLoss()(v, t, s, V, T, S)[1],
         "affinity_mimicking": lambda: (
             functional.cross_entropy(student, teacher.softmax(1))

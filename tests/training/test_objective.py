@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from tclip_jax.losses import contrastive, distillation
 from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.losses.rows import compare, compare_rows
 from tclip_jax.models.blending import blend_params
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -20,7 +21,8 @@ from tclip_jax.models.states import apply_with_states
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.heads import init_heads
-from tclip_jax.training.objective import Encoders, Observed, cached_teacher, check_teacher, objective, same_depth
+from tclip_jax.training.inside import same_depth
+from tclip_jax.training.objective import Encoders, Objective, check_teacher
 from tclip_jax.training.sections import LossConfig
 
 VISION, TEXT = VisionConfig((16, 16), patch_size=8, width=16, layers=2, head_width=8), TextConfig(6, 32, 16, 2, 2)
@@ -35,6 +37,7 @@ BATCH = {
     "weight": np.array([1, 1, 1, 0], np.float32),
 }
 CLIP_STUDENT, CLIP_TEACHER = CLIP(STUDENT, RULES), CLIP(TEACHER)
+SEES = Encoders(CLIP_STUDENT, MEAN, STD)
 
 
 @functools.cache
@@ -58,14 +61,18 @@ def seen() -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def objective(tree: Any, teacher_params: Any, goal: Objective, batch: Any = BATCH, share: Any = None) -> Any:
+    return goal.judge(tree, teacher_params, batch, *goal.see(tree, teacher_params, batch, batch, share))
+
+
 def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
     """Gradients and metrics of the objective, in one jitted call."""
     clip, teacher_params = params()
     tree = {"clip": clip, "heads": init_heads(jax.random.key(2), STUDENT, TEACHER, loss)}
 
     def gradients(tree: Any, teacher_params: Any) -> Any:
-        teacher = Encoders(CLIP_TEACHER, HALF, HALF)(teacher_params, BATCH, loss)
-        return jax.grad(objective, has_aux=True)(tree, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), teacher, loss)
+        goal = Objective(SEES, Encoders(CLIP_TEACHER, HALF, HALF), loss)
+        return jax.grad(objective, has_aux=True)(tree, teacher_params, goal)
 
     found, metrics = jax.jit(gradients)(tree, teacher_params)
     return (found, tree), {name: float(value) for name, value in metrics.items()}
@@ -83,7 +90,8 @@ def test_every_term_is_its_function_and_they_add_up() -> None:
     loss = LossConfig(**weights, **kinds, kl_reverse=0.3, relation_heads=2, layers=(0, -1))  # type: ignore[arg-type]
     (gradients, tree), metrics = run(loss)
     heads, weight = tree["heads"], BATCH["weight"]
-    same = contrastive.positive_pairs(jnp.asarray(BATCH["tokens"]), "equal_text")
+    how = {"tokens": BATCH["tokens"], "weight": weight}
+    rows = compare(*ours, teacher=theirs, bias=-10.0, **how)
     to_image, to_text = (
         unit(np.asarray(x) @ heads[name]["kernel"] + heads[name]["bias"])
         for name, x in (("image", ours[0]), ("text", ours[1]))
@@ -99,14 +107,16 @@ def test_every_term_is_its_function_and_they_add_up() -> None:
             a, b = (jnp.split(states[tower]["qkv"][k], 3, -1) for states, k in ((inside, i), (teacher_inside, j)))
             relations += [relation_matching(x, y, 2, valid[tower]) for x, y in zip(a, b, strict=True)]
     expected = {
-        "task": contrastive.sigmoid_loss(*ours, -10.0, same, weight),
-        "crd": distillation.crd(*ours, *theirs, weight),
-        "icl": distillation.icl(to_image, to_text, theirs[0], theirs[1], 2.659, same, weight),
+        "task": contrastive.sigmoid_loss(rows[0]),
+        "crd": distillation.crd(*rows),
+        "icl": contrastive.info_nce(
+            compare_rows(to_image, theirs[1], 2.659, **how), compare_rows(to_text, theirs[0], 2.659, **how)
+        ),
         "fd": distillation.feature_distillation(to_image, theirs[0], "cosine", weight)
         + distillation.feature_distillation(to_text, theirs[1], "cosine", weight),
-        "open_clip": distillation.open_clip_distillation(*ours, *theirs, weight),
-        "affinity": distillation.affinity_mimicking(*ours, *theirs, weight),
-        "kl": distillation.kl_mix(*ours, *theirs, weight, 0.3),
+        "open_clip": distillation.open_clip_distillation(*rows),
+        "affinity": distillation.affinity_mimicking(*rows),
+        "kl": distillation.kl_mix(*rows, 0.3),
         "hidden": np.mean(hidden),
         "relations": np.mean(relations),
     }
@@ -140,14 +150,14 @@ def test_a_blended_student_reaches_the_ternary_loss_exactly() -> None:
     @jax.jit
     def loss(share: Any) -> jax.Array:
         tree = clip if share is None else blend_params(clip, RULES, share)
-        return objective({"clip": tree}, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), None, LossConfig())[0]
+        return objective({"clip": tree}, None, Objective(SEES, None, LossConfig()))[0]
 
     @jax.jit
     def by_share(share: Any) -> jax.Array:
-        return objective({"clip": clip}, BATCH, Encoders(CLIP_STUDENT, MEAN, STD), None, LossConfig(), share)[0]
+        return objective({"clip": clip}, None, Objective(SEES, None, LossConfig()), share=share)[0]
 
     assert by_share(jnp.float32(1)) == loss(None)
-    floats = objective({"clip": clip}, BATCH, Encoders(CLIP(STUDENT), MEAN, STD), None, LossConfig())[0]
+    floats = objective({"clip": clip}, None, Objective(Encoders(CLIP(STUDENT), MEAN, STD), None, LossConfig()))[0]
     assert float(by_share(jnp.float32(0))) == pytest.approx(float(floats), rel=1e-5) and floats != loss(None)
 
 
@@ -156,12 +166,9 @@ def test_the_teacher_of_a_batch_is_the_teacher_in_the_step() -> None:
     batch = BATCH | {"teacher_image": np.float16(theirs[0]), "teacher_text": np.float16(theirs[1])}
     loss = LossConfig(crd=1.0, icl=1.0, fd=1.0)
     tree = {"clip": params()[0], "heads": init_heads(jax.random.key(2), STUDENT, 20, loss)}
-    both = [
-        jax.jit(lambda tree, teacher: objective(tree, batch, Encoders(CLIP_STUDENT, MEAN, STD), teacher, loss)[1])(
-            tree, teacher
-        )
-        for teacher in (Observed(*theirs, {}), cached_teacher(batch, float(theirs[2])))
-    ]
+    goals = [Objective(SEES, teacher, loss) for teacher in (Encoders(CLIP_TEACHER, HALF, HALF), float(theirs[2]))]
+    metrics = jax.jit(lambda tree, teacher, goal: objective(tree, teacher, goal, batch)[1], static_argnums=2)
+    both = [metrics(tree, params()[1], goal) for goal in goals]
     for name in ("loss/crd", "loss/icl", "loss/fd"):
         assert float(both[0][name]) == pytest.approx(float(both[1][name]), abs=1e-3), name
 
