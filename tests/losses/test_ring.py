@@ -1,0 +1,183 @@
+"""Losses over eight simulated devices, gathered and in a ring: those of NumPy float64, in value and gradient."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.rows import compare, compare_rows
+
+BATCH, AXES = 32, ("data", "fsdp")
+NAMES = ("info_nce", "sigmoid", "crd", "kl", "open_clip", "affinity", "icl", "accuracy")
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 4, (BATCH, 2)).astype(np.int32)
+WEIGHT = np.float32(RNG.random(BATCH) > 0.2)
+
+
+def unit_vectors(width: int, batch: int = BATCH) -> np.ndarray:
+    x = RNG.normal(size=(batch, width)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+V, T = unit_vectors(9), unit_vectors(9)  # the teacher's
+# Image, text, scale and bias; image and text projected to the teacher's width, and ICL's scale.
+STUDENT = (
+    *(unit_vectors(6), unit_vectors(6), np.float32(20), np.float32(-10)),
+    *(unit_vectors(9), unit_vectors(9), np.float32(2.659)),
+)
+
+
+def losses(student: Any, fixed: Any, ring: Ring | None) -> jax.Array:
+    v, t, scale, bias, to_V, to_T, icl_scale = student
+    V, T, tokens, weight = fixed
+    how: dict[str, Any] = {"tokens": tokens, "weight": weight, "ring": ring}
+    rows = compare(v, t, scale, teacher=(V, T, 50.0), bias=bias, **how)
+    crossed = compare_rows(to_V, T, icl_scale, **how), compare_rows(to_T, V, icl_scale, **how)
+    values = (
+        *(contrastive.info_nce(*rows), contrastive.sigmoid_loss(rows[0])),
+        *(distillation.crd(*rows), distillation.kl_mix(*rows, 0.3)),
+        *(distillation.open_clip_distillation(*rows), distillation.affinity_mimicking(*rows)),
+        *(contrastive.info_nce(*crossed), contrastive.retrieval_accuracy(rows[0])),
+    )
+    return jnp.stack(values)
+
+
+def losses_float64(student: Any, tokens: np.ndarray | None) -> np.ndarray:
+    """The same of the samples that exist, each from the whole matrix of logits."""
+    real = WEIGHT > 0
+    v, t, scale, bias, to_V, to_T, icl_scale = (x[real] if np.ndim(x) else x for x in map(np.float64, student))
+    V64, T64 = np.float64(V[real]), np.float64(T[real])
+    keys = np.flatnonzero(real)[:, None] if tokens is None else tokens[real]
+    same = (keys[:, None] == keys[None]).all(-1)
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return x - np.logaddexp.reduce(x, axis=1, keepdims=True)
+
+    def hard(*logits: np.ndarray) -> float:
+        return np.mean([-np.mean(log_softmax(x)[i, same[i]]) for x in logits for i in range(len(x))])
+
+    logits, theirs = scale * v @ t.T, 50 * V64 @ T64.T
+    pairs = [(log_softmax(theirs), log_softmax(logits)), (log_softmax(theirs.T), log_softmax(logits.T))]
+    forward = np.mean([np.sum(np.exp(p) * (p - q), 1) for p, q in pairs])
+    reverse = np.mean([np.sum(np.exp(q) * (q - p), 1) for p, q in pairs])
+    soft = -np.mean([np.sum(np.exp(p) * q, 1) for p, q in pairs])
+    sigmoid = np.logaddexp(0, -np.where(same, 1, -1) * (logits + bias)).sum() / len(v)
+    accuracy = same[np.arange(len(v)), logits.argmax(1)].mean()
+    icl = hard(icl_scale * to_V @ T64.T, icl_scale * to_T @ V64.T)
+    return np.array(
+        [hard(logits, logits.T), sigmoid, forward, 0.7 * forward + 0.3 * reverse, soft, 2 * soft, icl, accuracy]
+    )
+
+
+@functools.cache
+def mesh_of(*shape: int) -> Mesh:
+    return jax.make_mesh(shape, (*AXES, "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def value_and_gradients(ring: Ring | None) -> Callable[..., Any]:
+    """Of all losses, and of their sum with given weights."""
+
+    def run(student: Any, fixed: Any, weights: Any) -> Any:
+        values, pull = jax.vjp(lambda student: losses(student, fixed, ring), student)
+        return values, *pull(weights)
+
+    return jax.jit(run)
+
+
+def run_on(mesh: Mesh, ring: Ring | None, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Any]]:
+    """The losses, and the gradient of each."""
+    garbage = [np.where(WEIGHT[:, None] > 0, x, np.nan) if np.ndim(x) else x for x in STUDENT]
+    place = NamedSharding(mesh, PartitionSpec(AXES)), NamedSharding(mesh, PartitionSpec())
+    put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, place[not np.ndim(x)]), tree)  # noqa: E731
+    student, fixed = put(tuple(garbage)), put((V, T, tokens, WEIGHT))
+    with jax.set_mesh(mesh):
+        found = [value_and_gradients(ring)(student, fixed, weights) for weights in np.eye(8, dtype=np.float32)]
+    return np.asarray(found[0][0]), [jax.device_get(gradients) for _, gradients in found]
+
+
+@functools.cache
+def of_one_device(equal_text: bool) -> tuple[np.ndarray, list[Any]]:
+    mesh = jax.make_mesh((1, 1, 1), (*AXES, "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return run_on(mesh, None, TOKENS if equal_text else None)
+
+
+def test_one_device_has_the_losses_and_slopes_of_numpy() -> None:
+    values, gradients = of_one_device(True)
+    np.testing.assert_allclose(values, losses_float64(STUDENT, TOKENS), rtol=2e-6)
+    directions = [RNG.normal(size=np.shape(x)) for x in STUDENT]
+    ahead, behind = (
+        losses_float64([x + step * d for x, d in zip(STUDENT, directions, strict=True)], TOKENS)
+        for step in (1e-6, -1e-6)
+    )
+    for name, each, slope in zip(NAMES[:7], gradients, (ahead - behind) / 2e-6, strict=False):
+        parts = [np.sum(np.float64(g) * d) for g, d in zip(each, directions, strict=True)]
+        np.testing.assert_allclose(sum(parts), slope, rtol=0, atol=2e-6 * np.abs(parts).sum(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ring", "equal_text"),
+    [
+        ((4, 2, 1), None, True),
+        ((8, 1, 1), Ring(AXES), True),
+        ((2, 2, 2), Ring(AXES, 2), False),
+        ((1, 4, 2), Ring(AXES, 3), True),  # chunks of two, the largest that divide eight
+        ((1, 1, 8), Ring(AXES, 8), False),  # a ring of one
+    ],
+)
+def test_many_devices_have_the_losses_and_gradients_of_one(
+    shape: tuple[int, ...], ring: Ring | None, equal_text: bool
+) -> None:
+    expected, expected_gradients = of_one_device(equal_text)
+    values, gradients = run_on(mesh_of(*shape), ring, TOKENS if equal_text else None)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    for name, ours, theirs in zip(NAMES, gradients, expected_gradients, strict=True):
+        for ours_of, theirs_of in zip(ours, theirs, strict=True):
+            tolerance = 2e-6 * max(np.abs(theirs_of).max(), 1)
+            np.testing.assert_allclose(ours_of, theirs_of, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_of_equal_columns_on_several_devices_the_first_is_found() -> None:
+    images, texts = np.eye(8, dtype=np.float32), np.eye(8, dtype=np.float32)[[5, 1, 1, 3, 4, 5, 6, 1]]
+    with jax.set_mesh(mesh_of(8, 1, 1)):
+        rows = jax.jit(compare_rows, static_argnames="ring")(images, texts, 1.0, ring=Ring(AXES))
+    dense = compare_rows(images, texts, 1.0)
+    np.testing.assert_array_equal(rows.hit, dense.hit)
+    assert rows.hit.tolist() == [True, True, False, True, True, False, True, False]
+
+
+def program(ring: Ring | None, batch: int) -> str:
+    mesh = mesh_of(4, 2, 1)
+    sharded, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(AXES), PartitionSpec()))
+    shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=sharded if dims else whole)  # noqa: E731
+    student = (*(shape(batch, 6), shape(batch, 6), shape(), shape()), *(shape(batch, 9), shape(batch, 9), shape()))
+    fixed = shape(batch, 9), shape(batch, 9), shape(batch, 2, dtype=jnp.int32), shape(batch)
+    weights = jax.ShapeDtypeStruct((8,), jnp.float32)
+    with jax.set_mesh(mesh):
+        return value_and_gradients(ring).lower(student, fixed, weights).compile().as_text()
+
+
+def dimensions(text: str) -> set[int]:
+    return {int(size) for shape in re.findall(r"(?:f32|s32|pred)\[([\d,]+)\]", text) for size in shape.split(",")}
+
+
+def test_in_a_ring_no_device_ever_holds_more_rows_than_its_own() -> None:
+    text = program(Ring(AXES, 16), 8 * 96)
+    assert "collective-permute" in text and "all-gather" not in text
+    assert max(dimensions(text)) == 96 and not re.search(r"\[96,96\]", text) and "[96,16]" in text
+
+
+def test_gathered_every_device_holds_its_rows_of_the_logits_only() -> None:
+    text = program(None, 8 * 96)
+    assert "all-gather" in text and "all-to-all" not in text
+    assert "[96,768]" in text and "[768,768]" not in text
