@@ -16,6 +16,7 @@ import tqdm.contrib.logging
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or go on with a run",
+    "plan": "memory, collectives and time of a run on TPUs that are not there, before it is paid for",
     "launch": "start a command on several processes: here, on TPU VMs, GKE, SLURM or SkyPilot",
     "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
     "data prepare": "webdataset tars or another source of captions as an ArrayRecord data set of TFDS",

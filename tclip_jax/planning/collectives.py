@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,19 +75,27 @@ def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collecti
     return sorted((each for each in found if each.devices > 1), key=lambda each: -each.sent_bytes)
 
 
-def carries_activations(collective: Collective, sizes: frozenset[int], rows: int, least_rows: int) -> bool:
+def carries_activations(
+    collective: Collective,
+    sizes: Collection[int],
+    rows: int,
+    least_rows: int,
+    weights: Collection[tuple[int, ...]] = (),
+) -> bool:
     """Whether it carries a batch x sequence x width array.
 
     Args:
       sizes: sequence · width of every such array of the models.
       rows: of the global batch, which a part of the batch divides.
       least_rows: of the smallest part of it that a device has at once.
+      weights: sorted sizes of the axes, but those of 1, of what is a parameter or its gradient.
     """
     for array in collective.arrays:
-        for size in sizes:
-            part, rest = divmod(array.size, size)
-            if not rest and part >= max(least_rows, 2) and rows % part == 0:
-                return True
+        if tuple(sorted(size for size in array.dims if size > 1)) in weights:
+            continue
+        parts = [array.size // size for size in sizes if array.size % size == 0]
+        if any(part >= max(least_rows, 2) and rows % part == 0 for part in parts):
+            return True
     return False
 
 

@@ -41,7 +41,9 @@ def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: s
     """
     run = run_config(ml_collections.ConfigDict(dict(config)))
     # Without it a v4 chip would be two devices, which no runtime makes of it.
-    options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    if run.mesh.slices > 1:
+        options["num_slices"] = run.mesh.slices
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     mesh = make_mesh(**dataclasses.asdict(run.mesh), devices=described.devices)
     check_batch(run, mesh)
@@ -62,12 +64,12 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
     rows = build.run.data.batch_size
     sizes = activation_sizes(build)
     least_rows = rows // math.prod(mesh[axis] for axis in BATCH_AXES)
-    moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows))
+    weights = weight_shapes(build)
+    moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows, weights))
     return StepFacts(
         how="compiled",
         mesh=mesh,
         memory=memory,
-        peak=compiled.memory_analysis().peak_memory_in_bytes or memory.total,
         traffic=memory_traffic(program),
         collectives=tuple(collectives),
         moving_activations=tuple(f"{each.kind} {_shapes(each)} {each.name}" for each in moving),
@@ -85,6 +87,16 @@ def activation_sizes(build: Build) -> frozenset[int]:
     return frozenset(
         size // part for config in configs for size in _sizes(config) for part in (1, build.mesh.shape.get("tensor", 1))
     )
+
+
+def weight_shapes(build: Build) -> frozenset[tuple[int, ...]]:
+    """Sorted sizes above 1 of the axes of each parameter, whole or in shards, stacked layers or one of them."""
+    found: set[tuple[int, ...]] = set()
+    for leaf in jax.tree.leaves((build.state_shapes().params, build.teacher_shapes())):
+        for shape in (leaf.shape, leaf.shape[1:]):
+            choices = [[size // part for part in (1, *build.mesh.shape.values(), build.mesh.size)] for size in shape]
+            found |= {tuple(sorted(size for size in each if size > 1)) for each in itertools.product(*choices)}
+    return frozenset(found)
 
 
 def _sizes(config: CLIPConfig) -> Iterable[int]:

@@ -18,7 +18,6 @@ class StepFacts:
       how: "compiled" or "by formula".
       mesh: sizes of its axes.
       memory: bytes by what they hold.
-      peak: bytes at most at once by the compiler's own account, or `memory.total`.
       traffic: bytes to and from HBM.
       collectives: the largest first.
       moving_activations: names of collectives that carry a batch x sequence x width array.
@@ -29,7 +28,6 @@ class StepFacts:
     how: str
     mesh: dict[str, int]
     memory: Memory
-    peak: int
     traffic: int
     collectives: tuple[Collective, ...]
     moving_activations: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from tclip_jax.planning.hardware import NODE, Chip, Topology
 from tclip_jax.planning.program import StepFacts
@@ -59,7 +60,7 @@ def estimate(
       model_flops: per pair, without them.
       price: of a chip and hour, in any currency.
     """
-    chip, devices = topology.chip, topology.devices
+    chip, devices = topology.chip, math.prod(facts.mesh.values())
     flops = batch * pair_flops / devices
     compute, memory = flops / chip.peak_flops, facts.traffic * chip.devices / chip.bandwidth
     network = sum(
@@ -67,7 +68,7 @@ def estimate(
         for each in facts.collectives
     )
     overlapped, serial = max(compute, memory, network), compute + memory + network
-    hours = steps * overlapped / 3600
+    hours, chips = steps * overlapped / 3600, devices // chip.devices
     return Estimate(
         compute=compute,
         memory=memory,
@@ -78,9 +79,9 @@ def estimate(
         mfu=batch * model_flops / devices / chip.peak_flops / overlapped,
         images_per_second=batch / overlapped,
         hours=hours,
-        chip_hours=hours * topology.chips,
+        chip_hours=hours * chips,
         serial_hours=steps * serial / 3600,
-        cost=None if price is None else price * hours * topology.chips,
+        cost=None if price is None else price * hours * chips,
     )
 
 

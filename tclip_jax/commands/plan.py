@@ -1,0 +1,64 @@
+"""Example:
+  tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --config.data.batch_size=32768 --config.mesh.fsdp=16
+  tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --sweep batch_size=16384,32768 mesh.fsdp=1,16 --out sweep
+
+Compiles the very step that `tclip train` runs, for TPUs that are not there, and trains nothing. For GPUs (h100:64) it
+calculates by formula. The exit code is 1 if it does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+
+from tclip_jax.commands.train import add_config_arguments
+from tclip_jax.recipes import load_recipe, override
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe, where it is to run, and the form of the plan."""
+    add_config_arguments(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x16, h100:64, …")
+    parser.add_argument("--teacher-preset", default="", metavar="NAME", help="shape of the teacher, as ViT-L-14")
+    parser.add_argument("--price", type=float, metavar="X", help="of a chip and hour, for the cost")
+    parser.add_argument("--cache", metavar="DIR", help="where compiled plans are kept (default ~/.cache/tclip/plans)")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KEY=A,B",
+        help="plan every combination: batch_size=A,B, mesh.fsdp=1,16, mesh.tensor=1,2, remat=True,False",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for a sweep's sweep.json and sweep.html")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan, or the sweep and the best of it that fits."""
+    from tclip_jax.planning.child import cache_folder
+    from tclip_jax.planning.hardware import parse_topology
+    from tclip_jax.planning.plan import make_plan, plan_text
+
+    topology = parse_topology(args.topology)
+    config = load_recipe(args.config)
+    if args.teacher_preset and not config.teacher:
+        config.teacher = args.teacher_preset
+    override(config, args.overrides)
+    shared = {
+        "teacher_preset": args.teacher_preset,
+        "price": args.price,
+        "cache": args.cache or cache_folder(),
+    }
+    if args.sweep:
+        from tclip_jax.planning.sweep import best, parse_grid, run_sweep, sweep_text, write_sweep
+
+        grid = parse_grid(args.sweep)
+        changed = [override(copy.deepcopy(config), map("=".join, changes.items())) for changes in grid]
+        points = run_sweep(list(zip(grid, changed, strict=True)), topology, **shared)
+        if args.out:
+            write_sweep(args.out, points)
+        print(json.dumps([point.to_json() for point in points]) if args.json else sweep_text(points))
+        return int(best(points) is None)
+    plan = make_plan(config, topology, **shared)
+    print(json.dumps(plan.to_json()) if args.json else plan_text(plan))
+    return int(not plan.fits)

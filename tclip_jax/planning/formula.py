@@ -1,0 +1,130 @@
+"""The facts of a step on GPUs by formula: nothing is compiled, so they are rougher than those of TPUs.
+
+Sharding is exact: it asks the same rules as training. Activations are those of a transformer with fused attention
+(no logits in memory, as cuDNN and Pallas do it) and, with remat, one hidden state kept a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.parallel.mesh import BATCH_AXES, abstract_mesh
+from tclip_jax.planning.collectives import Collective
+from tclip_jax.planning.hardware import Topology
+from tclip_jax.planning.hlo import Array
+from tclip_jax.planning.memory import Memory, argument_bytes, device_bytes
+from tclip_jax.planning.program import StepFacts
+from tclip_jax.planning.teachers import find_teacher
+from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.training.config import RunConfig
+
+_XLA = {"bfloat16": "bf16", "float32": "f32"}
+
+
+def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") -> StepFacts:
+    """The facts of a run's step on so many GPUs.
+
+    Raises:
+      ValueError: a mesh or a batch that does not fit them, or a teacher whose shape is not known.
+    """
+    # Only shapes are asked of it, which a mesh without devices has too.
+    mesh: Any = abstract_mesh(topology.devices, run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    check_batch(run, mesh)
+    build = Build(run, mesh, find_teacher(run, teacher_preset))
+    arguments = argument_bytes(build)
+    temporaries = _temporaries(build)
+    collectives = tuple(sorted(_collectives(build), key=lambda each: -each.sent_bytes))
+    return StepFacts(
+        how="by formula",
+        mesh=dict(mesh.shape),
+        memory=Memory(**arguments, padding=0, temporaries=temporaries, outputs=0, program=0),
+        # The state is read and written; each activation is written, and read twice.
+        traffic=2 * (arguments["parameters"] + arguments["optimizer"] + arguments["average"]) + _activations(build),
+        collectives=collectives,
+        moving_activations=(),
+        links={},
+        seconds=0.0,
+    )
+
+
+def _rows(build: Build) -> int:
+    return build.run.data.batch_size // math.prod(build.mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int]]:
+    yield config.vision, 1 + math.prod(config.vision.grid)
+    yield config.text, config.text.context_length
+
+
+def _block(tower: VisionConfig | TextConfig) -> float:
+    """Widths that a block holds for its backward pass: two norms, q, k, v, their mix, and the MLP twice."""
+    return 6 + 2 * tower.mlp_ratio
+
+
+def _temporaries(build: Build) -> int:
+    """Gradients, what the backward pass keeps, one block at work, one block's gathered weights, and the loss."""
+    run, rows = build.run, _rows(build)
+    itemsize = 2 if run.dtype == "bfloat16" else 4
+    kept = working = 0.0
+    for tower, tokens in _towers(run.model):
+        state = rows * tokens * tower.width * itemsize
+        kept += tower.layers * state * (1 if run.remat else _block(tower))
+        working = max(working, _block(tower) * state)
+    if isinstance(build.teacher, Architecture):
+        widest = (rows * tokens * tower.width * _block(tower) for tower, tokens in _towers(build.teacher.config))
+        working = max(working, itemsize * max(widest))
+    gradients = device_bytes(build.state_shapes().params)
+    # Similarities with every text and image of the global batch, and their gradient, float32.
+    similarities = 4 * 4 * rows * run.data.batch_size
+    return int(kept + working + gradients + similarities)
+
+
+def _activations(build: Build) -> int:
+    """Bytes that the forward and backward passes move: each block's arrays once written and twice read."""
+    run, rows = build.run, _rows(build)
+    itemsize = 2 if run.dtype == "bfloat16" else 4
+    models = [(run.model, 3 + run.remat)]
+    if isinstance(build.teacher, Architecture):
+        models.append((build.teacher.config, 1))
+    moved = (
+        passes * 3 * tower.layers * _block(tower) * rows * tokens * tower.width * itemsize
+        for config, passes in models
+        for tower, tokens in _towers(config)
+    )
+    return int(sum(moved))
+
+
+def _collectives(build: Build) -> Iterator[Collective]:
+    """Weights gathered over `fsdp` for each pass, gradients reduced, embeddings of the batch gathered and returned."""
+    run, mesh = build.run, build.mesh.shape
+    dtype, fsdp = _XLA[run.dtype], mesh["fsdp"]
+    student = _elements(build.state_shapes().params["clip"]) // mesh["tensor"]
+    passes = [(student, 2 + run.remat, "weights")]
+    if (teacher := build.teacher_shapes()) is not None:
+        passes.append((_elements(teacher) // mesh["tensor"], 1, "the teacher's weights"))
+    if fsdp > 1:
+        for size, times, name in passes:
+            yield Collective("all-gather", (Array(dtype, (size,)),), ("fsdp",), fsdp, times, name)
+        yield Collective("reduce-scatter", (Array(dtype, (student,)),), ("fsdp",), fsdp, 1, "gradients")
+    if mesh["data"] > 1:
+        shard = (Array(dtype, (student // fsdp,)),)
+        yield Collective("all-reduce", shard, ("data",), mesh["data"], 1, "gradients")
+    shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+    if shards > 1:
+        embeddings = (Array("f32", (2, run.data.batch_size, run.model.embed_dim)),)
+        for kind, name in (("all-gather", "embeddings"), ("reduce-scatter", "their gradients")):
+            yield Collective(kind, embeddings, BATCH_AXES, shards, 1, name)
+    if mesh["tensor"] > 1:
+        for tower, tokens in _towers(run.model):
+            state = (Array(dtype, (_rows(build), tokens, tower.width)),)
+            times = tower.layers * 2 * (2 + run.remat)  # after attention and the MLP, in each pass
+            yield Collective("all-reduce", state, ("tensor",), mesh["tensor"], times, "partial sums")
+
+
+def _elements(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
