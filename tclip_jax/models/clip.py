@@ -13,9 +13,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import normalize_embedding
+from tclip_jax.models.tensor_parallel import check_tensor
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.models.text import TextTransformer
 from tclip_jax.models.vision import VisionTransformer
+from tclip_jax.parallel.mesh import mesh_in_force
 from tclip_jax.ternary import initial_alpha
 
 
@@ -37,6 +39,8 @@ class CLIP(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
+        mesh = mesh_in_force()
+        check_tensor(self.config, self.rules, mesh.shape["tensor"] if mesh else 1)
         shared = (self.config.embed_dim, self.config.quick_gelu, self.rules, self.dtype, self.remat)
         self.image = VisionTransformer(self.config.vision, *shared)
         self.text = TextTransformer(self.config.text, *shared)

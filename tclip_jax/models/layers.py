@@ -10,7 +10,10 @@ from flax import linen as nn
 
 from tclip_jax.models.blending import Blend
 from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis, matrix_shape
+from tclip_jax.parallel.mesh import constrain
+from tclip_jax.parallel.rules import matrix_specs
 from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
+from tclip_jax.ternary.gathering import Placement, gather_float, look_up
 
 Initializer = nn.initializers.Initializer
 
@@ -22,6 +25,7 @@ class Latent(NamedTuple):
       size: number of weights of the whole matrix.
       alpha: the learned scale, of the kinds of quantizers that have one.
       share: of the quantized weight where it is blended with the float one.
+      placement: where it is stored and where it is used, of a sharded matrix.
     """
 
     weight: jax.Array
@@ -30,17 +34,29 @@ class Latent(NamedTuple):
     axis: int = -2
     alpha: jax.Array | None = None
     share: jax.Array | None = None
+    placement: Placement | None = None
 
-    def rows(self, index: jax.Array) -> Latent:
-        """The rows of a table; α too has a row for each."""
+    def rows(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows of a table, quantized, in `dtype`; only those are quantized where nothing is sharded."""
+        whole = self.quantizer is not None and self.quantizer.group == "tensor"
+        if self.placement and not (whole or self.alpha is not None or self.share is not None):
+            return look_up(self.weight, index, self.quantizer, self.placement, jnp.dtype(dtype))
+        if self.placement or whole:
+            return self.quantized(jnp.float32)[index].astype(dtype)
         alpha = None if self.alpha is None else self.alpha[index]
-        return self._replace(weight=self.weight[index], alpha=alpha)
+        return self._replace(weight=self.weight[index], alpha=alpha).quantized(dtype)
 
-    def quantized(self) -> jax.Array:
+    def quantized(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """What a product multiplies by, in `dtype` and where it is used."""
         if self.quantizer is None:
-            return self.weight
-        quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
-        return quantized if self.share is None else self.share * quantized + (1 - self.share) * self.weight
+            weight = self.weight
+        elif self.share is None:
+            given = (self.weight, self.quantizer, self.axis, self.alpha, self.size)
+            return fake_quantize(*given, dtype, self.placement)
+        else:
+            quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
+            weight = self.share * quantized + (1 - self.share) * self.weight
+        return gather_float(weight, self.placement, jnp.dtype(dtype)) if self.placement else weight.astype(dtype)
 
 
 def find_weight(
@@ -56,31 +72,44 @@ def find_weight(
     path = "/".join((*module.path, name))
     weight, quantizer, axis = value.reshape(matrix_shape(shape)), find_quantizer(path, rules), input_axis(path)
     alpha = module.get_variable("params", f"{name}_scale") if quantizer and quantizer.learned else None
-    return Latent(weight, weight.size, quantizer, axis, alpha, share)
+    specs = matrix_specs(path, weight.shape)
+    return Latent(weight, weight.size, quantizer, axis, alpha, share, specs and Placement(*specs))
 
 
-def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent) -> jax.Array:
-    """x · W in the dtype of `x`."""
+def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts: int = 1) -> jax.Array:
+    """x · W in the dtype of `x`; with more `parts` than one, they have an axis before the last."""
     if isinstance(weight, PackedTensor | TernaryTensor):
-        return ternary_matmul(x, weight)
-    return x @ weight.quantized().astype(x.dtype)
+        y = ternary_matmul(x, weight)
+        return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
+    w_KN = weight.quantized(x.dtype)
+    if parts == 1:
+        return x @ w_KN
+    w_KPN = constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor")
+    return jnp.tensordot(x, w_KPN, 1)
 
 
 class Dense(nn.Module):
-    """x · W + b with a float or ternary W (K, N)."""
+    """x · W + b with a float or ternary W (K, N).
+
+    With `parts` > 1, W is as many matrices beside each other, and what they give is (..., parts, N / parts): devices
+    along the mesh axis `tensor` share each.
+    """
 
     features: int
     rules: TernaryRules = ()
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: jax.typing.DTypeLike = jnp.float32
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        y = multiply(x.astype(self.dtype), find_weight(self, "kernel", self.kernel_init, shape, self.rules))
+        kernel = find_weight(self, "kernel", self.kernel_init, shape, self.rules)
+        y = multiply(x.astype(self.dtype), kernel, self.parts)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y += bias if self.parts == 1 else bias.reshape(self.parts, -1)
         return y
 
 
@@ -104,9 +133,7 @@ class Embedding(nn.Module):
                 table.trits[tokens], jnp.take(table.scale, tokens, axis=0, mode="clip"), table.group, table.axis
             )
             return rows.dequantize(self.dtype)
-        if table.quantizer and table.quantizer.group == "tensor":
-            return table.quantized()[tokens].astype(self.dtype)
-        return table.rows(tokens).quantized().astype(self.dtype)
+        return table.rows(tokens, self.dtype)
 
 
 def layer_norm(name: str) -> nn.LayerNorm:

@@ -46,6 +46,6 @@ def _record(
     module, result = context.module, next_fun(*args, **kwargs)
     name = module.name or ""
     if context.method_name == "__call__" and name in wanted and module.path[0] in towers:
-        value = result[0] if name == "blocks" else result
+        value = result[0] if name == "blocks" else result.reshape(*result.shape[:-2], -1)
         module.sow("taps", wanted[name], value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return result

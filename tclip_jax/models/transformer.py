@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from tclip_jax.models.layers import Dense, attend, gelu, layer_norm
@@ -25,11 +24,12 @@ class Attention(nn.Module):
         batch, length, width = x_BTD.shape
         std = width**-0.5
         init, out_init = nn.initializers.normal(std), nn.initializers.normal(std * (2 * self.layers) ** -0.5)
-        qkv_BT3D = Dense(3 * width, self.rules, kernel_init=init, dtype=self.dtype, name="qkv")(x_BTD)
+        qkv = Dense(3 * width, self.rules, kernel_init=init, dtype=self.dtype, parts=3, name="qkv")
+        qkv_BT3D = constrain_batch(qkv(x_BTD), None, None, "tensor")
         q_BTHK, k_BTHK, v_BTHK = (
-            part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv_BT3D, 3, axis=-1)
+            qkv_BT3D[:, :, i].reshape(batch, length, self.heads, width // self.heads) for i in range(3)
         )
-        mixed_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, self.causal)
+        mixed_BTHK = constrain_batch(attend(q_BTHK, k_BTHK, v_BTHK, self.causal), None, "tensor")
         out = Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="out")
         return out(mixed_BTHK.reshape(batch, length, width))
 
@@ -49,7 +49,7 @@ class MLP(nn.Module):
         init = nn.initializers.normal((2 * width) ** -0.5)
         out_init = nn.initializers.normal(width**-0.5 * (2 * self.layers) ** -0.5)
         x_BTF = Dense(self.hidden, self.rules, kernel_init=init, dtype=self.dtype, name="fc1")(x_BTD)
-        x_BTF = gelu(x_BTF, self.quick_gelu)
+        x_BTF = constrain_batch(gelu(x_BTF, self.quick_gelu), None, "tensor")
         return Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="fc2")(x_BTF)
 
 

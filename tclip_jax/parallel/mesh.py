@@ -93,19 +93,23 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def mesh_in_force() -> AbstractMesh | None:
+    """The mesh of jax.set_mesh if it is one of ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(AXES) <= set(mesh.axis_names) else None
+
+
+def constrain(x: Any, *spec: str | tuple[str, ...] | None) -> Any:
+    """Keeps an array's axes over these of the mesh in force, and those not given whole; without a mesh, `x` itself."""
+    return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def constrain_batch(x: Any, *rest: str | None) -> Any:
-    """Keeps the first axis of an activation over `data` and `fsdp` of the mesh in force; without a mesh, `x` itself.
+    """Keeps the first axis of an activation over `data` and `fsdp`, and the others over those given, if any.
 
     Without it GSPMD reshards activations instead of gathering weights when parameters are sharded over `fsdp`.
-
-    Args:
-      x: rows first.
-      rest: the mesh axes of its other axes; none where not given.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *rest))
+    return constrain(x, BATCH_AXES, *rest)
 
 
 def constrain_replicated(x: Any) -> Any:

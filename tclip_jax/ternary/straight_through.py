@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tclip_jax.ternary.gathering import Placement, gather_ternary
 from tclip_jax.ternary.quantizers import Quantizer, find_levels, group_members, group_totals
 from tclip_jax.ternary.tensor import expand_scale
 
@@ -16,9 +17,15 @@ _SEQ_INSIDE = 0.99
 
 
 def fake_quantize(
-    w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None, size: int | None = None
+    w: jax.Array,
+    quantizer: Quantizer,
+    axis: int = -2,
+    alpha: jax.Array | None = None,
+    size: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    placement: Placement | None = None,
 ) -> jax.Array:
-    """ŵ = scale · trit in the dtype of `w` (..., K, N); zeros are +0.0.
+    """ŵ = scale · trit of the latent weights `w` (..., K, N); zeros are +0.0.
 
     The gradient of a kind whose scale is a function of `w` is the identity (straight-through, no clipping), and its
     scale is not differentiated (EdgeRazor). With g the gradient of ŵ, s the rounded scale and x = w / s:
@@ -34,54 +41,97 @@ def fake_quantize(
       axis: the input axis, −1 or −2.
       alpha: the learned α of the kinds lsq and seq.
       size: weights of the whole matrix, where `w` is a part of its rows; default K · N.
+      dtype: of ŵ; default that of `w`.
+      placement: of a matrix (K, N) that is stored sharded: its trits and scales go where they are used.
     """
+    dtype = jnp.dtype(w.dtype if dtype is None else dtype)
     if not quantizer.learned:
-        return _identity(w, quantizer, axis)
-    return _learned(w, alpha, quantizer, axis, size or w.shape[-1] * w.shape[-2])
+        return _identity(w, quantizer, axis, dtype, placement)
+    return _learned(w, alpha, quantizer, axis, size or w.shape[-1] * w.shape[-2], dtype, placement)
 
 
-def _quantized(w: jax.Array, quantizer: Quantizer, axis: int, alpha: jax.Array | None = None) -> jax.Array:
+def _quantized(
+    w: jax.Array,
+    quantizer: Quantizer,
+    axis: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
+    alpha: jax.Array | None = None,
+) -> jax.Array:
+    if placement is not None:
+        return gather_ternary(w, quantizer, axis, alpha, placement, dtype).dequantize(dtype)
     scale, threshold, group = find_levels(w, quantizer, axis, alpha)
     level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in (scale, threshold))
     # Selecting, not multiplying, gives +0.0 for every zero trit.
     w32 = w.astype(jnp.float32)
-    return jnp.where(jnp.abs(w32) > threshold, jnp.copysign(level, w32), 0.0).astype(w.dtype)
+    return jnp.where(jnp.abs(w32) > threshold, jnp.copysign(level, w32), 0.0).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _identity(w: jax.Array, quantizer: Quantizer, axis: int) -> jax.Array:
-    return _quantized(w, quantizer, axis)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _identity(
+    w: jax.Array, quantizer: Quantizer, axis: int, dtype: jnp.dtype, placement: Placement | None
+) -> jax.Array:
+    return _quantized(w, quantizer, axis, dtype, placement)
 
 
-def _identity_forward(w: jax.Array, quantizer: Quantizer, axis: int) -> tuple[jax.Array, None]:
-    return _quantized(w, quantizer, axis), None
+def _identity_forward(
+    w: jax.Array, quantizer: Quantizer, axis: int, dtype: jnp.dtype, placement: Placement | None
+) -> tuple[jax.Array, jax.Array]:
+    return _quantized(w, quantizer, axis, dtype, placement), jnp.zeros((), w.dtype)
 
 
-def _identity_backward(quantizer: Quantizer, axis: int, residuals: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (gradient,)
+def _identity_backward(
+    quantizer: Quantizer,
+    axis: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
+    like: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array]:
+    return (_stored(gradient, placement).astype(like.dtype),)
 
 
 _identity.defvjp(_identity_forward, _identity_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _learned(w: jax.Array, alpha: jax.Array | None, quantizer: Quantizer, axis: int, size: int) -> jax.Array:
-    return _quantized(w, quantizer, axis, alpha)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _learned(
+    w: jax.Array,
+    alpha: jax.Array | None,
+    quantizer: Quantizer,
+    axis: int,
+    size: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
+) -> jax.Array:
+    return _quantized(w, quantizer, axis, dtype, placement, alpha)
 
 
 def _learned_forward(
-    w: jax.Array, alpha: jax.Array, quantizer: Quantizer, axis: int, size: int
+    w: jax.Array,
+    alpha: jax.Array,
+    quantizer: Quantizer,
+    axis: int,
+    size: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _quantized(w, quantizer, axis, alpha), (w, alpha)
+    return _quantized(w, quantizer, axis, dtype, placement, alpha), (w, alpha)
 
 
 def _learned_backward(
-    quantizer: Quantizer, axis: int, size: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+    quantizer: Quantizer,
+    axis: int,
+    size: int,
+    dtype: jnp.dtype,
+    placement: Placement | None,
+    residuals: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     w, alpha = residuals
     scale, threshold, group = find_levels(w, quantizer, axis, alpha)
     level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in (scale, threshold))
-    w32, g32 = w.astype(jnp.float32), gradient.astype(jnp.float32)
+    w32, g32 = w.astype(jnp.float32), _stored(gradient, placement).astype(jnp.float32)
     trits = jnp.sign(w32) * (jnp.abs(w32) > threshold)
     if quantizer.kind == "lsq":
         x = w32 / level
@@ -93,7 +143,11 @@ def _learned_backward(
         members = np.array(size)
     each = g32 * jnp.where(inside, slope, jnp.sign(w32))
     alpha_gradient = group_totals(each, quantizer, axis) * jnp.asarray(members**-0.5, jnp.float32)
-    return jnp.where(inside, gradient, 0), alpha_gradient.astype(alpha.dtype)
+    return jnp.where(inside, g32, 0).astype(w.dtype), alpha_gradient.astype(alpha.dtype)
 
 
 _learned.defvjp(_learned_forward, _learned_backward)
+
+
+def _stored(gradient: jax.Array, placement: Placement | None) -> jax.Array:
+    return gradient if placement is None else placement.place_back(gradient)

@@ -80,11 +80,11 @@ def test_a_device_holds_its_share_of_the_weights(preset: str, sizes: tuple[int, 
     assert 1 / 8 <= held / sum(leaf.size for leaf in jax.tree.leaves(shapes(preset))) < 1 / 8 + 0.01
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _ in RULES])
+@pytest.mark.parametrize("pattern", [pattern for pattern, *_ in RULES])
 def test_every_rule_decides_for_some_parameter(pattern: str) -> None:
     heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig()), jax.random.key(0))
     trees = {"clip": shapes("tiny"), "heads": heads}
-    first = [next(p for p, _ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
+    first = [next(p for p, *_ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
     assert pattern in first
 
 

@@ -1,0 +1,121 @@
+"""Weights that move between devices as trits and scales: to the bit those of one device, in few bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.ternary import Quantizer, fake_quantize, initial_alpha
+from tclip_jax.ternary.gathering import Placement, gather_float, look_up
+
+OUTPUT = Placement(P(None, ("tensor", "fsdp")), P(None, None))
+COLUMNS = Placement(P(None, ("tensor", "fsdp")), P(None, "tensor"))
+ROWS = Placement(P("tensor", "fsdp"), P("tensor", None))
+TABLE = Placement(P(("tensor", "fsdp"), None), P(None, None))
+SIZE = {"f32": 4, "bf16": 2, "u8": 1, "s8": 1}
+
+
+def draw(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    w = np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
+    w[:8] = 0  # a whole group without a weight
+    return jnp.asarray(w)
+
+
+def gathered(program: str) -> list[tuple[str, int]]:
+    """dtype and bytes of what each all-gather of a compiled program gives."""
+    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program)
+    return [(dtype, SIZE[dtype] * math.prod(int(n) for n in shape.split(","))) for dtype, shape in found]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "placement", "quantizer", "dtype"),
+    [
+        ((64, 16), -2, OUTPUT, Quantizer(group=16), jnp.float32),
+        ((64, 16), -2, COLUMNS, Quantizer(group="channel"), jnp.bfloat16),
+        ((64, 8), -2, ROWS, Quantizer(group=8), jnp.float32),
+        ((12, 4), -2, ROWS, Quantizer(group=3, scale_bits=24), jnp.float32),  # 6 rows a shard: not whole bytes
+        ((27, 8), -2, OUTPUT, Quantizer(group=8, scale_bits=11, kind="twn"), jnp.float32),
+        ((64, 16), -2, OUTPUT, Quantizer(group="tensor"), jnp.bfloat16),
+        ((16, 20), -1, TABLE, Quantizer(group=8, kind="least_squares"), jnp.bfloat16),
+        ((64, 16), -2, OUTPUT, Quantizer(group=16, kind="lsq"), jnp.bfloat16),
+        ((64, 8), -2, ROWS, Quantizer(group=8, kind="seq"), jnp.float32),
+    ],
+)
+def test_weights_and_gradients_are_those_of_one_device(
+    shape: tuple[int, int], axis: int, placement: Placement, quantizer: Quantizer, dtype: Any
+) -> None:
+    w, g = draw(shape), jnp.asarray(draw(shape, 1), dtype)
+    alpha = initial_alpha(w, quantizer, axis) if quantizer.learned else None
+
+    def both(w: jax.Array, alpha: jax.Array | None, placement: Placement | None) -> Any:
+        quantized, transpose = jax.vjp(
+            lambda w, alpha: fake_quantize(w, quantizer, axis, alpha, None, dtype, placement), w, alpha
+        )
+        return quantized, transpose(g)
+
+    expected = jax.jit(both, static_argnums=2)(w, alpha, None)
+    assert expected[0].dtype == dtype and expected[1][0].dtype == jnp.float32
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.stored))
+        actual = jax.jit(both, static_argnums=2)(stored, alpha, placement)
+    assert not np.signbit(np.asarray(actual[0], np.float32)[np.asarray(actual[0]) == 0]).any()
+    assert actual[1][0].sharding.is_equivalent_to(stored.sharding, 2)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("placement", "rows", "gather"), [(OUTPUT, 256, 4), (COLUMNS, 256, 2), (ROWS, 256, 2), (ROWS, 512, 2)]
+)
+def test_what_moves_is_two_bits_a_weight_and_the_scales(placement: Placement, rows: int, gather: int) -> None:
+    mesh, w = make_mesh(2, 2, 2), draw((rows, 64))
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.stored))
+        move = jax.jit(lambda w: fake_quantize(w, Quantizer(group=128), -2, None, None, jnp.bfloat16, placement))
+        found = gathered(move.lower(stored).compile().as_text())
+        floats = gathered(jax.jit(lambda w: gather_float(w, placement, jnp.bfloat16)).lower(stored).compile().as_text())
+    part = rows * 64 * gather // 4  # of the weights a device ends with
+    assert sorted(dtype for dtype, _ in found)[-1] == "u8" and len(found) == 2
+    assert dict(found)["u8"] == part // 4
+    # CPUs have no collectives of bfloat16: a scale and a float weight have four bytes here, and two on a TPU.
+    assert sum(size for _, size in found) == part // 4 + 4 * part // 128
+    assert sum(size for _, size in floats) == 4 * part
+    assert part // 4 + 2 * part // 128 <= 2 * part / 2
+
+
+@pytest.mark.parametrize("quantizer", [None, Quantizer(group=8)])
+def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantizer: Quantizer | None) -> None:
+    table, mesh = draw((16, 20)), make_mesh(2, 2, 2)
+    index = jnp.asarray([[3, 3, 15, 9], [3, 0, 3, 12]] * 64)
+    g = jnp.full((*index.shape, 20), 1.0, jnp.bfloat16)  # bfloat16 counts to 256 only
+
+    def rows(table: jax.Array) -> jax.Array:
+        return (table if quantizer is None else fake_quantize(table, quantizer, -1))[index].astype(jnp.bfloat16)
+
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(table, jax.sharding.NamedSharding(mesh, TABLE.stored))
+        actual, transpose = jax.vjp(lambda w: jax.jit(look_up, static_argnums=(2, 3, 4))(w, index, quantizer, TABLE, jnp.bfloat16), stored)
+        (gradient,) = transpose(g)
+    np.testing.assert_array_equal(actual, rows(table))
+    np.testing.assert_array_equal(gradient, np.bincount(index.ravel(), minlength=16)[:, None] * np.ones(20, np.float32))
+
+
+def test_floats_move_in_the_dtype_they_are_used_in() -> None:
+    w, mesh = draw((64, 16)), make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, OUTPUT.stored))
+        actual, transpose = jax.vjp(jax.jit(lambda w: gather_float(w, OUTPUT, jnp.bfloat16)), stored)
+        (gradient,) = transpose(jnp.ones_like(actual))
+        text = jax.jit(lambda w: gather_float(w, OUTPUT, jnp.bfloat16)).lower(stored).as_text()
+    np.testing.assert_array_equal(actual, w.astype(jnp.bfloat16))
+    assert gradient.dtype == jnp.float32 and gradient.sharding.is_equivalent_to(stored.sharding, 2)
+    # The conversion comes before the first constraint.
+    assert re.search(r"convert.*?bf16>\n.*sharding_constraint", text)
