@@ -1,0 +1,117 @@
+"""`tclip` with a fault inside: `python child.py FAULT[=VALUE],… COMMAND …`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from tclip_jax import cli
+from tclip_jax.training import checkpoints
+from tclip_jax.training.batches import Batches
+from tclip_jax.training.checkpoints import Checkpoints
+
+STARTED = time.monotonic()
+
+
+def before_batch(number: int, fault: Any) -> None:
+    """Calls `fault` in place of nothing before the batch of that number, counted from the start of the process."""
+    following, count = Batches.__next__, [0]
+
+    def patched(self: Batches) -> Any:
+        count[0] += 1
+        if count[0] == number or number == 0:
+            fault()
+        return following(self)
+
+    Batches.__next__ = patched  # type: ignore[method-assign]
+
+
+def slow(seconds: str) -> None:
+    """Every batch takes so long, that there be moments between steps."""
+    before_batch(0, lambda: time.sleep(float(seconds)))
+
+
+def late(seconds: str) -> None:
+    """Process 1 starts so much later."""
+    if os.environ.get("TCLIP_PROCESS_ID") == "1":
+        time.sleep(float(seconds))
+
+
+def jumping(seconds: str) -> None:
+    """The wall clock goes forward and back by so much, at every other reading."""
+    true, count = time.time, [0]
+
+    def jump() -> float:
+        count[0] += 1
+        return true() + (float(seconds) if count[0] // 3 % 2 else -float(seconds))
+
+    time.time = jump
+    true_ns = time.time_ns
+    time.time_ns = lambda: true_ns() + int(1e9 * float(seconds) * (-1 if count[0] // 3 % 2 else 1))
+
+
+def full(step: str) -> None:
+    """No space is left when the checkpoint of that step is finished."""
+    write = checkpoints.write_checksums
+
+    def fail(folder: Any) -> None:
+        if folder.name.startswith(f"{step}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write(folder)
+
+    checkpoints.write_checksums = fail
+
+
+def small(step: str) -> None:
+    """No file may be larger than 64 KiB from the save of that step on, which the kernel sees to."""
+    import resource
+
+    save = Checkpoints.save
+
+    def limited(self: Checkpoints, now: int, *rest: Any) -> None:
+        if now == int(step):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+        save(self, now, *rest)
+
+    Checkpoints.save = limited  # type: ignore[method-assign]
+
+
+def hang(batch: str) -> None:
+    """Process 1 never gets that batch."""
+    if jax.process_index() == 1 or os.environ.get("TCLIP_PROCESS_ID") == "1":
+        before_batch(int(batch), lambda: time.sleep(3600))
+
+
+def worker(batch: str) -> None:
+    """A process that prepares data is killed before that batch."""
+    import multiprocessing
+
+    before_batch(int(batch), lambda: multiprocessing.active_children()[0].kill())
+
+
+def nan(steps: str) -> None:
+    """The first batches of the process, so many, have a sample whose weight is no number."""
+    following, count = Batches.__next__, [0]
+
+    def patched(self: Batches) -> Any:
+        batch = following(self)
+        count[0] += 1
+        if count[0] <= int(steps):
+            batch["weight"][0] = float("nan")
+        return batch
+
+    Batches.__next__ = patched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    for each in filter(None, sys.argv[1].split(",")):
+        name, _, value = each.partition("=")
+        globals()[name](value)
+    sys.argv[0] = str(pathlib.Path(sys.argv[0]).parent)
+    sys.exit(cli.main(sys.argv[2:]))
