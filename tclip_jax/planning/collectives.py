@@ -142,12 +142,10 @@ def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
     listed = pairs or re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
     if listed:
-        return np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if counted:
-        shape = tuple(map(int, counted[3].split(",")))
-        order = tuple(map(int, counted[4].split(","))) if counted[4] else tuple(range(len(shape)))
-        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(counted[1]), int(counted[2]))
+        return _transposed(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2]))
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
@@ -156,7 +154,7 @@ def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
 
 
 def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str, str, str]]) -> Groups:
-    """Of mesh['a'=2,'b'=8] {'a','b':(2)4}: the group's axes, or the part of one whose outer parts have two."""
+    """Of mesh['a'=2,'b'=8], device_ids=([4,4]T(1,0)) {'a','b':(2)4}: along a, and four of b within each half of it."""
     shape: list[int] = []
     inside: list[int] = []
     chosen = {name: (int(before or 1), int(part) if part else sizes[name]) for name, before, part in axes}
@@ -168,12 +166,23 @@ def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str
         else:
             shape.append(size)
     ids = np.arange(math.prod(shape))
-    listed = re.search(r"device_ids=\(?\[?([\d,\s]+)", order)
-    if listed and listed[1].count(",") + 1 == ids.size:
-        ids = np.array(list(map(int, listed[1].split(","))))
+    if counted := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order):
+        ids = _transposed(counted[1], counted[2])
+    elif listed := re.search(r"device_ids=\(([\d,]+)\)", order):
+        ids = np.array(_numbers(listed[1]))
     outside = [axis for axis in range(len(shape)) if axis not in inside]
     members = math.prod(shape[axis] for axis in inside)
     return ids.reshape(shape).transpose(*outside, *inside).reshape(-1, members)
+
+
+def _transposed(shape: str, order: str | None) -> Groups:
+    """Of [4,2]T(1,0): 0 to 7 in that shape, with its axes in that order."""
+    sizes = _numbers(shape)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else range(len(sizes)))
+
+
+def _numbers(text: str) -> list[int]:
+    return list(map(int, text.split(",")))
 
 
 def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:

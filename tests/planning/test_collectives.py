@@ -1,0 +1,123 @@
+"""Collectives of programs: snippets of every way that XLA writes them, and a real program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives
+from tclip_jax.planning.hlo import Array, parse_program
+
+MESH = {"data": 4, "fsdp": 2}
+
+
+def test_a_collective_that_runs_beside_other_work_counts_once_and_in_every_trip(loop: str) -> None:
+    gather, scatter = find_collectives(parse_program(loop), MESH)
+    assert (gather.kind, gather.dtype, gather.axes, gather.devices, gather.times) == (
+        *("all-gather", "bf16", ("fsdp",)),
+        *(2, 12),
+    )
+    assert gather.name == "jit(step)/blocks/mlp/fc1"
+    assert gather.bytes == 12 * 64 * 64 * 2 and gather.sent_bytes == gather.bytes / 2
+    # TPUs write a reduce-scatter as an all-reduce of which a slice is taken.
+    assert (scatter.kind, scatter.axes, scatter.times, scatter.bytes) == ("reduce-scatter", ("fsdp",), 1, 4096)
+    assert Collective.from_json(gather.to_json()) == gather
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "devices"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("fsdp",), 2),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", ("data",), 4),
+        ("replica_groups={}", ("data", "fsdp"), 8),
+        ("replica_groups=[4,2]<=[8]", ("fsdp",), 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data",), 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ("data",), 4),
+        ("replica_groups=mesh['a'=8] {'a'}", ("data", "fsdp"), 8),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", ("fsdp",), 2),
+        ("replica_groups=mesh['a'=8] {'a':(1)4}", ("data",), 4),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data",), 4),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("data",), 4),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", ("fsdp",), 2),
+    ],
+)
+def test_the_axes_of_groups(single: Callable[[str], str], groups: str, axes: tuple[str, ...], devices: int) -> None:
+    text = single(f"%all-reduce.1 = f32[2]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add")
+    (found,) = find_collectives(parse_program(text), MESH)
+    assert (found.axes, found.devices) == (axes, devices)
+    assert found.sent_bytes == 2 * 8 * (devices - 1) / devices
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("f32[8]{0} all-gather(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "all-gather", 24),
+        ("f32[2]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "reduce-scatter", 24),
+        ("f32[2]{0} collective-permute(%x), source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", "collective-permute", 8),
+        ("f32[8]{0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "all-to-all", 24),
+        # As XLA for GPUs writes them.
+        ("(f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-gather", 24),
+        ("f32[2]{0} all-reduce-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add", "all-reduce", 12),
+        (
+            "(f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,2},{2,0}}",
+            *("collective-permute", 8),
+        ),
+    ],
+)
+def test_bytes_that_a_device_sends(single: Callable[[str], str], line: str, kind: str, sent: float) -> None:
+    (found,) = find_collectives(parse_program(single(f"%c.1 = {line}")), MESH)
+    assert (found.kind, found.axes, found.sent_bytes) == (kind, ("data",), sent)
+
+
+def test_groups_of_one_device_send_nothing(single: Callable[[str], str]) -> None:
+    text = single("%all-reduce.1 = f32[2]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add")
+    assert find_collectives(parse_program(text), MESH) == []
+
+
+def test_a_real_program_of_eight_devices() -> None:
+    mesh = make_mesh(4, 2)
+
+    def step(w_LKN: jax.Array, x_BK: jax.Array) -> jax.Array:
+        def layer(x_BK: jax.Array, w_KN: jax.Array) -> tuple[jax.Array, None]:
+            w_KN = jax.lax.with_sharding_constraint(w_KN, PartitionSpec())
+            return jax.lax.with_sharding_constraint(jnp.tanh(x_BK @ w_KN), PartitionSpec(("data", "fsdp"))), None
+
+        return jax.lax.scan(layer, x_BK, w_LKN)[0].sum()
+
+    with jax.set_mesh(mesh):
+        shapes = [
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+            for shape, spec in (((3, 32, 32), (None, None, "fsdp")), ((16, 32), (("data", "fsdp"),)))
+        ]
+        text = jax.jit(step).lower(*shapes).compile().as_text()
+    gathers, sums = find_collectives(parse_program(text), dict(mesh.shape))
+    assert (gathers.kind, gathers.axes, gathers.devices, gathers.times) == ("all-gather", ("fsdp",), 2, 3)
+    assert gathers.bytes == 3 * 32 * 32 * 4
+    assert (sums.kind, sums.axes, sums.devices, sums.bytes) == ("all-reduce", ("data", "fsdp"), 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ((128, 197, 768), True),  # a device's part of the batch
+        ((2048, 197, 768), True),
+        ((128 * 197, 768), True),
+        ((128, 12, 197, 64), True),
+        ((197, 768), False),  # position embedding
+        ((64, 197, 768), False),  # fewer rows than any device has
+        ((12, 768, 3072), False),
+        ((32768, 512), False),
+        ((1, 768, 197 * 128), False),  # named as a weight
+    ],
+)
+def test_which_arrays_are_activations(dims: tuple[int, ...], expected: bool) -> None:
+    collective = Collective("all-gather", (Array("bf16", dims),), ("fsdp",), 16, 1, "")
+    sizes, weights = {197 * 768, 197 * 3072, 77 * 512, 77 * 2048}, {(768, 197 * 128)}
+    if dims == (128 * 197, 768):
+        weights = set()
+    assert carries_activations(collective, sizes, 32768, 128, weights) is expected
