@@ -3,8 +3,8 @@
   tclip launch slurm --nodes 4 --dry-run -- train --config ternaryclip:Q-ALL --workdir gs://bucket/run
   tclip launch tpu-vm --help
 
-What follows -- is a command of tclip. With --dry-run the commands are printed and not run. A command that ends with exit
-code 75 (preempted, all is saved) is started again; one that a signal ended, or that lost another process, a few times.
+What follows -- is a command of tclip. With --dry-run the commands are printed and not run. What ends with exit code 75
+(preempted, all is saved) is started again; what a signal ended, or lost another process, a few times.
 """
 
 from __future__ import annotations

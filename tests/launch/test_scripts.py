@@ -89,10 +89,12 @@ def test_tpu_vm_asks_again_for_what_was_taken_away(launch: Run, stub: Stub, tmp_
 
 
 def test_tpu_vm_ends_with_the_code_of_what_it_ran(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
-    stub("gcloud", 'case $* in *describe*) echo ACTIVE ;; *tail*) exit 2 ;; esac')
+    stub("gcloud", "case $* in *describe*) echo ACTIVE ;; *tail*) exit 2 ;; esac")
     ran = launch("tpu-vm", "--name", "b", "--zone", "z", "--accelerator-type", "v6e-16", "--", "train")
     assert ran.returncode == 2
-    assert ran.stderr.endswith("give the TPU back: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n")
+    assert ran.stderr.endswith(
+        "give the TPU back: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n"
+    )
 
 
 def test_what_a_host_of_tpu_vm_runs(launch: Run, stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path) -> None:

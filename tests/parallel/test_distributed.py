@@ -49,7 +49,9 @@ def test_a_run_whose_other_processes_do_not_come_ends_with_69(
     monkeypatch.setenv("TCLIP_START_TIMEOUT", "0")
     assert main(["train", "--config", "quickstart:teacher,runlocal", "--workdir", "never"]) == 69
     error = capsys.readouterr().err
-    assert error.startswith("tclip train: error: process 1 of 2 (TCLIP_*) waited 0 s at localhost:9: process 0 does not")
+    assert error.startswith(
+        "tclip train: error: process 1 of 2 (TCLIP_*) waited 0 s at localhost:9: process 0 does not"
+    )
     assert error.count("\n") == 1
     monkeypatch.setenv("TCLIP_START_TIMEOUT", "soon")
     assert main(["train", "--config", "quickstart:teacher,runlocal", "--workdir", "never"]) == 2

@@ -83,7 +83,10 @@ def test_one_process(environ: dict[str, str], caplog: pytest.LogCaptureFixture) 
         (EXPLICIT | {"TCLIP_PROCESS_ID": "4"}, r"TCLIP_\*: process 4 of 4: they are counted from 0"),
         (EXPLICIT | {"TCLIP_NUM_PROCESSES": "two"}, "TCLIP_NUM_PROCESSES is 'two': it must be a whole number"),
         (EXPLICIT | {"TCLIP_COORDINATOR": "a"}, "the coordinator is 'a': it must be HOST:PORT"),
-        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""}, "Open MPI 5 does not tell where process 0 is: mpirun -x TCLIP_COORD"),
+        (
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""},
+            "Open MPI 5 does not tell where process 0 is: mpirun -x TCLIP_COORD",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(environ: dict[str, str], message: str) -> None:
@@ -146,7 +149,9 @@ def test_tpu_vm(
 
 
 def test_tpu_vm_whose_metadata_cannot_be_read(metadata: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"does not tell the TPU's worker-network-endpoints \(HTTP Error 404.*SKIP_MDS"):
+    with pytest.raises(
+        ValueError, match=r"does not tell the TPU's worker-network-endpoints \(HTTP Error 404.*SKIP_MDS"
+    ):
         find_processes({"GCE_METADATA_IP": metadata["address"]})
 
 

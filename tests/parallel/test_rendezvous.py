@@ -20,7 +20,13 @@ def address() -> str:
 
 
 def together(
-    address: str, indices: Sequence[int], *, count: int = 3, timeout: float = 20, delays: Sequence[float] = (), **of: str
+    address: str,
+    indices: Sequence[int],
+    *,
+    count: int = 3,
+    timeout: float = 20,
+    delays: Sequence[float] = (),
+    **of: str,
 ) -> dict[int, BaseException | None]:
     """What came of each process: the error, or None."""
     outcomes: dict[int, BaseException | None] = {}
