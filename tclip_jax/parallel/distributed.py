@@ -32,7 +32,8 @@ def distributed(*, preemption: bool = False) -> Iterator[None]:
     others, who may be waiting for this one: they are told by their connections.
 
     Args:
-      preemption: SIGTERM is left to `multihost_utils.reached_preemption_sync_point`, which the block must call.
+      preemption: jax listens to SIGTERM, for `multihost_utils.reached_preemption_sync_point`, which a CheckpointManager
+        of Orbax asks; otherwise SIGTERM ends the process.
 
     Raises:
       LostProcess: the others did not come in time, or one went away during the block.
