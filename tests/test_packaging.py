@@ -14,6 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = {
     "tclip_jax/py.typed",
     "tclip_jax/configs/quickstart.py",
+    "tclip_jax/launch/common.sh",
+    "tclip_jax/launch/local",
     "tclip_jax/data/bpe_simple_vocab_16e6.txt.gz",
     "tclip_jax/data/LICENSE.bpe",
 }
@@ -43,7 +45,7 @@ def test_the_wheel_carries_data_recipes_and_licences_and_nothing_else(unpacked: 
     assert {path.name for path in unpacked.iterdir()} == {"tclip_jax", info.name}
     python = {str(path.relative_to(ROOT)) for path in (ROOT / "tclip_jax").rglob("*.py")}
     python |= {f"tclip_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
-    assert {name for name in files if name.endswith(".py") and "/launch/" not in name} == python
+    assert {name for name in files if name.endswith(".py")} == python
     assert not [name for name in files if name.endswith(".pyc")]
 
 

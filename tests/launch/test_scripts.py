@@ -116,8 +116,8 @@ def test_a_slurm_job_goes_back_into_the_queue_when_it_was_preempted(
     assert launch("slurm", "--nodes", "2", "--", "train", "--workdir", "a b").returncode == 0
     job = ["bash", str(tmp_path / "job")]
     assert subprocess.run(job, env=environ | {"SLURM_JOB_ID": "7"}, timeout=20).returncode == code
-    called = "--cpus-per-task=8 --kill-on-bad-exit=1 --label tclip launch local --restarts 3 -- train --workdir a b\n"
-    assert (tmp_path / "srun.calls").read_text() == called
+    called = "--label tclip launch local --restarts 3 -- train --workdir a b\n"
+    assert (tmp_path / "srun.calls").read_text() == f"--cpus-per-task=8 --kill-on-bad-exit=0 --wait=120 {called}"
     assert (tmp_path / "scontrol.calls").exists() == requeued
     assert not requeued or (tmp_path / "scontrol.calls").read_text() == "requeue 7\n"
 
