@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import pytest
 
+from tclip_jax.training.checkpoints import saved_steps
 from tclip_jax.training.restore import load_run
 from tclip_jax.training.telemetry import read_metrics
 
 HERE = pathlib.Path(__file__).parent
-PATIENCE = 120.0  # seconds; what takes longer on an idle machine hangs
+PATIENCE = 300.0  # seconds; what takes longer hangs, even on a busy machine
 
 
 class Run:
@@ -71,8 +72,7 @@ class Run:
 
     def wait(self) -> list[int]:
         """The exit codes of all processes."""
-        codes = [child.wait(PATIENCE) for child in self.children]
-        return codes
+        return [child.wait(PATIENCE) for child in self.children]
 
     def finish(self, fault: str = "", *options: str) -> None:
         """A start that must end well."""
@@ -112,14 +112,15 @@ class Run:
         ]
         return sorted(lines, key=lambda line: (line["step"], sorted(line)))
 
-    def params(self) -> Any:
-        return jax.device_get(load_run(self.workdir)[1].params)
+    def saved(self) -> list[int]:
+        """The steps that there are checkpoints of."""
+        return saved_steps(self.workdir / "checkpoints")
 
-
-def assert_same(run: Run, other: Run) -> None:
-    """Every bit of the parameters, and every step once in the metrics, with the same numbers."""
-    jax.tree.map(np.testing.assert_array_equal, run.params(), other.params())
-    assert run.metrics() == other.metrics()
+    def assert_same(self, other: Run) -> None:
+        """Every bit of the parameters, and every step once in the metrics, with the same numbers."""
+        params = (jax.device_get(load_run(run.workdir)[1].params) for run in (self, other))
+        jax.tree.map(np.testing.assert_array_equal, *params)
+        assert self.metrics() == other.metrics()
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +141,17 @@ def start(tmp_path: pathlib.Path, cache: pathlib.Path) -> Iterator[Callable[...,
     yield make
     for run in runs:
         run.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path) -> Callable[[int], Run]:
+    """The run that nothing happens to, by so many processes: made once."""
+    made: dict[int, Run] = {}
+
+    def get(processes: int) -> Run:
+        if processes not in made:
+            made[processes] = Run(tmp_path_factory.mktemp("undisturbed") / "run", cache, processes)
+            made[processes].finish()
+        return made[processes]
+
+    return get

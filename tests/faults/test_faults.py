@@ -1,0 +1,157 @@
+"""What happens to runs: notices, damaged and full disks, dead workers, late hosts, wrong clocks, hangs, NaN."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.faults
+Start = Callable[..., Any]
+Undisturbed = Callable[[int], Any]
+
+
+def test_two_undisturbed_runs_of_two_processes_agree_to_the_bit(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("again")
+    run.finish()
+    assert run.steps() == list(range(1, 13)) and run.saved() == [9, 12]
+    run.assert_same(undisturbed(2))
+
+
+@pytest.mark.parametrize(("processes", "told"), [(2, 1), (1, 0)])
+def test_a_notice_to_one_process_saves_the_same_step_on_all(
+    processes: int, told: int, start: Start, undisturbed: Undisturbed
+) -> None:
+    run = start("preempted", processes)
+    rarely = "--config.checkpoint.every=1000"  # what is saved is saved because of the notice
+    run.start("slow=0.2", rarely)
+    assert run.until(lambda: 3 in run.steps())
+    run.children[told].send_signal(signal.SIGTERM)
+    assert run.wait() == [75] * processes, run.log()
+    (step,) = run.saved()
+    assert 3 <= step < 12 and run.steps() == list(range(1, step + 1))
+    assert f"asked to stop: step {step} is saved" in run.log()
+    run.finish("", rarely)
+    run.assert_same(undisturbed(processes))
+
+
+def test_ctrl_c_saves_too_and_asks_for_no_restart(start: Start) -> None:
+    run = start("interrupted", 1)
+    run.start("slow=0.2", "--config.checkpoint.every=1000")
+    assert run.until(lambda: 2 in run.steps())
+    run.children[0].send_signal(signal.SIGINT)
+    assert run.wait() == [130] and run.saved() == run.steps()[-1:]
+
+
+def test_goes_on_by_another_number_of_processes(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("moved")
+    run.start("slow=0.2")
+    assert run.until(lambda: 4 in run.steps())
+    run.children[0].send_signal(signal.SIGTERM)
+    assert run.wait() == [75, 75]
+    run.processes = 1
+    run.finish()
+    assert run.steps() == list(range(1, 13))
+    losses, expected = ([line["loss"] for line in each.metrics()] for each in (run, undisturbed(2)))
+    assert losses == pytest.approx(expected, rel=1e-4)  # the same data; sums in another order
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: pathlib.Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "part", "processes", "said"),
+    [
+        (truncate, "params", 1, "bytes instead of"),
+        (flip, "training", 2, "is damaged: its bytes are not those that were written"),
+        (pathlib.Path.unlink, "data", 1, "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(
+    harm: Callable[[pathlib.Path], None],
+    part: str,
+    processes: int,
+    said: str,
+    start: Start,
+    undisturbed: Undisturbed,
+) -> None:
+    whole, run = undisturbed(processes), start("damaged", processes)
+    shutil.copytree(whole.workdir, run.workdir)
+    harm(largest(run.workdir / "checkpoints" / "12" / part))
+    run.finish()
+    assert said in run.log() and "renamed to 12.damaged; going on from step 9" in run.log()
+    run.assert_same(whole)
+
+
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("full", 1)
+    run.start("small=6")
+    assert run.wait() == [2]
+    errors = [line for line in run.log().splitlines() if "error" in line.lower()]
+    assert (
+        len(errors) == 1 and "checkpoints/6: the checkpoint could not be written, that of step 3 is whole" in errors[0]
+    )
+    assert run.saved() == [3] and not list((run.workdir / "checkpoints").glob("6*"))
+    run.finish()
+    run.assert_same(undisturbed(1))
+
+
+def test_a_disk_that_is_full_at_the_last_byte_of_a_checkpoint(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("full")
+    run.start("full=6")
+    assert run.children[0].wait(300) == 2
+    run.end()  # as a launcher does
+    assert "that of step 3 is whole: [Errno 28] No space left on device" in run.log()
+    assert run.saved() == [3]
+    run.finish()
+    run.assert_same(undisturbed(2))
+
+
+def test_a_process_that_prepares_data_is_killed(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("worker", 1)
+    run.finish("worker=5", "--config.data.workers=1")
+    assert "a process that prepares data was killed: starting it again" in run.log()
+    run.assert_same(undisturbed(1))
+
+
+@pytest.mark.parametrize("fault", ["late=10", "jumping=5000"])
+def test_a_host_that_starts_late_and_clocks_that_jump(fault: str, start: Start, undisturbed: Undisturbed) -> None:
+    run = start("run")
+    run.finish(fault)
+    run.assert_same(undisturbed(2))
+
+
+def test_a_process_that_hangs_is_named_and_shows_where(start: Start, undisturbed: Undisturbed) -> None:
+    run = start("hanging")
+    run.start("hang=5", "--config.stall_minutes=0.2", "--config.stall_exit=True")
+    assert run.wait() == [75, 75], run.log() + run.log(1)
+    assert "no step has ended for 0." in run.log() and "process 1 (" in run.log()
+    assert "is in step 5, waiting for data for" in run.log() and "the others are in step" not in run.log()
+    assert "in before_batch" not in run.log() and "tests/faults/child.py" in run.log(1)
+    run.finish()
+    run.assert_same(undisturbed(2))
+
+
+def test_what_is_not_finite_is_skipped_and_ends_a_run_that_has_nothing_else(start: Start) -> None:
+    run = start("nan", 1)
+    run.start("nan=3", "--config.max_skipped_steps=3")
+    assert run.wait() == [2] and run.steps() == [1, 2, 3]
+    assert "error: step 3: loss/task is nan and loss is nan" in run.log() and "last of 3 steps in a row" in run.log()
+    assert [(line["loss"], line["skipped_steps"]) for line in run.metrics()] == [(None, 1.0)] * 3
+    run.finish("nan=2", "--config.max_skipped_steps=3")
+    assert [line["skipped_steps"] for line in run.metrics()] == [1.0] * 2 + [0.0] * 10

@@ -1,0 +1,99 @@
+"""Who is behind, and what a run that hangs says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import time
+
+import jax
+import pytest
+
+from tclip_jax.training import watchdog
+from tclip_jax.training.phases import Phases
+from tclip_jax.training.watchdog import Heartbeat, Watchdog, described, slowest
+
+
+def beat(step: int, phase: str = "step", silent: float = 0.0) -> Heartbeat:
+    return Heartbeat(step, phase, 60.0, "host, process 7", 3, (), silent)
+
+
+@pytest.mark.parametrize(
+    ("beats", "behind"),
+    [
+        ([beat(9), beat(8), beat(9)], (1,)),
+        ([beat(9), beat(9, "data"), beat(9)], (1,)),  # the others wait for the devices, which is for it
+        ([beat(9, "data"), beat(9, "checkpoint"), beat(9)], (0, 1)),
+        ([beat(9), beat(9)], (0, 1)),
+        ([beat(9), beat(9, silent=50), beat(8)], (1,)),
+    ],
+)
+def test_who_is_behind(beats: list[Heartbeat], behind: tuple[int, ...]) -> None:
+    assert slowest(dict(enumerate(beats)), silence=40) == behind
+
+
+def test_one_line_says_it() -> None:
+    beats = {0: beat(9), 1: beat(8, "data"), 2: beat(9, silent=50)}
+    assert described(beats, (1,), 40) == (
+        "process 1 (host, process 7) is in step 8, waiting for data for 60 s; the others are in step 9"
+    )
+    assert "waiting for the devices for 110 s, not heard of for 50 s" in described(beats, (2,), 40)
+    assert described(dict(enumerate([beat(9)] * 10)), tuple(range(10)), 40).endswith("; 2 more")
+
+
+def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    deadline = time.monotonic() + 30
+    while text not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.01)
+
+
+def test_a_process_that_is_alone(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    phases = Phases()
+    with caplog.at_level(logging.ERROR), Watchdog(tmp_path, phases, 0.002) as dog:
+        dog.step(3)
+        with phases.during("data"):
+            until("is in step 3, waiting for data for", caplog)
+            time.sleep(0.3)
+        assert (
+            caplog.text.count("no step has ended") == 1 and "in test_a_process_that_is_alone" in capfd.readouterr().err
+        )
+        dog.step(4)  # a second stall is told again
+        until("is in step 4", caplog)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiling_and_evaluating_have_no_limit(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    phases = Phases()
+    with Watchdog(tmp_path, phases, 0.002) as dog, phases.during("evaluate"):
+        dog.step(1)
+        time.sleep(0.4)
+    assert caplog.text == ""
+
+
+def test_the_first_names_another_which_then_shows_its_stacks(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 1 is a file here, whose heart beats and whose step stays."""
+    monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    (tmp_path / "heartbeats").mkdir()
+    with Watchdog(tmp_path, Phases(), 0.02, leave=True) as dog:
+        dog.step(5)
+        for number in range(600):
+            other = Heartbeat(4, "data", 10.0, "other", number)
+            path = tmp_path / "heartbeats" / "1.json"
+            path.with_suffix(".new").write_text(json.dumps(other._asdict()))
+            path.with_suffix(".new").rename(path)
+            time.sleep(0.05)
+            if left:
+                break
+    assert left[0] == 75
+    assert "process 1 (other) is in step 4, waiting for data for 10 s; the others are in step 5" in caplog.text
+    assert json.loads((tmp_path / "heartbeats" / "0.json").read_text())["behind"] == [1]
+    assert jax.process_index() == 0
