@@ -54,7 +54,7 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
     """The facts of a step on a mesh; without a topology nothing is known of links."""
     started = time.perf_counter()
     with jax.set_mesh(build.mesh):
-        shapes = build.state_shapes(), build.batch_shapes(), build.teacher_shapes()
+        shapes = build.state_shapes, build.batch_shapes, build.teacher_shapes
         compiled = build.jitted_step(shapes[0]).lower(*shapes).compile()
     seconds = time.perf_counter() - started
     program = parse_program(compiled.as_text())
@@ -70,6 +70,7 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
         how="compiled",
         mesh=mesh,
         memory=memory,
+        peak=compiled.memory_analysis().peak_memory_in_bytes,
         traffic=memory_traffic(program),
         collectives=tuple(collectives),
         moving_activations=tuple(f"{each.kind} {_shapes(each)} {each.name}" for each in moving),
@@ -92,7 +93,7 @@ def activation_sizes(build: Build) -> frozenset[int]:
 def weight_shapes(build: Build) -> frozenset[tuple[int, ...]]:
     """Sorted sizes above 1 of the axes of each parameter, whole or in shards, stacked layers or one of them."""
     found: set[tuple[int, ...]] = set()
-    for leaf in jax.tree.leaves((build.state_shapes().params, build.teacher_shapes())):
+    for leaf in jax.tree.leaves((build.state_shapes.params, build.teacher_shapes)):
         for shape in (leaf.shape, leaf.shape[1:]):
             choices = [[size // part for part in (1, *build.mesh.shape.values(), build.mesh.size)] for size in shape]
             found |= {tuple(sorted(size for size in each if size > 1)) for each in itertools.product(*choices)}

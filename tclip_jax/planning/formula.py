@@ -43,6 +43,7 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
         how="by formula",
         mesh=dict(mesh.shape),
         memory=Memory(**arguments, padding=0, temporaries=temporaries, outputs=0, program=0),
+        peak=0,
         # The state is read and written; each activation is written, and read twice.
         traffic=2 * (arguments["parameters"] + arguments["optimizer"] + arguments["average"]) + _activations(build),
         collectives=collectives,
@@ -78,7 +79,7 @@ def _temporaries(build: Build) -> int:
     if isinstance(build.teacher, Architecture):
         widest = (rows * tokens * tower.width * _block(tower) for tower, tokens in _towers(build.teacher.config))
         working = max(working, itemsize * max(widest))
-    gradients = device_bytes(build.state_shapes().params)
+    gradients = device_bytes(build.state_shapes.params)
     # Similarities with every text and image of the global batch, and their gradient, float32.
     similarities = 4 * 4 * rows * run.data.batch_size
     return int(kept + working + gradients + similarities)
@@ -103,9 +104,9 @@ def _collectives(build: Build) -> Iterator[Collective]:
     """Weights gathered over `fsdp` for each pass, gradients reduced, embeddings of the batch gathered and returned."""
     run, mesh = build.run, build.mesh.shape
     dtype, fsdp = _XLA[run.dtype], mesh["fsdp"]
-    student = _elements(build.state_shapes().params["clip"]) // mesh["tensor"]
+    student = _elements(build.state_shapes.params["clip"]) // mesh["tensor"]
     passes = [(student, 2 + run.remat, "weights")]
-    if (teacher := build.teacher_shapes()) is not None:
+    if (teacher := build.teacher_shapes) is not None:
         passes.append((_elements(teacher) // mesh["tensor"], 1, "the teacher's weights"))
     if fsdp > 1:
         for size, times, name in passes:

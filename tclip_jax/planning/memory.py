@@ -41,13 +41,13 @@ class Memory:
 
 def argument_bytes(build: Build) -> dict[str, int]:
     """Of what goes into the step of a run, by the first fields of `Memory`."""
-    state = build.state_shapes()
+    state = build.state_shapes
     return {
         "parameters": device_bytes((state.params, state.step)),
         "optimizer": device_bytes(state.optimizer),
         "average": device_bytes(state.average),
-        "teacher": device_bytes(build.teacher_shapes()),
-        "batch": device_bytes(build.batch_shapes()),
+        "teacher": device_bytes(build.teacher_shapes),
+        "batch": device_bytes(build.batch_shapes),
     }
 
 

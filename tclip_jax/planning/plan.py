@@ -170,7 +170,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     rows += [(name, f"{size / _GIB:.3f}") for name, size in dataclasses.asdict(memory).items() if size]
     rows.append(("total", f"{memory.total / _GIB:.3f}"))
     verdict = "fits" if plan.fits else "does NOT fit"
-    return [*aligned(rows), f"{verdict}: {memory.total / limit:.0%} of {limit / _GIB:.1f} GiB"]
+    peak = f"; alive at once at most {plan.facts.peak / _GIB:.3f} GiB" if plan.facts.peak else ""
+    return [*aligned(rows), f"{verdict}: {memory.total / limit:.0%} of {limit / _GIB:.1f} GiB{peak}"]
 
 
 def _collective_lines(facts: StepFacts) -> list[str]:

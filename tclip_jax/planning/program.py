@@ -18,6 +18,8 @@ class StepFacts:
       how: "compiled" or "by formula".
       mesh: sizes of its axes.
       memory: bytes by what they hold.
+      peak: bytes that the compiler says are alive at most at once, those on the chip among them, and gaps between them
+        not; 0 by formula. `memory.total` is what is set aside.
       traffic: bytes to and from HBM.
       collectives: the largest first.
       moving_activations: names of collectives that carry a batch x sequence x width array.
@@ -28,6 +30,7 @@ class StepFacts:
     how: str
     mesh: dict[str, int]
     memory: Memory
+    peak: int
     traffic: int
     collectives: tuple[Collective, ...]
     moving_activations: tuple[str, ...]

@@ -44,8 +44,8 @@ def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCach
 
 
 def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
-    preset = preset or HUB.get(teacher.removeprefix(PREFIX), teacher)
-    if preset in PRESETS or preset.endswith(".json"):
+    preset = preset or HUB.get(teacher.removeprefix(PREFIX), teacher if teacher in PRESETS else "")
+    if preset:
         return Architecture(CLIPConfig.from_open_clip(model_cfg(preset)), run.preprocess)
     if (manifest := epath.Path(teacher) / MANIFEST).exists():
         found = describe(parse_manifest(manifest.read_bytes()))

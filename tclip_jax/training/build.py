@@ -78,16 +78,19 @@ class Build:
             self.student, self.optimizer, self.run.seed, shape, self.mesh, self.run.loss, average=averaged, start=start
         )
 
+    @functools.cached_property
     def state_shapes(self) -> TrainState:
         """The state as jax.ShapeDtypeStruct leaves with their shardings."""
         return self._sharded(jax.eval_shape(self.init_state))
 
+    @functools.cached_property
     def teacher_shapes(self) -> Any:
         """The same of the teacher's parameters, float32; None where no teacher runs in the step."""
         if self.teacher is None or isinstance(self.teacher, TeacherCache):
             return None
         return self._sharded(param_shapes(self.teacher.config, self.teacher.rules))
 
+    @functools.cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The same of a batch, as `data.pipeline` makes it."""
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {

@@ -39,7 +39,7 @@ def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert facts.mesh == {"data": 4, "fsdp": 2, "tensor": 1} and facts.links == {}
-    state = build.state_shapes()
+    state = build.state_shapes
     whole = 4 * elements(state.params)
     assert whole / 2 < facts.memory.parameters < 0.51 * whole + 4  # all but vectors is sharded in two
     assert facts.memory.optimizer == pytest.approx(2 * facts.memory.parameters, rel=1e-3)

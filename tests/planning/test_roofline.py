@@ -15,7 +15,7 @@ MEMORY = Memory(1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
 def facts(mesh: dict[str, int], links: dict[str, int], *collectives: Collective, traffic: int = 0) -> StepFacts:
-    return StepFacts("compiled", mesh, MEMORY, traffic, collectives, (), links, 1.0)
+    return StepFacts("compiled", mesh, MEMORY, 45, traffic, collectives, (), links, 1.0)
 
 
 def test_a_step_on_a_pod_of_v5e() -> None:

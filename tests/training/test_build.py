@@ -34,7 +34,7 @@ def test_shapes_are_those_of_the_arrays_and_compile_to_the_same_program(config: 
         real = Build(run, mesh, Model(run.model, run.preprocess, params))
         planned = Build(run, mesh, Architecture(run.model, run.preprocess))
         state = real.init_state()
-        assert described(planned.state_shapes()) == described(state)
+        assert described(planned.state_shapes) == described(state)
         source = open_source(run.data.source, run.data.split)
         data = train_iterator(
             source,
@@ -48,10 +48,10 @@ def test_shapes_are_those_of_the_arrays_and_compile_to_the_same_program(config: 
             process_count=1,
         )
         batch = shard_batch(next(data), mesh)
-        assert described(planned.batch_shapes()) == described(batch)
-        teacher = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, planned.teacher_shapes()))
-        assert described(planned.teacher_shapes()) == described(teacher)
-        shapes = planned.state_shapes(), planned.batch_shapes(), planned.teacher_shapes()
+        assert described(planned.batch_shapes) == described(batch)
+        teacher = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, planned.teacher_shapes))
+        assert described(planned.teacher_shapes) == described(teacher)
+        shapes = planned.state_shapes, planned.batch_shapes, planned.teacher_shapes
         programs = [
             each.jitted_step(arguments[0]).lower(*arguments).as_text()
             for each, arguments in ((planned, shapes), (real, (state, batch, teacher)))
@@ -65,10 +65,10 @@ def test_a_batch_that_brings_its_teacher(config: ml_collections.ConfigDict) -> N
     cache = TeacherCache("somewhere", "", 24, 50.0, 100, 1, 0, 4096, {})
     build = Build(run, mesh, cache)
     with jax.set_mesh(mesh):
-        assert build.teacher_shapes() is None
-        shapes = build.batch_shapes()
+        assert build.teacher_shapes is None
+        shapes = build.batch_shapes
         assert shapes["teacher_image"].shape == (8, 24) and shapes["teacher_text"].dtype == np.float16
-        assert build.state_shapes().params["heads"]["image"]["kernel"].shape == (16, 24)
+        assert build.state_shapes.params["heads"]["image"]["kernel"].shape == (16, 24)
 
 
 def test_a_batch_that_does_not_divide(config: ml_collections.ConfigDict) -> None:
