@@ -102,7 +102,9 @@ def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantiz
 
     with jax.set_mesh(mesh):
         stored = jax.device_put(table, jax.sharding.NamedSharding(mesh, TABLE.stored))
-        actual, transpose = jax.vjp(lambda w: jax.jit(look_up, static_argnums=(2, 3, 4))(w, index, quantizer, TABLE, jnp.bfloat16), stored)
+        actual, transpose = jax.vjp(
+            lambda w: jax.jit(look_up, static_argnums=(2, 3, 4))(w, index, quantizer, TABLE, jnp.bfloat16), stored
+        )
         (gradient,) = transpose(g)
     np.testing.assert_array_equal(actual, rows(table))
     np.testing.assert_array_equal(gradient, np.bincount(index.ravel(), minlength=16)[:, None] * np.ones(20, np.float32))
