@@ -25,15 +25,11 @@ _logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def distributed(*, preemption: bool = False) -> Iterator[None]:
+def distributed() -> Iterator[None]:
     """Connects this process with the others of its run for a block; does nothing where it is the only one.
 
     Must be entered before jax looks for devices. After an error in the block the program ends without waiting for the
     others, who may be waiting for this one: they are told by their connections.
-
-    Args:
-      preemption: jax listens to SIGTERM, for `multihost_utils.reached_preemption_sync_point`, which a CheckpointManager
-        of Orbax asks; otherwise SIGTERM ends the process.
 
     Raises:
       LostProcess: the others did not come in time, or one went away during the block.
@@ -48,7 +44,8 @@ def distributed(*, preemption: bool = False) -> Iterator[None]:
     if processes.index == 0:
         _logger.info("waiting for %d processes (%s) at %s", processes.count, processes.launcher, processes.coordinator)
     meet(processes, _start_timeout(), versions)
-    jax.config.update("jax_enable_preemption_service", preemption)
+    # It would take SIGTERM, and with it end nothing that does not ask jax at every step.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         processes.coordinator,
         processes.count,
