@@ -36,7 +36,7 @@ def damage(folder: epath.Path, part: str = "") -> str | None:
         return None
     try:
         entries: dict[str, Any] = json.loads(path.read_text())
-        names = [name for name in entries if name.startswith(part)]
+        names = [name for name, _ in entries.items() if name.startswith(part)]
         with ThreadPoolExecutor() as threads:
             found = threads.map(lambda name: _difference(folder / name, entries[name]), names)
             return next((each for each in found if each), None)

@@ -9,14 +9,12 @@ import sys
 import time
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 
 from tclip_jax import cli
-from tclip_jax.training import checkpoints
+from tclip_jax.training import checkpoints, step
 from tclip_jax.training.batches import Batches
 from tclip_jax.training.checkpoints import Checkpoints
-
-STARTED = time.monotonic()
 
 
 def before_batch(number: int, fault: Any) -> None:
@@ -56,26 +54,26 @@ def jumping(seconds: str) -> None:
     time.time_ns = lambda: true_ns() + int(1e9 * float(seconds) * (-1 if count[0] // 3 % 2 else 1))
 
 
-def full(step: str) -> None:
+def full(number: str) -> None:
     """No space is left when the checkpoint of that step is finished."""
     write = checkpoints.write_checksums
 
     def fail(folder: Any) -> None:
-        if folder.name.startswith(f"{step}."):
+        if folder.name.startswith(f"{number}."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         write(folder)
 
     checkpoints.write_checksums = fail
 
 
-def small(step: str) -> None:
+def small(number: str) -> None:
     """No file may be larger than 64 KiB from the save of that step on, which the kernel sees to."""
     import resource
 
     save = Checkpoints.save
 
     def limited(self: Checkpoints, now: int, *rest: Any) -> None:
-        if now == int(step):
+        if now == int(number):
             resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
         save(self, now, *rest)
 
@@ -84,7 +82,7 @@ def small(step: str) -> None:
 
 def hang(batch: str) -> None:
     """Process 1 never gets that batch."""
-    if jax.process_index() == 1 or os.environ.get("TCLIP_PROCESS_ID") == "1":
+    if os.environ.get("TCLIP_PROCESS_ID") == "1":
         before_batch(int(batch), lambda: time.sleep(3600))
 
 
@@ -96,17 +94,23 @@ def worker(batch: str) -> None:
 
 
 def nan(steps: str) -> None:
-    """The first batches of the process, so many, have a sample whose weight is no number."""
-    following, count = Batches.__next__, [0]
+    """The loss of the first batches of the process, so many, is no number: they are marked by a weight below 0."""
+    following, count, objective = Batches.__next__, [0], step.objective
 
-    def patched(self: Batches) -> Any:
+    def marked(self: Batches) -> Any:
         batch = following(self)
         count[0] += 1
         if count[0] <= int(steps):
-            batch["weight"][0] = float("nan")
+            batch["weight"] = -batch["weight"]
         return batch
 
-    Batches.__next__ = patched  # type: ignore[method-assign]
+    def spoiled(params: Any, batch: Any, *rest: Any) -> Any:
+        total, terms = objective(params, batch | {"weight": abs(batch["weight"])}, *rest)
+        spoil = jnp.where(jnp.any(batch["weight"] < 0), jnp.nan, 1.0)
+        return total * spoil, terms | {"loss": terms["loss"] * spoil}
+
+    Batches.__next__ = marked  # type: ignore[method-assign]
+    step.objective = spoiled
 
 
 if __name__ == "__main__":

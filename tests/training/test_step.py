@@ -172,3 +172,17 @@ def test_training_learns_a_batch_by_heart() -> None:
     for _ in range(40):
         state, last = run.step(state, batch)
     assert last["loss"] < 0.5 * first["loss"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts() -> None:
+    run, batch = run_on(1, Q_ALL), batch_of(0)
+    state, metrics = run.step(run.state, batch)
+    assert metrics["skipped_steps"] == 0
+    broken = state.replace(params={"clip": state.params["clip"] | {"logit_scale": jnp.float32(jnp.nan)}})
+    skipped, metrics = run.step(broken, batch)
+    assert metrics["skipped_steps"] == 1 and not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, broken.params, skipped.params)
+    for before, after in zip(jax.tree.leaves(broken.optimizer), jax.tree.leaves(skipped.optimizer), strict=True):
+        counts = jnp.issubdtype(before.dtype, jnp.integer)
+        np.testing.assert_array_equal(after, before + 1 if counts else before)
+    assert int(skipped.step) == 2

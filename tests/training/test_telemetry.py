@@ -8,15 +8,20 @@ import json
 import pathlib
 import struct
 import sys
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.training import telemetry
 from tclip_jax.training.telemetry import Telemetry, read_metrics
+
+PARTS, ZERO = ("zeros", "flips", "scale", "drift", "saturated"), np.zeros(1)
 
 
 def open_at(workdir: pathlib.Path, first_step: int = 0, steps: int = 9) -> Telemetry:
@@ -147,3 +152,44 @@ def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pyte
     with open_at(tmp_path) as run:
         run.write(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_json_holds_no_nan(tmp_path: pathlib.Path) -> None:
+    with open_at(tmp_path) as run:
+        run.write(1, {"loss": float("nan"), "gradient_norm": jnp.inf, "learning_rate": 0.5})
+        run.write_trits(
+            1, {"a": {"histogram": np.full((1, len(HISTOGRAM_EDGES)), np.nan), **dict.fromkeys(PARTS, ZERO)}}
+        )
+        run.sync()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text.splitlines()[0]) == {"step": 1, "loss": None, "gradient_norm": None, "learning_rate": 0.5}
+    assert (1, "learning_rate", 0.5) in shown(tmp_path) and not [each for each in shown(tmp_path) if each[1] == "loss"]
+
+
+def test_weights_and_biases(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"first_step": 0, "steps": 9, "title": "student", "wandb_project": "p"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"config\.wandb_project is 'p': it needs wandb \(pip install wandb\)"):
+        Telemetry(tmp_path, **given)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    calls: list[Any] = []
+
+    class Fake(types.ModuleType):
+        def init(self, **options: Any) -> Fake:
+            calls.append(options)
+            return self
+
+        def log(self, scalars: Any, step: int) -> None:
+            calls.append((step, scalars))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake("wandb"))
+    for _ in range(2):
+        with Telemetry(tmp_path, **given, config={"seed": 3}) as run:
+            run.write(1, {"loss": 0.5})
+    first, again = calls[:3], calls[3:]
+    assert first == again and first[1:] == [(1, {"loss": 0.5}), 0]
+    assert first[0].items() >= {"project": "p", "name": "student", "resume": "allow", "config": {"seed": 3}}.items()

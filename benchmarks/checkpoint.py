@@ -1,0 +1,104 @@
+"""How long a checkpoint keeps training waiting: `python -m benchmarks.checkpoint [--quick] [--json]`.
+
+Saves the whole state of a run (parameters, both moments of AdamW, the place in the data) after a step, as `tclip train`
+does, and times what blocks the loop, what is then written in the background with its checksums, and the step that runs
+meanwhile. A ratio is the median over rounds of the ratios within a round: on a shared machine only those mean anything.
+Exit code 1 when a save blocks for longer than a step; with --quick, which has too few rounds to judge, always 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks.train_step import draw_batch
+from tclip_jax.models.presets import PRESETS, model_cfg, preprocess_cfg
+from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.training.build import Build
+from tclip_jax.training.checkpoints import Checkpoints
+from tclip_jax.training.config import base_config, run_config
+from tclip_jax.training.sections import CheckpointConfig
+
+BUDGET = 1.0  # of a step
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds that the action takes, its arrays included."""
+    started = time.perf_counter()
+    jax.block_until_ready(action())
+    return time.perf_counter() - started
+
+
+def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of every part in every round after one that compiles; and the bytes of the state."""
+    config = base_config()
+    config.model, config.preprocess, config.ternary = model_cfg(preset), preprocess_cfg(), "Q-ALL"
+    config.data.batch_size, config.remat = batch_size, True
+    run, mesh = run_config(config), make_mesh(devices=jax.devices()[:1])
+    build, seconds = Build(run, mesh, None), dict[str, list[float]]()
+    with (
+        jax.set_mesh(mesh),
+        tempfile.TemporaryDirectory() as folder,
+        Checkpoints(folder, CheckpointConfig(keep=1)) as checkpoints,
+    ):
+        state = build.init_state()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        step_function, batch = build.jitted_step(state), shard_batch(draw_batch(run.model, batch_size), mesh)
+        held = {"state": state}
+
+        def step() -> Any:
+            held["state"], metrics = step_function(held["state"], batch, None)
+            return metrics
+
+        for number in range(rounds + 1):
+            step()
+            parts = {
+                "step": timed(step),
+                "save blocks": timed(lambda at=number: checkpoints.save(at + 1, held["state"], {})),
+                "step while writing": timed(step),
+                "rest of writing": timed(checkpoints.wait),
+            }
+            for name, value in parts.items() if number else ():
+                seconds.setdefault(name, []).append(value)
+    return seconds, size
+
+
+def main() -> int:
+    """Prints seconds and the ratio, and with --json one object last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="pairs in a step (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', two rounds, under a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    if args.quick:
+        args.preset, args.rounds, args.batch = "tiny", 2, 32
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    seconds, size = measure(args.preset, args.batch, args.rounds)
+    print(f"{args.preset}, batch {args.batch}, state of {size / 2**20:.0f} MiB, {len(os.sched_getaffinity(0))} cores")
+    for name, values in seconds.items():
+        print(f"{name:30}{statistics.median(values):>10.4f} s")
+    ratio = statistics.median(a / b for a, b in zip(seconds["save blocks"], seconds["step"], strict=True))
+    passed = ratio <= BUDGET
+    print(f"{'save blocks / step':30}{ratio:>10.3f}    budget {BUDGET:g}{'' if passed else '  OVER'}")
+    if args.json:
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        figures = [{"name": "save blocks / step", "ratio": ratio, "budget": BUDGET, "passed": passed}]
+        given = {"preset": args.preset, "batch": args.batch, "bytes": size}
+        print(json.dumps(given | {"seconds": medians, "figures": figures}))
+    return 0 if passed or args.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

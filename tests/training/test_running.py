@@ -1,0 +1,153 @@
+"""The small parts that a long run is made of: notices, agreement, time, speed, the journal, batches, traces."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import pytest
+
+from tclip_jax.parallel.agreement import Agreement
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.training import loop
+from tclip_jax.training.batches import Batches
+from tclip_jax.training.journal import Journal
+from tclip_jax.training.notices import INTERRUPTED, RESTART, Notices, Stopped
+from tclip_jax.training.phases import Phases
+from tclip_jax.training.speed import Speed
+from tclip_jax.training.telemetry import Telemetry, read_metrics
+
+
+def test_signals_are_notices_within_and_what_they_were_without() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Notices() as notices:
+        assert notices.code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notices.code == RESTART == 75
+    with pytest.raises(KeyboardInterrupt), Notices() as notices:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert notices.code == INTERRUPTED == 130
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_an_answer_comes_with_the_next_question() -> None:
+    agreement = Agreement(make_mesh(), 2)
+    assert [agreement.ask(values) for values in ((0, 1), (75, 0), (0, 0))] == [(0, 0), (0, 1), (75, 0)]
+
+
+def test_every_second_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    phases = Phases()
+    now[0] += 1
+    with phases.during("evaluate"):
+        now[0] += 2
+        with phases.during("data"):
+            now[0] += 4
+        now[0] += 8
+    now[0] += 16
+    assert phases.take() == {"step": 17, "evaluate": 10, "data": 4} and phases.now == "step"
+    assert phases.take() == {"step": 0}
+
+
+class Device:
+    device_kind = "TPU v4"
+
+
+def test_speed_and_the_line_in_the_log() -> None:
+    speed = Speed(100, int(55e9), [Device()] * 4, 2)  # type: ignore[list-item]
+    first = speed.metrics({"step": 1.0, "compile": 30.0})
+    assert first["images_per_second"] == 100 and first["images_per_second_per_device"] == 25
+    assert first["mfu"] == pytest.approx(100 * 55e9 / (4 * 275e12)) and first["seconds/compile"] == 30
+    assert speed.line(1, 9, {"loss": 1.0}) is None
+    speed.metrics({"step": 0.5, "data": 0.5, "checkpoint": 1.0, "evaluate": 3.0})
+    assert speed.line(2, 9, {"loss": 1.5}) == (
+        "step 2/9: loss 1.5000, 66.7 images/s (16.7 per device), MFU 0.3%;"
+        " time: checkpoint 2.8%, compile 83.3%, data 1.4%, evaluate 8.3%, step 4.2%"
+    )
+    assert "mfu" not in Speed(8, 10, jax.devices()[:1], 0).metrics({"step": 1.0})
+
+
+class Quiet:
+    def write(self, step: int, metrics: Any) -> None: ...
+
+    def score(self, step: int, metrics: Any) -> None: ...
+
+
+def test_only_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    quiet: Any = Quiet()
+    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    good, bad = {"loss": 1.0, "skipped_steps": 0.0}, {"loss": float("inf"), "skipped_steps": 1.0}
+    for step, metrics in enumerate((bad, good, bad, good, bad), 1):
+        journal.add(step, metrics)
+    assert "step 3: loss is inf; it changes nothing" in caplog.text and "step 5" not in caplog.text
+    journal.add(6, bad)
+    with pytest.raises(ValueError, match="step 6: loss is inf; this is the last of 2 steps in a row"):
+        journal.flush()
+
+
+class Counter:
+    """An iterator whose first worker is killed after two batches, or after none if it comes back."""
+
+    def __init__(self, lives: list[int]) -> None:
+        self._next, self._lives = 0, lives.pop(0) if lives else 10**9
+
+    def __next__(self) -> int:
+        if not self._lives:
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+        self._lives -= 1
+        self._next += 1
+        return self._next
+
+    def get_state(self) -> bytes:
+        return b'{"next": %d}' % self._next
+
+    def set_state(self, state: bytes) -> None:
+        self._next = int(state[8:-1])
+
+    def close(self) -> None: ...
+
+
+def test_batches_go_on_where_a_worker_died() -> None:
+    lives = [2, 0]
+    batches = Batches(lambda: Counter(lives))
+    assert [next(batches) for _ in range(5)] == [1, 2, 3, 4, 5] and batches.position == {"next": 5}
+    batches.seek({"next": 70})
+    assert next(batches) == 71
+    lives = [1, 0, 0, 0]
+    batches = Batches(lambda: Counter(lives))
+    with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+        [next(batches) for _ in range(2)]
+
+
+def test_a_notice_ends_a_run_with_all_saved_and_a_trace(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    write = Telemetry.write
+
+    def told(self: Telemetry, step: int, metrics: Any) -> None:
+        write(self, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Telemetry, "write", told)
+    config.checkpoint.every, config.log_every, config.profile_steps = 100, 2, (1, 2)
+    with caplog.at_level(logging.INFO), pytest.raises(Stopped) as stopped:
+        loop.train(config, tmp_path / "run")
+    assert stopped.value.code == RESTART
+    steps = [line["step"] for line in read_metrics(tmp_path / "run")]
+    assert steps == list(range(1, 6)) and f"asked to stop: step {steps[-1]} is saved" in caplog.text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1])]
+    assert "step 2/8: loss " in caplog.text and "compile " in caplog.text
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    loop.train(config, tmp_path / "run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
