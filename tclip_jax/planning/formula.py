@@ -13,7 +13,9 @@ from typing import Any
 import jax
 
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.ternary_rules import TERNARIZABLE, find_quantizer
 from tclip_jax.parallel.mesh import BATCH_AXES, abstract_mesh
+from tclip_jax.parallel.rules import path_of
 from tclip_jax.planning.collectives import Collective
 from tclip_jax.planning.hardware import Topology
 from tclip_jax.planning.hlo import Array
@@ -103,14 +105,18 @@ def _activations(build: Build) -> int:
 def _collectives(build: Build) -> Iterator[Collective]:
     """Weights gathered over `fsdp` for each pass, gradients reduced, embeddings of the batch gathered and returned."""
     run, mesh = build.run, build.mesh.shape
-    dtype, fsdp = _XLA[run.dtype], mesh["fsdp"]
-    student = _elements(build.state_shapes.params["clip"]) // mesh["tensor"]
-    passes = [(student, 2 + run.remat, "weights")]
-    if (teacher := build.teacher_shapes) is not None:
-        passes.append((_elements(teacher) // mesh["tensor"], 1, "the teacher's weights"))
+    dtype, fsdp, tensor = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"]
+    student = _elements(build.state_shapes.params["clip"]) // tensor
     if fsdp > 1:
-        for size, times, name in passes:
-            yield Collective("all-gather", (Array(dtype, (size,)),), ("fsdp",), fsdp, times, name)
+        # What moves of a ternary weight is four trits a byte; its scales are few.
+        trits = 0 if run.ternary_warmup_steps else _ternary_elements(build) // tensor
+        floats, packed = Array(dtype, (student - trits,)), Array("u8", (trits // 4,))
+        for array in (floats, packed):
+            if array.size:
+                yield Collective("all-gather", (array,), ("fsdp",), fsdp, 2 + run.remat, "weights")
+        if build.teacher_shapes is not None:
+            theirs = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
+            yield Collective("all-gather", theirs, ("fsdp",), fsdp, 1, "the teacher's weights")
         yield Collective("reduce-scatter", (Array(dtype, (student,)),), ("fsdp",), fsdp, 1, "gradients")
     if mesh["data"] > 1:
         shard = (Array(dtype, (student // fsdp,)),)
@@ -125,6 +131,15 @@ def _collectives(build: Build) -> Iterator[Collective]:
             state = (Array(dtype, (_rows(build), tokens, tower.width)),)
             times = tower.layers * 2 * (2 + run.remat)  # after attention and the MLP, in each pass
             yield Collective("all-reduce", state, ("tensor",), mesh["tensor"], times, "partial sums")
+
+
+def _ternary_elements(build: Build) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path(build.state_shapes.params["clip"])
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in leaves
+        if path_of(path) in TERNARIZABLE and find_quantizer(path_of(path), build.run.rules)
+    )
 
 
 def _elements(tree: Any) -> int:

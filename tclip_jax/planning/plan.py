@@ -54,7 +54,11 @@ class Plan:
     @property
     def quantized_gather(self) -> tuple[int, int] | None:
         """Bytes of weights that are gathered as trits a step, and what bfloat16 would take; None without such."""
-        gathers = [each for each in self.facts.collectives if each.kind == "all-gather" and each.dtype in _TRITS]
+        gathers = [
+            each
+            for each in self.facts.collectives
+            if each.kind == "all-gather" and each.dtype in _TRITS and "fsdp" in each.axes
+        ]
         if not gathers:
             return None
         as_bfloat16 = sum(

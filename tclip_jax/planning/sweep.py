@@ -90,8 +90,18 @@ def best(points: Sequence[Point]) -> Point | None:
 def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """A header and a row a point."""
     keys = list(points[0].changes)
-    header = (*(key.rpartition(".")[2] for key in keys), "GiB", "fits", "compute", "memory", "network", "s", "images/s")
-    return [header, *(_row(point, keys) for point in points)]
+    header = (
+        "",
+        *(key.rpartition(".")[2] for key in keys),
+        "GiB",
+        "fits",
+        "compute",
+        "memory",
+        "network",
+        "s",
+        "images/s",
+    )
+    return [header, *((str(i), *_row(point, keys)) for i, point in enumerate(points, 1))]
 
 
 def sweep_text(points: Sequence[Point]) -> str:
@@ -114,22 +124,22 @@ def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
 
 
 def _figure(points: Sequence[Point]) -> Any:
-    """Images/s against memory, with what a device has as a line."""
+    """Images/s against memory, each point with its number in the table, and what a device has as a line."""
     from matplotlib.figure import Figure
 
-    plans = [(point, point.plan) for point in points if point.plan]
+    plans = [(i, point, point.plan) for i, point in enumerate(points, 1) if point.plan]
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=110)
     axes = figure.subplots()
-    for point, plan in plans:
+    for i, point, plan in plans:
         size = plan.facts.memory.total / _GIB
         axes.plot(size, point.rate, "o", color="#3b6fb6" if plan.fits else "#c0392b")
-        axes.annotate(point.name, (size, point.rate), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    limit = plans[0][1].device_memory / _GIB
-    if max(plan.facts.memory.total for _, plan in plans) > limit * _GIB / 2:
+        axes.annotate(str(i), (size, point.rate), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    limit = plans[0][2].device_memory / _GIB
+    if max(plan.facts.memory.total for _, _, plan in plans) > limit * _GIB / 2:
         axes.axvline(limit, color="#c0392b", linestyle="--", label=f"a device has {limit:.1f} GiB")
         axes.legend()
+    axes.margins(0.1)
     axes.set(xlabel="GiB on a device", ylabel="images/s if nothing overlaps", ylim=(0, None), xlim=(0, None))
-    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     return figure
 

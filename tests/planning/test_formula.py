@@ -22,23 +22,26 @@ def elements(config: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(run_config(config).model)))
 
 
-def sent(facts: StepFacts) -> dict[tuple[str, str], int]:
-    return {(each.kind, each.name): each.bytes for each in facts.collectives}
+def sent(facts: StepFacts) -> dict[tuple[str, str, str], int]:
+    return {(each.kind, each.name, each.dtype): each.bytes for each in facts.collectives}
 
 
 def test_sharding_is_that_of_training(config: ml_collections.ConfigDict) -> None:
     facts, count = formula_facts(run_config(config), H100), elements(config)
+    # Q-ALL: attention, MLPs and token embedding.
+    trits = 12 * 64 * 64 * (3 + 2) + 49408 * 64
     assert facts.mesh == {"data": 4, "fsdp": 2, "tensor": 1} and facts.how == "by formula"
     assert facts.memory.parameters == pytest.approx(4 * count / 2, rel=0.02)  # vectors and heads are whole
     assert facts.memory.teacher == pytest.approx(4 * count / 2, rel=0.02)
     assert facts.memory.batch == 8 * (32 * 32 * 3 + 4 * 32 + 4)
     assert sent(facts) == {
-        ("all-gather", "weights"): 3 * 2 * count,
-        ("all-gather", "the teacher's weights"): 2 * count,
-        ("reduce-scatter", "gradients"): 2 * count,
-        ("all-reduce", "gradients"): 2 * (count // 2),
-        ("all-gather", "embeddings"): 2 * 64 * 64 * 4,
-        ("reduce-scatter", "their gradients"): 2 * 64 * 64 * 4,
+        ("all-gather", "weights", "u8"): 3 * trits // 4,
+        ("all-gather", "weights", "bf16"): 3 * 2 * (count - trits),
+        ("all-gather", "the teacher's weights", "bf16"): 2 * count,
+        ("reduce-scatter", "gradients", "bf16"): 2 * count,
+        ("all-reduce", "gradients", "bf16"): 2 * (count // 2),
+        ("all-gather", "embeddings", "f32"): 2 * 64 * 64 * 4,
+        ("reduce-scatter", "their gradients", "f32"): 2 * 64 * 64 * 4,
     }
     assert StepFacts.from_json(facts.to_json()) == facts
 

@@ -46,6 +46,8 @@ def test_a_plan_says_whether_it_fits(config: ml_collections.ConfigDict) -> None:
 
 
 def test_weights_that_are_gathered_as_trits(config: ml_collections.ConfigDict) -> None:
+    assert make_plan(config, H100).quantized_gather
+    config.ternary = "none"
     plan = make_plan(config, H100)
     assert plan.quantized_gather is None and "as trits" not in plan_text(plan)
     trits = (Array("u8", (64, 16)), Array("bf16", (1, 64)))
