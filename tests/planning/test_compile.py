@@ -50,6 +50,9 @@ def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     gathers = [each for each in facts.collectives if each.kind == "all-gather" and each.axes == ("fsdp",)]
     assert {each.times for each in gathers} >= {2, 3}  # layers of the towers, the teacher's among them
     assert all(each.sent_bytes > 0 for each in facts.collectives)
+    # Weights move as four trits a byte, fc1's of (64, 256) among them, and activations stay where they are.
+    assert (16, 256) in {array.dims for each in gathers if each.dtype == "u8" for array in each.arrays}
+    assert facts.moving_activations == ()
     assert StepFacts.from_json(facts.to_json()) == facts
 
 
