@@ -1,0 +1,190 @@
+"""Sharded training against one device: `python -m benchmarks.sharding [--quick] [--json]`.
+
+A small distilled model in float32 on meshes of eight simulated devices. In full precision both train freely. In ternary
+the mesh does a step from one device's state now and then, and must have its trits, loss and gradients; beside that it
+trains freely, and the first trit that differs is named. Exit code 1 when a difference is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any, NamedTuple
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
+from tclip_jax.models.trits import look
+from tclip_jax.parallel.mesh import AXES, make_mesh, shard_batch
+from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.ternary import Quantizer
+from tclip_jax.training.objective import Encoders
+from tclip_jax.training.optimizer import make_optimizer
+from tclip_jax.training.sections import LossConfig, OptimizerConfig
+from tclip_jax.training.state import TrainState, init_state
+from tclip_jax.training.step import make_train_step
+
+MESHES = ((8, 1, 1), (4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4))
+QUICK = ((4, 2, 1), (2, 2, 2))
+STEPS, FREE, APART = 50, 20, 10
+BUDGETS = {"full": 1e-5, "same": 1e-6, "gradient": 1e-5, "free": 1e-4}  # relative
+ROWS = 16
+CONFIG = CLIPConfig(
+    32,
+    VisionConfig((16, 16), patch_size=8, width=64, layers=2, head_width=16),
+    TextConfig(context_length=8, vocab_size=128, width=32, heads=4, layers=2),
+)
+TEACHER = CLIPConfig(48, CONFIG.vision, CONFIG.text)
+TERNARY = ternary_rules("Q-ALL", Quantizer(group=8))
+LOSS = LossConfig(task=1.0, crd=1.0, fd=10.0)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
+HALF = (0.5, 0.5, 0.5)
+
+
+class Run(NamedTuple):
+    """A student and its teacher on a mesh."""
+
+    mesh: Mesh
+    state: TrainState
+    teacher: Any
+    compiled: Any
+
+    def step(self, state: TrainState, index: int) -> tuple[TrainState, float]:
+        """The next state, and the loss of batch `index`."""
+        rng = np.random.default_rng(index)
+        batch = {
+            "image": rng.integers(0, 256, (ROWS, 16, 16, 3), np.uint8),
+            "tokens": rng.integers(0, 128, (ROWS, 8), np.int32),
+            "weight": np.ones(ROWS, np.float32),
+        }
+        with jax.set_mesh(self.mesh):
+            state, metrics = self.compiled(state, shard_batch(batch, self.mesh), self.teacher)
+        return state, float(metrics["loss"])
+
+    def place(self, state: Any) -> Any:
+        """Another run's state on this mesh."""
+        return jax.device_put(jax.device_get(state), tree_shardings(state, self.mesh))
+
+
+def start(mesh: Mesh, rules: TernaryRules) -> Run:
+    """The same weights on any mesh."""
+    student, teacher = CLIP(CONFIG, rules), CLIP(TEACHER)
+    optimizer = make_optimizer(OPTIMIZER, 1000)
+    with jax.set_mesh(mesh):
+        state = init_state(student, optimizer, 0, TEACHER, mesh, LOSS)
+    # Drawn on one device and moved, so that a difference is the step's.
+    params = init_params(teacher, jax.random.key(7))
+    step = make_train_step(Encoders(student, HALF, HALF), Encoders(teacher, HALF, HALF), optimizer, LOSS)
+    compiled = jax.jit(step, out_shardings=(tree_shardings(state, mesh), None))
+    return Run(mesh, state, jax.device_put(params, tree_shardings(params, mesh)), compiled)
+
+
+def train(run: Run, steps: int) -> tuple[list[TrainState], list[float]]:
+    """The states before each step and after the last, on the host, and the losses."""
+    states, losses = [jax.device_get(run.state)], []
+    state = run.state
+    for index in range(steps):
+        state, loss = run.step(state, index)
+        states.append(jax.device_get(state))
+        losses.append(loss)
+    return states, losses
+
+
+def trits(run: Run, state: TrainState) -> dict[str, np.ndarray]:
+    """Of every ternary parameter, as this mesh's devices find them."""
+    with jax.set_mesh(run.mesh):
+        seen = look(state.params["clip"], TERNARY, CONFIG.text.vocab_size * CONFIG.vision.width * 64)
+    return {path: np.asarray(tensor.trits) for path, tensor in seen.items()}
+
+
+def difference(a: float, b: float) -> float:
+    """Of b from a, relative to a."""
+    return abs(b - a) / abs(a)
+
+
+def gradient_difference(before: TrainState, one: TrainState, other: TrainState) -> float:
+    """The largest over parameters of |Δg| / |g|, g from Adam's first moment: m' = b1 · m + (1 − b1) · g."""
+    moments = [optax.tree.get(state.optimizer, "mu") for state in (before, one, other)]
+
+    def relative(m: Any, ours: Any, theirs: Any) -> float:
+        ours, theirs = np.float64(ours), np.float64(theirs)
+        norm = np.linalg.norm(ours - OPTIMIZER.b1 * np.float64(m))
+        return float(np.linalg.norm(theirs - ours) / norm) if norm else float(np.linalg.norm(theirs - ours))
+
+    return max(jax.tree.leaves(jax.tree.map(relative, *(jax.device_get(m) for m in moments))))
+
+
+def first_flip(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> str:
+    """Where the first trit is that differs, or ""."""
+    for path, mine in ours.items():
+        if (where := np.argwhere(mine != theirs[path])).size:
+            return f"{path}[{', '.join(map(str, where[0]))}] ({len(where)} there)"
+    return ""
+
+
+def compare(sizes: tuple[int, int, int], steps: int, full: Any, ternary: Any) -> dict[str, Any]:
+    """The differences of one mesh; `full` and `ternary` are a run on one device, its states and its losses."""
+    mesh = make_mesh(*sizes)
+    row: dict[str, Any] = {"mesh": dict(zip(AXES, sizes, strict=True))}
+    _, losses = train(start(mesh, ()), steps)
+    row["full"] = max(map(difference, full[2], losses))
+    single, states, expected = ternary
+    run = start(mesh, TERNARY)
+    row |= {"trits": True, "same": 0.0, "gradient": 0.0, "free": 0.0, "first_flip": ""}
+    for index in range(0, steps + 1, APART):
+        if index == len(expected):
+            states.append(jax.device_get((after := single.step(single.place(states[-1]), index))[0]))
+            expected.append(after[1])
+        before = run.place(states[index])
+        row["trits"] &= not first_flip(trits(single, single.place(states[index])), trits(run, before))
+        after, loss = run.step(before, index)
+        row["same"] = max(row["same"], difference(expected[index], loss))
+        row["gradient"] = max(row["gradient"], gradient_difference(states[index], states[index + 1], after))
+    state = run.state
+    for index in range(min(FREE, steps)):
+        state, loss = run.step(state, index)
+        row["free"] = max(row["free"], difference(expected[index], loss))
+        if not row["first_flip"]:
+            where = first_flip(trits(single, single.place(states[index + 1])), trits(run, state))
+            row["first_flip"] = where and f"step {index + 1}: {where}"
+    row["passed"] = row["trits"] and all(row[name] <= budget for name, budget in BUDGETS.items())
+    return row
+
+
+def main() -> int:
+    """Prints the table, and with --json one object last."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sharding", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two meshes and 10 steps, under a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    steps = APART if args.quick else STEPS
+    one = make_mesh(devices=jax.devices()[:1])
+    full, ternary = ((run := start(one, rules), *train(run, steps)) for rules in ((), TERNARY))
+    rows = [compare(sizes, steps, full, ternary) for sizes in tqdm(QUICK if args.quick else MESHES, disable=None)]
+    print(f"largest relative difference from one device, {steps} steps ({min(FREE, steps)} of free ternary training)")
+    print(f"{'data fsdp tensor':>16}{'full':>10}{'trits':>8}{'same':>10}{'gradient':>10}{'free':>10}  first other trit")
+    for row in rows:
+        sizes = "".join(f"{size:>5}" for size in row["mesh"].values())
+        numbers = [f"{row[name]:>10.1e}" for name in BUDGETS]
+        numbers.insert(1, f"{'equal' if row['trits'] else 'DIFFER':>8}")
+        print(f"{sizes:>16}{''.join(numbers)}  {row['first_flip'] or 'none'}{'' if row['passed'] else '  OVER'}")
+    budgets = "".join(f"{budget:>10.0e}" for budget in BUDGETS.values())
+    print(f"{'budget':>16}{budgets[:10]}{'equal':>8}{budgets[10:]}")
+    passed = all(row["passed"] for row in rows)
+    if args.json:
+        print(json.dumps({"steps": steps, "budgets": BUDGETS, "rows": rows, "passed": passed}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
