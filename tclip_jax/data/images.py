@@ -104,22 +104,47 @@ class Preprocess:
         }
 
 
+class TooManyPixels(ValueError):
+    """An image that would take too much memory."""
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Returns the decoded image in its own mode, as stored (EXIF orientation is left alone, as open_clip leaves it).
 
-    Raises ValueError, and nothing else, for what is no whole JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image and, before
-    its pixels are allocated, for an image of more than `max_pixels`.
+    Of an animation it is the first frame. Grey of 16 bits becomes grey of 8, where open_clip clips it to white. Raises
+    ValueError, and nothing else, for what is no whole JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image, for pixels of 32
+    bits and, before they are allocated, for an image of more than `max_pixels`.
     """
+    return load(open_lazily(data, max_pixels=max_pixels))
+
+
+def open_lazily(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the image with its header read and its pixels not; `load` reads them. Raises as `decode` does."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if not 0 < image.width * image.height <= max_pixels:
-            raise ValueError(f"{image.width}x{image.height} pixels, where 1 to {max_pixels} are allowed")
-        image.load()
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(f"not a usable image ({len(data)} bytes): {error}") from None
     # A broken file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, MemoryError.
     except Exception as error:
         # Pillow's own words for this name an object in memory.
         reason = f"none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"not a usable image ({len(data)} bytes): {reason}") from error
+    if not 0 < image.width * image.height <= max_pixels:
+        size = f"{image.width}x{image.height} pixels, where 1 to {max_pixels} are allowed"
+        raise TooManyPixels(f"not a usable image ({len(data)} bytes): {size}")
+    return image
+
+
+def load(image: Image.Image) -> Image.Image:
+    """Returns the image with its pixels read. Raises as `decode` does."""
+    try:
+        image.load()
+    except Exception as error:
+        raise ValueError(f"not a usable image: {error}") from error
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"not a usable image: pixels of 32 bits (mode {image.mode}), whose range nothing tells")
     return image
 
 

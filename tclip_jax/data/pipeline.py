@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from tclip_jax.data import images, prompts
 from tclip_jax.data.augment import AUGMENTATIONS
+from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.sources import Record, Source
+from tclip_jax.data.iterator import NAME_BYTES, REASON_BYTES, TrainIterator
+from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, digest
+from tclip_jax.data.sources.base import Fault
+from tclip_jax.data.sources.remote import retry
 from tclip_jax.data.teacher_cache import TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
-
-_logger = logging.getLogger(__name__)
-_reported: set[str] = set()
-_reporting = threading.Lock()
+_MAX_RECORDS = 2**32  # of Grain's shuffle
+_MAX_CAPTION = 2**16  # characters: far more than any context holds
+_evaluated = BadSamples()
 
 
 def train_iterator(
@@ -41,15 +40,16 @@ def train_iterator(
     threads: int = 2,
     prefetch: int = 4,
     cache: TeacherCache | None = None,
-) -> grain.DatasetIterator:
+    bad: BadSamples | None = None,
+) -> TrainIterator:
     """Endless shuffled, augmented batches: this process's share of each global batch.
 
-    Each batch is a dict of `image` (B, H, W, 3) uint8, `tokens` (B, T) int32 and `weight` (B,) float32 with
-    B = batch_size / process_count. A sample whose image cannot be decoded or that has no caption keeps its place as
-    zeros of weight 0 and is logged once; an error in reading is raised.
+    Each batch is a dict of `image` (B, H, W, 3) uint8, `tokens` (B, T) int32, `weight` (B,) float32 and `fault` (B,)
+    int32 with B = batch_size / process_count. A bad sample keeps its place as zeros of weight 0; `fault` says what is
+    wrong with it, as its place in `FAULTS`, and 0 of all others. What cannot be read is tried again before it is bad.
 
     Row j of process p is row p + j * process_count of the batch a single process would get, down to the augmentation.
-    After k batches `get_state()` holds k alone as long as `workers` is 0, so it fits any number of processes.
+    The state holds a place in the global order alone, so it fits any number of processes and workers.
 
     Args:
       templates: name of a list of templates, or the templates, for labelled sources; each draw takes one at random.
@@ -61,28 +61,46 @@ def train_iterator(
       cache: a teacher's embeddings, which are added to the batch as `teacher_image` and `teacher_text` (B, D) float16;
         the captions and augmentations are then those that it was made of.
 
+      bad: lists the bad samples; by default they are logged.
+
     Raises:
-      ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, or the source is empty.
+      ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, or the source has no records
+        or more than 2³².
     """
     if batch_size % process_count:
         raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTATIONS)}")
-    if not len(source):
-        raise ValueError("the source has no records to train on")
+    if not 0 < len(source) <= _MAX_RECORDS:
+        raise ValueError(f"the source has {'no' if not len(source) else len(source)} records to train on")
     if cache is not None and cache.samples != len(source):
         raise ValueError(f"{cache.folder} is of {cache.samples} samples: the source has {len(source)}")
-    row = TrainRow(source, tokenizer, preprocess, augment, templates, cache)
-    # Rows are drawn by index because Grain's own source node costs a fifth of the time of a small image in metrics.
     # Only this order (shuffle, random_map, slice) draws the same global batches whatever the number of processes.
-    rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(row)
-    batches = rows[process_index::process_count].batch(batch_size // process_count)
-    dataset = batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch)))
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start otherwise
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    return TrainIterator(
+        global_order(source, seed).random_map(TrainRow(source, tokenizer, preprocess, augment, templates, cache)),
+        digest=f"{seed}:{digest(source)}",
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        workers=workers,
+        threads=threads,
+        prefetch=prefetch,
+        bad=BadSamples() if bad is None else bad,
+    )
+
+
+def global_order(source: Source, seed: int) -> grain.MapDataset:
+    """The endless order in which the records of a source are drawn, by their index: epoch after epoch of each part.
+
+    Nothing as long as the source is ever in memory.
+    """
+    orders, start = [], 0
+    for number, (_, length) in enumerate(parts := getattr(source, "parts", ((1.0, len(source)),))):
+        # Rows are drawn by index because Grain's own source node costs a fifth of the time of a small image in metrics.
+        order = grain.MapDataset.range(start, start + length).seed((seed + number) % 2**32)
+        orders.append(order.shuffle().repeat())
+        start += length
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for weight, _ in parts]).seed(seed)
 
 
 def eval_batches(
@@ -99,14 +117,14 @@ def eval_batches(
 
     Yields dicts of `image` (B, H, W, 3) uint8, `label` (B,) or (B, C) int32 (-1 where there is none), `weight` (B,)
     float32, `index` (B,) int32, the place in the source, and lists of B: `captions`, each a tuple of strings, and
-    `name`; B is batch_size / process_count. Images that cannot be decoded are zeros of weight 0; so are the rows that
+    `name`; B is batch_size / process_count. Bad samples are zeros of weight 0; so are the rows that
     fill up the last batch, whose index is -1.
     """
     share = batch_size // process_count
 
     def load(number: int) -> dict[str, Any]:
         start = number * batch_size + process_index * share
-        rows = [_eval_row(source[i], i, preprocess) for i in range(start, min(start + share, len(source)))]
+        rows = [_eval_row(source, i, preprocess) for i in range(start, min(start + share, len(source)))]
         return _pad_and_stack(rows, preprocess, share)
 
     batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
@@ -143,17 +161,35 @@ class TrainRow(grain.transforms.RandomMap):
         return row | {"teacher_image": image, "teacher_text": text}
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`image`, `tokens` and `weight` of a record."""
-        record = self._source[index]
+        """`image`, `tokens`, `weight` and `fault` of a record, and the `name` and `reason` of a bad one as bytes."""
+        image, tokens = (
+            np.zeros((*self._preprocess.size, 3), np.uint8),
+            np.zeros(self._tokenizer.context_length, np.int32),
+        )
+        fault, name, reason = 0, "", ""
         try:
-            tokens = self._tokens(record, rng)
-            image = AUGMENTATIONS[self._augment](to_pil(record.image), rng, self._preprocess)
+            record = read(self._source, index)
+            tokens, image = self._tokens(record, rng), self._view(record, rng)
+        except BadSample as error:
+            tokens[:] = 0
+            fault, name, reason = FAULTS.index(error.kind), error.name, error.reason
+        return {
+            "image": image,
+            "tokens": tokens,
+            "weight": np.float32(not fault),
+            "fault": np.int32(fault),
+            "name": np.array(name.encode()[-NAME_BYTES:], f"S{NAME_BYTES}"),
+            "reason": np.array(reason.encode()[:REASON_BYTES], f"S{REASON_BYTES}"),
+        }
+
+    def _view(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+        pixels = record.image
+        try:
+            image = images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
+            return AUGMENTATIONS[self._augment](image, rng, self._preprocess)
         except ValueError as error:
-            _report_bad(record, error)
-            image = np.zeros((*self._preprocess.size, 3), np.uint8)
-            tokens = np.zeros(self._tokenizer.context_length, np.int32)
-            return {"image": image, "tokens": tokens, "weight": np.float32(0)}
-        return {"image": image, "tokens": tokens, "weight": np.float32(1)}
+            kind: Fault = "too_many_pixels" if isinstance(error, images.TooManyPixels) else "corrupt_image"
+            raise BadSample(kind, record.name, str(error)) from None
 
     def _tokens(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         if 0 <= record.label < len(self._class_tokens):
@@ -161,16 +197,28 @@ class TrainRow(grain.transforms.RandomMap):
             return choices[rng.integers(len(choices))]
         captions = [caption for caption in record.captions if caption.strip()]
         if not captions:
-            raise ValueError("no caption and no valid label")
-        return self._tokenizer([captions[rng.integers(len(captions))]])[0]
+            raise BadSample("no_caption", record.name, "no caption and no valid label")
+        return self._tokenizer([captions[rng.integers(len(captions))][:_MAX_CAPTION]])[0]
 
 
-def _eval_row(record: Record, index: int, preprocess: Preprocess) -> dict[str, Any]:
+def read(source: Source, index: int) -> Record:
+    """`source[index]`, tried again where the system fails to read it.
+
+    Raises:
+      BadSample: there is no such record.
+    """
+    return retry(lambda: source[index], f"record {index}", OSError)
+
+
+def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, Any]:
+    image, weight, record = np.zeros((*preprocess.size, 3), np.uint8), 0, Record(b"", (), -1, f"record {index}")
     try:
+        record = read(source, index)
         image, weight = images.preprocess(to_pil(record.image), preprocess), 1
+    except BadSample as error:
+        _evaluated.add(error.kind, error.name, error.reason)
     except ValueError as error:
-        _report_bad(record, error)
-        image, weight = np.zeros((*preprocess.size, 3), np.uint8), 0
+        _evaluated.add("corrupt_image", record.name, str(error))
     return {
         "image": image,
         "label": record.label,
@@ -199,11 +247,3 @@ def _pad_and_stack(rows: list[dict[str, Any]], preprocess: Preprocess, batch_siz
 def to_pil(image: bytes | np.ndarray) -> Image.Image:
     """The image of a record; raises ValueError where it cannot be decoded."""
     return images.decode(image) if isinstance(image, bytes) else Image.fromarray(image)
-
-
-def _report_bad(record: Record, error: ValueError) -> None:
-    with _reporting:
-        seen = record.name in _reported
-        _reported.add(record.name)
-    if not seen:
-        _logger.warning("%s: %s; the sample counts with weight 0", record.name, error)

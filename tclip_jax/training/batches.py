@@ -7,9 +7,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import grain
-import numpy as np
-
 _ATTEMPTS = 3
 
 _logger = logging.getLogger(__name__)
@@ -22,7 +19,7 @@ class Batches:
       position: JSON values that say which batch is next, from one iterator to another.
     """
 
-    def __init__(self, start: Callable[[], grain.DatasetIterator]) -> None:
+    def __init__(self, start: Callable[[], Any]) -> None:
         self._start = start
         self._iterator = start()
         self.position = self._get()
@@ -33,7 +30,7 @@ class Batches:
         self._iterator.set_state(json.dumps(position).encode() if isinstance(state, bytes) else position)
         self.position = position
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         """Raises what reading raises, and RuntimeError when workers are killed three times in a row."""
         for attempt in range(_ATTEMPTS):
             try:
@@ -48,6 +45,10 @@ class Batches:
                 self.seek(self.position)
         self.position = self._get()
         return batch
+
+    def close(self) -> None:
+        """Ends what prepares batches."""
+        self._iterator.close()
 
     def _get(self) -> Any:
         state = self._iterator.get_state()

@@ -186,6 +186,8 @@ def _check_values(run: RunConfig) -> None:
             f"config.data.batch_size {run.data.batch_size} is not divisible by"
             f" config.data.microbatches {run.data.microbatches}"
         )
+    if not 0 <= run.data.max_bad_share <= 1:
+        raise ValueError(f"config.data.max_bad_share is {run.data.max_bad_share}: it must be between 0 and 1")
     if run.init and run.inherit:
         raise ValueError("config.init and config.inherit both say where to start: one must be empty")
     names = [each.name for each in run.evals]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.training.checkpoints import Checkpoints
 from tclip_jax.training.speed import Speed
 from tclip_jax.training.telemetry import Telemetry
@@ -21,21 +22,32 @@ class Journal:
 
     Args:
       steps: of the whole run.
+      bad: judges the bad samples of each step.
+      batch_size: samples of each step.
       max_skipped: steps in a row whose loss or gradient is not finite, after which the run is given up.
     """
 
     def __init__(
-        self, telemetry: Telemetry, checkpoints: Checkpoints, speed: Speed, *, steps: int, max_skipped: int
+        self,
+        telemetry: Telemetry,
+        checkpoints: Checkpoints,
+        speed: Speed,
+        *,
+        steps: int,
+        max_skipped: int,
+        bad: BadSamples | None = None,
+        batch_size: int = 0,
     ) -> None:
         self._telemetry, self._checkpoints, self._speed = telemetry, checkpoints, speed
         self._steps, self._max_skipped = steps, max_skipped
+        self._bad, self._batch_size = bad, batch_size
         self._skipped, self._pending = 0, dict[int, Mapping[str, Any]]()
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes what `step` will have measured, and writes what is pending.
 
         Raises:
-          ValueError: too many steps in a row were not finite.
+          ValueError: too many steps in a row were not finite, or too many samples bad.
         """
         self.flush()
         self._pending = {step: metrics}
@@ -50,6 +62,8 @@ class Journal:
             if line and jax.process_index() == 0:
                 _logger.info("%s", line)
             self._judge(step, values)
+            if self._bad:
+                self._bad.check(values, self._batch_size)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes at once what is known already."""

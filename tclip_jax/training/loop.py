@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,22 +13,19 @@ import ml_collections
 from etils import epath
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.data.pipeline import train_iterator
-from tclip_jax.data.sources import open_source
 from tclip_jax.data.teacher_cache import TeacherCache
-from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.agreement import Agreement
 from tclip_jax.parallel.gather import gather_json
-from tclip_jax.parallel.mesh import describe_run, make_mesh, shard_batch
+from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.batches import Batches
 from tclip_jax.training.build import Build, check_batch
 from tclip_jax.training.checkpoints import Checkpoints, saved_steps, whole_steps
 from tclip_jax.training.config import base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
+from tclip_jax.training.feed import open_feed
 from tclip_jax.training.initial import start_params
 from tclip_jax.training.journal import Journal
 from tclip_jax.training.notices import Notices, Stopped
@@ -48,15 +45,16 @@ _logger = logging.getLogger(__name__)
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     """Trains to `config.steps`, going on from the newest whole checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/, and of several processes
-    heartbeats/. What metrics.jsonl says of a step is there before the step's checkpoint is.
+    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/, bad_samples.jsonl where
+    there were any, and of several processes heartbeats/. What metrics.jsonl says of a step is there before the step's
+    checkpoint is.
 
     Returns:
       The trained model, its weights latent.
 
     Raises:
       ValueError: an impossible configuration, a workdir that holds another model's run, a checkpoint that cannot be
-        written, or `max_skipped_steps` steps in a row that were not finite.
+        written, `max_skipped_steps` steps in a row that were not finite, or too many bad samples.
       Stopped: it was asked to stop, on any process, and is saved.
     """
     run, workdir = run_config(config), epath.Path(workdir)
@@ -67,22 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
     cache = open_cache(run) if run.data.teacher_cache else None
-    data = Batches(
-        functools.partial(
-            train_iterator,
-            open_source(run.data.source, run.data.split),
-            tokenizer=Tokenizer(run.model.text.context_length),
-            preprocess=run.preprocess,
-            augment=run.data.augment,
-            templates=run.data.templates,
-            batch_size=run.data.batch_size,
-            seed=run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=run.data.workers,
-            cache=cache,
-        )
-    )
+    data, bad = open_feed(run, workdir, mesh, cache)
     teacher = load_model(run.teacher, mesh) if run.teacher else None
     build = Build(run, mesh, teacher or cache)
     start = None if whole_steps(workdir / "checkpoints") else start_params(run, mesh)
@@ -92,6 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     phases = Phases()
     with (
         jax.set_mesh(mesh),
+        contextlib.closing(data),
         Notices() as notices,
         Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
         Watchdog(workdir, phases, run.stall_minutes, leave=run.stall_exit) as watchdog,
@@ -108,7 +92,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         wandb = {"wandb_project": run.wandb_project, "config": config.to_dict()}
         with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb) as telemetry:
             speed = Speed(run.data.batch_size, _flops(build), mesh.devices.flat, run.log_every)
-            journal = Journal(telemetry, checkpoints, speed, steps=run.steps, max_skipped=run.max_skipped_steps)
+            journal = Journal(
+                telemetry,
+                checkpoints,
+                speed,
+                steps=run.steps,
+                max_skipped=run.max_skipped_steps,
+                bad=bad,
+                batch_size=run.data.batch_size,
+            )
             agreement = Agreement(mesh, 2)
             written = _written_before(workdir, first, checkpoints)
             # A run may have ended between a checkpoint and the evaluation of its step.
@@ -118,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 watchdog.step(step)
                 trace.before(step)
                 with phases.during("data"):
-                    batch = shard_batch(next(data), mesh)
+                    batch = next(data)
                 looks = run.rules and run.telemetry_every and step % run.telemetry_every == 0
                 before = look(state.params["clip"], run.rules) if looks else {}
                 with phases.during("step" if step > first + 1 else "compile"):

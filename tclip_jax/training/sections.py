@@ -10,13 +10,14 @@ from typing import Any, Literal
 class DataConfig:
     """What is trained on."""
 
-    source: str = "digits"  # digits, folder:<path>, tfds:<name>[@<data_dir>]
+    source: str = "digits"  # digits, or folder:, tfds:, wds:, arrayrecord:, csv:, parquet:, mixture: as in docs/data.md
     split: str = "train"
     templates: str | tuple[str, ...] = "digits"  # captions of labelled data: a name of data.prompts, or a list with {c}
-    augment: str = "none"  # none, affine, random_resized_crop
+    augment: str = "none"  # none, affine, random_resized_crop, wide_crop, strong
     batch_size: int = 128  # images over all devices
     microbatches: int = 1  # parts of a batch that pass the towers one after the other; the loss is the whole batch's
     workers: int = 0  # processes that prepare batches; 0: threads
+    max_bad_share: float = 0.1  # of about the last 10,000 samples: where more are bad, the run stops
     teacher_cache: str = ""  # folder of `tclip teacher-cache`, in place of a teacher in the step
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tclip_jax.data.sources import FAULTS
 from tclip_jax.losses.grad_cache import gradient_in_parts
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.training.inside import Batch, Metrics
@@ -70,6 +71,8 @@ def make_train_step(
             "bad_samples": jnp.sum(batch["weight"] == 0).astype(jnp.float32),
             "skipped_steps": 1 - finite.astype(jnp.float32),
         }
+        if "fault" in batch:
+            metrics |= {f"bad/{kind}": jnp.sum(batch["fault"] == i) for i, kind in enumerate(FAULTS) if i}
         return updated, metrics
 
     return train_step

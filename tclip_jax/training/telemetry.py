@@ -73,10 +73,11 @@ class Telemetry:
                 self._wandb.finish(exit_code=int(error is not None))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records the scalars of `step` and moves the bar there."""
+        """Records the scalars of `step` and moves the bar there; of `bad/…` those that are not 0."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
+        scalars = {name: value for name, value in scalars.items() if value or not name.startswith("bad/")}
         self._append({"step": step} | scalars)
         for name, value in scalars.items():
             if math.isfinite(value):

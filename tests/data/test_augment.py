@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,9 +15,10 @@ from tclip_jax.data.augment import (
     affine,
     random_affine,
     random_crop_box,
+    random_erasing,
     random_resized_crop,
 )
-from tclip_jax.data.images import Preprocess, preprocess
+from tclip_jax.data.images import Preprocess, load, open_lazily, preprocess
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -131,3 +134,39 @@ def test_resized_crop_equals_torchvision(mode: str) -> None:
         ).convert("RGB")
         ours = random_resized_crop(image, np.random.default_rng(seed), (24, 32), scale, ratio)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("side", "read"), [(1600, 400), (480, 480)])
+def test_a_jpeg_is_read_no_larger_than_needed(side: int, read: int) -> None:
+    smooth = noise(25, 25).resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    smooth.save(buffer, "JPEG", quality=95)
+    lazy, whole = open_lazily(buffer.getvalue()), load(open_lazily(buffer.getvalue()))
+    ours, expected = (
+        np.asarray(random_resized_crop(image, np.random.default_rng(1), (300, 300)), np.float64)
+        for image in (lazy, whole)
+    )
+    assert lazy.size == (read, read)
+    assert np.abs(ours - expected).mean() < 1  # of 255; exactly the same where it is read whole
+    assert (ours == expected).all() == (read == side)
+
+
+@settings(deadline=None)
+@given(height=st.integers(1, 60), width=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
+def test_erasing_fills_one_box_within_bounds(height: int, width: int, seed: int) -> None:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    erased = random_erasing(pixels, np.random.default_rng(seed), (1, 2, 3), probability=1.0)
+    assert not pixels.any()
+    rows, columns = (np.flatnonzero(erased[..., 0].any(axis=axis)) for axis in (1, 0))
+    if rows.size:
+        box = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert (box == (1, 2, 3)).all() and np.count_nonzero(erased) == box.size
+        h, w = box.shape[:2]
+        assert 0.02 * height * width <= (h + 0.5) * (w + 0.5) and (h - 0.5) * (w - 0.5) <= 0.33 * height * width
+        assert 0.3 * (w - 0.5) <= h + 0.5 and h - 0.5 <= 3.3 * (w + 0.5)
+
+
+def test_erasing_has_its_probability() -> None:
+    pixels, rng = np.zeros((32, 32, 3), np.uint8), np.random.default_rng(0)
+    erased = sum(random_erasing(pixels, rng, 255, probability=0.25).any() for _ in range(1000))
+    assert 200 <= erased <= 300

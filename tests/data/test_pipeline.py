@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import collections
 import io
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -8,14 +10,15 @@ from typing import Any
 
 import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 from tclip_jax.data import images
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.pipeline import Batch, eval_batches, train_iterator
-from tclip_jax.data.sources import Record, open_source
+from tclip_jax.data.iterator import Batch, TrainIterator
+from tclip_jax.data.pipeline import eval_batches, global_order, train_iterator
+from tclip_jax.data.sources import FAULTS, Record, open_source, remote
+from tclip_jax.data.sources.mixture import Mixture
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
 
 TOKENIZER = Tokenizer(context_length=12)
@@ -43,7 +46,7 @@ def labelled(count: int) -> Records:
     return source
 
 
-def iterate(source: Any, **changes: Any) -> grain.DatasetIterator:
+def iterate(source: Any, **changes: Any) -> TrainIterator:
     arguments = {
         "tokenizer": TOKENIZER,
         "preprocess": PREPROCESS,
@@ -55,7 +58,7 @@ def iterate(source: Any, **changes: Any) -> grain.DatasetIterator:
     return train_iterator(source, **(arguments | changes))
 
 
-def take(iterator: grain.DatasetIterator, count: int) -> list[Batch]:
+def take(iterator: TrainIterator, count: int) -> list[Batch]:
     return [next(iterator) for _ in range(count)]
 
 
@@ -76,6 +79,7 @@ def test_batch_of_labelled_data() -> None:
         "image": ((5, 10, 6, 3), "uint8"),
         "tokens": ((5, 12), "int32"),
         "weight": ((5,), "float32"),
+        "fault": ((5,), "int32"),
     }
     assert batch["weight"].tolist() == [1] * 5
     for shade, tokens in zip(shades([batch]), batch["tokens"], strict=True):
@@ -140,24 +144,70 @@ def test_state_fits_another_number_of_processes() -> None:
     assert_same([next(half)], [{key: value[1::2] for key, value in next(iterator).items()}])
 
 
-def test_state_survives_orbax(tmp_path: pathlib.Path) -> None:
-    source = open_source("digits", "train")
-    iterator, restored = iterate(source), iterate(source)
-    take(iterator, 3)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        manager.wait_until_finished()
-        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
-    assert_same(take(restored, 2), take(iterator, 2))
+def test_every_state_continues_exactly() -> None:
+    class Batches:
+        """Six batches of an epoch and a half, as Grain's check of checkpoints wants them."""
+
+        def __iter__(self) -> Any:
+            iterator = iterate(labelled(16), augment="strong")
+
+            class Six:
+                get_state, set_state = iterator.get_state, iterator.set_state
+
+                def __iter__(self) -> Any:
+                    return self
+
+                def __next__(self) -> Any:
+                    if iterator.get_state()["samples"] == 24:
+                        raise StopIteration
+                    return next(iterator)
+
+            return Six()
+
+    grain.experimental.assert_equal_output_after_checkpoint(Batches())
 
 
-def test_worker_process_gives_the_same_batches() -> None:
+def test_the_global_order_goes_on_with_any_number_of_processes_workers_and_rows() -> None:
     source = open_source("digits", "train")
-    iterator = iterate(source, workers=1)
+    whole = take(iterate(source, augment="affine", batch_size=8), 6)
+    state: Any = None
+    for count, batches in ((2, 2), (4, 1), (1, 1)):
+        shares = [
+            iterate(source, augment="affine", batch_size=8, process_index=p, process_count=count) for p in range(count)
+        ]
+        for share in shares:
+            if state:
+                share.set_state(json.loads(state))
+        for _ in range(batches):
+            parts, expected = [next(share) for share in shares], whole.pop(0)
+            assert_same(parts, [{key: value[p::count] for key, value in expected.items()} for p in range(count)])
+        states = {json.dumps(share.get_state()) for share in shares}
+        assert len(states) == 1  # what one process saves is the state of all
+        state = states.pop()
+    halves = iterate(source, augment="affine", batch_size=4)
+    halves.set_state(json.loads(state))
+    assert_same(take(halves, 4), [{k: v[i : i + 4] for k, v in batch.items()} for batch in whole for i in (0, 4)])
+
+
+def test_the_state_of_other_data_is_refused() -> None:
+    state = iterate(labelled(6)).get_state()
+    for other in (iterate(labelled(7)), iterate(labelled(6), seed=8)):
+        with pytest.raises(ValueError, match="the data are not those of the checkpoint"):
+            other.set_state(state)
+
+
+def test_worker_processes_give_the_same_batches_and_state() -> None:
+    source = open_source("digits", "train")
+    iterator, expected = iterate(source, workers=2), take(iterate(source), 4)
     try:
-        assert_same(take(iterator, 3), take(iterate(source), 3))
+        assert_same(take(iterator, 3), expected[:3])
+        state = iterator.get_state()
+        assert state["samples"] == 12  # yielded, whatever was prepared ahead
     finally:
         iterator.close()
+    restored = iterate(source)
+    restored.set_state(state)
+    assert_same(take(restored, 1), expected[3:])
 
 
 BAD = {
@@ -186,13 +236,50 @@ def test_bad_record_keeps_its_place_and_is_logged_once(name: str, caplog: pytest
     assert [record.getMessage().startswith(f"{name}: ") for record in caplog.records] == [True]
 
 
-def test_an_error_in_reading_is_raised() -> None:
-    class Unreadable(Records):
-        def __getitem__(self, index: Any) -> Any:
-            raise OSError("the disk is gone")
+def test_an_error_in_reading_is_tried_again_and_then_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
+    attempts = collections.Counter[int]()
 
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(iterate(Unreadable(labelled(2))))
+    class Unreliable(Records):
+        classnames = CLASSNAMES
+
+        def __getitem__(self, index: Any) -> Any:
+            attempts[index] += 1
+            if index == 0 or attempts[index] < 3:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    batch = next(iterate(Unreliable(labelled(4)), threads=0))
+    bad = batch["fault"] == FAULTS.index("unreadable")
+    assert batch["weight"].tolist() == (~bad).tolist() and bad.sum() == 1 and set(attempts.values()) == {3}
+
+
+def test_an_error_of_the_program_is_raised() -> None:
+    class Broken(Records):
+        def __getitem__(self, index: Any) -> Any:
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        next(iterate(Broken(labelled(2))))
+
+
+def test_a_mixture_keeps_its_proportions_and_each_part_its_epochs() -> None:
+    parts = [labelled(12), labelled(4)]
+    mixture = Mixture((3, 1), parts)
+    order = global_order(mixture, 5)
+    drawn = np.array([order[i] for i in range(64)])
+    assert len(mixture) == 16
+    for start in range(0, 64, 4):
+        assert (drawn[start : start + 4] >= 12).sum() == 1
+    for part, count in ((drawn[drawn < 12], 12), (drawn[drawn >= 12] - 12, 4)):
+        epochs = part.reshape(-1, count)
+        assert (np.sort(epochs) == np.arange(count)).all() and len(np.unique(epochs, axis=0)) > 1
+    whole = take(iterate(mixture), 4)
+    shares = [iterate(mixture, process_index=p, process_count=2) for p in range(2)]
+    for share in shares:
+        share.set_state({"samples": 8, "data": share.get_state()["data"]})
+    for p, share in enumerate(shares):
+        assert_same(take(share, 2), [{key: value[p::2] for key, value in batch.items()} for batch in whole[2:]])
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 
-from tclip_jax.data.sources.base import Record, Source
+from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, digest
 
-__all__ = ["Record", "Source", "open_source"]
+__all__ = ["FAULTS", "BadSample", "Record", "Source", "digest", "open_source"]
 
-# kind -> (how to write it, "module:class" to call with what follows the colon and the split); imported when asked for.
+# kind -> (how to write it, "module:name" to call with what follows the colon and the split); imported when asked for.
 _KINDS = {
+    "arrayrecord": ("arrayrecord:<files>", "tclip_jax.data.sources.array_record:open_files"),
+    "csv": ("csv:<files>", "tclip_jax.data.sources.table:open_csv"),
     "digits": ("digits", "tclip_jax.data.sources.digits:Digits"),
     "folder": ("folder:<path>", "tclip_jax.data.sources.folder:Folder"),
+    "mixture": ("mixture:<weight>*<source>+…", "tclip_jax.data.sources.mixture:open_mixture"),
+    "parquet": ("parquet:<files>", "tclip_jax.data.sources.table:open_parquet"),
     "tfds": ("tfds:<name>[@<data_dir>]", "tclip_jax.data.sources.tfds:Tfds"),
-    "wds": ("wds:<folder>", "tclip_jax.data.sources.webdataset:Webdataset"),
+    "wds": ("wds:<tars or folder>", "tclip_jax.data.sources.tars:open_webdataset"),
 }
 
 
@@ -21,8 +25,10 @@ def open_source(spec: str, split: str) -> Source:
     """Opens the data named by `spec`, a kind and what that kind needs to find it.
 
     Args:
-      spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]` or `wds:<folder>`.
-      split: `train`, `test`, ..., as the kind of source defines them.
+      spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]`, `wds:<tars or folder>`, `arrayrecord:<files>`,
+        `csv:<files>`, `parquet:<files>` or `mixture:<weight>*<source>+…`; tars and files are named with braces, globs
+        and `::` between patterns.
+      split: `train`, `test`, ..., as the kind of source defines them; tars, files and tables have none.
 
     Raises:
       ValueError: unknown kind, unknown split, or data of another layout than the kind reads.

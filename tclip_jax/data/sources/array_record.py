@@ -12,32 +12,37 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_captions
 from tclip_jax.data.sources.patterns import find_files, is_remote
 from tclip_jax.data.sources.remote import retry
-from tclip_jax.data.sources.shard_index import Scan, open_index
+from tclip_jax.data.sources.shard_index import Scan, ShardIndex, open_index
 
 _IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp")
 _CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt", "caption/text", "captions/text", "texts/text")
 _OPEN_FILES = 256  # each holds its chunks' offsets: a few kB
 
 
-class ArrayRecord:
-    """Every record of the files that a pattern names: an Example with an encoded image and its captions.
-
-    The image is the feature `image`, `image/encoded`, `jpg`, `jpeg`, `png` or `webp`; the captions are `caption`,
-    `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records is kept.
-    For data that TFDS has prepared `tfds:<name>` says more: which split, and the names of the classes.
+def open_files(pattern: str, split: str) -> ArrayRecord:
+    """The records of the files that a pattern names; they have no splits.
 
     Raises:
       FileNotFoundError: no file matches.
       ValueError: no file has a record, or a URL, which ArrayRecord's reader cannot open.
     """
+    if is_remote(pattern):
+        raise ValueError(f"arrayrecord:{pattern}: its reader opens local paths alone; mount the bucket (gcsfuse)")
+    return ArrayRecord(open_index("arrayrecord", find_files(pattern), scan))
+
+
+class ArrayRecord:
+    """Every record of some files: an Example with an encoded image and its captions.
+
+    The image is the feature `image`, `image/encoded`, `jpg`, `jpeg`, `png` or `webp`; the captions are `caption`,
+    `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records
+    is kept. For data that TFDS has prepared `tfds:<name>` says more: which split, and the names of the classes.
+    """
 
     classnames: tuple[str, ...] = ()
 
-    def __init__(self, pattern: str) -> None:
-        if is_remote(pattern):
-            raise ValueError(f"arrayrecord:{pattern}: its reader opens local paths alone; mount the bucket (gcsfuse)")
-        self._index = open_index("arrayrecord", find_files(pattern), scan)
-        self.digest = self._index.digest
+    def __init__(self, index: ShardIndex) -> None:
+        self._index, self.digest = index, index.digest
 
     def __len__(self) -> int:
         return len(self._index)
@@ -70,9 +75,9 @@ def scan(path: str) -> Scan:
     size = pathlib.Path(path).stat().st_size
     if not size:
         return Scan(0, 1, FAULTS.index("empty_shard"))
-    try:
-        records = _open(path, size).num_records()
-    except (RuntimeError, ValueError):
+    reader = _reader(path)
+    records = reader.num_records()
+    if not reader.ok():
         return Scan(size, 1, FAULTS.index("broken_shard"))
     return Scan(size, records) if records else Scan(size, 1, FAULTS.index("empty_shard"))
 
@@ -80,15 +85,11 @@ def scan(path: str) -> Scan:
 def _read(path: str, place: int) -> bytes:
     try:
         (data,) = _reader(path).read([place])
-    except (RuntimeError, IndexError) as error:
+    except RuntimeError as error:
         raise BadSample("corrupt_record", f"{path}/{place}", f"ArrayRecord cannot read it ({error})") from None
     return data
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _reader(path: str) -> Any:
-    return _open(path, 0)
-
-
-def _open(path: str, size: int) -> Any:
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")

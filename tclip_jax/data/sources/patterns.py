@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _MAX_NAMES = 10_000_000
@@ -74,6 +75,20 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there.
+
+    Raises:
+      ValueError: there is no such kind of URL, or what reads it is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
 def find_files(pattern: str) -> list[str]:
     """Every file that a pattern names: parts joined by `::`, in the order of the pattern, each glob in its own order.
 
@@ -82,7 +97,10 @@ def find_files(pattern: str) -> list[str]:
     """
     found: list[str] = []
     for part in pattern.split("::"):
-        for name in expand_braces(part if is_remote(part) else os.path.expanduser(part)):
+        if is_remote(part):
+            file_system(part)  # refuses what nothing here can open
+        # An index is found again by the names of its files, from any working folder.
+        for name in expand_braces(part if is_remote(part) else os.path.abspath(os.path.expanduser(part))):
             if not glob.has_magic(name):
                 found.append(name)
                 continue
@@ -96,7 +114,5 @@ def find_files(pattern: str) -> list[str]:
 def _glob(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return glob.glob(pattern)
-    from tclip_jax.data.sources.remote import file_system
-
     system, path = file_system(pattern)
     return [system.unstrip_protocol(match) for match in system.glob(path)]

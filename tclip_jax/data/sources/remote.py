@@ -9,10 +9,10 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tclip_jax.data.sources.base import BadSample, cache_folder
-from tclip_jax.data.sources.patterns import is_remote
+from tclip_jax.data.sources.patterns import file_system, is_remote
 
 # Waits between attempts. A store that is away for longer costs samples, not the run.
 RETRY_SECONDS = (0.1, 0.4, 1.6, 6.4)
@@ -21,22 +21,10 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
 Result = TypeVar("Result")
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there.
-
-    Raises:
-      ValueError: there is no such kind of URL, or what reads it is not installed.
-    """
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{url}: {error}") from None
-
-
-def retry(read: Callable[[], Result], name: str) -> Result:
+def retry(read: Callable[[], Result], name: str, error_type: type[Exception] = Exception) -> Result:
     """What `read` returns, after as many attempts as it takes of those that are allowed.
+
+    Stores raise errors of their own libraries, which have nothing in common: by default, any error is tried again.
 
     Raises:
       BadSample: all failed, or trying again is of no use.
@@ -46,8 +34,7 @@ def retry(read: Callable[[], Result], name: str) -> Result:
             return read()
         except BadSample:
             raise
-        # Stores raise errors of their own libraries, which derive from nothing in common.
-        except Exception as error:
+        except error_type as error:
             if seconds is None or isinstance(error, _PERMANENT):
                 raise BadSample("unreadable", name, f"{type(error).__name__}: {error}") from error
             time.sleep(seconds)
@@ -70,26 +57,26 @@ def read_file(path: str) -> bytes:
     return retry(read, path)
 
 
-def read_range(path: str, start: int, stop: int, *, size: int) -> bytes:
-    """The bytes [start, stop) of a tar that was indexed at `size`.
+def read_range(path: str, start: int, stop: int, *, size: int, name: str) -> bytes:
+    """The bytes [start, stop) of a tar that was indexed at `size`: the sample `name`.
 
     Raises:
       BadSample: they cannot be read, or the file is not the one that was indexed.
     """
     if is_remote(path):
-        data = _mirror().read(path, start, stop)
+        data = mirror().read(path, start, stop, name)
     else:
-        data = retry(lambda: _read_local(path, start, stop, size), path)
+        data = retry(lambda: _read_local(path, start, stop, size, name), name)
     if len(data) != stop - start:
-        raise BadSample("broken_shard", path, f"it has {len(data)} of the {stop - start} bytes from {start} on")
+        raise BadSample("broken_shard", name, f"the shard has {len(data)} of the {stop - start} bytes from {start} on")
     return data
 
 
-def _read_local(path: str, start: int, stop: int, size: int) -> bytes:
+def _read_local(path: str, start: int, stop: int, size: int, name: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if (now := os.fstat(descriptor).st_size) != size:
-            raise BadSample("broken_shard", path, f"it has {now:,} bytes, and had {size:,} when it was indexed")
+            raise BadSample("broken_shard", name, f"the shard has {now:,} bytes, and had {size:,} when it was indexed")
         return os.pread(descriptor, stop - start, start)
     finally:
         os.close(descriptor)
@@ -109,7 +96,7 @@ class Mirror:
         self._left = max_bytes - sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder))
         self._lock = threading.Lock()
 
-    def read(self, url: str, start: int, stop: int) -> bytes:
+    def read(self, url: str, start: int, stop: int, name: str) -> bytes:
         """The bytes [start, stop), from the copy or, after which they are in it, from the store."""
         copy = self._folder / hashlib.sha256(url.encode()).hexdigest()[:32]
         if copy.exists():
@@ -117,7 +104,7 @@ class Mirror:
                 data = os.pread(file.fileno(), stop - start, start)
             if len(data) == stop - start and any(data[:_HEADER]):
                 return data
-        data = retry(lambda: _fetch(url, start, stop), url)
+        data = retry(lambda: _fetch(url, start, stop), name)
         with self._lock:
             self._left -= len(data)
             room = self._left >= 0
@@ -140,6 +127,6 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
 
 
 @functools.cache
-def _mirror() -> Mirror:
+def mirror() -> Mirror:
     """Of this process; TCLIP_CACHE_GIB bounds it, 50 by default."""
     return Mirror(cache_folder() / "samples", int(float(os.environ.get("TCLIP_CACHE_GIB", "50")) * 2**30))

@@ -2,11 +2,11 @@
 
 The folder is made once and read in place, so that a billion samples start as fast as a thousand:
 
-    index.json    {"version": 1, "kind": "tar" or "arrayrecord", "samples": N, "shards": S, "digest": SHA-256 of the rest}
+    index.json    {"version": 1, "kind": "tar" or "arrayrecord", "samples": N, "shards": S, "digest": of the rest}
     shards.txt    S lines: the path or URL of each shard
     starts.npy    (S + 1,) int64: the number of the first sample of each shard, and N
     sizes.npy     (S,) int64: bytes of each shard when it was indexed; −1 of a shard that could not be read
-    faults.npy    (S,) uint8: place in FAULTS of what is wrong with the shard; its last sample then stands for what is lost
+    faults.npy    (S,) uint8: of what is wrong with the shard, in FAULTS; its last sample then stands for what is lost
     samples.bin   N rows of SAMPLE, of tars alone: 32 bytes a sample
 
 `write_sparse_index` writes one of any size whose samples.bin is a hole, to try what size costs.
@@ -14,7 +14,10 @@ The folder is made once and read in place, so that a billion samples start as fa
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -25,14 +28,14 @@ import shutil
 import struct
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tqdm
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, cache_folder
+from tclip_jax.data.sources.base import FAULTS, BadSample, cache_folder
 from tclip_jax.storage import atomic_folder, write_atomic
 
 # Where a sample lies in its tar: `start` is the header of its first file; `image` and `text` are counted from there.
@@ -110,7 +113,7 @@ class ShardIndex:
             raise IndexError(f"sample {index} of {self._samples}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._faults[shard] and index == self._starts[shard + 1] - 1:
-            kind: Fault = FAULTS[self._faults[shard]]  # type: ignore[assignment]
+            kind: Any = FAULTS[self._faults[shard]]
             raise BadSample(kind, self.shards[shard], _LOST[kind])
         return shard, index - int(self._starts[shard])
 
@@ -135,7 +138,7 @@ _LOST = {
 
 
 def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) -> ShardIndex:
-    """The index of these shards from the cache folder, made now if it is not there: in parallel, and going on after a kill.
+    """The index of these shards from the cache folder; made if it is not there, going on where a killed one stopped.
 
     Args:
       kind: tar or arrayrecord.
@@ -147,13 +150,26 @@ def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) ->
     """
     key = hashlib.sha256("\n".join([kind, *shards]).encode()).hexdigest()[:32]
     folder = cache_folder() / "index" / key
-    if not (folder / "index.json").exists():
-        parts = folder.with_name(f"{key}.parts")
-        parts.mkdir(parents=True, exist_ok=True)
-        _scan_all(shards, scan, parts)
-        _join(kind, shards, parts, folder)
-        shutil.rmtree(parts, ignore_errors=True)
+    parts = folder.with_name(f"{key}.parts")
+    if not folder.exists():
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(parts.with_suffix(".lock")):
+            if not folder.exists():
+                parts.mkdir(exist_ok=True)
+                _scan_all(shards, scan, parts)
+                try:
+                    _join(kind, shards, parts, folder)
+                finally:
+                    shutil.rmtree(parts)
     return ShardIndex(folder)
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """One process at a time does what is in the block; a killed one does not keep the others out."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _scan_all(shards: Sequence[str], scan: Callable[[str], Scan], parts: pathlib.Path) -> None:
@@ -168,9 +184,9 @@ def _scan_all(shards: Sequence[str], scan: Callable[[str], Scan], parts: pathlib
     )
     with pool:
         found = [pool.submit(_write_part, scan, shard, _part(parts, i)) for i, shard in waiting]
-        bar = tqdm.tqdm(total=len(shards), initial=len(shards) - len(waiting), desc="index", unit="shard")
-        bar.disable = bar.disable or not sys.stderr.isatty()
-        with bar:
+        done = len(shards) - len(waiting)
+        hidden = not sys.stderr.isatty()
+        with tqdm.tqdm(total=len(shards), initial=done, desc="index", unit="shard", disable=hidden) as bar:
             for each in concurrent.futures.as_completed(found):
                 each.result()
                 bar.update()
@@ -189,22 +205,20 @@ def _join(kind: str, shards: Sequence[str], parts: pathlib.Path, folder: pathlib
     count = len(shards)
     starts, sizes, faults = np.zeros(count + 1, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
     digest = hashlib.sha256()
-    try:
-        with atomic_folder(folder) as building:
-            with open(building / "samples.bin", "wb") as file:
-                for i in range(count):
-                    data = _part(parts, i).read_bytes()
-                    faults[i], sizes[i], samples = _PART.unpack_from(data)
-                    starts[i + 1] = starts[i] + samples
-                    digest.update(data)
-                    file.write(data[_PART.size :])
-            if not starts[-1]:
-                raise ValueError(f"{shards[0]} … {shards[-1]}: no sample in {count} shards")
-            if kind != "tar":
-                (building / "samples.bin").unlink()
-            _write_rest(pathlib.Path(building), kind, shards, starts, sizes, faults, digest.hexdigest())
-    except FileExistsError:
-        pass  # another process of this machine was faster
+    with atomic_folder(folder) as building:
+        with open(building / "samples.bin", "wb") as file:
+            for i in range(count):
+                data = _part(parts, i).read_bytes()
+                faults[i], sizes[i], samples = _PART.unpack_from(data)
+                starts[i + 1] = starts[i] + samples
+                digest.update(data)
+                file.write(data[_PART.size :])
+        if starts[-1] == np.count_nonzero(faults):
+            kinds = ", ".join(f"{FAULTS[fault]} {n}" for fault, n in collections.Counter(faults.tolist()).items())
+            raise ValueError(f"{shards[0]}: none of {count} shards has a sample ({kinds})")
+        if kind != "tar":
+            (building / "samples.bin").unlink()
+        _write_rest(pathlib.Path(building), kind, shards, starts, sizes, faults, digest.hexdigest())
 
 
 def _write_rest(

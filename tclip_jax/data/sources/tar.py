@@ -39,7 +39,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             if not end <= start <= stop <= size:
                 raise tarfile.TarError(f"{member.name[:80]!r} does not lie within the file")
             end = stop
-            tar.members = []  # type: ignore[misc]  # it would keep every one
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every one
             name = _NAME.fullmatch(member.name)
             if member.isreg() and not member.issparse() and name and not _META.match(member.name):
                 yield Member(name[1], name[2].lower(), member.offset, start, stop)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import itertools
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, decode_captions
-from tclip_jax.data.sources.patterns import find_files, is_remote
-from tclip_jax.data.sources.remote import file_system, read_range, retry
+from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, Source, decode_captions
+from tclip_jax.data.sources.patterns import file_system, find_files, is_remote
+from tclip_jax.data.sources.remote import read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
 from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
+from tclip_jax.data.sources.webdataset import Webdataset
 
 _MAX_SAMPLE = 1 << 28  # bytes
 _REASONS: dict[Fault, str] = {
-    "no_image": f"no {', '.join(IMAGE_SUFFIXES)} beside the caption",
-    "no_caption": "no txt beside the image",
+    "no_image": f"no {', '.join(IMAGE_SUFFIXES)} beside the caption, or an empty one",
+    "no_caption": "no txt beside the image, or an empty one",
     "duplicate_key": "its key, or one of its files, is there twice",
     "unsafe_name": "its name leads out of the folder",
     "too_large": f"its image and caption, with what lies between them, have more than {_MAX_SAMPLE:,} bytes",
@@ -40,16 +42,6 @@ class Tars:
     def __init__(self, index: ShardIndex) -> None:
         self._index, self.digest = index, index.digest
 
-    @classmethod
-    def open(cls, pattern: str) -> Tars:
-        """The tars of a pattern with braces, globs and `::`, local or of URLs.
-
-        Raises:
-          FileNotFoundError: a tar is not there.
-          ValueError: no tar has a sample.
-        """
-        return cls(open_index("tar", find_files(pattern), scan))
-
     def __len__(self) -> int:
         return len(self._index)
 
@@ -57,15 +49,27 @@ class Tars:
         shard, place = self._index.locate(index)
         path, name = self._index.shards[shard], f"{self._index.shards[shard]}/{place}"
         start, image, image_size, text, text_size, fault, _ = self._index.sample(index).item()
-        kind: Fault = FAULTS[fault] if fault else "no_image" if not image_size else "no_caption"  # type: ignore[assignment]
+        kind: Any = FAULTS[fault] if fault else "no_image" if not image_size else "no_caption"
         if fault or not (image_size and text_size):
             raise BadSample(kind, name, _REASONS[kind])
         stop = max(image + image_size, text + text_size)
-        data = read_range(path, start, start + stop, size=int(self._index.sizes[shard]))
-        key = tarfile.nts(data[:100], "utf-8", "replace")  # type: ignore[attr-defined]
+        data = read_range(path, start, start + stop, size=int(self._index.sizes[shard]), name=name)
+        key = data[:100].split(b"\0")[0].decode("utf-8", "replace")
         name = f"{path}/{key.partition('.')[0]}"
         captions = decode_captions(data[text : text + text_size], name)
         return Record(data[image : image + image_size], captions, -1, name)
+
+
+def open_webdataset(argument: str, split: str) -> Source:
+    """The tars of a pattern with braces, globs and `::`, local or of URLs, or the split of an export in a folder.
+
+    Raises:
+      FileNotFoundError: a tar or the folder is not there.
+      ValueError: no tar has a sample, or the folder is no export.
+    """
+    if argument.endswith(".tar") or glob.has_magic(argument) or "{" in argument:
+        return Tars(open_index("tar", find_files(argument), scan))
+    return Webdataset(argument, split)
 
 
 def scan(path: str) -> Scan:
@@ -75,8 +79,7 @@ def scan(path: str) -> Scan:
       FileNotFoundError: there is no such file.
     """
     try:
-        with retry(lambda: _open(path), path) as file:
-            return _scan(file)
+        return retry(lambda: _scan(path), path)
     except BadSample as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file") from None
@@ -90,17 +93,16 @@ def _open(path: str) -> IO[bytes]:
     return system.open(place, "rb")
 
 
-def _scan(file: IO[bytes]) -> Scan:
-    size = file.seek(0, io.SEEK_END)
+def _scan(path: str) -> Scan:
     found: list[Member] = []
     fault: Fault | None = None
-    try:
-        for member in members(file):
-            found.append(member)
-    except tarfile.TarError:
-        fault = "broken_shard" if size else "empty_shard"
-    except OSError:
-        fault = "unreadable"
+    with _open(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        try:
+            for member in members(file):
+                found.append(member)
+        except tarfile.TarError:
+            fault = "broken_shard" if size else "empty_shard"
     rows = list(_samples(found))
     if not rows and fault is None:
         fault = "empty_shard"

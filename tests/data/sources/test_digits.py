@@ -41,7 +41,7 @@ def test_classnames_and_names() -> None:
     [
         ("digits", "validation", "no split 'validation'; it has train, test"),
         ("digits:8x8", "train", "digits:8x8: the digits take no argument"),
-        ("imagenet", "train", r"unknown data source 'imagenet': write one of digits, folder:<path>, tfds:<name>"),
+        ("imagenet", "train", r"unknown data source 'imagenet': write one of arrayrecord:<files>, csv:<files>, digits"),
     ],
 )
 def test_wrong_spec(spec: str, split: str, message: str) -> None:

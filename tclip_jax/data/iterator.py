@@ -1,0 +1,101 @@
+"""An endless iterator of batches whose state is one number: how far it is in the global order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import grain
+import numpy as np
+from absl import flags
+
+from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.data.sources import FAULTS
+
+Batch = dict[str, np.ndarray]
+
+NAME_BYTES, REASON_BYTES = 256, 160
+
+
+class TrainIterator(Iterator[Batch]):
+    """This process's share of each global batch, from an endless global order of rows.
+
+    The state is that of what was yielded, whatever was prepared ahead, by threads or by worker processes. It says
+    nothing of processes, workers or the size of a batch: any of them may be another when it is set.
+
+    Args:
+      rows: the global order.
+      digest: of the source and the seed: what the state belongs to.
+      batch_size: rows over all processes.
+      process_index, process_count: which share is this one.
+      workers, threads, prefetch: as of `train_iterator`.
+      bad: is told of every bad sample of this process's share.
+    """
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        *,
+        digest: str,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        workers: int,
+        threads: int,
+        prefetch: int,
+        bad: BadSamples,
+    ) -> None:
+        self._rows, self._digest, self._batch_size = rows, digest, batch_size
+        self._process_index, self._process_count = process_index, process_count
+        self._workers, self._options = workers, grain.ReadOptions(threads, max(threads, prefetch))
+        self._bad = bad
+        self._samples = 0
+        self._batches: Iterator[Any] | None = None  # made by the first `next`: workers start once, where they must
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._samples += self._batch_size
+        names, reasons = batch.pop("name"), batch.pop("reason")
+        for row in np.flatnonzero(batch["fault"]):
+            name, reason = (bytes(each[row]).decode("utf-8", "replace") for each in (names, reasons))
+            self._bad.add(FAULTS[batch["fault"][row]], name, reason)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """How many rows of the global order were yielded over all processes, and of which data; JSON."""
+        return {"samples": self._samples, "data": self._digest}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the rows that `state` says.
+
+        Raises:
+          ValueError: it is the state of other data, or of another seed.
+        """
+        if state["data"] != self._digest:
+            raise ValueError(
+                f"the data are not those of the checkpoint ({self._digest}, then {state['data']}): another source, "
+                "another seed, or a source that has changed since"
+            )
+        self.close()
+        self._samples = state["samples"]
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        close: Callable[[], None] | None = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches = None
+
+    def _start(self) -> Iterator[Any]:
+        share = self._rows[self._samples + self._process_index :: self._process_count]
+        dataset = share.batch(self._batch_size // self._process_count).to_iter_dataset(self._options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start otherwise
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(dataset)

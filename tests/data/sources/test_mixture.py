@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tclip_jax.data.sources import Record, digest, open_source
+from tclip_jax.data.sources.mixture import Mixture, parse
+
+
+class Numbered(list[Record]):
+    def __init__(self, count: int, classnames: tuple[str, ...] = ()) -> None:
+        super().__init__(
+            Record(b"", (), i % len(classnames) if classnames else -1, f"{count}/{i}") for i in range(count)
+        )
+        self.classnames = classnames
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 9), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=4))
+def test_records_lie_in_a_row_and_labels_too(parts: list[tuple[float, int, int]]) -> None:
+    sources = [
+        Numbered(count, tuple(f"{i}:{c}" for c in range(classes))) for i, (_, count, classes) in enumerate(parts)
+    ]
+    mixture = Mixture([weight for weight, _, _ in parts], sources)
+    expected = [(record.name, source, record) for source in sources for record in source]
+    assert len(mixture) == len(expected) == sum(count for _, count in mixture.parts)
+    assert sum(weight for weight, _ in mixture.parts) == pytest.approx(1)
+    for i, (name, source, record) in enumerate(expected):
+        found = mixture[i]
+        assert found.name == name
+        if source.classnames:
+            assert mixture.classnames[found.label] == source.classnames[record.label]
+        else:
+            assert found.label == -1
+
+
+def test_a_label_out_of_range_stays_none_of_the_classes() -> None:
+    wrong = Numbered(1, ("a",))
+    wrong[0] = Record(b"", (), 1, "wrong")
+    assert Mixture((1, 1), (wrong, Numbered(1, ("b",))))[0].label == -1
+
+
+def test_the_spec() -> None:
+    assert parse("0.7*wds:/a+b/{0..9}*.tar+.3*csv:x.csv?image=a+2*digits") == [
+        (0.7, "wds:/a+b/{0..9}*.tar"),
+        (0.3, "csv:x.csv?image=a"),
+        (2.0, "digits"),
+    ]
+    mixture = open_source("mixture:3*digits+1*digits", "train")
+    assert len(mixture) == 2800 and len(mixture.classnames) == 20 and digest(mixture) == "2800:3.0*1400: 1.0*1400:"
+    for wrong in ("", "digits", "0*digits", "1*digits+digits", "-1*digits"):
+        with pytest.raises(ValueError, match=r"is not WEIGHT\*SOURCE with a weight above 0"):
+            open_source(f"mixture:{wrong}", "train")
+    with pytest.raises(ValueError, match="unknown data source 'cifar'"):
+        open_source("mixture:1*digits+1*cifar", "train")

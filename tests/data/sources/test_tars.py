@@ -1,0 +1,251 @@
+"""Tars of image-text pairs: what is read of whole ones, of damaged and hostile ones, and of remote ones."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tclip_jax.data.sources import BadSample, Record, Source, open_source, remote, shard_index
+from tclip_jax.data.sources.shard_index import ShardIndex, write_sparse_index
+from tclip_jax.data.sources.tars import Tars
+
+
+def tar(files: Sequence[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def pair(key: str, image: bytes = b"image", text: bytes = b"text") -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", image), (f"{key}.json", b"{}"), (f"{key}.txt", text)]
+
+
+def contents(source: Source) -> list[str]:
+    """The captions of good samples, the kinds of bad ones."""
+    found = []
+    for i in range(len(source)):
+        try:
+            found.append(" | ".join(source[i].captions))
+        except BadSample as error:
+            assert error.name and error.reason
+            found.append(f"! {error.kind}")
+    return found
+
+
+def opened(tmp_path: pathlib.Path, *shards: bytes) -> Source:
+    for i, data in enumerate(shards):
+        (tmp_path / f"{i}.tar").write_bytes(data)
+    return open_source(f"wds:{tmp_path}/{{0..{len(shards) - 1}}}.tar", "train")
+
+
+def test_samples_of_many_tars(tmp_path: pathlib.Path) -> None:
+    long = "long" * 60
+    first = tar([*pair("a/0", b"one", "é\n\nb\n".encode()), *pair(long, b"two"), ("__meta__", b""), ("README", b"")])
+    second = tar([("2.txt", b"x"), ("2.json", b"{}"), ("2.PNG", b"three"), ("2.jpg", b"no")])
+    source = opened(tmp_path, first, second)
+    assert source[0] == Record(b"one", ("é", "b"), -1, f"{tmp_path}/0.tar/a/0")
+    assert source[1].image == b"two" and source[2].image == b"three" and len(source) == 3
+    again = pickle.loads(pickle.dumps(source))
+    assert again[2] == source[2] and again.digest == source.digest  # type: ignore[attr-defined]
+    for wrong in (-1, 3):
+        with pytest.raises(IndexError):
+            source[wrong]
+
+
+def test_what_is_bad_keeps_its_place(tmp_path: pathlib.Path) -> None:
+    whole = tar([*pair("0"), *pair("1")])
+    many = tar(
+        [
+            *pair("0"),
+            ("1.jpg", b"no caption"),
+            ("2.txt", b"no image"),
+            *pair("3", text=b"\xff\xfe"),
+            *pair("../../etc/passwd"),
+            *pair("/root/x"),
+            *pair("4", b""),
+            *pair("5", text=b""),
+            *pair("6"),
+            *pair("6"),
+            *pair("0"),
+            ("7.jpg", b"7"),
+            ("7.jpg", b"7"),
+            ("7.txt", b"7"),
+            *pair("8"),
+        ]
+    )
+    source = opened(tmp_path, many, b"", whole[: 3 * 1024 + 1500], tar([]), b"<html>" * 500)
+    kinds = ["no_caption", "no_image", "invalid_utf8", "unsafe_name", "unsafe_name", "no_image", "no_caption"]
+    assert contents(source) == [
+        *("text", *(f"! {kind}" for kind in kinds), "text", "! duplicate_key", "! duplicate_key"),
+        *("! no_caption", "! duplicate_key", "text"),
+        "! empty_shard",
+        *("text", "! no_caption", "! broken_shard"),
+        "! empty_shard",
+        "! broken_shard",
+    ]
+
+
+@settings(max_examples=30)
+@given(cut=st.integers(0, 10239))
+def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    data = tar([*pair("0", text=b"0"), *pair("1", text=b"1"), *pair("2", text=b"2")])
+    source = opened(tmp_path_factory.mktemp("cut"), data[:cut], tar(pair("whole")))
+    whole = min(cut // 3072, 3)  # three headers and three blocks each
+    *found, last = contents(source)
+    assert last == "text"
+    # The last text may be cut after its bytes and before the end of its block, where nothing is lost.
+    good = [each for each in found if not each.startswith("!")]
+    assert good == [str(i) for i in range(len(good))] and whole <= len(good) <= whole + 1
+    assert cut >= 9216 or found[-1] in ("! broken_shard", "! empty_shard") or cut % 512 == 0
+
+
+def test_a_tar_that_is_not_there_or_has_changed(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"/1\.tar: no such file"):
+        (tmp_path / "0.tar").write_bytes(tar(pair("0")))
+        open_source(f"wds:{tmp_path}/{{0..1}}.tar", "train")
+    with pytest.raises(FileNotFoundError, match=r"x\*\.tar: no file matches"):
+        open_source(f"wds:{tmp_path}/x*.tar", "train")
+    source = opened(tmp_path, tar(pair("0")))
+    (tmp_path / "0.tar").write_bytes(tar([*pair("0"), *pair("1")] * 9))
+    assert contents(source) == ["! broken_shard"]
+
+
+def test_an_index_is_made_once_and_gone_on_with(
+    tmp_path: pathlib.Path, own_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned: list[str] = []
+
+    def scan(path: str) -> shard_index.Scan:
+        scanned.append(path)
+        if len(scanned) == 3:
+            raise KeyboardInterrupt
+        return shard_index.Scan(100, 2)
+
+    monkeypatch.setattr(shard_index.concurrent.futures, "ThreadPoolExecutor", Serial)
+    shards = ["a", "b", "c", "d"]
+    with pytest.raises(KeyboardInterrupt):
+        shard_index.open_index("arrayrecord", shards, scan)
+    index = shard_index.open_index("arrayrecord", shards, scan)
+    assert scanned == ["a", "b", "c", "c", "d"] and len(index) == 8
+    assert [index.locate(i) for i in (0, 3, 7)] == [(0, 0), (1, 1), (3, 1)]
+    assert shard_index.open_index("arrayrecord", shards, scan).digest == index.digest and len(scanned) == 5
+    (index.folder / "starts.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a whole index; delete the folder"):
+        ShardIndex(index.folder)
+
+
+class Serial:
+    """A pool that does each task when it is given."""
+
+    def __init__(self, workers: int) -> None:
+        del workers
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Any, *arguments: Any) -> Any:
+        future: Any = shard_index.concurrent.futures.Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9).filter(any))
+def test_places_of_samples(tmp_path_factory: pytest.TempPathFactory, counts: list[int]) -> None:
+    tmp = tmp_path_factory.mktemp("index")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLIP_CACHE_DIR", str(tmp))
+        index = shard_index.open_index(
+            "arrayrecord", [str(i) for i in range(len(counts))], lambda path: shard_index.Scan(1, counts[int(path)])
+        )
+    expected = [(shard, place) for shard, count in enumerate(counts) for place in range(count)]
+    assert [index.locate(i) for i in range(len(index))] == expected
+
+
+def test_a_sparse_index_of_any_size(tmp_path: pathlib.Path) -> None:
+    write_sparse_index(tmp_path / "sparse", shards=300, samples=1_000_000)
+    source = Tars(ShardIndex(tmp_path / "sparse"))
+    assert len(source) == 300_000_000 and (tmp_path / "sparse" / "samples.bin").stat().st_blocks < 100
+    with pytest.raises(BadSample, match=r"/nowhere/000299\.tar/999999: no webp, png, jpg, jpeg beside"):
+        source[299_999_999]
+
+
+class Unreliable(LocalFileSystem):
+    """Local files behind URLs, which fail to be opened the first times."""
+
+    protocol = "unreliable"
+    failures: dict[str, int] = {}  # noqa: RUF012
+    opened: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("unreliable://")
+
+    def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        name = path.rpartition("/")[2]
+        self.opened.append(name)
+        if self.failures.get(name, 0):
+            self.failures[name] -= 1
+            raise ConnectionError("the store is away")
+        return super()._open(path, *arguments, **options)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Unreliable]]:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
+    remote.mirror.cache_clear()
+    Unreliable.failures, Unreliable.opened = {}, []
+    yield Unreliable
+    remote.mirror.cache_clear()
+
+
+def test_a_remote_sample_is_tried_again_and_kept(store: type[Unreliable], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "0.tar").write_bytes(tar([*pair("0", text=b"0"), *pair("1", text=b"1")]))
+    store.failures = {"0.tar": 2}
+    source = open_source(f"wds:unreliable://{tmp_path}/0.tar", "train")
+    assert contents(source) == ["0", "1"]
+    store.opened.clear()
+    store.failures = {"0.tar": 9}
+    assert contents(source) == ["0", "1"] and not store.opened  # from the copy
+
+
+def test_without_room_samples_are_read_from_the_store(
+    store: type[Unreliable], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("TCLIP_CACHE_GIB", "0")
+    (tmp_path / "0.tar").write_bytes(tar([*pair("0"), *pair("1")]))
+    source = open_source(f"wds:unreliable://{tmp_path}/0.tar", "train")
+    contents(source)
+    store.failures = {"0.tar": 3}
+    assert contents(source) == ["! unreadable", "text"]
+
+
+def test_a_shard_that_cannot_be_read_costs_one_sample(store: type[Unreliable], tmp_path: pathlib.Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.tar").write_bytes(tar(pair("0")))
+    store.failures = {"1.tar": 99}
+    assert contents(open_source(f"wds:unreliable://{tmp_path}/*.tar", "train")) == ["text", "! unreadable", "text"]
+    store.failures = {"3.tar": 99}
+    (tmp_path / "3.tar").write_bytes(tar(pair("0")))
+    with pytest.raises(ValueError, match=r"3\.tar: none of 1 shards has a sample \(unreadable 1\)"):
+        open_source(f"wds:unreliable://{tmp_path}/3.tar", "train")
+    store.failures = {}
+    assert contents(open_source(f"wds:unreliable://{tmp_path}/3.tar", "train")) == ["text"]
+    with pytest.raises(ValueError, match=r"nothing://0\.tar: Protocol not known"):
+        open_source("wds:nothing://0.tar", "train")
