@@ -184,7 +184,8 @@ def wait_share(pattern: str, steps: int) -> Figures:
 
 def memory(pattern: str, samples: int) -> Figures:
     """How far the memory of all processes strays from its median while so many samples pass, after a tenth of them."""
-    data, held, seen = train_data(run_of(pattern)), [], 0
+    data, seen = train_data(run_of(pattern)), 0
+    held: list[int] = []
     step = samples // 50
     while seen < samples:
         seen += len(next(data)["weight"])

@@ -85,18 +85,15 @@ def random_resized_crop(
     two to four times as fast, and the same but for a slightly different low-pass filter.
     """
     box = random_crop_box(rng, image.size, scale, ratio)
-    image, box = _read_no_larger_than_needed(image, box, size)
-    return image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
-
-
-def _read_no_larger_than_needed(image: Image.Image, box: Box, size: tuple[int, int]) -> tuple[Image.Image, Box]:
-    full = image.size
+    full, (left, top, right, bottom) = image.size, box
     if isinstance(image, JpegImageFile):
-        width, height = box[2] - box[0], box[3] - box[1]
-        image.draft(None, (-(-full[0] * size[1] // width), -(-full[1] * size[0] // height)))
+        image.draft(None, (-(-full[0] * size[1] // (right - left)), -(-full[1] * size[0] // (bottom - top))))
     image = load(image)
+    if image.size == full:
+        return image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
     x, y = image.width / full[0], image.height / full[1]
-    return image, (round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y))
+    smaller = (left * x, top * y, right * x, bottom * y)
+    return image.resize(size[::-1], Image.Resampling.BICUBIC, box=smaller).convert("RGB")
 
 
 def random_erasing(
