@@ -97,6 +97,7 @@ class Build:
             "image": ((*self.run.model.vision.image_size, 3), np.uint8),
             "tokens": ((self.run.model.text.context_length,), np.int32),
             "weight": ((), np.float32),
+            "fault": ((), np.int32),
         }
         if isinstance(self.teacher, TeacherCache):
             shapes |= dict.fromkeys(("teacher_image", "teacher_text"), ((self.teacher.embed_dim,), np.float16))
