@@ -18,8 +18,7 @@ import numpy.typing as npt
 import tqdm
 
 from tclip_jax.data.examine import examine
-from tclip_jax.data.sources import Source, open_source
-from tclip_jax.data.sources.base import BadSample
+from tclip_jax.data.sources import BadSample, Source, open_source
 from tclip_jax.data.tokenizer import EOT, Tokenizer
 
 _CHUNK = 1024  # samples that a process reads at a time

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from PIL import Image
 
-from tclip_jax.data import images
-from tclip_jax.data.sources import Record, Source
-from tclip_jax.data.sources.base import BadSample
+from tclip_jax.data.images import TooManyPixels
+from tclip_jax.data.pipeline import read, to_pil
+from tclip_jax.data.sources import BadSample, Record, Source
+from tclip_jax.data.sources.base import Fault
 
 
 def examine(source: Source, index: int) -> tuple[Record, Image.Image]:
@@ -15,14 +16,12 @@ def examine(source: Source, index: int) -> tuple[Record, Image.Image]:
     Raises:
       BadSample: it would count with weight 0 in training.
     """
-    record = source[index]
-    if isinstance(record.image, bytes):
-        try:
-            image = images.decode(record.image)
-        except ValueError as error:
-            raise BadSample("corrupt_image", record.name, str(error)) from None
-    else:
-        image = Image.fromarray(record.image)
+    record = read(source, index)
+    try:
+        image = to_pil(record.image)
+    except ValueError as error:
+        kind: Fault = "too_many_pixels" if isinstance(error, TooManyPixels) else "corrupt_image"
+        raise BadSample(kind, record.name, str(error)) from None
     if not any(caption.strip() for caption in record.captions):
         raise BadSample("no_caption", record.name, "no caption")
     return record, image

@@ -30,8 +30,7 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 
 from tclip_jax.data.examine import examine
-from tclip_jax.data.sources import Source, open_source
-from tclip_jax.data.sources.base import BadSample
+from tclip_jax.data.sources import BadSample, Source, open_source
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.storage import atomic_local_file, write_atomic
 

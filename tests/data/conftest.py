@@ -1,4 +1,4 @@
-"""Tars as img2dataset writes them, with a few faults."""
+"""An index cache for each test, and tars as img2dataset writes them, with a few faults."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def write_tar(path: pathlib.Path, members: Iterable[tuple[str, bytes]]) -> None:
             tar.addfile(entry, io.BytesIO(data))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Indices and copies of one test are not found by another."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("TCLIP_CACHE_DIR", str(folder))
+    return folder
+
+
 @pytest.fixture
 def jpeg() -> Callable[[int], bytes]:
     """The image of noise of a seed."""
@@ -33,9 +41,8 @@ def jpeg() -> Callable[[int], bytes]:
 
 
 @pytest.fixture
-def tars(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+def tars(tmp_path: pathlib.Path) -> pathlib.Path:
     """Four shards: three good samples; two good and two bad; two good ones and one that is cut off; nothing."""
-    monkeypatch.setenv("TCLIP_CACHE_DIR", str(tmp_path / "cache"))
     folder = tmp_path / "tars"
     folder.mkdir()
     shards: list[list[tuple[str, bytes]]] = [
