@@ -7,7 +7,10 @@ import importlib
 import keyword
 import logging
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
 
 import tqdm.contrib.logging
 
@@ -37,11 +40,22 @@ COMMANDS = {
     "compare": "numerics of two models: weights, activations, inputs; JAX against PyTorch",
     "params": "table of parameters: shape, dtype, sharding, ternary or not",
     "doctor": "versions, devices, precision; what is missing and how to get it",
+    "completion": "a script by which a shell completes commands and options",
 }
+
+EXIT_CODES = """Exit codes:
+  0    done
+  1    a check found a difference or a fault, or an input was left out; or a bug of this program
+  2    wrong usage or wrong input: one line says what, and what would be right
+  3    of evaluate: every data set has a result, but in one images do not count
+  69   of train: the other processes of the run were not found, or one was lost
+  75   of train: stopped by SIGTERM, all is saved, the same command goes on
+  130  stopped by Ctrl-C; of train: all is saved
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0 or the command's own, or the error's or 2 after one, which is one line."""
+    """Runs a command; the exit code is one of EXIT_CODES. An error is one line, and with --debug a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"
@@ -49,17 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group = [command for command in COMMANDS if command.startswith(f"{name} ")]
         wanted = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
         _top_parser(group or COMMANDS).parse_args(wanted if group else arguments or ["--help"])
-    module_name = name.replace(" ", "_").replace("-", "_") + "_" * keyword.iskeyword(name)
-    module = importlib.import_module(f"tclip_jax.commands.{module_name}")
-    parser = argparse.ArgumentParser(
-        prog=f"tclip {name}",
-        description=COMMANDS[name],
-        epilog=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    module.add_arguments(parser)
+    module, parser = _module(name), argparse.ArgumentParser(prog=f"tclip {name}", **_settings(name))
+    add_arguments(parser, name)
     args = parser.parse_args(_split_overrides(arguments[words:]))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
@@ -68,19 +73,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tqdm.contrib.logging.logging_redirect_tqdm():
             code: int | None = module.run(args)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"tclip {name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
         if args.debug:
             raise
-        print(f"tclip {name}: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        print(f"tclip {name}: {_told(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """One parser of all commands with all their options, as shell completion wants it."""
+    parser = argparse.ArgumentParser(prog="tclip", description="Ternary CLIP in JAX.")
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
+    for name in sorted(COMMANDS):  # so that `evaluate` comes before `evaluate compare`
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group, help=f"{group} …").add_subparsers(metavar="COMMAND")
+        command = groups[group].add_parser(last, **_settings(name), help=COMMANDS[name])
+        if any(other.startswith(f"{name} ") for other in COMMANDS):
+            groups[name] = command.add_subparsers(metavar="COMMAND")
+        add_arguments(command, name)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options of one command, and those that all have."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _module(name).add_arguments(parser)
+
+
+def _module(name: str) -> ModuleType:
+    module = name.replace(" ", "_").replace("-", "_") + "_" * keyword.iskeyword(name)
+    return importlib.import_module(f"tclip_jax.commands.{module}")
+
+
+def _settings(name: str) -> dict[str, Any]:
+    text = _module(name).__doc__ or ""
+    codes = "" if "xit code" in text else "\nThe exit code is 0, or 2 after an error.\n"
+    return {
+        "description": COMMANDS[name],
+        "epilog": text + codes,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
+def _told(error: Exception) -> str:
+    """One line: the message of what is expected to fail, and of anything else where it happened."""
+    if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
+        return f"error: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"error: {error}: `tclip doctor` says which extra brings it"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]} ({at.filename}:{at.lineno})"
+    return f"unexpected {message}; --debug shows the traceback"
 
 
 def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tclip",
         description="Ternary CLIP in JAX.",
-        epilog="Example: tclip quickstart --workdir runs/quickstart\n`tclip COMMAND --help` has an example of each.",
+        epilog="Example: tclip quickstart --workdir runs/quickstart\n`tclip COMMAND --help` has an example of each."
+        + (f"\n\n{EXIT_CODES}" if names is COMMANDS else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

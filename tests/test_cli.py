@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import keyword
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tclip_jax.cli import COMMANDS, main
+from tclip_jax.cli import COMMANDS, EXIT_CODES, main
 
 STUDENT = ("params", "--config", "quickstart:student")
 
@@ -40,6 +41,7 @@ def test_every_module_of_a_command_is_in_the_table() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(help_of([], capsys).split())
     assert all(f"{name} {purpose}" in shown for name, purpose in COMMANDS.items())
+    assert " ".join(EXIT_CODES.split()) in shown
     assert main_exit([]) == 0 and capsys.readouterr().out.startswith("usage: tclip")
 
 
@@ -64,6 +66,7 @@ def test_help_of_a_command_ends_in_examples_that_it_parses(
 ) -> None:
     shown = help_of(name.split(), capsys)
     assert shown.startswith(f"usage: tclip {name}") and COMMANDS[name] in " ".join(shown.split())
+    assert re.search(r"[Ee]xit code", shown) and "--debug" in shown
     _, after = re.split(r"^Examples?:$", shown, flags=re.MULTILINE)
     examples = re.findall(rf"^ *tclip ({name}\b.*)$", after, re.MULTILINE)
     parsed: list[object] = []
@@ -94,6 +97,37 @@ def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ValueError, match="config has no 'stepz'") as error:
         main([*STUDENT, "--config.stepz=3", "--debug"])
     assert error.traceback[-1].path.name == "schema.py"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, r"tclip params: interrupted"),
+        (
+            KeyError("x"),
+            1,
+            r"tclip params: unexpected KeyError: 'x' \(.*test_cli.py:\d+\); --debug shows the traceback",
+        ),
+        (RuntimeError("one\ntwo"), 1, r"tclip params: unexpected RuntimeError: one \(.*"),
+        (
+            ModuleNotFoundError("No module named 'torch'"),
+            1,
+            r"tclip params: error: No module named 'torch': `tclip doc.*",
+        ),
+        (PermissionError(13, "Permission denied", "x"), 2, r"tclip params: error: \[Errno 13\] Permission denied: 'x'"),
+    ],
+)
+def test_whatever_fails_is_one_line(
+    raised: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("tclip_jax.commands.params.run", fail)
+    assert main(STUDENT) == code
+    assert re.fullmatch(line + "\n", capsys.readouterr().err)
+    with pytest.raises(type(raised)) if code != 130 else contextlib.nullcontext():
+        main([*STUDENT, "--debug"])
 
 
 @pytest.mark.parametrize(

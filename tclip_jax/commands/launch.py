@@ -4,7 +4,8 @@
   tclip launch tpu-vm --help
 
 What follows -- is a command of tclip. With --dry-run the commands are printed and not run. What ends with exit code 75
-(preempted, all is saved) is started again; what a signal ended, or lost another process, a few times.
+(preempted, all is saved) is started again; what a signal ended, or lost another process, a few times. The exit
+code is the command's.
 """
 
 from __future__ import annotations

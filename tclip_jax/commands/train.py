@@ -1,7 +1,8 @@
 """Example:
   tclip train --config quickstart:teacher --workdir runs/teacher --config.steps=1000
 
-The same command again goes on from the newest checkpoint.
+The same command again goes on from the newest checkpoint. The exit code is 0; 75 after SIGTERM and 130 after Ctrl-C,
+when all is saved; 69 if other processes of the run were not found or one was lost; 2 after an error.
 """
 
 from __future__ import annotations
