@@ -1,0 +1,103 @@
+"""Draws the figures of docs/concepts.md by the package's own quantizer: `python docs/figures.py`."""
+
+from __future__ import annotations
+
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tclip_jax.ternary import Quantizer, ternarize
+
+FOLDER = pathlib.Path(__file__).parent / "figures"
+MINUS, ZERO, PLUS = "#3b6fb6", "#b9b9b9", "#d1603d"
+
+
+def trit_figure() -> Figure:
+    """The 256 weights of a group as dots over their histogram, coloured by trit, and the three levels."""
+    w = np.random.default_rng(0).normal(0, 0.02, (256, 1)).astype(np.float32)
+    found = ternarize(w, Quantizer())
+    trits, scale = np.asarray(found.trits), float(found.scale[0, 0])
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    edges = np.concatenate([np.linspace(side * scale / 2, side * 3.5 * scale / 2, 13) for side in (-1, 1)])
+    edges = np.unique(np.concatenate([edges, np.linspace(-scale / 2, scale / 2, 9)]))
+    for trit, color in ((-1, MINUS), (0, ZERO), (1, PLUS)):
+        own = w[trits == trit]
+        axes.hist(own, bins=edges, color=color, label=f"{trit:+d}: {len(own)} weights"[trit == 0 :])
+    for side in (-1, 1):
+        axes.axvline(side * scale / 2, color="black", linestyle="--", linewidth=1)
+        axes.annotate("", (side * scale, 0), (side * scale, -3), arrowprops={"arrowstyle": "->"}, annotation_clip=False)
+    axes.text(scale / 2, axes.get_ylim()[1], " Δ = s/2", va="top")
+    axes.set(xlabel=f"weight w of one group; arrows: ±s, s = 2 · mean |w| = {scale:.4f}", ylabel="weights")
+    axes.legend(frameon=False, title="trit")
+    _plain(axes)
+    return figure
+
+
+def group_figure() -> Figure:
+    """A kernel (16, 6) in groups of 8 inputs: latent weights, trits, the scales, and what is computed with."""
+    rng = np.random.default_rng(1)
+    w = (rng.normal(0, 1, (16, 6)) * rng.uniform(0.3, 1.6, (2, 6)).repeat(8, 0)).astype(np.float32)
+    found = ternarize(w, Quantizer(group=8))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    parts = (
+        ("latent w, float32", w, 2.5),
+        ("trits, 1.58 bits", np.asarray(found.trits), 1),
+        ("scales, one a group", np.asarray(found.scale), 2.5),
+        ("ŵ = scale · trit", np.asarray(found.dequantize()), 2.5),
+    )
+    for axes, (title, values, limit) in zip(figure.subplots(1, 4), parts, strict=True):
+        tall = values.repeat(16 // len(values), 0)
+        axes.imshow(tall, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            place = (row + 0.5) * 16 / len(values) - 0.5
+            text = f"{value:+d}"[int(value == 0) :] if values.dtype == np.int8 else f"{value:.2f}"
+            light = abs(value) > 0.7 * limit
+            axes.text(column, place, text, ha="center", va="center", fontsize=7, color="white" if light else "black")
+        axes.axhline(7.5, color="black", linewidth=2)
+        axes.set(title=title, xticks=[], yticks=[], xlabel="outputs N")
+    figure.axes[0].set_ylabel("inputs K, in groups of 8")
+    return figure
+
+
+def factor_figure() -> Figure:
+    """Zeros and relative error against the factor k, for Gaussian and Laplacian weights."""
+    factors, rng = np.linspace(0.2, 4, 39), np.random.default_rng(2)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    zeros, error = figure.subplots(1, 2)
+    for name, w in (("Gaussian", rng.normal(size=(4096, 16))), ("Laplacian", rng.laplace(size=(4096, 16)))):
+        w32 = w.astype(np.float32)
+        found = [ternarize(w32, Quantizer(factor=float(k), group="channel")) for k in factors]
+        zeros.plot(factors, [100 * float((each.trits == 0).mean()) for each in found], label=name)
+        error.plot(factors, [float(np.square(w32 - each.dequantize()).sum() / np.square(w32).sum()) for each in found])
+    zeros.set(ylabel="zeros, % of trits", xlabel="factor k", ylim=(0, 100))
+    error.set(ylabel="Σ(w − ŵ)² / Σw²", xlabel="factor k", ylim=(0, 1))
+    for axes in (zeros, error):
+        for factor, name in ((1, "BitNet b1.58"), (2, "TernaryCLIP")):
+            axes.axvline(factor, color="black", linestyle=":", linewidth=1)
+            axes.text(factor, axes.get_ylim()[1], f" {name}", va="top", fontsize=8)
+        _plain(axes)
+    zeros.legend(frameon=False, loc="lower right")
+    return figure
+
+
+FIGURES = {"trit": trit_figure, "group": group_figure, "factor": factor_figure}
+
+
+def main() -> None:
+    """Writes every figure as SVG, the same bytes each time."""
+    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none"})
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in FIGURES.items():
+        draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

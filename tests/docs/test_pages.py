@@ -1,0 +1,95 @@
+"""The code on README and docs/ runs: python in the order of its page, bash in a shell with the recipes in their test mode."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from pages import PAGES, ROOT, blocks
+
+from tclip_jax.training.config import base_config, run_config
+
+# page -> where its blocks are run instead.
+ELSEWHERE = {
+    "docs/inference.md": "tests/inference/test_docs.py, which needs every command of the page in order",
+    "docs/extending.md": "test_extending_patches_a_copy, below",
+}
+# What a bash block may hold that is not run here: .ci/run reads the README's line and runs it.
+INSTALLS = re.compile(r"^(python3 -m venv|\.venv/bin/|\.ci/run)")
+PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+BASH = [page for page in PAGES if any(block.language == "bash" for block in blocks(page))]
+
+
+def name(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python_runs(page: pathlib.Path, workplace: pathlib.Path) -> None:
+    if name(page) in ELSEWHERE:
+        return
+    # Pages on recipes show what stands within get_config.
+    namespace = {"config": base_config()}
+    namespace["config"].teacher = "any"
+    for block in blocks(page):
+        if block.language == "python":
+            code = compile("\n" * block.line + block.text, name(page), "exec")
+            exec(code, namespace)
+    run_config(namespace["config"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", BASH, ids=lambda page: page.name)
+def test_bash_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    texts = [block.text for block in blocks(page) if block.language == "bash" and not INSTALLS.match(block.text)]
+    if name(page) in ELSEWHERE or not texts:
+        return
+    shim = tmp_path / "bin" / "tclip"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/bash\nexec {sys.executable} -m tclip_jax "$@"\n')
+    shim.chmod(0o755)
+    script = "set -euo pipefail\n" + re.sub(r"--config (quickstart:\w+)", r"--config \1,runlocal", "\n".join(texts))
+    environment = os.environ | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", script]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_extending_patches_a_copy(tmp_path: pathlib.Path) -> None:
+    for folder in ("tclip_jax", "configs", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    page = blocks(ROOT / "docs" / "extending.md")
+    patches = [block.text for block in page if block.language == "diff"]
+    for patch in patches:
+        assert sum(line.startswith("+") and not line.startswith("+++") for line in patch.splitlines()) < 50
+    command = ["patch", "--strip=1", "--silent"]
+    subprocess.run(command, cwd=tmp_path, input="".join(patches), text=True, check=True, timeout=60)
+    assert not list(tmp_path.rglob("*.rej"))
+    program = "\n".join(block.text for block in page if block.language == "python")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells, top to bottom, as one program; the minute of training is cut to two steps."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    program = "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!")))
+    program, cuts = re.subn(r"^STEPS = .*$", "STEPS = 2", program, flags=re.MULTILINE)
+    assert cuts == 1
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-4000:]
