@@ -2,7 +2,7 @@
   tclip data bench --config ternaryclip --config.data.source='wds:/data/cc12m/*.tar' --workers 0 4 8 16
   tclip data bench --config quickstart:student --step-seconds 0.1 --json
 
-Wait is the share of the time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all
+Per core are images for each second that a processor worked, whatever else the machine does. Wait is the share of the time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all
 processes together. The first batch takes longer where the source is indexed for the first time.
 """
 
@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps([dataclasses.asdict(speed) for speed in speeds]))
         return
-    rows = [["workers", "images/s", "wait", "first batch, s", "memory, GiB", "weight 0"]]
+    rows = [["workers", "images/s", "per core", "wait", "first batch, s", "memory, GiB", "weight 0"]]
     for speed in speeds:
         wait = "–" if speed.wait_share is None else f"{speed.wait_share:.1%}"
         memory = "–" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**30:.2f}"
-        figures = (f"{speed.images_per_second:,.0f}", wait, f"{speed.first_seconds:.1f}", memory)
+        per_core = "–" if speed.images_per_core_second is None else f"{speed.images_per_core_second:,.0f}"
+        figures = (f"{speed.images_per_second:,.0f}", per_core, wait, f"{speed.first_seconds:.1f}", memory)
         rows.append([str(speed.workers), *figures, f"{speed.weightless:.2%}"])
     print("\n".join(aligned(rows)))

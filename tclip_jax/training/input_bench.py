@@ -26,6 +26,8 @@ class InputSpeed:
     Attributes:
       first_seconds: from opening the source to the first batch.
       images_per_second: where the next batch is asked for at once.
+      images_per_core_second: per second that a processor worked, which other load on the machine hardly changes; None
+        where the system does not say.
       wait_share: of the time of steps of a given length that was spent waiting; None if no length was given.
       peak_bytes: of memory of this process and its workers, pages that they share counted once; None where the system
         does not say.
@@ -35,6 +37,7 @@ class InputSpeed:
     workers: int
     first_seconds: float
     images_per_second: float
+    images_per_core_second: float | None
     wait_share: float | None
     peak_bytes: int | None
     weightless: float
@@ -65,6 +68,17 @@ def process_memory(pid: int) -> int | None:
     return total
 
 
+def process_seconds(pid: int) -> float:
+    """Seconds that processors have worked for a process and its descendants; 0 where /proc does not say."""
+    ticks = 0
+    for each in _family(pid):
+        with contextlib.suppress(OSError):
+            # The name in parentheses may hold blanks; behind it user and system time are the 12th and the 13th field.
+            fields = pathlib.Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) -> InputSpeed:
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, workers=workers))
     with _peak_memory() as peak:
@@ -72,21 +86,24 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
         data = train_data(run)
         batch = next(data)
         first = time.perf_counter() - started
-        images, weight, started = 0, 0.0, time.perf_counter()
+        images, weight, started, worked = 0, 0.0, time.perf_counter(), process_seconds(os.getpid())
         while (spent := time.perf_counter() - started) < seconds or not images:
             batch = next(data)
             images += len(batch["weight"])
             weight += float(batch["weight"].sum())
-        rate, waited, started = images / spent, 0.0, time.perf_counter()
+        worked = process_seconds(os.getpid()) - worked
+        waited, started = 0.0, time.perf_counter()
         while step_seconds and time.perf_counter() - started < seconds:
             asked = time.perf_counter()
             next(data)
             waited += time.perf_counter() - asked
             time.sleep(step_seconds)
         share = waited / (time.perf_counter() - started) if step_seconds else None
-        if workers:
-            data.close()
-    return InputSpeed(workers, first, rate, share, peak[0] if peak else None, 1 - weight / images)
+        data.close()
+    per_core = images / worked if worked else None
+    return InputSpeed(
+        workers, first, images / spent, per_core, share, peak[0] if peak else None, 1 - weight / images
+    )
 
 
 @contextlib.contextmanager
