@@ -284,7 +284,7 @@ def main() -> int:
         pattern = write_tars(folder / "photos", *((8, 150) if args.quick else (20, 250)))
         write_sparse_index(folder / "sparse")
         parts: dict[str, Callable[[], Figures]] = {
-            "speed": lambda: speed(pattern, *((1, 3.0) if args.quick else (7, 10.0))),
+            "speed": lambda: speed(pattern, *((1, 3.0) if args.quick else (7, 8.0))),
             "wait": lambda: {} if args.quick else alone(wait_share, pattern, 20),
             "memory": lambda: alone(memory, pattern, 1000 if args.quick else 50_000),
             "start": lambda: start(folder / "thousand"),

@@ -21,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -212,6 +213,10 @@ def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
                 dropped += each.result().samples - each.result().kept
                 bar.set_postfix_str(f"{dropped:,} dropped", refresh=False)
                 bar.update()
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker was killed (out of memory?): the same command goes on, with fewer --workers"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

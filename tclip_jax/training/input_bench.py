@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from tclip_jax.training.config import RunConfig
 from tclip_jax.training.data import train_data
 
-_SAMPLE_SECONDS = 0.1  # between two looks at the memory
+_SAMPLE_SECONDS = 1.0  # between two looks at the memory, which take milliseconds of work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +101,7 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
         share = waited / (time.perf_counter() - started) if step_seconds else None
         data.close()
     per_core = images / worked if worked else None
-    return InputSpeed(
-        workers, first, images / spent, per_core, share, peak[0] if peak else None, 1 - weight / images
-    )
+    return InputSpeed(workers, first, images / spent, per_core, share, peak[0] if peak else None, 1 - weight / images)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from tclip_jax.data.sources import Source, open_source
 from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
+from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.config import RunConfig
@@ -37,7 +39,7 @@ def write_cache(
     """Embeds every sample of `run.data` `copies` times, going on where an earlier call stopped.
 
     In memory are a few batches of images and one file of embeddings. Of several processes each fills files of its own
-    on its own devices; they must see the same folder, and wait for each other only at the end.
+    on its own devices; they must see the same folder, and wait for each other after every file.
 
     Args:
       folder: of the cache, new or begun.
@@ -67,16 +69,20 @@ def write_cache(
         describe_inputs(run),
     )
     cache.write_manifest()
-    own = range(cache.files)[jax.process_index() :: jax.process_count()]
-    files = [file for file in own if not _is_whole(cache, file)]
-    rows = sum(len(cache.rows_of(file)) for file in files)
+    # Process 0 says what is missing, so that each gets its share of that whatever an earlier call left.
+    missing = gather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
+    own = missing[jax.process_index() :: jax.process_count()]
+    made = _embed(cache, own, model, train_row(run, source), mesh, batch_size)
+    rows = sum(len(cache.rows_of(file)) for file in own)
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
-        for file, embeddings in _embed(cache, files, model, train_row(run, source), mesh, batch_size):
-            cache.write(file, embeddings)
-            bar.update(len(embeddings))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("teacher cache")
+        for _ in range(0, len(missing), jax.process_count()):
+            for file, embeddings in itertools.islice(made, 1):
+                cache.write(file, embeddings)
+                bar.update(len(embeddings))
+            # After every file: what waits for hours at the end is taken for lost.
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("teacher cache")
     return TeacherCache.open(folder)
 
 
