@@ -1,6 +1,6 @@
 """The input pipeline: speed beside open_clip's loader, waits, memory, and how fast a run starts and starts again.
 
-python -m benchmarks.data            about fifteen minutes; needs open_clip and what its loader needs (below)
+python -m benchmarks.data            about fifteen minutes
 python -m benchmarks.data --quick    under a minute: fewer samples and rounds, no training step
 python -m benchmarks.data --quick --json | tail -1
 
@@ -9,6 +9,8 @@ images, about 115 kB each, so that decoding costs what it costs for photos. Both
 worker processes, make random crops of 224 x 224 and 77 tokens, and take turns, each in a process of its own. The one
 of open_clip hands out normalised floats; ours bytes, which the step normalises on the device. Exit code 1 when a figure
 misses its goal; with --quick, which is too short to judge speed, always 0.
+
+Needs the extra `torch`, and for open_clip's loader `pip install pandas 'webdataset==0.2.86'`.
 """
 
 from __future__ import annotations
