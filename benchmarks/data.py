@@ -123,7 +123,7 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
-    """Images per second, and per second that a processor worked, of open_clip's loader of webdatasets, after its shuffle buffer has filled."""
+    """Images per second, and per second that a processor worked, of open_clip's loader, its shuffle buffer full."""
     from tclip_jax.numerics.torch_side import import_torch
 
     import_torch().set_num_threads(1)

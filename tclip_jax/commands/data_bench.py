@@ -2,8 +2,9 @@
   tclip data bench --config ternaryclip --config.data.source='wds:/data/cc12m/*.tar' --workers 0 4 8 16
   tclip data bench --config quickstart:student --step-seconds 0.1 --json
 
-Per core are images for each second that a processor worked, whatever else the machine does. Wait is the share of the time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all
-processes together. The first batch takes longer where the source is indexed for the first time.
+Per core are images for each second that a processor worked, whatever else the machine does. Wait is the share of the
+time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all processes together. The first
+batch takes longer where the source is indexed for the first time.
 """
 
 from __future__ import annotations
