@@ -31,13 +31,13 @@ def blocks(page: pathlib.Path) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each call of tclip or of a benchmark, also after a prompt as `$ ` or `tpu-vm$ `, without redirections.
+    """The words of each call of tclip or of a benchmark, after a prompt as `$ ` or `tpu-vm$ ` too; no redirections.
 
     Lines that end in a backslash go on; so do those within quotes.
     """
     lines = iter(text.splitlines())
     for line in lines:
-        match = re.match(r"(?:[\w-]*\$ )?((?:tclip|python -m benchmarks\.\w+)(?: .*)?)$", line)
+        match = re.match(r"(?:[\w-]*\$ )?((?:tclip(?! [\w -]+: )|python -m benchmarks\.\w+)(?: .*)?)$", line)
         if not match:
             continue
         call = match[1]

@@ -1,4 +1,4 @@
-"""The code on README and docs/ runs: python in the order of its page, bash in a shell with the recipes in their test mode."""
+"""The code in README and docs/ runs: python page by page, bash in a shell with the recipes in their test mode."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from pages import PAGES, ROOT, blocks
 
 from tclip_jax.training.config import base_config, run_config
 
-# page -> where its blocks are run instead.
+# page -> what is done with its blocks instead.
 ELSEWHERE = {
     "docs/inference.md": "tests/inference/test_docs.py, which needs every command of the page in order",
     "docs/extending.md": "test_extending_patches_a_copy, below",
+    "docs/plan.md": "parsed alone, by test_commands: minutes of the TPU compiler; tests/planning runs it small",
+    "docs/pods.md": "parsed alone, by test_commands: clouds and clusters; tests/launch runs the scripts with stand-ins",
 }
 # What a bash block may hold that is not run here: .ci/run reads the README's line and runs it.
 INSTALLS = re.compile(r"^(python3 -m venv|\.venv/bin/|\.ci/run)")
