@@ -24,7 +24,7 @@ def open_files(pattern: str, split: str) -> ArrayRecord:
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: no file has a record, or a URL, which ArrayRecord's reader cannot open.
+      ValueError: a URL, which ArrayRecord's reader cannot open.
     """
     if is_remote(pattern):
         raise ValueError(f"arrayrecord:{pattern}: its reader opens local paths alone; mount the bucket (gcsfuse)")

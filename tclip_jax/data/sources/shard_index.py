@@ -14,7 +14,6 @@ The folder is made once and read in place, so that a billion samples start as fa
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import contextlib
 import fcntl
@@ -146,7 +145,7 @@ def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) ->
       scan: reads one; raises nothing that is about the shard.
 
     Raises:
-      ValueError: no shard has a sample.
+      ValueError: no shard can be read.
     """
     key = hashlib.sha256("\n".join([kind, *shards]).encode()).hexdigest()[:32]
     folder = cache_folder() / "index" / key
@@ -213,9 +212,8 @@ def _join(kind: str, shards: Sequence[str], parts: pathlib.Path, folder: pathlib
                 starts[i + 1] = starts[i] + samples
                 digest.update(data)
                 file.write(data[_PART.size :])
-        if starts[-1] == np.count_nonzero(faults):
-            kinds = ", ".join(f"{FAULTS[fault]} {n}" for fault, n in collections.Counter(faults.tolist()).items())
-            raise ValueError(f"{shards[0]}: none of {count} shards has a sample ({kinds})")
+        if (faults == FAULTS.index("unreadable")).all():
+            raise ValueError(f"{shards[0]}: none of {count} shards can be read")
         if kind != "tar":
             (building / "samples.bin").unlink()
         _write_rest(pathlib.Path(building), kind, shards, starts, sizes, faults, digest.hexdigest())

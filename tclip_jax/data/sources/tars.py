@@ -65,7 +65,7 @@ def open_webdataset(argument: str, split: str) -> Source:
 
     Raises:
       FileNotFoundError: a tar or the folder is not there.
-      ValueError: no tar has a sample, or the folder is no export.
+      ValueError: no tar can be read, or the folder is no export.
     """
     if argument.endswith(".tar") or glob.has_magic(argument) or "{" in argument:
         return Tars(open_index("tar", find_files(argument), scan))
