@@ -61,11 +61,3 @@ def tars(tmp_path: pathlib.Path) -> pathlib.Path:
     (folder / "00002.tar").write_bytes(whole[: whole.index(b"000022.jpg") + 700])
     (folder / "00003.tar").write_bytes(b"")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Indices and copies of one test are not found by another."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("TCLIP_CACHE_DIR", str(folder))
-    return folder
