@@ -141,13 +141,17 @@ class Checkpoints:
         try:
             yield
         except (ValueError, OSError, TimeoutError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            # What the system said stands at the end of a long chain, and after it lines of C++.
+            reason = " ".join(str(error).partition(" [source locations")[0].split())[-300:]
         else:
             return
+        _collect_unheard()
         folder = self._folder / str(self._saving)
         if jax.process_index() == 0:
-            for path in self._folder.glob(f"{self._saving}.orbax*"):
-                path.rmtree(missing_ok=True)
+            # What other threads are still writing is removed by the next start.
+            with contextlib.suppress(OSError):
+                for path in self._folder.glob(f"{self._saving}.orbax*"):
+                    path.rmtree(missing_ok=True)
         steps = [step for step in saved_steps(self._folder) if step < self._saving]
         before = f"that of step {max(steps)} is whole" if steps else "there is none before it"
         raise CheckpointError(f"{folder}: the checkpoint could not be written, {before}: {reason}")
@@ -240,11 +244,7 @@ def _without_model(state: TrainState) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(folder: epath.Path) -> Iterator[None]:
-    """Turns what Orbax raises into one CheckpointError.
-
-    Orbax closes its event loop over the readers of the other arrays. Each complains when it is collected, on stderr and
-    long after: they are collected here, unheard.
-    """
+    """Turns what Orbax raises into one CheckpointError."""
     reason: str | None = None
     try:
         yield
@@ -252,10 +252,19 @@ def _explained(folder: epath.Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
     if reason is None:
         return
+    _collect_unheard()
+    raise CheckpointError(f"{folder}: not a checkpoint of this configuration, or a broken one: {reason}")
+
+
+def _collect_unheard() -> None:
+    """Collects what a failure of Orbax left behind.
+
+    It closes its event loop over the readers and writers of the other arrays. Each complains when it is collected, on
+    stderr and long after: they are collected here, unheard.
+    """
     hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
     sys.unraisablehook, asyncio_log.disabled = (lambda _: None), True
     try:
         gc.collect()
     finally:
         sys.unraisablehook, asyncio_log.disabled = hook, False
-    raise CheckpointError(f"{folder}: not a checkpoint of this configuration, or a broken one: {reason}")

@@ -102,12 +102,12 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(start: Start, undis
     run = start("full", 1)
     run.start("small=6")
     assert run.wait() == [2]
-    errors = [line for line in run.log().splitlines() if "error" in line.lower()]
-    assert (
-        len(errors) == 1 and "checkpoints/6: the checkpoint could not be written, that of step 3 is whole" in errors[0]
-    )
-    assert run.saved() == [3] and not list((run.workdir / "checkpoints").glob("6*"))
+    (line,) = [line for line in run.log().splitlines() if line.startswith("tclip train: error")]
+    assert "checkpoints/6: the checkpoint could not be written, that of step 3 is whole: " in line
+    assert "File too large" in line and run.log().endswith(f"{line}\n")
+    assert run.saved() == [3]
     run.finish()
+    assert run.saved() == [9, 12] and not list((run.workdir / "checkpoints").glob("6*"))
     run.assert_same(undisturbed(1))
 
 
