@@ -65,10 +65,10 @@ def group_figure() -> Figure:
 
 def factor_figure() -> Figure:
     """Zeros and relative error against the factor k, for Gaussian and Laplacian weights."""
-    factors, rng = np.linspace(0.2, 4, 39), np.random.default_rng(2)
+    factors, rng = np.linspace(0.2, 4, 20), np.random.default_rng(2)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     zeros, error = figure.subplots(1, 2)
-    for name, w in (("Gaussian", rng.normal(size=(4096, 16))), ("Laplacian", rng.laplace(size=(4096, 16)))):
+    for name, w in (("Gaussian", rng.normal(size=(1024, 16))), ("Laplacian", rng.laplace(size=(1024, 16)))):
         w32 = w.astype(np.float32)
         found = [ternarize(w32, Quantizer(factor=float(k), group="channel")) for k in factors]
         zeros.plot(factors, [100 * float((each.trits == 0).mean()) for each in found], label=name)
