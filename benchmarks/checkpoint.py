@@ -9,6 +9,7 @@ Exit code 1 when a save blocks for longer than a step; with --quick, which has t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[f
             step()
             parts = {
                 "step": timed(step),
-                "save blocks": timed(lambda at=number: checkpoints.save(at + 1, held["state"], {})),
+                "save blocks": timed(functools.partial(checkpoints.save, number + 1, held["state"], {})),
                 "step while writing": timed(step),
                 "rest of writing": timed(checkpoints.wait),
             }
