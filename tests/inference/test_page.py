@@ -65,7 +65,7 @@ def test_the_page_loads_nothing(tmp_path: pathlib.Path) -> None:
     [
         ("a.png", "RGBA", "PNG", (272, 170)),
         ("a.png", "P", "PNG", (272, 170)),
-        ("a.png", "I;16", "PNG", (272, 170)),
+        ("a.png", "I;16", "JPEG", (272, 170)),
         ("a.jpg", "CMYK", "JPEG", (272, 170)),
         ("a.jpg", "L", "JPEG", (272, 170)),
     ],

@@ -33,7 +33,7 @@ def test_sharding_is_that_of_training(config: ml_collections.ConfigDict) -> None
     assert facts.mesh == {"data": 4, "fsdp": 2, "tensor": 1} and facts.how == "by formula"
     assert facts.memory.parameters == pytest.approx(4 * count / 2, rel=0.02)  # vectors and heads are whole
     assert facts.memory.teacher == pytest.approx(4 * count / 2, rel=0.02)
-    assert facts.memory.batch == 8 * (32 * 32 * 3 + 4 * 32 + 4)
+    assert facts.memory.batch == 8 * (32 * 32 * 3 + 4 * 32 + 4 + 4)  # weight and fault
     assert sent(facts) == {
         ("all-gather", "weights", "u8"): 3 * trits // 4,
         ("all-gather", "weights", "bf16"): 3 * 2 * (count - trits),

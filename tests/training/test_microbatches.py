@@ -29,7 +29,7 @@ CONFIG = CLIPConfig(
     16, VisionConfig((16, 16), patch_size=8, width=16, layers=1, head_width=8), TextConfig(6, 32, 16, 2, 1)
 )
 TEACHER = CLIPConfig(24, CONFIG.vision, CONFIG.text)
-STUDENT = Encoders(CLIP(CONFIG, ternary_rules("Q-ALL", Quantizer(group=16))), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+STUDENT = Encoders(CLIP(CONFIG, ternary_rules("Q-ALL", Quantizer(group=8))), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 IN_STEP = Encoders(CLIP(TEACHER), (0.5,) * 3, (0.5,) * 3)
 TERMS = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
 INSIDE = {"hidden": 0.7, "relations": 0.9, "relation_heads": 2, "layers": (0,)}
