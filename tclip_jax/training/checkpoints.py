@@ -48,6 +48,7 @@ class Checkpoints:
         self._folder, self._config = _absolute(folder), config
         self._scores: dict[int, float] = {}
         self._saving, self._saved_at = 0, time.monotonic()
+        self._unfinished: Exception | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             cleanup_tmp_directories=True,
@@ -133,13 +134,18 @@ class Checkpoints:
         building = [
             path for path in self._folder.iterdir() if path.name == name or path.name.startswith(f"{name}.orbax")
         ]
-        write_checksums(building[0])
+        try:
+            write_checksums(building[0])
+        except (ValueError, OSError) as error:  # raised here, the other processes would wait for this one
+            self._unfinished = error
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
         """Turns an error of writing into one CheckpointError, and gives back the space of what is not whole."""
         try:
             yield
+            if self._unfinished:
+                raise self._unfinished
         except (ValueError, OSError, TimeoutError, RuntimeError) as error:
             # What the system said stands at the end of a long chain, and after it lines of C++.
             reason = " ".join(str(error).partition(" [source locations")[0].split())[-300:]
@@ -152,6 +158,8 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 for path in self._folder.glob(f"{self._saving}.orbax*"):
                     path.rmtree(missing_ok=True)
+                if self._unfinished:
+                    folder.rmtree(missing_ok=True)
         steps = [step for step in saved_steps(self._folder) if step < self._saving]
         before = f"that of step {max(steps)} is whole" if steps else "there is none before it"
         raise CheckpointError(f"{folder}: the checkpoint could not be written, {before}: {reason}")

@@ -114,7 +114,8 @@ class Watchdog:
         if me in behind:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         if self._leave:
-            self._closing.wait(self._every)  # for the others to read who is behind
+            if decides:  # the others read who is behind, and leave first: jax aborts who loses process 0
+                self._closing.wait(3 * self._every)
             os._exit(RESTART)
 
     def _write(self, me: int) -> None:

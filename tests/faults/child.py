@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from tclip_jax import cli
-from tclip_jax.training import checkpoints, step
+from tclip_jax.training import checkpoints
 from tclip_jax.training.batches import Batches
 from tclip_jax.training.checkpoints import Checkpoints
+from tclip_jax.training.objective import Objective
 
 
 def before_batch(number: int, fault: Any) -> None:
@@ -74,6 +75,7 @@ def small(number: str) -> None:
 
     def limited(self: Checkpoints, now: int, *rest: Any) -> None:
         if now == int(number):
+            self.wait()  # the one before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
         save(self, now, *rest)
 
@@ -95,7 +97,7 @@ def worker(batch: str) -> None:
 
 def nan(steps: str) -> None:
     """The loss of the first batches of the process, so many, is no number: they are marked by a weight below 0."""
-    following, count, objective = Batches.__next__, [0], step.objective
+    following, count, judge = Batches.__next__, [0], Objective.judge
 
     def marked(self: Batches) -> Any:
         batch = following(self)
@@ -104,13 +106,13 @@ def nan(steps: str) -> None:
             batch["weight"] = -batch["weight"]
         return batch
 
-    def spoiled(params: Any, batch: Any, *rest: Any) -> Any:
-        total, terms = objective(params, batch | {"weight": abs(batch["weight"])}, *rest)
+    def spoiled(self: Objective, params: Any, teacher_params: Any, batch: Any, *rest: Any) -> Any:
+        total, metrics = judge(self, params, teacher_params, batch | {"weight": abs(batch["weight"])}, *rest)
         spoil = jnp.where(jnp.any(batch["weight"] < 0), jnp.nan, 1.0)
-        return total * spoil, terms | {"loss": terms["loss"] * spoil}
+        return total * spoil, metrics | {"loss": metrics["loss"] * spoil}
 
     Batches.__next__ = marked  # type: ignore[method-assign]
-    step.objective = spoiled
+    Objective.judge = spoiled  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
