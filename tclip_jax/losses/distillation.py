@@ -25,7 +25,8 @@ def kl_mix(image: Rows, text: Rows, reverse: float = 0.5) -> jax.Array:
     """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher), the mean of both directions.
 
     The forward divergence makes the student cover all that the teacher finds likely, the reverse one keeps it from what
-    the teacher finds unlikely. Source: MiniLLM, arXiv 2306.08543, for the reverse; a fixed mix as in arXiv 2404.02657.
+    the teacher finds unlikely. Source: MiniLLM, arXiv 2306.08543, for the reverse. arXiv 2404.02657 weighs
+    the two anew at every token; here the share is fixed.
     """
 
     def divergence(rows: Rows) -> jax.Array:
