@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 PAIRS = "pairs"
 _LOWEST = jnp.finfo(jnp.float32).min  # not -inf: its product with a weight of 0 would be NaN
+_FAR = -1e30  # as good as -inf below the top, and finite when many are added
 
 
 class Side(NamedTuple):
@@ -42,8 +43,8 @@ class Sums(NamedTuple):
 
     Attributes:
       top: for each model the largest logit, (B,).
-      sums: for each model Σ exp(logit − top), and the sums of these weights times each model's logits, each (B,); for
-        `PAIRS` the number of positives, the sum of their logits and, with a bias, that of log σ(± logit).
+      sums: for each model Σ exp(logit − top), and the sums of these weights times (logit − top) of each model, each
+        (B,); for `PAIRS` the number of positives, the sum of their logits and, with a bias, that of log σ(± logit).
       best: int32 (B,), the index of the first column with the student's largest logit.
       hit: bool (B,), whether that is a positive.
     """
@@ -80,10 +81,12 @@ def positives_of(rows: Side, columns: Side) -> jax.Array:
 def sums_under(rows: Side, columns: Side, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
     """`Sums.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
     logits, positives = logits_of(rows, columns), positives_of(rows, columns)
+    # Entropies are small differences of large logits: what is summed is how far they lie below the top.
+    below = {name: jnp.where(columns.real[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
     sums = {}
     for name, x in logits.items():
         weights = jnp.exp(jnp.where(columns.real[None, :], x, _LOWEST) - top[name][:, None])
-        sums[name] = jnp.sum(weights, 1), *(jnp.sum(weights * y, 1) for y in logits.values())
+        sums[name] = jnp.sum(weights, 1), *(jnp.sum(weights * y, 1) for y in below.values())
     x = logits["student"]
     pairs = [jnp.sum(positives.astype(jnp.float32), 1), jnp.sum(jnp.where(positives, x, 0), 1)]
     if rows.bias is not None:
@@ -112,8 +115,13 @@ def merge(a: Sums, b: Sums) -> Sums:
     top = {name: jnp.maximum(a.top[name], b.top[name]) for name in a.top}
 
     def under(part: Sums) -> dict[str, tuple[jax.Array, ...]]:
-        scaled = {name: [x * jnp.exp(part.top[name] - top[name]) for x in part.sums[name]] for name in top}
-        return part.sums | {name: tuple(sums) for name, sums in scaled.items()}
+        moved = [jnp.maximum(part.top[of] - top[of], _FAR) for of in top]
+        scaled = {}
+        for name in top:
+            total, *below = part.sums[name]
+            lowered = [x + total * by for x, by in zip(below, moved, strict=True)]
+            scaled[name] = tuple(x * jnp.exp(part.top[name] - top[name]) for x in (total, *lowered))
+        return part.sums | scaled
 
     old, new = a.top["student"], b.top["student"]
     better = (new > old) | ((new == old) & (b.best < a.best))

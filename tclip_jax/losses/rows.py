@@ -112,7 +112,7 @@ def _rows_of(sums: Sums, real: jax.Array) -> Rows:
     soft = {}
     for by in log_total:
         total, *weighted = sums.sums[by]
-        soft[by] = {of: log_total[of] - x / total for of, x in zip(log_total, weighted, strict=True)}
+        soft[by] = {of: jnp.log(sums.sums[of][0]) - x / total for of, x in zip(log_total, weighted, strict=True)}
     count, logit, *choices = sums.sums[PAIRS]
     hard = jnp.where(count > 0, log_total["student"] - logit / jnp.maximum(count, 1), 0)
     return Rows(hard, soft, -choices[0] if choices else None, sums.hit, real)
