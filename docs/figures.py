@@ -30,19 +30,20 @@ def trit_figure() -> Figure:
     for side in (-1, 1):
         axes.axvline(side * scale / 2, color="black", linestyle="--", linewidth=1)
         axes.annotate("", (side * scale, 0), (side * scale, -3), arrowprops={"arrowstyle": "->"}, annotation_clip=False)
-    axes.text(scale / 2, axes.get_ylim()[1], " Δ = s/2", va="top")
-    axes.set(xlabel=f"weight w of one group; arrows: ±s, s = 2 · mean |w| = {scale:.4f}", ylabel="weights")
+    axes.annotate("Δ = s/2", (scale / 2, axes.get_ylim()[1]), (4, 0), textcoords="offset points", va="top")
+    axes.set_xlabel(f"weight w of one group; arrows: ±s, s = 2 · mean |w| = {scale:.4f}", labelpad=10)
+    axes.set_ylabel("number of weights")
     axes.legend(frameon=False, title="trit")
     _plain(axes)
     return figure
 
 
 def group_figure() -> Figure:
-    """A kernel (16, 6) in groups of 8 inputs: latent weights, trits, the scales, and what is computed with."""
+    """A kernel (8, 4) in groups of 4 inputs: latent weights, trits, the scales, and what is computed with."""
     rng = np.random.default_rng(1)
-    w = (rng.normal(0, 1, (16, 6)) * rng.uniform(0.3, 1.6, (2, 6)).repeat(8, 0)).astype(np.float32)
-    found = ternarize(w, Quantizer(group=8))
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    w = (rng.normal(0, 1, (8, 4)) * rng.uniform(0.3, 1.6, (2, 4)).repeat(4, 0)).astype(np.float32)
+    found = ternarize(w, Quantizer(group=4))
+    figure = Figure(figsize=(9, 3), layout="constrained")
     parts = (
         ("latent w, float32", w, 2.5),
         ("trits, 1.58 bits", np.asarray(found.trits), 1),
@@ -50,16 +51,16 @@ def group_figure() -> Figure:
         ("ŵ = scale · trit", np.asarray(found.dequantize()), 2.5),
     )
     for axes, (title, values, limit) in zip(figure.subplots(1, 4), parts, strict=True):
-        tall = values.repeat(16 // len(values), 0)
-        axes.imshow(tall, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        tall = values.repeat(8 // len(values), 0)
+        axes.imshow(tall, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
         for (row, column), value in np.ndenumerate(values):
-            place = (row + 0.5) * 16 / len(values) - 0.5
+            place = (row + 0.5) * 8 / len(values) - 0.5
             text = f"{value:+d}"[int(value == 0) :] if values.dtype == np.int8 else f"{value:.2f}"
             light = abs(value) > 0.7 * limit
-            axes.text(column, place, text, ha="center", va="center", fontsize=7, color="white" if light else "black")
-        axes.axhline(7.5, color="black", linewidth=2)
-        axes.set(title=title, xticks=[], yticks=[], xlabel="outputs N")
-    figure.axes[0].set_ylabel("inputs K, in groups of 8")
+            axes.text(column, place, text, ha="center", va="center", fontsize=9, color="white" if light else "black")
+        axes.axhline(3.5, color="black", linewidth=2)
+        axes.set(title=title, xticks=[], yticks=[], xlabel="outputs N", frame_on=False)
+    figure.axes[0].set_ylabel("inputs K, in groups of 4")
     return figure
 
 
@@ -78,7 +79,7 @@ def factor_figure() -> Figure:
     for axes in (zeros, error):
         for factor, name in ((1, "BitNet b1.58"), (2, "TernaryCLIP")):
             axes.axvline(factor, color="black", linestyle=":", linewidth=1)
-            axes.text(factor, axes.get_ylim()[1], f" {name}", va="top", fontsize=8)
+            axes.annotate(name, (factor, axes.get_ylim()[1]), (3, 0), textcoords="offset points", va="top", fontsize=8)
         _plain(axes)
     zeros.legend(frameon=False, loc="lower right")
     return figure
@@ -89,7 +90,8 @@ FIGURES = {"trit": trit_figure, "group": group_figure, "factor": factor_figure}
 
 def main() -> None:
     """Writes every figure as SVG, the same bytes each time."""
-    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none"})
+    # Text stays text, in one font: its usual list of twelve would be most of a file.
+    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
         draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None})

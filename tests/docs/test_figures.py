@@ -24,9 +24,7 @@ def test_every_figure_of_concepts_is_drawn_and_small(tmp_path: pathlib.Path, mon
     assert {path.stem for path in tmp_path.iterdir()} == set(figures.FIGURES)
     for path in tmp_path.iterdir():
         committed = ROOT / "docs" / "figures" / path.name
-        assert (
-            f"](figures/{path.name})" in (ROOT / "docs" / "concepts.md").read_text() and path.stat().st_size < 150_000
-        )
+        assert f"](figures/{path.name})" in (ROOT / "docs" / "concepts.md").read_text() and path.stat().st_size < 30_000
         assert committed.read_text().count("<text") == path.read_text().count("<text")
 
 
