@@ -1,5 +1,8 @@
-"""Example:
-tclip pack runs/student --out artifact
+"""Examples:
+  tclip pack runs/student --out artifact
+  tclip pack runs/student@best --out best
+
+WORKDIR@best is the best of the saved steps by `config.checkpoint.best_metric`, WORKDIR@1200 that of step 1200.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and where to write."""
-    parser.add_argument("run", metavar="WORKDIR", help="workdir of a run")
+    parser.add_argument(
+        "run", metavar="WORKDIR", help="workdir of a run, its newest step; or WORKDIR@best, WORKDIR@STEP"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     parser.add_argument(
         "--rest", choices=("float16", "float32"), default="float16", help="dtype of the float parameters"

@@ -13,7 +13,7 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
 from tclip_jax.training.build import Architecture
 from tclip_jax.training.config import RunConfig
-from tclip_jax.training.restore import read_config
+from tclip_jax.training.restore import read_config, split_step
 from tclip_jax.training.teacher_cache import describe_inputs, open_cache
 
 # What people distil from, by the name on the Hugging Face hub.
@@ -53,8 +53,8 @@ def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
     if not teacher.startswith(PREFIX) and is_checkpoint(teacher):
         checkpoint = open_checkpoint(teacher)
         return Architecture(checkpoint.config, checkpoint.preprocess)
-    if (epath.Path(teacher) / "config.json").exists():
-        theirs = read_config(teacher)
+    if ((workdir := split_step(teacher)[0]) / "config.json").exists():
+        theirs = read_config(workdir)
         return Architecture(theirs.model, theirs.preprocess, theirs.rules)
     raise ValueError(
         f"the shape of the teacher {teacher!r} is not known here: it is no preset, no run, artifact or checkpoint on"

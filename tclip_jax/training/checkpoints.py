@@ -166,11 +166,15 @@ class Checkpoints:
 
 
 def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """The newest steps and the best, as many of each as the configuration says; of equals the newer is better."""
+    """The newest steps and the best, as many of each as the configuration says."""
+    best = ranked(steps, scores, config)
+    return {*sorted(steps)[-config.keep :], *best[max(0, len(best) - config.keep_best) :]}
+
+
+def ranked(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> list[int]:
+    """The steps that have a score, the best last; of equals the newer is better."""
     sign = 1 if config.best_mode == "max" else -1
-    scored = sorted((sign * scores[step], step) for step in steps if step in scores)
-    best = scored[max(0, len(scored) - config.keep_best) :]
-    return {*sorted(steps)[-config.keep :], *(step for _, step in best)}
+    return [step for _, step in sorted((sign * scores[step], step) for step in steps if step in scores)]
 
 
 def saved_steps(folder: epath.PathLike) -> list[int]:
@@ -202,16 +206,23 @@ def whole_steps(folder: epath.PathLike) -> list[int]:
     return gather_json(saved_steps(folder) if jax.process_index() == 0 else None)[0]
 
 
-def load_params(folder: epath.PathLike, abstract: Any) -> tuple[int, Any]:
+def load_params(folder: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[int, Any]:
     """The newest step in `folder` and its parameters, as the tree of shapes `abstract` says; nothing else is read.
 
     Parameters that are not what was written are passed over, which the log says.
+
+    Args:
+      step: that one and no other.
 
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
     folder = _absolute(folder)
     steps, why = saved_steps(folder), None
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"{folder}: no step {step} is saved there: {', '.join(map(str, steps)) or 'none is'}")
+        steps = [step]
     while steps and (why := damage(folder / str(steps[-1]), "params/")):
         steps.pop()
         _logger.error("%s%s", why, f": reading step {steps[-1]} instead" if steps else "")

@@ -24,8 +24,9 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.training.checkpoints import load_params
-from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.training.checkpoints import CheckpointError, load_params, ranked, saved_steps
+from tclip_jax.training.config import CheckpointConfig, RunConfig, run_config
+from tclip_jax.training.telemetry import read_metrics
 
 
 class Stored(NamedTuple):
@@ -61,14 +62,37 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
-    """The newest step of a run, and its model: latent weights over `mesh`, and the rules that make them ternary."""
+def split_step(path: epath.PathLike) -> tuple[epath.Path, str]:
+    """The workdir of "runs/student@best" or "runs/student@1200", and "best" or "1200"; of others "", the newest."""
+    workdir, _, step = str(path).rpartition("@")
+    named = workdir and (step == "best" or step.isdigit()) and not epath.Path(path).exists()
+    return (epath.Path(workdir), step) if named else (epath.Path(path), "")
+
+
+def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
+    """A step of a run, see `split_step`, and its model: latent weights over `mesh`, the rules that make them ternary.
+
+    Raises:
+      FileNotFoundError: `path` is no run.
+      ValueError: the step is not there, or broken.
+    """
+    workdir, step = split_step(path)
     run = read_config(workdir)
     shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    step, params = load_params(epath.Path(workdir) / "checkpoints", abstract)
-    return step, Model(run.model, run.preprocess, params, run.rules)
+    wanted = _best_step(workdir, run.checkpoint) if step == "best" else int(step) if step else None
+    found, params = load_params(workdir / "checkpoints", abstract, wanted)
+    return found, Model(run.model, run.preprocess, params, run.rules)
+
+
+def _best_step(workdir: epath.Path, config: CheckpointConfig) -> int:
+    metric, steps = config.best_metric, saved_steps(workdir / "checkpoints")
+    scores = {line["step"]: line[metric] for line in read_metrics(workdir) if line.get(metric) is not None}
+    best = ranked(steps, scores, config)
+    if not best:
+        raise CheckpointError(f"{workdir}: metrics.jsonl has {metric} of none of the saved steps {steps}")
+    return best[-1]
 
 
 def load_stored(path: epath.PathLike) -> Stored:
@@ -101,7 +125,7 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | No
     """The model of an artifact, its trits as they are stored; of a run's workdir; or of another library's checkpoint.
 
     Args:
-      path: a folder with tclip.json; with a run's config.json; or what `open_checkpoint` opens.
+      path: a folder with tclip.json; with a run's config.json, also as of `split_step`; or what `open_checkpoint` opens.
       mesh: for the latent weights of a run.
       like: as of `open_checkpoint`, for a file that does not say which model it is.
 

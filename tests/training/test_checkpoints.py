@@ -14,9 +14,9 @@ import pytest
 from etils import epath
 
 from tclip_jax.training import checkpoints, loop
-from tclip_jax.training.checkpoints import Checkpoints, kept, saved_steps, whole_steps
+from tclip_jax.training.checkpoints import CheckpointError, Checkpoints, kept, saved_steps, whole_steps
 from tclip_jax.training.checksums import damage, write_checksums
-from tclip_jax.training.restore import load_run
+from tclip_jax.training.restore import load_model, load_run
 from tclip_jax.training.sections import CheckpointConfig
 
 
@@ -135,3 +135,14 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
     (data.parent / "checksums.json").unlink()
     final = jax.device_get(load_run(tmp_path / "run")[1].params)
     jax.tree.map(np.testing.assert_array_equal, final, jax.device_get(loop.train(config, tmp_path / "run").params))
+    # Any command can name the best, or a step; a folder of that name comes first.
+    assert [load_run(f"{tmp_path}/run{which}")[0] for which in ("", "@best", "@4", "@8")] == [8, 4, 4, 8]
+    best, fourth = (load_model(f"{tmp_path}/run@{which}").params for which in ("best", "4"))
+    jax.tree.map(np.testing.assert_array_equal, best, fourth)
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: no step 6 is saved there: 4, 8"):
+        load_run(f"{tmp_path}/run@6")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"run: metrics.jsonl has zero_shot_accuracy of none of the saved steps"):
+        load_run(f"{tmp_path}/run@best")
+    (tmp_path / "run").rename(tmp_path / "run@4")
+    assert load_run(f"{tmp_path}/run@4")[0] == 8
