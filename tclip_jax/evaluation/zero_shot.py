@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tclip_jax.artifacts.model import Embeddings
 from tclip_jax.data.prompts import captions, get_templates
 from tclip_jax.data.sources import Source
 from tclip_jax.data.sources.webdataset import Kind
-from tclip_jax.evaluation.encoder import Embeddings, Encoder
+from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision, mean_per_class_recall, top_k
 from tclip_jax.evaluation.results import Predictions
 from tclip_jax.evaluation.retrieval import recall, retrieval_ranks

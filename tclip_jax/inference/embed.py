@@ -15,10 +15,10 @@ import pyarrow.parquet
 import tqdm
 from etils import epath
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.model import Embeddings, Model
 from tclip_jax.data.images import decode, normalize, preprocess
 from tclip_jax.inference.inputs import Failure, Item, printable
-from tclip_jax.inference.store import Embeddings, Store, chunked
+from tclip_jax.inference.store import Store, chunked
 from tclip_jax.storage import atomic_file, write_atomic
 
 _MAX_FILE_BYTES = 2**30

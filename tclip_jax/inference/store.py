@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from tclip_jax.artifacts.model import Embeddings
 from tclip_jax.storage import write_atomic
-
-Embeddings = npt.NDArray[np.float32]
 
 _CHUNK = 4096  # rows that are handed on together
 
