@@ -1,4 +1,4 @@
-"""Whether a captioned sample can be trained on, by decoding all of it."""
+"""Whether a sample can be trained on, by decoding all of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tclip_jax.data.sources import BadSample, Record, Source
 from tclip_jax.data.sources.base import Fault
 
 
-def examine(source: Source, index: int) -> tuple[Record, Image.Image]:
-    """A sample and its decoded image.
+def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Record, Image.Image]:
+    """A sample and its decoded image; unless `captioned`, its label may stand for captions.
 
     Raises:
       BadSample: it would count with weight 0 in training.
@@ -22,6 +22,6 @@ def examine(source: Source, index: int) -> tuple[Record, Image.Image]:
     except ValueError as error:
         kind: Fault = "too_many_pixels" if isinstance(error, TooManyPixels) else "corrupt_image"
         raise BadSample(kind, record.name, str(error)) from None
-    if not any(caption.strip() for caption in record.captions):
+    if captioned and not any(caption.strip() for caption in record.captions):
         raise BadSample("no_caption", record.name, "no caption")
     return record, image
