@@ -29,7 +29,7 @@ def overview(summary: dict[str, Any], encode: dict[str, float] | None) -> Figure
       summary: the quick start's summary.json.
       encode: a row of `benchmarks.inference`: `baseline_ms` of dense float32, and how many times faster the others are.
     """
-    figure = Figure(figsize=(9.5, 2.3), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.3), layout="constrained")
     axes = figure.subplots(1, 3 if encode else 2)
     size, ratio = summary["artifact_bytes"] / 1e6, summary["compression_real"]
     _bars(
@@ -45,15 +45,15 @@ def overview(summary: dict[str, Any], encode: dict[str, float] | None) -> Figure
     if encode:
         base, packed = encode["baseline_ms"], {key: each for key, each in encode.items() if key.startswith("packed")}
         times = {"float32": base, **{f"ternary, {key.split()[1]}": base / each for key, each in packed.items()}}
-        _bars(axes[2], times, "{:.0f} ms", "ViT-B/16, eight images, CPU")
+        _bars(axes[2], times, "{:.0f} ms", "ViT-B/16 on eight images, CPU")
     return figure
 
 
 def _bars(axes: Axes, values: dict[str, float], form: str, title: str) -> None:
     colors = (FLOAT, TERNARY, OTHER)[: len(values)]
     bars = axes.barh(list(values), list(values.values()), color=colors, height=0.65)
-    axes.bar_label(bars, [f" {form.format(value)}" for value in values.values()])
-    axes.set(xlim=(0, 1.35 * max(values.values())), xticks=[])
+    axes.bar_label(bars, [form.format(value) for value in values.values()], padding=3)
+    axes.set(xlim=(0, 1.45 * max(values.values())), xticks=[])
     axes.set_title(title, fontsize=10)
     axes.invert_yaxis()
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -68,7 +68,7 @@ def main() -> int:
     args = parser.parse_args()
     summary = json.loads((pathlib.Path(args.workdir) / "summary.json").read_text())
     encode = json.loads(args.inference.read_text())["encode"][-1] if args.inference else None
-    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none"})
+    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
     overview(summary, encode).savefig(args.out, metadata={"Date": None} if args.out.suffix == ".svg" else None, dpi=80)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
     return 0
