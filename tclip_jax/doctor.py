@@ -18,7 +18,7 @@ OPTIONAL = {
     "open_clip_torch": ("torch", "the reference of `tclip compare`"),
     "transformers": ("torch", "the reference of `tclip compare`"),
     "gguf": ("gguf", "an independent reader of GGUF files"),
-    "libtpu": ("tpu", "runs on a TPU, and compiles for one without it"),
+    "libtpu": ("plan", "`tclip plan` compiles with it for TPUs that are not here"),
 }
 # An accelerator's device file -> the extra whose jax uses it.
 _DEVICE_FILES = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}

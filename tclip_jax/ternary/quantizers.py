@@ -25,10 +25,10 @@ class Quantizer:
     | kind | s, Δ | source |
     |---|---|---|
     | factor | s = k · m, Δ = s/2; k = 2 is TernaryCLIP's, k = 1 BitNet's | arXiv 2510.21879 (EdgeRazor), 2402.17764 |
-    | twn | Δ = 0.7 · m, s = mean of the |w| above it | arXiv 1605.04711 |
+    | twn | Δ = 0.7 · m, s = mean of the magnitudes above it | arXiv 1605.04711 |
     | least_squares | s = argmin Σ (w − ŵ)², found by sorting; Δ = s/2 | the optimum that twn approximates |
     | lsq | s = α, learned from 2 · m on; Δ = s/2 | arXiv 1902.08153 |
-    | seq | s = 2/3 · α, learned from max |w| on; Δ = s/2 = α/3 | ParetoQ, arXiv 2502.02631 |
+    | seq | s = 2/3 · α, learned from the largest magnitude on; Δ = s/2 = α/3 | ParetoQ, arXiv 2502.02631 |
 
     Attributes:
       factor: k, of kind "factor".
