@@ -60,6 +60,13 @@ def test_the_first_word_of_some_commands_lists_them(capsys: pytest.CaptureFixtur
     assert "invalid choice: 'data chek' (choose from 'data prepare'" in capsys.readouterr().err
 
 
+def test_a_misspelt_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "--config", "x"]) == 2
+    assert (
+        capsys.readouterr().err == "tclip: error: no command 'trian': the nearest is 'train'; tclip --help lists all\n"
+    )
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_ends_in_examples_that_it_parses(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
