@@ -90,7 +90,8 @@ def choose(
 ) -> str:
     """The name of the implementation for a (K, N) weight: of shapes and the kind of device alone, nothing is tried.
 
-    The device is that of the mesh in force, else jax's default. The choice and its reason are logged once each.
+    The device is that of the mesh in force, else jax's default. A choice and its reason are logged once, whatever the
+    shapes.
 
     Args:
       shape: (K, N).
@@ -113,13 +114,13 @@ def choose(
         "dtype": jnp.dtype(dtype),
         "activations": activations,
     }
+    where = f"{kind}, {activations} {jnp.dtype(dtype).name}"
     size = f"M={'any' if rows is None else rows} K={shape[0]} N={shape[1]}"
-    where = f"{kind}, {activations} {jnp.dtype(dtype).name}, {size}"
     forced = implementation or os.environ.get(VARIABLE)
     if forced:
         reason = kernel(forced).unsupported(**given)
         if reason:
-            raise ValueError(f"implementation {forced!r} cannot serve {where}: {reason}")
+            raise ValueError(f"implementation {forced!r} cannot serve {where}, {size}: {reason}")
         _log(where, forced, "it was asked for")
         return forced
     passed_over: list[str] = []

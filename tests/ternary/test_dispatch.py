@@ -54,10 +54,7 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tclip_jax"):
         for rows in (8, 8, 16):
             choose((768, 3072), 256, rows=rows)
-    assert caplog.messages == [
-        f"ternary product (cpu, A16 float32, M={rows} K=768 N=3072): native_cpu (the first choice on this platform)"
-        for rows in (8, 16)
-    ]
+    assert caplog.messages == ["ternary product (cpu, A16 float32): native_cpu (the first choice on this platform)"]
 
 
 def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
