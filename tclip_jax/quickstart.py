@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import time
 from typing import Any
 
@@ -34,6 +35,8 @@ from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
 from tclip_jax.training.telemetry import read_metrics
 
+_logger = logging.getLogger(__name__)
+
 SHOWN = 24  # test images in the picture: all mistakes that fit, then right ones
 
 
@@ -52,9 +55,12 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     suffix = f",{mode}" if mode else ""
     teacher_config, student_config = load_recipe(f"{recipe}:teacher{suffix}"), load_recipe(f"{recipe}:student{suffix}")
     student_config.teacher = str(workdir / "teacher")
+    _logger.info("training the teacher: full precision, %d steps", teacher_config.steps)
     models = {"teacher": train(teacher_config, workdir / "teacher")}
+    _logger.info("training the student: ternary, %d steps", student_config.steps)
     models["student"] = train(student_config, workdir / "student")
 
+    _logger.info("packing, evaluating, exporting")
     run = run_config(student_config)
     source = open_source(run.eval.source, run.eval.split)
     student = models["student"]

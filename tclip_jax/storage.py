@@ -39,6 +39,8 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     the block raises.
     """
     path = epath.Path(path)
+    if is_local(path) and not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder, so {path.name} cannot be written there")
     building = _beside(path, "tmp") if is_local(path) else path
     try:
         with building.open("wb") as file:
@@ -87,7 +89,7 @@ def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[
     """
     path = epath.Path(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another folder, or allow overwriting it")
+        raise FileExistsError(f"{path} exists: choose another folder, or --overwrite it")
     building = _beside(path, "tmp") if is_local(path) else path
     if building.exists():
         building.rmtree()

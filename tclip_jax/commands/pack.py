@@ -27,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Packs, and prints what it saved."""
+    from etils import epath
+
     from tclip_jax.artifacts.format import write_artifact
+    from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
     from tclip_jax.training.restore import load_run
 
+    if (epath.Path(args.run) / MANIFEST).exists():
+        raise ValueError(f"{args.run} is packed already: expected the workdir of `tclip train`")
     figures = _read_figures(args.figures) if args.figures else {}
     step, model = load_run(args.run)
     params = pack_params(model.params, model.rules)

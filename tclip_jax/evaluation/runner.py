@@ -129,7 +129,8 @@ def evaluate(
                     raise  # on this process alone: the others wait for it
                 errors[name] = str(error)
                 bar.total = (bar.total or 0) - task.dataset.samples
-                _logger.warning("%s: no result: %s", name, error)
+                if len(tasks) > 1:
+                    _logger.warning("%s: no result: %s", name, error)
                 continue
             results[name] = result
             if out is not None and jax.process_index() == 0:

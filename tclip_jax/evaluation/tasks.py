@@ -44,8 +44,11 @@ def suite_tasks(
 
     Raises:
       ValueError: a name that the suites do not have.
+      FileNotFoundError: there is no such folder, and nothing is to be downloaded.
     """
     folder = epath.Path(root).expanduser()
+    if not download and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; it holds exports as wds_mnist, which --download fetches")
     return [Task(each, functools.partial(_open_export, each, folder, download, tfds)) for each in find_datasets(suite)]
 
 

@@ -125,7 +125,8 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | No
     """The model of an artifact, its trits as they are stored; of a run's workdir; or of another library's checkpoint.
 
     Args:
-      path: a folder with tclip.json; with a run's config.json, also as of `split_step`; or what `open_checkpoint` opens.
+      path: a folder with tclip.json; with a run's config.json, or that as of `split_step`; or what `open_checkpoint`
+        opens.
       mesh: for the latent weights of a run.
       like: as of `open_checkpoint`, for a file that does not say which model it is.
 

@@ -57,6 +57,14 @@ def test_duplicates_are_those_of_a_dictionary(
     assert found.duplicate_examples == [[1, 3, 5], [0, 6]]
 
 
+def test_labelled_images_need_no_captions(tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.jpg").write_bytes(jpeg(len(name)))
+    found = check(f"folder:{tmp_path}", "train", workers=1)
+    assert found.samples == 2 and not found.broken
+
+
 def test_quantiles() -> None:
     counts = collections.Counter({1: 5, 10: 4, 100: 1})
     assert [quantile(counts, share) for share in (0.0, 0.5, 0.51, 0.9, 1.0)] == [1, 1, 10, 10, 100]
