@@ -64,10 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group = [command for command in COMMANDS if command.startswith(f"{name} ")]
         if not group and name[0] != "-":
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
-            print(
-                f"tclip: error: no command {name!r}: the nearest is {near!r}; tclip --help lists all", file=sys.stderr
-            )
-            return 2
+            _top_parser(COMMANDS).error(f"no command {name!r}: the nearest is {near!r}; tclip --help lists all")
         wanted = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
         _top_parser(group or COMMANDS).parse_args(wanted if group else arguments or ["--help"])
     module, parser = _module(name), argparse.ArgumentParser(prog=f"tclip {name}", **_settings(name))
