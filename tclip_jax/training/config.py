@@ -69,11 +69,8 @@ _SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
 }
 
-_SCALARS = (
-    *("seed", "steps", "dtype", "remat", "init", "init_scales", "teacher", "inherit"),
-    *("ternary_warmup_steps", "telemetry_every", "log_every", "max_skipped_steps"),
-    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project"),
-)
+_MADE = ("model", "preprocess", "rules", "evals", *_SECTIONS)  # of what people write
+_SCALARS = tuple(field.name for field in dataclasses.fields(RunConfig) if field.name not in _MADE)
 
 
 def base_config() -> ml_collections.ConfigDict:
