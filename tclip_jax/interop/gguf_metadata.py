@@ -15,6 +15,7 @@ from etils import epath
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from tclip_jax.interop.gguf_blocks import Kind
+from tclip_jax.interop.open_clip import check_expressible
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 ARCHITECTURE = "clip"
@@ -54,7 +55,13 @@ def to_metadata(description: Description, kind: Kind) -> dict[str, Any]:
       ValueError: a model or images that clip.cpp's keys cannot describe, naming the option.
     """
     config, preprocess, logit_scale = description
-    _check_expressible(config, preprocess)
+    check_expressible(
+        config,
+        "a GGUF of CLIP",
+        ("preprocess_cfg.size", preprocess.size, config.vision.image_size),
+        ("preprocess_cfg.interpolation", preprocess.interpolation, "bicubic"),
+        ("preprocess_cfg.resize_mode", preprocess.resize_mode, "shortest"),
+    )
     vision, text = config.vision, config.text
     towers = {
         "text": _Tower(text.width, int(text.width * text.mlp_ratio), config.embed_dim, text.heads, text.layers),
@@ -186,22 +193,3 @@ def _vocabulary() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer().save(folder)
         return list(json.loads((epath.Path(folder) / "vocab.json").read_text()))
-
-
-def _check_expressible(config: CLIPConfig, preprocess: Preprocess) -> None:
-    vision, text = config.vision, config.text
-    only = (
-        ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
-        ("vision_cfg.pool_type", vision.pool_type, "tok"),
-        ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
-        ("vision_cfg.ls_init_value", vision.ls_init_value, None),
-        ("text_cfg.pool_type", text.pool_type, "argmax"),
-        ("text_cfg.no_causal_mask", text.no_causal_mask, False),
-        ("text_cfg.ls_init_value", text.ls_init_value, None),
-        ("preprocess_cfg.size", preprocess.size, vision.image_size),
-        ("preprocess_cfg.interpolation", preprocess.interpolation, "bicubic"),
-        ("preprocess_cfg.resize_mode", preprocess.resize_mode, "shortest"),
-    )
-    for option, value, possible in only:
-        if value != possible:
-            raise ValueError(f"{option} is {value!r}: a GGUF of CLIP can only have {possible!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
-from tclip_jax.interop.open_clip import check_names
+from tclip_jax.interop.open_clip import check_expressible, check_names
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 
@@ -184,17 +184,4 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
 
 
 def _check_expressible(config: CLIPConfig) -> None:
-    vision, text = config.vision, config.text
-    only = (
-        ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
-        ("vision_cfg.pool_type", vision.pool_type, "tok"),
-        ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
-        ("vision_cfg.ls_init_value", vision.ls_init_value, None),
-        ("text_cfg.vocab_size", text.vocab_size, VOCAB_SIZE),
-        ("text_cfg.pool_type", text.pool_type, "argmax"),
-        ("text_cfg.no_causal_mask", text.no_causal_mask, False),
-        ("text_cfg.ls_init_value", text.ls_init_value, None),
-    )
-    for option, value, possible in only:
-        if value != possible:
-            raise ValueError(f"{option} is {value!r}: transformers' CLIPModel can only have {possible!r}")
+    check_expressible(config, "transformers' CLIPModel", ("text_cfg.vocab_size", config.text.vocab_size, VOCAB_SIZE))

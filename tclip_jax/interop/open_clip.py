@@ -209,3 +209,25 @@ def _check_shape(shape: tuple[int, ...], entry: Entry) -> None:
 
 def _permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     return shape if axes is None else tuple(shape[axis] for axis in axes)
+
+
+def check_expressible(config: CLIPConfig, what: str, *others: tuple[str, Any, Any]) -> None:
+    """Raises ValueError for what open_clip's model_cfg says and `what` cannot.
+
+    Args:
+      others: further options, as (name, value, the only one that is possible).
+    """
+    vision, text = config.vision, config.text
+    only = (
+        ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
+        ("vision_cfg.pool_type", vision.pool_type, "tok"),
+        ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
+        ("vision_cfg.ls_init_value", vision.ls_init_value, None),
+        ("text_cfg.pool_type", text.pool_type, "argmax"),
+        ("text_cfg.no_causal_mask", text.no_causal_mask, False),
+        ("text_cfg.ls_init_value", text.ls_init_value, None),
+        *others,
+    )
+    for option, value, possible in only:
+        if value != possible:
+            raise ValueError(f"{option} is {value!r}: {what} can only have {possible!r}")
