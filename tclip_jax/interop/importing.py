@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
@@ -12,8 +11,8 @@ from tclip_jax.artifacts.files import sha256
 from tclip_jax.artifacts.format import write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.checkpoints import open_checkpoint
-from tclip_jax.interop.recover import NotTernaryError, recover_ternary
-from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TERNARIZABLE, input_axis, matrix_shape
+from tclip_jax.interop.recover import NotTernaryError, recover_parameter
+from tclip_jax.models.ternary_rules import TERNARIZABLE
 from tclip_jax.ternary import TernaryTensor
 
 
@@ -50,11 +49,8 @@ def import_checkpoint(
         if isinstance(leaves[path], TernaryTensor):
             found[path] = leaves[path]
             continue
-        weight = leaves[path]
-        if path == PATCH_EMBEDDING:
-            weight = np.asarray(weight).reshape(matrix_shape(weight.shape))
         try:
-            leaves[path] = found[path] = recover_ternary(weight, input_axis(path))
+            leaves[path] = found[path] = recover_parameter(path, leaves[path])
         except NotTernaryError as error:
             found[path] = error
     provenance = {"source": str(source), "source_sha256": {file.name: sha256(file) for file in checkpoint.files}}

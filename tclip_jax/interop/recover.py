@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, input_axis, matrix_shape
 from tclip_jax.ternary import TernaryTensor
 
 Array = npt.NDArray[Any]
@@ -60,6 +61,13 @@ def recover_ternary(w: Any, axis: int = -2) -> TernaryTensor:
             parts: tuple[Any, Any] = (trits, scale) if stacked else (trits[0], scale[0])
             return TernaryTensor(parts[0], parts[1], group, axis)
     raise nearest
+
+
+def recover_parameter(path: str, weight: Any) -> TernaryTensor:
+    """As `recover_ternary` of the parameter at `path`, the patch embedding as the matrix that it is."""
+    if path == PATCH_EMBEDDING:
+        weight = np.asarray(weight).reshape(matrix_shape(weight.shape))
+    return recover_ternary(weight, input_axis(path))
 
 
 def scale_bits(scale: npt.ArrayLike) -> int:

@@ -15,17 +15,10 @@ from jax.sharding import Mesh
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.checkpoints import is_checkpoint
 from tclip_jax.interop.latent import latent_params
-from tclip_jax.interop.recover import NotTernaryError, recover_ternary
+from tclip_jax.interop.recover import NotTernaryError, recover_parameter
 from tclip_jax.models.clip import param_shapes, with_learned_scales
 from tclip_jax.models.inherit import inherit_params
-from tclip_jax.models.ternary_rules import (
-    PATCH_EMBEDDING,
-    TERNARIZABLE,
-    TernaryRules,
-    find_quantizer,
-    input_axis,
-    matrix_shape,
-)
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.training.config import RunConfig
@@ -93,11 +86,8 @@ def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
     leaves = flatten(params)
     for path in TERNARIZABLE:
         if find_quantizer(path, rules) and not _is_ternary(leaves[path]):
-            weight = leaves[path]
-            if path == PATCH_EMBEDDING:
-                weight = np.asarray(weight).reshape(matrix_shape(weight.shape))
             with contextlib.suppress(NotTernaryError):
-                leaves[path] = recover_ternary(weight, input_axis(path))
+                leaves[path] = recover_parameter(path, leaves[path])
     return unflatten_dict(leaves, sep="/")
 
 
