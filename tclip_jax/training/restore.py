@@ -26,7 +26,6 @@ from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.checkpoints import CheckpointError, load_params, ranked, saved_steps
 from tclip_jax.training.config import CheckpointConfig, RunConfig, run_config
-from tclip_jax.training.telemetry import read_metrics
 
 
 class Stored(NamedTuple):
@@ -87,6 +86,8 @@ def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model
 
 
 def _best_step(workdir: epath.Path, config: CheckpointConfig) -> int:
+    from tclip_jax.training.telemetry import read_metrics  # with TensorBoard's writer, which imports PyTorch
+
     metric, steps = config.best_metric, saved_steps(workdir / "checkpoints")
     scores = {line["step"]: line[metric] for line in read_metrics(workdir) if line.get(metric) is not None}
     best = ranked(steps, scores, config)
