@@ -1,6 +1,6 @@
 """Examples:
-tclip evaluate compare runs/teacher/eval runs/student/eval --data exports/ --html compare.html
-tclip evaluate compare eval/main eval/branch --max-drop 0.2 --json
+  tclip evaluate compare runs/teacher/eval runs/student/eval --data exports/ --html compare.html
+  tclip evaluate compare eval/main eval/branch --max-drop 0.2 --json
 
 A and B: folders that `tclip evaluate --out` wrote; B − A is what B gains. The exit code is 0 if every data set was
 compared, 1 if one could not be or, with --max-drop, fell too far, 2 after an error.
