@@ -44,7 +44,8 @@ class Sums(NamedTuple):
     Attributes:
       top: for each model the largest logit, (B,).
       sums: for each model Σ exp(logit − top), and the sums of these weights times (logit − top) of each model, each
-        (B,); for `PAIRS` the number of positives, the sum of their logits and, with a bias, that of log σ(± logit).
+        (B,); for `PAIRS` the number of positives, the sum of the student's (logit − top) of them and, with a bias, that
+        of log σ(± logit) of all pairs.
       best: int32 (B,), the index of the first column with the student's largest logit.
       hit: bool (B,), whether that is a positive.
     """
@@ -81,14 +82,14 @@ def positives_of(rows: Side, columns: Side) -> jax.Array:
 def sums_under(rows: Side, columns: Side, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
     """`Sums.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
     logits, positives = logits_of(rows, columns), positives_of(rows, columns)
-    # Entropies are small differences of large logits: what is summed is how far they lie below the top.
+    # Losses are small differences of large logits: what is summed is how far they lie below the top.
     below = {name: jnp.where(columns.real[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
     sums = {}
     for name, x in logits.items():
         weights = jnp.exp(jnp.where(columns.real[None, :], x, _LOWEST) - top[name][:, None])
         sums[name] = jnp.sum(weights, 1), *(jnp.sum(weights * y, 1) for y in below.values())
     x = logits["student"]
-    pairs = [jnp.sum(positives.astype(jnp.float32), 1), jnp.sum(jnp.where(positives, x, 0), 1)]
+    pairs = [jnp.sum(positives.astype(jnp.float32), 1), jnp.sum(jnp.where(positives, below["student"], 0), 1)]
     if rows.bias is not None:
         choices = jax.nn.log_sigmoid(jnp.where(positives, x, -x))
         pairs.append(jnp.sum(jnp.where(columns.real[None, :], choices, 0), 1))
@@ -115,13 +116,14 @@ def merge(a: Sums, b: Sums) -> Sums:
     top = {name: jnp.maximum(a.top[name], b.top[name]) for name in a.top}
 
     def under(part: Sums) -> dict[str, tuple[jax.Array, ...]]:
-        moved = [jnp.maximum(part.top[of] - top[of], _FAR) for of in top]
+        moved = {of: jnp.maximum(part.top[of] - top[of], _FAR) for of in top}
         scaled = {}
         for name in top:
             total, *below = part.sums[name]
-            lowered = [x + total * by for x, by in zip(below, moved, strict=True)]
+            lowered = [x + total * by for x, by in zip(below, moved.values(), strict=True)]
             scaled[name] = tuple(x * jnp.exp(part.top[name] - top[name]) for x in (total, *lowered))
-        return part.sums | scaled
+        count, pairs, *choices = part.sums[PAIRS]
+        return scaled | {PAIRS: (count, pairs + count * moved["student"], *choices)}
 
     old, new = a.top["student"], b.top["student"]
     better = (new > old) | ((new == old) & (b.best < a.best))

@@ -108,11 +108,11 @@ def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Arr
 
 
 def _rows_of(sums: Sums, real: jax.Array) -> Rows:
-    log_total = {name: top + jnp.log(sums.sums[name][0]) for name, top in sums.top.items()}
+    log_total = {name: jnp.log(sums.sums[name][0]) for name in sums.top}
     soft = {}
     for by in log_total:
-        total, *weighted = sums.sums[by]
-        soft[by] = {of: jnp.log(sums.sums[of][0]) - x / total for of, x in zip(log_total, weighted, strict=True)}
-    count, logit, *choices = sums.sums[PAIRS]
-    hard = jnp.where(count > 0, log_total["student"] - logit / jnp.maximum(count, 1), 0)
+        total, *below = sums.sums[by]
+        soft[by] = {of: log_total[of] - x / total for of, x in zip(log_total, below, strict=True)}
+    count, below_top, *choices = sums.sums[PAIRS]
+    hard = jnp.where(count > 0, log_total["student"] - below_top / jnp.maximum(count, 1), 0)
     return Rows(hard, soft, -choices[0] if choices else None, sums.hit, real)

@@ -33,6 +33,11 @@ def random_batch(seed: int, batch: int = BATCH) -> tuple[np.ndarray, ...]:
     return tuple(unit_vectors(4 * seed + i, batch) for i in range(4))
 
 
+def on_grid(x: np.ndarray) -> np.ndarray:
+    """Multiples of 2⁻⁸: logits of up to 100 are exact in float32, so that a value is right or its loss is wrong."""
+    return np.round(256 * x) / 256
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
@@ -146,12 +151,12 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(weight=st.lists(st.sampled_from([0.0, 1.0]), min_size=BATCH, max_size=BATCH), seed=st.integers(0, 99))
 def test_weight_zero_removes_the_sample(name: str, weight: list[float], seed: int) -> None:
-    batch, real = random_batch(seed), np.array(weight) > 0
+    batch, real = tuple(map(on_grid, random_batch(seed))), np.array(weight) > 0
     expected = oracle(name, *(array[real] for array in batch), *SCALES) if real.any() else 0.0
     for array, garbage in zip(batch, (np.nan, 7.0, np.inf, -3.0), strict=True):
         array[~real] = garbage
     value, gradients = value_and_gradients(name)(*batch, *SCALES, np.array(weight))
-    np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-7)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert not np.any(gradients[0][~real]) and not np.any(gradients[1][~real])
 
