@@ -17,11 +17,13 @@ from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.importing import import_checkpoint
-from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.clip import param_shapes, with_learned_scales
+from tclip_jax.models.inherit import inherit_params
+from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.training import build, loop
 from tclip_jax.training.config import RunConfig, run_config
-from tclip_jax.training.initial import initial_weights
+from tclip_jax.training.initial import initial_weights, start_params
 from tclip_jax.training.restore import load_run
 from tclip_jax.training.telemetry import read_metrics
 
@@ -172,3 +174,17 @@ def test_recomputed_scales_start_from_the_dequantised_weights(
     for path, leaf in flatten(packed).items():
         expected = leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf
         np.testing.assert_array_equal(weights[path], expected, err_msg=path)
+
+
+def test_a_wider_ternary_model_is_cut_to_the_student(
+    config: ml_collections.ConfigDict, run: RunConfig, packed: Params, tmp_path: pathlib.Path
+) -> None:
+    config.inherit = artifact(tmp_path, run, packed)
+    config.model.text_cfg.width, config.ternary = 8, [("image/.*/mlp/.*", {"kind": "lsq"})]
+    student = run_config(config)
+    expected = with_learned_scales(inherit_params(packed, run.model, student.model), student.rules)
+    found = start_params(student, make_mesh(4, 2))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert "kernel_scale" in found["image"]["blocks"]["mlp"]["fc1"]
+    config.inherit = ""
+    assert start_params(run_config(config), make_mesh(4, 2)) is None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import pathlib
-from typing import Any
+import types
+from typing import Any, cast
 
 import jax
 import ml_collections
@@ -14,11 +15,18 @@ import pytest
 from PIL import Image
 
 import tclip_jax
+from tclip_jax.artifacts import pack_params
+from tclip_jax.artifacts.model import Model
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
+from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.training import loop
+from tclip_jax.training.build import Build
 from tclip_jax.training.checkpoints import CheckpointError
+from tclip_jax.training.config import run_config
+from tclip_jax.training.evaluation import Evaluation
+from tclip_jax.training.phases import Phases
 from tclip_jax.training.restore import load_run
 from tclip_jax.training.telemetry import Telemetry, read_metrics
 
@@ -100,6 +108,29 @@ def test_several_evaluations_each_at_its_own_steps(config: ml_collections.Config
     with pytest.raises(FileNotFoundError, match="wds_mnist: no such folder"):
         loop.train(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_and_their_average_are_evaluated_as_the_ternary_models_they_are(
+    config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.ternary, config.optimizer.ema_decay = "Q-ALL", 0.5
+    build, tokens = Build(run_config(config), make_mesh(8), None), np.array([[1, 2, 3, *[0] * 9]], np.int32)
+    with jax.set_mesh(build.mesh):
+        state = build.init_state()
+    state = state.replace(average=jax.tree.map(lambda leaf: leaf[..., ::-1] if leaf.ndim else leaf, state.average))
+
+    def measure(model: Model, mesh: Any) -> dict[str, float]:
+        return {"text": float(model.encode_text(tokens)[0, 0])}
+
+    written: dict[str, float] = {}
+    journal: Any = types.SimpleNamespace(write=lambda step, metrics: written.update(metrics))
+    loop._evaluate([cast(Evaluation, measure)], journal, 1, build, state, Phases())
+    for name, latent in (("text", state.params["clip"]), ("text_of_average", state.average)):
+        ternary, full = pack_params(latent, build.run.rules), jax.device_get(latent)
+        same, other = (
+            measure(Model(build.run.model, build.run.preprocess, params), None) for params in (ternary, full)
+        )
+        assert written[name] == pytest.approx(same["text"], abs=1e-6) and abs(written[name] - other["text"]) > 1e-3
 
 
 def test_distilling_from_a_run(

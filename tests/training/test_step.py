@@ -22,7 +22,7 @@ from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.config import LossConfig, OptimizerConfig
 from tclip_jax.training.objective import Encoders
-from tclip_jax.training.optimizer import make_optimizer
+from tclip_jax.training.optimizer import make_optimizer, ternary_share
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import MAX_LOGIT_SCALE, make_train_step
 
@@ -152,10 +152,24 @@ def test_a_sample_of_weight_zero_changes_nothing() -> None:
 
 def test_logit_scale_is_clamped() -> None:
     run = run_on(1)
-    params = {"clip": run.state.params["clip"] | {"logit_scale": jnp.float32(9)}}
-    state, metrics = run.step(run.state.replace(params=params), batch_of(0))
-    assert float(state.params["clip"]["logit_scale"]) == pytest.approx(MAX_LOGIT_SCALE)
-    assert metrics["logit_scale"] == pytest.approx(100)
+    for beyond, limit in ((9, MAX_LOGIT_SCALE), (-9, 0)):
+        params = {"clip": run.state.params["clip"] | {"logit_scale": jnp.float32(beyond)}}
+        state, metrics = run.step(run.state.replace(params=params), batch_of(0))
+        assert float(state.params["clip"]["logit_scale"]) == pytest.approx(limit)
+        assert metrics["logit_scale"] == pytest.approx(np.exp(limit))
+
+
+def test_weights_become_ternary_by_degrees_and_their_average_follows() -> None:
+    run, batch = run_on(1, Q_ALL), batch_of(0)
+    student = Encoders(CLIP(CONFIG, Q_ALL), MEAN, STD)
+    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), ternary_share(4), ema_decay=0.75))
+    old = run.state.replace(average=jax.tree.map(lambda leaf: leaf + 1, run.state.params["clip"]))
+    for now, same in ((0, run_on(1)), (4, run)):
+        with jax.set_mesh(run.mesh):
+            new, metrics = step(old.replace(step=jnp.int32(now)), shard_batch(batch, run.mesh), None)
+        assert float(metrics["loss"]) == pytest.approx(same.step(same.state, batch)[1]["loss"], rel=1e-5)
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, old.average, new.params["clip"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), new.average, expected)
 
 
 def test_bfloat16_and_remat_stay_near() -> None:
