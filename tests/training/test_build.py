@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.training import build
 from tclip_jax.training.build import Architecture, Build, check_batch
 from tclip_jax.training.config import run_config
 
@@ -57,6 +59,19 @@ def test_shapes_are_those_of_the_arrays_and_compile_to_the_same_program(config: 
             for each, arguments in ((planned, shapes), (real, (state, batch, teacher)))
         ]
     assert programs[0] == programs[1]
+
+
+def test_each_model_sees_pixels_by_its_own_statistics(
+    config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.teacher = "somewhere"
+    run, mesh, made = run_config(config), make_mesh(8), []
+    halves = dataclasses.replace(run.preprocess, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5))
+    monkeypatch.setattr(build, "make_train_step", lambda student, teacher, *rest: made.extend((student, teacher)))
+    monkeypatch.setattr(jax, "jit", lambda step, **options: step)
+    with jax.set_mesh(mesh):
+        Build(run, mesh, Architecture(run.model, halves)).jitted_step(None)
+    assert [(each.mean, each.std) for each in made] == [(x.mean, x.std) for x in (run.preprocess, halves)]
 
 
 def test_a_batch_that_brings_its_teacher(config: ml_collections.ConfigDict) -> None:

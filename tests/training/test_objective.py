@@ -164,12 +164,13 @@ def test_a_blended_student_reaches_the_ternary_loss_exactly() -> None:
 def test_the_teacher_of_a_batch_is_the_teacher_in_the_step() -> None:
     _, (theirs, _) = seen()
     batch = BATCH | {"teacher_image": np.float16(theirs[0]), "teacher_text": np.float16(theirs[1])}
-    loss = LossConfig(crd=1.0, icl=1.0, fd=1.0)
+    terms = ("crd", "icl", "fd", "open_clip", "affinity", "kl")
+    loss = LossConfig(**dict.fromkeys(terms, 1.0))  # type: ignore[arg-type]
     tree = {"clip": params()[0], "heads": init_heads(jax.random.key(2), STUDENT, 20, loss)}
     goals = [Objective(SEES, teacher, loss) for teacher in (Encoders(CLIP_TEACHER, HALF, HALF), float(theirs[2]))]
     metrics = jax.jit(lambda tree, teacher, goal: objective(tree, teacher, goal, batch)[1], static_argnums=2)
     both = [metrics(tree, params()[1], goal) for goal in goals]
-    for name in ("loss/crd", "loss/icl", "loss/fd"):
+    for name in (f"loss/{term}" for term in terms):
         assert float(both[0][name]) == pytest.approx(float(both[1][name]), abs=1e-3), name
 
 

@@ -124,6 +124,23 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     last = read_metrics(tmp_path / "student")[-1]
     assert last["step"] == 2 and all(np.isfinite(last[f"loss/{name}"]) for name in ("task", "crd", "icl", "fd"))
 
+    # Whole runs agree too, where nothing of what they see is drawn: embeddings of so few channels are float16.
+    plain = cached.copy_and_resolve_references()
+    plain.data.update({"augment": "none", "templates": ("a {c}",)})
+    plain.loss.update({"open_clip": 1.0, "affinity": 1.0, "kl": 1.0})
+    write_cache(tmp_path / "plain", run_config(plain), str(tmp_path / "teacher"), **(SIZES | {"copies": 1}))
+    found = {}
+    for name, teachers in (("from cache", ("", "plain")), ("in step", ("teacher", ""))):
+        plain.teacher, plain.data.teacher_cache = (str(tmp_path / each) if each else "" for each in teachers)
+        loop.train(plain, tmp_path / name)
+        found[name] = read_metrics(tmp_path / name)
+    for stored, in_step in zip(*found.values(), strict=True):
+        terms = [name for name in in_step if name.startswith("loss")]
+        assert len(terms) == 8
+        assert {name: stored[name] for name in terms} == pytest.approx(
+            {name: in_step[name] for name in terms}, rel=1e-3
+        )
+
     cached.data.augment = "none"
     with pytest.raises(ValueError, match="the teacher saw augment affine, not none"):
         loop.train(cached, tmp_path / "other")
