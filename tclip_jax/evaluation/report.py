@@ -51,7 +51,7 @@ def write_report(
     plot_curves(accuracy, curves, "zero_shot_accuracy", "zero-shot accuracy")
     plot_trits(trits, params)
     if looks:
-        plot_dynamics(middle[0].subplots(1, 4), looks)
+        plot_dynamics(middle[0].subplots(1, 5), looks)
     plot_predictions(bottom, images, said, correct)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -73,13 +73,18 @@ def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
 
 
 def plot_dynamics(axes: npt.NDArray[Any], looks: Sequence[Mapping[str, Any]]) -> None:
-    """How trits moved while one run learned, a line per weight: zeros, flips in a step, saturation, and |w| at the end.
+    """How trits moved while one run learned, a line per weight: zeros, flips and drift, saturation, |w| at the end.
 
     Args:
-      axes: four of them.
+      axes: five of them.
       looks: lines of metrics.jsonl with "trits", whose values have one entry per layer; their mean is drawn.
     """
-    titles = {"zeros": "zeros, %", "flips": "trits that flip in one step, %", "saturated": "latent weights beyond s, %"}
+    titles = {
+        "zeros": "zeros, %",
+        "flips": "trits that flip in one step, %",
+        "drift": "change of scales in one step, %",
+        "saturated": "latent weights beyond s, %",
+    }
     for each, (name, title) in zip(axes, titles.items(), strict=False):
         for path in looks[-1]["trits"]:
             points = [(look["step"], 100 * np.mean(look["trits"][path][name])) for look in looks]

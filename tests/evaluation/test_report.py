@@ -99,13 +99,13 @@ def test_dynamics_are_the_means_over_layers(tmp_path: pathlib.Path) -> None:
         return {"step": step, "trits": {"image/blocks/mlp/fc1/kernel": values}}
 
     looks = [look(100), look(200)]
-    axes = Figure().subplots(1, 4)
+    axes = Figure().subplots(1, 5)
     plot_dynamics(axes, looks)
-    for each, name in zip(axes, ("zeros", "flips", "saturated"), strict=False):
+    for each, name in zip(axes, ("zeros", "flips", "drift", "saturated"), strict=False):
         values = [100 * np.mean(x["trits"]["image/blocks/mlp/fc1/kernel"][name]) for x in looks]
         np.testing.assert_allclose(each.lines[0].get_xydata(), list(zip((100, 200), values, strict=True)))
     histogram = looks[1]["trits"]["image/blocks/mlp/fc1/kernel"]["histogram"]
-    np.testing.assert_allclose(axes[3].patches[0].get_data().values, np.mean(histogram, 0)[:-1])
+    np.testing.assert_allclose(axes[4].patches[0].get_data().values, np.mean(histogram, 0)[:-1])
     assert axes[0].lines[0].get_label() == "image fc1"
     assert picture(tmp_path / "r.png", curves={"student": [*CURVES["student"], *looks]}).size == (1650, 1430)
 
