@@ -74,8 +74,13 @@ class TrainIterator(Iterator[Batch]):
         """Goes on after the rows that `state` says.
 
         Raises:
-          ValueError: it is the state of other data, or of another seed.
+          ValueError: it is the state of other data, of another seed, or of an older version.
         """
+        if not isinstance(state, dict) or not state.keys() >= self.get_state().keys():
+            raise ValueError(
+                f'the place in the data is {str(state)[:80]} where {{"samples": …, "data": …}} is expected: an older '
+                "version wrote it; start a new run from its weights by config.init"
+            )
         if state["data"] != self._digest:
             raise ValueError(
                 f"the data are not those of the checkpoint ({self._digest}, then {state['data']}): another source, "

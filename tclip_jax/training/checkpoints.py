@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -94,11 +94,13 @@ class Checkpoints:
         with self._written():
             self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state, in the shardings of `state`, and where in the data it stands; None if nothing was saved.
+    def restore(self, state: TrainState, seek: Callable[[Any], None]) -> TrainState | None:
+        """The newest state, in the shardings of `state`; `seek` is told the `position` that was saved with it.
+
+        None if nothing was saved.
 
         Raises:
-          CheckpointError: the checkpoint is broken or not of this configuration.
+          CheckpointError: the checkpoint is broken, or not of this configuration or its data.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -110,11 +112,11 @@ class Checkpoints:
         )
         with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
-            # One file: its name is Orbax's, or Grain's in older versions.
-            position = json.loads(next((self._folder / str(step) / "data").iterdir()).read_text())
+        with _explained(place := self._folder / str(step) / "data" / "metadata"):
+            seek(json.loads(place.read_text()))
         training = restored.training
         params = {"clip": restored.params} | training["heads"]
-        return TrainState(training["step"], params, training["optimizer"], training.get("average")), position
+        return TrainState(training["step"], params, training["optimizer"], training.get("average"))
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
@@ -268,7 +270,7 @@ def _explained(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:400]
     if reason is None:
         return
     _collect_unheard()

@@ -83,9 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     ):
         with phases.during("compile"):
             state = build.init_state(start)
-            if restored := checkpoints.restore(state):
-                state, position = restored
-                data.seek(position)
+            state = checkpoints.restore(state, data.seek) or state
             teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
             step_function = build.jitted_step(state)
         schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
