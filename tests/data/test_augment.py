@@ -136,19 +136,19 @@ def test_resized_crop_equals_torchvision(mode: str) -> None:
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
 
 
-@pytest.mark.parametrize(("side", "read"), [(1600, 400), (480, 480)])
-def test_a_jpeg_is_read_no_larger_than_needed(side: int, read: int) -> None:
-    smooth = noise(25, 25).resize((side, side), Image.Resampling.BICUBIC)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(1600, 1600), (700, 480), (480, 480)])
+def test_an_image_is_read_and_shrunk_no_larger_than_needed(width: int, height: int, file_format: str) -> None:
     buffer = io.BytesIO()
-    smooth.save(buffer, "JPEG", quality=95)
+    noise(25, 25).resize((width, height), Image.Resampling.BICUBIC).save(buffer, file_format)
     lazy, whole = open_lazily(buffer.getvalue()), load(open_lazily(buffer.getvalue()))
-    ours, expected = (
-        np.asarray(random_resized_crop(image, np.random.default_rng(1), (300, 300)), np.float64)
-        for image in (lazy, whole)
-    )
-    assert lazy.size == (read, read)
-    assert np.abs(ours - expected).mean() < 1  # of 255; exactly the same where it is read whole
-    assert (ours == expected).all() == (read == side)
+    ours = np.asarray(random_resized_crop(lazy, np.random.default_rng(1), (300, 300)), np.float64)
+    box = random_crop_box(np.random.default_rng(1), whole.size, (0.9, 1.0), (3 / 4, 4 / 3))
+    expected = np.asarray(whole.crop(box).resize((300, 300), Image.Resampling.BICUBIC), np.float64)
+    assert lazy.size == ((400, 400) if width == 1600 and file_format == "JPEG" else whole.size)
+    error = np.abs(ours - expected)
+    assert error.mean() < 1  # of 255; exactly the same where no side is twice as long
+    assert (error == 0).all() == (width == 480)
 
 
 @settings(deadline=None)

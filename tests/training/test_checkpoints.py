@@ -131,7 +131,11 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
     assert [(line["step"], line["zero_shot_accuracy"]) for line in lines if "loss" not in line] == [*accuracies.items()]
     data = tmp_path / "run" / "checkpoints" / "8" / "data"
     (data.parent / "checksums.json").unlink()  # as older versions left it
-    for place, said in (('{"next_index": 3}', "is {'next_index': 3} where"), ("{", "Expecting"), (None, "No such file")):
+    for place, said in (
+        ('{"next_index": 3}', "is {'next_index': 3} where"),
+        ("{", "Expecting"),
+        (None, "No such file"),
+    ):
         (data / "metadata").write_text(place) if place else (data / "metadata").unlink()
         with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{said}"):
             loop.train(config, tmp_path / "run")
