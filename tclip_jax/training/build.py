@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
-from tclip_jax.parallel.mesh import batch_sharding
+from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
@@ -36,9 +37,15 @@ class Architecture(NamedTuple):
 
 
 def check_batch(run: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a global batch that does not divide over the devices."""
+    """Raises ValueError for a global batch that does not divide over the devices, and there into microbatches."""
     if run.data.batch_size % mesh.size:
         raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
+    rows, parts = run.data.batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES), run.data.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"the {rows} rows of a device, of global batch {run.data.batch_size}, are not divisible by"
+            f" config.data.microbatches {parts}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def base_config() -> ml_collections.ConfigDict:
             "log_every": 100,  # steps between lines of loss, speed and where the time went in the log; 0: none
             "max_skipped_steps": 10,  # in a row, whose loss or gradients are not finite, and then the run stops
             "stall_minutes": 30.0,  # without a step before the log names the processes that are behind; 0: never
-            "stall_exit": False,  # then end the process with the code that launchers restart on
+            "stall_exit": False,  # then end all processes with code 69, on which launchers restart a few times
             "compile_cache": "",  # folder of compiled programs, for the next start; "": JAX_COMPILATION_CACHE_DIR's
             "profile_steps": (),  # (first, last) of a trace for xprof in <workdir>/profile
             "wandb_project": "",  # of Weights & Biases, which is then needed; "": none

@@ -17,8 +17,8 @@ from typing import NamedTuple, Self
 import jax
 from etils import epath
 
+from tclip_jax.parallel.rendezvous import LostProcess
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.notices import RESTART
 from tclip_jax.training.phases import Phases
 
 _DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
@@ -50,7 +50,8 @@ class Watchdog:
     """A thread that looks after a run; a context manager.
 
     When no step has ended for `minutes`, the log names the processes that are behind, and they write the stacks of
-    their threads to stderr. Then, with `leave`, every process ends with the code that launchers restart on. Compiling
+    their threads to stderr. Then, with `leave`, every process ends as if one had been lost, on
+    which launchers restart a few times: what stalls again at the same step must not do so forever. Compiling
     and evaluating have no limit. Of several processes each leaves heartbeats in the workdir's `heartbeats/`; process 0
     reads them all, and only when it must, and the others read its own. Durations are by clocks that nobody can set, and
     no two machines' clocks are compared.
@@ -116,7 +117,7 @@ class Watchdog:
         if self._leave:
             if decides:  # the others read who is behind, and leave first: jax aborts who loses process 0
                 self._closing.wait(3 * self._every)
-            os._exit(RESTART)
+            os._exit(LostProcess.exit_code)
 
     def _write(self, me: int) -> None:
         beat = self._beats[me].beat + 1 if me in self._beats else 0

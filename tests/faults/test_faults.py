@@ -139,7 +139,7 @@ def test_a_host_that_starts_late_and_clocks_that_jump(fault: str, start: Start, 
 def test_a_process_that_hangs_is_named_and_shows_where(start: Start, undisturbed: Undisturbed) -> None:
     run = start("hanging")
     run.start("hang=5", "--config.stall_minutes=0.2", "--config.stall_exit=True")
-    assert run.wait() == [75, 75], run.log() + run.log(1)
+    assert run.wait() == [69, 69], run.log() + run.log(1)
     assert "no step has ended for 0." in run.log() and "process 1 (" in run.log()
     assert ") is in step 5, waiting for data for" in run.log()
     assert "in before_batch" not in run.log() and "tests/faults/child.py" in run.log(1)

@@ -175,6 +175,10 @@ def test_unreadable_image_is_counted_and_its_path_logged(
     ("changes", "message"),
     [
         ({"data.batch_size": 12}, "global batch 12 is not divisible by 8 devices"),
+        (
+            {"data.batch_size": 8, "data.microbatches": 2},
+            r"the 1 rows of a device, .* are not divisible by .*batches 2",
+        ),
         ({"mesh.data": 3}, "mesh data=3, fsdp=1, tensor=1 does not fit 8 devices"),
         ({"data.source": "imagenet"}, "unknown data source 'imagenet'"),
         ({"teacher": "nowhere"}, "nowhere/config.json: no such file; expected the workdir"),
