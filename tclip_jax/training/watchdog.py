@@ -22,6 +22,7 @@ from tclip_jax.storage import write_atomic
 from tclip_jax.training.phases import Phases
 
 _DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
+_UNLIMITED = ("compile", "evaluate")
 
 _logger = logging.getLogger(__name__)
 
@@ -94,15 +95,18 @@ class Watchdog:
                 _logger.warning("%s: cannot keep heartbeats: %s", self._folder, error)
 
     def _look(self) -> None:
-        if self._phases.now in ("compile", "evaluate"):
+        if self._phases.now in _UNLIMITED:
             self._ended = time.monotonic()
-        stalled, me = time.monotonic() - self._ended, jax.process_index()
+        stalled, me, silence = time.monotonic() - self._ended, jax.process_index(), 1.5 * self._every
         self._write(me)
         if stalled > self._limit - 3 * self._every:
             self._read(range(jax.process_count()) if me == 0 else (0,))
+            if any(beat.phase in _UNLIMITED and beat.silent <= silence for beat in self._beats.values()):
+                self._ended = time.monotonic()  # the others wait for one that may take its time
+                return
         if stalled <= self._limit or self._behind is not None:
             return
-        silence, first = 1.5 * self._every, self._beats.get(0)
+        first = self._beats.get(0)
         decides = me == 0 or (first is not None and first.silent > silence)
         behind = slowest(self._beats, silence) if decides else first.behind if first else ()
         if not behind:

@@ -97,3 +97,18 @@ def test_the_first_names_another_which_then_shows_its_stacks(
     assert "process 1 (other) is in step 4, waiting for data for 10 s; the others are in step 5" in caplog.text
     assert json.loads((tmp_path / "heartbeats" / "0.json").read_text())["behind"] == [1]
     assert jax.process_index() == 0
+
+
+def test_waiting_for_another_that_compiles_is_no_stall(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
+    (tmp_path / "heartbeats").mkdir()
+    with Watchdog(tmp_path, Phases(), 0.02) as dog:
+        dog.step(1)
+        for number in range(60):  # three times the limit
+            path = tmp_path / "heartbeats" / "1.json"
+            path.with_suffix(".new").write_text(json.dumps(Heartbeat(0, "compile", 9.0, "other", number)._asdict()))
+            path.with_suffix(".new").rename(path)
+            time.sleep(0.06)
+    assert caplog.text == ""
