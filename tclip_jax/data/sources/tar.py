@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import tarfile
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-# As webdataset does: of several images in a sample the first of these counts; all after the first dot is the suffix.
+# As webdataset does: of several images in a sample the first of these counts.
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -32,7 +32,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
     """
     size, end = file.seek(0, io.SEEK_END), 0
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with _only_tar_errors(), tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             start, stop = member.offset_data, member.offset_data + member.size
             # A header may lie about its size: beyond the file, or backwards, which would never end.
@@ -40,10 +40,46 @@ def members(file: IO[bytes]) -> Iterator[Member]:
                 raise tarfile.TarError(f"{member.name[:80]!r} does not lie within the file")
             end = stop
             tar.members = []  # type: ignore[attr-defined]  # it would keep every one
-            name = _NAME.fullmatch(member.name)
+            name = split_name(member.name)
             if member.isreg() and not member.issparse() and name and not _META.match(member.name):
-                yield Member(name[1], name[2].lower(), member.offset, start, stop)
+                yield Member(name[0], name[1].lower(), member.offset, start, stop)
         file.seek(tar.offset)
         # tarfile takes a damaged header for the end.
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The key and the suffix of a member, as webdataset splits its name: at the first dot after the last slash.
+
+    None of a file that belongs to no sample. webdataset's `((?:.*/|)[^.]+)[.]([^/]*)` says the same, but takes a time
+    that grows with the square of the name, and a header may give it a million letters.
+    """
+    dot = name.find(".", name.rfind("/") + 1)
+    rooted = f"/{name[:dot]}"
+    if dot < 0 or "/" not in rooted[rooted.rfind(".") + 1 : -1]:
+        return None
+    return name[:dot], name[dot + 1 :]
+
+
+def first_key(data: bytes) -> str:
+    """The key of the member with whose header, or what extends that, `data` begins; what is not UTF-8 is replaced.
+
+    Raises:
+      tarfile.TarError: there is no such member.
+    """
+    file = io.BytesIO(data)
+    with _only_tar_errors(), tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        member = tar.next()
+    if member is None or not (name := split_name(member.name)):
+        raise tarfile.TarError("no file of a sample begins there")
+    return name[0]
+
+
+@contextlib.contextmanager
+def _only_tar_errors() -> Iterator[None]:
+    """A header may hold a number that is none, or one so large that tarfile runs out of memory."""
+    try:
+        yield
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise tarfile.TarError(f"damaged header ({type(error).__name__}: {error})") from None

@@ -16,7 +16,7 @@ from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, Source
 from tclip_jax.data.sources.patterns import file_system, find_files, is_remote
 from tclip_jax.data.sources.remote import read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
-from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
+from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, first_key, members
 from tclip_jax.data.sources.webdataset import Webdataset
 
 _MAX_SAMPLE = 1 << 28  # bytes
@@ -54,8 +54,10 @@ class Tars:
             raise BadSample(kind, name, _REASONS[kind])
         stop = max(image + image_size, text + text_size)
         data = read_range(path, start, start + stop, size=int(self._index.sizes[shard]), name=name)
-        key = data[:100].split(b"\0")[0].decode("utf-8", "replace")
-        name = f"{path}/{key.partition('.')[0]}"
+        try:
+            name = f"{path}/{first_key(data)}"
+        except tarfile.TarError as error:
+            raise BadSample("broken_shard", name, f"the shard is not the one that was indexed: {error}") from None
         captions = decode_captions(data[text : text + text_size], name)
         return Record(data[image : image + image_size], captions, -1, name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pathlib
 import pickle
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tclip_jax.data.sources import BadSample, Record, Source, open_source, remote, shard_index
 from tclip_jax.data.sources.shard_index import ShardIndex, write_sparse_index
+from tclip_jax.data.sources.tar import split_name
 from tclip_jax.data.sources.tars import Tars
 
 
@@ -28,6 +30,13 @@ def tar(files: Sequence[tuple[str, bytes]]) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def hostile(kind: bytes, size: int = 0, **extended: str) -> bytes:
+    """A header of a kind that extends the next one, with a size or with values that are lies."""
+    info = tarfile.TarInfo("x.jpg")
+    info.type, info.size, info.pax_headers = kind, size, extended
+    return info.tobuf(tarfile.PAX_FORMAT if extended else tarfile.GNU_FORMAT)
 
 
 def pair(key: str, image: bytes = b"image", text: bytes = b"text") -> list[tuple[str, bytes]]:
@@ -99,6 +108,44 @@ def test_what_is_bad_keeps_its_place(tmp_path: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("prefix", ["", "./", "v1.0/a/", "long" * 30 + "/" + "name" * 20, "é" * 70])
+@pytest.mark.parametrize("mtime", [0, 1.5])  # webdataset's writer stores fractions of a second, in a header before
+def test_a_sample_is_named_by_its_whole_key(tmp_path: pathlib.Path, prefix: str, mtime: float) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in [*pair(f"{prefix}0"), *pair(f"{prefix}1")]:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), mtime
+            archive.addfile(info, io.BytesIO(data))
+    source = open_source(f"wds:{tmp_path}/0.tar", "train")
+    assert [source[i].name for i in range(2)] == [f"{tmp_path}/0.tar/{prefix}{i}" for i in range(2)]
+
+
+@given(st.text("a./", max_size=9))
+def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)
+    assert split_name(name) == (match and match.groups())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        hostile(tarfile.REGTYPE, **{"GNU.sparse.map": "x"}),
+        hostile(tarfile.GNUTYPE_LONGNAME, 2**40),
+        hostile(tarfile.XHDTYPE, 2**70),
+    ],
+)
+def test_a_header_that_lies_costs_the_rest_of_its_shard(tmp_path: pathlib.Path, header: bytes) -> None:
+    whole = tar(pair("0"))[: 3 * 1024]
+    assert contents(opened(tmp_path, whole + header + bytes(10240), header + bytes(10240))) == [
+        *("text", "! broken_shard"),
+        "! broken_shard",
+    ]
+
+
+def test_the_time_for_a_name_does_not_grow_with_its_square(tmp_path: pathlib.Path) -> None:
+    assert contents(opened(tmp_path, tar([("a/" * 500_000, b""), *pair("0")]))) == ["text"]  # else it takes hours
+
+
 @settings(max_examples=30)
 @given(cut=st.integers(0, 10239))
 def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
@@ -120,8 +167,10 @@ def test_a_tar_that_is_not_there_or_has_changed(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"x\*\.tar: no file matches"):
         open_source(f"wds:{tmp_path}/x*.tar", "train")
     source = opened(tmp_path, tar(pair("0")))
-    (tmp_path / "0.tar").write_bytes(tar([*pair("0"), *pair("1")] * 9))
-    assert contents(source) == ["! broken_shard"]
+    size = (tmp_path / "0.tar").stat().st_size
+    for other in (tar([*pair("0"), *pair("1")] * 9), b"<html>".ljust(size)):
+        (tmp_path / "0.tar").write_bytes(other)
+        assert contents(source) == ["! broken_shard"]
 
 
 def test_an_index_is_made_once_and_gone_on_with(
