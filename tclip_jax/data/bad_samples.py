@@ -34,8 +34,10 @@ class BadSamples:
         self.path, self._max_share = path and epath.Path(path), max_share
         self._lines: dict[str, str] = {}
         if self.path and self.path.exists():
-            whole = self.path.read_text().split("\n")[:-1]  # a crash may have cut the last line short
+            *whole, cut = self.path.read_text().split("\n")
             self._lines = {json.loads(line)["name"]: line for line in whole}
+            if cut:  # by a crash: the next line must not go on with it
+                write_atomic(self.path, "".join(line + "\n" for line in whole))
         self._lock = threading.Lock()
         self._seen = 0.0
         self._kinds: dict[str, float] = {}
