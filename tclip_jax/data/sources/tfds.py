@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from tclip_jax.data.sources.base import Record
+from tclip_jax.data.sources.base import BadSample, Record
 
 _CAPTION_FEATURES = ("caption", "captions", "text", "texts")
 
@@ -57,10 +57,14 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
+        name = f"{self._name}/{index}"
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise BadSample("corrupt_record", name, f"ArrayRecord cannot read it ({error})") from None
         captions = _texts(record[self._captions]) if self._captions else ()
         label = int(record["label"]) if self.classnames else -1
-        return Record(record["image"], captions, label, f"{self._name}/{index}")
+        return Record(record["image"], captions, label, name)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources import BadSample, open_source
 
 ROWS = 5
 IMAGE = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
@@ -76,6 +76,18 @@ def test_captioned(tmp_path: pathlib.Path, feature: str, spec: Any, value: Any, 
     assert source.classnames == () and source[0].label == -1
     assert source[0].captions == captions
     assert {source[i].image for i in range(len(source))} == {png(i) for i in range(ROWS)}
+
+
+def test_a_damaged_record_costs_itself(tmp_path: pathlib.Path) -> None:
+    prepare(tmp_path, LABELLED, label_zero)
+    (file,) = tmp_path.rglob("tiny-train.array_record*")
+    data = bytearray(file.read_bytes())
+    data[data.index(b"PNG") + 20] ^= 255
+    file.write_bytes(data)
+    source = open_source(f"tfds:tiny@{tmp_path}", "train")
+    with pytest.raises(BadSample, match=r"tiny/train/0: ArrayRecord cannot read it \(.*hash mismatch") as error:
+        source[0]
+    assert error.value.kind == "corrupt_record" and all(source[i].label == 0 for i in range(1, ROWS))
 
 
 def test_not_prepared(tmp_path: pathlib.Path) -> None:
