@@ -51,7 +51,8 @@ class ArrayRecord:
         shard, place = self._index.locate(index)
         path = self._index.shards[shard]
         name = f"{path}/{place}"
-        data = retry(lambda: _read(path, place), name)
+        size = int(self._index.sizes[shard])
+        data = retry(lambda: _read(path, place, size), name)
         try:
             features = tf_example_pb2.Example.FromString(data).features.feature
         except Exception as error:  # protobuf's own DecodeError, whose place differs between its versions
@@ -82,14 +83,20 @@ def scan(path: str) -> Scan:
     return Scan(size, records) if records else Scan(size, 1, FAULTS.index("empty_shard"))
 
 
-def _read(path: str, place: int) -> bytes:
+def _read(path: str, place: int, size: int) -> bytes:
     try:
-        (data,) = _reader(path).read([place])
+        (data,) = _indexed_reader(path, size).read([place])
     except RuntimeError as error:
         raise BadSample("corrupt_record", f"{path}/{place}", f"ArrayRecord cannot read it ({error})") from None
     return data
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
+def _indexed_reader(path: str, size: int) -> Any:
+    if (now := pathlib.Path(path).stat().st_size) != size:
+        raise BadSample("broken_shard", path, f"the file has {now:,} bytes, and had {size:,} when it was indexed")
+    return _reader(path)
+
+
 def _reader(path: str) -> Any:
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pathlib
 import pickle
 
@@ -52,6 +53,16 @@ def test_damaged_files(tmp_path: pathlib.Path) -> None:
     source = open_source(f"arrayrecord:{tmp_path}/{{whole,cut,empty,html}}.array_record", "train")
     assert len(source) == 43
     assert [kind(source, i) for i in (40, 41, 42)] == ["broken_shard", "empty_shard", "broken_shard"]
+
+
+def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_indexed(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "0.array_record"
+    write(path, [example(image=[bytes(9)], caption=[b"a"])] * 4)
+    open_source(f"arrayrecord:{path}", "train")
+    write(path, [example(image=[os.urandom(100_000)], caption=[b"another"])] * 4)
+    source = open_source(f"arrayrecord:{path}", "train")
+    with pytest.raises(BadSample, match=r"0\.array_record: the file has [\d,]+ bytes, and had [\d,]+ when it was"):
+        source[0]
 
 
 def test_what_is_refused(tmp_path: pathlib.Path) -> None:
