@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -109,16 +110,23 @@ class Mirror:
             self._left -= len(data)
             room = self._left >= 0
         if room and len(data) == stop - start:
-            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                os.pwrite(descriptor, data[_HEADER:], start + _HEADER)
-                os.pwrite(descriptor, data[:_HEADER], start)
-            finally:
-                os.close(descriptor)
+            # A full disk is no fault of the sample.
+            with contextlib.suppress(OSError):
+                _keep(copy, start, data)
         return data
 
 
 _HEADER = 512
+
+
+def _keep(copy: pathlib.Path, start: int, data: bytes) -> None:
+    descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        # Where the disk is filled by it, only a part is written, without an error.
+        if os.pwrite(descriptor, data[_HEADER:], start + _HEADER) == len(data) - _HEADER:
+            os.pwrite(descriptor, data[:_HEADER], start)
+    finally:
+        os.close(descriptor)
 
 
 def _fetch(url: str, start: int, stop: int) -> bytes:

@@ -82,7 +82,7 @@ class ShardIndex:
         try:
             about = json.loads((folder / "index.json").read_text())
             version, samples, self.digest = about["version"], about["samples"], about["digest"]
-            self.shards = (folder / "shards.txt").read_text().splitlines()
+            self.shards = (folder / "shards.txt").read_text().split("\n")[:-1]
             self._starts, self.sizes, self._faults = (
                 np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "sizes", "faults")
             )
@@ -186,9 +186,14 @@ def _scan_all(shards: Sequence[str], scan: Callable[[str], Scan], parts: pathlib
         done = len(shards) - len(waiting)
         hidden = not sys.stderr.isatty()
         with tqdm.tqdm(total=len(shards), initial=done, desc="index", unit="shard", disable=hidden) as bar:
-            for each in concurrent.futures.as_completed(found):
-                each.result()
-                bar.update()
+            try:
+                for each in concurrent.futures.as_completed(found):
+                    each.result()
+                    bar.update()
+            except BaseException:
+                # A missing shard is told, and Ctrl-C obeyed, before a hundred thousand others are read.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _part(parts: pathlib.Path, shard: int) -> pathlib.Path:

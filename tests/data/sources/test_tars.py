@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pathlib
 import pickle
 import re
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -197,6 +200,26 @@ def test_an_index_is_made_once_and_gone_on_with(
         ShardIndex(index.folder)
 
 
+def test_a_missing_shard_is_told_before_all_others_are_read() -> None:
+    scanned: list[str] = []
+
+    def scan(path: str) -> shard_index.Scan:
+        scanned.append(path)
+        if path == "store://0":
+            raise FileNotFoundError(path)
+        time.sleep(0.01)
+        return shard_index.Scan(1, 1)
+
+    with pytest.raises(FileNotFoundError):
+        shard_index.open_index("arrayrecord", [f"store://{i}" for i in range(10_000)], scan)
+    assert len(scanned) < 5_000
+
+
+def test_names_of_shards_may_hold_any_letter_but_a_new_line() -> None:
+    shards = ["a\u2028b", "c\x85", "d\x0be"]
+    assert shard_index.open_index("arrayrecord", shards, lambda path: shard_index.Scan(1, 1)).shards == shards
+
+
 class Serial:
     """A pool that does each task when it is given."""
 
@@ -207,6 +230,8 @@ class Serial:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+    def shutdown(self, **_: object) -> None: ...
 
     def submit(self, function: Any, *arguments: Any) -> Any:
         future: Any = shard_index.concurrent.futures.Future()
@@ -283,6 +308,25 @@ def test_without_room_samples_are_read_from_the_store(
     contents(source)
     store.failures = {"0.tar": 3}
     assert contents(source) == ["! unreadable", "text"]
+
+
+@pytest.mark.parametrize("written", [None, 700])
+def test_on_a_full_disk_samples_are_read_from_the_store(
+    store: type[Unreliable], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, written: int | None
+) -> None:
+    def fill(descriptor: int, data: bytes, offset: int) -> int:
+        if written is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data[:written], offset)
+
+    pwrite = os.pwrite
+    (tmp_path / "0.tar").write_bytes(tar([*pair("0", b"image" * 999), *pair("1")]))
+    source = open_source(f"wds:unreliable://{tmp_path}/0.tar", "train")
+    assert source[1].image == b"image"  # what lies behind is kept: before it is a hole, not the end of the copy
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fill)
+        assert source[0].image == b"image" * 999
+    assert source[0].image == b"image" * 999
 
 
 def test_a_shard_that_cannot_be_read_costs_one_sample(store: type[Unreliable], tmp_path: pathlib.Path) -> None:
