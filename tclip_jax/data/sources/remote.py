@@ -10,7 +10,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from tclip_jax.data.sources.base import BadSample, cache_folder
 from tclip_jax.data.sources.patterns import file_system, is_remote
@@ -56,6 +56,14 @@ def read_file(path: str) -> bytes:
         return pathlib.Path(path).read_bytes()
 
     return retry(read, path)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file, open for reading."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, place = file_system(path)
+    return system.open(place, "rb")
 
 
 def read_range(path: str, start: int, stop: int, *, size: int, name: str) -> bytes:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -17,7 +16,7 @@ from pyarrow import csv, parquet
 
 from tclip_jax.data.sources.base import BadSample, Record, cache_folder
 from tclip_jax.data.sources.patterns import file_system, find_files, is_remote
-from tclip_jax.data.sources.remote import read_file
+from tclip_jax.data.sources.remote import open_file, read_file
 from tclip_jax.storage import atomic_file
 
 # open_clip's defaults are filepath and title.
@@ -48,7 +47,8 @@ class Table:
 
     Raises:
       FileNotFoundError: no such table.
-      ValueError: a table without these columns, or that cannot be parsed; one line with its row.
+      ValueError: a table without these columns, with other things in them than text, or that cannot be parsed; one
+        line with its row.
     """
 
     classnames: tuple[str, ...] = ()
@@ -89,8 +89,7 @@ def _decode(data: bytes, name: str) -> str:
 
 def _cached(argument: str, kind: str) -> pathlib.Path:
     """The Arrow file of both columns of the tables, made now if it is not there."""
-    pattern, _, options = argument.partition("?")
-    chosen = dict(re.findall(r"(image|caption)=([^&]+)", options))
+    pattern, chosen = _options(argument)
     tables = find_files(pattern)
     stamps = [_stamp(path) for path in tables]
     key = hashlib.sha256(json.dumps([kind, chosen, tables, stamps]).encode()).hexdigest()[:32]
@@ -102,6 +101,18 @@ def _cached(argument: str, kind: str) -> pathlib.Path:
                 for batch in _batches(path, kind, chosen):
                     writer.write_batch(batch)
     return target
+
+
+def _options(argument: str) -> tuple[str, dict[str, str]]:
+    """The pattern, and the columns that a `?image=…&caption=…` after it names."""
+    pattern, _, options = argument.partition("?")
+    chosen = {}
+    for option in options.split("&") if options else ():
+        key, _, column = option.partition("=")
+        if key not in ("image", "caption") or not column:
+            raise ValueError(f"{argument}: {option!r} is neither image=COLUMN nor caption=COLUMN")
+        chosen[key] = column
+    return pattern, chosen
 
 
 def _stamp(path: str) -> list[Any]:
@@ -117,20 +128,13 @@ def _stamp(path: str) -> list[Any]:
 def _batches(path: str, kind: str, chosen: dict[str, str]) -> Iterator[pa.RecordBatch]:
     folder = path.rpartition("/")[0].encode()
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             for images, captions in (_csv if kind == "csv" else _parquet)(file, path, chosen):
                 whole = [image and (image if _is_absolute(image) else b"/".join((folder, image))) for image in images]
                 lists = [each if isinstance(each, list) else [each] for each in captions]
                 yield pa.record_batch([pa.array(whole, _SCHEMA[0].type), pa.array(lists, _SCHEMA[1].type)], _SCHEMA)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _open(path: str) -> IO[bytes]:
-    if not is_remote(path):
-        return open(path, "rb")
-    system, place = file_system(path)
-    return system.open(place, "rb")
 
 
 def _csv(file: IO[bytes], path: str, chosen: dict[str, str]) -> Iterator[tuple[list[Any], list[Any]]]:

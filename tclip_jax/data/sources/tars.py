@@ -7,14 +7,14 @@ import io
 import itertools
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, Source, decode_captions
-from tclip_jax.data.sources.patterns import file_system, find_files, is_remote
-from tclip_jax.data.sources.remote import read_range, retry
+from tclip_jax.data.sources.patterns import find_files
+from tclip_jax.data.sources.remote import open_file, read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
 from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, first_key, members
 from tclip_jax.data.sources.webdataset import Webdataset
@@ -88,17 +88,10 @@ def scan(path: str) -> Scan:
         return Scan(-1, 1, FAULTS.index("unreadable"), np.zeros(1, SAMPLE))
 
 
-def _open(path: str) -> IO[bytes]:
-    if not is_remote(path):
-        return open(path, "rb")
-    system, place = file_system(path)
-    return system.open(place, "rb")
-
-
 def _scan(path: str) -> Scan:
     found: list[Member] = []
     fault: Fault | None = None
-    with _open(path) as file:
+    with open_file(path) as file:
         size = file.seek(0, io.SEEK_END)
         try:
             for member in members(file):

@@ -62,6 +62,8 @@ def test_a_table_that_changes_is_read_again(tmp_path: pathlib.Path) -> None:
         ("image,a\n", "?caption=b", r"t\.csv: no column b among image, a"),
         ("image,caption\na,b\nc\n", "", r"t\.csv: .*Expected 2 columns, got 1"),
         ("", "", r"t\.csv: no column"),
+        ("image,caption,alt\n", "?captions=alt", r"t\.csv\?captions=alt: 'captions=alt' is neither image=COLUMN"),
+        ("image,caption\n", "?image=", r"'image=' is neither image=COLUMN nor caption=COLUMN"),
     ],
 )
 def test_what_is_refused(tmp_path: pathlib.Path, text: str, spec: str, message: str) -> None:
@@ -76,3 +78,7 @@ def test_no_table(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"t\.parquet: .*[Pp]arquet"):
         open_source(f"parquet:{tmp_path}/t.parquet", "train")
+    # As data sets of the Hugging Face hub have images: in the table.
+    parquet.write_table(pa.table({"image": [{"bytes": b"x"}], "text": ["a"]}), tmp_path / "hub.parquet")
+    with pytest.raises(ValueError, match=r"hub\.parquet: Unsupported cast from struct<bytes: binary>"):
+        open_source(f"parquet:{tmp_path}/hub.parquet", "train")
