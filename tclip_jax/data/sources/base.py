@@ -89,6 +89,11 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR", "~/.cache/tclip_jax")).expanduser()
 
 
+def printable(name: str) -> str:
+    """A name that any file and page takes: of a path that is not UTF-8, with a ? for what is not."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
     """The lines of a caption file that are not blank.
 

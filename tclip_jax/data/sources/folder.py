@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from tclip_jax.data.sources.base import Record
+from tclip_jax.data.sources.base import Record, decode_captions, printable
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SPLITS = ("train", "test", "val", "validation")
@@ -54,8 +54,9 @@ class Folder:
 
     def __getitem__(self, index: int) -> Record:
         image, has_captions, label = self._samples[index]
-        captions = _read_captions(image.with_suffix(".txt")) if has_captions else ()
-        return Record(image.read_bytes(), captions, label, str(image))
+        name = printable(str(image))
+        captions = decode_captions(image.with_suffix(".txt").read_bytes(), name) if has_captions else ()
+        return Record(image.read_bytes(), captions, label, name)
 
 
 def _find_root(folder: epath.Path, split: str) -> epath.Path:
@@ -75,8 +76,3 @@ def _images(files: list[epath.Path]) -> list[epath.Path]:
 
 def _visible(folder: epath.Path) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _read_captions(path: epath.Path) -> tuple[str, ...]:
-    lines = path.read_bytes().decode("utf-8-sig", errors="replace").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())

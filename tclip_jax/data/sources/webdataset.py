@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from tclip_jax.data.sources.base import Record
+from tclip_jax.data.sources.base import Record, printable
 from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -81,7 +81,7 @@ class Webdataset:
             file.seek(start)
             data = file.read(max((member.stop for member in wanted), default=0) - start)
         pixels, found = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
-        name = f"{self._folder.name}/{self._split}/{shard}.tar/{key}"
+        name = printable(f"{self._folder.name}/{self._split}/{shard}.tar/{key}")
         if self.kind == "retrieval":
             return Record(pixels, tuple(found.decode(errors="replace").splitlines()), -1, name)
         label = _multi_hot(found, len(self.classnames)) if self.kind == "multilabel" else _integer(found)
@@ -141,6 +141,6 @@ def _multi_hot(data: bytes, classes: int) -> np.ndarray:
         if shape != (classes,) or dtype.kind not in "biuf":
             return nothing
         vector = np.frombuffer(data, dtype, classes, file.tell())
-    except ValueError:
+    except Exception:  # from a broken header also a TokenError, a MemoryError and more
         return nothing
     return vector.astype(np.int32) if np.isin(vector, (0, 1)).all() else nothing

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 import pathlib
 import pickle
 
 import pytest
 
-from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources import BadSample, Record, open_source
 
 
 def write(root: pathlib.Path, files: dict[str, str]) -> None:
@@ -59,6 +60,16 @@ def test_captioned(tmp_path: pathlib.Path, nested: str) -> None:
     assert source.classnames == ()
     assert [source[0].captions, source[1].captions] == [("A naïve café", "second caption"), ()]
     assert [source[0].label, source[1].label] == [-1, -1]
+
+
+def test_what_is_not_utf8(tmp_path: pathlib.Path) -> None:
+    for name in (b"a\xe9", b"b"):
+        (tmp_path / os.fsdecode(name + b".jpg")).write_bytes(b"image")
+        (tmp_path / os.fsdecode(name + b".txt")).write_bytes(b"caf\xe9" if name == b"b" else b"a cat")
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert source[0] == Record(b"image", ("a cat",), -1, f"{tmp_path}/a?.jpg")
+    with pytest.raises(BadSample, match=r"b\.jpg: the caption is not UTF-8 at byte 3"):
+        source[1]
 
 
 def test_files_are_read_when_asked_for(tmp_path: pathlib.Path) -> None:

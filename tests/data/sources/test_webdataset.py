@@ -82,6 +82,7 @@ def test_captions_are_the_lines(tmp_path: pathlib.Path) -> None:
         (npy(1), None),
         (b"", None),
         (b"\x93NUMPY\x01\x00\xff\xff{", None),
+        (b"\x93NUMPY\x01\x00\x02\x00{\n", None),
         (b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999,), }\n", None),
     ],
 )
