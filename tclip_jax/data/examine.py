@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from tclip_jax.data.images import TooManyPixels
-from tclip_jax.data.pipeline import read, to_pil
+from tclip_jax.data.pipeline import bad_image, has_class, read, to_pil
 from tclip_jax.data.sources import BadSample, Record, Source
-from tclip_jax.data.sources.base import Fault
 
 
 def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Record, Image.Image]:
@@ -20,8 +18,8 @@ def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Reco
     try:
         image = to_pil(record.image)
     except ValueError as error:
-        kind: Fault = "too_many_pixels" if isinstance(error, TooManyPixels) else "corrupt_image"
-        raise BadSample(kind, record.name, str(error)) from None
-    if captioned and not any(caption.strip() for caption in record.captions):
-        raise BadSample("no_caption", record.name, "no caption")
+        raise bad_image(record, error) from None
+    named = not captioned and has_class(record, source)
+    if not named and not any(caption.strip() for caption in record.captions):
+        raise BadSample("no_caption", record.name, "no caption" if captioned else "no caption and no valid label")
     return record, image

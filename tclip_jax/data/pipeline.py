@@ -60,19 +60,17 @@ def train_iterator(
       prefetch: batches kept ready in this process or in every worker.
       cache: a teacher's embeddings, which are added to the batch as `teacher_image` and `teacher_text` (B, D) float16;
         the captions and augmentations are then those that it was made of.
-
       bad: lists the bad samples; by default they are logged.
 
     Raises:
-      ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, or the source has no records
-        or more than 2³².
+      ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, the source has no records or
+        more than 2³², or the cache is of another number of samples.
     """
-    if batch_size % process_count:
-        raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
+    _check_shares(batch_size, process_count)
     if augment not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTATIONS)}")
     if not 0 < len(source) <= _MAX_RECORDS:
-        raise ValueError(f"the source has {'no' if not len(source) else len(source)} records to train on")
+        raise ValueError(f"the source has {len(source) or 'no'} records: 1 to {_MAX_RECORDS:,} can be shuffled")
     if cache is not None and cache.samples != len(source):
         raise ValueError(f"{cache.folder} is of {cache.samples} samples: the source has {len(source)}")
     # Only this order (shuffle, random_map, slice) draws the same global batches whatever the number of processes.
@@ -119,7 +117,11 @@ def eval_batches(
     float32, `index` (B,) int32, the place in the source, and lists of B: `captions`, each a tuple of strings, and
     `name`; B is batch_size / process_count. Bad samples are zeros of weight 0; so are the rows that
     fill up the last batch, whose index is -1.
+
+    Raises:
+      ValueError: `batch_size` is not divisible by `process_count`.
     """
+    _check_shares(batch_size, process_count)
     share = batch_size // process_count
 
     def load(number: int) -> dict[str, Any]:
@@ -129,6 +131,11 @@ def eval_batches(
 
     batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch))))
+
+
+def _check_shares(batch_size: int, process_count: int) -> None:
+    if batch_size % process_count:
+        raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
 
 
 class TrainRow(grain.transforms.RandomMap):
@@ -188,11 +195,10 @@ class TrainRow(grain.transforms.RandomMap):
             image = images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
             return AUGMENTATIONS[self._augment](image, rng, self._preprocess)
         except ValueError as error:
-            kind: Fault = "too_many_pixels" if isinstance(error, images.TooManyPixels) else "corrupt_image"
-            raise BadSample(kind, record.name, str(error)) from None
+            raise bad_image(record, error) from None
 
     def _tokens(self, record: Record, rng: np.random.Generator) -> np.ndarray:
-        if 0 <= record.label < len(self._class_tokens):
+        if has_class(record, self._source):
             choices = self._class_tokens[record.label]
             return choices[rng.integers(len(choices))]
         captions = [caption for caption in record.captions if caption.strip()]
@@ -210,15 +216,25 @@ def read(source: Source, index: int) -> Record:
     return retry(lambda: source[index], f"record {index}", OSError)
 
 
+def has_class(record: Record, source: Source) -> bool:
+    """Whether the label is one of the source's classes, whose name can then stand for captions."""
+    return isinstance(record.label, (int, np.integer)) and 0 <= record.label < len(source.classnames)
+
+
+def bad_image(record: Record, error: ValueError) -> BadSample:
+    """The fault of a record whose image cannot be decoded."""
+    kind: Fault = "too_many_pixels" if isinstance(error, images.TooManyPixels) else "corrupt_image"
+    return BadSample(kind, record.name, str(error))
+
+
 def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, Any]:
     image, weight, record = np.zeros((*preprocess.size, 3), np.uint8), 0, Record(b"", (), -1, f"record {index}")
     try:
         record = read(source, index)
         image, weight = images.preprocess(to_pil(record.image), preprocess), 1
-    except BadSample as error:
-        _evaluated.add(error.kind, error.name, error.reason)
     except ValueError as error:
-        _evaluated.add("corrupt_image", record.name, str(error))
+        bad = error if isinstance(error, BadSample) else bad_image(record, error)
+        _evaluated.add(bad.kind, bad.name, bad.reason)
     return {
         "image": image,
         "label": record.label,
@@ -230,13 +246,14 @@ def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, A
 
 
 def _pad_and_stack(rows: list[dict[str, Any]], preprocess: Preprocess, batch_size: int) -> dict[str, Any]:
-    label = np.full_like(rows[0]["label"], -1) if rows else -1
-    image = np.zeros((*preprocess.size, 3), np.uint8)
-    fill = {"image": image, "label": label, "weight": 0, "index": -1, "captions": (), "name": ""}
+    # A record that cannot be read does not say that its label would be a vector.
+    shape = max((np.shape(row["label"]) for row in rows), default=())
+    none, image = np.full(shape, -1), np.zeros((*preprocess.size, 3), np.uint8)
+    fill = {"image": image, "label": -1, "weight": 0, "index": -1, "captions": (), "name": ""}
     rows = rows + [fill] * (batch_size - len(rows))
     return {
         "image": np.stack([row["image"] for row in rows]),
-        "label": np.array([row["label"] for row in rows], np.int32),
+        "label": np.array([each if np.shape(each := row["label"]) == shape else none for row in rows], np.int32),
         "weight": np.array([row["weight"] for row in rows], np.float32),
         "index": np.array([row["index"] for row in rows], np.int32),
         "captions": [row["captions"] for row in rows],

@@ -17,7 +17,7 @@ from tclip_jax.data import images
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.iterator import Batch, TrainIterator
 from tclip_jax.data.pipeline import eval_batches, global_order, train_iterator
-from tclip_jax.data.sources import FAULTS, Record, open_source, remote
+from tclip_jax.data.sources import FAULTS, BadSample, Record, open_source, remote
 from tclip_jax.data.sources.mixture import Mixture
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
 
@@ -216,6 +216,7 @@ BAD = {
     "no captions": Record(png(201), (), -1, "no captions"),
     "blank captions": Record(png(202), ("", " \n"), -1, "blank captions"),
     "label out of range": Record(png(203), (), 2, "label out of range"),
+    "several labels": Record(png(204), (), np.array([0, 1], np.int32), "several labels"),
 }
 
 
@@ -331,6 +332,23 @@ def test_evaluation_of_several_labels_pads_with_none_of_them() -> None:
     vector = np.array([0, 1, 1], np.int32)
     (batch,) = eval_batches(Records([Record(png(9), (), vector, "x")]), preprocess=PREPROCESS, batch_size=2)
     assert batch["label"].tolist() == [[0, 1, 1], [-1, -1, -1]] and batch["name"] == ["x", ""]
+
+
+def test_a_record_of_several_labels_that_cannot_be_read_has_none_of_them() -> None:
+    class Unreadable(Records):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 0:
+                raise BadSample("unreadable", "x", "the disk is gone")
+            return super().__getitem__(index)
+
+    source = Unreadable(Record(png(9), (), np.array([0, 1, 1], np.int32), "y") for _ in range(2))
+    (batch,) = eval_batches(source, preprocess=PREPROCESS, batch_size=3)
+    assert batch["label"].tolist() == [[-1, -1, -1], [0, 1, 1], [-1, -1, -1]] and batch["weight"].tolist() == [0, 1, 0]
+
+
+def test_an_evaluation_that_would_leave_rows_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="global batch 10 is not divisible by 4 processes"):
+        eval_batches(labelled(2), preprocess=PREPROCESS, batch_size=10, process_count=4)
 
 
 def test_evaluation_of_captions_keeps_them_all() -> None:
