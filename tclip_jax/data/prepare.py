@@ -179,6 +179,8 @@ def finish(target: Target) -> Outcome:
     """
     total, splits = Outcome(), []
     for notes in sorted(target.notes.parent.iterdir()):
+        if not (notes / "plan.json").exists():  # a split whose beginning was killed
+            continue
         files = len(json.loads((notes / "plan.json").read_text()))
         each = dataclasses.replace(target, split=notes.name, files=files)
         outcomes = [each.outcome(part) for part in range(files)]

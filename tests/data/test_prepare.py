@@ -79,6 +79,7 @@ def test_splits_lie_side_by_side(tars: pathlib.Path, tmp_path: pathlib.Path) -> 
         parts = plan(f"wds:{tars}/{tar}.tar", split, 10)
         target = begin(tmp_path / "tfds", "toy", split, parts)
         prepare_part(target, 0, parts[0])
+        (target.notes.parent / "killed").mkdir(exist_ok=True)
         finish(target)
     splits = tfds.builder_from_directory(target.folder).info.splits
     assert {name: split.num_examples for name, split in splits.items()} == {"train": 3, "val": 2}
