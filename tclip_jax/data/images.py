@@ -142,7 +142,9 @@ def load(image: Image.Image) -> Image.Image:
     except Exception as error:
         raise ValueError(f"not a usable image: {error}") from error
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey.format = image.format
+        return grey
     if image.mode in ("I", "F"):
         raise ValueError(f"not a usable image: pixels of 32 bits (mode {image.mode}), whose range nothing tells")
     return image

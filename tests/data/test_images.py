@@ -98,6 +98,13 @@ def test_decode_reads_as_pillow_does(file_format: str) -> None:
     np.testing.assert_array_equal(np.asarray(decoded), np.asarray(expected))
 
 
+def test_grey_of_16_bits_keeps_its_upper_8_and_its_format() -> None:
+    grey = noise("I;16", 3, 2)
+    image = images.decode(encoded(grey))
+    assert (image.mode, image.format) == ("L", "PNG")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(grey) >> 8)
+
+
 def test_decode_leaves_exif_orientation_alone() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
