@@ -86,10 +86,12 @@ class Target:
     files: int
 
     def file(self, part: int) -> epath.Path:
+        """Where the file of a part lies."""
         return epath.Path(self.folder) / f"{self.name}-{self.split}.array_record-{part:05}-of-{self.files:05}"
 
     @property
     def notes(self) -> epath.Path:
+        """The folder of the plan and of what became of each part."""
         return epath.Path(self.folder) / "prepared" / self.split
 
     def outcome(self, part: int) -> Outcome | None:

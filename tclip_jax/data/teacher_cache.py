@@ -111,12 +111,15 @@ class TeacherCache:
 
     @property
     def files(self) -> int:
+        """How many files of embeddings there are."""
         return -(-self.samples * self.copies // self.file_rows)
 
     def path(self, file: int) -> epath.Path:
+        """Where a file of embeddings lies."""
         return epath.Path(self.folder) / f"{file:05}.npy"
 
     def rows_of(self, file: int) -> range:
+        """The rows of the whole cache that a file holds."""
         return range(file * self.file_rows, min((file + 1) * self.file_rows, self.samples * self.copies))
 
     def write(self, file: int, embeddings: Embeddings) -> None:
