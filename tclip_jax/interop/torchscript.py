@@ -6,12 +6,14 @@ The archive is a zip file: `data.pkl` holds the tree of modules, `data/N` the st
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import io
 import math
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -73,12 +75,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def is_torchscript(path: epath.Path) -> bool:
-    """Whether a file is a zip archive that holds TorchScript code."""
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as archive:
+    """Whether a file is a zip archive, with a whole directory, that holds TorchScript code."""
+    try:
+        with _opened(path) as archive:
             return any(re.match(r"[^/]+/code/", name) for name in archive.namelist())
+    except ValueError:
+        return False
 
 
 def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
@@ -87,29 +89,36 @@ def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
     Raises:
       ValueError: an archive that is damaged or holds more than modules and tensors.
     """
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            module = _Unpickler(path, archive).load()
+    with _opened(path) as archive:
+        module = _Unpickler(path, archive).load()
         return {name: value for name, value in _tensors(module, "", set()) if name.rpartition(".")[2] != _MASK}
-    # A damaged pickle raises almost anything.
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a readable TorchScript archive: {reason}") from None
 
 
 def torchscript_activation(path: epath.Path) -> bool | None:
     """Whether the program computes QuickGELU (True) or GELU (False), by its text; None if it shows neither or both.
 
     Raises:
-      ValueError: a program of impossible length.
+      ValueError: a program that is damaged or of impossible length.
     """
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with _opened(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".py")]
         if sum(archive.getinfo(name).file_size for name in names) > _MAX_TEXT:
-            raise ValueError(f"{path}: its program has more than {_MAX_TEXT} bytes: no CLIP's has")
+            raise ValueError(f"its program has more than {_MAX_TEXT} bytes: no CLIP's has")
         program = "".join(archive.read(name).decode() for name in names)
     quick, exact = ("torch.sigmoid(" in program), ("torch.gelu(" in program)
     return quick if quick != exact else None
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
+    """An archive to read; whatever goes wrong in the block is a ValueError of one line that names the file."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    # A damaged archive, and a damaged pickle in it, raise almost anything.
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a readable TorchScript archive: {reason}") from None
 
 
 def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -146,7 +155,7 @@ def _tensor(
         raise ValueError(f"{storage.member} of {storage.size} numbers cannot hold {shape} at {offset}")
 
     def load() -> npt.NDArray[Any]:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with _opened(path) as archive:
             flat = np.frombuffer(archive.read(storage.member), storage.dtype, storage.size)[offset:]
         return np.lib.stride_tricks.as_strided(
             flat, shape, [stride * storage.dtype.itemsize for stride in strides], writeable=False

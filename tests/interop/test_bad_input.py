@@ -215,6 +215,27 @@ def compressed(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
 
 
 @pytest.mark.torch
+def test_a_damaged_archive(archive: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    """One byte of a weight, of the program, and of the directory of members."""
+    broken, contents = tmp_path / "broken.pt", {}
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(tmp_path / "stored.pt", "w") as target:
+        for name in source.namelist():
+            contents[name] = source.read(name)
+            target.writestr(name, contents[name])
+        directory = target.start_dir
+    whole = (tmp_path / "stored.pt").read_bytes()
+    weight = max((name for name in contents if "/data/" in name), key=lambda name: len(contents[name]))
+    program = max((name for name in contents if name.endswith(".py")), key=lambda name: len(contents[name]))
+    places = [whole.index(contents[name]) for name in (weight, program)]
+    for place, message in (
+        *((place, "is not a readable TorchScript archive: Bad CRC-32") for place in places),
+        (directory, "is refused by torch.load(weights_only=True): "),
+    ):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        refused(broken, message, capsys)
+
+
+@pytest.mark.torch
 def test_bombs_in_an_archive(archive: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("tclip_jax.interop.torchscript._MAX_TEXT", 2**20)
     for suffix, message in (("data.pkl", "at most 1048576 can be right"), (".py", "no CLIP's has")):
