@@ -23,6 +23,8 @@ from tclip_jax.storage import is_local
 
 INDEX = ".index.json"
 _MAX_JSON = 64 * 2**20
+# Of tensors in pickles; PyTorch also has some without arrays in NumPy, and complex ones, which are no weights.
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 class Weights(NamedTuple):
@@ -112,17 +114,20 @@ def _read_pickle(path: epath.Path) -> dict[str, LazyArray]:
         what = f"it holds {found[1]}, and only tensors are read" if found else str(error).partition("\n")[0]
         raise ValueError(f"{path} is refused by torch.load(weights_only=True): {what}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state dict: it must map names to tensors, or have that under 'state_dict'")
-    return {key: _from_torch(path, str(key), value) for key, value in state.items()}
+    return {key: _from_torch(path, key, value) for key, value in state.items()}
 
 
 def _from_torch(path: epath.Path, key: str, tensor: Any) -> LazyArray:
     name = str(tensor.dtype).removeprefix("torch.")
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        raise ValueError(f"{path}: {key} is {name}, which has no array of NumPy") from None
+    if str(tensor.layout) != "torch.strided" or tensor.is_nested or tensor.is_meta:
+        raise ValueError(f"{path}: {key} is sparse, nested or without values: only dense tensors are read")
+    if name not in _DTYPES:
+        raise ValueError(f"{path}: {key} is {name}: only {', '.join(_DTYPES)} are read")
+    dtype = jnp.dtype(name)
     # Strides of 0 would make much of little.
     if tensor.numel() * dtype.itemsize > tensor.untyped_storage().nbytes():
         raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}: its storage is smaller")
@@ -132,4 +137,4 @@ def _from_torch(path: epath.Path, key: str, tensor: Any) -> LazyArray:
 def _as_numpy(tensor: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     if dtype == jnp.bfloat16:  # torch has no NumPy array of it: pass its bits
         return tensor.detach().contiguous().view(importlib.import_module("torch").uint16).numpy().view(dtype)
-    return tensor.detach().numpy()
+    return tensor.numpy(force=True)  # also of a view whose negation is still to be done

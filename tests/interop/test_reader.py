@@ -127,12 +127,31 @@ def test_a_broken_pickle_is_refused_in_one_line(content: bytes | str, tmp_path: 
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("saved", [[1.0], {"a": 1}, {"state_dict": {"a": [1]}}])
+@pytest.mark.parametrize("saved", [[1.0], {"a": 1}, {"state_dict": {"a": [1]}}, {3: np.zeros(2)}])
 def test_a_pickle_of_something_else_is_refused(saved: Any, tmp_path: pathlib.Path) -> None:
     import torch
 
+    saved = {3: torch.zeros(2)} if 3 in saved else saved
     torch.save(saved, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"w\.pt holds no state dict"):
+        open_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch: torch.eye(3).to_sparse(), "is sparse, nested or without values: only dense tensors are read"),
+        (lambda torch: torch.ones(2, device="meta"), "is sparse, nested or without values"),
+        (lambda torch: torch.ones(2).to(torch.float8_e4m3fn), "is float8_e4m3fn: only float16, bfloat16, float32"),
+        (lambda torch: torch.ones(2, dtype=torch.complex64), "is complex64: only"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(make: Any, message: str, tmp_path: pathlib.Path) -> None:
+    import torch
+
+    torch.save({"a": make(torch)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w\.pt: a {message}"):
         open_weights(tmp_path / "w.pt")
 
 
