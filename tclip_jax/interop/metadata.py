@@ -14,7 +14,7 @@ from tclip_jax.interop.reader import read_json
 from tclip_jax.interop.torchscript import torchscript_activation
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.presets import model_cfg, preprocess_cfg
+from tclip_jax.models.presets import model_cfg
 
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 
@@ -36,8 +36,10 @@ def from_name(name: str) -> Metadata:
       ValueError: no such preset, or a model that this project does not have.
       FileNotFoundError: no such file.
     """
-    pixels = read_json(epath.Path(name)).get("preprocess_cfg", {}) if name.endswith(".json") else {}
-    return _open_clip(name, model_cfg(name), preprocess_cfg() | pixels)
+    if not name.endswith(".json"):
+        return _open_clip(name, model_cfg(name), {})
+    document = read_json(epath.Path(name))
+    return _open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
 
 
 def from_open_clip(folder: epath.Path) -> Metadata:
@@ -52,7 +54,7 @@ def from_open_clip(folder: epath.Path) -> Metadata:
         stated = _activations(read_json(beside))
         if stated and stated != {"quick_gelu" if metadata.config.quick_gelu else "gelu"}:
             raise ValueError(
-                f"{beside} has hidden_act {', '.join(sorted(map(str, stated)))}, but {OPEN_CLIP} says"
+                f"{beside} has hidden_act {', '.join(sorted(stated))}, but {OPEN_CLIP} says"
                 f" quick_gelu {metadata.config.quick_gelu}: the activation must be one"
             )
     return metadata
@@ -65,8 +67,9 @@ def from_hugging_face(folder: epath.Path) -> Metadata:
       ValueError: a file that is missing, damaged, or describes a model that this project does not have.
     """
     path = folder / HUGGING_FACE
+    document = read_json(path)
     try:
-        config = config_from_hugging_face(read_json(path))
+        config = config_from_hugging_face(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
@@ -103,7 +106,7 @@ def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Meta
             "layers": _layers(tensors, ""),
         }
         embed_dim = tensors["text_projection"].shape[1]
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise ValueError(f"{path} is no CLIP with two transformers: {error}") from None
     model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": activation}
     return _open_clip(str(path), model, {})
@@ -124,20 +127,22 @@ def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
         for key, tower in (("vision_config", vision), ("text_config", text)):
             if tower["layer_norm_eps"] != 1e-5:
                 raise ValueError(f"{key}.layer_norm_eps is {tower['layer_norm_eps']}: it must be 1e-05")
+            width, heads = tower["hidden_size"], tower["num_attention_heads"]
+            if width % heads:
+                raise ValueError(f"{key}.hidden_size is {width}: it is not divisible by {heads} heads")
         if len(activations) > 1 or not activations <= _ACTIVATIONS.keys():
             names = " and ".join(sorted(map(repr, activations)))
             raise ValueError(f"hidden_act is {names}: both towers must have 'gelu', or both 'quick_gelu'")
         # 2 is what old files say, and the library then looks for the largest token, which is the end of text.
         if text.get("eos_token_id", EOT) not in (2, EOT):
             raise ValueError(f"text_config.eos_token_id is {text['eos_token_id']}: it must be {EOT}")
-        heads = vision["num_attention_heads"]
         return CLIPConfig.from_open_clip(
             {
                 "embed_dim": document["projection_dim"],
                 "vision_cfg": {
                     "image_size": vision["image_size"],
                     "patch_size": vision["patch_size"],
-                    "head_width": vision["hidden_size"] // heads,
+                    "head_width": vision["hidden_size"] // vision["num_attention_heads"],
                     **_transformer(vision),
                 },
                 "text_cfg": {
@@ -151,7 +156,7 @@ def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
         )
     except KeyError as error:
         raise ValueError(f"lacks {error}") from None
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ArithmeticError) as error:
         raise ValueError(f"not the config of a CLIPModel: {error}") from None
 
 
@@ -162,9 +167,12 @@ def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
       ValueError: a preprocessing that open_clip does not have.
       KeyError: a missing key.
     """
+    _check_object("the preprocessing", fields)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if not fields.get(key, True):
             raise ValueError(f"{key} is false: it must be true")
+    if not math.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255):
+        raise ValueError(f"rescale_factor is {fields['rescale_factor']}: it must be 1/255")
     if fields.get("resample", 3) not in _INTERPOLATIONS:
         raise ValueError(f"resample is {fields['resample']}: it must be 2 (bilinear) or 3 (bicubic)")
     size, crop = _sides(fields["size"]), _sides(fields["crop_size"])
@@ -180,21 +188,28 @@ def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
     )
 
 
-def _open_clip(where: str, model: Mapping[str, Any], pixels: Mapping[str, Any]) -> Metadata:
+def _open_clip(where: str, model: Any, pixels: Any) -> Metadata:
     try:
+        _check_object("model_cfg", model)
+        _check_object("preprocess_cfg", pixels)
         config = CLIPConfig.from_open_clip(model)
         return Metadata(config, Preprocess.from_open_clip(pixels, config.vision.image_size))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _check_object(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r:.80}: it must be a JSON object")
+
+
 def _layers(tensors: Mapping[str, LazyArray], prefix: str) -> int:
     return sum(key.startswith(f"{prefix}transformer.") and key.endswith("ln_1.weight") for key in tensors)
 
 
-def _activations(document: Mapping[str, Any]) -> set[Any]:
+def _activations(document: Mapping[str, Any]) -> set[str]:
     towers = (document.get("vision_config"), document.get("text_config"))
-    return {tower["hidden_act"] for tower in towers if isinstance(tower, dict) and "hidden_act" in tower}
+    return {str(tower["hidden_act"]) for tower in towers if isinstance(tower, dict) and "hidden_act" in tower}
 
 
 def _transformer(tower: Mapping[str, Any]) -> dict[str, Any]:

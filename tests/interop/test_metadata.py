@@ -13,6 +13,7 @@ from tclip_jax.interop.metadata import (
     config_from_hugging_face,
     from_hugging_face,
     from_name,
+    from_open_clip,
     preprocess_from_hugging_face,
 )
 from tclip_jax.models.config import CLIPConfig
@@ -62,6 +63,8 @@ def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
         ("text_config.eos_token_id", 3, "text_config.eos_token_id is 3: it must be 49407"),
         ("projection_dim", None, "lacks 'projection_dim'"),
         ("vision_config.num_attention_heads", 0, "not the config of a CLIPModel"),
+        ("vision_config.num_attention_heads", 24, "vision_config.hidden_size is 64: it is not divisible by 24 heads"),
+        ("vision_config.intermediate_size", 10**400, "not the config of a CLIPModel"),
         ("text_config.hidden_size", "wide", "not the config of a CLIPModel"),
     ],
 )
@@ -83,6 +86,7 @@ def test_a_config_json_that_is_not_read(path: str, value: Any, message: str, tmp
         ({"do_resize": False}, "do_resize is false"),
         ({"do_center_crop": False}, "give no images of one size"),
         ({"crop_size": 24}, "give no images of one size"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*: it must be 1/255"),
         ({"resample": 0}, "resample is 0: it must be 2 .* or 3"),
         ({"image_mean": [0.5]}, "not three numbers"),
     ],
@@ -94,6 +98,32 @@ def test_a_preprocessor_that_is_not_read(changed: dict[str, Any], message: str, 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(Preprocess(32).to_hugging_face() | changed))
     with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{message}"):
         from_hugging_face(epath.Path(tmp_path))
+
+
+def test_metadata_that_are_no_objects(tmp_path: pathlib.Path) -> None:
+    folder = epath.Path(tmp_path)
+    for document, message in (
+        ({"model_cfg": None}, "model_cfg is None: it must be a JSON object"),
+        ({"model_cfg": PRESETS["tiny"], "preprocess_cfg": [1]}, r"preprocess_cfg is \[1\]: it must be a JSON object"),
+    ):
+        (folder / "open_clip_config.json").write_text(json.dumps(document))
+        with pytest.raises(ValueError, match=rf"/open_clip_config\.json: {message}"):
+            from_open_clip(folder)
+        with pytest.raises(ValueError, match=rf"/open_clip_config\.json: {message}"):
+            from_name(str(folder / "open_clip_config.json"))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": PRESETS["tiny"]}))
+    (folder / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": ["gelu"]}}))
+    with pytest.raises(ValueError, match=r"/config\.json has hidden_act \['gelu'\], but open_clip_config\.json says"):
+        from_open_clip(folder)
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
+    (folder / "processor_config.json").write_text('{"image_processor": null}')
+    with pytest.raises(
+        ValueError, match=r"/processor_config\.json: the preprocessing is None: it must be a JSON object"
+    ):
+        from_hugging_face(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"^{folder}/config\.json is not JSON"):
+        from_hugging_face(folder)
 
 
 def test_a_model_cfg_file(tmp_path: pathlib.Path) -> None:
