@@ -15,7 +15,7 @@ from etils import epath
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from tclip_jax.interop.gguf_blocks import Kind
-from tclip_jax.interop.open_clip import check_expressible
+from tclip_jax.interop.open_clip import check_expressible, mlp_ratio
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 ARCHITECTURE = "clip"
@@ -117,7 +117,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Description:
             width=vision.width,
             layers=vision.layers,
             head_width=vision.width // vision.heads,
-            mlp_ratio=_ratio(vision),
+            mlp_ratio=mlp_ratio(vision.width, vision.hidden),
         ),
         text=TextConfig(
             context_length=_size(metadata, "clip.text.context_length"),
@@ -125,7 +125,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Description:
             width=text.width,
             heads=text.heads,
             layers=text.layers,
-            mlp_ratio=_ratio(text),
+            mlp_ratio=mlp_ratio(text.width, text.hidden),
         ),
         quick_gelu=not _get(metadata, "clip.use_gelu", bool),
     )
@@ -174,12 +174,6 @@ def _decimals(metadata: Mapping[str, Any], key: str) -> tuple[float, ...]:
         if np.array_equal(values, np.asarray(known, np.float32)):
             return known
     return tuple(float(str(value)) for value in values)
-
-
-def _ratio(tower: _Tower) -> float:
-    """The mlp_ratio whose product with the width is the hidden size when it is rounded down."""
-    ratio = tower.hidden / tower.width
-    return ratio if int(tower.width * ratio) == tower.hidden else math.nextafter(ratio, math.inf)
 
 
 def _tokens(count: int) -> list[str]:

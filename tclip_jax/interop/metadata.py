@@ -10,6 +10,7 @@ from etils import epath
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import EOT
+from tclip_jax.interop.open_clip import mlp_ratio
 from tclip_jax.interop.reader import read_json
 from tclip_jax.interop.torchscript import torchscript_activation
 from tclip_jax.lazy import LazyArray
@@ -213,13 +214,10 @@ def _activations(document: Mapping[str, Any]) -> set[str]:
 
 
 def _transformer(tower: Mapping[str, Any]) -> dict[str, Any]:
-    width, hidden = tower["hidden_size"], tower["intermediate_size"]
-    ratio = hidden / width
-    # open_clip rounds width · ratio down, which must give the same number again.
     return {
-        "width": width,
+        "width": tower["hidden_size"],
         "layers": tower["num_hidden_layers"],
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "mlp_ratio": mlp_ratio(tower["hidden_size"], tower["intermediate_size"]),
     }
 
 

@@ -211,6 +211,12 @@ def _permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     return shape if axes is None else tuple(shape[axis] for axis in axes)
 
 
+def mlp_ratio(width: int, hidden: int) -> float:
+    """The `mlp_ratio` of which open_clip makes this hidden size, by rounding width · ratio down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def check_expressible(config: CLIPConfig, what: str, *others: tuple[str, Any, Any]) -> None:
     """Raises ValueError for what open_clip's model_cfg says and `what` cannot.
 
