@@ -111,13 +111,17 @@ def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict
     """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`; nothing is read.
 
     Raises:
-      ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
+      ValueError: a model that CLIPModel cannot be, missing and unexpected keys, or thirds of different shapes, named.
     """
     entries = table(config)
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
     parts: dict[str, list[Any]] = {}
     for entry in entries:
         parts.setdefault(entry.open_clip, []).append(state_dict[entry.key])
+    for key, values in parts.items():
+        shapes = [np.shape(value) for value in values]
+        if len(shapes) > 1 and (len(set(shapes)) > 1 or () in shapes):
+            raise ValueError(f"the thirds of {key} have shapes {', '.join(map(str, shapes))}: they must be equal")
     transposed = {entry.open_clip for entry in entries if entry.transposed}
     return {key: _joined(values, key in transposed) for key, values in parts.items()}
 
@@ -126,7 +130,7 @@ def _joined(parts: list[Any], transposed: bool) -> LazyArray:
     """Thirds one below the other, or a whole tensor."""
     shape = np.shape(parts[0])
     if len(parts) > 1:
-        shape = (sum(np.shape(part)[0] for part in parts), *shape[1:])
+        shape = (len(parts) * shape[0], *shape[1:])
 
     def load() -> npt.NDArray[Any]:
         value = np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
