@@ -64,8 +64,8 @@ def read_golden(path: epath.PathLike) -> Recording:
         header = json.loads(metadata["json"])
         taps = {name: arrays[name] for name in header["taps"]}
         pixels, tokens = (arrays[name] for name in _INPUTS)
-        return Recording(pixels, tokens, taps, header["logit_scale"], header["facts"])
+        return Recording(pixels, tokens, taps, float(header["logit_scale"]), dict(header["facts"]))
     except KeyError as error:
         raise ValueError(f"{path}: not a golden file: it lacks {error}") from None
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a golden file, or a broken one: {error}") from None

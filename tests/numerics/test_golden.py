@@ -42,6 +42,11 @@ def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
             read_golden(path)
+    for header in ("[]", '{"taps": 3}', '{"taps": [], "logit_scale": [], "facts": {}}'):
+        inputs = {"input/pixels": np.zeros(2), "input/tokens": np.zeros(2)}
+        path.write_bytes(safetensors.numpy.save(inputs, {"tclip_golden": "1", "json": header}))
+        with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
+            read_golden(path)
     for metadata in (None, {"tclip_golden": "1"}, {"tclip_golden": "1", "json": '{"taps": ["image/b"]}'}):
         path.write_bytes(safetensors.numpy.save({"a": np.zeros(2)}, metadata))
         with pytest.raises(ValueError, match="golden: not a golden file: it lacks "):
