@@ -73,7 +73,7 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             check_keys([leaf], section, where)
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):  # TypeError: of what cannot be hashed, as {[1]}
             value = text
         if isinstance(section.get(leaf), ml_collections.ConfigDict) and not isinstance(value, dict):
             raise ValueError(f"config.{path} is a section, not a value: write --config.{path}.KEY=VALUE")

@@ -83,6 +83,7 @@ def test_what_is_no_recipe(tmp_path: pathlib.Path) -> None:
         ("remat=True", True),
         ("teacher=runs/a=b", "runs/a=b"),
         ("teacher=", ""),
+        ("teacher={[1]}", "{[1]}"),
         ("data.source=folder:/data/my photos", "folder:/data/my photos"),
         ("data.templates=('a {c}', 'the {c}')", ("a {c}", "the {c}")),
         ("quantizer.group=channel", "channel"),
