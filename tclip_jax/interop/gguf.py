@@ -16,11 +16,11 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.gguf_blocks import BLOCK, Kind, as_half, decode_blocks, encode_blocks
 from tclip_jax.interop.gguf_file import Tensor, read_header, write_file
 from tclip_jax.interop.gguf_metadata import ARCHITECTURE, Description, from_metadata, to_metadata
-from tclip_jax.interop.gguf_names import PATCHES, Entry, table
+from tclip_jax.interop.gguf_names import Entry, table
 from tclip_jax.interop.open_clip import check_names
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TERNARIZABLE, input_axis
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TERNARIZABLE, input_axis
 from tclip_jax.storage import atomic_file
 from tclip_jax.ternary import TernaryTensor
 
@@ -93,9 +93,10 @@ def verify_gguf(path: epath.PathLike, params: Mapping[str, Any]) -> None:
     with path.open("rb") as file:
         try:
             description, found = _open(file, path.stat().length)
-            check_names(_shapes(description.config), expected, "the file")
+            shapes = _shapes(description.config)
+            check_names(shapes, expected, "the file")
             for name, leaf in found:
-                if not _same(leaf, _storable(name, expected[name], np.shape(expected[name]))):
+                if not _same(leaf, _storable(name, expected[name], shapes[name])):
                     raise ValueError(f"{name} is not what the given parameters hold")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -132,7 +133,7 @@ def _storables(
 
 def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:
     """A parameter as the file will give it back: floats of the type they are stored as, or scales per 256."""
-    if path == PATCHES and isinstance(leaf, TernaryTensor):
+    if path == PATCH_EMBEDDING and isinstance(leaf, TernaryTensor):
         leaf = np.asarray(leaf.dequantize()).reshape(shape)  # clip.cpp convolves with floats
     if np.shape(leaf) != shape:
         raise ValueError(f"{path} has shape {np.shape(leaf)}: the model's is {shape}")
@@ -141,7 +142,7 @@ def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:
     value = np.asarray(leaf, np.float32)
     if not np.isfinite(value).all():
         raise ValueError(f"{path} holds NaN or infinity: every number must be finite")
-    if path == PATCHES:
+    if path == PATCH_EMBEDDING:
         with np.errstate(over="ignore"):
             half = value.astype(np.float16)
         return half if (half == value).all() else value
@@ -192,7 +193,7 @@ def _places(
         expected = entry.view(np.broadcast_to(np.int8(0), shapes[entry.path])).shape
         if tensor.shape != expected:
             raise ValueError(f"tensor {entry.name} has shape {tensor.shape}: the model's is {expected}")
-        if tensor.type in _KINDS and (entry.path == PATCHES or entry.path not in TERNARIZABLE):
+        if tensor.type in _KINDS and (entry.path == PATCH_EMBEDDING or entry.path not in TERNARIZABLE):
             raise ValueError(f"tensor {entry.name} has type {tensor.type}: the model can use it as F32 or F16 only")
         if pieces and (pieces[0][1].type in _KINDS) != (tensor.type in _KINDS):
             raise ValueError(f"tensor {entry.name} has type {tensor.type}, {pieces[0][0].name} has {pieces[0][1].type}")

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-PATCHES = "image/patch_embedding/kernel"
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING
+
 _OUTSIDE_BLOCKS = {
     "image/patch_embedding": "v.patch_embd",
     "image/position_embedding": "v.position_embd.weight",
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
         """What this tensor is of the array at `path`, its outputs first; also of that array's scales."""
         value = stacked if self.layer is None else stacked[self.layer]
         value = np.split(value, self.parts, axis=-1)[self.part]
-        if self.path == PATCHES:
+        if self.path == PATCH_EMBEDDING:
             return value.transpose(3, 2, 0, 1)
         return value.T if self.path.endswith("/kernel") else value
 

@@ -16,7 +16,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.export import export_pytorch
-from tclip_jax.interop.gguf import verify_gguf, write_gguf
+from tclip_jax.interop.gguf import read_gguf, verify_gguf, write_gguf
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.ternary import TernaryTensor
 
@@ -95,6 +95,17 @@ def test_one_scale_a_column_is_written_whatever_its_group_is_called(params: Para
     changed = grouped(params, QKV, 256, 1)
     write_gguf(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=changed, kind="tq1_0")
     verify_gguf(tmp_path / "out", changed)
+
+
+def test_a_ternary_patch_embedding_is_written_as_floats(params: Params, tmp_path: pathlib.Path) -> None:
+    trits: Any = np.random.default_rng(0).integers(-1, 2, (16 * 16 * 3, 256), np.int8)
+    scale: Any = np.full((1, 256), 0.1, np.float32)
+    leaf = TernaryTensor(trits, scale, len(trits))
+    changed = replaced(params, "image/patch_embedding/kernel", leaf)
+    write_gguf(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=changed, kind="tq1_0")
+    verify_gguf(tmp_path / "out", changed)
+    found = read_gguf(tmp_path / "out")[2]["image"]["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(found, np.reshape(leaf.dequantize(), (16, 16, 3, 256)))
 
 
 def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pathlib.Path) -> None:
