@@ -11,6 +11,7 @@ import numpy as np
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import flatten, pack_params
+from tclip_jax.models.ternary_rules import matrix_shape
 from tclip_jax.numerics.compare import Difference, measure
 from tclip_jax.numerics.report import Report
 from tclip_jax.ternary import TernaryTensor
@@ -56,7 +57,8 @@ def _layers(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 layer = jax.tree.map(lambda stacked, i=i: stacked[i], leaf)
                 yield path.replace("/blocks/", f"/blocks/{i}/"), layer
         else:
-            yield path, leaf
+            # The patch embedding is a matrix where it is ternary.
+            yield path, leaf if isinstance(leaf, TernaryTensor) else leaf.reshape(matrix_shape(leaf.shape))
 
 
 def _compare(name: str, ours: Any, reference: Any) -> WeightDifference:

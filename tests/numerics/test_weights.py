@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
-from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, ternary_rules
 from tclip_jax.numerics.weights import compare_weights, weights_report
 from tclip_jax.ternary import Quantizer, TernaryTensor
 
@@ -70,6 +70,15 @@ def test_a_dequantised_copy_has_no_flips_and_one_sign_is_one(packed: dict[str, A
     index = tuple(np.argwhere(floats["text"]["blocks"]["mlp"]["fc1"]["kernel"][0])[0])
     floats["text"]["blocks"]["mlp"]["fc1"]["kernel"][0][index] *= -1
     assert sum(row.trit_flips or 0 for row in compare_weights(floats, packed).differences) == 1
+
+
+def test_a_ternary_patch_embedding_is_compared_with_a_float_one(model: Model) -> None:
+    packed = pack_params(model.params, ternary_rules([(PATCH_EMBEDDING, Quantizer())], Quantizer()))
+    shape = model.params["image"]["patch_embedding"]["kernel"].shape
+    floats = edited(packed, PATCH_EMBEDDING, lambda leaf: np.reshape(leaf.dequantize(), shape))
+    for pair in ((packed, floats), (floats, packed)):
+        rows = {row.name: row for row in compare_weights(*pair).differences}
+        assert (rows[PATCH_EMBEDDING].trit_flips, rows[PATCH_EMBEDDING].max_abs) == (0, 0)
 
 
 def test_missing_and_unexpected_are_named(model: Model) -> None:
