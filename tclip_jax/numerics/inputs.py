@@ -17,6 +17,7 @@ from tclip_jax.data.tokenizer import Tokenizer, clean
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.samples import sample_images, sample_texts
 from tclip_jax.numerics.torch_side import library_inputs
+from tclip_jax.storage import is_local
 
 # Normalised pixels are floats: this is a few roundings, and 1/10,000 of one step of a pixel's 255.
 PIXEL_TOLERANCE = 1e-6
@@ -88,16 +89,27 @@ def compare_pixels(
 
 
 def inputs_report(model: Model, path: epath.PathLike, count: int = 50) -> Report:
-    """Compares sample texts and images of a model with open_clip and, where its folder has the files, transformers."""
+    """Compares sample texts and images of a model with open_clip and, if a local folder has its files, transformers.
+
+    Images so thin that nobody can resize them for this model are left out.
+    """
     length, p = model.config.text.context_length, model.preprocess
-    texts, images = sample_texts(count), sample_images(count)
+    texts, images = sample_texts(count), [image for image in sample_images(count) if _can_be_resized(image, p)]
     rows = _compare("open_clip", p, length, texts, images, None)
     files = ("tokenizer.json", "preprocessor_config.json")
-    if all((epath.Path(path) / name).exists() for name in files):
+    if is_local(epath.Path(path)) and all((epath.Path(path) / name).exists() for name in files):
         texts, images = list(filter(plain, texts)), list(map(plain_image, images))
         rows += _compare("transformers", p, length, texts, images, path)
     verdict = [f"{row.name}: {row.compared} compared, {row.differ} differ" for row in rows]
     return Report(f"inputs of {path}", {}, {"inputs": rows}, 0.0, tuple(verdict), not any(row.differ for row in rows))
+
+
+def _can_be_resized(image: Image.Image, p: Preprocess) -> bool:
+    try:
+        preprocess(image, p)
+    except ValueError:
+        return False
+    return True
 
 
 def _compare(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 
 from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import Preprocess
 from tclip_jax.numerics.inputs import compare_pixels, compare_tokens, inputs_report, plain, plain_image
 from tclip_jax.numerics.samples import sample_images
 
@@ -26,6 +28,15 @@ def test_both_libraries_read_samples_as_we_do(model: Model, exported: pathlib.Pa
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_without_its_files_transformers_is_left_out(model: Model, tmp_path: pathlib.Path) -> None:
     assert len(inputs_report(model, tmp_path, count=3).tables["inputs"]) == 2
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_images_that_nobody_can_resize_are_left_out(model: Model, tmp_path: pathlib.Path) -> None:
+    longest = dataclasses.replace(model, preprocess=Preprocess(16, resize_mode="longest"))
+    report = inputs_report(longest, tmp_path, count=12)
+    rows = {row.name: row.compared for row in report.tables["inputs"]}
+    assert report.passed and 6 < rows["open_clip pixels"] < rows["open_clip tokens"] == 12
 
 
 def test_the_first_text_that_differs_is_named() -> None:
