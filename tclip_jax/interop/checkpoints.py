@@ -58,7 +58,8 @@ def is_checkpoint(source: epath.PathLike) -> bool:
 def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_size: int | None = None) -> Checkpoint:
     """Opens `hf-hub:org/name`, a folder of open_clip or transformers, a file of open_clip, an OpenAI archive, a GGUF.
 
-    A GGUF is read at once, states everything itself, and holds its ternary weights as such.
+    A folder of both libraries is opened as open_clip's, whose metadata say most, if it has such weights. A GGUF is read
+    at once, states everything itself, and holds its ternary weights as such.
 
     Args:
       source: local, or gs:// and its like.
@@ -75,8 +76,8 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
     if path.suffix == ".gguf" and path.is_file():
         return Checkpoint(*read_gguf(path), (path,))
     given = metadata.from_name(like) if like else None
-    library = HUGGING_FACE if path.is_dir() and not (path / OPEN_CLIP).exists() else OPEN_CLIP
-    weights = open_weights(_weights_file(path, library))
+    file, library = find_weights(path)
+    weights = open_weights(file)
     stated = _stated(path, library, weights.tensors)
     if stated is None and given is None:
         raise ValueError(
@@ -110,15 +111,23 @@ def resize_positions(embedding: npt.NDArray[Any], grid: tuple[int, int]) -> npt.
     return np.concatenate([token, np.asarray(new).reshape(grid[0] * grid[1], -1)])
 
 
-def _weights_file(path: epath.Path, library: str) -> epath.Path:
+def find_weights(path: epath.Path) -> tuple[epath.Path, str]:
+    """The weights in a folder, or the file itself, and what describes such weights: OPEN_CLIP or HUGGING_FACE.
+
+    Raises:
+      FileNotFoundError: a folder of neither open_clip nor transformers, or one without weights.
+    """
     if not path.is_dir():
-        return path
-    if not (path / library).exists():
+        return path, OPEN_CLIP
+    described = [library for library in _WEIGHTS if (path / library).exists()]
+    if not described:
         raise FileNotFoundError(f"{path} holds neither {OPEN_CLIP} nor {HUGGING_FACE}")
-    for name in _WEIGHTS[library]:
+    possible = [(name, library) for library in described for name in _WEIGHTS[library]]
+    for name, library in possible:
         if (path / name).exists():
-            return path / name
-    raise FileNotFoundError(f"{path} has no weights beside its {library}: expected {' or '.join(_WEIGHTS[library])}")
+            return path / name, library
+    names = " or ".join(name for name, _ in possible)
+    raise FileNotFoundError(f"{path} has no weights beside its {' and '.join(described)}: expected {names}")
 
 
 def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) -> Metadata | None:
@@ -143,7 +152,7 @@ def _agreed(stated: Metadata | None, given: Metadata | None, image_size: int | N
     config, pixels = known[-1]
     if pixels.size != config.vision.image_size:
         raise ValueError(f"its preprocessing gives images of {pixels.size}: the model takes {config.vision.image_size}")
-    return Metadata(models[0], Preprocess(**dataclasses.asdict(pixels) | {"size": size}))
+    return Metadata(models[0], dataclasses.replace(pixels, size=size))
 
 
 def _check_size(config: CLIPConfig, tensors: int) -> None:
@@ -165,8 +174,8 @@ def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[st
     """The same tensors, the position embeddings of images interpolated if they are of another grid."""
     resized = dict(tensors)
     for key, value in tensors.items():
-        if key.endswith(_POSITIONS) and value.shape[0] != 1 + grid[0] * grid[1]:
-            shape = (1 + grid[0] * grid[1], *value.shape[1:])
+        shape = (1 + grid[0] * grid[1], *value.shape[1:])
+        if key.endswith(_POSITIONS) and value.shape[:1] != shape[:1]:
             load = functools.partial(lambda value: resize_positions(np.asarray(value), grid), value)
             resized[key] = LazyArray(shape, np.dtype(np.float32), load)
     return resized

@@ -1,6 +1,6 @@
 """The PyTorch side: models and inputs of open_clip and transformers, and the same taps by forward hooks.
 
-Only this file imports torch, and only when a function is called.
+In this folder only this file imports torch, and only when a function is called.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from PIL import Image
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.checkpoints import find_weights
+from tclip_jax.interop.metadata import OPEN_CLIP
 from tclip_jax.interop.open_clip import to_open_clip
 from tclip_jax.interop.reader import read_json
 from tclip_jax.models.config import CLIPConfig
@@ -27,7 +29,7 @@ from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.storage import is_local
 
 # module path in open_clip and in transformers -> tap
-_OPEN_CLIP = {
+_OPEN_CLIP_TAPS = {
     "visual.conv1": "image/patch_embedding",
     "visual.transformer.resblocks": "image/blocks",
     "visual.ln_post": "image/ln_post",
@@ -35,7 +37,7 @@ _OPEN_CLIP = {
     "transformer.resblocks": "text/blocks",
     "ln_final": "text/ln_final",
 }
-_TRANSFORMERS = {
+_TRANSFORMERS_TAPS = {
     "vision_model.embeddings.patch_embedding": "image/patch_embedding",
     "vision_model.encoder.layers": "image/blocks",
     "vision_model.post_layernorm": "image/ln_post",
@@ -49,14 +51,17 @@ _BRANCHES = {"attn": "attention", "self_attn": "attention", "mlp": "mlp"}
 
 
 def library_of(path: epath.PathLike) -> str:
-    """Whose local folder it is: 'open_clip', 'transformers', or '' for what neither loads."""
+    """Whose weights a local folder holds: 'open_clip', 'transformers', or '' for what neither loads."""
     folder = epath.Path(path)
-    if not is_local(folder):
+    if not is_local(folder) or not folder.is_dir():
         return ""
-    if (folder / "open_clip_config.json").exists():
+    try:
+        _, described = find_weights(folder)
+    except FileNotFoundError:
+        return ""
+    if described == OPEN_CLIP:
         return "open_clip"
-    config = folder / "config.json"
-    return "transformers" if config.exists() and read_json(config).get("model_type") == "clip" else ""
+    return "transformers" if read_json(folder / described).get("model_type") == "clip" else ""
 
 
 @functools.cache
@@ -154,7 +159,7 @@ def _hooks(module: Any, taps: Taps) -> Iterator[None]:
     def tap(part: Any, name: str) -> None:
         handles.append(part.register_forward_hook(lambda _module, _args, output: keep(name, output)))
 
-    for path, name in (_OPEN_CLIP if hasattr(module, "visual") else _TRANSFORMERS).items():
+    for path, name in (_OPEN_CLIP_TAPS if hasattr(module, "visual") else _TRANSFORMERS_TAPS).items():
         part = module.get_submodule(path)
         if not name.endswith("/blocks"):
             tap(part, name)

@@ -213,6 +213,18 @@ def test_an_export_of_an_import_is_the_same_bytes(tmp_path: pathlib.Path, params
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("library", ["open_clip", "hf"])
+def test_an_export_for_one_library_is_read_back(library: str, tmp_path: pathlib.Path, params: Params) -> None:
+    export_pytorch(tmp_path / "out", config=TINY, preprocess=Preprocess(32), params=params, formats=[library])
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert_same(checkpoint.params, params)
+    assert (checkpoint.config, checkpoint.preprocess) == (TINY, Preprocess(32))
+    (file,) = checkpoint.files
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"out has no weights beside its .*config\.json: .*{file.name}"):
+        open_checkpoint(tmp_path / "out")
+
+
 def test_a_bare_file_needs_a_preset(tmp_path: pathlib.Path, folder: pathlib.Path, params: Params) -> None:
     file = folder / "open_clip_model.safetensors"
     with pytest.raises(ValueError, match=r"model\.safetensors does not say which model it is, nor its activation"):
