@@ -2,8 +2,8 @@
   tclip import hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K --out teacher
   tclip import ViT-B-16.pt --preset ViT-B-16-quickgelu --out openai
 
-A source is a name of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, or an archive of
-OpenAI. Weights that are exactly scale · trit are stored as that; everything else stays float.
+A source is a name of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, an archive of
+OpenAI, or a GGUF. Weights that are exactly scale · trit are stored as that; everything else stays float.
 """
 
 from __future__ import annotations

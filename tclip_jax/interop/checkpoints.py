@@ -73,9 +73,9 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
       ValueError: a source that is damaged, lacks its metadata, or contradicts itself or `like`; one line naming it.
     """
     path = hub.fetch(str(source)) if str(source).startswith(hub.PREFIX) else epath.Path(source)
-    if path.suffix == ".gguf" and path.is_file():
-        return Checkpoint(*read_gguf(path), (path,))
     given = metadata.from_name(like) if like else None
+    if path.suffix == ".gguf" and path.is_file():
+        return _open_gguf(path, given, image_size)
     file, library = find_weights(path)
     weights = open_weights(file)
     stated = _stated(path, library, weights.tensors)
@@ -87,7 +87,7 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
         config, pixels = _agreed(stated, given, image_size)
         _check_size(config, len(weights.tensors))
         tensors = from_hugging_face(weights.tensors, config) if library == HUGGING_FACE else weights.tensors
-        if given or image_size:
+        if given or image_size is not None:
             tensors = _on_grid(tensors, config.vision.grid)
         return Checkpoint(config, pixels, lazy_params(tensors, config), weights.files)
     except ValueError as error:
@@ -130,6 +130,18 @@ def find_weights(path: epath.Path) -> tuple[epath.Path, str]:
     raise FileNotFoundError(f"{path} has no weights beside its {' and '.join(described)}: expected {names}")
 
 
+def _open_gguf(path: epath.Path, given: Metadata | None, image_size: int | None) -> Checkpoint:
+    config, pixels, params = read_gguf(path)
+    try:
+        agreed = _agreed(Metadata(config, pixels), given, image_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    grid, image = agreed.config.vision.grid, params["image"]
+    if grid != config.vision.grid:
+        image["position_embedding"] = resize_positions(image["position_embedding"], grid)
+    return Checkpoint(*agreed, params, (path,))
+
+
 def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) -> Metadata | None:
     """What a source says of its own model; a bare file says nothing, unless it is an archive with its program."""
     if path.is_dir():
@@ -140,7 +152,7 @@ def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) ->
 def _agreed(stated: Metadata | None, given: Metadata | None, image_size: int | None) -> Metadata:
     """The model that both describe, at the size that is asked for, and the preprocessing that the source states."""
     known = [each for each in (given, stated) if each]
-    size = (image_size, image_size) if image_size else known[0].config.vision.image_size
+    size = known[0].config.vision.image_size if image_size is None else (image_size, image_size)
     models = [
         dataclasses.replace(each.config, vision=dataclasses.replace(each.config.vision, image_size=size))
         for each in known

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.checkpoints import open_checkpoint, resize_positions
 from tclip_jax.interop.gguf import read_gguf, verify_gguf, write_gguf
 from tclip_jax.interop.gguf_blocks import Kind
 from tclip_jax.interop.gguf_file import read_header, write_file
@@ -349,6 +350,15 @@ def test_damaged_files_are_refused_or_read(file: pathlib.Path, tmp_path: pathlib
             assert str(error).startswith(f"{tmp_path}/broken.gguf: ") and "\n" not in str(error)
             refused += 1
     assert refused > 8
+
+
+def test_a_gguf_is_opened_as_the_model_and_for_the_size_that_are_asked_for(file: pathlib.Path) -> None:
+    larger = open_checkpoint(file, image_size=64)
+    assert larger.config.vision.image_size == larger.preprocess.size == (64, 64)
+    positions = read_gguf(file)[2]["image"]["position_embedding"]
+    np.testing.assert_array_equal(larger.params["image"]["position_embedding"], resize_positions(positions, (4, 4)))
+    with pytest.raises(ValueError, match=rf"{file.name}: its embed_dim is 40, but the given model's is 512"):
+        open_checkpoint(file, like="ViT-B-16")
 
 
 def test_there_is_no_file(tmp_path: pathlib.Path) -> None:

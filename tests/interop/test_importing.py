@@ -172,6 +172,8 @@ def test_another_image_size_only_when_asked_for(tmp_path: pathlib.Path, folder: 
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
     with pytest.raises(ValueError, match=r"theirs: visual\.positional_embedding has shape \(17, 64\).* \(65, 64\)$"):
         open_checkpoint(folder)
+    with pytest.raises(ValueError, match=r"theirs: image size 0 is not divisible by patch size 8"):
+        open_checkpoint(folder, image_size=0)
     with pytest.raises(ValueError, match="only a square grid can be resized"):
         resize_positions(np.zeros((6, 2)), (2, 2))
 
