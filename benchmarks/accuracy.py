@@ -3,8 +3,9 @@
 On the real images of ../shared/data or TCLIP_TEST_DATA: CIFAR-10 (zero-shot accuracy on its test images) and emoji
 (recall@5 of names among all names, in a drawing style that was never trained on: of names that were, and of the other
 half of the names, which were not). Every variant of configs/accuracy.py is trained with the same seeds, its weights
-packed, and the packed model evaluated. A difference is to the full-precision student with the same distillation, seed
-by seed; intervals are of 95 %, by Student's t. What is done is kept in OUT, and the same command goes on from there.
+packed, and the packed model evaluated. A difference is to the full-precision student with the same distillation and
+learning rates, seed by seed; intervals are of 95 %, by Student's t. What is done is kept in OUT, and the same command
+goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 
@@ -41,8 +43,9 @@ from tclip_jax.training.telemetry import read_metrics
 
 FULL = "full"
 VARIANTS = (
-    FULL, "ternaryclip", "bitnet", "twn", "least_squares", "lsq", "seq", "group64", "gradual", "recovery", "average",
-    "patches", "hidden", "relations",
+    FULL, "full_twice", "full_fourfold", "full_eightfold", "ternaryclip", "bitnet", "twn", "least_squares", "lsq",
+    "seq", "twice", "fourfold", "eightfold", "group64", "gradual", "recovery", "average", "patches", "hidden",
+    "relations",
 )  # fmt: skip
 IN_THE_STEP = ("hidden", "relations")  # need more of the teacher than its embeddings
 METRICS = {
@@ -208,13 +211,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def reference(who: str) -> str:
+    """The full-precision variant that a variant is compared with: that of the same learning rates."""
+    return f"{FULL}_{who}" if f"{FULL}_{who}" in VARIANTS else FULL
+
+
 def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[dict[str, Any]]:
     """A row for each metric of a variant; `results` has the results of every variant, seed by seed."""
-    own, full = results[who, distilled], results.get((FULL, distilled), [])
+    own, full = results[who, distilled], results.get((reference(who), distilled), [])
     for metric in METRICS[data]:
         mean, half = interval([each[metric] for each in own])
         pairs = [a[metric] - b[metric] for a, b in zip(own, full, strict=False)]
-        difference, difference_half = interval(pairs) if pairs and who != FULL else (math.nan, math.nan)
+        difference, difference_half = interval(pairs) if pairs and not who.startswith(FULL) else (math.nan, math.nan)
         shares = {name: float(np.mean([each[name] for each in own])) for name in own[0] if name not in METRICS[data]}
         yield {
             "data": data,
@@ -229,6 +237,25 @@ def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[di
         }
 
 
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Points to full precision of every variant that has a difference, with their 95 % intervals, a plot a metric."""
+    compared = [row for row in rows if not math.isnan(row["difference"])]
+    groups = list(dict.fromkeys((row["data"], row["metric"]) for row in compared))
+    most = max(sum((row["data"], row["metric"]) == group for row in compared) for group in groups)
+    figure = Figure(figsize=(4.2 * len(groups), 1.2 + 0.28 * most), layout="constrained")
+    for axes, (data, metric) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        own = [row for row in compared if (row["data"], row["metric"]) == (data, metric)]
+        points, halves = ([100 * row[name] for row in own] for name in ("difference", "difference_half"))
+        axes.errorbar(points, [row["variant"] for row in own], xerr=halves, fmt="o", color="#d1603d", capsize=3)
+        axes.axvline(0, color="#9aa5b1")
+        axes.set_title(f"{data}, {metric}", fontsize=10)
+        axes.set_xlabel("points to full precision")
+        axes.invert_yaxis()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+    return figure
+
+
 def main() -> int:
     """Prints a line as each experiment ends, then the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
@@ -239,6 +266,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="instead of the recipe's")
     parser.add_argument("--width", type=int, default=0, metavar="N", help="of the models, instead of the recipe's")
+    parser.add_argument("--plot", metavar="FILE", help="draw the differences and their intervals: .svg, .png, ...")
     parser.add_argument("--quick", action="store_true", help="tiny models, two variants, four steps, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
@@ -262,6 +290,8 @@ def main() -> int:
                 print(f"{data} seed {seed} {who}{'' if distilled else ', plain'}: {figures}", flush=True)
         rows += [row for who, distilled in results for row in summarize(data, who, distilled, results)]
     print(table(rows))
+    if args.plot:
+        picture(rows).savefig(args.plot, metadata={"Date": None} if args.plot.endswith(".svg") else None)
     if args.json:
         clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
         print(json.dumps({"rows": clean}))
