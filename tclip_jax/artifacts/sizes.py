@@ -11,9 +11,8 @@ from etils import epath
 
 from tclip_jax.artifacts.files import WEIGHT_FILES
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.ternary import TernaryTensor
-
-TOKEN_EMBEDDING = "text/token_embedding/embedding"
 
 
 def ternary_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:

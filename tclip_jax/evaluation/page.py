@@ -95,9 +95,10 @@ def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str
     try:
         predictions = read_predictions(out, result.dataset)
         _, source, _ = task.open()
+        shown = cards(examples(predictions, source, limit))
     except (OSError, ValueError) as error:
         return details(title, paragraph(f"no examples: {error}", "note"))
-    return details(title, cards(examples(predictions, source, limit)) + _classes(predictions, source.classnames, limit))
+    return details(title, shown + _classes(predictions, source.classnames, limit))
 
 
 def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tclip_jax.cli import main
 from tclip_jax.data.sources import Record
+from tclip_jax.data.sources.webdataset import Webdataset
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
@@ -76,6 +77,15 @@ def test_data_that_is_gone_leaves_the_numbers(evaluated: Any) -> None:
     (tasks[2].open()[1]._folder / "test" / "nshards.txt").unlink()
     words = Page(to_html(report, out, tasks)).words
     assert sum(word.startswith("no examples: ") for word in words) == 2
+
+
+def test_images_that_cannot_be_read_again_leave_the_numbers(evaluated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmounted(self: Webdataset, index: int) -> Record:
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(Webdataset, "__getitem__", unmounted)
+    words = Page(to_html(*evaluated)).words
+    assert sum(word == "no examples: Stale file handle" for word in words) == 3 and "39" in words
 
 
 def test_the_plot_has_every_main_metric() -> None:
