@@ -26,12 +26,12 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.artifacts.sizes import ternary_share, zero_share
 from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.probe import t_interval
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.recipes import load_recipe
@@ -187,10 +187,8 @@ def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and how far the 95 % interval of Student's t reaches to either side; NaN of a single value."""
-    if len(values) < 2:
-        return float(np.mean(values)), math.nan
-    error = np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * error)
+    low, high = t_interval(values)
+    return float(np.mean(values)), (high - low) / 2
 
 
 def table(rows: list[dict[str, Any]]) -> str:
