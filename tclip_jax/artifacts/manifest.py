@@ -49,10 +49,11 @@ def dump_manifest(fields: Mapping[str, Any]) -> bytes:
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
-    """The fields of tclip.json.
+    """The fields of tclip.json; figures and provenance, which it need not have, are then empty.
 
     Raises:
-      ArtifactError: not JSON, another format, a newer version, or bytes that do not fit the checksum.
+      ArtifactError: not JSON, another format, a newer version, bytes that do not fit the checksum, or a part that is
+        missing or no object.
     """
     try:
         manifest = json.loads(data.decode(), parse_constant=_refuse_constant)
@@ -73,7 +74,8 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     before, found, after = data.rpartition(declared.encode())
     if not found or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
         raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it gives")
-    for key in ("model_cfg", "preprocess_cfg", "tensors", "files"):
+    manifest = {"figures": {}, "provenance": {}} | manifest
+    for key in ("model_cfg", "preprocess_cfg", "tensors", "files", "figures", "provenance"):
         if not isinstance(manifest.get(key), dict):
             raise ArtifactError(f"{MANIFEST}: {key} is {_short(manifest.get(key))}: it must be an object")
     return manifest
@@ -152,7 +154,8 @@ def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> 
 
 
 def _require(where: str, entry: Mapping[str, Any], key: str, choices: list[Any]) -> None:
-    if entry.get(key) not in choices:
+    # Compared as JSON: Python takes 2.0 for 2 and true for 1, and neither can be a size.
+    if json.dumps(entry.get(key)) not in map(json.dumps, choices):
         raise ArtifactError(f"{where} has {key} {_short(entry.get(key))}: it must be {' or '.join(map(str, choices))}")
 
 

@@ -67,7 +67,7 @@ def test_a_checksum_that_is_none_is_refused(digest: Any) -> None:
         parse_manifest(data)
 
 
-@pytest.mark.parametrize("key", ["model_cfg", "preprocess_cfg", "tensors", "files"])
+@pytest.mark.parametrize("key", ["model_cfg", "preprocess_cfg", "tensors", "files", "figures", "provenance"])
 def test_missing_parts_are_named(key: str) -> None:
     fields = {"model_cfg": {}, "preprocess_cfg": {}, "tensors": {}, "files": {}}
     with pytest.raises(ArtifactError, match=f"{key} is \\[\\]: it must be an object"):
@@ -129,8 +129,11 @@ def test_preprocessing_for_another_size_is_refused(manifest: Tree) -> None:
         (lambda t: t[FC1].update(coding="rar"), f"{FC1} has coding 'rar': it must be base3\\+zstd or planes\\+zstd"),
         (lambda t: t[FC1].pop("coding"), f"{FC1} has coding None"),
         (lambda t: t[FC1].update(shape=[2, 24, 97]), r"has shape \[2, 24, 97\]: it must be \[2, 24, 96\]"),
+        (lambda t: t[FC1].update(shape=[2, 24.0, 96]), r"has shape \[2, 24\.0, 96\]: it must be \[2, 24, 96\]"),
+        (lambda t: t[FC1].update(scale_shape=[2, 2, 96.0]), r"has scale_shape \[2, 2, 96\.0\]: it must be"),
         (lambda t: t[FC1].update(dtype="int8"), "has dtype 'int8': it must be float16 or float32"),
         (lambda t: t[FC1].update(axis=-1), "has axis -1: it must be -2"),
+        (lambda t: t[FC1].update(axis=-2.0), r"has axis -2\.0: it must be -2"),
         (lambda t: t[FC1].update(group=0), "has group 0: it must be an integer from 1 to 24"),
         (lambda t: t[FC1].update(group=25), "has group 25: it must be an integer from 1 to 24"),
         (lambda t: t[FC1].update(group=True), "has group True"),
