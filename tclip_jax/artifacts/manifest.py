@@ -74,8 +74,8 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     before, found, after = data.rpartition(declared.encode())
     if not found or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
         raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it gives")
-    manifest = {"figures": {}, "provenance": {}} | manifest
-    for key in ("model_cfg", "preprocess_cfg", "tensors", "files", "figures", "provenance"):
+    optional = manifest.keys() & {"figures", "provenance"}
+    for key in ("model_cfg", "preprocess_cfg", "tensors", "files", *optional):
         if not isinstance(manifest.get(key), dict):
             raise ArtifactError(f"{MANIFEST}: {key} is {_short(manifest.get(key))}: it must be an object")
     return manifest
