@@ -14,6 +14,7 @@ from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.artifacts.safetensors_file import read_safetensors
 from tclip_jax.artifacts.sizes import (
+    compression_real,
     float32_bytes,
     folder_bytes,
     ternary_share,
@@ -58,7 +59,7 @@ def inspect_artifact(folder: epath.PathLike) -> dict[str, Any]:
         "float32_bytes": float32_bytes(artifact.params),
         "weight_bytes": weights,
         "folder_bytes": folder_bytes(folder),
-        "compression_real": float32_bytes(artifact.params) / weights,
+        "compression_real": compression_real(artifact.params, folder),
         "compression_theoretical": theoretical_compression(share),
         "bytes": {"trits": trit_bytes, "scales": scale_bytes, "float parameters, headers": rest},
         "layers": rows,
@@ -72,11 +73,11 @@ def _rows(path: str, leaf: TernaryTensor) -> list[dict[str, Any]]:
     stacked = len(leaf.shape) == 3
     rows = []
     for layer, trits in enumerate(np.asarray(leaf.trits).reshape(-1, *leaf.shape[-2:])):
-        shares = np.bincount((trits + 1).ravel(), minlength=3) / trits.size
-        entropy = -sum(share * math.log2(share) for share in shares.tolist() if share)
+        minus, zeros, plus = shares = (np.bincount((trits + 1).ravel(), minlength=3) / trits.size).tolist()
+        entropy = -sum(share * math.log2(share) for share in shares if share)
         row = {"path": path, "layer": layer if stacked else None, "trits": trits.size, "group": leaf.group}
-        rows.append(row | {"minus": shares[0], "zeros": shares[1], "plus": shares[2], "entropy": entropy})
-    return [{key: float(v) if isinstance(v, np.floating) else v for key, v in row.items()} for row in rows]
+        rows.append(row | {"minus": minus, "zeros": zeros, "plus": plus, "entropy": entropy})
+    return rows
 
 
 def inspection_text(found: Mapping[str, Any]) -> str:
@@ -97,11 +98,10 @@ def inspection_text(found: Mapping[str, Any]) -> str:
         ("ternary", f"{found['ternary_share']:.2%}", without),
         ("zeros", f"{found['zeros']:.1%}", f"{found['zeros_without_token_embedding']:.1%} without the token embedding"),
     ]
+    if entropy:
+        facts.append(("bits a trit", f"{bits:.3f}", f"entropy {entropy:.3f}: {bits / entropy - 1:+.1%}"))
     if bits:
-        facts += (
-            [("bits a trit", f"{bits:.3f}", f"entropy {entropy:.3f}: {bits / entropy - 1:+.1%}")] if entropy else []
-        )
-        facts += [("theoretical", f"{found['compression_theoretical']:.2f}x", "1.58 bits a trit, the rest float32")]
+        facts.append(("theoretical", f"{found['compression_theoretical']:.2f}x", "1.58 bits a trit, the rest float32"))
     parts = [_words(sizes), _words(facts)]
     if found["layers"]:
         parts.append("\n".join(["zeros, %", *aligned(_zero_rows(found["layers"]))]))

@@ -28,9 +28,9 @@ def zero_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> fl
     return sum(each.size - np.count_nonzero(each) for each in trits) / max(sum(each.size for each in trits), 1)
 
 
-def theoretical_compression(share: float, bits: float = 1.58) -> float:
-    """32 / ((1 − p)·32 + p·bits) for a ternary share p: 16.98 at 0.99, the figure of arXiv 2510.21879."""
-    return 32 / ((1 - share) * 32 + share * bits)
+def theoretical_compression(share: float) -> float:
+    """32 / ((1 − p)·32 + p·1.58) for a ternary share p: 16.98 at 0.99, the figure of arXiv 2510.21879."""
+    return 32 / ((1 - share) * 32 + share * 1.58)
 
 
 def float32_bytes(params: Mapping[str, Any]) -> int:
