@@ -16,6 +16,7 @@ import tqdm
 from etils import epath
 
 from tclip_jax.data.sources import Source, open_source
+from tclip_jax.data.sources.webdataset import SHARD_COUNT
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.metrics import hit_rate, mean_per_class_recall
@@ -50,8 +51,8 @@ def suite_pairs(root: epath.PathLike, suite: str, download: bool = False) -> lis
     """Those of the webdataset exports of a suite, as `suite_tasks` finds them; `download` fetches both splits."""
 
     def open_split(folder: epath.Path, dataset: str, split: str) -> Source:
-        if download and not (folder / split / "nshards.txt").exists():
-            fetch(dataset, folder, ["*.txt", f"{split}/*"])
+        if download and not (folder / split / SHARD_COUNT).exists():
+            fetch(dataset, folder, split)
         return open_source(f"wds:{folder}", split)
 
     base = epath.Path(root).expanduser()

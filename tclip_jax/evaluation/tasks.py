@@ -12,7 +12,7 @@ from etils import epath
 
 from tclip_jax.data.prompts import get_templates
 from tclip_jax.data.sources import Source, open_source
-from tclip_jax.data.sources.webdataset import Kind, Webdataset
+from tclip_jax.data.sources.webdataset import CLASSNAMES, DATASET_TYPE, SHARD_COUNT, TEMPLATES, Kind, Webdataset
 from tclip_jax.evaluation.suite import Dataset, find_datasets
 from tclip_jax.evaluation.tfds_rows import MAY_DIFFER
 from tclip_jax.evaluation.zero_shot import Templates
@@ -74,24 +74,24 @@ def _open_export(
     dataset: Dataset, root: epath.Path, download: bool, tfds: epath.PathLike | None
 ) -> tuple[Dataset, Source, Templates]:
     folder = root / dataset.folder
-    missing = not (folder / SPLIT / "nshards.txt").exists()
+    missing = not (folder / SPLIT / SHARD_COUNT).exists()
     if missing and tfds and dataset.tfds:
         return _open_tfds(dataset, folder, download, tfds)
     if download and missing:
-        fetch(dataset.folder, folder, ["*.txt", f"{SPLIT}/*"])
+        fetch(dataset.folder, folder, SPLIT)
     source = Webdataset(str(folder), SPLIT)
     if source.kind != dataset.kind:
-        raise ValueError(f"{folder}: dataset_type.txt makes it {source.kind}, where {dataset.name} is {dataset.kind}")
+        raise ValueError(f"{folder}: {DATASET_TYPE} makes it {source.kind}, where {dataset.name} is {dataset.kind}")
     if len(source.classnames) != dataset.classes:
         raise ValueError(
-            f"{folder / 'classnames.txt'}: {len(source.classnames)} names, where {dataset.name} has {dataset.classes}"
+            f"{folder / CLASSNAMES}: {len(source.classnames)} names, where {dataset.name} has {dataset.classes}"
         )
     if dataset.kind == "retrieval":
         return dataset, source, ()
     try:
         return dataset, source, get_templates(source.templates)
     except ValueError as error:
-        raise ValueError(f"{folder / 'zeroshot_classification_templates.txt'}: {error}") from None
+        raise ValueError(f"{folder / TEMPLATES}: {error}") from None
 
 
 def _open_tfds(
@@ -99,23 +99,31 @@ def _open_tfds(
 ) -> tuple[Dataset, Source, Templates]:
     from tclip_jax.evaluation.tfds_source import TfdsRow
 
-    if download and not folder.exists():
-        fetch(dataset.folder, folder, ["*.txt"])
+    if download and dataset.classes and not all((folder / name).exists() for name in (CLASSNAMES, TEMPLATES)):
+        fetch(dataset.folder, folder)
     source = TfdsRow(dataset, data_dir, folder)
     if dataset.name in MAY_DIFFER:
         _logger.warning("%s: from TFDS, which may hold other images than the webdataset export", dataset.name)
     return dataset, source, get_templates(source.templates) if source.templates else ()
 
 
-def fetch(name: str, folder: epath.Path, patterns: list[str]) -> None:
-    """Downloads the files that match of `clip-benchmark/<name>`; raises FileNotFoundError where that fails."""
+def fetch(name: str, folder: epath.Path, split: str | None = None) -> None:
+    """Downloads names and templates of `clip-benchmark/<name>`, and a split; raises FileNotFoundError where that fails.
+
+    The file that tells that the split is there comes last: a download that was stopped is taken up by the next call.
+    """
+    # By name: "*.txt" would also match the counts of shards in splits that are not fetched.
+    steps = [[CLASSNAMES, TEMPLATES, DATASET_TYPE]]
+    if split:
+        steps += [[f"{split}/*.tar"], [f"{split}/{SHARD_COUNT}"]]
     try:
-        huggingface_hub.snapshot_download(
-            f"clip-benchmark/{name}",
-            repo_type="dataset",
-            local_dir=str(folder),
-            allow_patterns=patterns,
-        )
+        for patterns in steps:
+            huggingface_hub.snapshot_download(
+                f"clip-benchmark/{name}",
+                repo_type="dataset",
+                local_dir=str(folder),
+                allow_patterns=patterns,
+            )
     # Its errors are the HTTP library's and its own, and have many lines.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]

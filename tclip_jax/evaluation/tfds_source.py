@@ -10,10 +10,9 @@ from etils import epath
 from tensorflow_datasets.core import read_only_builder
 
 from tclip_jax.data.sources import Record
-from tclip_jax.evaluation.suite import Dataset, Kind
+from tclip_jax.data.sources.webdataset import CLASSNAMES, TEMPLATES, Kind
+from tclip_jax.evaluation.suite import Dataset
 from tclip_jax.evaluation.tfds_rows import count, samples
-
-TEMPLATES = "zeroshot_classification_templates.txt"
 
 
 class TfdsRow:
@@ -38,11 +37,11 @@ class TfdsRow:
             raise ValueError(f"{dataset.name}: TensorFlow Datasets have no such data; use its webdataset export")
         self._dataset, self.kind = dataset, dataset.kind
         retrieval = self.kind == "retrieval"
-        self.classnames = () if retrieval else _lines(names, "classnames.txt")
+        self.classnames = () if retrieval else _lines(names, CLASSNAMES)
         self.templates = () if retrieval else _lines(names, TEMPLATES)
         if len(self.classnames) != dataset.classes:
             raise ValueError(
-                f"{names}/classnames.txt: {len(self.classnames)} names, where {dataset.name} has {dataset.classes}"
+                f"{names}/{CLASSNAMES}: {len(self.classnames)} names, where {dataset.name} has {dataset.classes}"
             )
         name, split = dataset.tfds
         where = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))

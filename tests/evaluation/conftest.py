@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
+import shutil
 import tarfile
 import types
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from tclip_jax.data.images import Preprocess
@@ -104,6 +106,42 @@ class Direct:
 
 def _units(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return (rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+class Hub:
+    """Stands for `huggingface_hub.snapshot_download`: the exports below a folder, by the hub's own matching of names.
+
+    Attributes:
+      asked: the names of what was asked for, without repetitions.
+      stop_at: the file whose download fails.
+    """
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self.root, self.asked, self.stop_at = root, list[str](), ""
+
+    def __call__(self, repo_id: str, *, repo_type: str, local_dir: str, allow_patterns: list[str]) -> None:
+        assert repo_type == "dataset"
+        self.asked = [*dict.fromkeys([*self.asked, repo_id])]
+        there = self.root / repo_id.removeprefix("clip-benchmark/")
+        if not there.exists():
+            raise OSError("Repository not found\nand more lines")
+        # Small files arrive first.
+        paths = sorted(there.rglob("*.*"), key=lambda path: path.stat().st_size)
+        files = [str(path.relative_to(there)) for path in paths]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            if name == self.stop_at:
+                raise OSError("Connection reset")
+            target = pathlib.Path(local_dir) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / name, target)
+
+
+@pytest.fixture
+def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub whose exports are in `tmp_path / "hub"`."""
+    stands_in = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stands_in)
+    return stands_in
 
 
 @pytest.fixture

@@ -203,6 +203,12 @@ def test_a_suite_of_probes_resumes_and_compares(
         assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
 
 
+def test_both_splits_are_downloaded(tmp_path: pathlib.Path, exports: types.SimpleNamespace, hub: Any) -> None:
+    split_export(exports, hub.root / "wds_mnist", 6)
+    (pair,) = suite_pairs(tmp_path / "data", "mnist", download=True)
+    assert [len(pair.open(split)) for split in ("train", "test")] == [18, 9]
+
+
 def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFixture[str]) -> None:
     vision = VisionConfig(image_size=(8, 8), patch_size=4, width=16, layers=1, head_width=8)
     config = CLIPConfig(8, vision, TextConfig(context_length=8, width=8, heads=1, layers=1))

@@ -181,21 +181,15 @@ def test_one_source(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path
         suite_tasks(root, "imagenet2k")
 
 
-def test_download_fetches_what_is_missing(
-    exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def fetch(name: str, **options: Any) -> None:
-        asked.append((name, options["repo_type"], options["allow_patterns"]))
-        if name.endswith("mnist"):
-            raise OSError("Repository not found\nand more lines")
-        exports.write(pathlib.Path(options["local_dir"]), [i % 10 for i in range(IMAGES)], [f"c{i}" for i in range(10)])
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+def test_download_fetches_what_is_missing(exports: types.SimpleNamespace, root: pathlib.Path, hub: Any) -> None:
+    exports.write(hub.root / "wds_stl10", [i % 10 for i in range(IMAGES)], [f"c{i}" for i in range(10)])
     tasks = suite_tasks(root, "stl10,mnist,vtab/cifar10", download=True)
+    hub.stop_at = "test/1.tar"
+    stopped = evaluate(exports.Direct(), tasks[:1], model="m")
+    assert stopped.errors == {"stl10": "clip-benchmark/wds_stl10: not downloaded: Connection reset"}
+    hub.stop_at = ""
     report = evaluate(exports.Direct(), tasks, model="m")
-    assert asked == [(f"clip-benchmark/wds_{name}", "dataset", ["*.txt", "test/*"]) for name in ("stl10", "mnist")]
+    assert hub.asked == ["clip-benchmark/wds_stl10", "clip-benchmark/wds_mnist"]
     assert report.errors == {"mnist": "clip-benchmark/wds_mnist: not downloaded: Repository not found"}
     assert set(report.results) == {"stl10", "vtab/cifar10"}
 

@@ -261,7 +261,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_suite_takes_tfds_where_the_export_has_no_images(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, exports: Any
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, exports: Any, hub: Any
 ) -> None:
     name = "vtab/smallnorb_label_azimuth"
     folder = tmp_path / DATASETS[name].folder
@@ -279,3 +279,11 @@ def test_a_suite_takes_tfds_where_the_export_has_no_images(
     (refused,) = suite_tasks(tmp_path, name)
     with pytest.raises(FileNotFoundError):
         refused.open()
+
+    # Only names and templates are downloaded: the export is still without images.
+    exports.write(hub.root / folder.name, [0], [f"at {20 * i}" for i in range(18)], shards=1)
+    (folder / "classnames.txt").unlink()
+    for _ in range(2):
+        (task,) = suite_tasks(tmp_path, name, download=True, tfds=tmp_path / "tfds")
+        assert len(task.open()[1]) == 10
+    assert [path.name for path in (folder / "test").iterdir()] == ["0.tar"], "as it was"

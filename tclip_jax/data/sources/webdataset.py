@@ -17,6 +17,9 @@ from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 
+CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+DATASET_TYPE, SHARD_COUNT = "dataset_type.txt", "nshards.txt"
+
 _TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _MAX_TEXT = 1 << 24  # bytes of a text file beside the shards; the largest list of class names has 20 kB
 
@@ -52,13 +55,13 @@ class Webdataset:
         self._split = split
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder; it holds a webdataset export of CLIP_benchmark")
-        type_file = self._folder / "dataset_type.txt"
+        type_file = self._folder / DATASET_TYPE
         kind = _read_text(type_file).strip().lower() if type_file.exists() else "classification"
         if kind not in _TARGET_SUFFIXES:
             raise ValueError(f"{type_file}: {kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
         self.kind: Kind = kind
-        self.classnames = () if self.kind == "retrieval" else self._lines("classnames.txt")
-        count_file = self._folder / split / "nshards.txt"
+        self.classnames = () if self.kind == "retrieval" else self._lines(CLASSNAMES)
+        count_file = self._folder / split / SHARD_COUNT
         count = _read_text(count_file).strip()
         if not re.fullmatch(r"[1-9]\d{0,5}", count):
             raise ValueError(f"{count_file}: {count[:40]!r} is not a number of shards")
@@ -67,7 +70,7 @@ class Webdataset:
     @property
     def templates(self) -> tuple[str, ...]:
         """The captions of a class, with `{c}` for its name: the lines of zeroshot_classification_templates.txt."""
-        return self._lines("zeroshot_classification_templates.txt")
+        return self._lines(TEMPLATES)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -107,7 +110,7 @@ class Webdataset:
 
 def _members(path: epath.Path) -> Iterator[Member]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file, which nshards.txt beside it counts")
+        raise FileNotFoundError(f"{path}: no such file, which {SHARD_COUNT} beside it counts")
     with path.open("rb") as file:
         try:
             yield from members(file)
