@@ -12,8 +12,8 @@ import numpy.typing as npt
 import tqdm
 from etils import epath
 
-from tclip_jax.evaluation.paired import Predicted, paired, predictions_path
-from tclip_jax.evaluation.results import SUMMARY, Result, read_result
+from tclip_jax.evaluation.paired import Predicted, paired
+from tclip_jax.evaluation.results import SUMMARY, Result, predictions_path, read_result
 from tclip_jax.evaluation.statistics import interval, mcnemar
 from tclip_jax.evaluation.suite import MAIN_METRIC
 

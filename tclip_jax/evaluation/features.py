@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from etils import epath
 
 from tclip_jax.data.sources import Source
 from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.results import read_arrays
 from tclip_jax.evaluation.rows import encode_rows
 from tclip_jax.storage import write_atomic
 
@@ -95,10 +95,10 @@ def _name(encoder: Encoder, source: Source, weights: str) -> str:
 
 def _read(path: epath.Path) -> Features:
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            found = Features(*(arrays[name] for name in Features._fields))
-        if found.embeddings.ndim != 2 or len({len(array) for array in found}) > 1:
+        arrays = read_arrays(io.BytesIO(path.read_bytes()))
+        found = Features(*(arrays[name] for name in Features._fields))
+        if found.embeddings.ndim != 2 or len({array.shape[:1] for array in found}) > 1:
             raise ValueError("arrays of other shapes")
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: not embeddings: {error}; delete it") from None
     return found

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision
-from tclip_jax.evaluation.results import Predictions, read_predictions, result_path
+from tclip_jax.evaluation.results import Predictions, predictions_path, read_predictions
 from tclip_jax.evaluation.statistics import (
     bootstrap_differences,
     bootstrap_map_differences,
@@ -24,11 +24,6 @@ _RECALL = re.compile(r"(image|text)_retrieval_recall@(\d{1,9})")
 _NEVER = np.iinfo(np.int64).max
 # A metric as its file says it, in PyTorch's float32 perhaps, against the same from the predictions.
 _SAME = 1e-6
-
-
-def predictions_path(out: epath.PathLike, dataset: str) -> epath.Path:
-    """Where `write_result` puts the predictions."""
-    return result_path(out, dataset).with_suffix(".predictions.npz")
 
 
 @dataclasses.dataclass(frozen=True)

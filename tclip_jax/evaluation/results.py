@@ -7,8 +7,9 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,13 +59,17 @@ def result_path(out: epath.PathLike, dataset: str) -> epath.Path:
     return epath.Path(out) / f"{dataset.replace('/', '-')}.json"
 
 
+def predictions_path(out: epath.PathLike, dataset: str) -> epath.Path:
+    """Where the predictions of a data set lie, beside its result."""
+    return result_path(out, dataset).with_suffix(".predictions.npz")
+
+
 def write_result(out: epath.PathLike, result: Result, predictions: Predictions) -> None:
     """Writes `<dataset>.predictions.npz`, then `<dataset>.json`: where the JSON is, both are whole."""
-    path = result_path(out, result.dataset)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **predictions)  # type: ignore[arg-type]
-    write_atomic(path.with_suffix(".predictions.npz"), buffer.getvalue())
-    write_atomic(path, dump_json(dataclasses.asdict(result)))
+    write_atomic(predictions_path(out, result.dataset), buffer.getvalue())
+    write_atomic(result_path(out, result.dataset), dump_json(dataclasses.asdict(result)))
 
 
 def read_result(path: epath.PathLike) -> Result:
@@ -77,7 +82,7 @@ def read_result(path: epath.PathLike) -> Result:
     path = epath.Path(path)
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     known = [field.name for field in dataclasses.fields(Result)]
     if isinstance(found, dict):  # CLIP_benchmark may add class names and templates
@@ -103,17 +108,37 @@ def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
       FileNotFoundError: no such file.
       ValueError: not an archive of plain arrays; one line.
     """
-    path = result_path(out, dataset).with_suffix(".predictions.npz")
+    path = predictions_path(out, dataset)
     try:
         with path.open("rb") as file:
             size = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
             if size > _MAX_PREDICTIONS:
                 raise ValueError(f"{size:,} bytes, where at most {_MAX_PREDICTIONS:,} are expected")
             file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            return read_arrays(file)
+    except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not predictions: {error}") from None
+
+
+def read_arrays(file: IO[bytes]) -> dict[str, npt.NDArray[Any]]:
+    """The plain arrays in an .npz file, which is not trusted.
+
+    Raises:
+      ValueError: another file, or a damaged one.
+    """
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("one array, not an archive of them")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    # RuntimeError: a member that is encrypted, or compressed as zipfile cannot.
+    except (EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error)) from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of any other file
+            raise ValueError(f"{name} is no array")
+    return arrays
 
 
 def dump_json(content: Mapping[str, Any]) -> str:

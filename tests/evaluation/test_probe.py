@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pathlib
@@ -22,7 +23,7 @@ from tclip_jax.data.sources import open_source
 from tclip_jax.evaluation import features as features_module
 from tclip_jax.evaluation import probe as probe_module
 from tclip_jax.evaluation.comparison import compare
-from tclip_jax.evaluation.features import features
+from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.probe import STRENGTHS, few_shot, linear_probe, search, t_interval
 from tclip_jax.evaluation.probe_suite import probe, suite_pairs
 from tclip_jax.evaluation.results import read_predictions, read_result
@@ -149,15 +150,31 @@ def test_embeddings_are_computed_once(
     assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", None])
-def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes | None) -> None:
+def saved(save: Any, *arrays: Any, **named: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arrays, **named)
+    return buffer.getvalue()
+
+
+SCALARS = dict.fromkeys(Features._fields, np.float32(0)) | {"embeddings": np.zeros((2, 6), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK",
+        saved(np.save, np.zeros(3)),
+        saved(np.savez, embeddings=np.array([{}], object)),
+        saved(np.savez, **SCALARS),
+    ],
+    ids=["empty", "half", "one array", "a pickle", "scalars"],
+)
+def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes) -> None:
     source = open_source(f"wds:{exports.write(tmp_path / 'data', [0, 1], ['a', 'b'])}", "test")
     features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
-    if content is None:
-        np.savez(path, embeddings=np.array([{}], object))
-    else:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{path}: not embeddings: .*; delete it$"):
         features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
 

@@ -278,6 +278,7 @@ def test_clip_benchmark_makes_its_table_of_ours_and_we_read_its_results(tmp_path
     ("content", "message"),
     [
         ("[]", "is \\[\\]: it must be a mapping"),
+        ("[" * 100_000, "not JSON"),
         ('{"dataset": "x"}', "lacks 'model'"),
         ('{"dataset":"x","model":"m","pretrained":"","task":"t","metrics":{"acc1":"high"}}', "metric acc1 is 'high'"),
     ],
@@ -287,6 +288,20 @@ def test_what_is_no_result(tmp_path: pathlib.Path, content: str, message: str) -
     with pytest.raises(ValueError, match=message) as error:
         read_result(tmp_path / "x.json")
     assert str(error.value).startswith(f"{tmp_path}/x.json")
+
+
+def test_damaged_predictions_are_named(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.predictions.npz"
+    np.savez_compressed(path, keys=np.random.default_rng(0).random(1000))
+    whole = path.read_bytes()
+    for position in range(100, len(whole) - 200, 97):
+        path.write_bytes(whole[:position] + b"\xff\xff\xff" + whole[position + 3 :])
+        with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions: "):
+            read_predictions(tmp_path, "x")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("labels", b"no array")
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions: labels is no array$"):
+        read_predictions(tmp_path, "x")
 
 
 def test_predictions_are_never_unpickled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
