@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.data.sources import Source
+from tclip_jax.data.sources import BadSample, Source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.results import read_arrays
 from tclip_jax.evaluation.rows import encode_rows
@@ -87,7 +87,11 @@ def features(
 def _name(encoder: Encoder, source: Source, weights: str) -> str:
     digest = hashlib.sha256(f"{weights} {encoder.dtype} {encoder.preprocess} {len(source)}".encode())
     for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)) if len(source) else ():
-        record = source[int(index)]
+        try:
+            record = source[int(index)]
+        except BadSample as error:
+            digest.update(f"\n{error} ".encode())
+            continue
         digest.update(f"\n{record.name} {np.asarray(record.label).tolist()} ".encode())
         digest.update(record.image if isinstance(record.image, bytes) else record.image.tobytes())
     return digest.hexdigest()[:32]

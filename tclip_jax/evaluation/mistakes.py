@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.pipeline import to_pil
-from tclip_jax.data.sources import Record, Source
+from tclip_jax.data.sources import BadSample, Record, Source
 from tclip_jax.evaluation.metrics import average_precision
 from tclip_jax.evaluation.results import Predictions
 
@@ -42,11 +42,14 @@ def examples(predictions: Predictions, source: Source, limit: int) -> list[Examp
     Args:
       predictions: as `read_predictions` describes them.
       source: the data that was evaluated.
+
+    Raises:
+      ValueError: the source has another image in the place of one of them.
     """
     found = []
-    for row in _wrong(predictions, limit):
-        record = source[int(predictions["index"][row])]
-        found.append(_example(record, *_words(predictions, int(row), record, source.classnames)))
+    for row in map(int, _wrong(predictions, limit)):
+        if record := _record(predictions, row, source):
+            found.append(_example(record, *_words(predictions, row, record, source.classnames)))
     return [each for each in found if each]
 
 
@@ -59,14 +62,23 @@ def changed(first: Predictions, second: Predictions, keys: Sequence[str], source
     found = []
     for key in (keys[i] for i in _spread(len(keys), limit)):
         here, there = (int(np.flatnonzero(each["keys"] == key)[0]) for each in (first, second))
-        place = int(first["index"][here])
-        record = source[place] if place < len(source) else None
-        if record is None or record.name != key:
-            raise ValueError(f"image {place} is {record.name if record else 'not there'}, not {key}")
-        truth, a = _words(first, here, record, source.classnames)
-        _, b = _words(second, there, record, source.classnames)
-        found.append(_example(record, truth, f"A: {a}; B: {b}"))
+        if record := _record(first, here, source):
+            truth, a = _words(first, here, record, source.classnames)
+            _, b = _words(second, there, record, source.classnames)
+            found.append(_example(record, truth, f"A: {a}; B: {b}"))
     return [each for each in found if each]
+
+
+def _record(predictions: Predictions, row: int, source: Source) -> Record | None:
+    """The record that a row is of; None where it cannot be read."""
+    place, key = int(predictions["index"][row]), str(predictions["keys"][row])
+    try:
+        record = source[place] if place < len(source) else None
+    except BadSample:
+        return None
+    if record is None or record.name != key:
+        raise ValueError(f"image {place} is {record.name if record else 'not there'}, not {key}")
+    return record
 
 
 def _example(record: Record, truth: str, said: str) -> Example | None:

@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from tclip_jax.cli import main
-from tclip_jax.data.sources import Record
-from tclip_jax.data.sources.webdataset import Webdataset
+from tclip_jax.data.sources import BadSample, Record
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
@@ -71,12 +70,14 @@ def test_the_page_shows_what_was_measured_and_loads_nothing(evaluated: Any) -> N
             picture.load()
 
 
-def test_data_that_is_gone_leaves_the_numbers(evaluated: Any) -> None:
+def test_data_that_is_gone_or_another_leaves_the_numbers(evaluated: Any, exports: types.SimpleNamespace) -> None:
     report, out, tasks = evaluated
     (out / "mnist.predictions.npz").unlink()
+    exports.write(tasks[1].open()[1]._folder, [np.eye(20, dtype=np.int64)[0]], [str(i) for i in range(20)], shards=1)
     (tasks[2].open()[1]._folder / "test" / "nshards.txt").unlink()
     words = Page(to_html(report, out, tasks)).words
-    assert sum(word.startswith("no examples: ") for word in words) == 2
+    assert sum(word.startswith("no examples: ") for word in words) == 3
+    assert any(word.startswith("no examples: image ") for word in words)
 
 
 def test_images_that_cannot_be_read_again_leave_the_numbers(evaluated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +111,14 @@ class Pictures:
         return self._count
 
     def __getitem__(self, index: int) -> Record:
+        if index == 4:
+            raise BadSample("unreadable", "4", "the disk is gone")
         image: Any = b"no image" if index == 2 else np.full((300, 200, 3), 10 * index, np.uint8)
         return Record(image, ("a caption",), 0, str(index))
 
 
 PREDICTIONS = {
+    "keys": np.array(["0", "2", "3", "5", "7", "9"]),
     "index": np.array([0, 2, 3, 5, 7, 9]),
     "labels": np.array([0, 1, 1, 2, 0, 1]),
     "top": np.array([[0, 1], [0, 1], [2, 1], [2, 0], [1, 0], [2, 0]]),
@@ -132,6 +136,10 @@ def test_mistakes_are_found_by_their_place_in_the_source() -> None:
             shades.append(round(np.asarray(picture).mean() / 10))
     assert shades == [3, 7, 9]
     assert len(examples(PREDICTIONS, Pictures(10), 1)) == 0 and len(examples(PREDICTIONS, Pictures(10), 2)) == 1
+    lost = {"keys": np.array(["4", "5"]), "index": np.array([4, 5]), "labels": np.ones(2, int), "top": np.zeros((2, 1))}
+    assert [each.truth for each in examples(lost, Pictures(10), 5)] == ["dog"]
+    with pytest.raises(ValueError, match=r"^image 5 is 5, not 6$"):
+        examples(lost | {"keys": np.array(["4", "6"])}, Pictures(10), 5)
 
 
 def test_confusions_and_weakest_classes() -> None:
@@ -145,6 +153,7 @@ def test_confusions_and_weakest_classes() -> None:
 
 def test_several_labels() -> None:
     predictions = {
+        "keys": np.array(["0", "1", "3"]),
         "index": np.array([0, 1, 3]),
         "labels": np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0]]),
         "scores": np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]),

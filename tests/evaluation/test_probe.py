@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from tclip_jax.artifacts import write_artifact
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources import BadSample, Record, open_source
 from tclip_jax.evaluation import features as features_module
 from tclip_jax.evaluation import probe as probe_module
 from tclip_jax.evaluation.comparison import compare
@@ -148,6 +148,24 @@ def test_embeddings_are_computed_once(
     features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
     features(exports.Direct(), source, weights="w", cache=None)
     assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_record_that_cannot_be_read_is_left_out(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> None:
+    class Partial:
+        classnames = ("a", "b")
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Record:
+            if index == 3:
+                raise BadSample("unreadable", "3", "the disk is gone")
+            return Record(np.full((4, 4, 3), 40 * index, np.uint8), (), index % 2, str(index))
+
+    found = features(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
+    assert found.keys.tolist() == ["0", "1", "2"]
+    again = features(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again.embeddings, found.embeddings)
 
 
 def saved(save: Any, *arrays: Any, **named: Any) -> bytes:
