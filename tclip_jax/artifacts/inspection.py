@@ -64,8 +64,8 @@ def inspect_artifact(folder: epath.PathLike) -> dict[str, Any]:
         "bytes": {"trits": trit_bytes, "scales": scale_bytes, "float parameters, headers": rest},
         "layers": rows,
         "ternary": artifact.manifest["ternary"],
-        "provenance": artifact.manifest["provenance"],
-        "figures": artifact.manifest["figures"],
+        "provenance": artifact.manifest.get("provenance", {}),
+        "figures": artifact.manifest.get("figures", {}),
     }
 
 

@@ -49,7 +49,7 @@ def dump_manifest(fields: Mapping[str, Any]) -> bytes:
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
-    """The fields of tclip.json; figures and provenance, which it need not have, are then empty.
+    """The fields of tclip.json.
 
     Raises:
       ArtifactError: not JSON, another format, a newer version, bytes that do not fit the checksum, or a part that is

@@ -101,7 +101,7 @@ def load_stored(path: epath.PathLike) -> Stored:
     if (epath.Path(path) / MANIFEST).exists():
         artifact = read_artifact(path, jax.device_put)
         params = jax.device_get(artifact.params)  # on a CPU the same memory
-        return Stored(artifact.config, artifact.preprocess, params, figures=artifact.manifest["figures"])
+        return Stored(artifact.config, artifact.preprocess, params, figures=artifact.manifest.get("figures", {}))
     if is_checkpoint(path):
         checkpoint = open_checkpoint(path)
         return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params)
