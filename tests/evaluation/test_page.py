@@ -15,6 +15,7 @@ from PIL import Image
 
 from tclip_jax.cli import main
 from tclip_jax.data.sources import BadSample, Record
+from tclip_jax.data.sources.webdataset import Webdataset
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
