@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 
 from tclip_jax.evaluation.paired import Predicted, paired
-from tclip_jax.evaluation.results import SUMMARY, Result, predictions_path, read_result
+from tclip_jax.evaluation.results import PROBE_C, SUMMARY, Result, predictions_path, read_result
 from tclip_jax.evaluation.statistics import interval, mcnemar
 from tclip_jax.evaluation.suite import MAIN_METRIC
 
@@ -114,7 +114,7 @@ def compare(
 
     Raises:
       FileNotFoundError: a folder that is not there.
-      ValueError: a folder without results, or a file that is none.
+      ValueError: a folder without results or with two of one data set, or a file that is none.
     """
     ours, theirs = _results(a), _results(b)
     rows, samples, refused = [], [], {}
@@ -138,10 +138,16 @@ def _results(folder: epath.PathLike) -> dict[str, Result]:
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected what `tclip evaluate --out` wrote")
-    found = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != SUMMARY]
+    found: dict[str, Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != SUMMARY:
+            result = read_result(path)
+            if result.dataset in found:
+                raise ValueError(f"{path}: a second result of {result.dataset}: a folder is of one model")
+            found[result.dataset] = result
     if not found:
         raise ValueError(f"{folder}: no results (<dataset>.json) in it")
-    return {result.dataset: result for result in found}
+    return found
 
 
 def _models(results: Mapping[str, Result]) -> str:
@@ -163,7 +169,7 @@ def _compare(
     name = ours.dataset
     if ours.task != theirs.task:
         raise ValueError(f"{ours.task} in A, {theirs.task} in B")
-    common = [metric for metric in ours.metrics if metric in theirs.metrics]
+    common = [metric for metric in ours.metrics if metric in theirs.metrics and metric != PROBE_C]
     main = next((metric for metric in (*MAIN_METRIC.values(), *common) if metric in common), "")
     if not main:
         raise ValueError("no metric that both sides have")
@@ -180,6 +186,11 @@ def _compare(
         for metric in common
         if first.has(metric) and not math.isnan(ours.metrics[metric])
     }
+    if any(only):
+        # What the predictions do not give is of all images of either side.
+        deltas = {}
+        if main not in found:
+            raise ValueError(f"{main} cannot be computed on the images of both")
     for metric, samples in found.items():
         deltas[metric] = Delta(first.value(metric), second.value(metric), *interval(samples))
     return Row(name, main, len(first.keys), *only, deltas, _flips(first, second)), found.get(main, np.empty(0))

@@ -21,7 +21,7 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.metrics import hit_rate, mean_per_class_recall
 from tclip_jax.evaluation.probe import few_shot, linear_probe, t_interval
-from tclip_jax.evaluation.results import Predictions, Result, read_result, result_path, write_result
+from tclip_jax.evaluation.results import PROBE_C, Predictions, Result, read_result, result_path, write_result
 from tclip_jax.evaluation.runner import versions
 from tclip_jax.evaluation.suite import find_datasets
 from tclip_jax.evaluation.tasks import SPLIT, fetch
@@ -135,13 +135,13 @@ def probe(
 
 def probe_table(results: Sequence[Result]) -> str:
     """A line for each data set and probe, in per cent."""
-    rows = [["data set", "probe", "images", "acc1", "95 % over seeds", "acc5", "per class", "C"]]
+    rows = [["data set", "probe", "images", "acc1", "95 % over seeds", "acc5", "per class", PROBE_C]]
     for result in results:
         metrics = result.metrics
         low, high = (100 * metrics.get(name, math.nan) for name in ("acc1_low", "acc1_high"))
         cells = ["" if math.isnan(metrics[name]) else f"{100 * metrics[name]:.2f}" for name in ("acc1", *_MEANS)]
         spread = "" if math.isnan(low) else f"{low:.2f} … {high:.2f}"
-        strength = f"{metrics['C']:.3g}" if "C" in metrics else ""
+        strength = f"{metrics[PROBE_C]:.3g}" if PROBE_C in metrics else ""
         probe_name = result.task.replace("_", " ")
         rows.append([result.dataset, probe_name, f"{result.samples:,}", cells[0], spread, *cells[1:], strength])
     return "\n".join(aligned(rows))
@@ -164,7 +164,7 @@ def _fitted(name: str, train: Features, test: Features, seeds: int) -> tuple[dic
     classes = len(np.unique(train.labels))
     if name == LINEAR:
         c, top = linear_probe(train.embeddings, train.labels, test.embeddings)
-        return {**_metrics(top, test, classes), "C": c}, predictions | {"top": top}
+        return {**_metrics(top, test, classes), PROBE_C: c}, predictions | {"top": top}
     shots = int(name.partition("_")[0])
     runs = [
         few_shot(train.embeddings, train.labels, test.embeddings, shots=shots, seed=seed).top for seed in range(seeds)

@@ -19,6 +19,7 @@ from tclip_jax.schema import from_mapping
 from tclip_jax.storage import write_atomic
 
 SUMMARY = "summary.json"
+PROBE_C = "C"  # among the metrics of a linear probe: the C that was chosen
 _MAX_PREDICTIONS = 1 << 30  # bytes unpacked; the largest of the 41 have 20 MB
 Predictions = dict[str, npt.NDArray[Any]]
 
@@ -32,7 +33,7 @@ class Result:
       model: what was evaluated, as it was named.
       pretrained: which weights: a hash of them, or the step of a run.
       task: zeroshot_classification, zeroshot_retrieval, or the name of a further suite's.
-      metrics: fractions 0–1 by name; NaN where a metric is not defined.
+      metrics: fractions 0–1 by name, but for `PROBE_C`; NaN where a metric is not defined.
       language: of the class names and captions.
       dtype: of the computation.
       versions: of the libraries, and the kind of device.

@@ -87,7 +87,7 @@ def retrieval_ranks(image_embeddings: Embeddings, text_embeddings: Embeddings, t
         columns = slice(left, left + _TILE)
         images = _tile(image_embeddings[columns])
         if not np.isfinite(images).all():
-            raise ValueError(f"image embeddings {left} to {left + _TILE - 1} are not all finite")
+            raise ValueError(f"image embeddings {left} to {min(left + _TILE, count) - 1} are not all finite")
         for top in range(0, captions, _TILE):
             rows = slice(top, top + _TILE)
             scores = _scores(_tile(text_embeddings[rows]), images)

@@ -136,6 +136,30 @@ def test_other_images_are_refused_by_name_or_intersected_aloud(
     assert row.deltas["acc1"].a == np.mean((side["top"][:, 0] == side["labels"])[kept])
 
 
+def test_what_the_predictions_do_not_give_is_not_said_of_a_part_of_the_images(tmp_path: pathlib.Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, images in ((a, N), (b, N - 30)):
+        share = np.random.default_rng(images).integers(0, 6, images) / 5
+        predictions = {"keys": np.array([f"s{i:04d}" for i in range(images)]), "index": np.arange(images)}
+        predictions |= {"labels": np.arange(images) % CLASSES, "share": share}
+        write(folder, "mnist", {"acc1": share.mean(), "acc5": 0.9}, predictions, "4_shot")
+    (row,) = compare(a, b, intersect=True, resamples=100).rows
+    assert row.images == N - 30 and set(row.deltas) == {"acc1"}
+    for folder in (a, b):
+        predictions = read_predictions(folder, "mnist")
+        write(folder, "mnist", {"acc5": 0.9}, predictions, "4_shot")
+    refused = {"mnist": "acc5 cannot be computed on the images of both"}
+    assert compare(a, b, intersect=True, resamples=100).refused == refused
+
+
+def test_a_folder_of_two_models_is_refused(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    (folders[1] / "mnist_other_model.json").write_text((folders[1] / "mnist.json").read_text())
+    with pytest.raises(
+        ValueError, match=r"mnist_other_model\.json: a second result of mnist: a folder is of one model$"
+    ):
+        compare(*folders, resamples=100)
+
+
 def predictions_of(folder: pathlib.Path, dataset: str, **changes: Any) -> None:
     np.savez(folder / f"{dataset}.predictions.npz", **(read_predictions(folder, dataset) | changes))
 

@@ -236,6 +236,7 @@ def test_a_suite_of_probes_resumes_and_compares(
     for name in ("linear_probe", "1_shot"):
         found = compare(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
         assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
+        assert "C" not in found.rows[0].deltas, "it is no fraction"
 
 
 def test_both_splits_are_downloaded(tmp_path: pathlib.Path, exports: types.SimpleNamespace, hub: Any) -> None:
