@@ -11,7 +11,6 @@ error, nothing is measured.
 from __future__ import annotations
 
 import argparse
-import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import write_page
+    from tclip_jax.evaluation.results import dump_json
     from tclip_jax.evaluation.runner import evaluate
     from tclip_jax.evaluation.table import report_table
     from tclip_jax.evaluation.tasks import source_task, suite_tasks
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(report.errors[args.data])
         if args.html and first:
             write_page(args.html, report, args.out, tasks)
-        if first:
-            print(json.dumps(report.summary(name, weights, args.dtype)) if args.json else report_table(report))
+        if first and args.json:
+            print(dump_json(report.summary(name, weights, args.dtype), indent=None), end="")
+        elif first:
+            print(report_table(report))
     return 1 if report.errors else 3 if report.partial else 0

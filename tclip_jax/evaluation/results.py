@@ -142,9 +142,9 @@ def read_arrays(file: IO[bytes]) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def dump_json(content: Mapping[str, Any]) -> str:
-    """Indented JSON, in which NaN is null: other programs refuse Python's NaN."""
-    return json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+def dump_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
+    """JSON, in one line without `indent`, in which NaN is null: other programs refuse Python's NaN."""
+    return json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:

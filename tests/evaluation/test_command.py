@@ -85,6 +85,11 @@ def test_a_suite_and_its_exit_codes(
     assert "PARTIAL  mnist: 1 x unreadable image" in capsys.readouterr().out
     assert run("mnist,stl10", "two", "--dtype", "bfloat16") == 2
     assert "two/mnist.json: of " in capsys.readouterr().err
+    exports.write(tmp_path / "data" / "wds_renderedsst2", [0, 1], ["bad", "good"])
+    capsys.readouterr()
+    assert run("renderedsst2", "four", "--json") == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["datasets"]["renderedsst2"]["acc5"] is None
     assert run("minst", "three") == 2 and not (tmp_path / "three").exists()
 
 
