@@ -15,7 +15,7 @@ from etils import epath
 from tclip_jax.evaluation.paired import Predicted, paired
 from tclip_jax.evaluation.results import PROBE_C, SUMMARY, Result, predictions_path, read_result
 from tclip_jax.evaluation.statistics import interval, mcnemar
-from tclip_jax.evaluation.suite import MAIN_METRIC
+from tclip_jax.evaluation.suite import main_metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _compare(
     if ours.task != theirs.task:
         raise ValueError(f"{ours.task} in A, {theirs.task} in B")
     common = [metric for metric in ours.metrics if metric in theirs.metrics and metric != PROBE_C]
-    main = next((metric for metric in (*MAIN_METRIC.values(), *common) if metric in common), "")
+    main = main_metric(common)
     if not main:
         raise ValueError("no metric that both sides have")
     deltas = {metric: Delta(ours.metrics[metric], theirs.metrics[metric]) for metric in common}

@@ -45,6 +45,20 @@ def mean_per_class_recall(predictions: Integers, labels: Integers) -> float:
     return float(np.mean(right[rows > 0] / rows[rows > 0]))
 
 
+def classification_metrics(top: Integers, labels: Integers, classes: int) -> dict[str, float]:
+    """acc1, acc5 (NaN of fewer than five classes) and mean_per_class_recall.
+
+    Args:
+      top: the min(5, classes) most probable classes of each row, best first (N, k), as of `top_k`.
+      labels: true classes (N,), from 0.
+    """
+    return {
+        "acc1": hit_rate(top[:, :1], labels),
+        "acc5": hit_rate(top, labels) if classes >= 5 else float("nan"),
+        "mean_per_class_recall": mean_per_class_recall(top[:, 0], labels),
+    }
+
+
 def average_precision(scores: Floats, targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Of each class (C,) the mean of the precision at each of its positives; 0 for a class that has none.
 

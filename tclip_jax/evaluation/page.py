@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tclip_jax.evaluation.mistakes import Example, confusions, examples, weakest_classes
 from tclip_jax.evaluation.results import Predictions, Result, read_predictions
 from tclip_jax.evaluation.runner import Report
-from tclip_jax.evaluation.suite import MAIN_METRIC
+from tclip_jax.evaluation.suite import main_metric
 from tclip_jax.evaluation.table import average_lines, problem_lines, table_rows
 from tclip_jax.evaluation.tasks import Task
 from tclip_jax.pages import data_uri, details, heading, page, paragraph, plot, table
@@ -76,8 +76,8 @@ def plot_metrics(results: Sequence[Result]) -> Figure:
 
 
 def _main(result: Result) -> tuple[str, float]:
-    """The metric for tables and its value; the first there is where it is none of the usual ones."""
-    name = next((metric for metric in (*MAIN_METRIC.values(), *result.metrics) if metric in result.metrics), "")
+    """The metric for tables and its value."""
+    name = main_metric(result.metrics)
     return name, result.metrics.get(name, math.nan)
 
 

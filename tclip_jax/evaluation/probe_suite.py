@@ -19,9 +19,9 @@ from tclip_jax.data.sources import Source, open_source
 from tclip_jax.data.sources.webdataset import SHARD_COUNT
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.features import Features, features
-from tclip_jax.evaluation.metrics import hit_rate, mean_per_class_recall
+from tclip_jax.evaluation.metrics import classification_metrics
 from tclip_jax.evaluation.probe import few_shot, linear_probe, t_interval
-from tclip_jax.evaluation.results import PROBE_C, Predictions, Result, read_result, result_path, write_result
+from tclip_jax.evaluation.results import PROBE_C, Predictions, Result, find_result, write_result
 from tclip_jax.evaluation.runner import versions
 from tclip_jax.evaluation.suite import find_datasets
 from tclip_jax.evaluation.tasks import SPLIT, fetch
@@ -94,7 +94,7 @@ def probe(
     with tqdm.tqdm(unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         for pair in pairs:
             bar.set_description(pair.name)
-            found = {name: _found(epath.Path(out) / name, pair.name, weights, encoder.dtype) for name in names}
+            found = {name: find_result(epath.Path(out) / name, pair.name, weights, encoder.dtype) for name in names}
             results += [each for each in found.values() if each]
             left = [name for name in names if not found[name]]
             if not left:
@@ -147,37 +147,17 @@ def probe_table(results: Sequence[Result]) -> str:
     return "\n".join(aligned(rows))
 
 
-def _found(folder: epath.Path, dataset: str, weights: str, dtype: str) -> Result | None:
-    path = result_path(folder, dataset)
-    if not path.exists():
-        return None
-    result = read_result(path)
-    if (result.pretrained, result.dtype) != (weights, dtype):
-        raise ValueError(
-            f"{path}: of {result.pretrained} in {result.dtype}, not of {weights} in {dtype}: choose another folder"
-        )
-    return result
-
-
 def _fitted(name: str, train: Features, test: Features, seeds: int) -> tuple[dict[str, float], Predictions]:
     predictions: Predictions = {"keys": test.keys, "index": test.places, "labels": test.labels}
     classes = len(np.unique(train.labels))
     if name == LINEAR:
         c, top = linear_probe(train.embeddings, train.labels, test.embeddings)
-        return {**_metrics(top, test, classes), PROBE_C: c}, predictions | {"top": top}
+        return {**classification_metrics(top, test.labels, classes), PROBE_C: c}, predictions | {"top": top}
     shots = int(name.partition("_")[0])
     runs = [
         few_shot(train.embeddings, train.labels, test.embeddings, shots=shots, seed=seed).top for seed in range(seeds)
     ]
-    each = [_metrics(top, test, classes) for top in runs]
+    each = [classification_metrics(top, test.labels, classes) for top in runs]
     metrics = {metric: float(np.mean([run[metric] for run in each])) for metric in each[0]}
     metrics["acc1_low"], metrics["acc1_high"] = t_interval([run["acc1"] for run in each])
     return metrics, predictions | {"share": np.mean([top[:, 0] == test.labels for top in runs], axis=0)}
-
-
-def _metrics(top: np.ndarray, test: Features, classes: int) -> dict[str, float]:
-    return {
-        "acc1": hit_rate(top[:, :1], test.labels),
-        "acc5": hit_rate(top, test.labels) if classes >= 5 else math.nan,
-        "mean_per_class_recall": mean_per_class_recall(top[:, 0], test.labels),
-    }

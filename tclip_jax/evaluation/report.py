@@ -12,6 +12,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tclip_jax.artifacts.inspection import weight_name
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.storage import write_atomic
@@ -88,19 +89,14 @@ def plot_dynamics(axes: npt.NDArray[Any], looks: Sequence[Mapping[str, Any]]) ->
     for each, (name, title) in zip(axes, titles.items(), strict=False):
         for path in looks[-1]["trits"]:
             points = [(look["step"], 100 * np.mean(look["trits"][path][name])) for look in looks]
-            each.plot(*zip(*points, strict=True), label=_short(path), marker="o", markersize=3)
+            each.plot(*zip(*points, strict=True), label=weight_name(path), marker="o", markersize=3)
         each.set(title=title, xlabel="step")
         each.grid(alpha=0.3)
     for path, look in looks[-1]["trits"].items():
-        axes[-1].stairs(np.mean(look["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=_short(path))
+        axes[-1].stairs(np.mean(look["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=weight_name(path))
     axes[-1].set(title="|w| / s at the end, shares", xlabel="|w| / s")
     axes[-1].axvline(0.5, color="grey", linewidth=0.8)  # the threshold of most quantizers
     axes[-1].legend(frameon=False, fontsize=6)
-
-
-def _short(path: str) -> str:
-    tower, *names = path.removesuffix("/kernel").removesuffix("/embedding").split("/")
-    return f"{tower} {names[-1]}"
 
 
 def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
@@ -108,10 +104,10 @@ def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
     shares = {}
     for path, leaf in flatten(params).items():
         if isinstance(leaf, TernaryTensor):
-            tower, *names = path.removesuffix("/kernel").removesuffix("/embedding").split("/")
-            layers = np.asarray(leaf.trits)
-            for layer, each in enumerate(layers if "blocks" in names else [layers]):
-                label = f"{tower} {layer} {names[-1]}" if "blocks" in names else f"{tower} {names[-1]}"
+            tower, _, weight = weight_name(path).partition(" ")
+            trits, stacked = np.asarray(leaf.trits), len(leaf.shape) == 3
+            for layer, each in enumerate(trits if stacked else [trits]):
+                label = f"{tower} {layer} {weight}" if stacked else f"{tower} {weight}"
                 shares[label] = {trit: 100 * float(np.mean(each == trit)) for trit in (-1, 0, 1)}
     left = np.zeros(len(shares))
     for trit, color in _COLORS.items():

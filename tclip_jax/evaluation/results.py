@@ -96,6 +96,22 @@ def read_result(path: epath.PathLike) -> Result:
     return dataclasses.replace(result, metrics=metrics)
 
 
+def find_result(out: epath.PathLike, dataset: str, weights: str, dtype: str) -> Result | None:
+    """The result of a data set that is in `out` already, or None.
+
+    Raises:
+      ValueError: it is of other weights or another dtype, or no result.
+    """
+    path = result_path(out, dataset)
+    if not path.exists():
+        return None
+    result = read_result(path)
+    if (result.pretrained, result.dtype) != (weights, dtype):
+        has = f"{result.model} ({result.pretrained}) in {result.dtype}"
+        raise ValueError(f"{path}: of {has}, not of {weights} in {dtype}: choose another folder")
+    return result
+
+
 def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
     """The arrays beside a result, one row per image that counts, in the order of the data set.
 

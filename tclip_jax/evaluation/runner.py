@@ -23,8 +23,7 @@ from tclip_jax.evaluation.results import (
     Predictions,
     Result,
     dump_json,
-    read_result,
-    result_path,
+    find_result,
     write_result,
 )
 from tclip_jax.evaluation.suite import DATASETS, Dataset
@@ -147,16 +146,8 @@ def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str)
     """The results that are there already, as mappings."""
     if jax.process_index() == 0:
         epath.Path(out).mkdir(parents=True, exist_ok=True)
-    found = {}
-    for task in tasks:
-        path = result_path(out, task.dataset.name)
-        if path.exists():
-            result = read_result(path)
-            if (result.pretrained, result.dtype) != (weights, dtype):
-                has = f"{result.model} ({result.pretrained}) in {result.dtype}"
-                raise ValueError(f"{path}: of {has}, not of {weights} in {dtype}: choose another folder")
-            found[task.dataset.name] = dataclasses.asdict(result)
-    return found
+    found = {task.dataset.name: find_result(out, task.dataset.name, weights, dtype) for task in tasks}
+    return {name: dataclasses.asdict(result) for name, result in found.items() if result}
 
 
 def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.tqdm[Any]) -> tuple[Result, Predictions]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from tclip_jax.data.sources.webdataset import Kind
 from tclip_jax.schema import check_keys
@@ -12,6 +13,12 @@ MAIN_METRIC: dict[Kind, str] = {
     "multilabel": "mean_average_precision",
     "retrieval": "image_retrieval_recall@5",
 }
+
+
+def main_metric(metrics: Iterable[str]) -> str:
+    """The one for tables among these: that of a kind, else the first, "" of none."""
+    metrics = list(metrics)
+    return next((metric for metric in (*MAIN_METRIC.values(), *metrics) if metric in metrics), "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tclip_jax.data.prompts import captions, get_templates
 from tclip_jax.data.sources import Source
 from tclip_jax.data.sources.webdataset import Kind
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision, mean_per_class_recall, top_k
+from tclip_jax.evaluation.metrics import classification_metrics, mean_average_precision, top_k
 from tclip_jax.evaluation.results import Predictions
 from tclip_jax.evaluation.retrieval import recall, retrieval_ranks
 from tclip_jax.evaluation.rows import Progress, Rows, encode_rows
@@ -77,11 +77,7 @@ def classify(encoder: Encoder, source: Source, templates: Templates, progress: P
     rows, top = encode_rows(encoder, source, lambda images: top_k(100 * images @ classes.T, 5), progress)
     kept, failed = _kept(rows, NO_LABEL, lambda i: isinstance(rows.labels[i], int) and 0 <= rows.labels[i] < count)
     labels, top = np.array([rows.labels[i] for i in kept], np.int32), top[kept]
-    metrics = {
-        "acc1": hit_rate(top[:, :1], labels),
-        "acc5": hit_rate(top, labels) if count >= 5 else float("nan"),
-        "mean_per_class_recall": mean_per_class_recall(top[:, 0], labels),
-    }
+    metrics = classification_metrics(top, labels, count)
     return Outcome(metrics, _named(rows, kept) | {"labels": labels, "top": top}, failed)
 
 

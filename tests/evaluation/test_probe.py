@@ -230,7 +230,7 @@ def test_a_suite_of_probes_resumes_and_compares(
     monkeypatch.setattr("tclip_jax.evaluation.probe_suite.features", None)
     again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **given)
     assert [each.task for each in again] == ["linear_probe", "1_shot", "2_shot"]
-    with pytest.raises(ValueError, match="of w in float32, not of v in float32: choose another folder"):
+    with pytest.raises(ValueError, match=r"of b \(w\) in float32, not of v in float32: choose another folder"):
         probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(given | {"weights": "v"}))
 
     for name in ("linear_probe", "1_shot"):

@@ -81,7 +81,7 @@ def test_bars_are_the_shares_of_trits_per_layer() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "image 0 fc1",
         "image 1 fc1",
-        "text token_embedding",
+        "text token embedding",
     ]
     for trit, bars in zip((-1, 0, 1), axes.containers, strict=True):
         assert bars.get_label() == {-1: "-1", 0: "0", 1: "+1"}[trit]
