@@ -27,6 +27,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
+from configs.accuracy import VARIANTS
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.artifacts.sizes import ternary_share, zero_share
@@ -42,11 +43,6 @@ from tclip_jax.training.teacher_cache import write_cache
 from tclip_jax.training.telemetry import read_metrics
 
 FULL = "full"
-VARIANTS = (
-    FULL, "full_twice", "full_fourfold", "full_eightfold", "ternaryclip", "bitnet", "twn", "least_squares", "lsq",
-    "seq", "twice", "fourfold", "eightfold", "group64", "gradual", "recovery", "average", "patches", "hidden",
-    "relations",
-)  # fmt: skip
 IN_THE_STEP = ("hidden", "relations")  # need more of the teacher than its embeddings
 METRICS = {
     "cifar10": {"accuracy": ("test", "acc1")},
