@@ -106,14 +106,19 @@ def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after two that compile and warm up."""
+    """Seconds of every run in every round; the first run of each compiles.
+
+    Each follows one of its own that is not timed: the step that comes after one of PyTorch's takes half as long again.
+    """
+    for run in runs.values():
+        run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(-2, rounds):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run()
             started = time.perf_counter()
             run()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
     return seconds
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,18 @@ from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_a
 from tclip_jax.parallel.mesh import constrain
 from tclip_jax.parallel.rules import matrix_specs
 from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
-from tclip_jax.ternary.gathering import Placement, gather_float, look_up
+from tclip_jax.ternary.gathering import LEVELS, Placement, gather_float, look_up
 
 Initializer = nn.initializers.Initializer
 
 
-class Latent(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weight", "alpha", "share"),
+    meta_fields=("size", "quantizer", "axis", "placement"),
+)
+@dataclasses.dataclass(frozen=True)
+class Latent:
     """A float weight as a matrix, or rows of one, and all that quantizes it; no quantizer: it stays float.
 
     Attributes:
@@ -44,7 +52,7 @@ class Latent(NamedTuple):
         if self.placement or whole:
             return self.quantized(jnp.float32)[index].astype(dtype)
         alpha = None if self.alpha is None else self.alpha[index]
-        return self._replace(weight=self.weight[index], alpha=alpha).quantized(dtype)
+        return dataclasses.replace(self, weight=self.weight[index], alpha=alpha).quantized(dtype)
 
     def quantized(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """What a product multiplies by, in `dtype` and where it is used."""
@@ -81,6 +89,16 @@ def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts:
     if isinstance(weight, PackedTensor | TernaryTensor):
         y = ternary_matmul(x, weight)
         return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
+    product = functools.partial(_multiply_latent, parts=parts)
+    if weight.quantizer is None:
+        return product(x, weight)
+    # Quantized weights of every layer, kept for the backward pass, are as large as the latent ones. Levels and packed
+    # trits are not, and to expand them again takes less time than to write and read the weights.
+    policy = jax.checkpoint_policies.save_only_these_names(LEVELS)
+    return jax.checkpoint(product, prevent_cse=False, policy=policy)(x, weight)
+
+
+def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
     w_KN = weight.quantized(x.dtype)
     if parts == 1:
         return x @ w_KN

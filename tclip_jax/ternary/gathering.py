@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tclip_jax.ternary.quantizers import Quantizer, ternarize
 from tclip_jax.ternary.tensor import TernaryTensor
+
+# What `checkpoint_name` calls all that quantized weights follow from: scales, thresholds and packed trits.
+LEVELS = "levels"
 
 
 class Placement(NamedTuple):
@@ -48,6 +52,7 @@ def gather_ternary(
     Arguments are those of `ternarize`.
     """
     packed, scale, group = _moved(w, quantizer, axis, alpha, placement, dtype)
+    packed, scale = checkpoint_name((packed, scale), LEVELS)
     trits = _unpack(packed, w.shape[axis], axis, _shards(placement, axis))
     return TernaryTensor(trits, scale, group, axis)
 

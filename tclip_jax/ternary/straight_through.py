@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from tclip_jax.ternary.gathering import Placement, gather_ternary
+from tclip_jax.ternary.gathering import LEVELS, Placement, gather_ternary
 from tclip_jax.ternary.quantizers import Quantizer, find_levels, group_members, group_totals
 from tclip_jax.ternary.tensor import expand_scale
 
@@ -60,8 +61,8 @@ def _quantized(
 ) -> jax.Array:
     if placement is not None:
         return gather_ternary(w, quantizer, axis, alpha, placement, dtype).dequantize(dtype)
-    scale, threshold, group = find_levels(w, quantizer, axis, alpha)
-    level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in (scale, threshold))
+    *levels, group = find_levels(w, quantizer, axis, alpha)
+    level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in checkpoint_name(levels, LEVELS))
     # Selecting, not multiplying, gives +0.0 for every zero trit.
     w32 = w.astype(jnp.float32)
     return jnp.where(jnp.abs(w32) > threshold, jnp.copysign(level, w32), 0.0).astype(dtype)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,21 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from jax.sharding import PartitionSpec
 
-from tclip_jax.models.layers import Dense, Embedding, attend, gelu, layer_norm, normalize_embedding
-from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, ternarize
+from tclip_jax.models.layers import (
+    Dense,
+    Embedding,
+    Latent,
+    attend,
+    gelu,
+    layer_norm,
+    multiply,
+    normalize_embedding,
+)
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, initial_alpha, ternarize
+from tclip_jax.ternary.gathering import Placement
 
 RNG = np.random.default_rng(0)
 QUANTIZERS = [Quantizer(group=8), Quantizer(1.0, "channel"), Quantizer(2.0, "tensor", 24)]
@@ -67,6 +80,25 @@ def test_the_gradient_of_a_ternary_dense_is_straight_through() -> None:
     gradient = jax.grad(lambda w: (layer.apply({"params": {"kernel": w}}, x) ** 2).sum())(kernel)
     quantized = np.float64(fake_quantize(kernel, quantizer))
     np.testing.assert_allclose(gradient, 2 * x.T @ (x @ quantized), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ["factor", "twn", "lsq"])
+def test_no_quantized_weights_are_kept_for_the_backward_pass(
+    kind: Literal["factor", "twn", "lsq"], sharded: bool
+) -> None:
+    quantizer, weight = Quantizer(kind=kind, group=16), RNG.standard_normal((64, 32), np.float32)
+    alpha = initial_alpha(weight, quantizer) if quantizer.learned else None
+    placement = Placement(PartitionSpec("fsdp", None), PartitionSpec(None, None)) if sharded else None
+
+    def product(x: jax.Array, weight: jax.Array, alpha: jax.Array | None) -> jax.Array:
+        return multiply(x, Latent(weight, weight.size, quantizer, -2, alpha, None, placement))
+
+    with jax.set_mesh(make_mesh(fsdp=2) if sharded else make_mesh(devices=jax.devices()[:1])):
+        _, transpose = jax.vjp(jax.jit(product), np.ones((3, 64), np.float32), weight, alpha)
+    large = [np.asarray(kept) for kept in jax.tree.leaves(transpose) if kept.size >= weight.size]
+    for each in large:
+        np.testing.assert_array_equal(each, weight)
 
 
 @pytest.mark.parametrize("causal", [False, True])
