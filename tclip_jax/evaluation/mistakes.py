@@ -44,8 +44,9 @@ def examples(predictions: Predictions, source: Source, limit: int) -> list[Examp
       source: the data that was evaluated.
 
     Raises:
-      ValueError: the source has another image in the place of one of them.
+      ValueError: the source has another image in the place of one of them, or fewer classes.
     """
+    _check_classes(predictions, source.classnames)
     found = []
     for row in map(int, _wrong(predictions, limit)):
         if record := _record(predictions, row, source):
@@ -57,8 +58,10 @@ def changed(first: Predictions, second: Predictions, keys: Sequence[str], source
     """Up to `limit` of the images with these keys, spread evenly, and what either model made of them.
 
     Raises:
-      ValueError: the source has another image in the place of one of them.
+      ValueError: the source has another image in the place of one of them, or fewer classes.
     """
+    for predictions in (first, second):
+        _check_classes(predictions, source.classnames)
     found = []
     for key in (keys[i] for i in _spread(len(keys), limit)):
         here, there = (int(np.flatnonzero(each["keys"] == key)[0]) for each in (first, second))
@@ -67,6 +70,16 @@ def changed(first: Predictions, second: Predictions, keys: Sequence[str], source
             _, b = _words(second, there, record, source.classnames)
             found.append(_example(record, truth, f"A: {a}; B: {b}"))
     return [each for each in found if each]
+
+
+def _check_classes(predictions: Predictions, classnames: Sequence[str]) -> None:
+    if "scores" in predictions:
+        classes = predictions["scores"].shape[1]
+    else:
+        named = [predictions[each] for each in ("labels", "top") if each in predictions]
+        classes = 1 + max((int(each.max()) for each in named if each.size), default=-1)
+    if classes > len(classnames):
+        raise ValueError(f"the predictions are of {classes} classes, and the data now has {len(classnames)}")
 
 
 def _record(predictions: Predictions, row: int, source: Source) -> Record | None:

@@ -221,3 +221,15 @@ def test_what_either_model_said_of_an_image_that_changed() -> None:
     ]
     with pytest.raises(ValueError, match=r"^image 7 is not there, not 7$"):
         changed(first, second, ["7"], Pictures(5), 7)
+    second["top"] = np.array([[0], [3], [2], [1]])
+    with pytest.raises(ValueError, match=r"^the predictions are of 4 classes, and the data now has 3$"):
+        changed(first, second, ["3"], Pictures(10), 7)
+
+
+def test_data_that_has_fewer_classes_than_the_predictions() -> None:
+    where = {"keys": np.array(["0"]), "index": np.array([0])}
+    for several in (False, True):
+        own = {"labels": np.ones((1, 4)), "scores": np.ones((1, 4))}
+        one = {"labels": np.array([3]), "top": np.array([[0]])}
+        with pytest.raises(ValueError, match=r"^the predictions are of 4 classes, and the data now has 3$"):
+            examples(where | (own if several else one), Pictures(10), 7)
