@@ -108,10 +108,15 @@ def probe(
                     f"{split}: {NOT_USED}": len(source) - len(each.labels)
                     for split, source, each in zip((_TRAIN, SPLIT), sources, (train, test), strict=True)
                 }
+                failed = []
                 for name in left:
                     bar.set_description(f"{pair.name} {name.replace('_', ' ')}")
                     started = time.perf_counter()
-                    metrics, predictions = _fitted(name, train, test, seeds)
+                    try:
+                        metrics, predictions = _fitted(name, train, test, seeds)
+                    except ValueError as error:
+                        failed.append(f"{name}: {error}")
+                        continue
                     result = Result(
                         dataset=pair.name,
                         model=model,
@@ -127,6 +132,8 @@ def probe(
                     results.append(result)
                     (epath.Path(out) / name).mkdir(parents=True, exist_ok=True)
                     write_result(epath.Path(out) / name, result, predictions)
+                if failed:
+                    raise ValueError("; ".join(failed))
             except (ValueError, OSError) as error:
                 errors[pair.name] = str(error)
                 _logger.warning("%s: no result: %s", pair.name, error)

@@ -110,9 +110,7 @@ def evaluate(
     Raises:
       ValueError: `out` has results of other weights or another dtype, or a broken one.
     """
-    found = {} if out is None else _found(out, tasks, weights, encoder.dtype)
-    # Processes may see different files: what the first of them sees counts.
-    results = {name: Result(**each) for name, each in gather_json(found)[0].items()}
+    results = {} if out is None else _found(out, tasks, weights, encoder.dtype)
     left = [task for task in tasks if task.dataset.name not in results]
     errors: dict[str, str] = {}
     shown = sys.stderr.isatty() and jax.process_index() == 0
@@ -142,12 +140,22 @@ def evaluate(
     return report
 
 
-def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str) -> dict[str, dict[str, Any]]:
-    """The results that are there already, as mappings."""
+def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str) -> dict[str, Result]:
+    """The results that are there already. Processes may see different files: what the first of them sees counts."""
+    found: dict[str, dict[str, Any]] = {}
+    error = ""
     if jax.process_index() == 0:
-        epath.Path(out).mkdir(parents=True, exist_ok=True)
-    found = {task.dataset.name: find_result(out, task.dataset.name, weights, dtype) for task in tasks}
-    return {name: dataclasses.asdict(result) for name, result in found.items() if result}
+        try:
+            epath.Path(out).mkdir(parents=True, exist_ok=True)
+            for task in tasks:
+                if result := find_result(out, task.dataset.name, weights, dtype):
+                    found[task.dataset.name] = dataclasses.asdict(result)
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    found, error = gather_json([found, error])[0]
+    if error:
+        raise ValueError(error)
+    return {name: Result(**each) for name, each in found.items()}
 
 
 def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.tqdm[Any]) -> tuple[Result, Predictions]:

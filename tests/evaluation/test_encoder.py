@@ -134,13 +134,15 @@ def test_two_processes_give_the_files_of_one(exports: types.SimpleNamespace, tmp
     write(tmp_path / "wds_vtab-cifar10", labels, [f"c{i}" for i in range(10)], images={3: b"no image", 28: b""})
     write(tmp_path / "wds_voc2007_multilabel", [*rng.integers(0, 2, (9, 20))], [f"c{i}" for i in range(20)])
     write(tmp_path / "wds_flickr8k", [[f"é {i}", f"b {i}"][: 1 + i % 2] for i in range(17)])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "flickr8k.json").write_text("{}")  # the second process's own folder: no one looks at it
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", PROCESS]
     processes = [
         subprocess.Popen([*command, *arguments, tmp_path, tmp_path / out], stderr=subprocess.PIPE, text=True)
-        for arguments, out in ((["0", port], "two"), (["1", port], "two"), (["0", "0"], "one"))
+        for arguments, out in ((["0", port], "two"), (["1", port], "other"), (["0", "0"], "one"))
     ]
     for process in processes:
         _, said = process.communicate(timeout=240)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import types
 import warnings
 from typing import Any
@@ -237,6 +238,17 @@ def test_a_suite_of_probes_resumes_and_compares(
         found = compare(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
         assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
         assert "C" not in found.rows[0].deltas, "it is no fraction"
+
+
+def test_a_probe_that_cannot_be_fitted_stops_no_other(
+    tmp_path: pathlib.Path, exports: types.SimpleNamespace, coarse: None
+) -> None:
+    split_export(exports, tmp_path / "wds_mnist", 6)
+    pairs, given = suite_pairs(tmp_path, "mnist"), {"weights": "w", "out": tmp_path / "out"}
+    results, errors = probe(exports.Direct(), pairs, model="m", linear=False, shots=(50, 1, 60), seeds=1, **given)
+    assert [each.task for each in results] == ["1_shot"]
+    first, _, second = errors["mnist"].partition("; 60_shot: ")
+    assert re.match(r"50_shot: class 0 has \d training images, fewer than 50 shots$", first) and "60 shots" in second
 
 
 def test_both_splits_are_downloaded(tmp_path: pathlib.Path, exports: types.SimpleNamespace, hub: Any) -> None:
