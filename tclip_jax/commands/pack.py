@@ -1,8 +1,11 @@
 """Examples:
   tclip pack runs/student --out artifact
   tclip pack runs/student@best --out best
+  tclip pack runs/student@average --out average
 
-WORKDIR@best is the best of the saved steps by `config.checkpoint.best_metric`, WORKDIR@1200 that of step 1200.
+WORKDIR@best is the best of the saved steps by `config.checkpoint.best_metric`, WORKDIR@1200 that of step 1200. With
+`config.optimizer.ema_decay`, WORKDIR@average is the average of the weights, also WORKDIR@best-average and
+WORKDIR@1200-average.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and where to write."""
     parser.add_argument(
-        "run", metavar="WORKDIR", help="workdir of a run, its newest step; or WORKDIR@best, WORKDIR@STEP"
+        "run", metavar="WORKDIR", help="workdir of a run, its newest step; or WORKDIR@best, @STEP, @average"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     parser.add_argument(
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
-    from tclip_jax.training.restore import load_run
+    from tclip_jax.training.restore import load_run, split_step
 
     if (epath.Path(args.run) / MANIFEST).exists():
         raise ValueError(f"{args.run} is packed already: expected the workdir of `tclip train`")
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         rules=model.rules,
         rest_dtype=args.rest,
         figures=figures,
-        provenance={"step": step},
+        provenance={"step": step, **({"average": True} if split_step(args.run).average else {})},
         overwrite=args.overwrite,
     )
     saved = f"{weight_bytes(args.out):,} bytes of weights, {compression_real(params, args.out):.2f}x below float32"

@@ -53,7 +53,7 @@ def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
     if not teacher.startswith(PREFIX) and is_checkpoint(teacher):
         checkpoint = open_checkpoint(teacher)
         return Architecture(checkpoint.config, checkpoint.preprocess)
-    if ((workdir := split_step(teacher)[0]) / "config.json").exists():
+    if ((workdir := split_step(teacher).workdir) / "config.json").exists():
         theirs = read_config(workdir)
         return Architecture(theirs.model, theirs.preprocess, theirs.rules)
     raise ValueError(

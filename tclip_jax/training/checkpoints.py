@@ -36,7 +36,8 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: a sub-folder per saved step, of `params`, `training` and `data`.
+    """The folder `checkpoints/` of a run: a sub-folder per saved step, of `params`, their `average`, `training`
+    and `data`.
 
     `params` is the model's tree alone, so that it can be read without knowing how it was trained. A checkpoint counts
     as one when all is written, with its checksums.
@@ -77,11 +78,8 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint before this one could not be written.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params["clip"]),
-            training=ocp.args.StandardSave(_without_model(state)),
-            data=ocp.args.JsonSave(dict(position)),
-        )
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items = ocp.args.Composite(**trees, data=ocp.args.JsonSave(dict(position)))
         if self._manager.latest_step() == step:
             return
         self.wait()
@@ -106,17 +104,14 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params["clip"]),
-            training=ocp.args.StandardRestore(_without_model(abstract)),
-        )
+        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()})
         with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
         with _explained(place := self._folder / str(step) / "data" / "metadata"):
             seek(json.loads(place.read_text()))
         training = restored.training
         params = {"clip": restored.params} | training["heads"]
-        return TrainState(training["step"], params, training["optimizer"], training.get("average"))
+        return TrainState(training["step"], params, training["optimizer"], restored.get("average"))
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
@@ -208,29 +203,34 @@ def whole_steps(folder: epath.PathLike) -> list[int]:
     return gather_json(saved_steps(folder) if jax.process_index() == 0 else None)[0]
 
 
-def load_params(folder: epath.PathLike, abstract: Any, step: int | None = None) -> tuple[int, Any]:
+def load_params(
+    folder: epath.PathLike, abstract: Any, step: int | None = None, *, average: bool = False
+) -> tuple[int, Any]:
     """The newest step in `folder` and its parameters, as the tree of shapes `abstract` says; nothing else is read.
 
     Parameters that are not what was written are passed over, which the log says.
 
     Args:
       step: that one and no other.
+      average: the average of the parameters.
 
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
-    folder = _absolute(folder)
+    folder, item = _absolute(folder), "average" if average else "params"
     steps, why = saved_steps(folder), None
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{folder}: no step {step} is saved there: {', '.join(map(str, steps)) or 'none is'}")
         steps = [step]
-    while steps and (why := damage(folder / str(steps[-1]), "params/")):
+    while steps and (why := damage(folder / str(steps[-1]), f"{item}/")):
         steps.pop()
         _logger.error("%s%s", why, f": reading step {steps[-1]} instead" if steps else "")
     if not steps:
         raise CheckpointError(why or f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
-    newest = folder / str(steps[-1]) / "params"
+    newest = folder / str(steps[-1]) / item
+    if average and not newest.exists():
+        raise CheckpointError(f"{newest.parent}: no average is there: config.optimizer.ema_decay keeps one")
     # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with _explained(newest), ocp.StandardCheckpointer(restore_concurrent_gb=1.01e-9 * largest) as checkpointer:
@@ -257,10 +257,12 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
     return path.resolve() if is_local(path) else path
 
 
-def _without_model(state: TrainState) -> dict[str, Any]:
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, each by itself: the model, its average if there is one, and the rest."""
     heads = {name: tree for name, tree in state.params.items() if name != "clip"}
     average = {} if state.average is None else {"average": state.average}
-    return {"step": state.step, "heads": heads, "optimizer": state.optimizer} | average
+    rest = {"step": state.step, "heads": heads, "optimizer": state.optimizer}
+    return {"params": state.params["clip"], "training": rest} | average
 
 
 @contextlib.contextmanager

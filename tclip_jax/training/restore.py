@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,11 +62,26 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def split_step(path: epath.PathLike) -> tuple[epath.Path, str]:
-    """The workdir of "runs/student@best" or "runs/student@1200", and "best" or "1200"; of others "", the newest."""
-    workdir, _, step = str(path).rpartition("@")
-    named = workdir and (step == "best" or step.isdigit()) and not epath.Path(path).exists()
-    return (epath.Path(workdir), step) if named else (epath.Path(path), "")
+class Place(NamedTuple):
+    """Where a run's weights are.
+
+    Attributes:
+      step: "best" of the saved ones, a number, or "", the newest.
+      average: of the weights (`config.optimizer.ema_decay`), not these.
+    """
+
+    workdir: epath.Path
+    step: str = ""
+    average: bool = False
+
+
+def split_step(path: epath.PathLike) -> Place:
+    """Of "runs/a", "runs/a@best", "runs/a@1200", "runs/a@average", "runs/a@best-average" or "runs/a@1200-average"."""
+    found = re.fullmatch(r"(.+)@(?:(best|\d+)(-average)?|(average))", str(path), re.DOTALL)
+    if not found or epath.Path(path).exists():
+        return Place(epath.Path(path))
+    workdir, step, *average = found.groups()
+    return Place(epath.Path(workdir), step or "", any(average))
 
 
 def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
@@ -75,13 +91,13 @@ def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model
       FileNotFoundError: `path` is no run.
       ValueError: the step is not there, or broken.
     """
-    workdir, step = split_step(path)
+    workdir, step, average = split_step(path)
     run = read_config(workdir)
     shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     wanted = _best_step(workdir, run.checkpoint) if step == "best" else int(step) if step else None
-    found, params = load_params(workdir / "checkpoints", abstract, wanted)
+    found, params = load_params(workdir / "checkpoints", abstract, wanted, average=average)
     return found, Model(run.model, run.preprocess, params, run.rules)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.cli import main
 from tclip_jax.training import checkpoints, loop
 from tclip_jax.training.checkpoints import CheckpointError, Checkpoints, kept, saved_steps, whole_steps
 from tclip_jax.training.checksums import damage, write_checksums
@@ -150,3 +152,30 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
         load_run(f"{tmp_path}/run@best")
     (tmp_path / "run").rename(tmp_path / "run@4")
     assert load_run(f"{tmp_path}/run@4")[0] == 8
+
+
+def test_the_average_of_a_step_can_be_named(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.steps, config.optimizer.ema_decay = 3, 0.25
+    config.checkpoint.update({"every": 1, "keep": 3})
+    loop.train(config, tmp_path / "run")
+    second, third, before, average, newest = (
+        load_model(f"{tmp_path}/run@{which}").params for which in ("2", "3", "2-average", "3-average", "average")
+    )
+    jax.tree.map(np.testing.assert_array_equal, average, newest)
+    jax.tree.map(
+        lambda old, new, now: np.testing.assert_allclose(now, 0.25 * old + 0.75 * new, rtol=1e-5, atol=1e-7),
+        before,
+        third,
+        average,
+    )
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, second)), strict=True))
+    assert main(["pack", f"{tmp_path}/run@2-average", "--out", f"{tmp_path}/artifact"]) == 0
+    packed = read_artifact(tmp_path / "artifact").params["logit_scale"]
+    np.testing.assert_allclose(packed, before["logit_scale"], rtol=1e-3)
+    assert json.loads((tmp_path / "artifact" / "tclip.json").read_text())["provenance"]["average"] is True
+    (tmp_path / "run" / "checkpoints" / "3" / "average").rename(tmp_path / "average")
+    (tmp_path / "run" / "checkpoints" / "3" / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/3: no average is there: config.optimizer.ema_decay keeps"):
+        load_run(f"{tmp_path}/run@average")
