@@ -25,6 +25,8 @@ Fault = Literal[
 ]
 # What can be wrong with a sample: the code in a batch is the place in this list.
 FAULTS = ("none", *get_args(Fault))
+# An image, or with its caption what they span of a tar: strangers name the files, and one may have no end.
+MAX_SAMPLE_BYTES = 1 << 28
 
 
 class BadSample(ValueError):

@@ -7,17 +7,18 @@ import functools
 import hashlib
 import os
 import pathlib
+import stat
 import threading
 import time
 from collections.abc import Callable
 from typing import IO, TypeVar
 
-from tclip_jax.data.sources.base import BadSample, cache_folder
+from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, cache_folder
 from tclip_jax.data.sources.patterns import file_system, is_remote
 
 # Waits between attempts. A store that is away for longer costs samples, not the run.
 RETRY_SECONDS = (0.1, 0.4, 1.6, 6.4)
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 Result = TypeVar("Result")
 
@@ -46,16 +47,27 @@ def read_file(path: str) -> bytes:
     """A whole file.
 
     Raises:
-      BadSample: it cannot be read.
+      BadSample: it cannot be read; on this machine also if it is no regular file, or above MAX_SAMPLE_BYTES.
     """
 
     def read() -> bytes:
         if is_remote(path):
             system, place = file_system(path)
             return system.cat_file(place)
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSample("unreadable", path, "no regular file")
+            if status.st_size > MAX_SAMPLE_BYTES:
+                raise BadSample("too_large", path, f"{status.st_size:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
+            return file.read(status.st_size)
 
     return retry(read, path)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that no one writes to would be waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def open_file(path: str) -> IO[bytes]:

@@ -71,7 +71,7 @@ class Table:
         try:
             return Record(read_file(_decode(path, name)), texts, -1, name)
         except BadSample as error:
-            missing = isinstance(error.__cause__, (FileNotFoundError, IsADirectoryError))
+            missing = isinstance(error.__cause__, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
             raise BadSample("no_image", name, "no such file") if missing else error from None
 
     @functools.cached_property

@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Fault, Record, Source, decode_captions
+from tclip_jax.data.sources.base import FAULTS, MAX_SAMPLE_BYTES, BadSample, Fault, Record, Source, decode_captions
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.data.sources.remote import open_file, read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
 from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, first_key, members
 from tclip_jax.data.sources.webdataset import Webdataset
 
-_MAX_SAMPLE = 1 << 28  # bytes
 _REASONS: dict[Fault, str] = {
     "no_image": f"no {', '.join(IMAGE_SUFFIXES)} beside the caption, or an empty one",
     "no_caption": "no txt beside the image, or an empty one",
     "duplicate_key": "its key, or one of its files, is there twice",
     "unsafe_name": "its name leads out of the folder",
-    "too_large": f"its image and caption, with what lies between them, have more than {_MAX_SAMPLE:,} bytes",
+    "too_large": f"its image and caption, with what lies between them, have more than {MAX_SAMPLE_BYTES:,} bytes",
 }
 
 
@@ -129,7 +128,7 @@ def _sample(files: dict[str, Member], fault: Fault | None) -> npt.NDArray[np.voi
     text = files.get("txt")
     wanted = [member for member in (image, text) if member]
     start = min((member.header for member in wanted), default=0)
-    too_large = max((member.stop for member in wanted), default=0) - start > _MAX_SAMPLE
+    too_large = max((member.stop for member in wanted), default=0) - start > MAX_SAMPLE_BYTES
     if fault or too_large:
         return np.array((start, 0, 0, 0, 0, FAULTS.index(fault or "too_large"), b""), SAMPLE)
     spans = [(member.start - start, member.stop - member.start) if member else (0, 0) for member in (image, text)]

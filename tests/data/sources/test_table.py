@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pathlib
 import pickle
 
@@ -33,6 +34,17 @@ def test_rows_of_csv_and_what_is_wrong_with_them(tmp_path: pathlib.Path, delimit
     assert faults(source) == ["two; or\nthree", *bad]
     assert source[0].image == b"A" and source[0].name == f"{tmp_path}/images/a.png"
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
+
+
+def test_paths_that_have_no_end_are_not_read(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "vast.png", "wb") as file:
+        file.truncate((1 << 28) + 1)
+    (tmp_path / "t.csv").write_text("filepath,title\n/dev/zero,a\npipe,b\nvast.png,c\nvast.png/a,d\n")
+    source = open_source(f"csv:{tmp_path / 't.csv'}", "train")
+    assert faults(source) == ["! unreadable", "! unreadable", "! too_large", "! no_image"]
+    with pytest.raises(BadSample, match=r"/dev/zero: no regular file$"):
+        source[0]
 
 
 def test_parquet_has_lists_of_captions_and_chosen_columns(tmp_path: pathlib.Path) -> None:
