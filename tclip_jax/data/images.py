@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -51,16 +52,18 @@ class Preprocess:
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
     ) -> None:
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(size) != 2 or min(size) < 1:
+        both = (size, size) if isinstance(size, int) else _tuple(size, numbers.Integral)
+        if len(both) != 2 or min(both) < 1:
             raise ValueError(f"image size {size} is not one positive number or a (height, width) of two")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        means, deviations = _tuple(mean, numbers.Real), _tuple(std, numbers.Real)
+        finite = np.isfinite([*means, *deviations]).all()
+        if len(means) != 3 or len(deviations) != 3 or not finite or min(deviations) <= 0:
             raise ValueError(f"mean {mean} and std {std} are not three numbers each, with std above 0")
-        if interpolation not in _RESAMPLING:
+        if not isinstance(interpolation, str) or interpolation not in _RESAMPLING:
             raise ValueError(f"interpolation {interpolation!r} is not one of {', '.join(_RESAMPLING)}")
         if resize_mode not in _RESIZE_MODES:
             raise ValueError(f"resize_mode {resize_mode!r} is not one of {', '.join(_RESIZE_MODES)}")
-        values = (size, tuple(mean), tuple(std), interpolation, resize_mode)
+        values = (both, means, deviations, interpolation, resize_mode)
         self.__dict__.update(zip(self.__dataclass_fields__, values, strict=True))
 
     @classmethod
@@ -102,6 +105,12 @@ class Preprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+
+def _tuple(values: Any, kind: type) -> tuple[Any, ...]:
+    """The values of a list, a tuple or an array; none unless all are of that kind."""
+    listed = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+    return tuple(values) if listed and all(isinstance(value, kind) for value in values) else ()
 
 
 class TooManyPixels(ValueError):
