@@ -25,10 +25,10 @@ import jax
 from benchmarks.train_step import draw_batch
 from tclip_jax.models.presets import PRESETS, model_cfg, preprocess_cfg
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.training.build import Build
-from tclip_jax.training.checkpoints import Checkpoints
 from tclip_jax.training.config import base_config, run_config
-from tclip_jax.training.sections import CheckpointConfig
 
 BUDGET = 1.0  # of a step
 
@@ -65,7 +65,7 @@ def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[f
             step()
             parts = {
                 "step": timed(step),
-                "save blocks": timed(functools.partial(checkpoints.save, number + 1, held["state"], {})),
+                "save blocks": timed(functools.partial(checkpoints.save, number + 1, held["state"].trees(), {})),
                 "step while writing": timed(step),
                 "rest of writing": timed(checkpoints.wait),
             }

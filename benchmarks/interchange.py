@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
@@ -35,6 +34,8 @@ from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS
+from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.training.config import base_config, run_config
 
@@ -167,8 +168,8 @@ def _write_student(folder: pathlib.Path, config: CLIPConfig) -> tuple[int, dict[
     latent = jax.tree.map(
         lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32)), param_shapes(config)
     )
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve() / "run" / "checkpoints" / "1" / "params", latent)
+    with Checkpoints(folder / "run" / "checkpoints", CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, {"params": latent}, {})
     (folder / "run" / "config.json").write_text(recipe.to_json())
     packed = pack_params(latent, rules)
     pixels = Preprocess(config.vision.image_size)

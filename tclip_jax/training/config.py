@@ -15,10 +15,10 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg, preprocess_cfg
 from tclip_jax.models.tensor_parallel import check_tensor
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
+from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.schema import check_keys, from_mapping
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.sections import (
-    CheckpointConfig,
     DataConfig,
     EvalConfig,
     LossConfig,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tclip_jax.data.bad_samples import BadSamples
-from tclip_jax.training.checkpoints import Checkpoints
+from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.training.speed import Speed
 from tclip_jax.training.telemetry import Telemetry
 

@@ -20,9 +20,9 @@ from tclip_jax.parallel.agreement import Agreement
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.runs.checkpoints import Checkpoints, saved_steps, whole_steps
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.build import Build, check_batch
-from tclip_jax.training.checkpoints import Checkpoints, saved_steps, whole_steps
 from tclip_jax.training.config import base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.feed import open_feed
@@ -83,7 +83,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     ):
         with phases.during("compile"):
             state = build.init_state(start)
-            state = checkpoints.restore(state, data.seek) or state
+            restored = checkpoints.restore(state.trees(), data.seek)
+            state = TrainState.of_trees(restored) if restored else state
             teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
             step_function = build.jitted_step(state)
         schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
@@ -130,7 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                     journal.flush()
                     telemetry.sync()
                     with phases.during("checkpoint"):
-                        checkpoints.save(step, state, data.position)
+                        checkpoints.save(step, state.trees(), data.position)
                 if stop:
                     checkpoints.wait()
                     if jax.process_index() == 0:

@@ -25,8 +25,9 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.training.checkpoints import CheckpointError, load_params, ranked, saved_steps
-from tclip_jax.training.config import CheckpointConfig, RunConfig, run_config
+from tclip_jax.runs.checkpoints import CheckpointError, load_params, saved_steps
+from tclip_jax.runs.policy import CheckpointConfig, ranked
+from tclip_jax.training.config import RunConfig, run_config
 
 
 class Stored(NamedTuple):

@@ -100,18 +100,6 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state and the data's position are saved (always at the end and on a stop), and which are kept."""
-
-    every: int = 1000  # steps
-    every_minutes: float = 0.0  # and when that long has passed since the last was saved; 0: by steps alone
-    keep: int = 2  # the newest
-    keep_best: int = 0  # and the best ones by `best_metric`; every evaluated step is then saved
-    best_metric: str = "zero_shot_accuracy"  # a name of metrics.jsonl
-    best_mode: Literal["max", "min"] = "max"
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Zero-shot evaluation during training and at its end; source "" for none."""
 

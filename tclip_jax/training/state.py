@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -31,6 +32,20 @@ class TrainState(flax.struct.PyTreeNode):
     params: dict[str, Any]
     optimizer: optax.OptState
     average: Any = None
+
+    def trees(self) -> dict[str, Any]:
+        """What a checkpoint holds, each by itself: the model, its average if there is one, and the rest."""
+        heads = {name: tree for name, tree in self.params.items() if name != "clip"}
+        average = {} if self.average is None else {"average": self.average}
+        rest = {"step": self.step, "heads": heads, "optimizer": self.optimizer}
+        return {"params": self.params["clip"], "training": rest} | average
+
+    @classmethod
+    def of_trees(cls, trees: Mapping[str, Any]) -> TrainState:
+        """The inverse of `trees`."""
+        training = trees["training"]
+        params = {"clip": trees["params"]} | training["heads"]
+        return cls(training["step"], params, training["optimizer"], trees.get("average"))
 
 
 def init_state(

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from tclip_jax import cli
-from tclip_jax.training import checkpoints
+from tclip_jax.runs import checkpoints
+from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.training.batches import Batches
-from tclip_jax.training.checkpoints import Checkpoints
 from tclip_jax.training.objective import Objective
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
@@ -26,6 +25,8 @@ from tclip_jax.interop.latent import latent_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.weights import weights_report
+from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.config import base_config, run_config
 from tclip_jax.training.restore import load_model
@@ -195,8 +196,8 @@ def kinds(student: pathlib.Path, release: pathlib.Path) -> dict[str, pathlib.Pat
         config.update({"model": CONFIG.to_open_clip(), "ternary": "Q-ALL"})
     run = run_config(config)
     latent = latent_params(read_artifact(student).params, run.rules)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(workdir / "checkpoints" / "1" / "params", jax.tree.map(jax.numpy.asarray, latent))
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, {"params": jax.tree.map(jax.numpy.asarray, latent)}, {})
     (workdir / "config.json").write_text(config.to_json())
     files = ("config.json", "preprocessor_config.json", "model.safetensors")
     return {

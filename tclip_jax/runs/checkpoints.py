@@ -19,10 +19,9 @@ from etils import epath
 
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.rules import path_of
+from tclip_jax.runs.checksums import damage, write_checksums
+from tclip_jax.runs.policy import CheckpointConfig, kept
 from tclip_jax.storage import is_local
-from tclip_jax.training.checksums import damage, write_checksums
-from tclip_jax.training.config import CheckpointConfig
-from tclip_jax.training.state import TrainState
 
 # Seconds that processes wait for each other while saving. Orbax counts them by the wall clock, which may be set; a
 # process that is gone is noticed by JAX's own heartbeats.
@@ -36,11 +35,10 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: a sub-folder per saved step, of `params`, their `average`, `training`
-    and `data`.
+    """The folder `checkpoints/` of a run: a sub-folder per saved step, of its trees and of `data`.
 
-    `params` is the model's tree alone, so that it can be read without knowing how it was trained. A checkpoint counts
-    as one when all is written, with its checksums.
+    Each tree, such as `params`, can be read by itself. A checkpoint counts as one when all is written, with its
+    checksums.
 
     A context manager: leaving it waits for writing in the background. Every process of a run calls the same methods.
     """
@@ -72,14 +70,14 @@ class Checkpoints:
         """Whether it is to be saved by the time that has passed. Clocks differ: processes must agree on it."""
         return 0 < 60 * self._config.every_minutes <= time.monotonic() - self._saved_at
 
-    def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
-        """Saves the state after `step` steps, in the background, and where in the data it stands.
+    def save(self, step: int, trees: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+        """Saves, in the background, the trees of arrays after `step` steps, by their names, and the data's position.
 
         Raises:
           CheckpointError: the checkpoint before this one could not be written.
         """
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        items = ocp.args.Composite(**trees, data=ocp.args.JsonSave(dict(position)))
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = ocp.args.Composite(**saved, data=ocp.args.JsonSave(dict(position)))
         if self._manager.latest_step() == step:
             return
         self.wait()
@@ -92,8 +90,8 @@ class Checkpoints:
         with self._written():
             self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState, seek: Callable[[Any], None]) -> TrainState | None:
-        """The newest state, in the shardings of `state`; `seek` is told the `position` that was saved with it.
+    def restore(self, abstract: Mapping[str, Any], seek: Callable[[Any], None]) -> Mapping[str, Any] | None:
+        """The newest trees, in the shapes and shardings of `abstract`; `seek` is told the position saved with them.
 
         None if nothing was saved.
 
@@ -103,15 +101,13 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()})
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(abstract))
+        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()})
         with _explained(self._folder / str(step)):
             restored = self._manager.restore(step, args=items)
         with _explained(place := self._folder / str(step) / "data" / "metadata"):
             seek(json.loads(place.read_text()))
-        training = restored.training
-        params = {"clip": restored.params} | training["heads"]
-        return TrainState(training["step"], params, training["optimizer"], restored.get("average"))
+        return {name: restored[name] for name in abstract}
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
@@ -160,18 +156,6 @@ class Checkpoints:
         steps = [step for step in saved_steps(self._folder) if step < self._saving]
         before = f"that of step {max(steps)} is whole" if steps else "there is none before it"
         raise CheckpointError(f"{folder}: the checkpoint could not be written, {before}: {reason}")
-
-
-def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """The newest steps and the best, as many of each as the configuration says."""
-    best = ranked(steps, scores, config)
-    return {*sorted(steps)[-config.keep :], *best[max(0, len(best) - config.keep_best) :]}
-
-
-def ranked(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> list[int]:
-    """The steps that have a score, the best last; of equals the newer is better."""
-    sign = 1 if config.best_mode == "max" else -1
-    return [step for _, step in sorted((sign * scores[step], step) for step in steps if step in scores)]
 
 
 def saved_steps(folder: epath.PathLike) -> list[int]:
@@ -255,14 +239,6 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
     """Orbax refuses relative paths, and only when it writes."""
     path = epath.Path(folder)
     return path.resolve() if is_local(path) else path
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of a state, each by itself: the model, its average if there is one, and the rest."""
-    heads = {name: tree for name, tree in state.params.items() if name != "clip"}
-    average = {} if state.average is None else {"average": state.average}
-    rest = {"step": state.step, "heads": heads, "optimizer": state.optimizer}
-    return {"params": state.params["clip"], "training": rest} | average
 
 
 @contextlib.contextmanager

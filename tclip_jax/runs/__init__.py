@@ -1,0 +1,1 @@
+"""A run on disk: its checkpoints, and which of them are whole."""

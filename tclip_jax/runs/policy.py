@@ -1,0 +1,31 @@
+"""When a run is saved, and which of its checkpoints are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state and the data's position are saved (always at the end and on a stop), and which are kept."""
+
+    every: int = 1000  # steps
+    every_minutes: float = 0.0  # and when that long has passed since the last was saved; 0: by steps alone
+    keep: int = 2  # the newest
+    keep_best: int = 0  # and the best ones by `best_metric`; every evaluated step is then saved
+    best_metric: str = "zero_shot_accuracy"  # a name of metrics.jsonl
+    best_mode: Literal["max", "min"] = "max"
+
+
+def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
+    """The newest steps and the best, as many of each as the configuration says."""
+    best = ranked(steps, scores, config)
+    return {*sorted(steps)[-config.keep :], *best[max(0, len(best) - config.keep_best) :]}
+
+
+def ranked(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> list[int]:
+    """The steps that have a score, the best last; of equals the newer is better."""
+    sign = 1 if config.best_mode == "max" else -1
+    return [step for _, step in sorted((sign * scores[step], step) for step in steps if step in scores)]
