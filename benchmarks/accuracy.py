@@ -36,6 +36,7 @@ from tclip_jax.evaluation.probe import t_interval
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.recipes import load_recipe
+from tclip_jax.schema import count, number
 from tclip_jax.storage import atomic_folder, write_atomic
 from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
@@ -257,9 +258,11 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="default both")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--plain", nargs="*", choices=VARIANTS, default=[FULL, "ternaryclip"], help="without teacher")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default 5")
-    parser.add_argument("--steps", type=int, default=0, metavar="N", help="instead of the recipe's")
-    parser.add_argument("--width", type=int, default=0, metavar="N", help="of the models, instead of the recipe's")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="default 5")
+    parser.add_argument("--steps", type=number(int, ge=0), default=0, metavar="N", help="instead of the recipe's")
+    parser.add_argument(
+        "--width", type=number(int, ge=0), default=0, metavar="N", help="of the models, instead of the recipe's"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the differences and their intervals: .svg, .png, ...")
     parser.add_argument("--quick", action="store_true", help="tiny models, two variants, four steps, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -27,6 +27,7 @@ from tclip_jax.models.presets import PRESETS, model_cfg, preprocess_cfg
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.schema import count
 from tclip_jax.training.build import Build
 from tclip_jax.training.config import base_config, run_config
 
@@ -78,8 +79,8 @@ def main() -> int:
     """Prints seconds and the ratio, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="pairs in a step (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="default 5")
     parser.add_argument("--quick", action="store_true", help="the preset 'tiny', two rounds, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()

@@ -38,6 +38,7 @@ from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh, shard_batch
+from tclip_jax.schema import count
 from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import make_optimizer
 from tclip_jax.training.sections import LossConfig, OptimizerConfig
@@ -133,8 +134,8 @@ def step_runs(rows: int) -> dict[str, Any]:
 def main() -> int:
     """Prints seconds, bytes and ratios, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="pairs of a batch (default 4096)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default 9")
+    parser.add_argument("--rows", type=count, default=4096, metavar="N", help="pairs of a batch (default 4096)")
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="default 9")
     parser.add_argument("--quick", action="store_true", help="512 pairs and two rounds, under a minute")
     parser.add_argument("--tpu", nargs="+", metavar="TOPOLOGY", help="compile for these instead, as v5e:16x16")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.evaluation.retrieval import retrieval_ranks
+from tclip_jax.schema import count
 
 WIDTH = 512
 BUDGET_GIB = 4.0
@@ -93,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50,000 images instead of 1,000,000; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object last")
-    parser.add_argument("--case", nargs=2, type=int, metavar=("IMAGES", "CAPTIONS"), help="one case, in this process")
+    parser.add_argument("--case", nargs=2, type=count, metavar=("IMAGES", "CAPTIONS"), help="one case, in this process")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(*args.case)))

@@ -28,6 +28,7 @@ from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.numerics.torch_side import import_torch
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.schema import count
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.config import base_config
 from tclip_jax.training.objective import Encoders
@@ -126,8 +127,8 @@ def main() -> int:
     """Prints seconds and ratios, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="pairs in a step (default 8)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default 9")
+    parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="default 9")
     parser.add_argument("--quick", action="store_true", help="the preset 'tiny', three rounds, under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()

@@ -41,11 +41,12 @@ require() {
   done
 }
 
-# number NAME ...: the options that must be whole numbers.
+# number LEAST NAME ...: the options that must be whole numbers of at least LEAST.
 number() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} is '${!name}': it must be a whole number"
+  local name least=$1
+  for name in "${@:2}"; do
+    [[ ${!name} =~ ^[0-9]{1,9}$ && 10#${!name} -ge $least ]] ||
+      fail "--${name//_/-} is '${!name}': it must be a whole number, at least $least"
   done
 }
 

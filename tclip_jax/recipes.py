@@ -79,5 +79,8 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             raise ValueError(f"config.{path} is a section, not a value: write --config.{path}.KEY=VALUE")
         # Types are checked by `run_config`, whose errors name the key and what would be right.
         with section.unlocked(), section.ignore_type():
-            section[leaf] = value
+            try:
+                section[leaf] = value
+            except OverflowError:  # an int that no float holds
+                raise ValueError(f"config.{path} is a number of {len(text)} digits: it must be finite") from None
     return config

@@ -1,32 +1,120 @@
-"""Frozen dataclasses from mappings that people wrote: a wrong key or type is named, with what would be right."""
+"""What people write, checked against declarations: a wrong key, type or bound is named, with what would be right.
+
+A declaration is a field of a frozen dataclass: `rate: float = key(1e-3, "the peak", gt=0)`. Its bounds are enforced
+from there, and the documentation's table is made from there.
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MOST = 2**31 - 1  # steps, rows and the like are int32 on devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that are taken: finite, and from `ge` or above `gt`, to `le` or below `lt`; or one of `also`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, number: float) -> bool:
+        return number in self.also or (
+            abs(number) <= sys.float_info.max  # neither NaN nor infinite
+            and (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.le is None or number <= self.le)
+            and (self.lt is None or number < self.lt)
+        )
+
+    def __str__(self) -> str:
+        words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        limits = [f"{word} {getattr(self, name)}" for name, word in words.items() if getattr(self, name) is not None]
+        return " or ".join([" and ".join(limits) or "finite", *map(str, self.also)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a declaration says beside name, type and default."""
+
+    doc: str
+    bounds: Bounds
+    written: Any = None
+
+
+def key(default: Any = dataclasses.MISSING, doc: str = "", *, written: Any = None, **bounds: Any) -> Any:
+    """A field of a dataclass that people fill.
+
+    Args:
+      default: the value where nothing is written; left out, the key is required.
+      doc: one phrase with the unit, for the documentation.
+      written: the default as people write it, where the field holds what was made of it.
+      bounds: `ge`, `gt`, `le`, `lt`, `also` of `Bounds`: of a number, and of every number in a tuple.
+    """
+    return dataclasses.field(default=default, metadata={"key": Key(doc, Bounds(**bounds), written)})
+
+
+def key_of(field: dataclasses.Field[Any]) -> Key:
+    """The declaration of a field; of one without, no text, and any finite number."""
+    return field.metadata.get("key", Key("", Bounds()))
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Every key of a declaration with its default, as people write it."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        written = key_of(field).written
+        value = field.default if written is None else written
+        found[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
+    return found
+
+
+def number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]:
+    """The `type` of an argument of the command line: an int or float within `Bounds`, else one line that says which."""
+    allowed = Bounds(**bounds)
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}: it must be {allowed}") from None
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds: it must be {allowed}")
+        return value
+
+    return parse
+
+
+count = number(int, ge=1)  # of images, steps, processes
 
 
 def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     """Raises ValueError for the first given key that is not valid, naming the nearest that is."""
     valid = list(valid)
-    for key in given:
-        if key not in valid:
-            near = difflib.get_close_matches(str(key), valid, 1, 0.0)
-            raise ValueError(f"{where} has no {key!r}" + (f": the nearest is {near[0]!r}" if near else ""))
+    for each in given:
+        if each not in valid:
+            near = difflib.get_close_matches(str(each), valid, 1, 0.0)
+            raise ValueError(f"{where} has no {each!r}" + (f": the nearest is {near[0]!r}" if near else ""))
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls`; `where` names the mapping in errors.
 
     Raises:
-      ValueError: no mapping, an unknown or missing key, a value of another type than the field's, or one that `cls`
-        itself refuses.
+      ValueError: no mapping, an unknown or missing key, a value of another type than the field's or out of its bounds,
+        or one that `cls` itself refuses.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{where} is {given!r}: it must be a mapping with the keys of {cls.__name__}")
@@ -35,18 +123,28 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
     for name, field in fields.items():
         if name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks {name!r}")
-    hints = typing.get_type_hints(cls)
-    for key, value in given.items():
-        if not _matches(value, hints[key]):
-            raise ValueError(f"{where}.{key} is {value!r}: it must be {_describe(hints[key])}")
+    check_values(cls, given, where)
     return cls(**given)
 
 
-def _describe(hint: Any) -> str:
+def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for the first value of another type than the field of `cls`, or out of its bounds."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, bounds = values[field.name], key_of(field).bounds
+        if not _matches(value, hints[field.name]):
+            raise ValueError(f"{where}.{field.name} is {value!r}: it must be {describe(hints[field.name])}")
+        if any(each not in bounds for each in _numbers(value)):
+            raise ValueError(f"{where}.{field.name} is {value!r}: it must be {bounds}")
+
+
+def describe(hint: Any) -> str:
     """The type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
+        return " or ".join(describe(argument) for argument in arguments)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     return "None" if hint is types.NoneType else getattr(origin or hint, "__name__", str(hint))
@@ -66,3 +164,12 @@ def _matches(value: Any, hint: Any) -> bool:
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(each) == len(value) and all(map(_matches, value, each))
     return hint is Any or isinstance(value, origin or hint)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The number that a value is, or the numbers in a tuple."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _numbers(each)

@@ -135,3 +135,8 @@ def test_an_impossible_override_says_what_would_be_right(assignment: str, messag
 def test_a_locked_recipe_can_be_overridden() -> None:
     config = ml_collections.ConfigDict({"steps": 1}).lock()
     assert override(config, ["steps=two"]).steps == "two" and config.is_locked
+
+
+def test_a_number_that_no_float_holds_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^config.loss.task is a number of 400 digits: it must be finite$"):
+        override(base_config(), ["loss.task=" + "9" * 400])

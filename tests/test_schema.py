@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tclip_jax.schema import check_keys, from_mapping
+from tclip_jax.schema import Bounds, check_keys, defaults, from_mapping, key, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Settings:
 VALUES = st.fixed_dictionaries(
     {"steps": st.integers()},
     optional={
-        "rate": st.floats(allow_nan=False) | st.integers(),
+        "rate": st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
         "size": st.tuples(st.integers(), st.integers()),
         "names": st.text() | st.lists(st.text()).map(tuple),
-        "scale": st.none() | st.floats(allow_nan=False),
+        "scale": st.none() | st.floats(allow_nan=False, allow_infinity=False),
         "kind": st.sampled_from(["mse", 2]),
         "on": st.booleans(),
         "anything": st.none() | st.binary(),
@@ -84,3 +85,68 @@ def test_check_keys_names_the_first_wrong_key_and_the_nearest() -> None:
         check_keys(["seed", "stepz", "sede"], ["seed", "steps"], "the table")
     with pytest.raises(ValueError, match=r"^the table has no 'seed'$"):
         check_keys(["seed"], [], "the table")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    share: float = key(0.5, "of all", ge=0, le=1)
+    rate: float = key(1.0, "of the optimizer", gt=0)
+    decay: float = key(0.9, "of an average", ge=0, lt=1)
+    devices: int = key(-1, "along an axis", ge=1, also=(-1,))
+    steps: tuple[int, ...] = key((), "of a trace", ge=1)
+    plain: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": -1e-9}, "x.share is -1e-09: it must be at least 0 and at most 1"),
+        ({"share": 1.5}, "x.share is 1.5: it must be at least 0 and at most 1"),
+        ({"rate": 0}, "x.rate is 0: it must be above 0"),
+        ({"rate": float("inf")}, "x.rate is inf: it must be above 0"),
+        ({"decay": 1.0}, "x.decay is 1.0: it must be at least 0 and below 1"),
+        ({"decay": float("nan")}, "x.decay is nan: it must be at least 0 and below 1"),
+        ({"devices": 0}, "x.devices is 0: it must be at least 1 or -1"),
+        ({"devices": -2}, "x.devices is -2: it must be at least 1 or -1"),
+        ({"steps": [3, 0]}, "x.steps is [3, 0]: it must be at least 1"),
+        ({"plain": float("nan")}, "x.plain is nan: it must be finite"),
+        ({"plain": 10**400}, f"x.plain is {10**400}: it must be finite"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_with_its_bounds(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        from_mapping(Bounded, values, "x")
+    assert str(error.value) == message
+
+
+def test_the_ends_of_bounds_are_taken_or_not_as_declared() -> None:
+    values = {"share": 0, "rate": 1e-300, "decay": 0.999, "devices": -1, "steps": (1, 2), "plain": -1e300}
+    assert dataclasses.asdict(from_mapping(Bounded, values, "x")) == values
+    assert from_mapping(Bounded, {"share": 1, "devices": 1}, "x").share == 1
+
+
+def test_defaults_are_what_people_write_and_a_copy_of_it() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Outer:
+        inner: Bounded = key(Bounded())
+        model: Bounded = key(doc="a preset", written={"name": ["tiny"]})
+
+    found = defaults(Outer)
+    assert found == {"inner": dataclasses.asdict(Bounded()), "model": {"name": ["tiny"]}}
+    found["model"]["name"].append("changed")
+    assert defaults(Outer)["model"] == {"name": ["tiny"]}
+
+
+def test_a_number_of_the_command_line() -> None:
+    parse = number(int, ge=1, lt=8)
+    assert parse("1") == 1 and parse("7") == 7
+    for text, message in [
+        ("0", "0 is out of bounds: it must be at least 1 and below 8"),
+        ("8", "8 is out"),
+        ("x", "'x' is no int"),
+    ]:
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            parse(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="nan is out of bounds: it must be finite"):
+        number(float)("nan")
+    assert str(Bounds(gt=0, le=2)) == "above 0 and at most 2"

@@ -11,6 +11,8 @@ import argparse
 import json
 import sys
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the images, and what they may show."""
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="name of a list of captions, or captions with {c} (default: simple)",
     )
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
 
 

@@ -13,6 +13,8 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING
 
+from tclip_jax.schema import count, number
+
 if TYPE_CHECKING:
     from tclip_jax.artifacts.model import Model
     from tclip_jax.numerics.golden import Recording
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers.add_argument("--precision", default="highest", help="jax_default_matmul_precision (default: highest)")
     numbers.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of JAX")
     batch = argparse.ArgumentParser(add_help=False)
-    batch.add_argument("--batch", type=int, default=4, metavar="N", help="images and texts (default: 4)")
+    batch.add_argument("--batch", type=count, default=4, metavar="N", help="images and texts (default: 4)")
     batch.add_argument(
         "--via",
         choices=("auto", "torch", "jax"),
@@ -58,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for each in (dump, check):
         each.add_argument("file", metavar="FILE")
     for each in (weights, activations, check):
-        each.add_argument("--budget", type=float, help="largest relative error (default: 2e-5; of weights 0)")
+        each.add_argument(
+            "--budget", type=number(float, ge=0), help="largest relative error (default: 2e-5; of weights 0)"
+        )
 
 
 def run(args: argparse.Namespace) -> int:

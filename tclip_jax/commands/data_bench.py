@@ -15,14 +15,19 @@ import json
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, and what is measured."""
     add_config_arguments(parser)
-    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="processes to try (default: the recipe's)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
-    parser.add_argument("--step-seconds", type=float, default=0.0, help="of a step of the accelerator, to see waits")
+    parser.add_argument(
+        "--workers", type=number(int, ge=0), nargs="+", metavar="N", help="processes to try (default: the recipe's)"
+    )
+    parser.add_argument("--seconds", type=number(float, gt=0), default=10.0, help="of each measurement (default: 10)")
+    parser.add_argument(
+        "--step-seconds", type=number(float, ge=0), default=0.0, help="of a step of the accelerator, to see waits"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 

@@ -11,14 +11,18 @@ import argparse
 import json
 import os
 
+from tclip_jax.schema import count, number
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The source, and the form of the report."""
     parser.add_argument("--data", required=True, metavar="SOURCE", help="wds:<pattern>, tfds:<name>, csv:<file>, ...")
     parser.add_argument("--split", default="train", help="of the source (default: train)")
-    parser.add_argument("--context-length", type=int, default=77, metavar="N", help="tokens of the model (default: 77)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+        "--context-length", type=number(int, ge=2), default=77, metavar="N", help="tokens of the model (default: 77)"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 

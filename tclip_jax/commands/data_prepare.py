@@ -13,6 +13,8 @@ import dataclasses
 import json
 import os
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The source, the data set to write, and who writes it."""
@@ -20,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of the source and of the data set (default: train)")
     parser.add_argument("--name", required=True, help="of the data set: small letters, digits and underscores")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of data sets, local or gs://")
-    parser.add_argument("--file-samples", type=int, default=10_000, metavar="N", help="in a file, of other than tars")
+    parser.add_argument("--file-samples", type=count, default=10_000, metavar="N", help="in a file, of other than tars")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+        "--workers", type=count, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
     )
     parser.add_argument("--beam", metavar="OPTIONS", help="run as an Apache Beam pipeline with these options")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -11,12 +11,13 @@ import argparse
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, how many samples, and where the page goes."""
     add_config_arguments(parser)
-    parser.add_argument("--count", type=int, default=64, metavar="N", help="samples to show (default: 64)")
+    parser.add_argument("--count", type=count, default=64, metavar="N", help="samples to show (default: 64)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
 
 
@@ -29,8 +30,6 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.config import run_config
     from tclip_jax.training.data import train_data
 
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}: it must be 1 or more")
     config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
     # One batch of as many samples: their order and their draws do not depend on the size of a batch.
     data = dataclasses.replace(config.data, batch_size=args.count, workers=0)

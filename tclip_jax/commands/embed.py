@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, what to embed, and where to write."""
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files, and folders of them")
     inputs.add_argument("--texts", metavar="FILE", help="a text on each line, UTF-8")
     parser.add_argument("--out", required=True, metavar="FILE", help="x.npy or x.parquet")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the data, and where results go."""
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--templates", default="simple", help="of DATA without --suite: name of a list of captions (default: simple)"
     )
-    parser.add_argument("--batch-size", type=int, default=128, help="images over all devices (default: 128)")
+    parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default: float32)"
     )

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 
+from tclip_jax.schema import count, number
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The two folders, and the form of the report."""
     parser.add_argument("a", metavar="A", help="results of the model to compare with")
     parser.add_argument("b", metavar="B", help="results of the other model")
     parser.add_argument("--intersect", action="store_true", help="compare the images of both where they differ")
-    parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    parser.add_argument("--max-drop", type=float, metavar="POINTS", help="exit with 1 if a data set falls further")
+    parser.add_argument("--resamples", type=count, default=2000, help="of the bootstrap (default: 2000)")
+    parser.add_argument("--seed", type=number(int, ge=0), default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--max-drop", type=number(float, ge=0), metavar="POINTS", help="exit with 1 if a data set falls further"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--html", metavar="FILE", help="also write one self-contained page with a plot")
     parser.add_argument("--data", metavar="DIR", help="the exports, for images that changed on the page")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the data, the probes, and where results go."""
@@ -28,10 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--linear", action=argparse.BooleanOptionalAction, default=True, help="the whole training set (default: yes)"
     )
     parser.add_argument(
-        "--shots", type=int, nargs="*", default=[1, 2, 4, 8, 16], metavar="K", help="images a class (default: 1 to 16)"
+        "--shots",
+        type=count,
+        nargs="*",
+        default=[1, 2, 4, 8, 16],
+        metavar="K",
+        help="images a class (default: 1 to 16)",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="draws for each number of shots (default: 5)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images over all devices (default: 128)")
+    parser.add_argument("--seeds", type=count, default=5, help="draws for each number of shots (default: 5)")
+    parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings (default: float32)"
     )

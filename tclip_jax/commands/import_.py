@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from tclip_jax.schema import count
+
 if TYPE_CHECKING:
     from tclip_jax.interop.recover import NotTernaryError
     from tclip_jax.ternary import TernaryTensor
@@ -23,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--preset", metavar="NAME", help="the model of a file that does not say it, as ViT-B-16")
     model.add_argument("--model-cfg", metavar="JSON", help="the same as an open_clip configuration file")
-    parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to this size")
+    parser.add_argument(
+        "--image-size", type=count, metavar="N", help="interpolate the position embeddings to this size"
+    )
     parser.add_argument("--ternary", choices=("auto", "no"), default="auto", help="recover trits (default: auto)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of float parameters (default: float32)"

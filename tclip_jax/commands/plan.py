@@ -14,6 +14,7 @@ import json
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x16, h100:64, …")
     parser.add_argument("--teacher-preset", default="", metavar="NAME", help="shape of the teacher, as ViT-L-14")
-    parser.add_argument("--price", type=float, metavar="X", help="of a chip and hour, for the cost")
+    parser.add_argument("--price", type=number(float, ge=0), metavar="X", help="of a chip and hour, for the cost")
     parser.add_argument("--cache", metavar="DIR", help="where compiled plans are kept (default ~/.cache/tclip/plans)")
     parser.add_argument(
         "--sweep",

@@ -14,6 +14,8 @@ import json
 import os
 import sys
 
+from tclip_jax.schema import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """To index a folder, or to query an index."""
@@ -22,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     index.add_argument("folder", metavar="FOLDER")
     index.add_argument("--out", required=True, metavar="INDEX", help="a folder: new, or an index to bring up to date")
-    index.add_argument("--batch-size", type=int, default=64)
+    index.add_argument("--batch-size", type=count, default=64)
     query = actions.add_parser("query", help="the pictures nearest to a text or a picture")
     query.add_argument("index", metavar="INDEX")
     query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file, or else a text")
-    query.add_argument("--top", type=int, default=20, metavar="N", help="results (default: 20)")
+    query.add_argument("--top", type=count, default=20, metavar="N", help="results (default: 20)")
     query.add_argument("--model", metavar="MODEL", help="where the model of the index is now")
     form = query.add_mutually_exclusive_group()
     form.add_argument("--html", metavar="FILE", help="also write one page with the pictures in it")

@@ -11,6 +11,7 @@ import argparse
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--teacher", required=True, metavar="PATH", help="workdir, artifact or open_clip checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache, local or gs://")
-    parser.add_argument("--copies", type=int, default=1, metavar="N", help="augmentations of each sample (default 1)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default 128)")
+    parser.add_argument("--copies", type=count, default=1, metavar="N", help="augmentations of each sample (default 1)")
+    parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="images at once (default 128)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,30 +6,30 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tclip_jax.schema import check_keys, from_mapping
+from tclip_jax.schema import check_keys, check_values, from_mapping, key
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The vision transformer (open_clip's `vision_cfg`); `image_size` is (height, width) in pixels."""
 
-    image_size: tuple[int, int] = (224, 224)
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
-    pool_type: Literal["tok", "avg"] = "tok"
-    no_ln_pre: bool = False
-    final_ln_after_pool: bool = False
+    image_size: tuple[int, int] = key((224, 224), "height and width in pixels, or one number", ge=1)
+    patch_size: int = key(16, "pixels, a divisor of the image size", ge=1)
+    width: int = key(768, "of the residual stream", ge=1)
+    layers: int = key(12, "blocks", ge=1)
+    head_width: int = key(64, "channels of a head, a divisor of width", ge=1)
+    mlp_ratio: float = key(4.0, "hidden channels of an MLP over width", gt=0)
+    ls_init_value: float | None = key(None, "LayerScale's first value; None: no LayerScale")
+    pool_type: Literal["tok", "avg"] = key("tok", "the class token, or the mean of the patches")
+    no_ln_pre: bool = key(False, "no LayerNorm before the blocks")
+    final_ln_after_pool: bool = key(False, "the last LayerNorm after pooling, not before")
 
     def __post_init__(self) -> None:
         size = self.image_size
         object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
-        _check_positive(self, "vision_cfg", "patch_size", "width", "head_width", "layers")
+        check_values(VisionConfig, vars(self), "vision_cfg")
         for side in self.image_size:
-            if not isinstance(side, int) or side < 1 or side % self.patch_size:
+            if side % self.patch_size:
                 raise ValueError(f"image size {side} is not divisible by patch size {self.patch_size}")
         if self.width % self.head_width:
             raise ValueError(f"vision width {self.width} is not divisible by head width {self.head_width}")
@@ -48,18 +48,20 @@ class VisionConfig:
 class TextConfig:
     """The text transformer (open_clip's `text_cfg`)."""
 
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    ls_init_value: float | None = None
-    pool_type: Literal["argmax", "last"] = "argmax"
-    no_causal_mask: bool = False
+    context_length: int = key(77, "tokens", ge=1)
+    vocab_size: int = key(49408, "tokens that there are", ge=1)
+    width: int = key(512, "of the residual stream", ge=1)
+    heads: int = key(8, "a divisor of width", ge=1)
+    layers: int = key(12, "blocks", ge=1)
+    mlp_ratio: float = key(4.0, "hidden channels of an MLP over width", gt=0)
+    ls_init_value: float | None = key(None, "LayerScale's first value; None: no LayerScale")
+    pool_type: Literal["argmax", "last"] = key(
+        "argmax", "the token of the largest number, which ends a text, or the last"
+    )
+    no_causal_mask: bool = key(False, "every token attends to all")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "text_cfg", "context_length", "vocab_size", "width", "heads", "layers")
+        check_values(TextConfig, vars(self), "text_cfg")
         if self.width % self.heads:
             raise ValueError(f"text width {self.width} is not divisible by {self.heads} heads")
 
@@ -71,7 +73,7 @@ class CLIPConfig:
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
-    quick_gelu: bool = False
+    quick_gelu: bool = key(False, "x · sigmoid(1.702 x) in place of GELU (erf)")
 
     @classmethod
     def from_open_clip(cls, model_cfg: Mapping[str, Any]) -> CLIPConfig:
@@ -81,13 +83,12 @@ class CLIPConfig:
           ValueError: a key that this model does not have, naming it and the nearest that it has.
         """
         check_keys(model_cfg, ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"), "model_cfg")
-        for key in ("embed_dim", "vision_cfg", "text_cfg"):
-            if key not in model_cfg:
-                raise ValueError(f"model_cfg lacks {key!r}")
-        if not isinstance(model_cfg.get("quick_gelu", False), bool):
-            raise ValueError(f"model_cfg.quick_gelu is {model_cfg['quick_gelu']!r}: it must be True or False")
-        if not isinstance(model_cfg["embed_dim"], int) or model_cfg["embed_dim"] < 1:
-            raise ValueError(f"model_cfg.embed_dim is {model_cfg['embed_dim']!r}: it must be an int of at least 1")
+        for name in ("embed_dim", "vision_cfg", "text_cfg"):
+            if name not in model_cfg:
+                raise ValueError(f"model_cfg lacks {name!r}")
+        check_values(
+            cls, {name: model_cfg[name] for name in ("embed_dim", "quick_gelu") if name in model_cfg}, "model_cfg"
+        )
         vision = dict(model_cfg["vision_cfg"])
         if isinstance(vision.get("image_size"), int):
             vision["image_size"] = (vision["image_size"],) * 2
@@ -114,9 +115,3 @@ def _without_defaults(config: Any, always: tuple[str, ...]) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if field.name in always or getattr(config, field.name) != field.default
     }
-
-
-def _check_positive(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{where}.{name} is {getattr(config, name)}: it must be at least 1")

@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from tclip_jax.schema import MOST, key
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the state and the data's position are saved (always at the end and on a stop), and which are kept."""
 
-    every: int = 1000  # steps
-    every_minutes: float = 0.0  # and when that long has passed since the last was saved; 0: by steps alone
-    keep: int = 2  # the newest
-    keep_best: int = 0  # and the best ones by `best_metric`; every evaluated step is then saved
-    best_metric: str = "zero_shot_accuracy"  # a name of metrics.jsonl
-    best_mode: Literal["max", "min"] = "max"
+    every: int = key(1000, "steps", ge=1, le=MOST)
+    every_minutes: float = key(0.0, "and when that long has passed since the last was saved; 0: by steps alone", ge=0)
+    keep: int = key(2, "the newest", ge=1, le=MOST)
+    keep_best: int = key(0, "and the best ones by `best_metric`; every evaluated step is then saved", ge=0, le=MOST)
+    best_metric: str = key("zero_shot_accuracy", "a name of metrics.jsonl")
+    best_mode: Literal["max", "min"] = key("max", "which values of `best_metric` are the best")
 
 
 def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:

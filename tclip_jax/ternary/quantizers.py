@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from tclip_jax.schema import check_values, key
 from tclip_jax.ternary.sums import halving_sum, prefix_sums, quotient, split_groups
 from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 
@@ -40,20 +41,13 @@ class Quantizer:
       ValueError: a value outside its range.
     """
 
-    factor: float = 2.0
-    group: int | Literal["channel", "tensor"] = 256
-    scale_bits: Literal[8, 11, 24] = 8
-    kind: Literal["factor", "twn", "least_squares", "lsq", "seq"] = "factor"
+    factor: float = key(2.0, 'k of kind "factor": TernaryCLIP 2, BitNet b1.58 1', gt=0)
+    group: int | Literal["channel", "tensor"] = key(256, "weights of the input axis that share a scale", ge=1)
+    scale_bits: Literal[8, 11, 24] = key(8, "significant bits of a scale")
+    kind: Literal["factor", "twn", "least_squares", "lsq", "seq"] = key("factor", "how scale and threshold follow")
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ValueError(f"quantizer factor is {self.factor}: it must be above 0 (TernaryCLIP 2, BitNet b1.58 1)")
-        if self.group not in ("channel", "tensor") and not (isinstance(self.group, int) and self.group > 0):
-            raise ValueError(f"quantizer group is {self.group!r}: it must be a positive integer, 'channel' or 'tensor'")
-        if self.scale_bits not in (8, 11, 24):
-            raise ValueError(f"quantizer scale_bits is {self.scale_bits}: it must be 8, 11 or 24")
-        if self.kind not in ("factor", "twn", "least_squares", "lsq", "seq"):
-            raise ValueError(f"quantizer kind is {self.kind!r}: it must be factor, twn, least_squares, lsq or seq")
+        check_values(Quantizer, vars(self), "quantizer")
 
     @property
     def smallest_scale(self) -> float:

@@ -103,7 +103,7 @@ def test_regexes_of_a_stranger_are_not_run(manifest: Tree) -> None:
 
 
 def test_shapes_that_no_array_has_are_refused(manifest: Tree) -> None:
-    manifest["model_cfg"]["vision_cfg"]["mlp_ratio"] = 0
+    manifest["model_cfg"]["vision_cfg"]["mlp_ratio"] = 1e-9
     with pytest.raises(ArtifactError, match=r"gives image/blocks/mlp/fc1/\w+ the shape \([\d, ]*0,?\)"):
         describe(manifest)
 

@@ -113,7 +113,9 @@ def test_a_second_notice_ends_what_does_not_end(stub: Stub, environ: dict[str, s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "two", "--", "train"], "--processes is 'two': it must be a whole number"),
+        (["-n", "two", "--", "train"], "--processes is 'two': it must be a whole number, at least 1"),
+        (["-n", "0", "--", "train"], "--processes is '0': it must be a whole number, at least 1"),
+        (["--restarts", "-1", "--", "train"], "--restarts is '-1': it must be a whole number, at least 0"),
         (["-n"], "--processes needs a value"),
         (["-n", "2"], "nothing is to be run: end with -- train --config NAME --workdir DIR"),
         (["train"], "no option train: see --help; what is to be run follows --"),

@@ -52,7 +52,7 @@ def test_every_launcher_has_a_dry_run_and_help_with_an_example(launch: Run) -> N
         ("gke --name b16", "--cluster is needed: see --help"),
         ("tpu-vm --name b --zone z", "--accelerator-type is needed: see --help"),
         ("tpu-vm --name b --zone z --accelerator-type v9-8", "--runtime-version is needed: none is known for v9-8"),
-        ("slurm --nodes many", "--nodes is 'many': it must be a whole number"),
+        ("slurm --nodes many", "--nodes is 'many': it must be a whole number, at least 1"),
         ("skypilot", "--accelerators is needed: see --help"),
     ],
 )

@@ -206,10 +206,13 @@ def test_halving_sum_equals_numpy_and_is_a_sum(x: np.ndarray) -> None:
     ("arguments", "message"),
     [
         ((0.0,), "above 0"),
-        ((2.0, 0), "positive integer"),
+        ((float("inf"),), "factor is inf: it must be above 0"),
+        ((float("nan"),), "factor is nan: it must be above 0"),
+        ((2.0, 0), "group is 0: it must be at least 1"),
+        ((2.0, True), "group is True: it must be int or one of 'channel', 'tensor'"),
         ((2.0, "row"), "'channel'"),
-        ((2.0, 256, 9), "8, 11 or 24"),
-        ((2.0, 256, 8, "ttq"), "kind is 'ttq': it must be factor, twn"),
+        ((2.0, 256, 9), "must be one of 8, 11, 24"),
+        ((2.0, 256, 8, "ttq"), "kind is 'ttq': it must be one of 'factor', 'twn'"),
     ],
 )
 def test_refuses_impossible_values(arguments: tuple, message: str) -> None:

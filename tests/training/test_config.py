@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 import pytest
 
+from tclip_jax.models.config import TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
+from tclip_jax.schema import Bounds, key_of
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.config import base_config, run_config
+from tclip_jax.training.config import RunConfig, base_config, run_config
 
 
 def changed(**changes: Any) -> ml_collections.ConfigDict:
@@ -113,3 +120,78 @@ def test_unknown_key_names_the_nearest(section: str, key: str, nearest: str) -> 
         part[key] = 1
     with pytest.raises(ValueError, match=f"has no '{key}': the nearest is '{nearest}'"):
         run_config(config)
+
+
+def _numbers(cls: type, where: str) -> Iterator[tuple[str, dataclasses.Field[Any], Bounds]]:
+    """Every key that holds numbers, by its path."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from _numbers(type(field.default), f"{where}{field.name}.")
+        elif hints[field.name] in (int, float, tuple[int, ...], float | None):
+            yield f"{where}{field.name}", field, key_of(field).bounds
+
+
+NUMBERS = [
+    *_numbers(RunConfig, ""),
+    *_numbers(VisionConfig, "model.vision_cfg."),
+    *_numbers(TextConfig, "model.text_cfg."),
+]
+UNBOUNDED = {"loss.layers", "model.vision_cfg.ls_init_value", "model.text_cfg.ls_init_value"}
+
+
+def refusal(path: str, value: Any) -> str:
+    config = base_config()
+    *parents, leaf = path.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    with section.unlocked(), section.ignore_type():
+        section[leaf] = value
+    with pytest.raises(ValueError) as error:
+        run_config(config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("path", "field", "bounds"), NUMBERS, ids=[path for path, *_ in NUMBERS])
+def test_every_number_has_bounds_that_are_enforced(path: str, field: dataclasses.Field[Any], bounds: Bounds) -> None:
+    assert (bounds == Bounds()) == (path in UNBOUNDED)
+    kind = float if "float" in str(field.type) else int
+    outside: list[Any] = [math.nan, math.inf, -math.inf] if kind is float else [0.5]
+    step = 1 if kind is int else 1e-6
+    for name, values in (
+        ("ge", lambda limit: [limit - step]),
+        ("gt", lambda limit: [limit, limit - step]),
+        ("le", lambda limit: [limit + step]),
+        ("lt", lambda limit: [limit, limit + step]),
+    ):
+        if (limit := getattr(bounds, name)) is not None:
+            outside += values(limit)
+    for value in outside:
+        if value not in bounds.also:
+            found = refusal(path, (value,) if "tuple" in str(field.type) else value)
+            assert path.removeprefix("model.") in found and "\n" not in found, found
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("evals", 3, "config.evals is 3: it must be a list of mappings"),
+        ("profile_steps", 3, "config.profile_steps is 3: it must be tuple"),
+        ("profile_steps", (0, 1), r"config.profile_steps is \(0, 1\): it must be at least 1"),
+        ("ternary", 3, "config.ternary is 3: it must be a name, or a list"),
+        ("ternary", [("a", 3)], "config.ternary is .*: it must be a name, or a list"),
+        ("loss.task", 0.0, "config.loss: all weights are 0"),
+        (
+            "optimizer.groups",
+            [("a", {"learning_rate": -1.0})],
+            "groups 'a'.learning_rate is -1.0: it must be at least 0",
+        ),
+        ("optimizer.recovery_learning_rate", 1.0, "recovery_learning_rate 1.0 is above config.optimizer.learning_rate"),
+        ("data.augment", "blur", "config.data.augment has no 'blur': the nearest is"),
+        ("data.templates", ["a photo"], r"template 'a photo' has no \{c\}"),
+        ("eval.templates", "nowhere", "templates 'nowhere': no such name"),
+    ],
+)
+def test_values_that_were_taken_before(path: str, value: Any, message: str) -> None:
+    assert re.search(message, refusal(path, value))

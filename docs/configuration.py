@@ -1,0 +1,62 @@
+"""Writes docs/configuration.md from the declarations: `python docs/configuration.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from typing import Any
+
+from tclip_jax.models.config import TextConfig, VisionConfig
+from tclip_jax.schema import Bounds, describe, key_of
+from tclip_jax.ternary import Quantizer
+from tclip_jax.training.config import RunConfig
+from tclip_jax.training.sections import EvalConfig, GroupConfig
+
+PAGE = pathlib.Path(__file__).with_suffix(".md")
+HEAD = """# Configuration
+
+Every key of a run, with its type, default and bounds. `python docs/configuration.py` makes this page from the
+declarations in [config.py](../tclip_jax/training/config.py) and [sections.py](../tclip_jax/training/sections.py). A
+recipe changes them, and `--config.loss.crd=2.0` on the command line changes them again. A key that is unknown, of
+another type or out of its bounds is refused before anything is written. Numbers are finite.
+"""
+POWERS = {str(2**31 - 1): "2³¹ − 1", str(2**32): "2³²"}
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [field for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)]
+    top = [field for field in dataclasses.fields(RunConfig) if field not in sections]
+    parts = [HEAD, "## The run\n", _table(RunConfig, top)]
+    for field in sections:
+        parts += [f"## `{field.name}`\n", _first_line(type(field.default)), _table(type(field.default))]
+    parts += ["## Each of `evals`\n", "The keys of `eval`, and a name.\n", _table(EvalConfig)]
+    parts += ["## Each of `optimizer.groups`\n", _first_line(GroupConfig), _table(GroupConfig)]
+    parts += ["## `model.vision_cfg`\n", _first_line(VisionConfig), _table(VisionConfig)]
+    parts += ["## `model.text_cfg`\n", _first_line(TextConfig), _table(TextConfig)]
+    return "\n".join(parts)
+
+
+def _first_line(cls: type) -> str:
+    if cls is Quantizer:
+        return "Which is explained in [training](training.md#which-weights-and-how).\n"
+    return f"{(cls.__doc__ or '').partition(chr(10))[0]}\n"
+
+
+def _table(cls: type, fields: list[dataclasses.Field[Any]] | None = None) -> str:
+    hints = typing.get_type_hints(cls)
+    lines = ["| key | type | default | bounds | what |", "|---|---|---|---|---|"]
+    for field in fields or dataclasses.fields(cls):
+        declared = key_of(field)
+        bounds = "" if declared.bounds == Bounds() else str(declared.bounds)
+        for digits, power in POWERS.items():
+            bounds = bounds.replace(digits, power)
+        default = "of the preset `tiny`" if declared.written else f"`{field.default!r}`"
+        cells = (f"`{field.name}`", describe(hints[field.name]), default, bounds, declared.doc)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
