@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, and what open_clip needs to be imported beside a CPU build of torch."""
+"""Eight simulated devices for every test, this tree for every child process, and what open_clip needs beside torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import hypothesis
 import pytest
 from absl import flags
+
+# Child processes import this tree, whatever is installed.
+ROOT = str(pathlib.Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # A first example compiles, so there is no deadline; CI draws the same examples every time.
 hypothesis.settings.register_profile("tclip", deadline=None, derandomize="CI" in os.environ)

@@ -124,12 +124,15 @@ class Checkpoints:
     def _finish(self) -> None:
         """On process 0, when all is written by all processes and before it counts as a checkpoint."""
         name = str(self._saving)
-        building = [
-            path for path in self._folder.iterdir() if path.name == name or path.name.startswith(f"{name}.orbax")
-        ]
         try:
-            write_checksums(building[0])
-        except (ValueError, OSError) as error:  # raised here, the other processes would wait for this one
+            names = [path.name for path in self._folder.iterdir()]
+            building = [each for each in names if each == name or each.startswith(f"{name}.orbax")]
+            if not building:
+                raise FileNotFoundError(
+                    f"no such folder as {name} or {name}.orbax-…: it was removed while it was written"
+                )
+            write_checksums(self._folder / building[0])
+        except Exception as error:  # raised here, whatever it is, the other processes would wait for this one
             self._unfinished = error
 
     @contextlib.contextmanager
@@ -139,7 +142,7 @@ class Checkpoints:
             yield
             if self._unfinished:
                 raise self._unfinished
-        except (ValueError, OSError, TimeoutError, RuntimeError) as error:
+        except Exception as error:
             # What the system said stands at the end of a long chain, and after it lines of C++.
             reason = " ".join(str(error).partition(" [source locations")[0].split())[-300:]
         else:

@@ -68,6 +68,15 @@ def test_interval_is_scipys() -> None:
     assert ours == pytest.approx((theirs.low, theirs.high), abs=2.01 / N)
 
 
+def test_interval_leaves_out_two_and_a_half_percent_at_either_end() -> None:
+    """Of 100,001 equally spaced numbers each quantile is one of them: an interval of 90 % would end at ±0.9."""
+    spaced = np.random.default_rng(0).permutation(np.linspace(-1, 1, 100_001))
+    assert interval(spaced) == pytest.approx((-0.95, 0.95), abs=1e-9)
+    assert interval(spaced, 0.9) == pytest.approx((-0.9, 0.9), abs=1e-9)
+    normal = scipy.stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
+    assert interval(normal) == pytest.approx(scipy.stats.norm.interval(0.95), abs=1e-3)
+
+
 def test_per_class_mean_is_resampled_as_images_are() -> None:
     rows = np.stack([LABELS, RIGHT_A, RIGHT_B], axis=1)
     ours = bootstrap_differences(rows, per_class_mean_of(1, 0), per_class_mean_of(2, 0), resamples=3000, seed=0)

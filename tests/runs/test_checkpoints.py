@@ -5,11 +5,12 @@ from __future__ import annotations
 import pathlib
 import time
 
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from tclip_jax.runs import checkpoints
-from tclip_jax.runs.checkpoints import Checkpoints, saved_steps, whole_steps
+from tclip_jax.runs.checkpoints import CheckpointError, Checkpoints, saved_steps, whole_steps
 from tclip_jax.runs.checksums import damage, write_checksums
 from tclip_jax.runs.policy import CheckpointConfig
 
@@ -73,5 +74,24 @@ def test_late_is_told_by_a_clock_that_cannot_be_set(tmp_path: pathlib.Path, monk
         assert not saver.is_late() and saver.is_due(10) and not saver.is_due(11)
         monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now + 301)
         assert saver.is_late() and saver.is_due(11, late=True)
+        # "late" is the answer to the step before: what was saved meanwhile is not saved again at once.
+        saver.save(11, {"params": {"w": jnp.ones(2)}}, {})
+        assert not saver.is_late() and not saver.is_due(12, late=True)
+        assert saver.is_due(13, late=True) and not saver.is_due(13) and saver.is_due(20)
     with Checkpoints(tmp_path / "d", CheckpointConfig()) as saver:
         assert not saver.is_late()
+
+
+def test_a_folder_that_has_gone_while_it_was_written_fails_the_save_and_leaves_nobody_waiting(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in Orbax's thread, it would leave the other processes at its barrier for a day."""
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as saver:
+        iterdir = type(saver._folder).iterdir
+        hidden = lambda self: (path for path in iterdir(self) if "3" not in path.name)  # noqa: E731
+        monkeypatch.setattr(type(saver._folder), "iterdir", hidden)
+        saver.save(3, {"params": {"w": jnp.ones(2)}}, {})
+        with pytest.raises(CheckpointError, match=r"c/3: the checkpoint could not be written, .*no such folder"):
+            saver.wait()
+        monkeypatch.undo()
+        saver._unfinished = None

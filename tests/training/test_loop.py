@@ -50,6 +50,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.ternary = "Q-ALL"
+    config.optimizer.warmup_steps = 2
     config.eval.update({"source": "digits", "every": 4})
     whole = loop.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -62,6 +63,11 @@ def test_interrupted_run_goes_on_to_the_same_bits(
 
     def losses(name: str) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name) if "loss" in line]
+
+    # The rate by which a step's update was made: that of the steps before it, the first being made by none.
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole") if "loss" in line]
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6))
+    np.testing.assert_allclose(rates, 1e-3 * np.array([0, 0.5, *cosine]), atol=1e-9)
 
     assert losses("cut")[-2:] == losses("whole")[-2:] and [step for step, _ in losses("whole")] == list(range(1, 9))
     assert [line["step"] for line in read_metrics(tmp_path / "whole") if "zero_shot_accuracy" in line] == [4, 8]

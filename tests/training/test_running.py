@@ -13,8 +13,6 @@ import jax
 import ml_collections
 import pytest
 
-from tclip_jax.parallel.agreement import Agreement
-from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.training import loop
 from tclip_jax.training.batches import Batches
 from tclip_jax.training.journal import Journal
@@ -36,11 +34,6 @@ def test_signals_are_notices_within_and_what_they_were_without() -> None:
         assert notices.code == INTERRUPTED == 130
         os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-
-
-def test_an_answer_comes_with_the_next_question() -> None:
-    agreement = Agreement(make_mesh(), 2)
-    assert [agreement.ask(values) for values in ((0, 1), (75, 0), (0, 0))] == [(0, 0), (0, 1), (75, 0)]
 
 
 def test_every_second_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
