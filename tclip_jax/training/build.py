@@ -74,7 +74,7 @@ class Build:
         return CLIP(self.run.model, self.run.rules, jnp.dtype(self.run.dtype), self.run.remat)
 
     @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
         return make_optimizer(self.run.optimizer, self.run.steps)
 
     def init_state(self, start: Any = None) -> TrainState:

@@ -14,7 +14,7 @@ from tclip_jax.training.sections import LossConfig
 def init_heads(
     key: jax.Array, student: CLIPConfig, teacher: CLIPConfig | int | None, loss: LossConfig
 ) -> dict[str, Any]:
-    """What the terms of the loss ask for.
+    """What the terms of the loss with a weight ask for, and nothing else: weight decay would shrink it.
 
     Args:
       key: for the projections.
@@ -23,19 +23,20 @@ def init_heads(
       loss: the terms.
 
     Returns:
-      `image`, `text`: projections of embeddings to the teacher's width; `icl_scale`: ICL's scale, learned from 2.659;
-      `hidden`: for each tower a projection of hidden states; `sigmoid_bias`: SigLIP's, from −10. None where not needed.
+      `image`, `text`: projections of embeddings to the teacher's width, for icl and fd; `icl_scale`: ICL's scale, which
+      starts at 2.659; `hidden`: for each tower a projection of hidden states; `sigmoid_bias`: SigLIP's, from −10.
     """
     heads: dict[str, Any] = {}
-    if loss.task_kind == "sigmoid":
+    if loss.sigmoid:
         heads["sigmoid_bias"] = jnp.float32(-10)
     if teacher is None:
         return heads
-    keys = jax.random.split(key)
-    width = teacher if isinstance(teacher, int) else teacher.embed_dim
-    for name, each in zip(("image", "text"), keys, strict=True):
-        heads[name] = _linear(each, student.embed_dim, width)
-    heads["icl_scale"] = jnp.float32(2.659)
+    if loss.projected:
+        width = teacher if isinstance(teacher, int) else teacher.embed_dim
+        for name, each in zip(("image", "text"), jax.random.split(key), strict=True):
+            heads[name] = _linear(each, student.embed_dim, width)
+    if loss.icl:
+        heads["icl_scale"] = jnp.float32(2.659)
     if loss.hidden and not isinstance(teacher, int):
         widths = {
             "image": (student.vision.width, teacher.vision.width),

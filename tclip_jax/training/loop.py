@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 from etils import epath
+from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
 from tclip_jax.data.teacher_cache import TeacherCache
@@ -22,8 +23,8 @@ from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, saved_steps, whole_steps
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.build import Build, check_batch
-from tclip_jax.training.config import base_config, run_config
+from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.training.config import RunConfig, base_config, run_config
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.feed import open_feed
 from tclip_jax.training.initial import start_params
@@ -66,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         _logger.info("%s", line)
     cache = open_cache(run) if run.data.teacher_cache else None
     data, bad = open_feed(run, workdir, mesh, cache)
-    teacher = load_model(run.teacher, mesh) if run.teacher else None
+    teacher, teacher_params = _load_teacher(run, mesh)
     build = Build(run, mesh, teacher or cache)
     start = None if whole_steps(workdir / "checkpoints") else start_params(run, mesh)
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
@@ -82,10 +83,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         Trace(workdir, run.profile_steps) as trace,
     ):
         with phases.during("compile"):
-            state = build.init_state(start)
-            restored = checkpoints.restore(state.trees(), data.seek)
-            state = TrainState.of_trees(restored) if restored else state
-            teacher_params = teacher and jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
+            restored = checkpoints.restore(build.state_shapes.trees(), data.seek)
+            state = TrainState.of_trees(restored) if restored else build.init_state(start)
+            del start  # the state has a copy
             step_function = build.jitted_step(state)
         schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
         wandb = {"wandb_project": run.wandb_project, "config": config.to_dict()}
@@ -141,6 +141,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                     journal.flush()
                     _evaluate(due, journal, step, build, state, phases)
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
+
+
+def _load_teacher(run: RunConfig, mesh: Mesh) -> tuple[Architecture | None, Any]:
+    """The teacher that runs in the step, and its parameters over `mesh`, of which no other copy is kept."""
+    if not run.teacher:
+        return None, None
+    teacher = load_model(run.teacher, mesh)
+    params = jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
+    return Architecture(teacher.config, teacher.preprocess, teacher.rules), params
 
 
 def _evaluate(

@@ -86,7 +86,7 @@ class Objective:
             cached = batch["teacher_image"].astype(jnp.float32), batch["teacher_text"].astype(jnp.float32)
             return Seen(image, text, cached), {}
         their_image, their_text, their_states = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.loss))
-        inside = compare_states(params["heads"], batch, states, their_states, self.loss, whole)
+        inside = compare_states(params.get("heads", {}), batch, states, their_states, self.loss, whole)
         return Seen(image, text, (their_image, their_text)), inside
 
     def judge(
@@ -99,7 +99,7 @@ class Objective:
             "weight": batch["weight"],
             "ring": Ring(BATCH_AXES, loss.ring_chunk) if loss.distributed == "ring" else None,
         }
-        teacher, bias = None, heads["sigmoid_bias"] if loss.task_kind == "sigmoid" else None
+        teacher, bias = None, heads["sigmoid_bias"] if loss.sigmoid else None
         if self.teacher is not None and seen.teacher is not None and loss.affinities:
             teacher = *seen.teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
         rows = compare(seen.image, seen.text, _scale(params["clip"]), teacher=teacher, bias=bias, **how)
@@ -107,7 +107,8 @@ class Objective:
             terms["task"] = contrastive.sigmoid_loss(rows[0]) if bias is not None else contrastive.info_nce(*rows)
         if seen.teacher is not None:
             their_image, their_text = seen.teacher
-            to_image, to_text = _project(heads["image"], seen.image), _project(heads["text"], seen.text)
+            if loss.projected:
+                to_image, to_text = _project(heads["image"], seen.image), _project(heads["text"], seen.text)
             if loss.crd:
                 terms["crd"] = distillation.crd(*rows)
             if loss.open_clip:

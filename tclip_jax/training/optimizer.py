@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,27 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decay, params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) -> Any:
+    """The exponential moving average of parameters, with no weight on what they were before the first update.
+
+    After n updates it is Σᵢ dⁿ⁻ⁱ wᵢ / Σᵢ dⁿ⁻ⁱ over the parameters wᵢ after update i = 1 … n, as that of
+    `optax.ema(decay, debias=True)`, and after the first update the parameters themselves.
+
+    Args:
+      average: that of n − 1 updates; of none any tree.
+      params: wₙ, float32 as the average.
+      decay: d, 0 < d < 1.
+      updates: n, an int32 scalar.
+    """
+    # 1 − dⁿ loses half its digits where d is near 1, so not by subtraction.
+    share = (1 - decay) / -jnp.expm1(updates * jnp.float32(math.log(decay)))
+    return jax.tree.map(lambda old, new: jnp.where(updates > 1, old + share * (new - old), new), average, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101), after clipping of the global norm where one is given.
+
+    Its `update` takes `step`, the steps done, by which the schedule goes. The count in its state is that of updates.
 
     Raises:
       ValueError: when it is applied: a group's regex that is none, or matches no parameter.
@@ -54,11 +74,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             lambda update, p, factor, amount: factor * (update + amount * p), updates, params, *_groups(config, params)
         )
 
+    def scale(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> tuple[Any, Any]:
+        rate = schedule(step)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    schedule = learning_rate_schedule(config, steps)
     return optax.chain(
         *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay),
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale),
     )
 
 

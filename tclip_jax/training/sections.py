@@ -78,6 +78,16 @@ class LossConfig:
         return (("hidden",) if self.hidden else ()) + (("qkv",) if self.relations else ())
 
     @property
+    def sigmoid(self) -> bool:
+        """Whether the student's logits have a bias."""
+        return bool(self.task) and self.task_kind == "sigmoid"
+
+    @property
+    def projected(self) -> bool:
+        """Whether a term with a weight compares the student's embeddings with the teacher's."""
+        return bool(self.icl or self.fd)
+
+    @property
     def affinities(self) -> bool:
         """Whether a term with a weight compares how similar student and teacher find an image and a text."""
         return bool(self.crd or self.open_clip or self.affinity or self.kl)

@@ -24,8 +24,9 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32 scalar, steps done.
       params: `clip`, the model's tree of latent float32 weights, and `heads`, which are dropped after training.
-      optimizer: optax's state, moments shaped and sharded like the parameters.
-      average: exponential moving average of `clip`, or None.
+      optimizer: optax's state, moments shaped and sharded like the parameters; its count is that of updates, which is
+        `step` without the steps that were skipped.
+      average: exponential moving average of `clip` (`optimizer.moving_average`), or None.
     """
 
     step: jax.Array

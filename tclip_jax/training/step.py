@@ -15,6 +15,7 @@ from tclip_jax.losses.grad_cache import gradient_in_parts
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.training.inside import Batch, Metrics
 from tclip_jax.training.objective import Encoders, Objective
+from tclip_jax.training.optimizer import moving_average
 from tclip_jax.training.sections import LossConfig
 from tclip_jax.training.state import TrainState
 
@@ -25,7 +26,7 @@ MAX_LOGIT_SCALE = math.log(100)
 def make_train_step(
     student: Encoders,
     teacher: Encoders | float | None,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     loss: LossConfig,
     ternary_share: Schedule | None = None,
     ema_decay: float = 0.0,
@@ -33,12 +34,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The function (state, batch, teacher's parameters or None) -> (next state, metrics); float32 scalars.
 
-    A step whose loss or gradient is not finite changes nothing but the counts; `skipped_steps` is then 1, otherwise 0.
+    A step whose loss or gradient is not finite changes nothing but the step's number; `skipped_steps` is then 1,
+    otherwise 0.
 
     Args:
       student: the model that is trained.
       teacher: runs in the step; or the scale of a teacher whose embeddings come with the batch; or None.
-      optimizer: of all parameters.
+      optimizer: of all parameters, as of `make_optimizer`.
       loss: weights of its terms.
       ternary_share: from the step to the share of ternary weights that is quantized; None for all.
       ema_decay: of the state's average, where it has one.
@@ -57,12 +59,12 @@ def make_train_step(
             microbatches,
             BATCH_AXES,
         )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         params["clip"]["logit_scale"] = jnp.clip(params["clip"]["logit_scale"], 0, MAX_LOGIT_SCALE)
         average = state.average
         if average is not None:
-            average = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, average, params["clip"])
+            average = moving_average(average, params["clip"], ema_decay, optax.tree.get(optimizer_state, "count"))
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         updated = keep_if(finite, TrainState(state.step + 1, params, optimizer_state, average), state)
@@ -79,5 +81,5 @@ def make_train_step(
 
 
 def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where all is finite, else `old` with the counts of `new`, by which the schedule goes on."""
-    return jax.tree.map(lambda a, b: a if jnp.issubdtype(a.dtype, jnp.integer) else jnp.where(finite, a, b), new, old)
+    """`new` where all is finite, else `old`, with the step of `new`: by it the schedules go on."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old).replace(step=new.step)

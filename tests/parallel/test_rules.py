@@ -82,7 +82,7 @@ def test_a_device_holds_its_share_of_the_weights(preset: str, sizes: tuple[int, 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, *_ in RULES])
 def test_every_rule_decides_for_some_parameter(pattern: str) -> None:
-    heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig()), jax.random.key(0))
+    heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig(icl=1.0)), jax.random.key(0))
     trees = {"clip": shapes("tiny"), "heads": heads}
     first = [next(p for p, *_ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
     assert pattern in first
@@ -137,7 +137,7 @@ def test_moments_are_sharded_like_their_parameters(clip_norm: float) -> None:
     optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), 10)
 
     def state(key: jax.Array, clip: Any) -> TrainState:
-        params = {"clip": clip, "heads": init_heads(key, TINY, 96, LossConfig())}
+        params = {"clip": clip, "heads": init_heads(key, TINY, 96, LossConfig(icl=1.0))}
         return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
 
     abstract = jax.eval_shape(state, jax.random.key(0), shapes("tiny"))

@@ -22,7 +22,7 @@ from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.heads import init_heads
 from tclip_jax.training.inside import same_depth
-from tclip_jax.training.objective import Encoders, Objective, check_teacher
+from tclip_jax.training.objective import Encoders, Objective, Seen, check_teacher
 from tclip_jax.training.sections import LossConfig
 
 VISION, TEXT = VisionConfig((16, 16), patch_size=8, width=16, layers=2, head_width=8), TextConfig(6, 32, 16, 2, 2)
@@ -131,9 +131,37 @@ def test_every_term_is_its_function_and_they_add_up() -> None:
 def test_no_head_is_made_that_no_term_needs() -> None:
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig()) == {}
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task_kind="sigmoid")).keys() == {"sigmoid_bias"}
-    assert init_heads(jax.random.key(0), STUDENT, 20, LossConfig()).keys() == {"image", "text", "icl_scale"}
+    assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task=0, task_kind="sigmoid")) == {}
+    for terms, expected in (
+        ({}, set()),
+        ({"crd": 1.0, "kl": 1.0, "open_clip": 1.0, "affinity": 1.0, "relations": 1.0}, set()),
+        ({"fd": 1.0}, {"image", "text"}),
+        ({"icl": 1.0}, {"image", "text", "icl_scale"}),
+        ({"hidden": 1.0}, {"hidden"}),
+    ):
+        assert init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(**terms)).keys() == expected, terms
     hidden = init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(hidden=1.0, towers=("text",)))["hidden"]
     assert {tower: head["kernel"].shape for tower, head in hidden.items()} == {"text": (16, 24)}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(crd=1.0, affinity=0.5),  # without a head, and with a bias that no term has
+        LossConfig(task=0.0, task_kind="sigmoid", crd=1.0),
+        LossConfig(fd=1.0),
+    ],
+)
+def test_terms_are_the_same_without_the_heads_of_others(loss: LossConfig) -> None:
+    tree = {"clip": params()[0]}
+    if heads := init_heads(jax.random.key(2), STUDENT, 20, loss):
+        tree["heads"] = heads
+    everything = init_heads(jax.random.key(2), STUDENT, 20, LossConfig(task_kind="sigmoid", icl=1.0, fd=1.0))
+    (ours, _), (theirs, _) = seen()
+    goal = Objective(SEES, float(theirs[2]), loss)
+    batch, found = BATCH, Seen(ours[0], ours[1], (theirs[0], theirs[1]))
+    few, many = (goal.judge(each, None, batch, found, {}) for each in (tree, tree | {"heads": everything}))
+    assert few[1].keys() == many[1].keys() and float(few[0]) == pytest.approx(float(many[0]), rel=1e-6)
 
 
 def test_states_that_nobody_asked_for_are_not_computed() -> None:

@@ -50,7 +50,7 @@ def test_the_first_group_that_matches_sets_rate_and_decay() -> None:
     params: Any = {"clip": {name: jnp.full((1, 1), 2.0) for name in names}}
     gradients = jax.tree.map(jnp.ones_like, params)
     optimizer = make_optimizer(config, 10)
-    updates = optimizer.update(gradients, optimizer.init(params), params)[0]["clip"]
+    updates = optimizer.update(gradients, optimizer.init(params), params, step=0)[0]["clip"]
     # Adam's first update is the sign of the gradient.
     expected = {"fc1/kernel": 0.5 * (1 + 0.4), "fc2/kernel": 1, "table": 1 + 0.4, "kernel_scale": 0.1 * (1 + 0.6)}
     for name, value in expected.items():
@@ -58,7 +58,7 @@ def test_the_first_group_that_matches_sets_rate_and_decay() -> None:
     shadowed = OptimizerConfig(groups=((".*", {}), (".*/kernel", {"weight_decay": 0.0})))
     optimizer = make_optimizer(shadowed, 10)
     with pytest.raises(ValueError, match=r"groups: '\.\*/kernel' matches no parameter of its own"):
-        optimizer.update(gradients, optimizer.init(params), params)
+        optimizer.update(gradients, optimizer.init(params), params, step=0)
 
 
 def test_decay_is_for_matrices() -> None:
@@ -74,7 +74,8 @@ def test_one_step_equals_adamw_by_hand(clip_norm: float) -> None:
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-3, clip_norm=clip_norm)
     optimizer = make_optimizer(config, 10)
     w, g = np.array([[1.0, -2.0]], np.float32), np.array([[0.6, 0.8]], np.float32)
-    updates, _ = optimizer.update({"w": jnp.asarray(g)}, optimizer.init({"w": jnp.asarray(w)}), {"w": jnp.asarray(w)})
+    params = {"w": jnp.asarray(w)}
+    updates, _ = optimizer.update({"w": jnp.asarray(g)}, optimizer.init(params), params, step=0)
     g64 = np.float64(g) * (clip_norm if clip_norm else 1.0)  # |g| = 1
     expected = -0.1 * (g64 / (np.abs(g64) + 1e-3) + 0.2 * w)
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
