@@ -35,7 +35,7 @@ def open_feed(
             "where a shard could not be read, delete the index on that machine (docs/data.md)"
         )
     name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
-    bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share)
+    bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share, len(source))
 
     def start() -> DevicePrefetch:
         rows = train_data(run, source, process_index=process, process_count=jax.process_count(), cache=cache, bad=bad)

@@ -24,7 +24,8 @@ class Journal:
       steps: of the whole run.
       bad: judges the bad samples of each step.
       batch_size: samples of each step.
-      max_skipped: steps in a row whose loss or gradient is not finite, after which the run is given up.
+      max_skipped: steps in a row that change nothing, after which the run is given up: their loss or gradient is not
+        finite, or their batch has no usable sample.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Journal:
         """Takes what `step` will have measured, and writes what is pending.
 
         Raises:
-          ValueError: too many steps in a row were not finite, or too many samples bad.
+          ValueError: too many steps in a row changed nothing, or too many samples were bad.
         """
         self.flush()
         self._pending = {step: metrics}
@@ -61,9 +62,15 @@ class Journal:
             line = self._speed.line(step, self._steps, values)
             if line and jax.process_index() == 0:
                 _logger.info("%s", line)
-            self._judge(step, values)
             if self._bad:
                 self._bad.check(values, self._batch_size)
+            self._judge(step, values)
+
+    def finish(self) -> None:
+        """As `flush`, after the last step of a run, whose bad samples are judged as a whole."""
+        self.flush()
+        if self._bad:
+            self._bad.finish()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes at once what is known already."""
@@ -76,10 +83,13 @@ class Journal:
             return
         self._skipped += 1
         wrong = " and ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+        instead = "lower config.optimizer.learning_rate or set clip_norm, and run the same command"
+        if not wrong:
+            wrong, instead = "its batch has no usable sample", "see bad_samples.jsonl for the reasons"
         if self._skipped >= self._max_skipped:
             raise ValueError(
-                f"step {step}: {wrong}; this is the last of {self._skipped} steps in a row that changed nothing, since"
-                " they were not finite: lower config.optimizer.learning_rate or set clip_norm, and go on"
+                f"step {step}: {wrong}; this is the last of {self._skipped} steps in a row that changed nothing"
+                f" (config.max_skipped_steps): {instead}"
             )
         if jax.process_index() == 0:
             _logger.warning("step %d: %s; it changes nothing", step, wrong)

@@ -128,7 +128,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                     or stop
                     or step == run.steps
                 ):
-                    journal.flush()
+                    journal.finish() if step == run.steps else journal.flush()
                     telemetry.sync()
                     with phases.during("checkpoint"):
                         checkpoints.save(step, state.trees(), data.position)

@@ -34,8 +34,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The function (state, batch, teacher's parameters or None) -> (next state, metrics); float32 scalars.
 
-    A step whose loss or gradient is not finite changes nothing but the step's number; `skipped_steps` is then 1,
-    otherwise 0.
+    A step whose loss or gradient is not finite, or whose batch has no usable sample, changes nothing but the step's
+    number; `skipped_steps` is then 1, otherwise 0.
 
     Args:
       student: the model that is trained.
@@ -66,12 +66,13 @@ def make_train_step(
         if average is not None:
             average = moving_average(average, params["clip"], ema_decay, optax.tree.get(optimizer_state, "count"))
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        updated = keep_if(finite, TrainState(state.step + 1, params, optimizer_state, average), state)
+        usable = jnp.any(batch["weight"] > 0)
+        changes = usable & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        updated = keep_if(changes, TrainState(state.step + 1, params, optimizer_state, average), state)
         metrics |= {
             "logit_scale": jnp.exp(updated.params["clip"]["logit_scale"]),
             "bad_samples": jnp.sum(batch["weight"] == 0).astype(jnp.float32),
-            "skipped_steps": 1 - finite.astype(jnp.float32),
+            "skipped_steps": 1 - changes.astype(jnp.float32),
         }
         if "fault" in batch:
             metrics |= {f"bad/{kind}": jnp.sum(batch["fault"] == i) for i, kind in enumerate(FAULTS) if i}
@@ -80,6 +81,6 @@ def make_train_step(
     return train_step
 
 
-def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where all is finite, else `old`, with the step of `new`: by it the schedules go on."""
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old).replace(step=new.step)
+def keep_if(changes: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or `old` with the step of `new`: by it the schedules go on."""
+    return jax.tree.map(lambda a, b: jnp.where(changes, a, b), new, old).replace(step=new.step)

@@ -61,3 +61,68 @@ def test_a_share_within_bounds_goes_on_and_the_past_is_forgotten() -> None:
         for step in range(1000):
             bad.check(metrics(corrupt_image=100), 100)
             assert step < 20
+
+
+def test_after_the_first_few_only_their_number_is_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = BadSamples(tmp_path / "bad.jsonl")
+    with caplog.at_level(logging.WARNING):
+        for i in range(85):
+            bad.add("no_image" if i % 4 else "no_caption", f"sample {i}", "why")
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:10] == [f"sample {i}: why; the sample counts with weight 0" for i in range(10)]
+    counts = [(20, 5, 15), (40, 10, 30), (80, 20, 60)]
+    assert said[10:] == [
+        f"{total} bad samples so far (no_caption {a}, no_image {b}), listed in {tmp_path}/bad.jsonl"
+        for total, a, b in counts
+    ]
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 85
+
+
+@pytest.mark.parametrize("max_share", [0.1, 1.0])
+def test_a_run_without_a_usable_sample_stops_after_an_epoch_or_at_its_end(max_share: float) -> None:
+    bad = BadSamples(None, max_share, epoch=30)
+    for _ in range(3):
+        bad.check(metrics(no_image=8), 8)
+    with pytest.raises(
+        ValueError, match=r"^of the last 32 samples, a whole epoch, not one can be used \(no_image 32\)"
+    ):
+        bad.check(metrics(no_image=8), 8)
+    short = BadSamples(None, max_share, epoch=100)
+    short.check(metrics(no_image=8), 8)
+    with pytest.raises(ValueError, match=r"^of all 8 samples not one can be used \(no_image 8\)"):
+        short.finish()
+    one = BadSamples(None, max_share, epoch=24)
+    for count in (8, 8, 7, 8, 8):  # one usable one in between
+        one.check(metrics(no_image=count), 8)
+    with pytest.raises(ValueError, match="not one can be used"):
+        one.check(metrics(no_image=8), 8)
+
+
+def test_a_share_over_the_limit_stops_a_short_run_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    for count, over in ((2, False), (3, True)):
+        bad = BadSamples(None, max_share=0.1)
+        bad.check(metrics(), 10)
+        bad.check(metrics(no_image=count), 10)
+        if over:
+            with pytest.raises(ValueError, match=r"^3 of all 20 samples are bad \(no_image 3\), more than .*= 0.1"):
+                bad.finish()
+        else:
+            bad.finish()
+            assert "2 of 20 samples were bad (no_image 2)" in caplog.text
+    caplog.clear()
+    BadSamples(None).finish()
+    assert not caplog.text
+
+
+def test_at_the_end_of_a_resumed_run_all_its_steps_count() -> None:
+    lines = [{"step": 1, "bad/no_image": 1.0}, *({"step": step} for step in range(2, 10))]
+    resumed = BadSamples(None, max_share=0.1)
+    resumed.resume(lines, 10)
+    resumed.check(metrics(no_image=2), 10)
+    resumed.finish()  # 3 of 100
+    alone = BadSamples(None, max_share=0.1)
+    alone.check(metrics(no_image=2), 10)
+    with pytest.raises(ValueError, match="2 of all 10 samples"):
+        alone.finish()

@@ -169,7 +169,9 @@ def test_unreadable_image_is_counted_and_its_path_logged(
         Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(path)
     bad = tmp_path / "data" / "train" / "cat" / "bad.png"
     bad.write_bytes(b"not an image")
-    config.data.update({"source": f"folder:{tmp_path}/data", "templates": "simple", "batch_size": 8})
+    config.data.update(
+        {"source": f"folder:{tmp_path}/data", "templates": "simple", "batch_size": 8, "max_bad_share": 0.2}
+    )
     config.steps = 9  # eight epochs of nine images
     with caplog.at_level(logging.WARNING):
         loop.train(config, tmp_path / "run")

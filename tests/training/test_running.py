@@ -88,6 +88,20 @@ def test_only_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture)
         journal.flush()
 
 
+def test_batches_without_a_usable_sample_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    quiet: Any = Quiet()
+    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=3)
+    for step in (1, 2):
+        journal.add(step, {"loss": 0.0, "skipped_steps": 1.0})
+    journal.flush()
+    assert "step 1: its batch has no usable sample; it changes nothing" in caplog.text
+    journal.add(3, {"loss": 0.0, "skipped_steps": 1.0})
+    with pytest.raises(
+        ValueError, match=r"step 3: its batch has no usable .* last of 3 steps .* see bad_samples\.jsonl"
+    ):
+        journal.flush()
+
+
 class Counter:
     """An iterator whose first worker is killed after two batches, or after none if it comes back."""
 

@@ -245,6 +245,19 @@ def test_a_finite_loss_whose_gradient_is_not_is_skipped(poison: float) -> None:
     assert int(after.step) == int(before.step) + 1
 
 
+def test_a_batch_without_a_usable_sample_changes_nothing() -> None:
+    """With zeros for gradients AdamW would go on by its moments, and decay weights."""
+    (before, _), _ = run_table([1, 1])
+    batch: Any = {"tokens": jnp.zeros((4, 1), jnp.int32), "poison": jnp.ones(4)}
+    optimizer = make_optimizer(TABLE, 20)
+    step = jax.jit(make_train_step(Table(None, MEAN, STD), None, optimizer, LossConfig(), None, 0.9))  # type: ignore[arg-type]
+    for usable, weight in ((False, np.zeros(4)), (True, np.array([0, 1, 1, 0]))):
+        after, metrics = step(before, batch | {"weight": jnp.float32(weight)}, None)
+        same = [np.array_equal(*each) for each in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+        assert metrics["skipped_steps"] == (not usable) and sum(same) == (len(same) - 1 if not usable else 0)
+        assert int(after.step) == int(before.step) + 1
+
+
 def test_a_skipped_step_is_no_update_and_its_learning_rate_is_passed_over() -> None:
     """Adam in NumPy float64 over the gradients of the steps that were not skipped, each at its own step's rate."""
     poisons = [1, 1, np.nan, 1, np.nan, np.nan, 1, 1]
