@@ -26,7 +26,7 @@ if importlib.util.find_spec("torch"):
     import torch
 
     # torchvision's wheel is a CUDA build and registers no `nms` beside a CPU torch, which it needs to be imported.
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None:
         torchvision_library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

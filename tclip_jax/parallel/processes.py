@@ -106,10 +106,24 @@ def _slurm(environ: Mapping[str, str]) -> Processes | None:
 
 
 def _gke(environ: Mapping[str, str]) -> Processes | None:
-    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-    if not hosts or not _wants_tpu(environ):
+    if not _wants_tpu(environ):
+        return None
+    path = environ.get("TPU_PROCESS_ADDRESSES_PATH")  # read by jax from 0.12 on
+    hosts = _addresses(path) if path else environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if not hosts:
         return None
     return _tpu(environ, hosts.split(","), _number(environ, "TPU_WORKER_ID", "0"))
+
+
+def _addresses(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = file.read(1 << 20).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"TPU_PROCESS_ADDRESSES_PATH is {path}: {error}") from None
+    if not found:
+        raise ValueError(f"TPU_PROCESS_ADDRESSES_PATH is {path}: it is empty, where the hosts are expected")
+    return found
 
 
 def _tpu_vm(environ: Mapping[str, str]) -> Processes | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import pathlib
 import threading
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from tclip_jax.parallel.processes import Processes, find_processes
@@ -132,6 +134,7 @@ def metadata() -> Iterator[dict[str, str]]:
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional argument")  # by jax itself
 def test_tpu_vm(
     attributes: dict[str, str],
     expected: tuple[str, int, int] | None,
@@ -146,6 +149,24 @@ def test_tpu_vm(
         clusters = pytest.importorskip("jax._src.clusters")
         monkeypatch.setenv("GCE_METADATA_IP", metadata["address"])
         assert oracle(clusters.GceTpuCluster, monkeypatch) == expected
+
+
+def test_gke_that_names_its_hosts_in_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "addresses"
+    path.write_text("10.0.0.2,10.0.0.3\n")
+    environ = {"TPU_PROCESS_ADDRESSES_PATH": str(path), "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "not,these,ones"}
+    assert find_processes(environ) == Processes("TPU", "10.0.0.2:8482", 2, 1)
+    clusters = pytest.importorskip("jax._src.clusters")
+    if jax.__version_info__ >= (0, 12):
+        megascale = {"NUM_SLICES": "1", "SLICE_ID": "0", "COORDINATOR_ADDRESS": "10.0.0.2"}
+        for name, value in (environ | {f"MEGASCALE_{key}": value for key, value in megascale.items()}).items():
+            monkeypatch.setenv(name, value)
+        assert oracle(clusters.GkeTpuCluster, monkeypatch) == ("10.0.0.2:8482", 2, 1)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"addresses: it is empty, where the hosts are expected"):
+        find_processes(environ)
+    with pytest.raises(ValueError, match=r"TPU_PROCESS_ADDRESSES_PATH is .*nowhere: .*No such file"):
+        find_processes(environ | {"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "nowhere")})
 
 
 def test_tpu_vm_whose_metadata_cannot_be_read(metadata: dict[str, str]) -> None:

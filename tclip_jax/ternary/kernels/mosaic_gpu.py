@@ -6,6 +6,7 @@ until it is asked for, and nothing is known of its speed.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -25,6 +26,12 @@ COLUMNS = 64  # of a block: the rows of one wgmma, whose result is transposed
 BLOCK = 256  # k of a block: 16 fields of 16 words
 STEP = 16  # k that one field of the words of a block holds; groups are padded to whole steps
 _SWIZZLE = 32  # bytes: a step of bf16, so that each is whole tiles of shared memory
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    """All of `ref`; jax before 0.12 wants an index beside it."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def unsupported(*, device_kind: str, platform: str, dtype: Any, activations: Activations, **_: Any) -> str | None:
@@ -103,7 +110,7 @@ def _dot(x: jax.Array, words: jax.Array, scale: jax.Array, *, group: int, rows: 
                         # What pads K lies beyond the last group.
                         j = jnp.minimum((index[0] * BLOCK + i * STEP) // group, scale_gmem.shape[0] - 1)
                         layout = plgpu.Layout.WGMMA.reduce(1)
-                        level = plgpu.load(scale_gmem, (j, own_columns), layout=layout, optimized=False)
+                        level = _load(scale_gmem.at[j, own_columns], layout)
                         level = jax.lax.broadcast_in_dim(level, (COLUMNS, STEP), (0,))
                     # The field, shifted to the top and back, keeps its sign.
                     weights = ((words << (30 - 2 * i)) >> 30).astype(jnp.float32) * level

@@ -47,7 +47,7 @@ def test_equals_float64_in_the_interpreter(
 ) -> None:
     interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     # The interpreter knows a plain read alone, not one with a layout of registers.
-    monkeypatch.setattr(mosaic_gpu.plgpu, "load", lambda ref, index, **_: ref[index])
+    monkeypatch.setattr(mosaic_gpu.plgpu, "load", lambda ref, *_, **__: ref[...])
     w = weight(*shape[1:])
     x = jax.random.normal(jax.random.key(0), shape[:2], jnp.bfloat16).astype(jnp.float32)
     result = mosaic_gpu.matmul(
