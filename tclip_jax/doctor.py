@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tclip_jax.planning.child import other_libtpu
+
 PACKAGES = ("tclip-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 # package -> (the extra that brings it, what it is for)
 OPTIONAL = {
@@ -46,6 +48,8 @@ def _versions() -> Iterator[Finding]:
         yield Finding(name, version or "missing", "" if version else "pip install tclip-jax")
     if _older(_version("flax"), (0, 12, 9)) and not _older(_version("jax"), (0, 11, 1)):
         yield Finding("flax and jax", "do not fit", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax")
+    if other := other_libtpu():
+        yield Finding("libtpu and jax", "do not fit", other)
 
 
 def _devices() -> Iterator[Finding]:

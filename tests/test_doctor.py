@@ -45,7 +45,7 @@ def test_what_is_missing_is_said_with_its_remedy(
 
 @pytest.mark.parametrize(("flax", "jax_version"), [("0.12.8", "0.10.2"), ("0.12.12", "0.12.0"), ("0.13.0", "0.13.1")])
 def test_versions_that_fit(flax: str, jax_version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", {"flax": flax, "jax": jax_version}.get)
+    monkeypatch.setattr(importlib.metadata, "version", {"flax": flax, "jax": jax_version, "libtpu": "0.0.1"}.get)
     assert "flax and jax" not in findings()
 
 
@@ -69,3 +69,14 @@ def test_a_backend_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(jax, "default_backend", fail)
     assert findings()["devices"].remedy == "Unable to initialize backend 'tpu': no TPU"
+
+
+def test_a_libtpu_that_is_not_the_one_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = ['libtpu==0.0.42.*; extra == "tpu"', "numpy>=2.0"]
+    monkeypatch.setattr(importlib.metadata, "requires", {"jax": pins}.get)
+    versions = {"jax": "0.10.2", "flax": "0.12.8", "libtpu": "0.0.52"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.get)
+    remedy = "libtpu is 0.0.52, and jax 0.10.2 goes with ==0.0.42.*: pip install 'tclip-jax[plan]'"
+    assert findings()["libtpu and jax"].remedy == remedy
+    versions["libtpu"] = "0.0.42.1"
+    assert "libtpu and jax" not in findings()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -17,10 +18,12 @@ from typing import Any
 
 import tqdm
 from etils import epath
+from packaging import requirements
 
 from tclip_jax.planning.program import StepFacts
 from tclip_jax.storage import write_atomic
 
+_logger = logging.getLogger(__name__)
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
@@ -52,6 +55,8 @@ def compiled_facts(
 def _ask(request: Mapping[str, Any]) -> StepFacts:
     if not importlib.util.find_spec("libtpu"):
         raise ValueError("libtpu is not installed, which compiles for TPUs: pip install 'tclip-jax[plan]'")
+    if other := other_libtpu():
+        _logger.warning("%s", other)
     command = [sys.executable, "-m", "tclip_jax.planning.compile"]
     with tempfile.TemporaryFile("w+") as errors:  # libtpu writes much there
         process = subprocess.Popen(
@@ -75,11 +80,24 @@ def _ask(request: Mapping[str, Any]) -> StepFacts:
         if process.returncode or not answers:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no word of why"])[-1]
-            raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {last}")
+            why = f"{last} ({other})" if (other := other_libtpu()) else last
+            raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {why}")
     answer = json.loads(answers[-1])
     if "error" in answer:
         raise ValueError(answer["error"])
     return StepFacts.from_json(answer["facts"])
+
+
+def other_libtpu() -> str:
+    """Says that the installed libtpu is not the one of jax, whose jaxlib may not read its programs; "" if it is."""
+    try:
+        jax_version, found = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    for pin in map(requirements.Requirement, importlib.metadata.requires("jax") or ()):
+        if pin.name == "libtpu" and found not in pin.specifier:
+            return f"libtpu is {found}, and jax {jax_version} goes with {pin.specifier}: pip install 'tclip-jax[plan]'"
+    return ""
 
 
 def _show_progress(topology: str, done: threading.Event) -> None:
