@@ -211,6 +211,15 @@ def test_gradient_of_the_weight_and_of_its_learned_scale(kind: str, group: Any) 
     np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_weight_of_exactly_alpha_is_saturated() -> None:
+    """Eq. 3 and 5 of arXiv 1902.08153 are strict: at |w| = α the weight gets nothing, and α gets sign(w) / sqrt(n)."""
+    w, alpha = jnp.array([[0.5], [-0.5], [0.375], [0.0]]), jnp.array([[0.5]])
+    quantizer, upstream = Quantizer(2.0, "channel", 24, "lsq"), jnp.array([[1.0], [2.0], [4.0], [8.0]])
+    to_w, to_alpha = jax.vjp(lambda w, a: fake_quantize(w, quantizer, -2, a), w, alpha)[1](upstream)
+    np.testing.assert_array_equal(to_w, [[0.0], [0.0], [4.0], [8.0]])
+    np.testing.assert_allclose(to_alpha, [[(1 - 2 + 4 * (1 - 0.75) + 8 * 0) / 4**0.5]], rtol=1e-6)
+
+
 @pytest.mark.torch
 def test_lsq_equals_the_papers_graph_in_torch() -> None:
     import torch

@@ -180,6 +180,14 @@ def test_scales_are_exact_in_half_precision() -> None:
         np.testing.assert_array_equal(scale.astype(dtype).astype(np.float32), scale)
 
 
+@pytest.mark.parametrize("scale_bits", [8, 11, 24])
+def test_scales_reach_as_far_as_float32(scale_bits: int) -> None:
+    w, quantizer = jnp.asarray(weights(64, 3)), Quantizer(2.0, 32, scale_bits)  # type: ignore[arg-type]
+    plain, huge = ternarize(w, quantizer), ternarize(w * jnp.float32(2.0**120), quantizer)
+    np.testing.assert_array_equal(huge.scale, plain.scale * jnp.float32(2.0**120))
+    np.testing.assert_array_equal(huge.trits, plain.trits)
+
+
 def test_dequantising_to_bfloat16_is_exact() -> None:
     packed = ternarize(jnp.asarray(weights(512, 64)), Quantizer())
     np.testing.assert_array_equal(np.asarray(packed.dequantize(jnp.bfloat16), np.float32), packed.dequantize())
