@@ -264,6 +264,19 @@ def test_an_error_of_the_program_is_raised() -> None:
         next(iterate(Broken(labelled(2))))
 
 
+@pytest.mark.parametrize("seed", [0, 3, 5, 2**32 - 1])
+def test_each_part_is_shuffled_with_a_seed_of_its_own(seed: int) -> None:
+    """Of part i that is `seed` + i, below 2³²: a run that is resumed draws what it would have drawn."""
+    counts = (5, 4, 7)
+    order = global_order(Mixture((1, 1, 1), [labelled(count) for count in counts]), seed)
+    drawn, start = np.array([order[i] for i in range(60)]), 0
+    for i, count in enumerate(counts):
+        own = drawn[(start <= drawn) & (drawn < start + count)] - start
+        alone = grain.MapDataset.range(count).seed((seed + i) % 2**32).shuffle().repeat()
+        assert len(own) == 20 and list(own) == [alone[j] for j in range(20)]
+        start += count
+
+
 def test_a_mixture_keeps_its_proportions_and_each_part_its_epochs() -> None:
     parts = [labelled(12), labelled(4)]
     mixture = Mixture((3, 1), parts)

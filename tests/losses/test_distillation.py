@@ -226,6 +226,8 @@ def test_unknown_kind_and_unprojected_student_are_named() -> None:
         feature_distillation(v, V, "l1")
     with pytest.raises(ValueError, match=r"student embeddings \(8, 6\) must be projected .* \(8, 11\)"):
         feature_distillation(v, unit_vectors(0, width=11))
+    with pytest.raises(ValueError, match=r"student embeddings \(8, 11\) must be projected .* \(8, 6\)"):
+        feature_distillation(unit_vectors(0, width=11), v)
 
 
 @pytest.mark.torch

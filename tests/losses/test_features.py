@@ -127,7 +127,11 @@ def test_kl_mix_equals_numpy(reverse: float) -> None:
 def test_what_cannot_be_matched_is_named() -> None:
     with pytest.raises(ValueError, match=r"states \(3, 5, 8\) must be projected to the teacher's shape \(3, 5, 12\)"):
         hidden_matching(jnp.asarray(STUDENT), jnp.asarray(WIDE))
+    with pytest.raises(ValueError, match=r"states \(3, 5, 12\) must be projected to the teacher's shape \(3, 5, 8\)"):
+        hidden_matching(jnp.asarray(WIDE), jnp.asarray(STUDENT))
     with pytest.raises(ValueError, match="relations of 5 tokens cannot match those of 4"):
         relation_matching(jnp.asarray(STUDENT), jnp.asarray(WIDE[:, :4]), 2)
+    with pytest.raises(ValueError, match="relations of 4 tokens cannot match those of 5"):
+        relation_matching(jnp.asarray(STUDENT[:, :4]), jnp.asarray(WIDE), 2)
     with pytest.raises(ValueError, match="width 8 is not divisible by 3 relation heads"):
         relation_matching(jnp.asarray(STUDENT), jnp.asarray(WIDE), 3)

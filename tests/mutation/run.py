@@ -63,8 +63,11 @@ TESTS = {
     "ternary/kernels/native_cpu.py": "ternary/test_matmul.py ternary/test_dispatch.py",
     "ternary/kernels/xla_int8.py": "ternary/test_matmul.py ternary/test_dispatch.py",
     "ternary/kernels/reference.py": "ternary/test_matmul.py ternary/test_dispatch.py",
-    "ternary/kernels/mosaic_gpu.py": "ternary/kernels/test_mosaic_gpu.py ternary/test_dispatch.py",
-    "ternary/kernels/*.py": "ternary/kernels/test_mosaic_tpu.py ternary/test_dispatch.py",
+    "ternary/kernels/k_axis.py": "ternary/kernels/test_k_axis.py",
+    "ternary/kernels/__init__.py": "ternary/test_dispatch.py",
+    "ternary/kernels/tpu_dot.py": "ternary/kernels/test_mosaic_tpu.py",
+    "ternary/kernels/mosaic_tpu*.py": "ternary/kernels/test_mosaic_tpu.py ternary/test_dispatch.py",
+    "ternary/kernels/*.py": "ternary/kernels/test_mosaic_gpu.py ternary/test_dispatch.py",
 }
 ROOT = pathlib.Path(__file__).parents[2]
 EQUIVALENT = pathlib.Path(__file__).with_name("equivalent.toml")

@@ -224,10 +224,17 @@ def test_layers_are_compared_at_the_same_depth(layers: int, of: int, expected: l
             LossConfig(),
             "texts have 8 of 32 tokens, the student's 6",
         ),
+        (
+            CLIPConfig(8, VISION, TextConfig(6, 40, 16, 2, 2)),
+            LossConfig(),
+            "texts have 6 of 40 tokens, the student's 6 of 32",
+        ),
         (CLIPConfig(8, VisionConfig((16, 16), 4), TEXT), LossConfig(hidden=1.0), r"grid of \(4, 4\) patches"),
     ],
 )
 def test_a_teacher_that_cannot_see_the_same_is_refused(teacher: CLIPConfig, loss: LossConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_teacher(teacher, STUDENT, loss)
+    with pytest.raises(ValueError, match="the teacher"):
+        check_teacher(STUDENT, teacher, loss)  # nor the other way round
     check_teacher(TEACHER, STUDENT, LossConfig(hidden=1.0))

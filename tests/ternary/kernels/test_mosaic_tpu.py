@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tclip_jax.ternary.kernels import k_axis, mosaic_tpu, mosaic_tpu_int8
-from tclip_jax.ternary.kernels.block_sizes import SMALLEST
+from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
 from tclip_jax.ternary.tensor import TernaryTensor
@@ -134,6 +134,39 @@ GIVEN: dict[str, Any] = {
 def test_says_where_it_cannot_run(module: ModuleType, changes: dict[str, Any], reason: str | None) -> None:
     found = module.unsupported(**{**GIVEN, **changes})
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_takes_the_largest_k_of_which_the_smallest_block_fits(kind: str, dtype: Any) -> None:
+    """32 rows and 128 columns: twice x, words and product, once the weights and the float32 sums."""
+    size = jnp.dtype(dtype).itemsize
+    a_k, fixed = 2 * 32 * size + 2 * 128 // 4 + 128 * size, 32 * 128 * (2 * size + 4)
+    largest = (DEVICES[kind].vmem * 3 // 4 - fixed) // a_k
+    given = {**GIVEN, "device_kind": kind, "dtype": jnp.dtype(dtype)}
+    assert mosaic_tpu.unsupported(**{**given, "shape": (largest, 1)}) is None
+    assert mosaic_tpu.unsupported(**{**given, "shape": (largest + 1, 1)}) == f"K of {largest + 1} does not fit VMEM"
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype", "rows", "group", "dots"),
+    [
+        ("bf16", jnp.bfloat16, 256, 128, 3),  # few rows: sums are scaled
+        ("bf16", jnp.bfloat16, 257, 128, 1),  # many: weights are
+        ("bf16", jnp.bfloat16, 8, 64, 1),  # no group ends within a tile
+        ("bf16", jnp.bfloat16, 8, 384, 1),  # one scale
+        ("bf16", jnp.float32, 8, 128, 1),
+        ("int8", jnp.int8, 8, 128, 3),
+        ("int8", jnp.int8, 600, 128, 3),
+    ],
+)
+def test_scales_multiply_weights_or_sums_whichever_is_less(
+    order: Any, dtype: Any, rows: int, group: int, dots: int
+) -> None:
+    groups = -(-384 // group)
+    kernel = functools.partial(tpu_dot, order=order, group=group, out_dtype=jnp.float32, device=SMALLEST)
+    x, words, scale = jnp.zeros((rows, 384), dtype), jnp.zeros((24, 128), jnp.int32), jnp.ones((groups, 128))
+    assert str(jax.make_jaxpr(kernel)(x, words, scale)).count("dot_general[") == dots
 
 
 def test_says_where_it_would_be_slower() -> None:
