@@ -71,7 +71,7 @@ TESTS = {
 }
 ROOT = pathlib.Path(__file__).parents[2]
 EQUIVALENT = pathlib.Path(__file__).with_name("equivalent.toml")
-HEAVY = ("jax.experimental.pallas", "flax.linen", "optax", "torch", "grain", "PIL.Image")
+HEAVY = ("jax.experimental.pallas", "flax.linen", "optax", "torch", "grain", "hypothesis", "PIL.Image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +233,10 @@ def run_tests(tests: list[str], limit: float, watch: Watch | None = None) -> tup
         # Without a watch no bytecode: a second change within a second would run the first one's.
         sys.dont_write_bytecode = watch is None
         plugins = [FewExamples(), *([watch] if watch else [])]
+        options = ["-x", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         code: int = 1
         try:
-            code = pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=line", *tests], plugins=plugins)
+            code = pytest.main([*options, "--tb=line", *tests], plugins=plugins)
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
