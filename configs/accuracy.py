@@ -69,7 +69,7 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     config.model.text_cfg.context_length = 16
     labelled = data == "cifar10"
     config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 128})
-    config.data.update({"templates": "cifar10" if labelled else "none"})
+    config.data.templates = "cifar10" if labelled else ""
     config.data.update({"augment": "random_resized_crop" if labelled else "affine"})
     config.loss.positives = "equal_text"
     config.steps = 2000 if labelled else 1000

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = base_config()
     config.model = model_cfg("ViT-B-16")
     config.teacher = "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
-    config.data.update({"source": "folder:data/cc3m_cc12m", "templates": "none", "augment": "random_resized_crop"})
+    config.data.update({"source": "folder:data/cc3m_cc12m", "augment": "random_resized_crop"})
     config.data.update({"batch_size": 1024, "workers": 8})
     config.dtype, config.remat = "bfloat16", True
     config.loss.update({"task": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0})
@@ -34,6 +34,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.model = model_cfg("tiny")
         config.model.text_cfg.context_length = 16
         config.teacher = "runs/teacher"
-        config.data.update({"source": "digits", "templates": "digits", "batch_size": 16, "workers": 0})
+        config.data.update({"source": "digits", "batch_size": 16, "workers": 0})
         config.dtype, config.steps, config.optimizer.warmup_steps = "float32", 4, 1
     return config

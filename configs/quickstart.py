@@ -29,11 +29,11 @@ def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:
     config.model.text_cfg.context_length = 16  # the longest caption has 11 tokens
     config.remat = True  # on a CPU what stays in the cache is recomputed faster than read back
     config.loss.positives = "equal_text"  # ten classes: a batch repeats its captions
-    config.data.update({"source": "digits", "templates": "digits", "augment": "affine", "batch_size": 128})
+    config.data.update({"source": "digits", "augment": "affine", "batch_size": 128})
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50, "clip_norm": 1.0})
     config.steps = 400 if who == "teacher" else 500
     config.checkpoint.every = 250
-    config.eval.update({"source": "digits", "split": "test", "templates": "digits", "every": 100})
+    config.eval.update({"source": "digits", "split": "test", "every": 100})
     if mode == "runlocal":
         config.steps, config.data.batch_size, config.optimizer.warmup_steps = 4, 16, 1
     return config

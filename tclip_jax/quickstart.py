@@ -23,7 +23,7 @@ from tclip_jax.artifacts.sizes import (
 )
 from tclip_jax.data.images import preprocess
 from tclip_jax.data.pipeline import to_pil
-from tclip_jax.data.prompts import captions
+from tclip_jax.data.prompts import captions, templates_for
 from tclip_jax.data.sources import Source, open_source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.report import write_report
@@ -78,8 +78,9 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     )
     # What is evaluated is what is kept: the packed weights, from the artifact's own bytes; then with what was found.
     write()
-    teacher_outcome = classify(Encoder(models["teacher"]), source, run.eval.templates)
-    outcome = classify(Encoder(Model.load(artifact)), source, run.eval.templates)
+    templates = templates_for(source, run.eval.templates)
+    teacher_outcome = classify(Encoder(models["teacher"]), source, templates)
+    outcome = classify(Encoder(Model.load(artifact)), source, templates)
     summary = {
         "teacher_accuracy": teacher_outcome.metrics["acc1"],
         "student_accuracy": outcome.metrics["acc1"],
@@ -100,7 +101,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         check=True,
         overwrite=True,
     )
-    _write_picture(workdir, params, source, outcome, student, run.eval.templates)
+    _write_picture(workdir, params, source, outcome, student, templates)
     summary["seconds"] = time.perf_counter() - started
     write_atomic(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

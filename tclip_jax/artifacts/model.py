@@ -24,7 +24,7 @@ from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
-from tclip_jax.ternary.packed import Activations
+from tclip_jax.ternary.packed import Activations, PackedTensor
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -95,6 +95,12 @@ class Model:
         """
         params = repack_params(self.params, implementation=implementation, activations=activations)
         return dataclasses.replace(self, params=params)
+
+    @property
+    def activations(self) -> Activations:
+        """How packed weights are multiplied; "A16", as they are, of weights that are not packed."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
+        return "A8" if any(isinstance(leaf, PackedTensor) and leaf.activations == "A8" for leaf in leaves) else "A16"
 
     @property
     def logit_scale(self) -> float:

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 
+from tclip_jax.data.prompts import DEFAULT, parse_templates
 from tclip_jax.schema import count
 
 
@@ -21,15 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B,…", help="separated by commas")
     labels.add_argument("--labels-file", metavar="FILE", help="a label on each line, UTF-8")
+    add_template_arguments(parser, "of the labels")
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+
+
+def add_template_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
+    """--templates, for every command that makes captions of class names."""
     parser.add_argument(
         "--templates",
         nargs="+",
-        default=["simple"],
+        default=[],
         metavar="T",
-        help="name of a list of captions, or captions with {c} (default: simple)",
+        help=f"{whose}: name of a list of captions, or captions with {{c}} (default: {DEFAULT})",
     )
-    parser.add_argument("--batch-size", type=count, default=64)
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
         labels = [line.strip() for line in lines if line.strip()]
     else:
         labels = [label.strip() for label in args.labels.split(",")]
-    named = len(args.templates) == 1 and "{c}" not in args.templates[0]
-    templates = args.templates[0] if named else args.templates
+    templates = parse_templates(args.templates) or DEFAULT
     outcomes = classify_images(load_model(args.model).repacked(), args.images, labels, templates, args.batch_size)
     guesses = [outcome for outcome in outcomes if isinstance(outcome, Guess)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]

@@ -3,7 +3,8 @@
   tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
   tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
 
-With --suite, DATA is a folder of webdataset exports (docs/evaluate.md); what OUT holds already is not measured again.
+With --suite, DATA is a folder of webdataset exports (docs/evaluate.md); what OUT holds already is not measured again,
+and refused if another model, other data, templates or options made it.
 Exit code 0: every data set is whole; 1: one has no result; 3: all have results, but in one images do not count; 2: an
 error, nothing is measured.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from tclip_jax.commands.classify import add_template_arguments
 from tclip_jax.schema import count
 
 
@@ -29,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the results, a JSON and predictions per data set")
     parser.add_argument("--download", action="store_true", help="fetch missing exports from the Hugging Face hub")
     parser.add_argument("--tfds", metavar="DIR", help="TensorFlow Datasets, for rows whose export has no images")
-    parser.add_argument("--split", default="test", help="of DATA without --suite (default: test)")
-    parser.add_argument(
-        "--templates", default="simple", help="of DATA without --suite: name of a list of captions (default: simple)"
-    )
+    parser.add_argument("--split", help="of DATA without --suite (default: test)")
+    add_template_arguments(parser, "of DATA without --suite, in place of its own")
     parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default: float32)"
@@ -47,23 +47,25 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from tclip_jax.artifacts.fingerprint import fingerprint
+    from tclip_jax.data.prompts import parse_templates
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import write_page
     from tclip_jax.evaluation.results import dump_json
     from tclip_jax.evaluation.runner import evaluate
     from tclip_jax.evaluation.table import report_table
-    from tclip_jax.evaluation.tasks import source_task, suite_tasks
+    from tclip_jax.evaluation.tasks import SPLIT, source_task, suite_tasks
     from tclip_jax.parallel.distributed import distributed
     from tclip_jax.training.restore import load_model
 
     if args.html and not args.out:
         raise ValueError("--html needs --out DIR: the page is made of the predictions there")
+    _check_form(args)
     with distributed():
         first = jax.process_index() == 0
         if args.suite:
             tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
         else:
-            tasks = [source_task(args.data, args.split, args.templates)]
+            tasks = [source_task(args.data, args.split or SPLIT, parse_templates(args.templates))]
         model, name = load_model(args.model), args.name or args.model
         weights = fingerprint(model, args.model)
         encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
@@ -77,3 +79,15 @@ def run(args: argparse.Namespace) -> int:
         elif first:
             print(report_table(report))
     return 1 if report.errors else 3 if report.partial else 0
+
+
+def _check_form(args: argparse.Namespace) -> None:
+    """Refuses an option that means nothing with or without --suite."""
+    if args.suite:
+        given = {"--split": args.split, "--templates": args.templates}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{wrong[0]} is for one source: with --suite, splits and templates are those of the exports"
+            )
+    elif wrong := [name for name, value in {"--download": args.download, "--tfds": args.tfds}.items() if value]:
+        raise ValueError(f"{wrong[0]} is for exports: it needs --suite")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="images a class (default: 1 to 16)",
     )
-    parser.add_argument("--seeds", type=count, default=5, help="draws for each number of shots (default: 5)")
+    parser.add_argument("--seeds", type=count, help="draws for each number of shots (default: 5)")
     parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings (default: float32)"
@@ -54,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.evaluation.results import dump_json
     from tclip_jax.training.restore import load_model
 
+    if args.seeds is not None and not args.shots:
+        raise ValueError("--seeds is of few-shot, and --shots names none")
+    if args.download and not args.suite:
+        raise ValueError("--download is for exports: it needs --suite")
     pairs = suite_pairs(args.data, args.suite, args.download) if args.suite else [source_pair(args.data)]
     model = load_model(args.model)
     results, errors = probe(
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         linear=args.linear,
         shots=args.shots,
-        seeds=args.seeds,
+        seeds=5 if args.seeds is None else args.seeds,
         cache=args.cache,
     )
     if errors and not args.suite:

@@ -52,7 +52,7 @@ def train_iterator(
     The state holds a place in the global order alone, so it fits any number of processes and workers.
 
     Args:
-      templates: name of a list of templates, or the templates, for labelled sources; each draw takes one at random.
+      templates: for labelled sources, as of `templates_for`; each draw takes one at random.
       batch_size: rows over all processes.
       seed: of the shuffling, the captions and the augmentations, 0 <= seed < 2**32.
       workers: processes that prepare batches; 0 for threads in this one. Close the iterator to end them.
@@ -154,7 +154,8 @@ class TrainRow(grain.transforms.RandomMap):
         self._tokenizer = tokenizer
         self._preprocess = preprocess
         self._augment = augment
-        self._cache, templates = cache, prompts.get_templates(templates)
+        self._cache = cache
+        templates = prompts.templates_for(source, templates) if source.classnames else ()
         # One (templates, T) array per class: labelled data is tokenized here and never again.
         self._class_tokens = [tokenizer(prompts.captions(name, templates)) for name in source.classnames]
 

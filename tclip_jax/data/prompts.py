@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+DEFAULT = "simple"  # of labelled data that states no templates
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "none": ("{c}",),
     "simple": ("a photo of a {c}.",),
@@ -125,14 +127,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns the templates of a name in TEMPLATES, or the list given once each of its members holds `{c}`.
+    """Returns the templates of a name in TEMPLATES, one template, or the list given once each member holds `{c}`.
 
     Raises ValueError for an unknown name (with the nearest known ones), an empty list, a template without `{c}`.
     """
+    if isinstance(templates, str) and "{c}" in templates:
+        return (templates,)
     if isinstance(templates, str):
         if templates not in TEMPLATES:
             near = difflib.get_close_matches(templates, TEMPLATES, cutoff=0.5) or list(TEMPLATES)
-            raise ValueError(f"templates {templates!r}: no such name; use {' or '.join(near)}, or a list of templates")
+            raise ValueError(f"templates {templates!r}: no such name; use {' or '.join(near)}, or captions with {{c}}")
         return TEMPLATES[templates]
     if not templates:
         raise ValueError("no templates given")
@@ -140,6 +144,29 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         if "{c}" not in template:
             raise ValueError(f"template {template!r} has no {{c}} for the class name")
     return tuple(templates)
+
+
+def templates_for(source: object, given: str | Sequence[str] = "") -> tuple[str, ...]:
+    """The templates for the classes of a source: those given, else those that its data states, else DEFAULT.
+
+    Args:
+      source: as of `open_source`; one whose data states templates has them as `templates`.
+      given: as of `get_templates`; "" or empty if none are.
+
+    Raises:
+      FileNotFoundError, ValueError: templates that are missing from the data, or that are none.
+    """
+    if given:
+        return get_templates(given)
+    stated = getattr(source, "templates", None)
+    return get_templates(DEFAULT if stated is None else stated)
+
+
+def parse_templates(words: Sequence[str]) -> tuple[str, ...]:
+    """The templates that a command line names: one name in TEMPLATES, or captions with `{c}`; none of no words."""
+    if not words:
+        return ()
+    return get_templates(words[0] if len(words) == 1 else words)
 
 
 def captions(classname: str, templates: str | Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from tclip_jax.evaluation.paired import Predicted, paired
 from tclip_jax.evaluation.results import PROBE_C, SUMMARY, Result, predictions_path, read_result
 from tclip_jax.evaluation.statistics import interval, mcnemar
 from tclip_jax.evaluation.suite import main_metric
+from tclip_jax.keys import Recipe, difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Row:
       only_a, only_b: how many were left out because the other side has none of their key.
       deltas: by metric.
       flips: None of several labels, and without predictions.
+      split, content: of A's data, as `keys.recipe` of an evaluation has them; "" of a result that does not say.
+      checked: whether both results say what made them, so that their data and templates are known to be the same.
     """
 
     dataset: str
@@ -74,6 +77,9 @@ class Row:
     only_b: int
     deltas: Mapping[str, Delta]
     flips: Flips | None
+    split: str = ""
+    content: str = ""
+    checked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +111,8 @@ def compare(
     """Compares two folders of results; B − A is what B gains.
 
     A data set is refused, and the others go on, if only one folder has it, if the sides have other images (unless
-    `intersect`, which compares those of both), other labels or another task, or if a metric is not that of the
-    predictions beside it. Without predictions on either side there are differences without intervals.
+    `intersect`, which compares those of both), other labels, class names, templates or another task, or if a metric is
+    not that of the predictions beside it. Without predictions on either side there are differences without intervals.
 
     Args:
       resamples: of the bootstrap; 2,000 give the ends of a 95 % interval to about a twentieth of its length.
@@ -169,6 +175,11 @@ def _compare(
     name = ours.dataset
     if ours.task != theirs.task:
         raise ValueError(f"{ours.task} in A, {theirs.task} in B")
+    checked = bool(ours.made_by and theirs.made_by)
+    if checked and (differs := difference(*(_apart_from_the_model(each, intersect) for each in (ours, theirs)))):
+        raise ValueError(f"A and B differ in more than the model: {differs}")
+    data = ours.made_by.get("data", {})
+    split, content = (str(data.get(key, "")) for key in ("split", "content"))
     common = [metric for metric in ours.metrics if metric in theirs.metrics and metric != PROBE_C]
     main = main_metric(common)
     if not main:
@@ -176,8 +187,8 @@ def _compare(
     deltas = {metric: Delta(ours.metrics[metric], theirs.metrics[metric]) for metric in common}
     paths = [predictions_path(folder, name) for folder in (a, b)]
     if not all(path.exists() for path in paths):
-        return Row(name, main, 0, 0, 0, deltas, None), np.empty(0)
-    first, second = (Predicted.read(folder, name) for folder in (a, b))
+        return Row(name, main, 0, 0, 0, deltas, None, split, content, checked), np.empty(0)
+    first, second = (Predicted.read(folder, name, result.made_by) for folder, result in ((a, ours), (b, theirs)))
     for side, result in ((first, ours), (second, theirs)):
         side.check(result.metrics)
     first, second, only = paired(first, second, intersect)
@@ -193,7 +204,15 @@ def _compare(
             raise ValueError(f"{main} cannot be computed on the images of both")
     for metric, samples in found.items():
         deltas[metric] = Delta(first.value(metric), second.value(metric), *interval(samples))
-    return Row(name, main, len(first.keys), *only, deltas, _flips(first, second)), found.get(main, np.empty(0))
+    flips = _flips(first, second)
+    row = Row(name, main, len(first.keys), only[0], only[1], deltas, flips, split, content, checked)
+    return row, found.get(main, np.empty(0))
+
+
+def _apart_from_the_model(result: Result, intersect: bool) -> Recipe:
+    """What made a result, without what may differ between two that are compared."""
+    data = {key: value for key, value in result.made_by.get("data", {}).items() if key != "content" or not intersect}
+    return {**result.made_by, "model": {}, "data": data}
 
 
 def _flips(first: Predicted, second: Predicted) -> Flips | None:

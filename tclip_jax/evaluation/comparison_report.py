@@ -148,6 +148,9 @@ def _said_aloud(comparison: Comparison) -> list[str]:
         for row in comparison.rows
         if row.only_a or row.only_b
     ]
+    unknown = [row.dataset for row in comparison.rows if not row.checked]
+    if unknown:
+        lines.append(f"a result does not say what made it, so data and templates may differ: {', '.join(unknown)}")
     bare = [row.dataset for row in comparison.rows if not row.images]
     return [*lines, f"no predictions, so no intervals: {', '.join(bare)}"] if bare else lines
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tclip_jax.artifacts.model import Embeddings, Model
 from tclip_jax.data.images import Preprocess, normalize
 from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, Tokenizer
+from tclip_jax.keys import recipe
 from tclip_jax.models.clip import CLIP
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.rules import tree_shardings
@@ -43,6 +44,7 @@ class Encoder:
     Attributes:
       batch_size: rows over all devices: what was asked for, rounded up to divide over them.
       dtype: of the computation. In float32 products are computed at the highest precision, also on a TPU.
+      made_by: everything but the weights that decides the embeddings, as of `keys.recipe`.
     """
 
     def __init__(
@@ -59,6 +61,12 @@ class Encoder:
             raise ValueError(f"the model knows {model.config.text.vocab_size} tokens: the tokenizer has {VOCAB_SIZE}")
         self.preprocess = model.preprocess
         self.dtype = dtype
+        self.made_by = recipe(
+            dtype=dtype,
+            activations=model.activations,
+            preprocess=model.preprocess,
+            context_length=model.config.text.context_length,
+        )
         self._mesh = mesh or make_mesh()
         self.batch_size = self._whole(batch_size)
         self._clip = CLIP(model.config, model.rules, jnp.dtype(dtype))

@@ -16,7 +16,7 @@ from tclip_jax.evaluation.results import Predictions, Result, read_predictions
 from tclip_jax.evaluation.runner import Report
 from tclip_jax.evaluation.suite import main_metric
 from tclip_jax.evaluation.table import average_lines, problem_lines, table_rows
-from tclip_jax.evaluation.tasks import Task
+from tclip_jax.evaluation.tasks import Task, check_content
 from tclip_jax.pages import data_uri, details, heading, page, paragraph, plot, table
 from tclip_jax.storage import write_atomic
 
@@ -93,8 +93,9 @@ def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str
     metric, value = _main(result)
     title = f"{result.dataset}: {metric} {100 * value:.2f} %, {result.samples:,} images"
     try:
-        predictions = read_predictions(out, result.dataset)
+        predictions = read_predictions(out, result.dataset, result.made_by)
         _, source, _ = task.open()
+        check_content(result.dataset, source, result.made_by.get("data", {}).get("content", ""))
         shown = cards(examples(predictions, source, limit))
     except (OSError, ValueError) as error:
         return details(title, paragraph(f"no examples: {error}", "note"))

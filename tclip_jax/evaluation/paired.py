@@ -19,6 +19,7 @@ from tclip_jax.evaluation.statistics import (
     mean_of,
     per_class_mean_of,
 )
+from tclip_jax.keys import Recipe
 
 _RECALL = re.compile(r"(image|text)_retrieval_recall@(\d{1,9})")
 _NEVER = np.iinfo(np.int64).max
@@ -41,14 +42,14 @@ class Predicted:
     arrays: Predictions
 
     @classmethod
-    def read(cls, out: epath.PathLike, dataset: str) -> Predicted:
-        """What lies beside a result.
+    def read(cls, out: epath.PathLike, dataset: str, made_by: Recipe | None = None) -> Predicted:
+        """What lies beside a result, and was made by the same.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: other arrays than `read_predictions` tells of, or a key that is there twice; one line.
+          ValueError: what `read_predictions` raises, other arrays than it tells of, or a key that is there twice.
         """
-        path, arrays = predictions_path(out, dataset), read_predictions(out, dataset)
+        path, arrays = predictions_path(out, dataset), read_predictions(out, dataset, made_by)
         keys = np.asarray(arrays.get("keys", ()))
         try:
             _, counts = np.unique(keys, return_counts=True)

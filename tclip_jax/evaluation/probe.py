@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.evaluation.metrics import top_k
+from tclip_jax.keys import Recipe, recipe
 
 Embeddings = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.integer[Any]]
@@ -19,6 +20,7 @@ STRENGTHS = 10.0 ** np.linspace(-6, 6, 97)
 _COARSE = 16  # first two decades apart, then by halves
 _HELD_OUT = 0.2
 _CHOOSE_WITH = 4
+_ITERATIONS = 1000
 
 
 class Probe(NamedTuple):
@@ -31,6 +33,18 @@ class Probe(NamedTuple):
 
     c: float
     top: npt.NDArray[np.int32]
+
+
+def protocol() -> Recipe:
+    """What decides the fit of given embeddings, beside shots and seeds; `version` is raised with the code below."""
+    return recipe(
+        version=1,
+        strengths=STRENGTHS.tolist(),
+        coarse=_COARSE,
+        held_out=_HELD_OUT,
+        choose_with=_CHOOSE_WITH,
+        iterations=_ITERATIONS,
+    )
 
 
 def linear_probe(train: Embeddings, labels: Labels, test: Embeddings, *, seed: int = 0) -> Probe:
@@ -130,7 +144,7 @@ def _fit(embeddings: Embeddings, labels: Labels, c: float) -> Any:
     with warnings.catch_warnings():
         # Without regularisation 1,000 iterations are not enough; the limit is part of the protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=c, max_iter=1000).fit(embeddings, labels)
+        return LogisticRegression(C=c, max_iter=_ITERATIONS).fit(embeddings, labels)
 
 
 def _classify(classifier: Any, embeddings: Embeddings) -> npt.NDArray[np.int32]:

@@ -7,24 +7,27 @@ import logging
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 import tqdm
 from etils import epath
 
-from tclip_jax.data.sources import Source, open_source
+from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import SHARD_COUNT
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.metrics import classification_metrics
-from tclip_jax.evaluation.probe import few_shot, linear_probe, t_interval
+from tclip_jax.evaluation.probe import few_shot, linear_probe, protocol, t_interval
 from tclip_jax.evaluation.results import PROBE_C, Predictions, Result, find_result, write_result
-from tclip_jax.evaluation.runner import versions
+from tclip_jax.evaluation.runner import EVALUATION, versions
 from tclip_jax.evaluation.suite import find_datasets
 from tclip_jax.evaluation.tasks import SPLIT, fetch
+from tclip_jax.keys import Recipe, recipe
 from tclip_jax.pages import aligned
 
 LINEAR = "linear_probe"
@@ -74,8 +77,10 @@ def probe(
 ) -> tuple[list[Result], dict[str, str]]:
     """Fits the probes of each data set that have no result in `out` yet; the results, and why others have none.
 
-    A result is in `<out>/linear_probe` or `<out>/<k>_shot`, folders that `compare` compares. Metrics of few-shot are
-    means over the seeds; `acc1_low` and `acc1_high` are the ends of Student's 95 % interval of that mean.
+    A result is in `<out>/linear_probe` or `<out>/<k>_shot`, folders that `compare` compares. One that is there is taken
+    if the same made it: the model, both splits by their content, class names, seeds and all else of the protocol.
+    Metrics of few-shot are means over the seeds; `acc1_low` and `acc1_high` are the ends of Student's 95 % interval of
+    that mean. The classes of both splits are matched by name.
 
     Args:
       weights: as `fingerprint` of the model.
@@ -83,27 +88,38 @@ def probe(
       cache: folder of embeddings, as of `features`.
 
     Raises:
-      ValueError: several processes, shots or seeds that are not positive, or results of other weights in `out`.
+      ValueError: several processes, shots or seeds that are not positive, no probe to fit, or a result in `out` that
+        something else made.
     """
     if jax.process_count() > 1:
         raise ValueError(f"probes are fitted on one process: there are {jax.process_count()}")
     if min(*shots, seeds, 1) < 1:
         raise ValueError(f"shots {list(shots)} and seeds {seeds} must be 1 or more")
-    names = [*([LINEAR] if linear else []), *(f"{k}_shot" for k in shots)]
+    names = [*([LINEAR] if linear else []), *(f"{k}_shot" for k in dict.fromkeys(shots))]
+    if not names:
+        raise ValueError("nothing to fit: neither the linear probe nor a number of shots")
     results, errors = [], {}
     with tqdm.tqdm(unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         for pair in pairs:
             bar.set_description(pair.name)
-            found = {name: find_result(epath.Path(out) / name, pair.name, weights, encoder.dtype) for name in names}
+            try:
+                sources = [pair.open(split) for split in (_TRAIN, SPLIT)]
+            except (ValueError, OSError) as error:
+                errors[pair.name] = str(error)
+                _logger.warning("%s: no result: %s", pair.name, error)
+                continue
+            made_by = {name: _made_by(encoder, weights, pair.name, sources, name, seeds) for name in names}
+            found = {name: find_result(epath.Path(out) / name, pair.name, made_by[name]) for name in names}
             results += [each for each in found.values() if each]
             left = [name for name in names if not found[name]]
             if not left:
                 continue
             try:
-                sources = [pair.open(split) for split in (_TRAIN, SPLIT)]
                 train, test = (
                     features(encoder, source, weights=weights, cache=cache, progress=bar.update) for source in sources
                 )
+                labels = _by_name(test.labels, train.labels, sources[1].classnames, sources[0].classnames)
+                test = test._replace(labels=labels)
                 lost = {
                     f"{split}: {NOT_USED}": len(source) - len(each.labels)
                     for split, source, each in zip((_TRAIN, SPLIT), sources, (train, test), strict=True)
@@ -128,6 +144,7 @@ def probe(
                         seconds=round(time.perf_counter() - started, 3),
                         samples=len(test.labels),
                         failed={why: count for why, count in lost.items() if count},
+                        made_by=made_by[name],
                     )
                     results.append(result)
                     (epath.Path(out) / name).mkdir(parents=True, exist_ok=True)
@@ -152,6 +169,38 @@ def probe_table(results: Sequence[Result]) -> str:
         probe_name = result.task.replace("_", " ")
         rows.append([result.dataset, probe_name, f"{result.samples:,}", cells[0], spread, *cells[1:], strength])
     return "\n".join(aligned(rows))
+
+
+def _made_by(encoder: Encoder, weights: str, dataset: str, sources: Sequence[Source], name: str, seeds: int) -> Recipe:
+    train, test = sources
+    contents = {"train": digest(train), "content": digest(test), "classes": train.classnames}
+    return recipe(
+        evaluation=EVALUATION,
+        model={"weights": weights, **encoder.made_by},
+        data={"name": dataset, "split": SPLIT, **contents, "test_classes": test.classnames},
+        task={"kind": name, "protocol": protocol(), "seeds": 0 if name == LINEAR else seeds},
+    )
+
+
+def _by_name(
+    labels: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], own: Sequence[str], classes: Sequence[str]
+) -> npt.NDArray[np.int32]:
+    """Labels among the class names `own` as labels among the training split's `classes`.
+
+    Raises:
+      ValueError: images of a class that was not trained on, or names that are there twice and differ between splits.
+    """
+    places = np.arange(len(own), dtype=np.int32)
+    if tuple(own) != tuple(classes):
+        if twice := [name for names in (own, classes) for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"train and test have other classes, of which two are named {twice[0]!r}")
+        index = {name: place for place, name in enumerate(classes)}
+        places = np.array([index.get(name, -1) for name in own], np.int32)
+    found = places[labels]
+    if untrained := dict.fromkeys(own[label] for label in labels[~np.isin(found, trained)]):
+        names = ", ".join(map(repr, [*untrained][:5])) + (", …" if len(untrained) > 5 else "")
+        raise ValueError(f"test has images of {len(untrained)} classes of which train has none: {names}")
+    return found
 
 
 def _fitted(name: str, train: Features, test: Features, seeds: int) -> tuple[dict[str, float], Predictions]:

@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from tclip_jax.keys import Recipe, difference, digest
 from tclip_jax.schema import from_mapping
 from tclip_jax.storage import write_atomic
 
 SUMMARY = "summary.json"
 PROBE_C = "C"  # among the metrics of a linear probe: the C that was chosen
+_MADE_BY = "made_by"
 _MAX_PREDICTIONS = 1 << 30  # bytes unpacked; the largest of the 41 have 20 MB
 Predictions = dict[str, npt.NDArray[Any]]
 
@@ -40,6 +42,7 @@ class Result:
       seconds: wall time.
       samples: images that count in the metrics.
       failed: images that do not, by reason.
+      made_by: everything that decides the metrics, as of `keys.recipe`; empty in files of other programs.
     """
 
     dataset: str
@@ -53,6 +56,7 @@ class Result:
     seconds: float = 0.0
     samples: int = 0
     failed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def result_path(out: epath.PathLike, dataset: str) -> epath.Path:
@@ -68,7 +72,7 @@ def predictions_path(out: epath.PathLike, dataset: str) -> epath.Path:
 def write_result(out: epath.PathLike, result: Result, predictions: Predictions) -> None:
     """Writes `<dataset>.predictions.npz`, then `<dataset>.json`: where the JSON is, both are whole."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **predictions)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **predictions, **{_MADE_BY: np.array(digest(result.made_by))})  # type: ignore[arg-type]
     write_atomic(predictions_path(out, result.dataset), buffer.getvalue())
     write_atomic(result_path(out, result.dataset), dump_json(dataclasses.asdict(result)))
 
@@ -96,23 +100,24 @@ def read_result(path: epath.PathLike) -> Result:
     return dataclasses.replace(result, metrics=metrics)
 
 
-def find_result(out: epath.PathLike, dataset: str, weights: str, dtype: str) -> Result | None:
+def find_result(out: epath.PathLike, dataset: str, made_by: Recipe) -> Result | None:
     """The result of a data set that is in `out` already, or None.
 
     Raises:
-      ValueError: it is of other weights or another dtype, or no result.
+      ValueError: something else made it, it does not say what, or it is no result.
     """
     path = result_path(out, dataset)
     if not path.exists():
         return None
     result = read_result(path)
-    if (result.pretrained, result.dtype) != (weights, dtype):
-        has = f"{result.model} ({result.pretrained}) in {result.dtype}"
-        raise ValueError(f"{path}: of {has}, not of {weights} in {dtype}: choose another folder")
+    if not result.made_by:
+        raise ValueError(f"{path}: it does not say what made it, so it may be of anything: choose another folder")
+    if differs := difference(result.made_by, made_by):
+        raise ValueError(f"{path}: made by something else ({differs}): choose another folder")
     return result
 
 
-def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
+def read_predictions(out: epath.PathLike, dataset: str, made_by: Recipe | None = None) -> Predictions:
     """The arrays beside a result, one row per image that counts, in the order of the data set.
 
     Always `keys` (N,), a name for each image that is the same in every run on this data, and `index` (N,), its place in
@@ -121,9 +126,12 @@ def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
     retrieval `text_rank` (N,), and for each caption `text_to_image` (M,) (a row of `keys`) and `image_rank` (M,), where
     rank 0 is first.
 
+    Args:
+      made_by: that of the result beside them; None or empty if it has none.
+
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not an archive of plain arrays; one line.
+      ValueError: not an archive of plain arrays, or something else made them; one line.
     """
     path = predictions_path(out, dataset)
     try:
@@ -132,9 +140,13 @@ def read_predictions(out: epath.PathLike, dataset: str) -> Predictions:
             if size > _MAX_PREDICTIONS:
                 raise ValueError(f"{size:,} bytes, where at most {_MAX_PREDICTIONS:,} are expected")
             file.seek(0)
-            return read_arrays(file)
+            arrays = read_arrays(file)
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not predictions: {error}") from None
+    theirs = arrays.pop(_MADE_BY, None)
+    if made_by and (theirs is None or str(theirs) != digest(made_by)):
+        raise ValueError(f"{path}: not the predictions of the result beside it: something else made them")
+    return arrays
 
 
 def read_arrays(file: IO[bytes]) -> dict[str, npt.NDArray[Any]]:

@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 from etils import epath
 
-from tclip_jax.data.sources import Source
+from tclip_jax.data.sources import Source, digest
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.results import (
     SUMMARY,
@@ -24,14 +24,17 @@ from tclip_jax.evaluation.results import (
     Result,
     dump_json,
     find_result,
+    result_path,
     write_result,
 )
 from tclip_jax.evaluation.suite import DATASETS, Dataset
 from tclip_jax.evaluation.tasks import Task
-from tclip_jax.evaluation.zero_shot import EVALUATORS, Templates
+from tclip_jax.evaluation.zero_shot import EVALUATORS
+from tclip_jax.keys import Recipe, recipe
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.storage import write_atomic
 
+EVALUATION = 1  # raised with every change of what a metric of the same embeddings is, or an embedding of the same image
 MISSING = "missing from the export"
 SURPLUS = "more than the reference has"
 AVERAGES = ("acc1", "acc1_or_mean_per_class_recall")
@@ -101,16 +104,19 @@ def evaluate(
 ) -> Report:
     """Evaluates each task that has no result in `out` yet, and leaves its files there, and summary.json.
 
+    A result that is there is taken if the same made it: the model, the data by its content, class names, templates and
+    the definitions of the metrics. Its data is opened for that.
+
     Args:
       model: name of the model for the results.
-      weights: what tells its weights from others', as `artifacts.fingerprint`; results of others in `out` are refused.
+      weights: what tells its weights from others', as `artifacts.fingerprint`.
       out: folder of the results; None to keep none.
       title: shown before the progress bar.
 
     Raises:
-      ValueError: `out` has results of other weights or another dtype, or a broken one.
+      ValueError: `out` has a result that something else made, or a broken one.
     """
-    results = {} if out is None else _found(out, tasks, weights, encoder.dtype)
+    results = {} if out is None else _found(out, tasks, encoder, weights)
     left = [task for task in tasks if task.dataset.name not in results]
     errors: dict[str, str] = {}
     shown = sys.stderr.isatty() and jax.process_index() == 0
@@ -140,7 +146,39 @@ def evaluate(
     return report
 
 
-def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str) -> dict[str, Result]:
+class _Opened(NamedTuple):
+    """A task's data, and what its content is, as `digest` has it."""
+
+    dataset: Dataset
+    source: Source
+    templates: tuple[str, ...]
+    content: str
+
+    @classmethod
+    def of(cls, task: Task) -> _Opened:
+        dataset, source, templates = task.open()
+        return cls(dataset, source, templates, digest(source))
+
+
+def _made_by(encoder: Encoder, weights: str, split: str, opened: _Opened) -> Recipe:
+    """What decides the metrics of a model on a data set, as results keep it.
+
+    The size of batches and the device are left out: they move embeddings by rounding alone. `versions` has them.
+    """
+    return recipe(
+        evaluation=EVALUATION,
+        model={"weights": weights, **encoder.made_by},
+        data={
+            "name": opened.dataset.name,
+            "split": split,
+            "content": opened.content,
+            "classes": opened.source.classnames,
+        },
+        task={"kind": opened.dataset.kind, "templates": opened.templates},
+    )
+
+
+def _found(out: epath.PathLike, tasks: Sequence[Task], encoder: Encoder, weights: str) -> dict[str, Result]:
     """The results that are there already. Processes may see different files: what the first of them sees counts."""
     found: dict[str, dict[str, Any]] = {}
     error = ""
@@ -148,7 +186,14 @@ def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str)
         try:
             epath.Path(out).mkdir(parents=True, exist_ok=True)
             for task in tasks:
-                if result := find_result(out, task.dataset.name, weights, dtype):
+                if not result_path(out, task.dataset.name).exists():
+                    continue
+                try:
+                    opened = _Opened.of(task)
+                except (ValueError, OSError):
+                    continue  # said when its turn comes: without its data nobody knows whether a result still holds
+                wanted = _made_by(encoder, weights, task.split, opened)
+                if result := find_result(out, task.dataset.name, wanted):
                     found[task.dataset.name] = dataclasses.asdict(result)
         except (ValueError, OSError) as caught:
             error = str(caught)
@@ -160,7 +205,7 @@ def _found(out: epath.PathLike, tasks: Sequence[Task], weights: str, dtype: str)
 
 def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.tqdm[Any]) -> tuple[Result, Predictions]:
     started = time.perf_counter()
-    dataset, source, templates = _open_everywhere(task)
+    dataset, source, templates, _ = opened = _open_everywhere(task)
     bar.total = (bar.total or 0) + len(source) - task.dataset.samples
     bar.refresh()
     outcome = EVALUATORS[dataset.kind](encoder, source, templates, bar.update)
@@ -177,20 +222,23 @@ def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.t
         seconds=round(time.perf_counter() - started, 3),
         samples=outcome.samples,
         failed=outcome.failed | {why: count for why, count in counts.items() if count},
+        made_by=_made_by(encoder, weights, task.split, opened),
     )
     return result, outcome.predictions
 
 
-def _open_everywhere(task: Task) -> tuple[Dataset, Source, Templates]:
-    """Opens the data; if one process cannot, none goes on."""
+def _open_everywhere(task: Task) -> _Opened:
+    """Opens the data; if one process cannot, or they see other data, none goes on."""
     opened, error = None, ""
     try:
-        opened = task.open()
+        opened = _Opened.of(task)
     except (ValueError, OSError) as caught:
         error = str(caught)
-    errors = [each for each in gather_json(error) if each]
-    if opened is None or errors:
-        raise ValueError(errors[0])
+    errors, contents = zip(*gather_json([error, opened.content if opened else ""]), strict=True)
+    if opened is None or any(errors):
+        raise ValueError(next(each for each in errors if each))
+    if other := next((i for i, each in enumerate(contents) if each != contents[0]), None):
+        raise ValueError(f"process {other} sees other data than process 0 ({contents[other]}, not {contents[0]})")
     return opened
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import huggingface_hub
 from etils import epath
 
-from tclip_jax.data.prompts import get_templates
-from tclip_jax.data.sources import Source, open_source
+from tclip_jax.data.prompts import get_templates, templates_for
+from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import CLASSNAMES, DATASET_TYPE, SHARD_COUNT, TEMPLATES, Kind, Webdataset
 from tclip_jax.evaluation.suite import Dataset, find_datasets
 from tclip_jax.evaluation.tfds_rows import MAY_DIFFER
@@ -25,11 +25,13 @@ _logger = logging.getLogger(__name__)
 class Task(NamedTuple):
     """A data set, and how to open its images and the templates of its classes; what opening needs is read only then.
 
-    `open` may refine the data set, and raises FileNotFoundError or ValueError for data that is missing or wrong.
+    `open` may refine the data set, and raises FileNotFoundError or ValueError for data that is missing or wrong. Its
+    templates are written out, not a name of them; none of captions.
     """
 
     dataset: Dataset
-    open: Callable[[], tuple[Dataset, Source, Templates]]
+    open: Callable[[], tuple[Dataset, Source, tuple[str, ...]]]
+    split: str = SPLIT
 
 
 def suite_tasks(
@@ -54,25 +56,45 @@ def suite_tasks(
 
 def opened(tasks: Sequence[Task]) -> list[Task]:
     """The tasks with their data open, so that they can be evaluated again and again; raises what opening raises."""
-    found = [(task.dataset, task.open()) for task in tasks]
-    return [Task(dataset, lambda data=data: data) for dataset, data in found]  # type: ignore[misc]
+    found = [(task, task.open()) for task in tasks]
+    return [task._replace(open=lambda data=data: data) for task, data in found]  # type: ignore[misc]
 
 
-def source_task(source: str, split: str, templates: Templates) -> Task:
-    """The task of one source, written as `open_source` reads it: what is measured follows from what the source has."""
-    return Task(Dataset(source, 0, 0), functools.partial(_open_source, source, split, templates))
+def source_task(source: str, split: str = SPLIT, templates: Templates = "") -> Task:
+    """The task of one source, written as `open_source` reads it: what is measured follows from what the source has.
+
+    Args:
+      templates: of its classes, as of `get_templates`; "" for those that its data states, as an export does.
+    """
+    return Task(Dataset(source, 0, 0), functools.partial(_open_source, source, split, templates), split)
 
 
-def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, Source, Templates]:
+def check_content(name: str, source: Source, content: str) -> None:
+    """Raises ValueError unless a source has the content, as of `digest`, that a result was measured on; "" is any."""
+    if content and digest(source) != content:
+        raise ValueError(f"{name}: not the data that was evaluated, or changed since")
+
+
+def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, Source, tuple[str, ...]]:
     source = open_source(name, split)
     kind: Kind = "classification" if source.classnames else "retrieval"
     kind = source.kind if isinstance(source, Webdataset) else kind
-    return Dataset(name, 0, 0, kind=kind), source, get_templates(templates)
+    dataset = Dataset(name, 0, 0, kind=kind)
+    if kind == "retrieval":
+        if templates:
+            raise ValueError(f"{name}: has captions, which are taken as they are: templates are for class names")
+        return dataset, source, ()
+    used = templates_for(source, templates)
+    whose = "as asked for" if templates else "its own" if getattr(source, "templates", None) else "it states none"
+    _logger.info(
+        "%s: %d templates (%s): %s", name, len(used), whose, ", ".join(map(repr, used[:3])) + "…"[: len(used) // 4]
+    )
+    return dataset, source, used
 
 
 def _open_export(
     dataset: Dataset, root: epath.Path, download: bool, tfds: epath.PathLike | None
-) -> tuple[Dataset, Source, Templates]:
+) -> tuple[Dataset, Source, tuple[str, ...]]:
     folder = root / dataset.folder
     missing = not (folder / SPLIT / SHARD_COUNT).exists()
     if missing and tfds and dataset.tfds:
@@ -96,7 +118,7 @@ def _open_export(
 
 def _open_tfds(
     dataset: Dataset, folder: epath.Path, download: bool, data_dir: epath.PathLike
-) -> tuple[Dataset, Source, Templates]:
+) -> tuple[Dataset, Source, tuple[str, ...]]:
     from tclip_jax.evaluation.tfds_source import TfdsRow
 
     if download and dataset.classes and not all((folder / name).exists() for name in (CLASSNAMES, TEMPLATES)):

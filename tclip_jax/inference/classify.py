@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.data.prompts import captions
+from tclip_jax.data.prompts import DEFAULT, captions
 from tclip_jax.inference.embed import read_image
 from tclip_jax.inference.inputs import Failure, printable
 from tclip_jax.pages import aligned
@@ -27,7 +27,7 @@ def classify_images(
     model: Model,
     paths: Sequence[str],
     labels: Sequence[str],
-    templates: str | Sequence[str] = "simple",
+    templates: str | Sequence[str] = DEFAULT,
     batch_size: int = 64,
 ) -> list[Guess | Failure]:
     """The softmax over the labels of logit_scale · cosine, for each path in its order, or why there is none.

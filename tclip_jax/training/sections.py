@@ -18,7 +18,9 @@ class DataConfig:
         "digits", "digits, or folder:, tfds:, wds:, arrayrecord:, csv:, parquet:, mixture: ([data](data.md))"
     )
     split: str = key("train", "of the source")
-    templates: str | tuple[str, ...] = key("digits", "captions of labelled data: a name of prompts, or a list with {c}")
+    templates: str | tuple[str, ...] = key(
+        "", "captions of class names: a name of prompts, or a list with {c}; empty: the data's own, or `simple`"
+    )
     augment: str = key("none", f"one of {', '.join(AUGMENTATIONS)}")
     batch_size: int = key(128, "images over all devices", ge=1, le=MOST)
     microbatches: int = key(
@@ -31,7 +33,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _as_tuples(self, "templates")
         check_keys([self.augment], AUGMENTATIONS, "config.data.augment")
-        get_templates(self.templates)
+        if self.templates:
+            get_templates(self.templates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +160,15 @@ class EvalConfig:
     source: str = key("", "as data.source, or with a suite the folder of the exports")
     suite: str = key("", "names of suites and data sets, as of `tclip evaluate --suite`")
     split: str = key("test", "of the source")
-    templates: str | tuple[str, ...] = key("digits", "a name of prompts, or a list with {c}")
+    templates: str | tuple[str, ...] = key("", "as of `config.data`")
     every: int = key(1000, "steps", ge=1, le=MOST)
     batch_size: int = key(128, "images over all devices", ge=1, le=MOST)
     name: str = key("", 'metrics are <name>/<metric>, of a suite <name>/<data set>/<metric>; of "" zero_shot_accuracy')
 
     def __post_init__(self) -> None:
         _as_tuples(self, "templates")
-        get_templates(self.templates)
+        if self.templates:
+            get_templates(self.templates)
 
 
 def _as_tuples(config: Any, *names: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import types
 from importlib import metadata
 
 import pytest
 
-from tclip_jax.data.prompts import TEMPLATES, captions, get_templates
+from tclip_jax.data.prompts import DEFAULT, TEMPLATES, captions, get_templates, parse_templates, templates_for
 
 
 @pytest.mark.parametrize(("name", "count"), [("openai", 80), ("cifar10", 18), ("simple", 1), ("none", 1)])
@@ -53,3 +54,20 @@ def test_captions_take_class_names_literally() -> None:
 def test_refuses(templates: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_templates(templates)
+
+
+def test_words_of_a_command_line() -> None:
+    assert parse_templates(["digits"]) == TEMPLATES["digits"]
+    assert parse_templates(["a {c}"]) == get_templates("a {c}") == ("a {c}",)
+    assert parse_templates(["a {c}", "{c}"]) == ("a {c}", "{c}") and parse_templates([]) == ()
+    for words in (["digits", "a {c}"], ["simple", "digits"], ["nothing"]):
+        with pytest.raises(ValueError, match=f"template.* '{words[0]}'"):
+            parse_templates(words)
+
+
+def test_what_is_given_wins_then_what_the_data_states() -> None:
+    stated = types.SimpleNamespace(templates=("its {c}",))
+    assert templates_for(stated) == ("its {c}",) and templates_for(stated, "none") == ("{c}",)
+    assert templates_for(types.SimpleNamespace()) == TEMPLATES[DEFAULT] == templates_for(object(), "simple")
+    with pytest.raises(ValueError, match="no templates given"):
+        templates_for(types.SimpleNamespace(templates=()))

@@ -91,6 +91,10 @@ class Direct:
         self.batch_size, self._table = batch_size, table
         self.asked: list[str] = []
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        return {"dtype": self.dtype}
+
     def texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         self.asked += texts
         if self._table is not None:

@@ -20,7 +20,7 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.metrics import average_precision, hit_rate, mean_average_precision, top_k, top_k_accuracy
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.suite import DATASETS
-from tclip_jax.evaluation.tasks import suite_tasks
+from tclip_jax.evaluation.tasks import source_task, suite_tasks
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -111,6 +111,20 @@ def test_every_data_set_has_their_metrics(
     assert ours.metrics == pytest.approx(theirs, abs=1e-6, nan_ok=True) and ours.samples == IMAGES
     assert np.isnan(ours.metrics.get("acc5", 0)) == (0 < row.classes < 5)
     assert row.main_metric in ours.metrics and row.averaged in ours.metrics
+
+
+def test_one_export_is_scored_with_its_own_templates(
+    both: tuple[Encoder, Theirs], exports: types.SimpleNamespace, tmp_path: pathlib.Path
+) -> None:
+    """As a source of its own, as a row of a suite, and by CLIP_benchmark: one number; other templates, another."""
+    names, labels = [f"thing {i}" for i in range(10)], targets_of("mnist")
+    folder = exports.write(tmp_path / "wds_mnist", labels, names, ("a bad drawing of {c}, 1874", "the {c}'s shadow"))
+    theirs = both[1]("mnist", folder)
+    own = evaluate(both[0], [source_task(f"wds:{folder}")], model="m").results[f"wds:{folder}"]
+    row = evaluate(both[0], suite_tasks(tmp_path, "mnist"), model="m").results["mnist"]
+    simple = evaluate(both[0], [source_task(f"wds:{folder}", "test", "simple")], model="m").results[f"wds:{folder}"]
+    assert own.metrics == row.metrics == pytest.approx(theirs, abs=1e-6)
+    assert simple.metrics != own.metrics
 
 
 def test_metrics_on_the_same_arrays(both: tuple[Encoder, Theirs]) -> None:

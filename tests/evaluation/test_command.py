@@ -15,6 +15,7 @@ import pytest
 from tclip_jax.artifacts import write_artifact
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
+from tclip_jax.data.prompts import TEMPLATES
 from tclip_jax.evaluation import suite
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import param_shapes
@@ -57,6 +58,56 @@ def test_one_source_and_any_model(artifact: pathlib.Path, capsys: pytest.Capture
     assert captured.out == "" and captured.err.splitlines()[-1].startswith("tclip evaluate: error: templates 'digitz'")
 
 
+def test_templates_of_ones_own_and_options_that_mean_nothing(
+    artifact: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(*options: str) -> tuple[int, str, str]:
+        code = main(["evaluate", str(artifact), "--data", "digits", *options, "--json"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()[-1] if captured.err else ""
+
+    own, named, alone = (
+        json.loads(run(*options)[1])["datasets"]
+        for options in ([], ["--templates", "digits"], ["--templates", *TEMPLATES["digits"]])
+    )
+    assert own == named == alone, "the digits' own, by name, and one by one"
+    assert run("--templates", "number {c}, {c}!")[0] == 0
+    assert caplog.messages[-1] == "digits: 1 templates (as asked for): 'number {c}, {c}!'"
+    assert run("--templates", "a {c}", "digits")[::2] == (
+        2,
+        "tclip evaluate: error: template 'digits' has no {c} for the class name",
+    )
+    exports = str(tmp_path)
+    for options, message in (
+        (["--download"], "--download is for exports: it needs --suite"),
+        (["--tfds", exports], "--tfds is for exports: it needs --suite"),
+        (["--suite", "mnist", "--split", "test"], "--split is for one source: with --suite, splits and templates are"),
+        (["--suite", "mnist", "--templates", "none"], "--templates is for one source: with --suite, splits and"),
+        (["--html", "x.html"], "--html needs --out DIR"),
+    ):
+        code, out, error = run(*options)
+        assert (code, out) == (2, "") and error.startswith(f"tclip evaluate: error: {message}")
+
+
+def test_another_split_or_other_templates_are_not_the_old_numbers(
+    artifact: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["evaluate", str(artifact), "--data", "digits", "--out", str(tmp_path)]
+    assert main(shared) == 0
+    first = capsys.readouterr().out
+    assert main([*shared, "--batch-size", "64"]) == 0 and capsys.readouterr().out == first
+    for options, message in (
+        (["--split", "train"], "data.split: 'test', not 'train'"),
+        (["--templates", "none"], "task.templates: "),
+    ):
+        assert main([*shared, *options]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and message in captured.err.splitlines()[-1]
+
+
 def test_a_suite_and_its_exit_codes(
     artifact: pathlib.Path,
     exports: types.SimpleNamespace,
@@ -84,7 +135,8 @@ def test_a_suite_and_its_exit_codes(
     assert run("mnist,stl10", "two") == 3
     assert "PARTIAL  mnist: 1 x unreadable image" in capsys.readouterr().out
     assert run("mnist,stl10", "two", "--dtype", "bfloat16") == 2
-    assert "two/mnist.json: of " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "two/mnist.json: made by something else (model.dtype: 'float32', not 'bfloat16'): choose another" in line
     exports.write(tmp_path / "data" / "wds_renderedsst2", [0, 1], ["bad", "good"])
     capsys.readouterr()
     assert run("renderedsst2", "four", "--json") == 3

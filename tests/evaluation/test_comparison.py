@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -16,7 +17,7 @@ from tclip_jax.evaluation.comparison import compare
 from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_text
 from tclip_jax.evaluation.metrics import mean_average_precision
 from tclip_jax.evaluation.paired import Predicted
-from tclip_jax.evaluation.results import Result, read_predictions, write_result
+from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
 from tclip_jax.evaluation.retrieval import retrieval_ranks, retrieval_recall
 from tclip_jax.evaluation.statistics import mcnemar
 
@@ -221,6 +222,43 @@ def test_results_of_clip_benchmark_have_differences_without_intervals(
     assert main(["evaluate", "compare", str(theirs), str(theirs), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rows"][0]["deltas"]["acc5"] == {"a": None, "b": None, "low": None, "high": None, "delta": None}
+
+
+def test_results_of_other_data_or_templates_are_no_pair(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_by = {
+        "evaluation": 1,
+        "model": {"weights": "v"},
+        "data": {"split": "test", "content": "ab", "classes": ["x", "y"]},
+        "task": {"kind": "classification", "templates": ["a {c}"]},
+    }
+
+    def written(folder: str, **changes: Any) -> str:
+        for each in ("a", "b"):
+            classified(tmp_path / each, "mnist", 0.5)
+        result, made = read_result(tmp_path / "a" / "mnist.json"), made_by if folder == "a" else made_by | changes
+        for side, by in (("a", made_by), (folder, made)):
+            result = dataclasses.replace(read_result(tmp_path / side / "mnist.json"), made_by=by)
+            write_result(tmp_path / side, result, read_predictions(tmp_path / side, "mnist"))
+        return str(tmp_path / folder)
+
+    for changes, message in (
+        ({"task": {"kind": "classification", "templates": ["{c}"]}}, "task.templates: ['a {c}'], not ['{c}']"),
+        ({"data": made_by["data"] | {"split": "train"}}, "data.split: 'test', not 'train'"),  # type: ignore[operator]
+        ({"data": made_by["data"] | {"content": "cd"}}, "data.content: 'ab', not 'cd'"),  # type: ignore[operator]
+        ({"data": made_by["data"] | {"classes": ["y", "x"]}}, "data.classes: ['x', 'y'], not ['y', 'x']"),  # type: ignore[operator]
+        ({"evaluation": 2}, "evaluation: 1, not 2"),
+    ):
+        found = compare(tmp_path / "a", written("b", **changes), resamples=100)
+        assert found.refused == {"mnist": f"A and B differ in more than the model: {message}"} and not found.rows
+    common = compare(tmp_path / "a", written("b", data=made_by["data"] | {"content": "cd"}), intersect=True)  # type: ignore[operator]
+    assert common.rows[0].images == N, "what --intersect is for: other images"
+    (row,) = compare(tmp_path / "a", written("b", model={"weights": "w", "dtype": "bfloat16"}), resamples=100).rows
+    assert row.checked and (row.split, row.content) == ("test", "ab")
+    classified(tmp_path / "b", "mnist", 0.5)
+    assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "a result does not say what made it, so data and templates may differ: mnist" in capsys.readouterr().out
 
 
 def test_exit_code_of_a_drop(folders: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]) -> None:

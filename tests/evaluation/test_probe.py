@@ -26,7 +26,7 @@ from tclip_jax.evaluation import probe as probe_module
 from tclip_jax.evaluation.comparison import compare
 from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.probe import STRENGTHS, few_shot, linear_probe, search, t_interval
-from tclip_jax.evaluation.probe_suite import probe, suite_pairs
+from tclip_jax.evaluation.probe_suite import Pair, probe, suite_pairs
 from tclip_jax.evaluation.results import read_predictions, read_result
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -231,13 +231,107 @@ def test_a_suite_of_probes_resumes_and_compares(
     monkeypatch.setattr("tclip_jax.evaluation.probe_suite.features", None)
     again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **given)
     assert [each.task for each in again] == ["linear_probe", "1_shot", "2_shot"]
-    with pytest.raises(ValueError, match=r"of b \(w\) in float32, not of v in float32: choose another folder"):
+    with pytest.raises(ValueError, match=r"mnist\.json: made by something else \(model\.weights: 'w', not 'v'\)"):
         probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(given | {"weights": "v"}))
 
     for name in ("linear_probe", "1_shot"):
         found = compare(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
         assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
         assert "C" not in found.rows[0].deltas, "it is no fraction"
+
+
+class Classes:
+    """Images of one colour a class, which any probe tells apart: six of each of the names in `shown`."""
+
+    def __init__(self, names: tuple[str, ...], shown: tuple[str, ...]) -> None:
+        self.classnames, self._shown, self.digest = names, shown, f"{names} {shown}"
+
+    def __len__(self) -> int:
+        return 6 * len(self._shown)
+
+    def __getitem__(self, index: int) -> Record:
+        name = self._shown[index % len(self._shown)]
+        pixels = np.full((4, 4, 3), 3, np.uint8)
+        pixels[..., "abc".index(name)] = 250 - index // len(self._shown)
+        return Record(pixels, (), self.classnames.index(name), f"{index}")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "expected"),
+    [
+        (("a", "b", "c"), ("a", "b", "c"), 1.0),
+        (("a", "c"), ("a", "c"), 1.0),  # by index every image of c would be wrong: 50 %
+        (("c", "b", "a"), ("a", "b", "c"), 1.0),  # as many, in another order
+        (("z", "a", "b", "c"), ("a", "b"), 1.0),  # a class without images
+        (("a", "b", "z"), ("a", "b"), 1.0),  # as many, one of them another
+    ],
+)
+def test_classes_of_two_splits_are_matched_by_name(
+    names: tuple[str, ...], shown: tuple[str, ...], expected: float, tmp_path: pathlib.Path, coarse: None
+) -> None:
+    splits = {"train": Classes(("a", "b", "c"), ("a", "b", "c")), "test": Classes(names, shown)}
+    encoder: Any = Colours()
+    given: Any = {"model": "m", "weights": "w", "shots": (1, 2), "seeds": 2}
+    results, errors = probe(encoder, [Pair("colours", splits.__getitem__)], out=tmp_path, **given)
+    assert not errors and [each.metrics["acc1"] for each in results] == [expected] * 3
+    assert [each.metrics["mean_per_class_recall"] for each in results] == [expected] * 3
+    assert results[0].made_by["data"]["test_classes"] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (("a", "b"), ("a", "c"), r"test has images of 1 classes of which train has none: 'c'"),
+        (("a", "b", "c"), ("b", "a", "a"), r"train and test have other classes, of which two are named 'a'"),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_refused(
+    train: tuple[str, ...], test: tuple[str, ...], message: str, tmp_path: pathlib.Path, coarse: None
+) -> None:
+    splits = {"train": Classes(train, train), "test": Classes(test, tuple(dict.fromkeys(test)))}
+    encoder: Any = Colours()
+    results, errors = probe(
+        encoder, [Pair("x", splits.__getitem__)], model="m", weights="w", out=tmp_path, shots=(), seeds=1
+    )
+    assert not results and re.fullmatch(message, errors["x"])
+
+
+@pytest.mark.parametrize("change", ["seeds", "train", "protocol"])
+def test_a_probe_is_taken_only_where_the_same_made_it(
+    change: str, tmp_path: pathlib.Path, coarse: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {"train": Classes(("a", "b"), ("a", "b")), "test": Classes(("a", "b"), ("a", "b"))}
+    encoder: Any = Colours()
+
+    def run(seeds: int, shots: tuple[int, ...]) -> Any:
+        pairs = [Pair("x", splits.__getitem__)]
+        return probe(encoder, pairs, model="m", weights="w", out=tmp_path, shots=shots, seeds=seeds)
+
+    assert len(run(2, (1, 2))[0]) == 3 and len(run(3, ())[0]) == 1, "the linear probe draws nothing"
+    if change == "train":
+        splits["train"] = Classes(("a", "b", "c"), ("a", "b", "c"))
+    if change == "protocol":
+        monkeypatch.setattr(probe_module, "STRENGTHS", np.array([0.5, 1.0]))
+    differs = {
+        "seeds": r"task\.seeds: 2, not 3",
+        "train": r".*data\.train: ",
+        "protocol": r"task\.protocol\.strengths: ",
+    }
+    with pytest.raises(
+        ValueError, match=rf"x\.json: made by something else \({differs[change]}.*choose another folder"
+    ):
+        run(3 if change == "seeds" else 2, (1, 2))
+
+
+class Colours:
+    """Stands for an encoder whose embedding is the mean colour."""
+
+    preprocess, dtype, batch_size = Preprocess(4), "float32", 8
+    made_by = types.MappingProxyType({"dtype": "float32"})
+
+    def images(self, pixels: Any) -> Any:
+        colours = pixels.mean(axis=(1, 2)) + 1e-3
+        return (colours / np.linalg.norm(colours, axis=1, keepdims=True)).astype(np.float32)
 
 
 def test_a_probe_that_cannot_be_fitted_stops_no_other(
@@ -273,6 +367,10 @@ def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFix
     assert main([*arguments, "--shots", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["task"] == "linear_probe" and 0.1 < result["metrics"]["acc1"] <= 1 and result["samples"] == 397
+    assert main([*arguments, "--no-linear", "--shots"]) == 2
+    assert "nothing to fit" in capsys.readouterr().err
+    assert main([*arguments, "--shots", "--seeds", "3"]) == 2
+    assert "--seeds is of few-shot, and --shots names none" in capsys.readouterr().err
     assert main([*arguments, "--shots", "0"]) == 2
     assert "must be 1 or more" in capsys.readouterr().err
     assert main([*arguments[:4], "folder:/nowhere", *arguments[5:]]) == 2

@@ -104,18 +104,85 @@ def test_what_is_there_is_not_measured_again(
         for key, array in read_predictions(tmp_path / "whole", name).items():
             np.testing.assert_array_equal(read_predictions(out, name)[key], array)
 
-    for changes, message in (
-        ({"weights": "v"}, r"renderedsst2\.json: of m \(w\) in float32, not of v in float32: choose another folder"),
-        ({"dtype": "bfloat16"}, r"not of w in bfloat16"),
-    ):
-        other = exports.Direct()
-        other.dtype = changes.get("dtype", "float32")
-        with pytest.raises(ValueError, match=message):
-            evaluate(other, suite_tasks(root, "renderedsst2"), model="m", weights=changes.get("weights", "w"), out=out)
-        assert other.asked == []
     (out / "renderedsst2.json").write_text('{"dataset": "renderedsst2"')
     with pytest.raises(ValueError, match=r"renderedsst2\.json: not JSON"):
         evaluate(exports.Direct(), suite_tasks(root, NAMES), model="m", weights="w", out=out)
+
+
+def test_a_result_is_taken_only_where_the_same_made_it(
+    exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    export, out = root / "wds_renderedsst2", tmp_path / "out"
+    (root / "wds_renderedsst2" / "test").rename(export / "val")
+    task, name = source_task(f"wds:{export}", "val"), f"wds:{export}"
+    first = evaluate(exports.Direct(), [task], model="m", weights="w", out=out).results[name]
+    model = exports.Direct()
+    again = evaluate(model, [task], model="m", weights="w", out=out).results[name]
+    assert model.asked == [] and again.metrics == pytest.approx(first.metrics, nan_ok=True, abs=0)
+    assert read_result(out / f"{name.replace('/', '-')}.json").made_by == first.made_by == again.made_by
+
+    def refused(message: str, task: Any = task, weights: str = "w", dtype: str = "float32") -> None:
+        other = exports.Direct()
+        other.dtype = dtype
+        with pytest.raises(ValueError, match=rf"wds_renderedsst2\.json: {message}.*: choose another folder$"):
+            evaluate(other, [task], model="m", weights=weights, out=out)
+        assert other.asked == []
+
+    refused(r"made by something else \(model\.weights: 'w', not 'v'\)", weights="v")
+    refused(r"made by something else \(model\.dtype: 'float32', not 'bfloat16'\)", dtype="bfloat16")
+    refused(
+        r"made by something else \(task\.templates: \['a photo of a \{c\}\.'.*, not \['\{c\}'\]\)",
+        source_task(name, "val", "none"),
+    )
+    exports.write(export, [1 - i % 2 for i in range(IMAGES)], ["c0", "c1"])
+    refused(r"made by something else \(data\.split: 'val', not 'test'.*\)", source_task(name, "test"))
+    (export / "classnames.txt").write_text("c1\nc0\n")
+    refused(r"made by something else \(.*data\.classes: \['c0', 'c1'\], not \['c1', 'c0'\]\)")
+    path = out / f"{name.replace('/', '-')}.json"
+    old = json.loads(path.read_text())
+    del old["made_by"]
+    path.write_text(json.dumps(old))
+    refused("it does not say what made it, so it may be of anything")
+
+
+def test_predictions_of_another_result_are_refused(tmp_path: pathlib.Path) -> None:
+    for folder, weights in (("a", "v"), ("b", "w")):
+        (tmp_path / folder).mkdir()
+        made_by = {"model": {"weights": weights}}
+        result = Result("x", "m", weights, "t", {"acc1": 0.5}, made_by=made_by)
+        write_result(tmp_path / folder, result, {"keys": np.array(["0"])})
+        assert [*read_predictions(tmp_path / folder, "x", made_by)] == ["keys"]
+    (tmp_path / "a" / "x.predictions.npz").rename(tmp_path / "b" / "x.predictions.npz")
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not the predictions of the result beside it"):
+        read_predictions(tmp_path / "b", "x", read_result(tmp_path / "b" / "x.json").made_by)
+
+
+def test_templates_given_win_over_those_of_the_data(
+    exports: types.SimpleNamespace, root: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is asked of the text tower is what the data states, whoever asks."""
+    caplog.set_level("INFO")
+    export = f"wds:{root}/wds_renderedsst2"
+    for spec, templates, first, said in (
+        (export, "", "a photo of a c0.", "3 templates (its own): 'a photo of a {c}.', '{c}', "),
+        (export, "none", "c0", "1 templates (as asked for): '{c}'"),
+        ("digits", "", "a handwritten digit zero.", "7 templates (its own)"),
+        (f"folder:{root}/classes", "", "a photo of a cat.", "1 templates (it states none): 'a photo of a {c}.'"),
+    ):
+        (root / "classes" / "cat").mkdir(parents=True, exist_ok=True)
+        (root / "classes" / "cat" / "0.png").write_bytes(exports.picture(0))
+        model = exports.Direct()
+        assert not evaluate(model, [source_task(spec, "test", templates)], model="m").errors
+        assert model.asked[0] == first and said in caplog.messages[-1]
+    (root / "wds_renderedsst2" / "zeroshot_classification_templates.txt").unlink()
+    (error,) = evaluate(exports.Direct(), [source_task(export)], model="m").errors.values()
+    assert error.endswith(
+        "zeroshot_classification_templates.txt: no such file, which a webdataset export of CLIP_benchmark has"
+    )
+    (error,) = evaluate(
+        exports.Direct(), [source_task(f"wds:{root}/wds_flickr8k", "test", "none")], model="m"
+    ).errors.values()
+    assert error.endswith("wds_flickr8k: has captions, which are taken as they are: templates are for class names")
 
 
 def test_a_failure_stops_no_other(
@@ -171,7 +238,7 @@ def test_one_source(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path
         ("flickr8k", "image_retrieval_recall@5"),
     ):
         source = f"wds:{root}/wds_{name}"
-        report = evaluate(exports.Direct(), [source_task(source, "test", "simple")], model="m", out=tmp_path / "out")
+        report = evaluate(exports.Direct(), [source_task(source)], model="m", out=tmp_path / "out")
         assert metric in report.results[source].metrics and report.partial == {}
     (again,) = opened([source_task("digits", "test", ("{c}",))])
     assert again.open() is again.open() and len(again.open()[1]) == 397

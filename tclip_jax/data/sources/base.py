@@ -68,7 +68,8 @@ class Source(Protocol):
     """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes.
 
     `source[index]` raises `BadSample` where there is no record to give. A source may have a `digest`, which differs
-    where its records do, and `parts`, the weight and the length of each of the sources that it is a mixture of.
+    where its records do, `parts`, the weight and the length of each of the sources that it is a mixture of, and
+    `templates`, the captions of a class that its data states; None where it states none.
     """
 
     @property

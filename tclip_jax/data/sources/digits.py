@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from tclip_jax.data.prompts import TEMPLATES
 from tclip_jax.data.sources.base import Record
 
 _CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,6 +23,7 @@ class Digits:
     """
 
     classnames = _CLASSNAMES
+    templates = TEMPLATES["digits"]
 
     def __init__(self, argument: str, split: str) -> None:
         if argument:

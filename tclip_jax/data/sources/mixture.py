@@ -40,6 +40,18 @@ class Mixture:
         self.classnames = tuple(name for source in sources for name in source.classnames)
         self.digest = " ".join(f"{weight}*{digest(source)}" for weight, source in zip(weights, sources, strict=True))
 
+    @property
+    def templates(self) -> tuple[str, ...] | None:
+        """What all labelled parts state alike, or None.
+
+        Raises:
+          ValueError: they differ.
+        """
+        stated = {getattr(source, "templates", None) for source in self._sources if source.classnames}
+        if len(stated) > 1:
+            raise ValueError("the parts of the mixture state other templates than each other: say which are to be used")
+        return next(iter(stated), None)
+
     def __len__(self) -> int:
         return self._stops[-1]
 
