@@ -96,6 +96,24 @@ def test_every_template_and_every_caption_is_drawn() -> None:
     assert sorted(np.unique(drawn, axis=0).tolist()) == sorted(TOKENIZER(["red", "green"]).tolist())
 
 
+def test_labelled_data_is_captioned_by_its_own_templates_unless_others_are_given() -> None:
+    source = labelled(4)
+    stated = Records(source)
+    stated.classnames, stated.templates = source.classnames, ("{c}: stated", "stated {c}")  # type: ignore[attr-defined]
+    for data, given, expected in (
+        (
+            stated,
+            "",
+            [f"{name}: stated" for name in source.classnames] + [f"stated {name}" for name in source.classnames],
+        ),
+        (stated, ("given {c}",), [f"given {name}" for name in source.classnames]),
+        (source, "", [f"a photo of a {name}." for name in source.classnames]),
+    ):
+        batches = take(iterate(data, templates=given, batch_size=4), 8)
+        rows = {tuple(row) for batch in batches for row in batch["tokens"].tolist()}
+        assert rows == {tuple(row) for row in TOKENIZER(expected).tolist()}
+
+
 def test_an_epoch_holds_every_record_once_and_the_next_one_in_another_order() -> None:
     seen = shades(take(iterate(labelled(12)), 6))
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))

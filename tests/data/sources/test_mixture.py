@@ -9,6 +9,8 @@ from tclip_jax.data.sources.mixture import Mixture, parse
 
 
 class Numbered(list[Record]):
+    templates: tuple[str, ...] | None = None
+
     def __init__(self, count: int, classnames: tuple[str, ...] = ()) -> None:
         super().__init__(
             Record(b"", (), i % len(classnames) if classnames else -1, f"{count}/{i}") for i in range(count)
@@ -53,3 +55,16 @@ def test_the_spec() -> None:
             open_source(f"mixture:{wrong}", "train")
     with pytest.raises(ValueError, match="unknown data source 'cifar'"):
         open_source("mixture:1*digits+1*cifar", "train")
+
+
+def test_templates_are_what_all_labelled_parts_state() -> None:
+    def part(templates: tuple[str, ...] | None) -> Numbered:
+        source = Numbered(1, ("a",))
+        source.templates = templates
+        return source
+
+    captions = Numbered(1)
+    assert Mixture([1, 2, 1], [part(("a {c}",)), part(("a {c}",)), captions]).templates == ("a {c}",)
+    assert Mixture([1, 2], [part(None), captions]).templates is None
+    with pytest.raises(ValueError, match="state other templates than each other"):
+        Mixture([1, 2], [part(("a {c}",)), part(None)]).templates  # noqa: B018
