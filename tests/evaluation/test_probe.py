@@ -371,8 +371,9 @@ def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFix
     assert "nothing to fit" in capsys.readouterr().err
     assert main([*arguments, "--shots", "--seeds", "3"]) == 2
     assert "--seeds is of few-shot, and --shots names none" in capsys.readouterr().err
-    assert main([*arguments, "--shots", "0"]) == 2
-    assert "must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--shots", "0"])
+    assert "argument --shots: 0 is out of bounds: it must be at least 1" in capsys.readouterr().err
     assert main([*arguments[:4], "folder:/nowhere", *arguments[5:]]) == 2
 
 
