@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -12,6 +13,8 @@ from typing import IO
 
 from etils import epath
 
+_logger = logging.getLogger(__name__)
+
 
 def is_local(path: epath.Path) -> bool:
     """Whether renaming is atomic there: true for a local path, false for gs:// and its like."""
@@ -19,37 +22,31 @@ def is_local(path: epath.Path) -> bool:
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes one file so that readers and crashes find the old content or the new, never a part of it.
-
-    A local file is written beside, synced and renamed; an object store shows an upload only when it is complete.
-    """
-    path, data = epath.Path(path), data.encode() if isinstance(data, str) else data
-    if not is_local(path):
-        path.write_bytes(data)
-        return
+    """Writes one file so that readers and crashes find the old content or the new, never a part of it."""
     with atomic_file(path) as file:
-        file.write(data)
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Yields an open file that becomes `path` when the block ends, whole, and nothing if it raises.
 
-    What is too large for memory is written with it. On an object store the file is written in its place, and removed if
-    the block raises.
+    It is written under another name beside `path`, and renamed: until that is done the old file is there. Object stores
+    too show what is renamed only when it is complete; what is half written they may show when it is closed.
     """
     path = epath.Path(path)
     if is_local(path) and not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder, so {path.name} cannot be written there")
-    building = _beside(path, "tmp") if is_local(path) else path
+    building = _beside(path, "tmp")
     try:
         with building.open("wb") as file:
             yield file
         if is_local(path):
             _sync(building)
-            building.replace(path)
+        building.replace(path)
     except BaseException:
-        building.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of what went wrong first there is more to say
+            building.unlink(missing_ok=True)
         raise
     if is_local(path):
         _sync(path.parent)
@@ -66,7 +63,8 @@ def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
             _sync(building)
             building.replace(path)
         except BaseException:
-            building.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                building.unlink(missing_ok=True)
             raise
         _sync(path.parent)
         return
@@ -81,8 +79,9 @@ def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
 def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[epath.Path]:
     """Yields an empty folder to fill, which becomes `path` when the block ends and is removed if it raises.
 
-    A local folder is filled beside, synced and renamed, and only then is an overwritten one removed. An object store
-    renames nothing: there the folder is filled in place, so its reader must require the file that is written last.
+    It is filled beside `path` and renamed, and only then is an overwritten one removed. An object store renames by
+    copying: who is killed in that moment leaves what was overwritten whole as `<path>.old-…`, and a reader tells a copy
+    that is not complete by the checksums in the folder.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.
@@ -90,34 +89,58 @@ def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[
     path = epath.Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another folder, or --overwrite it")
-    building = _beside(path, "tmp") if is_local(path) else path
-    if building.exists():
-        building.rmtree()
+    building = _beside(path, "tmp")
     try:
         building.mkdir(parents=True, exist_ok=True)
         yield building
         if is_local(path):
             sync_tree(building)
-            _swap(building, path)
+        _swap(building, path)
     except BaseException:
-        building.rmtree(missing_ok=True)
+        with contextlib.suppress(OSError):
+            building.rmtree(missing_ok=True)
         raise
 
 
 def _swap(new: epath.Path, path: epath.Path) -> None:
     """Renames `new` to `path`; what was there stays whole beside it until that is done."""
-    old = _beside(path, "old") if path.exists() else None
-    if old:
-        path.rename(old)
-    try:
+    if not path.exists():
         new.rename(path)
-    except BaseException:
-        if old:
-            old.rename(path)
-        raise
-    _sync(path.parent)
-    if old:
-        old.rmtree()
+    else:
+        old, before = _beside(path, "old"), _lengths(path)
+        try:
+            path.rename(old)
+            new.rename(path)
+        except BaseException as error:
+            try:
+                _put_back(old, path, before)
+            except OSError:
+                raise OSError(f"{path}: {error}; what was there is whole in {old}") from error
+            raise
+        try:
+            old.rmtree()
+        except OSError as error:
+            _logger.warning("%s: what was overwritten could not be removed: %s", old, error)
+    if is_local(path):
+        _sync(path.parent)
+
+
+def _put_back(old: epath.Path, path: epath.Path, before: dict[str, int]) -> None:
+    """Undoes half a `_swap`: `path` or `old` is whole, since an object store copies all before it removes the first."""
+    if path.exists() and _lengths(path) == before:
+        old.rmtree(missing_ok=True)
+    elif old.exists():
+        path.rmtree(missing_ok=True)
+        old.rename(path)
+
+
+def _lengths(folder: epath.Path) -> dict[str, int]:
+    """Of all files in a folder and below it, by name."""
+    lengths: dict[str, int] = {}
+    for path in folder.iterdir():
+        below = {f"{path.name}/{name}": size for name, size in _lengths(path).items()} if path.is_dir() else {}
+        lengths |= below or {path.name: 0 if path.is_dir() else path.stat().length}
+    return lengths
 
 
 def _beside(path: epath.Path, why: str) -> epath.Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -12,6 +13,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import hypothesis
 import pytest
 from absl import flags
+from etils.epath import backend
+
+from tests.object_store import Bucket
 
 # Child processes import this tree, whatever is installed.
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
@@ -48,3 +52,14 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("no real images: neither TCLIP_TEST_DATA nor ../shared/data is a folder")
     return folder
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Bucket]]:
+    """gs://bucket, empty."""
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = ["", "/bucket"]
+    monkeypatch.setattr(Bucket, "failing", staticmethod(lambda operation, path: None))
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Bucket())
+    yield Bucket
+    Bucket.store.clear()

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import pathlib
+import resource
+import signal
 
 import pytest
 from etils import epath
 
 from tclip_jax import storage
+from tests.object_store import Bucket, Failure
 
 
-@pytest.fixture(params=["local", "object store"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test on both; the stand-in is a local folder that is never renamed."""
-    if request.param != "local":
-        monkeypatch.setattr(storage, "is_local", lambda path: False)
-    return request.param
+@pytest.fixture(params=["local", "gs"])
+def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> epath.Path:
+    """Runs a test on both: an empty folder."""
+    if request.param == "local":
+        return epath.Path(tmp_path)
+    request.getfixturevalue("bucket")
+    return epath.Path("gs://bucket")
+
+
+def names(place: epath.Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir())
 
 
 def test_only_uris_are_object_stores(tmp_path: pathlib.Path) -> None:
@@ -24,11 +32,10 @@ def test_only_uris_are_object_stores(tmp_path: pathlib.Path) -> None:
     assert not storage.is_local(epath.Path("gs://bucket/path"))
 
 
-def test_write_atomic_replaces_the_content(store: str, tmp_path: pathlib.Path) -> None:
-    storage.write_atomic(tmp_path / "file", b"old")
-    storage.write_atomic(tmp_path / "file", "néw")
-    assert (tmp_path / "file").read_text("utf-8") == "néw"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def test_write_atomic_replaces_the_content(place: epath.Path) -> None:
+    storage.write_atomic(place / "file", b"old")
+    storage.write_atomic(place / "file", "néw")
+    assert (place / "file").read_bytes().decode() == "néw" and names(place) == ["file"]
 
 
 def test_write_atomic_keeps_the_old_content_when_it_fails(
@@ -42,36 +49,107 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_atomic_folder_appears_when_the_block_ends(store: str, tmp_path: pathlib.Path) -> None:
-    target = tmp_path / "deep" / "folder"
+def test_atomic_folder_appears_when_the_block_ends(place: epath.Path) -> None:
+    target = place / "deep" / "folder"
     with storage.atomic_folder(target) as building:
-        (building / "inner").mkdir()
-        (building / "inner" / "file").write_text("content")
-        assert target.exists() == (store != "local")
-    assert (target / "inner" / "file").read_text() == "content"
-    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+        (building / "file").write_text("content")
+        assert not target.exists()
+    assert (target / "file").read_text() == "content" and names(target.parent) == ["folder"]
+
+
+def test_a_folder_in_a_folder_is_moved_too(tmp_path: pathlib.Path) -> None:
+    for text in ("old", "new"):
+        with storage.atomic_folder(tmp_path / "folder", overwrite=True) as building:
+            (building / "inner").mkdir()
+            (building / "inner" / "file").write_text(text)
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_folder_leaves_nothing_when_the_block_raises(
-    store: str, tmp_path: pathlib.Path, error: type[BaseException]
-) -> None:
-    with pytest.raises(error), storage.atomic_folder(tmp_path / "folder") as building:
+def test_atomic_folder_leaves_nothing_when_the_block_raises(place: epath.Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), storage.atomic_folder(place / "folder") as building:
         (building / "file").write_text("half")
         raise error
-    assert list(tmp_path.iterdir()) == []
+    assert names(place) == []
 
 
-def test_atomic_folder_refuses_what_exists_unless_told(store: str, tmp_path: pathlib.Path) -> None:
-    target = tmp_path / "folder"
+def test_atomic_folder_refuses_what_exists_unless_told(place: epath.Path) -> None:
+    target = place / "folder"
     target.mkdir()
     (target / "old").write_text("old")
     with pytest.raises(FileExistsError, match="folder exists"), storage.atomic_folder(target):
         pass
     with storage.atomic_folder(target, overwrite=True) as building:
         (building / "new").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert names(target) == ["new"] and names(place) == ["folder"]
+
+
+def test_a_failed_upload_never_costs_the_older_file(bucket: type[Bucket]) -> None:
+    """At its start, in its middle, at its end, when it is closed, and when it gets its name."""
+    path = epath.Path("gs://bucket/file")
+    storage.write_atomic(path, "old")
+    for operation, number in (("open", 1), ("write", 1), ("write", 2), ("write", 3), ("close", 1), ("copy", 1)):
+        bucket.failing = Failure(operation, number)
+        with pytest.raises(OSError, match="the network is gone"), storage.atomic_file(path) as file:
+            for part in (b"n", b"e", b"w"):
+                file.write(part)
+        bucket.failing = lambda operation, path: None
+        assert path.read_text() == "old" and names(epath.Path("gs://bucket")) == ["file"], operation
+
+
+def test_a_failed_upload_never_costs_the_older_folder(bucket: type[Bucket]) -> None:
+    """Two files: every operation fails once, and where all fail from there on the message says where the old one is."""
+    place, folder = epath.Path("gs://bucket"), epath.Path("gs://bucket/folder")
+    outcomes: list[str] = []
+    for always_after in (False, True):
+        for operation, count in (("open", 2), ("write", 2), ("close", 2), ("copy", 4), ("remove", 5)):
+            for number in range(1, count + 1):
+                bucket.store.clear()
+                for name in ("a", "b"):
+                    storage.write_atomic(folder / name, f"old {name}")
+                bucket.failing, said = Failure(operation, number, always_after=always_after), ""
+                try:
+                    with storage.atomic_folder(folder, overwrite=True) as building:
+                        for name in ("a", "b"):
+                            (building / name).write_text(f"newer {name}")
+                except OSError as error:
+                    said = str(error)
+                bucket.failing = lambda operation, path: None
+                _, _, elsewhere = said.partition("is whole in ")
+                found = {name: (epath.Path(elsewhere or folder) / name).read_text() for name in ("a", "b")}
+                assert found in ({"a": "old a", "b": "old b"}, {"a": "newer a", "b": "newer b"}), (operation, number)
+                outcomes.append(elsewhere)
+                if not always_after and operation != "remove":
+                    assert names(place) == ["folder"] and found["a"] == "old a", (operation, number)
+    assert any(outcomes) and not all(outcomes)
+
+
+def test_a_full_disk_and_a_failed_rename_cost_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses what is longer than 64 bytes, as a full disk does; then the rename fails."""
+    path = epath.Path(tmp_path) / "file"
+    storage.write_atomic(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            storage.write_atomic(path, b"x" * 1000)
+        with pytest.raises(OSError), storage.atomic_folder(tmp_path / "folder") as building:
+            (building / "file").write_bytes(b"x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        storage.write_atomic(path, "new")
+    with pytest.raises(OSError, match="disk gone"), storage.atomic_local_file(path) as name:
+        pathlib.Path(name).write_text("new")
+    assert path.read_text() == "old" and [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_overwriting_keeps_the_old_folder_when_the_block_raises(tmp_path: pathlib.Path) -> None:

@@ -105,11 +105,11 @@ def write_embeddings(out: epath.PathLike, items: Iterable[Item], store: Store, w
     kept = [item for item in items if item.key in store]
     names = [printable(item.name) for item in kept]
     chunks = chunked((store.row(item.key) for item in kept), width)
-    if out.suffix == ".npy":
-        # First: with the embeddings, the output is complete.
-        write_atomic(out.with_suffix(".names.json"), json.dumps(names, ensure_ascii=False, indent=0) + "\n")
     with atomic_file(out) as file:
         (_write_npy if out.suffix == ".npy" else _write_parquet)(file, names, chunks, width)
+        if out.suffix == ".npy":
+            # When all rows are written, and before they get their name: with them, the output is complete.
+            write_atomic(out.with_suffix(".names.json"), json.dumps(names, ensure_ascii=False, indent=0) + "\n")
     return len(kept)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the state and of the place in the data, by Orbax: whole or not there at all."""
+"""Checkpoints of trees of arrays and of the place in the data: whole or not there at all."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import gc
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.rules import path_of
-from tclip_jax.runs.checksums import damage, write_checksums
+from tclip_jax.runs import orbax_v0 as orbax
+from tclip_jax.runs.checksums import COMMITTED, CheckpointError, write_checksums
 from tclip_jax.runs.policy import CheckpointConfig, kept
+from tclip_jax.runs.steps import all_steps, decided, first_whole, saved_steps
 from tclip_jax.storage import is_local
 
 # Seconds that processes wait for each other while saving. Orbax counts them by the wall clock, which may be set; a
 # process that is gone is noticed by JAX's own heartbeats.
 _PATIENCE = 24 * 3600
+_UNFINISHED = re.compile(r"\d+\.(orbax.*|deleted)")  # names of folders that are written or deleted
 
 _logger = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, broken or of another model; one line with the folder and what was expected."""
 
 
 class Checkpoints:
@@ -46,21 +45,21 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
         self._folder, self._config = _absolute(folder), config
         self._scores: dict[int, float] = {}
-        self._saving, self._saved_at = 0, time.monotonic()
+        self._saving, self._position, self._saved_at = 0, dict[str, Any](), time.monotonic()
         self._unfinished: Exception | None = None
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(_PATIENCE, post_finalization_callback=self._finish),
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._steps: list[int] = decided(self._start)  # those that are whole
+        self._writer = orbax.Writer(self._finish, _PATIENCE)
+        self._deleting = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._written():
-            self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._deleting.shutdown()
+            self._writer.close()
 
     def is_due(self, step: int, *, late: bool = False) -> bool:
         """Whether the state after `step` steps is to be saved; `late` is what `is_late` said a step ago."""
@@ -76,19 +75,24 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint before this one could not be written.
         """
-        saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items = ocp.args.Composite(**saved, data=ocp.args.JsonSave(dict(position)))
-        if self._manager.latest_step() == step:
-            return
         self.wait()
-        self._saving, self._saved_at = step, time.monotonic()
+        if step in self._steps:
+            return
+        self._saving, self._position, self._saved_at = step, dict(position), time.monotonic()
         with self._written():
-            self._manager.save(step, args=items, force=True)
+            self._writer.save(self._folder / str(step), trees)
 
     def wait(self) -> None:
         """Until what is being saved is whole; raises CheckpointError if it cannot be."""
         with self._written():
-            self._manager.wait_until_finished()
+            self._writer.wait()
+        if self._saving and self._saving not in self._steps:
+            self._steps.append(self._saving)
+            if jax.process_index() == 0:
+                self._deleting.submit(
+                    self._delete, sorted({*self._steps} - kept(self._steps, self._scores, self._config))
+                )
+            self._steps = sorted(kept(self._steps, self._scores, self._config))
 
     def restore(self, abstract: Mapping[str, Any], seek: Callable[[Any], None]) -> Mapping[str, Any] | None:
         """The newest trees, in the shapes and shardings of `abstract`; `seek` is told the position saved with them.
@@ -98,16 +102,16 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint is broken, or not of this configuration or its data.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if not self._steps:
             return None
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(abstract))
-        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()})
-        with _explained(self._folder / str(step)):
-            restored = self._manager.restore(step, args=items)
-        with _explained(place := self._folder / str(step) / "data" / "metadata"):
+        folder, restored = self._folder / str(self._steps[-1]), dict[str, Any]()
+        with _explained(folder):
+            for name, tree in abstract.items():
+                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+                restored[name] = orbax.read_tree(folder / name, shapes)
+        with _explained(place := folder / "data" / "metadata"):
             seek(json.loads(place.read_text()))
-        return {name: restored[name] for name in abstract}
+        return restored
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
@@ -115,25 +119,38 @@ class Checkpoints:
         if value is not None and math.isfinite(value):
             self._scores[step] = value
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which checkpoints to keep."""
-        steps = [each.step for each in checkpoints]
-        preserved = kept(steps, self._scores, self._config)
-        return [step in preserved for step in steps]
+    def _start(self) -> list[int]:
+        """On process 0: removes what a start before this one left unfinished; the steps that are whole."""
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    path.rmtree()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return saved_steps(self._folder)
 
-    def _finish(self) -> None:
-        """On process 0, when all is written by all processes and before it counts as a checkpoint."""
-        name = str(self._saving)
+    def _finish(self, folder: epath.Path) -> None:
+        """On process 0, when all is written by all processes."""
         try:
-            names = [path.name for path in self._folder.iterdir()]
-            building = [each for each in names if each == name or each.startswith(f"{name}.orbax")]
-            if not building:
-                raise FileNotFoundError(
-                    f"no such folder as {name} or {name}.orbax-…: it was removed while it was written"
-                )
-            write_checksums(self._folder / building[0])
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder}: no such folder: it was removed while it was written")
+            (folder / "data").mkdir(exist_ok=True)
+            (folder / "data" / "metadata").write_text(json.dumps(self._position))
+            write_checksums(folder)
         except Exception as error:  # raised here, whatever it is, the other processes would wait for this one
             self._unfinished = error
+
+    def _delete(self, steps: Sequence[int]) -> None:
+        """Removes steps so that one that is half removed does not look like one that is damaged."""
+        for step in steps:
+            folder = self._folder / str(step)
+            try:
+                if is_local(folder):
+                    folder = folder.rename(self._folder / f"{step}.deleted")
+                else:
+                    (folder / COMMITTED).unlink()
+                folder.rmtree()
+            except OSError as error:
+                _logger.warning("%s: an old checkpoint could not be removed: %s", folder, error)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -148,91 +165,50 @@ class Checkpoints:
         else:
             return
         _collect_unheard()
-        folder = self._folder / str(self._saving)
+        failed, self._saving, self._unfinished = self._saving, 0, None
         if jax.process_index() == 0:
             # What other threads are still writing is removed by the next start.
             with contextlib.suppress(OSError):
-                for path in self._folder.glob(f"{self._saving}.orbax*"):
+                for path in (*self._folder.glob(f"{failed}.orbax*"), self._folder / str(failed)):
                     path.rmtree(missing_ok=True)
-                if self._unfinished:
-                    folder.rmtree(missing_ok=True)
-        steps = [step for step in saved_steps(self._folder) if step < self._saving]
-        before = f"that of step {max(steps)} is whole" if steps else "there is none before it"
-        raise CheckpointError(f"{folder}: the checkpoint could not be written, {before}: {reason}")
-
-
-def saved_steps(folder: epath.PathLike) -> list[int]:
-    """The steps that a folder has finished checkpoints of, in order; none if there is no such folder."""
-    folder = epath.Path(folder)
-    # On an object store a folder has its name from the beginning, and a file that is written last.
-    return sorted(
-        int(path.name)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.name.isdigit() and (is_local(path) or (path / "commit_success.txt").exists())
-    )
-
-
-def whole_steps(folder: epath.PathLike) -> list[int]:
-    """As `saved_steps`, the newest being one whose files are what was written.
-
-    Those that are not are renamed to `<step>.damaged`, which the log says. A collective: process 0 does it.
-    """
-    folder = epath.Path(folder)
-    if jax.process_index() == 0:
-        steps = saved_steps(folder)
-        while steps and (why := damage(folder / str(steps[-1]))):
-            aside = folder / f"{steps.pop()}.damaged"
-            if aside.exists():
-                aside.rmtree()
-            (folder / aside.stem).rename(aside)
-            instead = f"going on from step {steps[-1]}" if steps else "there is none before it: starting anew"
-            _logger.error("%s; renamed to %s; %s", why, aside.name, instead)
-    return gather_json(saved_steps(folder) if jax.process_index() == 0 else None)[0]
+        before = f"that of step {self._steps[-1]} is whole" if self._steps else "there is none before it"
+        raise CheckpointError(f"{self._folder / str(failed)}: the checkpoint could not be written, {before}: {reason}")
 
 
 def load_params(
-    folder: epath.PathLike, abstract: Any, step: int | None = None, *, average: bool = False
+    folder: epath.PathLike, abstract: Any, steps: Sequence[int] | None = None, *, average: bool = False
 ) -> tuple[int, Any]:
-    """The newest step in `folder` and its parameters, as the tree of shapes `abstract` says; nothing else is read.
+    """The newest whole step in `folder` and its parameters, as the tree of shapes `abstract` says.
 
-    Parameters that are not what was written are passed over, which the log says.
+    Nothing else is read. The log says which steps are passed over and why. A collective.
 
     Args:
-      step: that one and no other.
+      steps: the first of these that is whole, and no other.
       average: the average of the parameters.
 
     Raises:
       CheckpointError: there is no checkpoint, or it does not hold these parameters.
     """
     folder, item = _absolute(folder), "average" if average else "params"
-    steps, why = saved_steps(folder), None
-    if step is not None:
-        if step not in steps:
-            raise CheckpointError(f"{folder}: no step {step} is saved there: {', '.join(map(str, steps)) or 'none is'}")
-        steps = [step]
-    while steps and (why := damage(folder / str(steps[-1]), f"{item}/")):
-        steps.pop()
-        _logger.error("%s%s", why, f": reading step {steps[-1]} instead" if steps else "")
-    if not steps:
-        raise CheckpointError(why or f"{folder}: no checkpoint there; expected a folder written by `tclip train`")
-    newest = folder / str(steps[-1]) / item
+    there = decided(lambda: all_steps(folder))
+    if steps is not None and not {*steps} <= {*there}:
+        named = ", ".join(map(str, there)) or "none is"
+        raise CheckpointError(f"{folder}: no step {steps[0]} is saved there: {named}")
+    step = first_whole(folder, there[::-1] if steps is None else steps, f"{item}/")
+    newest = folder / str(step) / item
     if average and not newest.exists():
         raise CheckpointError(f"{newest.parent}: no average is there: config.optimizer.ema_decay keeps one")
     # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    with _explained(newest), ocp.StandardCheckpointer(restore_concurrent_gb=1.01e-9 * largest) as checkpointer:
-        _check_shapes(checkpointer.metadata(newest).item_metadata, abstract)
-        return steps[-1], checkpointer.restore(newest, abstract)
+    with _explained(newest):
+        _check_shapes(orbax.read_shapes(newest), abstract)
+        return step, orbax.read_tree(newest, abstract, limit=largest + largest // 100 + 1)
 
 
-def _check_shapes(stored: Any, abstract: Any) -> None:
+def _check_shapes(found: Mapping[str, tuple[int, ...]], abstract: Any) -> None:
     """Names what differs before anything is read: where Orbax fails, it leaves the reading of other arrays undone."""
-    if stored is None:
-        raise ValueError("its list of arrays cannot be read")
-    found, expected = (
-        {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (stored.tree, abstract)
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    expected = {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
     for path in sorted(found.keys() | expected.keys()):
         if found.get(path) != expected.get(path):
             raise ValueError(f"{path} has shape {found.get(path)}, the model's is {expected.get(path)}")

@@ -21,7 +21,8 @@ from tclip_jax.parallel.agreement import Agreement
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.runs.checkpoints import Checkpoints, saved_steps, whole_steps
+from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.steps import saved_steps, whole_steps
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.build import Architecture, Build, check_batch
 from tclip_jax.training.config import RunConfig, base_config, run_config

@@ -25,8 +25,10 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.runs.checkpoints import CheckpointError, load_params, saved_steps
+from tclip_jax.runs.checkpoints import load_params
+from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.runs.policy import CheckpointConfig, ranked
+from tclip_jax.runs.steps import all_steps
 from tclip_jax.training.config import RunConfig, run_config
 
 
@@ -97,20 +99,21 @@ def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model
     shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    wanted = _best_step(workdir, run.checkpoint) if step == "best" else int(step) if step else None
+    wanted = _best_steps(workdir, run.checkpoint) if step == "best" else [int(step)] if step else None
     found, params = load_params(workdir / "checkpoints", abstract, wanted, average=average)
     return found, Model(run.model, run.preprocess, params, run.rules)
 
 
-def _best_step(workdir: epath.Path, config: CheckpointConfig) -> int:
+def _best_steps(workdir: epath.Path, config: CheckpointConfig) -> list[int]:
+    """The best first."""
     from tclip_jax.training.telemetry import read_metrics  # with TensorBoard's writer, which imports PyTorch
 
-    metric, steps = config.best_metric, saved_steps(workdir / "checkpoints")
+    metric, steps = config.best_metric, all_steps(workdir / "checkpoints")
     scores = {line["step"]: line[metric] for line in read_metrics(workdir) if line.get(metric) is not None}
     best = ranked(steps, scores, config)
     if not best:
         raise CheckpointError(f"{workdir}: metrics.jsonl has {metric} of none of the saved steps {steps}")
-    return best[-1]
+    return best[::-1]
 
 
 def load_stored(path: epath.PathLike) -> Stored:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tclip_jax.runs.checkpoints import saved_steps
+from tclip_jax.runs.steps import saved_steps
 from tclip_jax.training.restore import load_run
 from tclip_jax.training.telemetry import read_metrics
 

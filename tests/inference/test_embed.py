@@ -15,7 +15,7 @@ from tclip_jax.artifacts import Model
 from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.cli import main
 from tclip_jax.inference.embed import embed_images, embed_texts, write_embeddings
-from tclip_jax.inference.inputs import find_images, image_items, text_items
+from tclip_jax.inference.inputs import Item, find_images, image_items, text_items
 from tclip_jax.inference.store import Store
 
 
@@ -175,3 +175,22 @@ def test_what_cannot_be_embedded_leaves_no_output(
     assert main(["embed", str(artifact), *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_write_that_fails_leaves_embeddings_and_names_as_they_were(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on an object store: names of one call beside the rows of another would be believed."""
+    items = [Item(f"name {i}", str(i), "") for i in range(3)]
+    store = Store(tmp_path / "store", 4)
+    store.add(["0", "1", "2"], np.ones((3, 4), np.float32))
+    write_embeddings(tmp_path / "x.npy", items[:2], store, 4)
+
+    def fail(self: Store, key: str) -> None:
+        raise OSError("the part is gone")
+
+    monkeypatch.setattr(Store, "row", fail)
+    with pytest.raises(OSError, match="the part is gone"):
+        write_embeddings(tmp_path / "x.npy", items, store, 4)
+    assert json.loads((tmp_path / "x.names.json").read_text()) == ["name 0", "name 1"]
+    assert np.load(tmp_path / "x.npy").shape == (2, 4)

@@ -1,70 +1,30 @@
-"""How damage to a checkpoint is noticed, and when one is due."""
+"""Checkpoints are written whole, kept and deleted; when one is due."""
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import time
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from etils import epath
 
 from tclip_jax.runs import checkpoints
-from tclip_jax.runs.checkpoints import CheckpointError, Checkpoints, saved_steps, whole_steps
-from tclip_jax.runs.checksums import damage, write_checksums
+from tclip_jax.runs.checkpoints import Checkpoints, load_params
+from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.steps import saved_steps
 
 
-def folder_of(tmp_path: pathlib.Path) -> epath.Path:
-    folder = epath.Path(tmp_path) / "7"
-    (folder / "params" / "d").mkdir(parents=True)
-    (folder / "params" / "d" / "0").write_bytes(bytes(range(256)))
-    (folder / "data").mkdir()
-    (folder / "data" / "metadata").write_text("{}")
-    (folder / "_CHECKPOINT_METADATA").write_text("{}")
-    write_checksums(folder)
-    return folder
+def trees(step: int) -> dict[str, Any]:
+    return {"params": {"a": jnp.arange(12.0).reshape(3, 4) + step}, "training": {"step": jnp.int32(step)}}
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (bytes(range(255)), "params/d/0 has 255 bytes instead of 256"),
-        (bytes(range(255)) + b"x", "params/d/0 is damaged"),
-        (None, "params/d/0 is missing"),
-    ],
-)
-def test_every_kind_of_damage_is_named(data: bytes | None, said: str, tmp_path: pathlib.Path) -> None:
-    folder = folder_of(tmp_path)
-    (folder / "_CHECKPOINT_METADATA").write_text("what Orbax adds on committing")
-    assert damage(folder) is None
-    path = folder / "params" / "d" / "0"
-    path.unlink() if data is None else path.write_bytes(data)
-    assert said in str(damage(folder)) and said in str(damage(folder, "params/"))
-    assert damage(folder, "data/") is None
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"params/d/0": 3}', '{"params/d/0": {"bytes": 256}}'])
-def test_damaged_checksums(text: str, tmp_path: pathlib.Path) -> None:
-    folder = folder_of(tmp_path)
-    (folder / "checksums.json").write_text(text)
-    assert "checksums.json is damaged" in str(damage(folder))
-    (folder / "checksums.json").unlink()  # as older versions left it
-    assert damage(folder) is None
-
-
-def test_damaged_steps_are_set_aside_until_one_is_whole(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = folder_of(tmp_path)
-    for step in (8, 9):
-        (folder.parent / str(step)).mkdir()
-        (folder.parent / str(step) / "checksums.json").write_text("{")
-    (folder.parent / "9.damaged").mkdir()
-    assert saved_steps(tmp_path) == [7, 8, 9] and whole_steps(tmp_path) == [7] == saved_steps(tmp_path)
-    assert "9/checksums.json is damaged; renamed to 9.damaged; going on from step 8" in caplog.text
-    assert {path.name for path in tmp_path.iterdir()} == {"7", "8.damaged", "9.damaged"}
-    assert whole_steps(tmp_path / "nowhere") == []
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def test_late_is_told_by_a_clock_that_cannot_be_set(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +42,60 @@ def test_late_is_told_by_a_clock_that_cannot_be_set(tmp_path: pathlib.Path, monk
         assert not saver.is_late()
 
 
+def test_what_is_saved_comes_back_and_the_newest_and_best_are_kept(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # what a start before this one left
+    (tmp_path / "3.deleted").mkdir()
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2, keep_best=1, best_metric="accuracy")) as saver:
+        assert saver.restore(abstract(trees(0)), lambda position: None) is None
+        for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.1), (5, 0.0)):
+            saver.save(step, trees(step), {"next_index": 10 * step})
+            saver.save(step, trees(step), {})  # as at the end of a run whose last step was due
+            saver.score(step, {"accuracy": accuracy})
+    assert saved_steps(tmp_path) == [2, 4, 5] and {path.name for path in tmp_path.iterdir()} == {"2", "4", "5"}
+    positions: list[Any] = []
+    with Checkpoints(tmp_path, CheckpointConfig()) as saver:
+        restored = saver.restore(abstract(trees(0)), positions.append)
+    jax.tree.map(np.testing.assert_array_equal, restored, trees(5))
+    assert positions == [{"next_index": 50}]
+    with caplog.at_level(logging.WARNING):
+        step, params = load_params(tmp_path, abstract(trees(0)["params"]), [4])
+    assert step == 4 and not caplog.records  # a good checkpoint is read without a warning
+    np.testing.assert_array_equal(params["a"], trees(4)["params"]["a"])
+
+
+def test_a_partial_one_is_no_reason_to_delete_a_whole_one(tmp_path: pathlib.Path) -> None:
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as saver:
+        saver.save(1, trees(1), {})
+    (tmp_path / "2").mkdir()  # copied there while the run stood still
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as saver:
+        assert (restored := saver.restore(abstract(trees(0)), lambda position: None))
+        assert int(restored["training"]["step"]) == 1
+    assert saved_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("where", ["write_checksums", "save"])
+def test_a_failed_write_is_one_line_and_the_one_before_stays(
+    where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise IndexError("nothing there")
+
+    with pytest.raises(CheckpointError) as caught, Checkpoints(tmp_path, CheckpointConfig(keep=1)) as saver:
+        saver.save(1, trees(1), {})
+        saver.wait()
+        if where == "save":
+            (tmp_path / "2").write_text("a file where the folder should be")
+        else:
+            monkeypatch.setattr(checkpoints, "write_checksums", fail)
+        saver.save(2, trees(2), {})
+    assert "2: the checkpoint could not be written, that of step 1 is whole: " in str(caught.value)
+    assert (where == "save") or "nothing there" in str(caught.value)
+    assert saved_steps(tmp_path) == [1] and not [*tmp_path.glob("2.*")]
+    assert load_params(tmp_path, abstract(trees(0)["params"]))[0] == 1
+
+
 def test_a_folder_that_has_gone_while_it_was_written_fails_the_save_and_leaves_nobody_waiting(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,4 +108,3 @@ def test_a_folder_that_has_gone_while_it_was_written_fails_the_save_and_leaves_n
         with pytest.raises(CheckpointError, match=r"c/3: the checkpoint could not be written, .*no such folder"):
             saver.wait()
         monkeypatch.undo()
-        saver._unfinished = None

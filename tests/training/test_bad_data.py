@@ -36,7 +36,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tclip_jax.data.iterator import TrainIterator
 from tclip_jax.data.sources import remote
 from tclip_jax.training import loop
-from tclip_jax.runs.checkpoints import saved_steps
+from tclip_jax.runs.steps import saved_steps
 from tclip_jax.training.config import base_config
 
 class Store(LocalFileSystem):

@@ -21,7 +21,7 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.runs.checkpoints import CheckpointError
+from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.training import loop
 from tclip_jax.training.build import Build
 from tclip_jax.training.config import run_config

@@ -1,0 +1,142 @@
+"""Which steps are whole, and which one is read: partial copies never count."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import pytest
+from etils import epath
+
+from tclip_jax.runs import steps as module
+from tclip_jax.runs.checksums import CheckpointError
+from tclip_jax.runs.steps import all_steps, first_whole, saved_steps, whole_steps
+from tests.runs.test_checksums import folder_of
+
+Harm = Callable[[epath.Path], object]
+
+
+def emptied(folder: epath.Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+HARMS: dict[str, tuple[Harm, str]] = {
+    "empty": (emptied, "9 has no commit_success.txt"),
+    "no commit": (lambda folder: (folder / "commit_success.txt").unlink(), "9 has no commit_success.txt"),
+    "no checksums": (lambda folder: (folder / "checksums.json").unlink(), "9 has no checksums.json"),
+    "cut checksums": (lambda folder: (folder / "checksums.json").write_text('{"ver'), "checksums.json is damaged"),
+    "missing": (lambda folder: (folder / "params" / "d" / "0").unlink(), "params/d/0 is missing"),
+    "no part": (lambda folder: (folder / "params").rmtree(), "params/d/0 is missing"),
+    "truncated": (lambda folder: (folder / "params" / "d" / "0").write_bytes(b"1"), "has 1 bytes instead of 256"),
+    "emptied file": (lambda folder: (folder / "params" / "d" / "0").write_bytes(b""), "has 0 bytes instead of 256"),
+}
+
+
+@pytest.fixture(params=HARMS, ids=HARMS.keys())
+def partial(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """Steps 7 and 8, which are whole, and 9, which is not; and what is to be said of it."""
+    harm, said = HARMS[request.param]
+    for step in (7, 8, 9):
+        folder_of(tmp_path, step)
+    harm(epath.Path(tmp_path) / "9")
+    return tmp_path, said
+
+
+def test_the_newest_whole_one_is_read_and_nothing_is_changed(
+    partial: tuple[pathlib.Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, said = partial
+    assert all_steps(folder) == [7, 8, 9] and saved_steps(folder) == [7, 8]
+    assert first_whole(folder, [9, 8, 7], "params/") == 8
+    (line,) = caplog.messages
+    assert said in line and line.endswith(": reading step 8 instead")
+    with pytest.raises(CheckpointError, match=said):
+        first_whole(folder, [9], "params/")
+    assert all_steps(folder) == [7, 8, 9]
+
+
+def test_training_sets_it_aside_and_goes_on_from_the_whole_one(
+    partial: tuple[pathlib.Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, said = partial
+    assert whole_steps(folder) == [7, 8] == saved_steps(folder)
+    (line,) = caplog.messages
+    assert said in line and line.endswith("renamed to 9.damaged; going on from step 8")
+    assert {path.name for path in folder.iterdir()} == {"7", "8", "9.damaged"}
+
+
+def test_where_none_is_whole_a_run_is_not_started_anew(partial: tuple[pathlib.Path, str]) -> None:
+    folder, said = partial
+    for step in (7, 8):
+        (folder / str(step) / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no step is whole: .*9.*; .*8 has no checksums.json.*; to start anew"):
+        whole_steps(folder)
+    assert all_steps(folder) == [7, 8, 9]
+    with pytest.raises(CheckpointError, match=f"{said}.*; .*8 has no checksums.json.*7 has no checksums.json"):
+        first_whole(folder, [9, 8, 7])
+
+
+def test_contents_are_compared_when_a_step_is_gone_on_from(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of equal length, and no copy that was cut short: found by its checksum alone."""
+    for step in (7, 8, 9):
+        folder_of(tmp_path, step)
+    for step in (8, 9):
+        (tmp_path / str(step) / "params" / "d" / "0").write_bytes(bytes(256))
+    (tmp_path / "9.damaged").mkdir()
+    assert saved_steps(tmp_path) == [7, 8, 9] and whole_steps(tmp_path) == [7] == saved_steps(tmp_path)
+    assert "8.damaged; going on from step 7" in caplog.text and "9.damaged; going on from step 7" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"7", "8.damaged", "9.damaged"}
+    assert whole_steps(tmp_path / "nowhere") == []
+
+
+def test_an_older_partial_one_is_set_aside_too(tmp_path: pathlib.Path) -> None:
+    """So that it is not counted among those that are kept, and the best cannot be it."""
+    for step in (7, 8, 9):
+        folder_of(tmp_path, step)
+    (tmp_path / "7" / "checksums.json").unlink()
+    assert whole_steps(tmp_path) == [8, 9] and (tmp_path / "7.damaged").is_dir()
+
+
+def test_a_newer_version_is_refused_and_not_set_aside(tmp_path: pathlib.Path) -> None:
+    for step in (7, 8):
+        folder_of(tmp_path, step)
+    stored = json.loads((tmp_path / "8" / "checksums.json").read_text())
+    (tmp_path / "8" / "checksums.json").write_text(json.dumps(stored | {"version": 2}))
+    for read in (whole_steps, saved_steps, lambda folder: first_whole(folder, [8, 7])):
+        with pytest.raises(CheckpointError, match=r"8/checksums.json is of version 2"):
+            read(tmp_path)
+    assert all_steps(tmp_path) == [7, 8]
+
+
+def test_what_was_never_finished_on_an_object_store_is_removed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a folder has its name from the beginning: a run that was killed at its first checkpoint starts anew."""
+    monkeypatch.setattr(module, "is_local", lambda path: False)
+    folder_of(tmp_path, 7)
+    (tmp_path / "7" / "commit_success.txt").unlink()
+    assert saved_steps(tmp_path) == [] and whole_steps(tmp_path) == [] and not (tmp_path / "7").exists()
+
+
+def test_only_plain_numbers_are_steps(tmp_path: pathlib.Path) -> None:
+    for name in ("7", "07", "8.damaged", "9.orbax-checkpoint-tmp", "²", "x"):
+        (tmp_path / name).mkdir()
+    assert all_steps(tmp_path) == [7] and all_steps(tmp_path / "nowhere") == []
+
+
+def test_process_0_decides_and_its_error_is_everyones(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Process 1 sees no file at all, and takes the step that process 0 found."""
+    told: list[object] = []
+    monkeypatch.setattr(module, "gather_json", lambda value: told.append(value) or [{"value": 8}, value])
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert first_whole(tmp_path / "unseen", [9, 8]) == 8 and whole_steps(tmp_path / "unseen") == 8
+    assert told == [{}, {}]
+    monkeypatch.setattr(module, "gather_json", lambda value: [{"error": "9 has no checksums.json"}, value])
+    with pytest.raises(CheckpointError, match=r"^9 has no checksums.json$"):
+        first_whole(tmp_path / "unseen", [9])
