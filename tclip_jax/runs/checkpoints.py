@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -19,7 +20,6 @@ import jax
 from etils import epath
 
 from tclip_jax.parallel.rules import path_of
-from tclip_jax.runs import orbax_v0 as orbax
 from tclip_jax.runs.checksums import COMMITTED, CheckpointError, write_checksums
 from tclip_jax.runs.policy import CheckpointConfig, kept
 from tclip_jax.runs.steps import all_steps, decided, first_whole, saved_steps
@@ -48,7 +48,7 @@ class Checkpoints:
         self._saving, self._position, self._saved_at = 0, dict[str, Any](), time.monotonic()
         self._unfinished: Exception | None = None
         self._steps: list[int] = decided(self._start)  # those that are whole
-        self._writer = orbax.Writer(self._finish, _PATIENCE)
+        self._writer = _orbax().Writer(self._finish, _PATIENCE)
         self._deleting = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
@@ -108,7 +108,7 @@ class Checkpoints:
         with _explained(folder):
             for name, tree in abstract.items():
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-                restored[name] = orbax.read_tree(folder / name, shapes)
+                restored[name] = _orbax().read_tree(folder / name, shapes)
         with _explained(place := folder / "data" / "metadata"):
             seek(json.loads(place.read_text()))
         return restored
@@ -201,8 +201,17 @@ def load_params(
     # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with _explained(newest):
-        _check_shapes(orbax.read_shapes(newest), abstract)
-        return step, orbax.read_tree(newest, abstract, limit=largest + largest // 100 + 1)
+        _check_shapes(_orbax().read_shapes(newest), abstract)
+        return step, _orbax().read_tree(newest, abstract, limit=largest + largest // 100 + 1)
+
+
+def _orbax() -> Any:
+    """The module that knows Orbax; both write the same files."""
+    if (chosen := os.environ.get("TCLIP_ORBAX", "v0")) not in ("v0", "v1"):
+        raise ValueError(f"TCLIP_ORBAX is {chosen!r}: it must be v0 or v1")
+    from tclip_jax.runs import orbax_v0, orbax_v1
+
+    return orbax_v1 if chosen == "v1" else orbax_v0
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], abstract: Any) -> None:

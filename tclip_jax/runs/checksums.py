@@ -57,9 +57,9 @@ def damage(folder: epath.Path, part: str = "", *, contents: bool = True) -> str 
     if entries is None:
         return f"{folder / CHECKSUMS} is damaged"
     wanted = {name: entry for name, entry in entries.items() if name.startswith(part)}
-    found = {name: path for name, path in _files(folder).items() if name.startswith(part) and "/" in name}
+    found = {name: path for name, path in _files(folder).items() if name.startswith(part)}
     for name in found:
-        if name not in wanted and not any(piece.startswith(".") for piece in name.split("/")):
+        if "/" in name and name not in wanted and not any(piece.startswith(".") for piece in name.split("/")):
             return f"{folder / CHECKSUMS} does not name {name}, which is there"
     with ThreadPoolExecutor() as threads:
         said = threads.map(lambda name: _difference(folder / name, found.get(name), wanted[name], contents), wanted)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tclip_jax.runs import checkpoints
@@ -17,6 +18,13 @@ from tclip_jax.runs.checkpoints import Checkpoints, load_params
 from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.runs.steps import saved_steps
+
+
+@pytest.fixture(params=["v0", "v1"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test through both of Orbax's APIs."""
+    monkeypatch.setenv("TCLIP_ORBAX", request.param)
+    return request.param
 
 
 def trees(step: int) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def test_late_is_told_by_a_clock_that_cannot_be_set(tmp_path: pathlib.Path, monk
 
 
 def test_what_is_saved_comes_back_and_the_newest_and_best_are_kept(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+    api: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # what a start before this one left
     (tmp_path / "3.deleted").mkdir()
@@ -65,7 +73,7 @@ def test_what_is_saved_comes_back_and_the_newest_and_best_are_kept(
     np.testing.assert_array_equal(params["a"], trees(4)["params"]["a"])
 
 
-def test_a_partial_one_is_no_reason_to_delete_a_whole_one(tmp_path: pathlib.Path) -> None:
+def test_a_partial_one_is_no_reason_to_delete_a_whole_one(api: str, tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as saver:
         saver.save(1, trees(1), {})
     (tmp_path / "2").mkdir()  # copied there while the run stood still
@@ -77,7 +85,7 @@ def test_a_partial_one_is_no_reason_to_delete_a_whole_one(tmp_path: pathlib.Path
 
 @pytest.mark.parametrize("where", ["write_checksums", "save"])
 def test_a_failed_write_is_one_line_and_the_one_before_stays(
-    where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    api: str, where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise IndexError("nothing there")
@@ -108,3 +116,42 @@ def test_a_folder_that_has_gone_while_it_was_written_fails_the_save_and_leaves_n
         with pytest.raises(CheckpointError, match=r"c/3: the checkpoint could not be written, .*no such folder"):
             saver.wait()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("reader", ["v0", "v1"])
+def test_each_api_reads_what_either_wrote_over_other_devices(
+    api: str, reader: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state as training has it, of eight devices: read over two, whole on one, and in part damaged."""
+
+    def sharded(tree: Any, count: int) -> Any:
+        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        spec = [jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",))]
+        return jax.tree.map(lambda x: jax.device_put(x, spec[x.ndim > 0 and x.shape[0] % count == 0]), tree)
+
+    params = {"a": jnp.arange(64.0).reshape(16, 4), "b": {"c": jnp.float32(7)}, "d": jnp.arange(3, dtype=jnp.int32)}
+    optimizer = optax.adamw(1e-3).init(params)
+    state = {"params": params, "training": {"step": jnp.int32(5), "heads": {}, "optimizer": optimizer}}
+    with Checkpoints(tmp_path, CheckpointConfig()) as saver:
+        saver.save(5, sharded(state, 8), {"next_index": 1})
+        saver.save(6, sharded(state, 8), {"next_index": 2})
+    monkeypatch.setenv("TCLIP_ORBAX", reader)
+    for count in (2, 1):
+        wanted = abstract(sharded(jax.tree.map(jnp.zeros_like, state), count))
+        with Checkpoints(tmp_path, CheckpointConfig()) as saver:
+            restored = saver.restore(wanted, lambda position: None)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        jax.tree.map(lambda x, to: to.sharding.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(), restored, wanted)
+    (largest,) = sorted((tmp_path / "6" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)[-1:]
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert load_params(tmp_path, abstract(params))[0] == 5
+    other = abstract(params | {"a": jnp.zeros((16, 5))})
+    with pytest.raises(CheckpointError, match=r"5/params: .*a has shape \(16, 4\), the model's is \(16, 5\)"):
+        load_params(tmp_path, other)
+
+
+def test_an_api_that_there_is_not(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCLIP_ORBAX", "2")
+    with pytest.raises(ValueError, match=r"^TCLIP_ORBAX is '2': it must be v0 or v1$"):
+        Checkpoints(tmp_path, CheckpointConfig())
