@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import read_only_builder
 
 from tclip_jax.data.sources import Record
+from tclip_jax.data.sources.tfds import open_prepared, read_record
 from tclip_jax.data.sources.webdataset import CLASSNAMES, TEMPLATES, Kind
 from tclip_jax.evaluation.suite import Dataset
 from tclip_jax.evaluation.tfds_rows import count, samples
@@ -44,25 +43,7 @@ class TfdsRow:
                 f"{names}/{CLASSNAMES}: {len(self.classnames)} names, where {dataset.name} has {dataset.classes}"
             )
         name, split = dataset.tfds
-        where = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-        remedy = f"prepare it with `tfds build {name} --file_format=array_record --data_dir={where}`"
-        try:
-            builder = read_only_builder.builder_from_files(name, data_dir=where)
-        except tfds.core.DatasetNotFoundError:
-            raise FileNotFoundError(f"tfds:{name}: not prepared in {where}; {remedy}") from None
-        encoded = {
-            key: tfds.decode.SkipDecoding()
-            for key, feature in builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
-        try:
-            self._records = builder.as_data_source(split=split, decoders=encoded)
-        except NotImplementedError:
-            form = builder.info.file_format.value
-            raise ValueError(f"tfds:{name}: prepared as {form}, which has no random access; {remedy}") from None
-        except ValueError:
-            has = ", ".join(builder.info.splits)
-            raise ValueError(f"tfds:{name}: no split {split!r}; it has {has}") from None
+        _, self._records = open_prepared(name, split, os.fspath(data_dir or ""))
         self._name = f"tfds:{name}/{split}"
         # An image is one sample except where every object is: then all annotations are read once.
         self._ends = None
@@ -77,8 +58,10 @@ class TfdsRow:
         if self._ends is not None:
             number = int(np.searchsorted(self._ends, index, side="right"))
             place = index - (int(self._ends[number - 1]) if number else 0)
-        found = samples(self._dataset.name, self._records[number], self._dataset.classes)[place]
-        return Record(found.image, found.captions, found.label, f"{self._name}/{index}")
+        name = f"{self._name}/{index}"
+        record = read_record(self._records, number, name)
+        found = samples(self._dataset.name, record, self._dataset.classes)[place]
+        return Record(found.image, found.captions, found.label, name)
 
 
 def _lines(folder: epath.PathLike, name: str) -> tuple[str, ...]:

@@ -119,3 +119,50 @@ def test_neither_label_nor_captions(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, {**LABELLED, "label": tfds.features.Scalar(np.int64)}, label_zero)
     with pytest.raises(ValueError, match=r"^tfds:tiny: has the features image, label; needs image and a ClassLabel"):
         open_source(f"tfds:tiny@{tmp_path}", "train")
+
+
+def first_file(folder: pathlib.Path) -> pathlib.Path:
+    return next((folder / "tiny" / "1.0.0").glob("tiny-train.array_record*"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "said"),
+    [
+        (
+            lambda folder: first_file(folder).unlink(),
+            FileNotFoundError,
+            r"tiny-train.*: no such file: a file is missing$",
+        ),
+        (
+            lambda folder: (folder / "tiny" / "1.0.0" / "dataset_info.json").unlink(),
+            ValueError,
+            r"^tfds:tiny: Could not read dataset info from .*dataset_info.json",
+        ),
+        (
+            lambda folder: (folder / "tiny" / "1.0.0" / "dataset_info.json").write_text('{"name'),
+            ValueError,
+            r"^tfds:tiny: Failed to load JSON: Unterminated string",
+        ),
+    ],
+)
+def test_a_copy_that_is_not_complete_is_refused(
+    harm: Callable[[pathlib.Path], object], error: type[Exception], said: str, tmp_path: pathlib.Path
+) -> None:
+    prepare(tmp_path, LABELLED, label_zero)
+    harm(tmp_path)
+    with pytest.raises(error, match=said):
+        open_source(f"tfds:tiny@{tmp_path}", "train")
+    if error is FileNotFoundError:
+        assert len(open_source(f"tfds:tiny@{tmp_path}", "test")) == ROWS
+
+
+def test_a_file_that_was_cut_short_costs_its_records(tmp_path: pathlib.Path) -> None:
+    prepare(tmp_path, LABELLED, label_zero)
+    file = first_file(tmp_path)
+    source = open_source(f"tfds:tiny@{tmp_path}", "train")
+    whole = file.read_bytes()
+    for length in (0, len(whole) // 2, len(whole) - 200):
+        file.write_bytes(whole[:length])
+        with pytest.raises(BadSample, match=r"^tiny/train/0: ArrayRecord cannot read it") as error:
+            _ = open_source(f"tfds:tiny@{tmp_path}", "train")[0]
+        assert error.value.kind == "corrupt_record" and len(source) == ROWS
