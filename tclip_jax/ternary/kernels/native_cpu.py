@@ -65,7 +65,7 @@ def pack(w: TernaryTensor) -> PackedTensor:
     groups, wide = -(-length // w.group), [(0, 0)] * len(layers)
     rows = _padded_rows(length, w.group)
     codes = np.asarray(w.trits, np.int8).view(np.uint8) + np.uint8(1)
-    if len(rows) != length or (rows != np.arange(length)).any():
+    if len(rows) != length:
         # Groups are padded to whole chunks with the code of a zero: it stands in the added last row.
         codes = np.pad(codes, [*wide, (0, 1), (0, 0)], constant_values=1)[..., rows, :]
     codes = np.pad(codes, [*wide, (0, 0), (0, -columns % _PANEL)], constant_values=1)
