@@ -149,6 +149,13 @@ def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) ->
             f"the teacher has a grid of {teacher.vision.grid} patches, the student of {student.vision.grid}: hidden"
             " states and relations compare token by token; leave config.loss.towers=('text',)"
         )
+    for name, model in (("student", student), ("teacher", teacher)):
+        for tower, width in (("image", model.vision.width), ("text", model.text.width)):
+            if loss.relations and tower in loss.towers and width % loss.relation_heads:
+                raise ValueError(
+                    f"config.loss.relation_heads is {loss.relation_heads}: it must divide {width}, the width of the"
+                    f" {name}'s {tower} tower"
+                )
 
 
 def _scale(params: Any) -> jax.Array:

@@ -238,3 +238,9 @@ def test_a_teacher_that_cannot_see_the_same_is_refused(teacher: CLIPConfig, loss
     with pytest.raises(ValueError, match="the teacher"):
         check_teacher(STUDENT, teacher, loss)  # nor the other way round
     check_teacher(TEACHER, STUDENT, LossConfig(hidden=1.0))
+    width = STUDENT.vision.width
+    with pytest.raises(
+        ValueError, match=f"relation_heads is 7: it must divide {width}, the width of the student's image"
+    ):
+        check_teacher(TEACHER, STUDENT, LossConfig(relations=1.0, relation_heads=7))
+    check_teacher(TEACHER, STUDENT, LossConfig(hidden=1.0, relation_heads=7))
