@@ -32,7 +32,7 @@ def open_feed(
     if other := next((i for i, each in enumerate(digests) if each != digests[0]), None):
         raise ValueError(
             f"{run.data.source}: process {other} sees other data than process 0 ({digests[other]}, not {digests[0]}); "
-            "where a shard could not be read, delete the index on that machine (docs/data.md)"
+            "make its files those of the others, or readable (docs/data.md)"
         )
     name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
     bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share, len(source))

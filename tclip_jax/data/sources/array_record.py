@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_captions
 from tclip_jax.data.sources.patterns import find_files, is_remote
-from tclip_jax.data.sources.remote import retry
+from tclip_jax.data.sources.remote import change, retry
 from tclip_jax.data.sources.shard_index import Scan, ShardIndex, open_index
 
 _IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp")
@@ -42,7 +43,12 @@ class ArrayRecord:
     classnames: tuple[str, ...] = ()
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index, self.digest = index, index.digest
+        self._index = index
+
+    @property
+    def digest(self) -> str:
+        """Of the contents of the files."""
+        return self._index.digest
 
     def __len__(self) -> int:
         return len(self._index)
@@ -51,8 +57,7 @@ class ArrayRecord:
         shard, place = self._index.locate(index)
         path = self._index.shards[shard]
         name = f"{path}/{place}"
-        size = int(self._index.sizes[shard])
-        data = retry(lambda: _read(path, place, size), name)
+        data = retry(lambda: _read(path, place, self._index.stamps[shard]), name)
         try:
             features = tf_example_pb2.Example.FromString(data).features.feature
         except Exception as error:  # protobuf's own DecodeError, whose place differs between its versions
@@ -83,18 +88,18 @@ def scan(path: str) -> Scan:
     return Scan(size, records) if records else Scan(size, 1, FAULTS.index("empty_shard"))
 
 
-def _read(path: str, place: int, size: int) -> bytes:
+def _read(path: str, place: int, stamp: str) -> bytes:
     try:
-        (data,) = _indexed_reader(path, size).read([place])
+        (data,) = _indexed_reader(path, stamp).read([place])
     except RuntimeError as error:
         raise BadSample("corrupt_record", f"{path}/{place}", f"ArrayRecord cannot read it ({error})") from None
     return data
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
-def _indexed_reader(path: str, size: int) -> Any:
-    if (now := pathlib.Path(path).stat().st_size) != size:
-        raise BadSample("broken_shard", path, f"the file has {now:,} bytes, and had {size:,} when it was indexed")
+def _indexed_reader(path: str, stamp: str) -> Any:
+    if not stamp.startswith(change(os.stat(path))):
+        raise BadSample("broken_shard", path, "the file was changed after it was indexed: start again")
     return _reader(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from typing import Literal, Protocol, get_args
@@ -68,8 +69,9 @@ class Source(Protocol):
     """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes.
 
     `source[index]` raises `BadSample` where there is no record to give. A source may have a `digest`, which differs
-    where its records do, `parts`, the weight and the length of each of the sources that it is a mixture of, and
-    `templates`, the captions of a class that its data states; None where it states none.
+    where its records do and is the same wherever the data lies, and is cheaper than reading all of them; `parts`, the
+    weight and the length of each of the sources that it is a mixture of; and `templates`, the captions of a class that
+    its data states, None where it states none.
     """
 
     @property
@@ -83,8 +85,27 @@ class Source(Protocol):
 
 
 def digest(source: Source) -> str:
-    """What two hosts, and a run before and after a restart, must agree on."""
-    return f"{len(source)}:{getattr(source, 'digest', '')}"
+    """What the data is: its number of records, and a digest that changes with any image, caption and label.
+
+    Equal on every host and for a copy in another place. docs/data.md says how it is told and what it costs.
+    """
+    return f"{len(source)}:{source.digest if hasattr(source, 'digest') else _records_digest(source)}"
+
+
+def _records_digest(source: Source) -> str:
+    """Of records that are read one by one."""
+    found = hashlib.blake2b("\n".join(source.classnames).encode(), digest_size=16)
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except BadSample as error:
+            found.update(f"bad {error.kind}\n".encode())
+            continue
+        image = record.image if isinstance(record.image, bytes) else record.image.tobytes()
+        about = (len(image), np.shape(record.image), np.asarray(record.label).tolist(), record.captions)
+        found.update(f"{about!r}\n".encode("utf-8", "surrogateescape"))
+        found.update(image)
+    return found.hexdigest()
 
 
 def cache_folder() -> pathlib.Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from etils import epath
 
 from tclip_jax.data.sources.base import Record, decode_captions, printable
+from tclip_jax.data.sources.content import combined, contents
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SPLITS = ("train", "test", "val", "validation")
@@ -30,7 +32,7 @@ class Folder:
     classnames: tuple[str, ...]
 
     def __init__(self, argument: str, split: str) -> None:
-        root = _find_root(epath.Path(argument).expanduser(), split)
+        self._root = root = _find_root(epath.Path(argument).expanduser(), split)
         children = _visible(root)
         # Object stores answer every is_dir with a request, so ask only about names that are not files by their suffix.
         folders = [c for c in children if c.suffix.lower() not in (*_IMAGE_SUFFIXES, ".txt") and c.is_dir()]
@@ -51,6 +53,14 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the contents of images and captions, their names within the folder, and the classes."""
+        files = [(image, image.with_suffix(".txt")) if captioned else (image,) for image, captioned, _ in self._samples]
+        paths = [str(path) for each in files for path in each]
+        names = [path.removeprefix(str(self._root)) for path in paths]
+        return combined([*self.classnames, *names, *contents(paths, total=len(paths))])
 
     def __getitem__(self, index: int) -> Record:
         image, has_captions, label = self._samples[index]

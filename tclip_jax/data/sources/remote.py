@@ -54,7 +54,7 @@ def read_file(path: str) -> bytes:
         if is_remote(path):
             system, place = file_system(path)
             return system.cat_file(place)
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadSample("unreadable", path, "no regular file")
@@ -65,9 +65,14 @@ def read_file(path: str) -> bytes:
     return retry(read, path)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """A pipe that no one writes to would be waited for."""
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for `open`: a pipe that no one writes to would be waited for."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def change(status: os.stat_result) -> str:
+    """What differs once a local file was written again; the beginning of its stamp, see `content.stamps`."""
+    return f"{status.st_size}-{status.st_mtime_ns}-"
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -78,26 +83,26 @@ def open_file(path: str) -> IO[bytes]:
     return system.open(place, "rb")
 
 
-def read_range(path: str, start: int, stop: int, *, size: int, name: str) -> bytes:
-    """The bytes [start, stop) of a tar that was indexed at `size`: the sample `name`.
+def read_range(path: str, start: int, stop: int, *, stamp: str, name: str) -> bytes:
+    """The bytes [start, stop) of a tar that had the `stamp` of `content.stamps` when it was indexed: the sample `name`.
 
     Raises:
       BadSample: they cannot be read, or the file is not the one that was indexed.
     """
     if is_remote(path):
-        data = mirror().read(path, start, stop, name)
+        data = mirror().read(path, start, stop, stamp, name)
     else:
-        data = retry(lambda: _read_local(path, start, stop, size, name), name)
+        data = retry(lambda: _read_local(path, start, stop, stamp, name), name)
     if len(data) != stop - start:
         raise BadSample("broken_shard", name, f"the shard has {len(data)} of the {stop - start} bytes from {start} on")
     return data
 
 
-def _read_local(path: str, start: int, stop: int, size: int, name: str) -> bytes:
+def _read_local(path: str, start: int, stop: int, stamp: str, name: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if (now := os.fstat(descriptor).st_size) != size:
-            raise BadSample("broken_shard", name, f"the shard has {now:,} bytes, and had {size:,} when it was indexed")
+        if not stamp.startswith(change(os.fstat(descriptor))):
+            raise BadSample("broken_shard", name, "the shard was changed after it was indexed: start again")
         return os.pread(descriptor, stop - start, start)
     finally:
         os.close(descriptor)
@@ -117,9 +122,9 @@ class Mirror:
         self._left = max_bytes - sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder))
         self._lock = threading.Lock()
 
-    def read(self, url: str, start: int, stop: int, name: str) -> bytes:
+    def read(self, url: str, start: int, stop: int, stamp: str, name: str) -> bytes:
         """The bytes [start, stop), from the copy or, after which they are in it, from the store."""
-        copy = self._folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+        copy = self._folder / hashlib.sha256(f"{url}\n{stamp}".encode()).hexdigest()[:32]
         if copy.exists():
             with open(copy, "rb", buffering=0) as file:
                 data = os.pread(file.fileno(), stop - start, start)

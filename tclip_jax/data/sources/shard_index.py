@@ -1,9 +1,11 @@
 """The index of a sharded data set: how many samples each shard has, and where they lie; a folder on local disk.
 
-The folder is made once and read in place, so that a billion samples start as fast as a thousand:
+The folder is made once for shards of these names and stamps (`content.stamps`), and read in place, so that a billion
+samples start as fast as a thousand:
 
-    index.json    {"version": 1, "kind": "tar" or "arrayrecord", "samples": N, "shards": S, "digest": of the rest}
+    index.json    {"version": 2, "kind": "tar" or "arrayrecord", "samples": N, "shards": S}
     shards.txt    S lines: the path or URL of each shard
+    stamps.txt    S lines: what changes when that shard does
     starts.npy    (S + 1,) int64: the number of the first sample of each shard, and N
     sizes.npy     (S,) int64: bytes of each shard when it was indexed; −1 of a shard that could not be read
     faults.npy    (S,) uint8: of what is wrong with the shard, in FAULTS; its last sample then stands for what is lost
@@ -18,7 +20,6 @@ import concurrent.futures
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -34,7 +35,9 @@ import numpy as np
 import numpy.typing as npt
 import tqdm
 
+from tclip_jax import keys
 from tclip_jax.data.sources.base import FAULTS, BadSample, cache_folder
+from tclip_jax.data.sources.content import combined, contents, stamps
 from tclip_jax.storage import atomic_folder, write_atomic
 
 # Where a sample lies in its tar: `start` is the header of its first file; `image` and `text` are counted from there.
@@ -50,7 +53,7 @@ SAMPLE = np.dtype(
     ]
 )
 
-_VERSION = 1
+_VERSION = 2
 _PART = struct.Struct("<Bqq")  # the fault, the size and the number of samples of one shard, before its rows
 _MANY_SHARDS = 64
 
@@ -70,8 +73,8 @@ class ShardIndex:
     Attributes:
       folder: where it lies.
       shards: path or URL of each.
+      stamps: of each, see `content.stamps`.
       sizes: (S,) int64 bytes of each.
-      digest: differs where the samples do.
 
     Raises:
       ValueError: not a whole index of this version.
@@ -81,8 +84,10 @@ class ShardIndex:
         self.folder = folder
         try:
             about = json.loads((folder / "index.json").read_text())
-            version, samples, self.digest = about["version"], about["samples"], about["digest"]
-            self.shards = (folder / "shards.txt").read_text().split("\n")[:-1]
+            version, samples = about["version"], about["samples"]
+            self.shards, self.stamps = (
+                (folder / f"{name}.txt").read_text().split("\n")[:-1] for name in ("shards", "stamps")
+            )
             self._starts, self.sizes, self._faults = (
                 np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "sizes", "faults")
             )
@@ -91,8 +96,8 @@ class ShardIndex:
         count = len(self.shards)
         rows = folder / "samples.bin"
         whole = rows.stat().st_size == samples * SAMPLE.itemsize if rows.exists() else about["kind"] != "tar"
-        shapes = [array.shape for array in (self._starts, self.sizes, self._faults)]
-        if version != _VERSION or shapes != [(count + 1,), (count,), (count,)] or not whole:
+        shapes = [np.shape(each) for each in (self._starts, self.sizes, self._faults, self.stamps)]
+        if version != _VERSION or shapes != [(count + 1,), (count,), (count,), (count,)] or not whole:
             raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
         self._samples = int(samples)
 
@@ -101,6 +106,11 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardIndex, (self.folder,)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the contents of the shards, in their order."""
+        return combined(contents(self.shards, total=len(self.shards)))
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the shard that has a sample, and the sample's place in it.
@@ -137,7 +147,9 @@ _LOST = {
 
 
 def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) -> ShardIndex:
-    """The index of these shards from the cache folder; made if it is not there, going on where a killed one stopped.
+    """The index of these shards, as they are now, from the cache folder; made if there is none.
+
+    A killed one goes on where it stopped. That of shards that have changed since is no longer used.
 
     Args:
       kind: tar or arrayrecord.
@@ -147,7 +159,8 @@ def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) ->
     Raises:
       ValueError: no shard can be read.
     """
-    key = hashlib.sha256("\n".join([kind, *shards]).encode()).hexdigest()[:32]
+    stamped = stamps(shards)
+    key = keys.digest({"version": _VERSION, "kind": kind, "shards": shards, "stamps": stamped})
     folder = cache_folder() / "index" / key
     parts = folder.with_name(f"{key}.parts")
     if not folder.exists():
@@ -157,7 +170,7 @@ def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) ->
                 parts.mkdir(exist_ok=True)
                 _scan_all(shards, scan, parts)
                 try:
-                    _join(kind, shards, parts, folder)
+                    _join(kind, shards, stamped, parts, folder)
                 finally:
                     shutil.rmtree(parts)
     return ShardIndex(folder)
@@ -205,38 +218,37 @@ def _write_part(scan: Callable[[str], Scan], shard: str, path: pathlib.Path) -> 
     write_atomic(path, _PART.pack(fault, size, samples) + (b"" if rows is None else rows.tobytes()))
 
 
-def _join(kind: str, shards: Sequence[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
+def _join(kind: str, shards: Sequence[str], stamped: Sequence[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
     count = len(shards)
     starts, sizes, faults = np.zeros(count + 1, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
-    digest = hashlib.sha256()
     with atomic_folder(folder) as building:
         with open(building / "samples.bin", "wb") as file:
             for i in range(count):
                 data = _part(parts, i).read_bytes()
                 faults[i], sizes[i], samples = _PART.unpack_from(data)
                 starts[i + 1] = starts[i] + samples
-                digest.update(data)
                 file.write(data[_PART.size :])
         if (faults == FAULTS.index("unreadable")).all():
             raise ValueError(f"{shards[0]}: none of {count} shards can be read")
         if kind != "tar":
             (building / "samples.bin").unlink()
-        _write_rest(pathlib.Path(building), kind, shards, starts, sizes, faults, digest.hexdigest())
+        _write_rest(pathlib.Path(building), kind, shards, stamped, starts, sizes, faults)
 
 
 def _write_rest(
     folder: pathlib.Path,
     kind: str,
     shards: Sequence[str],
+    stamped: Sequence[str],
     starts: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
     faults: npt.NDArray[np.uint8],
-    digest: str,
 ) -> None:
-    (folder / "shards.txt").write_text("".join(f"{shard}\n" for shard in shards))
+    for name, lines in (("shards", shards), ("stamps", stamped)):
+        (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
     for name, array in (("starts", starts), ("sizes", sizes), ("faults", faults)):
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    about = {"version": _VERSION, "kind": kind, "samples": int(starts[-1]), "shards": len(shards), "digest": digest}
+    about = {"version": _VERSION, "kind": kind, "samples": int(starts[-1]), "shards": len(shards)}
     write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -250,4 +262,5 @@ def write_sparse_index(folder: pathlib.Path, *, shards: int = 100_000, samples: 
     with open(folder / "samples.bin", "wb") as file:
         file.truncate(shards * samples * SAMPLE.itemsize)
     starts = np.arange(shards + 1, dtype=np.int64) * samples
-    _write_rest(folder, "tar", names, starts, np.zeros(shards, np.int64), np.zeros(shards, np.uint8), "sparse")
+    absent = ["missing"] * shards
+    _write_rest(folder, "tar", names, absent, starts, np.zeros(shards, np.int64), np.zeros(shards, np.uint8))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv as python_csv
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -14,8 +12,10 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from tclip_jax.data.sources.base import BadSample, Record, cache_folder
-from tclip_jax.data.sources.patterns import file_system, find_files, is_remote
+from tclip_jax import keys
+from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Record, cache_folder
+from tclip_jax.data.sources.content import combined, contents, stamps
+from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.data.sources.remote import open_file, read_file
 from tclip_jax.storage import atomic_file
 
@@ -54,7 +54,7 @@ class Table:
     classnames: tuple[str, ...] = ()
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._path, self.digest = path, path.stem
+        self._path = path
 
     def __len__(self) -> int:
         return self._rows.num_rows
@@ -75,9 +75,23 @@ class Table:
             raise BadSample("no_image", name, "no such file") if missing else error from None
 
     @functools.cached_property
+    def digest(self) -> str:
+        """Of captions and of the contents of images, in the order of the rows; of no path."""
+        paths = (os.fsdecode(image or b"") for batch in self._rows.to_batches() for image in batch[0].to_pylist())
+        images = contents(paths, total=len(self), max_bytes=MAX_SAMPLE_BYTES)
+        captions = (row or [] for batch in self._rows.to_batches() for row in batch[1].to_pylist())
+        return combined(
+            part for image, row in zip(images, captions, strict=True) for part in (image, *map(_as_text, row), "")
+        )
+
+    @functools.cached_property
     def _rows(self) -> pa.Table:
         with pa.memory_map(str(self._path)) as file:
             return pa.ipc.open_file(file).read_all()
+
+
+def _as_text(caption: bytes | None) -> str:
+    return (caption or b"").decode("utf-8", "surrogateescape")
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -91,8 +105,7 @@ def _cached(argument: str, kind: str) -> pathlib.Path:
     """The Arrow file of both columns of the tables, made now if it is not there."""
     pattern, chosen = _options(argument)
     tables = find_files(pattern)
-    stamps = [_stamp(path) for path in tables]
-    key = hashlib.sha256(json.dumps([kind, chosen, tables, stamps]).encode()).hexdigest()[:32]
+    key = keys.digest({"kind": kind, "columns": chosen, "tables": tables, "stamps": stamps(tables)})
     target = cache_folder() / "tables" / f"{key}.arrow"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,16 +126,6 @@ def _options(argument: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{argument}: {option!r} is neither image=COLUMN nor caption=COLUMN")
         chosen[key] = column
     return pattern, chosen
-
-
-def _stamp(path: str) -> list[Any]:
-    """What changes when the table does."""
-    if is_remote(path):
-        system, place = file_system(path)
-        about = system.info(place)
-        return [about["size"], str(about.get("etag") or about.get("mtime") or about.get("created"))]
-    about = os.stat(path)
-    return [about.st_size, about.st_mtime_ns]
 
 
 def _batches(path: str, kind: str, chosen: dict[str, str]) -> Iterator[pa.RecordBatch]:

@@ -39,7 +39,12 @@ class Tars:
     classnames: tuple[str, ...] = ()
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index, self.digest = index, index.digest
+        self._index = index
+
+    @property
+    def digest(self) -> str:
+        """Of the contents of the tars."""
+        return self._index.digest
 
     def __len__(self) -> int:
         return len(self._index)
@@ -52,7 +57,7 @@ class Tars:
         if fault or not (image_size and text_size):
             raise BadSample(kind, name, _REASONS[kind])
         stop = max(image + image_size, text + text_size)
-        data = read_range(path, start, start + stop, size=int(self._index.sizes[shard]), name=name)
+        data = read_range(path, start, start + stop, stamp=self._index.stamps[shard], name=name)
         try:
             name = f"{path}/{first_key(data)}"
         except tarfile.TarError as error:

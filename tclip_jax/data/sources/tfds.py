@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from tclip_jax.data.sources.base import BadSample, Record
+from tclip_jax.data.sources.content import combined, contents
 
 _CAPTION_FEATURES = ("caption", "captions", "text", "texts")
 
@@ -33,7 +35,12 @@ class Tfds:
         if "image" not in features or not (self.classnames or self._captions):
             wanted = f"image and a ClassLabel label, or image and one of {', '.join(_CAPTION_FEATURES)}"
             raise ValueError(f"tfds:{name}: has the features {', '.join(sorted(features))}; needs {wanted}")
-        self._name = f"{name}/{split}"
+        self._name, self._info, self._split = f"{name}/{split}", builder.info, split
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the contents of the record files, which records of each are read, and the names of the classes."""
+        return combined([*self.classnames, self._captions or "", *record_contents(self._info, self._split)])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -94,6 +101,13 @@ def read_record(records: Any, index: int, name: str) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         raise BadSample("corrupt_record", name, f"ArrayRecord cannot read it ({error})") from None
     return record
+
+
+def record_contents(info: tfds.core.DatasetInfo, split: str) -> list[str]:
+    """Which records a split reads of each of its files, and the contents of these."""
+    parts = info.splits[split].file_instructions
+    spans = [f"{part.skip}+{part.take} of {part.examples_in_shard}" for part in parts]
+    return [*spans, *contents([os.fspath(part.filename) for part in parts], total=len(parts))]
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
@@ -13,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from tclip_jax.data.sources.base import Record, printable
+from tclip_jax.data.sources.content import combined, contents
 from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -65,12 +67,19 @@ class Webdataset:
         count = _read_text(count_file).strip()
         if not re.fullmatch(r"[1-9]\d{0,5}", count):
             raise ValueError(f"{count_file}: {count[:40]!r} is not a number of shards")
-        self._samples = [sample for shard in range(int(count)) for sample in self._index(shard)]
+        self._count = int(count)
+        self._samples = [sample for shard in range(self._count) for sample in self._index(shard)]
 
     @property
     def templates(self) -> tuple[str, ...]:
         """The captions of a class, with `{c}` for its name: the lines of zeroshot_classification_templates.txt."""
         return self._lines(TEMPLATES)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the contents of the tars, and the kind and names of the classes."""
+        shards = [str(self._shard(number)) for number in range(self._count)]
+        return combined([self.kind, *self.classnames, *contents(shards, total=len(shards))])
 
     def __len__(self) -> int:
         return len(self._samples)
