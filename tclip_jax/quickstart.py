@@ -33,6 +33,7 @@ from tclip_jax.recipes import load_recipe
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
+from tclip_jax.training.provenance import run_provenance
 from tclip_jax.training.telemetry import read_metrics
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     student = models["student"]
     params = pack_params(student.params, student.rules)
     artifact = workdir / "artifact"
+    provenance = {"recipe": recipe, **run_provenance(workdir / "student", student_config.steps)}
     write = functools.partial(
         write_artifact,
         artifact,
@@ -73,7 +75,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         preprocess=student.preprocess,
         params=params,
         rules=student.rules,
-        provenance={"recipe": recipe},
+        provenance=provenance,
         overwrite=True,
     )
     # What is evaluated is what is kept: the packed weights, from the artifact's own bytes; then with what was found.
@@ -98,6 +100,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         preprocess=student.preprocess,
         params=params,
         figures=figures,
+        provenance=provenance,
         check=True,
         overwrite=True,
     )

@@ -191,4 +191,6 @@ def _write_preprocessor_config(folder: epath.Path, preprocess: Preprocess) -> No
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "numpy", "safetensors", "zstandard")}
+    return {
+        name: importlib.metadata.version(name) for name in ("tclip-jax", "jax", "numpy", "safetensors", "zstandard")
+    }

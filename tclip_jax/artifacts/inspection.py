@@ -22,7 +22,7 @@ from tclip_jax.artifacts.sizes import (
     weight_bytes,
     zero_share,
 )
-from tclip_jax.pages import aligned
+from tclip_jax.pages import aligned, dotted
 from tclip_jax.ternary import TernaryTensor
 
 
@@ -107,7 +107,7 @@ def inspection_text(found: Mapping[str, Any]) -> str:
         parts.append("\n".join(["zeros, %", *aligned(_zero_rows(found["layers"]))]))
     for name in ("figures", "provenance"):
         if found[name]:
-            parts.append("\n".join([name, *(f"  {key}: {value}" for key, value in found[name].items())]))
+            parts.append("\n".join([name, *(f"  {key}: {value}" for key, value in dotted(found[name]))]))
     return "\n\n".join(parts)
 
 

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         formats=formats,
         dtype=args.dtype,
         figures=model.figures,
+        provenance=model.provenance,
         check=not {"open_clip", "hf"}.isdisjoint(formats),
         overwrite=args.overwrite,
     )

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rest", choices=("float16", "float32"), default="float16", help="dtype of the float parameters"
     )
-    parser.add_argument("--figures", metavar="FILE.json", help="measurements to keep with the model, a JSON object")
+    parser.add_argument(
+        "--figures",
+        metavar="FILE.json",
+        help="measurements to keep with the model beside those of the run, a JSON object",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
 
 
@@ -36,12 +40,14 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
+    from tclip_jax.training.provenance import run_figures, run_provenance
     from tclip_jax.training.restore import load_run, split_step
 
     if (epath.Path(args.run) / MANIFEST).exists():
         raise ValueError(f"{args.run} is packed already: expected the workdir of `tclip train`")
     figures = _read_figures(args.figures) if args.figures else {}
     step, model = load_run(args.run)
+    workdir, _, average = split_step(args.run)
     params = pack_params(model.params, model.rules)
     write_artifact(
         args.out,
@@ -50,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
         params=params,
         rules=model.rules,
         rest_dtype=args.rest,
-        figures=figures,
-        provenance={"step": step, **({"average": True} if split_step(args.run).average else {})},
+        figures=run_figures(workdir, step, average=average) | figures,
+        provenance=run_provenance(workdir, step, average=average),
         overwrite=args.overwrite,
     )
     saved = f"{weight_bytes(args.out):,} bytes of weights, {compression_real(params, args.out):.2f}x below float32"

@@ -15,6 +15,8 @@ from tclip_jax.data.rand_augment import rand_augment
 
 Box = tuple[int, int, int, int]
 Color = tuple[int, int, int]
+# Raised by whoever changes what an augmentation makes of the same draws: caches of a teacher are then made anew.
+DRAWS = 1
 _ONE_READ = 1 << 24  # bytes that Pillow hands to its decoder at once, of data that are in memory
 Augmentation = Callable[[Image.Image, np.random.Generator, Preprocess], npt.NDArray[np.uint8]]
 

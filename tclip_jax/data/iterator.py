@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from tclip_jax import keys
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.sources import FAULTS
 
@@ -25,7 +27,7 @@ class TrainIterator(Iterator[Batch]):
 
     Args:
       rows: the global order.
-      digest: of the source and the seed: what the state belongs to.
+      made_of: the seed and the content of the source: what the state belongs to; asked for when the state is.
       batch_size: rows over all processes.
       process_index, process_count: which share is this one.
       workers, threads, prefetch: as of `train_iterator`.
@@ -36,7 +38,7 @@ class TrainIterator(Iterator[Batch]):
         self,
         rows: grain.MapDataset,
         *,
-        digest: str,
+        made_of: Callable[[], keys.Recipe],
         batch_size: int,
         process_index: int,
         process_count: int,
@@ -45,7 +47,7 @@ class TrainIterator(Iterator[Batch]):
         prefetch: int,
         bad: BadSamples,
     ) -> None:
-        self._rows, self._digest, self._batch_size = rows, digest, batch_size
+        self._rows, self._made_of, self._batch_size = rows, functools.cache(made_of), batch_size
         self._process_index, self._process_count = process_index, process_count
         self._workers, self._options = workers, grain.ReadOptions(threads, max(threads, prefetch))
         self._bad = bad
@@ -68,7 +70,7 @@ class TrainIterator(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """How many rows of the global order were yielded over all processes, and of which data; JSON."""
-        return {"samples": self._samples, "data": self._digest}
+        return {"samples": self._samples, "data": self._made_of()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on after the rows that `state` says.
@@ -76,15 +78,15 @@ class TrainIterator(Iterator[Batch]):
         Raises:
           ValueError: it is the state of other data, of another seed, or of an older version.
         """
-        if not isinstance(state, dict) or not state.keys() >= self.get_state().keys():
+        if not isinstance(state, dict) or "samples" not in state or not isinstance(state.get("data"), dict):
             raise ValueError(
-                f'the place in the data is {str(state)[:80]} where {{"samples": …, "data": …}} is expected: an older '
-                "version wrote it; start a new run from its weights by config.init"
+                f'the place in the data is {str(state)[:80]} where {{"samples": …, "data": {{…}}}} is expected: an '
+                "older version wrote it, without the data's content; start a new run from its weights by config.init"
             )
-        if state["data"] != self._digest:
+        if differs := keys.difference(state["data"], self._made_of()):
             raise ValueError(
-                f"the data are not those of the checkpoint ({self._digest}, then {state['data']}): another source, "
-                "another seed, or a source that has changed since"
+                f"the data are not those of the checkpoint ({differs}): give it those, or start a new run from its "
+                "weights by config.init"
             )
         self.close()
         self._samples = state["samples"]

@@ -9,12 +9,13 @@ import grain
 import numpy as np
 from PIL import Image
 
+from tclip_jax import keys
 from tclip_jax.data import images, prompts
 from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.iterator import NAME_BYTES, REASON_BYTES, TrainIterator
-from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, digest
+from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, described
 from tclip_jax.data.sources.base import Fault
 from tclip_jax.data.sources.remote import retry
 from tclip_jax.data.teacher_cache import TeacherCache, copy_generator
@@ -76,7 +77,7 @@ def train_iterator(
     # Only this order (shuffle, random_map, slice) draws the same global batches whatever the number of processes.
     return TrainIterator(
         global_order(source, seed).random_map(TrainRow(source, tokenizer, preprocess, augment, templates, cache)),
-        digest=f"{seed}:{digest(source)}",
+        made_of=lambda: keys.recipe(seed=seed, **described(source)),
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,

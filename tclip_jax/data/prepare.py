@@ -30,8 +30,10 @@ from array_record.python import array_record_module
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
+from tclip_jax import keys
 from tclip_jax.data.examine import examine
-from tclip_jax.data.sources import BadSample, Source, open_source
+from tclip_jax.data.sources import BadSample, Source, digest, open_source
+from tclip_jax.data.sources.content import contents
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.storage import atomic_local_file, write_atomic
 
@@ -41,9 +43,14 @@ _EXAMPLES = 5  # of each kind of what was dropped are kept
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What becomes one file: the samples [start, stop) of a source, to its end where `stop` is None."""
+    """What becomes one file: the samples [start, stop) of a source, to its end where `stop` is None.
+
+    Attributes:
+      content: of the source, as of `sources.digest`, or of its tar.
+    """
 
     source: str
+    content: str
     start: int = 0
     stop: int | None = None
 
@@ -118,12 +125,14 @@ def plan(spec: str, split: str, samples: int) -> tuple[Part, ...]:
     """
     kind, _, argument = spec.partition(":")
     if kind == "wds":
-        return tuple(Part(f"wds:{tar}") for tar in find_files(argument))
+        tars = find_files(argument)
+        found = contents(tars, total=len(tars))
+        return tuple(Part(f"wds:{tar}", content) for tar, content in zip(tars, found, strict=True))
     source = open_source(spec, split)
     if source.classnames:
         raise ValueError(f"{spec}: its images have classes, not captions; `tfds build` prepares such data sets")
-    total = len(source)
-    return tuple(Part(spec, start, min(start + samples, total)) for start in range(0, total, samples))
+    total, content = len(source), digest(source)
+    return tuple(Part(spec, content, start, min(start + samples, total)) for start in range(0, total, samples))
 
 
 def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> Target:
@@ -139,12 +148,21 @@ def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> 
     if not parts:
         raise ValueError(f"{name}: there are no samples to prepare")
     target = Target(str(epath.Path(out) / name / VERSION), name, split, len(parts))
-    path, text = target.notes / "plan.json", json.dumps([dataclasses.astuple(part) for part in parts], indent=0)
+    path, planned = target.notes / "plan.json", [dataclasses.asdict(part) for part in parts]
     if not path.exists():
         target.notes.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
-    elif path.read_text() != text:
-        raise ValueError(f"{path}: this data set is made from other samples: choose another name, split or folder")
+        write_atomic(path, json.dumps(planned, indent=0))
+    elif (was := json.loads(path.read_text())) != planned:
+        pairs = [(i, *both) for i, both in enumerate(zip(was, planned, strict=False)) if both[0] != both[1]]
+        differs = f"it has {len(was):,} parts, not {len(planned):,}"
+        if pairs:
+            number, old, new = pairs[0]
+            differs = f"part {number} was made by an older version, which kept no content"
+            if isinstance(old, dict):
+                differs = f"part {number} of {new['source']}: {keys.difference(old, new)}"
+        raise ValueError(
+            f"{path}: this data set is made from other samples ({differs}): choose another name, split or folder"
+        )
     return target
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from tclip_jax import keys
 from tclip_jax.schema import from_mapping
 from tclip_jax.storage import is_local, write_atomic
 
@@ -38,24 +39,27 @@ class TeacherCache:
     Attributes:
       folder: local, or gs:// and its like.
       teacher: where the teacher was loaded from.
+      source: the data, as it was named.
       embed_dim: its D.
       logit_scale: exp of its parameter.
       samples: records of the source.
       copies: augmentations of each.
       seed: of all draws.
       file_rows: rows in every file but the last.
-      inputs: all else that decides what the teacher saw: source, split, templates, augmentation, preprocessing, tokens.
+      made_by: what decides the embeddings, beside the seed: contents of the teacher and of the data, templates,
+        augmentation, preprocessing, tokens.
     """
 
     folder: str
     teacher: str
+    source: str
     embed_dim: int
     logit_scale: float
     samples: int
     copies: int
     seed: int
     file_rows: int
-    inputs: dict[str, Any]
+    made_by: dict[str, Any]
 
     @classmethod
     def open(cls, folder: epath.PathLike) -> TeacherCache:
@@ -72,6 +76,10 @@ class TeacherCache:
             fields = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
+        if isinstance(fields, dict) and "made_by" not in fields and "inputs" in fields:
+            raise ValueError(
+                f"{path}: an older version wrote it, which kept no content of its data: make it in a new folder"
+            )
         cache = from_mapping(cls, {**fields, "folder": str(folder)} if isinstance(fields, dict) else fields, str(path))
         if min(cache.embed_dim, cache.samples, cache.copies, cache.file_rows) < 1:
             raise ValueError(f"{path}: embed_dim, samples, copies and file_rows must be at least 1")
@@ -99,15 +107,19 @@ class TeacherCache:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "folder"}
         text = json.dumps(fields, indent=2) + "\n"
         if path.exists():
-            was = json.loads(path.read_text())
-            for name, value in json.loads(text).items():
-                if was.get(name) != value:
-                    raise ValueError(
-                        f"{path}: this cache has {name} {was.get(name)}, not {value}: choose another folder"
-                    )
+            was, now = json.loads(path.read_text()), json.loads(text)
+            places = ("teacher", "source")  # may be others, if what lies there is the same
+            if differs := keys.difference(*({k: v for k, v in each.items() if k not in places} for each in (was, now))):
+                raise ValueError(f"{path}: this cache is another one ({differs}): choose another folder")
             return
         epath.Path(self.folder).mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Of the teacher that a run learns from: where it was, and a digest of all that decides the embeddings."""
+        made_by = {**self.made_by, "seed": self.seed, "copies": self.copies}
+        return {"source": self.teacher, "content": keys.digest(made_by)}
 
     @property
     def files(self) -> int:
@@ -127,6 +139,8 @@ class TeacherCache:
         buffer = io.BytesIO()
         np.save(buffer, embeddings, allow_pickle=False)
         write_atomic(self.path(file), buffer.getvalue())
+        _fetch.cache_clear()
+        _check_header.cache_clear()
 
     def read(self, index: int, copy: int) -> Embeddings:
         """The embeddings (2, D) of one copy of a sample: of its image and of its text.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
 from tclip_jax.interop.open_clip import lazy_state
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.pages import dotted
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
 
@@ -89,6 +90,7 @@ def export_pytorch(
     formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
     figures: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     check: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -107,6 +109,7 @@ def export_pytorch(
       dtype: of the weights for open_clip and transformers. Scales of 8 significant bits make ternary weights exact in
         all three.
       figures: measured values for the model card, by name; nested ones get dotted names.
+      provenance: where the model comes from, for the model card, in the same form.
       check: whether to run the model once, and to leave check.py, which compares with that what the libraries compute.
       overwrite: replace the folder if it exists.
 
@@ -147,13 +150,20 @@ def export_pytorch(
             write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
             verify_gguf(path, params)
         Tokenizer(config.text.context_length).save(unfinished)
-        (unfinished / "README.md").write_text(model_card(params, dtype, figures or {}, formats, check))
+        (unfinished / "README.md").write_text(
+            model_card(params, dtype, figures or {}, formats, check, provenance or {})
+        )
 
 
 def model_card(
-    params: Mapping[str, Any], dtype: str, figures: Mapping[str, Any], formats: Sequence[str], check: bool = False
+    params: Mapping[str, Any],
+    dtype: str,
+    figures: Mapping[str, Any],
+    formats: Sequence[str],
+    check: bool = False,
+    provenance: Mapping[str, Any] = {},
 ) -> str:
-    """The README.md of an exported model: what its weights are, how to load and check it, and the measured figures."""
+    """The README.md of an exported model: what its weights are and come from, how to load and check it, its figures."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
@@ -163,19 +173,13 @@ def model_card(
             f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale); in safetensors files they are"
             " the floats scale · trit, so those are as large as a float model's."
         )
-    rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in _flat(figures))
-    table = f"\n| measured | |\n|---|---|\n{rows}" if rows else ""
+    table = ""
+    for title, entries in (("measured", figures), ("made of", provenance)):
+        rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in dotted(entries))
+        table += f"\n| {title} | |\n|---|---|\n{rows}" if rows else ""
     usage = "".join(text for name, text in _USAGE.items() if any(each.startswith(name) for each in formats))
     title = "Ternary CLIP" if ternary else "CLIP"
     return _CARD.format(title=title, about=about, usage=usage, check=_CHECK if check else "", table=table)
-
-
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _cell(value: Any) -> str:

@@ -39,7 +39,9 @@ def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCach
         if (epath.Path(run.data.teacher_cache) / CACHE_MANIFEST).exists():
             return open_cache(run)
         width = _architecture(run, preset, run.data.teacher_cache).config.embed_dim
-        return TeacherCache(run.data.teacher_cache, preset, width, 100.0, 1, 1, run.seed, 1, describe_inputs(run))
+        return TeacherCache(
+            run.data.teacher_cache, preset, run.data.source, width, 100.0, 1, 1, run.seed, 1, describe_inputs(run)
+        )
     return _architecture(run, preset, run.teacher) if run.teacher else None
 
 

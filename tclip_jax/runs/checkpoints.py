@@ -94,13 +94,11 @@ class Checkpoints:
                 )
             self._steps = sorted(kept(self._steps, self._scores, self._config))
 
-    def restore(self, abstract: Mapping[str, Any], seek: Callable[[Any], None]) -> Mapping[str, Any] | None:
-        """The newest trees, in the shapes and shardings of `abstract`; `seek` is told the position saved with them.
-
-        None if nothing was saved.
+    def restore(self, abstract: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The newest trees, in the shapes and shardings of `abstract`; None if nothing was saved.
 
         Raises:
-          CheckpointError: the checkpoint is broken, or not of this configuration or its data.
+          CheckpointError: the checkpoint is broken, or not of this configuration.
         """
         if not self._steps:
             return None
@@ -109,8 +107,6 @@ class Checkpoints:
             for name, tree in abstract.items():
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
                 restored[name] = _orbax().read_tree(folder / name, shapes)
-        with _explained(place := folder / "data" / "metadata"):
-            seek(json.loads(place.read_text()))
         return restored
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -175,6 +171,39 @@ class Checkpoints:
         raise CheckpointError(f"{self._folder / str(failed)}: the checkpoint could not be written, {before}: {reason}")
 
 
+def check_checkpoint(
+    folder: epath.PathLike, step: int, abstract: Mapping[str, Any], seek: Callable[[Any], None], changed: str = ""
+) -> None:
+    """Whether a run can go on from a step, without reading its arrays or writing anything.
+
+    Args:
+      abstract: the trees that it needs.
+      seek: is told the position in the data that was saved; raises ValueError if it cannot go there.
+      changed: what has changed in the configuration, for the error.
+
+    Raises:
+      CheckpointError: it lacks a part, or is of other data.
+    """
+    saved = _absolute(folder) / str(step)
+    with _explained(place := saved / "data" / "metadata"):
+        seek(json.loads(place.read_text()))
+    for name, tree in abstract.items():
+        reason = f"it has no {name}"
+        if (saved / name).exists():
+            with _explained(saved / name):
+                stored = _orbax().read_shapes(saved / name)
+            try:
+                _check_shapes(stored, tree, "this configuration's")
+                continue
+            except ValueError as error:
+                reason = f"its {name}/{error}"
+        since = f" since {changed}" if changed else ""
+        raise CheckpointError(
+            f"{saved}: cannot be gone on from{since}: {reason}; change that back, or start a new run from its"
+            " weights by config.init"
+        )
+
+
 def load_params(
     folder: epath.PathLike, abstract: Any, steps: Sequence[int] | None = None, *, average: bool = False
 ) -> tuple[int, Any]:
@@ -214,13 +243,13 @@ def _orbax() -> Any:
     return orbax_v1 if chosen == "v1" else orbax_v0
 
 
-def _check_shapes(found: Mapping[str, tuple[int, ...]], abstract: Any) -> None:
+def _check_shapes(found: Mapping[str, tuple[int, ...]], abstract: Any, whose: str = "the model's") -> None:
     """Names what differs before anything is read: where Orbax fails, it leaves the reading of other arrays undone."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     expected = {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
     for path in sorted(found.keys() | expected.keys()):
         if found.get(path) != expected.get(path):
-            raise ValueError(f"{path} has shape {found.get(path)}, the model's is {expected.get(path)}")
+            raise ValueError(f"{path} has shape {found.get(path)}, {whose} is {expected.get(path)}")
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:

@@ -29,7 +29,7 @@ def write_checksums(folder: epath.Path) -> None:
     """Waits until the files are on disk, then writes the length and the SHA-256 of each into `folder`."""
     if is_local(folder):
         sync_tree(folder)
-    files = {name: path for name, path in _files(folder).items() if name not in (*_COMMITTED_LATER, CHECKSUMS)}
+    files = {name: path for name, path in files_below(folder).items() if name not in (*_COMMITTED_LATER, CHECKSUMS)}
     with ThreadPoolExecutor() as threads:
         entries = dict(zip(files, threads.map(_entry, files.values()), strict=True))
     write_atomic(folder / CHECKSUMS, json.dumps({"version": _VERSION, "files": entries}, indent=2))
@@ -57,7 +57,7 @@ def damage(folder: epath.Path, part: str = "", *, contents: bool = True) -> str 
     if entries is None:
         return f"{folder / CHECKSUMS} is damaged"
     wanted = {name: entry for name, entry in entries.items() if name.startswith(part)}
-    found = {name: path for name, path in _files(folder).items() if name.startswith(part)}
+    found = {name: path for name, path in files_below(folder).items() if name.startswith(part)}
     for name in found:
         if "/" in name and name not in wanted and not any(piece.startswith(".") for piece in name.split("/")):
             return f"{folder / CHECKSUMS} does not name {name}, which is there"
@@ -101,12 +101,12 @@ def _entry(path: epath.Path) -> dict[str, Any]:
     return {"bytes": path.stat().length, "sha256": sha256(path)}
 
 
-def _files(folder: epath.Path, below: str = "") -> dict[str, epath.Path]:
+def files_below(folder: epath.Path, below: str = "") -> dict[str, epath.Path]:
     """All files in a folder and its sub-folders, by their path from it."""
     found: dict[str, epath.Path] = {}
     for path in sorted(folder.iterdir()):
         name = f"{below}{path.name}"
-        found |= _files(path, f"{name}/") if path.is_dir() else {name: path}
+        found |= files_below(path, f"{name}/") if path.is_dir() else {name: path}
     return found
 
 

@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
-from tclip_jax.data.sources import digest, open_source
+from tclip_jax.data.sources import Source, digest
 from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.prefetch import DevicePrefetch
@@ -17,9 +17,9 @@ from tclip_jax.training.data import train_data
 
 
 def open_feed(
-    run: RunConfig, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
+    run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
 ) -> tuple[Batches, BadSamples]:
-    """The batches of a run as global arrays, and the bad samples, which go to bad_samples.jsonl.
+    """The batches of a run from its source as global arrays, and the bad samples, which go to bad_samples.jsonl.
 
     Every process has a list of its own, that of process p > 0 is bad_samples.p.jsonl. A collective.
 
@@ -27,7 +27,7 @@ def open_feed(
       FileNotFoundError, ValueError: the data are not there, do not fit the configuration, or are not the same on every
         process.
     """
-    source, process = open_source(run.data.source, run.data.split), jax.process_index()
+    process = jax.process_index()
     digests = gather_json(digest(source))
     if other := next((i for i, each in enumerate(digests) if each != digests[0]), None):
         raise ValueError(

@@ -22,26 +22,27 @@ from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quan
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.training.config import RunConfig
-from tclip_jax.training.restore import Stored, load_model, load_stored
+from tclip_jax.training.restore import Stored, load_known, load_stored
 
 
-def start_params(run: RunConfig, mesh: Mesh) -> Any:
-    """What `config.init` or `config.inherit` gives a run, over `mesh`; None where neither says anything.
+def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
+    """What `config.init` or `config.inherit` gives a run, over `mesh`, and its origin; None where neither is set.
 
     Raises what `initial_weights`, `load_model` and `inherit_params` raise.
     """
     if run.init:
-        start = initial_weights(run)
+        source = load_stored(run.init)
+        start, origin = initial_weights(run, source), dict(source.origin)
     elif run.inherit:
-        wider = load_model(run.inherit)
+        wider, origin = load_known(run.inherit)
         start = with_learned_scales(inherit_params(wider.params, wider.config, run.model), run.rules)
     else:
-        return None
-    return jax.device_put(start, tree_shardings(start, mesh))
+        return None, None
+    return jax.device_put(start, tree_shardings(start, mesh)), origin
 
 
-def initial_weights(run: RunConfig) -> dict[str, Any]:
-    """The latent float32 weights (NumPy) that `config.init` gives a run.
+def initial_weights(run: RunConfig, source: Stored | None = None) -> dict[str, Any]:
+    """The latent float32 weights (NumPy) that `config.init` gives a run; `source` if it is loaded already.
 
     Float weights are latent weights, those of another run included. Ternary ones, also where a foreign checkpoint holds
     them as floats that are exactly scale · trit, are treated as `config.init_scales` says: "keep" finds latent weights
@@ -53,7 +54,7 @@ def initial_weights(run: RunConfig) -> dict[str, Any]:
       ValueError: a model of another shape, activation or pixel statistics; ternary weights that the rules of the run do
         not reproduce, naming the first and why; one line.
     """
-    source = load_stored(run.init)
+    source = load_stored(run.init) if source is None else source
     _check_same(run, source)
     params = source.params
     if run.init_scales == "keep":

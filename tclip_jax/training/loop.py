@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
+from tclip_jax.data.sources import described, open_source
 from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import look, trit_metrics
@@ -21,11 +21,11 @@ from tclip_jax.parallel.agreement import Agreement
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
+from tclip_jax.runs.record import in_words
 from tclip_jax.runs.steps import saved_steps, whole_steps
-from tclip_jax.storage import write_atomic
 from tclip_jax.training.build import Architecture, Build, check_batch
-from tclip_jax.training.config import RunConfig, base_config, run_config
+from tclip_jax.training.config import RunConfig, run_config
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.feed import open_feed
 from tclip_jax.training.initial import start_params
@@ -34,11 +34,12 @@ from tclip_jax.training.notices import Notices, Stopped
 from tclip_jax.training.optimizer import learning_rate_schedule
 from tclip_jax.training.phases import Phases
 from tclip_jax.training.profile import Trace
-from tclip_jax.training.restore import load_model
+from tclip_jax.training.restore import load_known
+from tclip_jax.training.resume import Resume
 from tclip_jax.training.speed import Speed
 from tclip_jax.training.state import TrainState
 from tclip_jax.training.teacher_cache import open_cache
-from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.telemetry import Telemetry, check_telemetry, read_metrics
 from tclip_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ _logger = logging.getLogger(__name__)
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     """Trains to `config.steps`, going on from the newest whole checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: config.json (resolved), checkpoints/, metrics.jsonl, tensorboard/, bad_samples.jsonl where
-    there were any, and of several processes heartbeats/. What metrics.jsonl says of a step is there before the step's
-    checkpoint is.
+    Leaves in `workdir`: config.json (resolved), history.jsonl (what was changed when it was resumed), checkpoints/,
+    metrics.jsonl, tensorboard/, bad_samples.jsonl where there were any, and of several processes heartbeats/. What
+    metrics.jsonl says of a step is there before the step's checkpoint is. A start that is refused writes nothing.
 
     Returns:
       The trained model, its weights latent.
@@ -66,13 +67,21 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     check_batch(run, mesh)
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
-    cache = open_cache(run) if run.data.teacher_cache else None
-    data, bad = open_feed(run, workdir, mesh, cache)
-    teacher, teacher_params = _load_teacher(run, mesh)
+    source = open_source(run.data.source, run.data.split)
+    cache = open_cache(run, source) if run.data.teacher_cache else None
+    data, bad = open_feed(run, source, workdir, mesh, cache)
+    teacher, teacher_params, taught_by = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
-    start = None if whole_steps(workdir / "checkpoints") else start_params(run, mesh)
     evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
-    _write_config(config, workdir)
+    check_telemetry(run.wandb_project)
+    first = max(whole_steps(workdir / "checkpoints"), default=0)
+    start, began_with = start_params(run, mesh) if not first else (None, None)
+    trained_on = {"source": run.data.source, "split": run.data.split, **described(source)}
+    resume = Resume(config, workdir, first, data=trained_on, teacher=taught_by, init=began_with)
+    with jax.set_mesh(mesh):
+        if first:
+            changed = in_words(resume.changed, ("loss", "optimizer", "teacher", "data.teacher_cache"))
+            check_checkpoint(workdir / "checkpoints", first, build.state_shapes.trees(), data.seek, changed)
 
     phases = Phases()
     with (
@@ -84,13 +93,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         Trace(workdir, run.profile_steps) as trace,
     ):
         with phases.during("compile"):
-            restored = checkpoints.restore(build.state_shapes.trees(), data.seek)
+            restored = checkpoints.restore(build.state_shapes.trees())
             state = TrainState.of_trees(restored) if restored else build.init_state(start)
             del start  # the state has a copy
             step_function = build.jitted_step(state)
-        schedule, first = learning_rate_schedule(run.optimizer, run.steps), int(state.step)
+        schedule = learning_rate_schedule(run.optimizer, run.steps)
         wandb = {"wandb_project": run.wandb_project, "config": config.to_dict()}
         with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb) as telemetry:
+            resume.begin()
             speed = Speed(run.data.batch_size, _flops(build), mesh.devices.flat, run.log_every)
             journal = Journal(
                 telemetry,
@@ -144,13 +154,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
 
 
-def _load_teacher(run: RunConfig, mesh: Mesh) -> tuple[Architecture | None, Any]:
-    """The teacher that runs in the step, and its parameters over `mesh`, of which no other copy is kept."""
+def _load_teacher(
+    run: RunConfig, cache: TeacherCache | None, mesh: Mesh
+) -> tuple[Architecture | None, Any, dict[str, Any] | None]:
+    """The teacher that runs in the step, its parameters over `mesh`, of which no other copy is kept, and its origin."""
     if not run.teacher:
-        return None, None
-    teacher = load_model(run.teacher, mesh)
+        return None, None, cache.origin if cache else None
+    teacher, origin = load_known(run.teacher, mesh)
     params = jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
-    return Architecture(teacher.config, teacher.preprocess, teacher.rules), params
+    return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 
 def _evaluate(
@@ -185,20 +197,3 @@ def _written_before(workdir: epath.Path, step: int, checkpoints: Checkpoints) ->
     for line in lines:
         checkpoints.score(line["step"], line)
     return [name for line in lines if line["step"] == step for name in line]
-
-
-def _write_config(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes config.json; a run that is gone on with must be of the same model."""
-    if jax.process_index():
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, resolved = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        saved = json.loads(base_config().to_json()) | json.loads(path.read_text())  # a key may be newer than the run
-        for key in ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit"):
-            was = saved[key]
-            if was != resolved[key]:
-                raise ValueError(
-                    f"{path}: this run has config.{key} = {was}, not {resolved[key]}: choose another workdir"
-                )
-    write_atomic(path, json.dumps(resolved, indent=2) + "\n")

@@ -80,7 +80,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     schedule = learning_rate_schedule(config, steps)
     return optax.chain(
-        *([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []),
+        # Something stands there in any case, so that a run can begin to clip when it is resumed.
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay),
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale),

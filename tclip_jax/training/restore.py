@@ -14,22 +14,25 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from tclip_jax import keys
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
+from tclip_jax.data.sources.content import contents
+from tclip_jax.interop.checkpoints import Checkpoint, is_checkpoint, open_checkpoint
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.runs.checkpoints import load_params
-from tclip_jax.runs.checksums import CheckpointError
+from tclip_jax.runs.checksums import CheckpointError, files_below
 from tclip_jax.runs.policy import CheckpointConfig, ranked
 from tclip_jax.runs.steps import all_steps
 from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.training.provenance import run_figures, run_provenance
 
 
 class Stored(NamedTuple):
@@ -37,14 +40,18 @@ class Stored(NamedTuple):
 
     Attributes:
       params: packed, or floats, which are NumPy or lazy; those that `rules` name are latent.
-      figures: what an artifact says was measured of it.
+      origin: where it comes from, see `load_known`.
+      figures: what an artifact or a run says was measured of it.
+      provenance: what it says of its making; of another library's checkpoint its origin.
     """
 
     config: CLIPConfig
     preprocess: Preprocess
     params: dict[str, Any]
     rules: TernaryRules = ()
+    origin: Mapping[str, Any] = {}
     figures: Mapping[str, Any] = {}
+    provenance: Mapping[str, Any] = {}
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
@@ -121,17 +128,22 @@ def load_stored(path: epath.PathLike) -> Stored:
     if (epath.Path(path) / MANIFEST).exists():
         artifact = read_artifact(path, jax.device_put)
         params = jax.device_get(artifact.params)  # on a CPU the same memory
-        return Stored(artifact.config, artifact.preprocess, params, figures=artifact.manifest.get("figures", {}))
+        origin, manifest = _artifact_origin(path, artifact.manifest), artifact.manifest
+        made = (manifest.get("figures", {}), manifest.get("provenance", {}))
+        return Stored(artifact.config, artifact.preprocess, params, (), origin, *made)
     if is_checkpoint(path):
         checkpoint = open_checkpoint(path)
-        return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params)
-    model = load_run(path)[1]
-    return Stored(model.config, model.preprocess, jax.device_get(model.params), model.rules)
+        origin = _file_origin(path, checkpoint)
+        return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params, (), origin, {}, origin)
+    (step, model), (workdir, _, average) = load_run(path), split_step(path)
+    figures, provenance = (get(workdir, step, average=average) for get in (run_figures, run_provenance))
+    params, origin = jax.device_get(model.params), _run_origin(path, step)
+    return Stored(model.config, model.preprocess, params, model.rules, origin, figures, provenance)
 
 
 def load_packed(path: epath.PathLike) -> Stored:
     """As `load_stored`, what its rules name being packed; each latent weight is dropped when that is done."""
-    config, preprocess, params, rules, figures = load_stored(path)
+    config, preprocess, params, rules, *about = load_stored(path)
     if rules:
         leaves, packed = flatten(params), dict[str, Any]()
         del params
@@ -139,7 +151,7 @@ def load_packed(path: epath.PathLike) -> Stored:
             part = {each: leaves.pop(each) for each in (name, f"{name}_scale") if each in leaves}
             packed |= flatten(pack_params(unflatten_dict(part, sep="/"), rules))
         params = unflatten_dict(packed, sep="/")
-    return Stored(config, preprocess, params, figures=figures)
+    return Stored(config, preprocess, params, (), *about)
 
 
 def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None) -> Model:
@@ -155,10 +167,52 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | No
       FileNotFoundError: `path` is none of these.
       ValueError: it is broken; one line naming the file and what was expected.
     """
+    return load_known(path, mesh, like=like)[0]
+
+
+def load_known(
+    path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """As `load_model`, with where the model comes from.
+
+    Returns:
+      The model, and {"source": `path`, "content": a digest of its weights and configuration as they are stored}, of a
+      run with its "step". Artifact, run and checkpoint of the same weights differ.
+    """
     if (epath.Path(path) / MANIFEST).exists():
         artifact = read_artifact(path)
-        return Model(artifact.config, artifact.preprocess, artifact.params)
+        model = Model(artifact.config, artifact.preprocess, artifact.params)
+        return model, _artifact_origin(path, artifact.manifest)
     if is_checkpoint(path):
         checkpoint = open_checkpoint(path, like=like)
-        return Model(checkpoint.config, checkpoint.preprocess, jax.tree.map(np.asarray, checkpoint.params))
-    return load_run(path, mesh)[1]
+        params = jax.tree.map(np.asarray, checkpoint.params)
+        return Model(checkpoint.config, checkpoint.preprocess, params), _file_origin(path, checkpoint)
+    step, model = load_run(path, mesh)
+    return model, _run_origin(path, step)
+
+
+def _artifact_origin(path: epath.PathLike, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    made_of = {key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")}
+    return {"source": str(path), "content": keys.digest(made_of)}
+
+
+def _file_origin(path: epath.PathLike, checkpoint: Checkpoint) -> dict[str, Any]:
+    made_of = keys.recipe(
+        model=checkpoint.config,
+        preprocess=checkpoint.preprocess,
+        files=list(contents(str(file) for file in checkpoint.files)),
+    )
+    return {"source": str(path), "content": keys.digest(made_of)}
+
+
+def _run_origin(path: epath.PathLike, step: int) -> dict[str, Any]:
+    workdir, _, average = split_step(path)
+    folder, config = workdir / "checkpoints" / str(step) / ("average" if average else "params"), read_config(workdir)
+    files = {name: str(file) for name, file in files_below(folder).items()}
+    made_of = keys.recipe(
+        model=config.model,
+        preprocess=config.preprocess,
+        rules=config.rules,
+        files=dict(zip(files, contents(files.values()), strict=True)),
+    )
+    return {"source": str(path), "step": step, "content": keys.digest(made_of)}

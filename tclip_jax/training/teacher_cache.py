@@ -17,9 +17,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from tclip_jax import keys
 from tclip_jax.artifacts.model import Model
+from tclip_jax.data import prompts
+from tclip_jax.data.augment import DRAWS
 from tclip_jax.data.pipeline import TrainRow
-from tclip_jax.data.sources import Source, open_source
+from tclip_jax.data.sources import Source, described, open_source
 from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
@@ -28,7 +31,7 @@ from tclip_jax.parallel.mesh import batch_sharding, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.training.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
-from tclip_jax.training.restore import load_model
+from tclip_jax.training.restore import load_known
 
 _THREADS = 4  # that decode while the devices are busy; as many batches are kept ready
 
@@ -55,18 +58,19 @@ def write_cache(
     if copies < 1:
         raise ValueError(f"copies is {copies}: it must be at least 1")
     mesh = make_mesh(devices=jax.local_devices())
-    model, source = load_model(teacher, mesh), open_source(run.data.source, run.data.split)
+    (model, origin), source = load_known(teacher, mesh), open_source(run.data.source, run.data.split)
     check_teacher(model.config, run.model, run.loss)
     cache = TeacherCache(
         str(folder),
         teacher,
+        run.data.source,
         model.config.embed_dim,
         model.logit_scale,
         len(source),
         copies,
         run.seed,
         file_rows,
-        describe_inputs(run),
+        keys.recipe(teacher=origin["content"], **describe_inputs(run, source)),
     )
     cache.write_manifest()
     # Process 0 says what is missing, so that each gets its share of that whatever an earlier call left.
@@ -86,33 +90,30 @@ def write_cache(
     return TeacherCache.open(folder)
 
 
-def open_cache(run: RunConfig) -> TeacherCache:
-    """The cache of a run.
+def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
+    """The cache of a run, and of its source if that is open; of a plan, which sees no data, what it says itself.
 
     Raises:
       FileNotFoundError, ValueError: it is not there, broken, not finished, or of other data than the run's.
     """
     cache = TeacherCache.open(run.data.teacher_cache)
-    for name, value in describe_inputs(run).items():
-        if cache.inputs.get(name) != value:
-            raise ValueError(f"{run.data.teacher_cache}: the teacher saw {name} {cache.inputs.get(name)}, not {value}")
+    wanted = describe_inputs(run, source)
+    if differs := keys.difference({name: cache.made_by.get(name) for name in wanted}, wanted):
+        raise ValueError(f"{run.data.teacher_cache}: the teacher saw something else ({differs}): make another cache")
     return cache
 
 
-def describe_inputs(run: RunConfig) -> dict[str, Any]:
-    """All that decides, beside the seed, which images and texts a sample can become, as JSON."""
+def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe:
+    """All that decides, beside the seed, which images and texts a sample can become; the data themselves if open."""
     pixels = dataclasses.asdict(run.preprocess)
-    templates = run.data.templates
-    return {
-        "source": run.data.source,
-        "split": run.data.split,
-        "templates": templates if isinstance(templates, str) else list(templates),
-        "augment": run.data.augment,
-        "context_length": run.model.text.context_length,
-        "size": list(run.preprocess.size),
-        "interpolation": pixels["interpolation"],
-        "resize_mode": pixels["resize_mode"],
-    }
+    return keys.recipe(
+        templates=prompts.get_templates(run.data.templates),
+        augment=run.data.augment,
+        draws=DRAWS,
+        context_length=run.model.text.context_length,
+        **{name: pixels[name] for name in ("size", "interpolation", "resize_mode")},
+        **({} if source is None else {"data": described(source)}),
+    )
 
 
 def train_row(run: RunConfig, source: Source) -> TrainRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -151,6 +151,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_telemetry(wandb_project: str) -> None:
+    """Raises ValueError where Weights & Biases is asked for and not installed, before a run has begun."""
+    if wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"config.wandb_project is {wandb_project!r}: it needs wandb (pip install wandb)")
 
 
 def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mapping[str, Any] | None) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, digest
+from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, described, digest
 
-__all__ = ["FAULTS", "BadSample", "Record", "Source", "digest", "open_source"]
+__all__ = ["FAULTS", "BadSample", "Record", "Source", "described", "digest", "open_source"]
 
 # kind -> (how to write it, "module:name" to call with what follows the colon and the split); imported when asked for.
 _KINDS = {

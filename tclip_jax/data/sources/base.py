@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -92,14 +92,29 @@ def digest(source: Source) -> str:
     return f"{len(source)}:{source.digest if hasattr(source, 'digest') else _records_digest(source)}"
 
 
+def described(source: Source) -> dict[str, Any]:
+    """`digest` in parts: {"samples", "content"}, and of a mixture {"parts"} of all its sources, numbered."""
+    parts = getattr(source, "sources", ())
+    if parts:
+        weights = [weight for weight, _ in source.parts]  # type: ignore[attr-defined]
+        return {
+            "samples": len(source),
+            "parts": {
+                str(i): {"weight": w, **described(each)} for i, (w, each) in enumerate(zip(weights, parts, strict=True))
+            },
+        }
+    samples, _, content = digest(source).partition(":")
+    return {"samples": int(samples), "content": content}
+
+
 def _records_digest(source: Source) -> str:
     """Of records that are read one by one."""
     found = hashlib.blake2b("\n".join(source.classnames).encode(), digest_size=16)
     for index in range(len(source)):
         try:
             record = source[index]
-        except BadSample as error:
-            found.update(f"bad {error.kind}\n".encode())
+        except (BadSample, OSError) as error:
+            found.update(f"bad {error.kind if isinstance(error, BadSample) else 'unreadable'}\n".encode())
             continue
         image = record.image if isinstance(record.image, bytes) else record.image.tobytes()
         about = (len(image), np.shape(record.image), np.asarray(record.label).tolist(), record.captions)

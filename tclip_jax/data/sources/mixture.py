@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Sequence
 
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.sources.base import Record, Source, digest
+from tclip_jax.data.sources.content import combined
 
 _PART = re.compile(r"(\d+\.?\d*|\.\d+)\*([a-z]+(?::.*)?)")
 _PLUS = re.compile(r"\+(?=(?:\d+\.?\d*|\.\d+)\*[a-z]+(?::|\+|$))")
@@ -28,17 +30,23 @@ class Mixture:
     record is drawn twice before all others of its source were. The classes of labelled sources are put in a row.
 
     Attributes:
+      sources: those.
       parts: weight and length of each source; the weights add up to 1.
     """
 
     def __init__(self, weights: Sequence[float], sources: Sequence[Source]) -> None:
         total = sum(weights)
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._stops = tuple(itertools.accumulate(len(source) for source in sources))
         self._first_label = (0, *itertools.accumulate(len(source.classnames) for source in sources))
         self.parts = tuple((weight / total, len(source)) for weight, source in zip(weights, sources, strict=True))
         self.classnames = tuple(name for source in sources for name in source.classnames)
-        self.digest = " ".join(f"{weight}*{digest(source)}" for weight, source in zip(weights, sources, strict=True))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the shares and the contents of the sources."""
+        shares = [share for share, _ in self.parts]
+        return combined(f"{share}*{digest(source)}" for share, source in zip(shares, self.sources, strict=True))
 
     @property
     def templates(self) -> tuple[str, ...] | None:
@@ -57,12 +65,12 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Record:
         part = bisect.bisect_right(self._stops, index)
-        record = self._sources[part][index - (self._stops[part - 1] if part else 0)]
-        if not self._sources[part].classnames:
+        record = self.sources[part][index - (self._stops[part - 1] if part else 0)]
+        if not self.sources[part].classnames:
             return record
         if not isinstance(record.label, int):
             raise ValueError(f"{record.name}: images of several classes cannot be mixed with others")
-        valid = 0 <= record.label < len(self._sources[part].classnames)
+        valid = 0 <= record.label < len(self.sources[part].classnames)
         return dataclasses.replace(record, label=record.label + self._first_label[part] if valid else -1)
 
 

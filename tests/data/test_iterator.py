@@ -1,0 +1,55 @@
+"""The place in the data goes with the data: that of others is refused, naming what differs."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import pytest
+
+from tclip_jax.data.images import Preprocess
+from tclip_jax.data.iterator import TrainIterator
+from tclip_jax.data.pipeline import train_iterator
+from tclip_jax.data.sources import open_source
+from tclip_jax.data.tokenizer import Tokenizer
+from tests.data.sources.layouts import LAYOUTS, Layout, files_of, laid_out
+
+PIXELS = Preprocess((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def iterator(spec: str, **changes: Any) -> TrainIterator:
+    arguments: dict[str, Any] = {"augment": "none", "templates": "simple", "batch_size": 4, "seed": 0}
+    return train_iterator(
+        open_source(spec, "train"), tokenizer=Tokenizer(12), preprocess=PIXELS, **(arguments | changes)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_place_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.Path) -> None:
+    spec = laid_out(layout, tmp_path / "data", (1, 2, 3, 4))
+    data = iterator(spec)
+    next(data)
+    state = data.get_state()
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    iterator(spec.replace("/data", "/copy"), batch_size=2).set_state(state)
+
+    # The images of others under the same names, of the same size, and with the old times.
+    laid_out(layout, tmp_path / "other", (5, 6, 7, 8), ("a red triang", "a dog on a mat", "no cat", "a tall free"))
+    for name, status in files_of(tmp_path / "data").items():
+        (tmp_path / "data" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        os.utime(tmp_path / "data" / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    where = r"parts\.1\.content" if layout.__name__ == "mixture" else "content"
+    with pytest.raises(ValueError, match=rf"not those of the checkpoint \({where}: '\w+', not '\w+'\): give it those"):
+        iterator(spec).set_state(state)
+
+
+def test_another_seed_and_the_places_of_older_versions_are_refused() -> None:
+    data = iterator("digits")
+    with pytest.raises(ValueError, match=r"\(seed: 0, not 1\)"):
+        iterator("digits", seed=1).set_state(data.get_state())
+    for old in ({"next_index": 3}, {"samples": 8, "data": "0:1400:"}, 3, None):
+        with pytest.raises(ValueError, match=re.escape(str(old)) + ".*older version wrote it.*by config.init"):
+            data.set_state(old)  # type: ignore[arg-type]
