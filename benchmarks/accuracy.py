@@ -28,14 +28,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs.accuracy import VARIANTS
+from tclip_jax import keys
 from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.artifacts.sizes import ternary_share, zero_share
+from tclip_jax.data.sources import described, open_source
+from tclip_jax.data.sources.content import contents
+from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.probe import t_interval
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.recipes import load_recipe
+from tclip_jax.runs.record import software
 from tclip_jax.schema import count, number
 from tclip_jax.storage import atomic_folder, write_atomic
 from tclip_jax.training.config import run_config
@@ -53,9 +58,23 @@ COPIES = {"cifar10": 4, "emoji": 16}
 
 
 def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: int) -> None:
-    """Writes the images of one data set as folders that `folder:` reads, whole or not at all, if it is not there."""
+    """Writes the images of one data set as folders that `folder:` reads, whole or not at all, if it is not there.
+
+    Raises:
+      ValueError: what is there was made of other archives, or with other settings.
+    """
+    archives = sorted((shared / data).glob("*.tar*"))
+    made_by = keys.recipe(
+        archives={path.name: content for path, content in zip(archives, contents(map(str, archives)), strict=True)},
+        per_class=per_class,
+    )
+    note = folder.with_name(f"{folder.name}.json")
     if folder.exists():
+        if differs := keys.difference(json.loads(note.read_text()) if note.exists() else {}, made_by):
+            raise ValueError(f"{folder}: it was laid out otherwise ({differs}): choose another --out")
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(epath.Path(note), json.dumps(made_by, indent=2) + "\n")
     with atomic_folder(folder) as building:
         for name, content in (_cifar10 if data == "cifar10" else _emoji)(shared / data, per_class):
             path = building / name
@@ -140,18 +159,26 @@ def prepare_teacher(args: argparse.Namespace, data: str) -> None:
 
 
 def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, seed: int) -> dict[str, float]:
-    """Trains and evaluates one variant with one seed, or reads what came of it earlier."""
+    """Trains and evaluates one variant with one seed, or reads what came of it earlier.
+
+    Raises:
+      ValueError: what came of it earlier was made otherwise.
+    """
     folder = place(args, data)
     name = f"{who}-{'distilled' if distilled else 'plain'}-{seed}"
     path = folder / "results" / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
     config = recipe(args, data, who, distilled)
     config.seed = seed
     if distilled and who in IN_THE_STEP:
         config.teacher = str(folder / "teacher")
     elif distilled:
         config.data.teacher_cache = str(folder / "cache")
+    made_by = _made_by(config, data, folder if distilled else None)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if differs := keys.difference(kept.get("made_by", {}), made_by):
+            raise ValueError(f"{path}: this result was made otherwise ({differs}): choose another --out")
+        return kept["result"]
     model = train(config, folder / "runs" / name)
     params = pack_params(model.params, model.rules)
     encoder = Encoder(Model(model.config, model.preprocess, params), batch_size=256)
@@ -170,8 +197,22 @@ def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, s
         if who == "average":
             result[metric] = _of_average(folder / "runs" / name, split, measured)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(epath.Path(path), json.dumps(result, indent=2) + "\n")
+    write_atomic(epath.Path(path), json.dumps({"made_by": made_by, "result": result}, indent=2) + "\n")
     return result
+
+
+def _made_by(config: Any, data: str, taught_in: pathlib.Path | None) -> keys.Recipe:
+    """All that decides a result: configuration, images, teacher, version; not where they lie."""
+    places = {"data.source": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
+    settled = config.copy_and_resolve_references()
+    settled.update_from_flattened_dict(places)
+    splits = sorted({"train", *(split for split, _ in METRICS[data].values())})
+    return keys.recipe(
+        config=json.loads(settled.to_json()),
+        data={split: described(open_source(config.data.source, split)) for split in splits},
+        teacher=TeacherCache.open(taught_in / "cache").made_by if taught_in else None,
+        version=software()["tclip_jax"],
+    )
 
 
 def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
@@ -251,6 +292,23 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of the table; raises ValueError where something in OUT was made otherwise."""
+    rows = []
+    for data in args.data:
+        lay_out(pathlib.Path(args.out) / "data" / data, shared, data, 20 if args.quick else 10**6)
+        prepare_teacher(args, data)
+        results: dict[tuple[str, bool], list[dict[str, float]]] = {}
+        for seed in range(args.seeds):
+            for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
+                found = experiment(args, data, who, distilled, seed)
+                results.setdefault((who, distilled), []).append(found)
+                figures = ", ".join(f"{metric} {found[metric]:.2%}" for metric in METRICS[data])
+                print(f"{data} seed {seed} {who}{'' if distilled else ', plain'}: {figures}", flush=True)
+        rows += [row for who, distilled in results for row in summarize(data, who, distilled, results)]
+    return rows
+
+
 def main() -> int:
     """Prints a line as each experiment ends, then the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
@@ -274,18 +332,11 @@ def main() -> int:
     if not shared.is_dir():
         print(f"{shared}: no real images there; set TCLIP_TEST_DATA", file=sys.stderr)
         return 2
-    rows = []
-    for data in args.data:
-        lay_out(pathlib.Path(args.out) / "data" / data, shared, data, 20 if args.quick else 10**6)
-        prepare_teacher(args, data)
-        results: dict[tuple[str, bool], list[dict[str, float]]] = {}
-        for seed in range(args.seeds):
-            for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
-                found = experiment(args, data, who, distilled, seed)
-                results.setdefault((who, distilled), []).append(found)
-                figures = ", ".join(f"{metric} {found[metric]:.2%}" for metric in METRICS[data])
-                print(f"{data} seed {seed} {who}{'' if distilled else ', plain'}: {figures}", flush=True)
-        rows += [row for who, distilled in results for row in summarize(data, who, distilled, results)]
+    try:
+        rows = measured(args, shared)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(table(rows))
     if args.plot:
         picture(rows).savefig(args.plot, metadata={"Date": None} if args.plot.endswith(".svg") else None)

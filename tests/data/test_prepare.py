@@ -103,8 +103,18 @@ def test_what_is_refused(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="digits: its images have classes, not captions"):
         plan("digits", "train", 10)
     begin(tmp_path, "toy", "train", parts)
-    with pytest.raises(ValueError, match=r"plan\.json: this data set is made from other samples"):
+    with pytest.raises(
+        ValueError, match=r"plan\.json: this data set is made from other samples \(it has 4 parts, not 2\)"
+    ):
         begin(tmp_path, "toy", "train", parts[:2])
+    shard = tars / "00001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"and a line", b"and a lime"))
+    with pytest.raises(ValueError, match=r"part 1 of wds:.*/00001\.tar: content: '\w+', not '\w+'\): choose another"):
+        begin(tmp_path, "toy", "train", plan(f"wds:{tars}/*.tar", "train", 10))
+    old = [[part.source, 0, None] for part in parts]
+    (tmp_path / "toy" / "1.0.0" / "prepared" / "train" / "plan.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="part 0 was made by an older version, which kept no content"):
+        begin(tmp_path, "toy", "train", parts)
     empty = plan(f"wds:{tars}/00003.tar", "train", 10)
     target = begin(tmp_path, "empty", "train", empty)
     prepare_part(target, 0, empty[0])

@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from tclip_jax.data.images import normalize
 from tclip_jax.data.pipeline import train_iterator
@@ -117,7 +118,9 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     again = write_cache(folder, run, str(tmp_path / "teacher"), **SIZES)
     assert (folder / "00001.npy").read_bytes() == (tmp_path / "was.npy").read_bytes() and again == cache
     assert (folder / "00000.npy").stat().st_mtime_ns == first
-    with pytest.raises(ValueError, match=r"cache\.json: this cache has copies 2, not 3: choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"cache\.json: this cache is another one \(copies: 2, not 3\): choose another"
+    ):
         write_cache(folder, run, str(tmp_path / "teacher"), copies=3, file_rows=1000)
 
     loop.train(cached, tmp_path / "student")
@@ -142,7 +145,9 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
         )
 
     cached.data.augment = "none"
-    with pytest.raises(ValueError, match="the teacher saw augment affine, not none"):
+    with pytest.raises(
+        ValueError, match=r"the teacher saw something else \(augment: 'affine', not 'none'\): make another"
+    ):
         loop.train(cached, tmp_path / "other")
     cached.data.augment = "affine"
     broken = pathlib.Path(shutil.copytree(folder, tmp_path / "broken"))
@@ -162,10 +167,61 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     with pytest.raises(ValueError, match=r"00000\.npy: row 999 is not there: the file was cut short"):
         opened.read(999, 0)
     (folder / MANIFEST).write_text(json.dumps({"teacher": "x"}))
-    with pytest.raises(ValueError, match=r"cache\.json lacks 'embed_dim'"):
+    with pytest.raises(ValueError, match=r"cache\.json lacks 'source'"):
         TeacherCache.open(folder)
     with pytest.raises(FileNotFoundError, match="expected a folder written by `tclip teacher-cache`"):
         TeacherCache.open(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path
+) -> None:
+    for number in range(8):
+        path = tmp_path / "data" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * number, 0, 0)).save(path, compress_level=0)
+    config.data.update({"source": f"folder:{tmp_path}/data", "templates": ("a {c}",)})
+    config.steps, teacher, cache = 1, str(tmp_path / "teacher"), tmp_path / "cache"
+    loop.train(config, teacher)
+    run = run_config(config)
+    made = write_cache(cache, run, teacher, copies=1, batch_size=8)
+    config.data.teacher_cache, config.loss.crd = str(cache), 1.0
+    run = run_config(config)
+    assert open_cache(run, open_source(run.data.source, "train")) == made
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # the data may move
+    assert open_cache(run, open_source(f"folder:{tmp_path}/copy", "train")).made_by == made.made_by
+
+    # Another image of the same size under its name; other captions under the name of the same templates.
+    image = tmp_path / "data" / "cat" / "1.png"
+    was = image.read_bytes()
+    Image.new("RGB", (20, 20), (31, 0, 0)).save(image, compress_level=0)
+    assert len(image.read_bytes()) == len(was)
+    for refused in (
+        lambda: loop.train(config, tmp_path / "student"),
+        lambda: write_cache(cache, run, teacher, copies=1, batch_size=8),
+    ):
+        with pytest.raises(ValueError, match=r"data\.content: '\w+', not '\w+'"):
+            refused()
+    image.write_bytes(was)
+    assert not (tmp_path / "student").exists()
+    config.data.templates = ("the {c}",)
+    with pytest.raises(ValueError, match=r"saw something else \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
+        open_cache(run_config(config))
+
+    # Another teacher in the same place, and the manifest of an older version.
+    config.data.update({"templates": ("a {c}",), "teacher_cache": ""})
+    config.seed, config.loss.crd = 1, 0.0
+    shutil.rmtree(teacher)
+    loop.train(config, teacher)
+    config.seed = 0
+    with pytest.raises(ValueError, match=r"made_by\.teacher: '\w+', not '\w+'\): choose another folder"):
+        write_cache(cache, run_config(config), teacher, copies=1, batch_size=8)
+    old = json.loads((cache / MANIFEST).read_text())
+    old["inputs"] = old.pop("made_by")
+    (cache / MANIFEST).write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"cache\.json: an older version wrote it.*make it in a new folder"):
+        TeacherCache.open(cache)
 
 
 PROCESS = """
