@@ -30,6 +30,7 @@ from tclip_jax.evaluation.report import write_report
 from tclip_jax.evaluation.zero_shot import Outcome, classify
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.recipes import load_recipe
+from tclip_jax.runs.steps import saved_steps
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
@@ -56,6 +57,8 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     suffix = f",{mode}" if mode else ""
     teacher_config, student_config = load_recipe(f"{recipe}:teacher{suffix}"), load_recipe(f"{recipe}:student{suffix}")
     student_config.teacher = str(workdir / "teacher")
+    steps = teacher_config.steps + student_config.steps
+    steps_before = sum(max(saved_steps(workdir / name / "checkpoints"), default=0) for name in ("teacher", "student"))
     _logger.info("training the teacher: full precision, %d steps", teacher_config.steps)
     models = {"teacher": train(teacher_config, workdir / "teacher")}
     _logger.info("training the student: ternary, %d steps", student_config.steps)
@@ -105,13 +108,16 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         overwrite=True,
     )
     _write_picture(workdir, params, source, outcome, student, templates)
-    summary["seconds"] = time.perf_counter() - started
+    # Of this call: what an earlier one has done is not in it.
+    summary |= {"seconds": time.perf_counter() - started, "steps": steps, "steps_before": steps_before}
     write_atomic(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def summary_table(summary: dict[str, Any]) -> str:
     """The summary aligned for a terminal, shares in per cent."""
+    before, steps = summary.get("steps_before", 0), summary.get("steps", 0)
+    done = f"; {before:,} of {steps:,} training steps were there before" if before else ""
     rows = (
         ("teacher accuracy", f"{summary['teacher_accuracy']:.2%}", "full precision, zero-shot on held-out images"),
         ("student accuracy", f"{summary['student_accuracy']:.2%}", "ternary, evaluated from the packed artifact"),
@@ -124,7 +130,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         ),
         ("compression, real", f"{summary['compression_real']:.2f}x", "float32 bytes / bytes of the weight files"),
         ("artifact", f"{summary['artifact_bytes']:,} B", "its weight files"),
-        ("time", f"{summary['seconds']:.0f} s", "training, evaluation, packing, export"),
+        ("time", f"{summary['seconds']:.0f} s", f"training, evaluation, packing, export{done}"),
     )
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {what}" for name, value, what in rows)

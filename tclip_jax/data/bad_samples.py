@@ -37,12 +37,12 @@ class BadSamples:
         self.path, self._max_share, self._epoch = path and epath.Path(path), max_share, epoch
         self._lines: dict[str, str] = {}
         self._listed: Counter[str] = Counter()
+        self._cut = False  # by a crash, within a line, with which the next must not go on
         if self.path and self.path.exists():
             *whole, cut = self.path.read_text().split("\n")
             self._lines = {json.loads(line)["name"]: line for line in whole}
             self._listed.update(json.loads(line)["kind"] for line in whole)
-            if cut:  # by a crash: the next line must not go on with it
-                write_atomic(self.path, "".join(line + "\n" for line in whole))
+            self._cut = bool(cut)
         self._warned, self._next = 0, 2 * _SHOWN
         self._lock = threading.Lock()
         self._seen = 0.0
@@ -60,7 +60,9 @@ class BadSamples:
             self._warn(name, reason)
             if not self.path:
                 return
-            if is_local(self.path):
+            if self._cut:
+                self.write()
+            elif is_local(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
                     file.write(self._lines[name] + "\n")
@@ -78,6 +80,7 @@ class BadSamples:
 
     def write(self) -> None:
         """Writes the whole file."""
+        self._cut = False
         if self.path and self._lines:
             write_atomic(self.path, "".join(line + "\n" for line in self._lines.values()))
 
