@@ -25,12 +25,13 @@ from tclip_jax.runs.steps import decided
 from tclip_jax.training.config import base_config
 
 _FIXED = ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit")
-# Keys of which no weight depends, but for the rounding of sums in another order, and where the same data lies.
+# Keys that no weight depends on, but for the rounding of sums in another order.
 _FREE = (
     *("mesh.", "checkpoint.", "eval.", "evals", "remat", "telemetry_every", "log_every", "max_skipped_steps"),
-    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "teacher.source"),
-    *("data.source", "data.workers", "data.microbatches", "data.max_bad_share", "data.teacher_cache", "software."),
+    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "software."),
+    *("data.workers", "data.microbatches", "data.max_bad_share"),
 )
+_PLACES = ("teacher.source", "data.source", "data.teacher_cache")  # of what is known by its content
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +90,11 @@ class Resume:
         steps = resolved["steps"]
         if self._step > steps:
             raise ValueError(f"{path}: this run has done {self._step} steps, more than config.steps = {steps}")
-        deciding = {key: value for key, value in changed.items() if not key.startswith(_FREE)}
+        deciding = {
+            key: values
+            for key, values in changed.items()
+            if not key.startswith(_FREE) and not (key in _PLACES and all(values))
+        }
         if self._step == steps and deciding:
             raise ValueError(
                 f"{path}: this run has done all its {steps} steps with other values: {in_words(deciding)}; raise"

@@ -70,6 +70,7 @@ def test_what_changes_is_logged_and_kept(
         ({"init": "runs/a"}, 5, r"config\.init = , not runs/a"),
         ({"steps": 4}, 5, r"this run has done 5 steps, more than config\.steps = 4"),
         ({"loss.crd": 3.0}, 8, r"done all its 8 steps with other values: loss\.crd 0\.0 → 3\.0; raise config\.steps"),
+        ({"teacher": "runs/a"}, 8, r"with other values: teacher\.source \"\" → runs/a; raise"),
         ({"data.augment": "strong"}, 8, r"with other values: data\.augment none → strong; raise"),
     ],
 )
