@@ -106,13 +106,16 @@ def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
 def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe:
     """All that decides, beside the seed, which images and texts a sample can become; the data themselves if open."""
     pixels = dataclasses.asdict(run.preprocess)
+    opened: dict[str, Any] = {}
+    if source is not None:
+        captions = prompts.templates_for(source, run.data.templates) if source.classnames else ()
+        opened = {"data": described(source), "templates": captions}
     return keys.recipe(
-        templates=prompts.get_templates(run.data.templates),
         augment=run.data.augment,
         draws=DRAWS,
         context_length=run.model.text.context_length,
         **{name: pixels[name] for name in ("size", "interpolation", "resize_mode")},
-        **({} if source is None else {"data": described(source)}),
+        **opened,
     )
 
 

@@ -207,7 +207,7 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     assert not (tmp_path / "student").exists()
     config.data.templates = ("the {c}",)
     with pytest.raises(ValueError, match=r"saw something else \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
-        open_cache(run_config(config))
+        open_cache(run_config(config), open_source(config.data.source, "train"))
 
     # Another teacher in the same place, and the manifest of an older version.
     config.data.update({"templates": ("a {c}",), "teacher_cache": ""})

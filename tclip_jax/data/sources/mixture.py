@@ -55,7 +55,7 @@ class Mixture:
         Raises:
           ValueError: they differ.
         """
-        stated = {getattr(source, "templates", None) for source in self._sources if source.classnames}
+        stated = {getattr(source, "templates", None) for source in self.sources if source.classnames}
         if len(stated) > 1:
             raise ValueError("the parts of the mixture state other templates than each other: say which are to be used")
         return next(iter(stated), None)

@@ -77,9 +77,9 @@ class Webdataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the contents of the tars, and the kind and names of the classes."""
-        shards = [str(self._shard(number)) for number in range(self._count)]
-        return combined([self.kind, *self.classnames, *contents(shards, total=len(shards))])
+        """Of the contents of the tars and the templates, and the kind and names of the classes."""
+        files = [*map(self._shard, range(self._count)), self._folder / TEMPLATES]
+        return combined([self.kind, *self.classnames, *contents(map(str, files), total=len(files))])
 
     def __len__(self) -> int:
         return len(self._samples)
