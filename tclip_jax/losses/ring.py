@@ -66,7 +66,7 @@ def _backward(ring: Ring, kept: Any, cotangent: Sums) -> tuple[Side, Side]:
 
             to_rows, to_columns, columns = state
             to_rows, to_chunks = jax.lax.scan(add, to_rows, _split((columns, to_columns), ring))
-            return to_rows, *_send_on((_join(to_chunks), columns), ring)
+            return to_rows, *_send_on((_join(to_chunks, len(columns.student)), columns), ring)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (_floats(rows), _floats(columns)))
         start = *_varying(zeros, ring), columns
@@ -106,11 +106,21 @@ def _send_on(tree: Any, ring: Ring) -> Any:
 
 
 def _split(tree: Any, ring: Ring) -> Any:
-    """Samples (B, …) as equal chunks (B / C, C, …) of at most `ring.chunk`."""
+    """Samples (B, …) as the fewest equal chunks (N, C, …) of at most `ring.chunk`.
+
+    The last is filled up with zeros, which as `Side.real` are samples that do not exist: they change no sum.
+    """
     samples = len(jax.tree.leaves(tree)[0])
-    size = next(size for size in range(min(ring.chunk, samples), 0, -1) if samples % size == 0)
-    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+    chunks = -(-samples // ring.chunk)
+    size = -(-samples // chunks)
+
+    def split(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, [(0, chunks * size - samples), *[(0, 0)] * (x.ndim - 1)])
+        return filled.reshape(chunks, size, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
-def _join(chunks: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)
+def _join(chunks: Any, samples: int) -> Any:
+    """Undoes `_split`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:samples], chunks)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses import contrastive, distillation, ring
 from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.rows import compare, compare_rows
 
@@ -131,7 +131,9 @@ def test_one_device_has_the_losses_and_slopes_of_numpy() -> None:
         ((4, 2, 1), None, True),
         ((8, 1, 1), Ring(AXES), True),
         ((2, 2, 2), Ring(AXES, 2), False),
-        ((1, 4, 2), Ring(AXES, 3), True),  # chunks of two, the largest that divide eight
+        ((1, 4, 2), Ring(AXES, 3), True),  # three chunks of three, with a sample that does not exist
+        ((2, 1, 4), Ring(AXES, 5), False),  # four of four
+        ((1, 2, 4), Ring(AXES, 7), True),  # three of six, with two
         ((1, 1, 8), Ring(AXES, 8), False),  # a ring of one
     ],
 )
@@ -175,6 +177,16 @@ def test_in_a_ring_no_device_ever_holds_more_rows_than_its_own() -> None:
     text = program(Ring(AXES, 16), 8 * 96)
     assert "collective-permute" in text and "all-gather" not in text
     assert max(dimensions(text)) == 96 and not re.search(r"\[96,96\]", text) and "[96,16]" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "chunk"), [(1031, 1024, 516), (97, 32, 25), (8, 8, 8), (7, 100, 7), (5, 1, 1)]
+)
+def test_chunks_are_the_fewest_whatever_the_number_of_rows(rows: int, most: int, chunk: int) -> None:
+    x = np.arange(2 * rows).reshape(rows, 2)
+    parts = ring._split({"a": x, "real": np.ones(rows, bool)}, Ring(AXES, most))
+    assert parts["a"].shape == (-(-rows // most), chunk, 2) and parts["real"].sum() == rows
+    np.testing.assert_array_equal(ring._join(parts["a"], rows), x)
 
 
 def test_gathered_every_device_holds_its_rows_of_the_logits_only() -> None:
