@@ -7,6 +7,7 @@ import difflib
 import importlib
 import keyword
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,11 @@ COMMANDS = {
     "completion": "a script by which a shell completes commands and options",
 }
 
+# Lines by which Orbax's other threads tell of an error that the one that had it has told.
+_SAID_AGAIN = re.compile(
+    r"thread=write_metadata_after_commits\]|Failed to run \d+ Handler Commit operations|Save Finalize thread \("
+)
+
 EXIT_CODES = """Exit codes:
   0    done
   1    a check found a difference or a fault, or an input was left out; or a bug of this program
@@ -70,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, parser = _module(name), argparse.ArgumentParser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
     args = parser.parse_args(_split_overrides(arguments[words:]))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("tclip_jax").setLevel(logging.INFO)
-    # Orbax warns of files that it does not need, and logs the traceback of what it then raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    start_logging(args.debug)
     try:
         with tqdm.contrib.logging.logging_redirect_tqdm():
             code: int | None = module.run(args)
@@ -86,6 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tclip {name}: {_told(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
+
+
+def start_logging(debug: bool = False) -> None:
+    """Logs to stderr: our own progress, and warnings of others; of absl, by which Orbax and Grain log, its errors."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("tclip_jax").setLevel(logging.INFO)
+    absl = logging.getLogger("absl")
+    absl.setLevel(logging.ERROR)  # Orbax warns of files that it does not need
+    absl.removeFilter(_in_a_line) if debug else absl.addFilter(_in_a_line)
+
+
+def _in_a_line(record: logging.LogRecord) -> bool:
+    """Shortens an error of absl to its line, without traceback; False for what Orbax says again of the same failure."""
+    message = " ".join(record.getMessage().partition(" [source locations")[0].split())
+    record.msg, record.args, record.exc_info, record.exc_text = message, (), None, None
+    return not _SAID_AGAIN.search(message)
 
 
 def whole_parser() -> argparse.ArgumentParser:

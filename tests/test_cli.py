@@ -188,3 +188,34 @@ def test_python_m_is_the_same_and_imports_no_jax_for_help() -> None:
 def test_importing_the_package_and_its_cli_imports_neither_jax_nor_flax() -> None:
     code = "import sys, tclip_jax.cli; print(tclip_jax.__version__, {'jax', 'flax', 'torch'} & set(sys.modules))"
     assert re.fullmatch(r"\d+\.\d+\.\d+\S* set\(\)\n", python("-c", code).stdout)
+
+
+ORBAX = """
+import resource, sys
+from tclip_jax.cli import start_logging
+start_logging(sys.argv[2] == "debug")
+import jax.numpy as jnp
+from absl import logging as absl
+from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.policy import CheckpointConfig
+absl.warning("a file that nobody needs")
+absl.error("a worker of Grain has ended: %s", "why")
+with Checkpoints(sys.argv[1], CheckpointConfig()) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(1, {"params": {"w": jnp.arange(60000.0)}}, {})
+        checkpoints.wait()
+    except ValueError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def test_errors_of_orbax_and_grain_are_shown_each_in_one_line(tmp_path: pathlib.Path) -> None:
+    ran = python("-c", ORBAX, str(tmp_path / "c"), "")
+    assert "checkpoint could not be written" in ran.stdout, ran.stderr
+    first, second = ran.stderr.splitlines()
+    assert first == "ERROR a worker of Grain has ended: why"
+    assert second.startswith("ERROR ") and "Failed to write" in second and "File too large" in second
+    ran = python("-c", ORBAX, str(tmp_path / "d"), "debug")
+    assert "Traceback" in ran.stderr and "Save Finalize thread" in ran.stderr and "nobody needs" not in ran.stderr

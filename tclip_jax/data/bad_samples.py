@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from etils import epath
@@ -106,11 +106,10 @@ class BadSamples:
         if self._seen >= _FEWEST:
             self._judge("the last", sum(self._kinds.values()), self._seen, _counted(self._kinds))
 
-    def resume(self, lines: Iterable[Mapping[str, Any]], samples: int) -> None:
-        """Counts the steps before those that `check` is told of, for `finish`, by their lines in metrics.jsonl."""
-        for line in lines:
-            self._whole.update({kind: int(line.get(f"bad/{kind}") or 0) for kind in FAULTS[1:]})
-            self._samples += samples
+    def resume(self, counts: Mapping[str, float], samples: int) -> None:
+        """Counts for `finish` the bad samples, by kind, of the steps before those that `check` will be told of."""
+        self._whole.update({kind: int(count) for kind, count in counts.items()})
+        self._samples += samples
 
     def finish(self) -> None:
         """Judges a whole run at its end, be it ever so short, and logs how many of its samples were bad.

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from tclip_jax.parallel.failures import is_agreed
 from tclip_jax.parallel.processes import Processes, find_processes
 from tclip_jax.parallel.rendezvous import LostProcess, meet
 
@@ -29,7 +30,7 @@ def distributed() -> Iterator[None]:
     """Connects this process with the others of its run for a block; does nothing where it is the only one.
 
     Must be entered before jax looks for devices. After an error in the block the program ends without waiting for the
-    others, who may be waiting for this one: they are told by their connections.
+    others, who may be waiting for this one: they are told by their connections. One that all raise is waited for.
 
     Raises:
       LostProcess: the others did not come in time, or one went away during the block.
@@ -59,6 +60,9 @@ def distributed() -> Iterator[None]:
         jax.distributed.shutdown()  # decided together
         raise
     except BaseException as error:
+        if is_agreed(error):
+            jax.distributed.shutdown()
+            raise
         lost = _lost(error)
         # jax's own way out waits for the others, and ends in a signal when they do not come.
         atexit.register(_leave, exit_code(lost or error))

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.sources import Source, digest
 from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.parallel.failures import together
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.prefetch import DevicePrefetch
 from tclip_jax.training.batches import Batches
@@ -28,7 +29,9 @@ def open_feed(
         process.
     """
     process = jax.process_index()
-    digests = gather_json(digest(source))
+    with together():
+        own = digest(source)
+    digests = gather_json(own)
     if other := next((i for i, each in enumerate(digests) if each != digests[0]), None):
         raise ValueError(
             f"{run.data.source}: process {other} sees other data than process 0 ({digests[other]}, not {digests[0]}); "

@@ -100,6 +100,8 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
             time.sleep(step_seconds)
         share = waited / (time.perf_counter() - started) if step_seconds else None
         data.close()
+    if not weight:
+        raise ValueError(f"{run.data.source}: not one of {images:,} images can be used, so their speed means nothing")
     per_core = images / worked if worked else None
     return InputSpeed(workers, first, images / spent, per_core, share, peak[0] if peak else None, 1 - weight / images)
 

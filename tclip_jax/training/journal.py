@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.parallel.failures import raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.training.speed import Speed
 from tclip_jax.training.telemetry import Telemetry
@@ -43,6 +45,7 @@ class Journal:
         self._steps, self._max_skipped = steps, max_skipped
         self._bad, self._batch_size = bad, batch_size
         self._skipped, self._pending = 0, dict[int, Mapping[str, Any]]()
+        self._names: set[str] = set()
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes what `step` will have measured, and writes what is pending.
@@ -62,20 +65,33 @@ class Journal:
             line = self._speed.line(step, self._steps, values)
             if line and jax.process_index() == 0:
                 _logger.info("%s", line)
-            if self._bad:
-                self._bad.check(values, self._batch_size)
-            self._judge(step, values)
+            with raised_by_all():
+                if self._bad:
+                    self._bad.check(values, self._batch_size)
+                self._judge(step, values)
 
     def finish(self) -> None:
         """As `flush`, after the last step of a run, whose bad samples are judged as a whole."""
         self.flush()
-        if self._bad:
-            self._bad.finish()
+        with raised_by_all():
+            if self._bad:
+                self._bad.finish()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes at once what is known already."""
         self._telemetry.write(step, metrics)
         self._checkpoints.score(step, metrics)
+        self._names |= metrics.keys()
+
+    def check_measured(self, metric: str) -> None:
+        """Raises ValueError if `metric` was in none of the metrics, so that no step can be the best by it."""
+        if metric in self._names:
+            return
+        near = difflib.get_close_matches(metric, self._names, 3, 0.3)
+        raise ValueError(
+            f"config.checkpoint.best_metric: {metric!r} is not measured, so keep_best keeps nothing: choose a name of"
+            f" metrics.jsonl, such as {', '.join(near) or 'loss'}"
+        )
 
     def _judge(self, step: int, metrics: Mapping[str, float]) -> None:
         if not metrics["skipped_steps"]:

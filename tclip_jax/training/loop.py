@@ -13,20 +13,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.artifacts.model import Model
-from tclip_jax.data.sources import described, open_source
+from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.data.sources import FAULTS, described, open_source
 from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.parallel.agreement import Agreement
+from tclip_jax.parallel.failures import Failure, together
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
 from tclip_jax.runs.record import in_words
 from tclip_jax.runs.steps import saved_steps, whole_steps
+from tclip_jax.training.batches import Batches
 from tclip_jax.training.build import Architecture, Build, check_batch
 from tclip_jax.training.config import RunConfig, run_config
-from tclip_jax.training.evaluation import Evaluation
+from tclip_jax.training.evaluation import FAILED, Evaluation, EvaluationError
 from tclip_jax.training.feed import open_feed
 from tclip_jax.training.initial import start_params
 from tclip_jax.training.journal import Journal
@@ -57,7 +60,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
 
     Raises:
       ValueError: an impossible configuration, a workdir that holds another model's run, a checkpoint that cannot be
-        written, `max_skipped_steps` steps in a row that were not finite, or too many bad samples.
+        written, `max_skipped_steps` steps in a row that changed nothing, too many bad samples, or evaluations that fail
+        again and again. Of several processes all raise what one did.
       Stopped: it was asked to stop, on any process, and is saved.
     """
     run, workdir = run_config(config), epath.Path(workdir)
@@ -67,13 +71,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     check_batch(run, mesh)
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
-    source = open_source(run.data.source, run.data.split)
+    with together():
+        source = open_source(run.data.source, run.data.split)
     cache = open_cache(run, source) if run.data.teacher_cache else None
     data, bad = open_feed(run, source, workdir, mesh, cache)
     teacher, teacher_params, taught_by = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
-    evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
-    check_telemetry(run.wandb_project)
+    with together():
+        evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
+        check_telemetry(run.wandb_project)
     first = max(whole_steps(workdir / "checkpoints"), default=0)
     start, began_with = start_params(run, mesh) if not first else (None, None)
     trained_on = {"source": run.data.source, "split": run.data.split, **described(source)}
@@ -99,8 +105,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
             step_function = build.jitted_step(state)
         schedule = learning_rate_schedule(run.optimizer, run.steps)
         wandb = {"wandb_project": run.wandb_project, "config": config.to_dict()}
-        with Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb) as telemetry:
-            resume.begin()
+        with together():
+            telemetry = Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb)
+        with telemetry:
+            with together():
+                resume.begin()
             speed = Speed(run.data.batch_size, _flops(build), mesh.devices.flat, run.log_every)
             journal = Journal(
                 telemetry,
@@ -111,23 +120,28 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 bad=bad,
                 batch_size=run.data.batch_size,
             )
-            agreement = Agreement(mesh, 2)
-            written = _written_before(workdir, first, checkpoints)
+            agreement, failure = Agreement(mesh, 3), telemetry.failure
+            written = _written_before(workdir, first, checkpoints, bad, run.data.batch_size)
             # A run may have ended between a checkpoint and the evaluation of its step.
             due = [each for each in evaluations if each.is_due(first, run.steps) and not each.is_among(written)]
             _evaluate(due if first else [], journal, first, build, state, phases)
+            batch = None
             for step in range(first + 1, run.steps + 1):
                 watchdog.step(step)
-                trace.before(step)
+                with failure.kept():
+                    trace.before(step)
                 with phases.during("data"):
-                    batch = next(data)
+                    batch = _next_batch(data, batch, failure)
                 looks = run.rules and run.telemetry_every and step % run.telemetry_every == 0
                 before = look(state.params["clip"], run.rules) if looks else {}
                 with phases.during("step" if step > first + 1 else "compile"):
                     state, metrics = step_function(state, batch, teacher_params)
-                stop, late = agreement.ask((notices.code, checkpoints.is_late()))
+                stop, late, failed = agreement.ask((notices.code, checkpoints.is_late(), failure.error is not None))
+                if failed:
+                    failure.raise_everywhere()
                 journal.flush()
-                trace.after(step, metrics)
+                with failure.kept():
+                    trace.after(step, metrics)
                 rates = speed.metrics(phases.take())
                 journal.add(step, metrics | {"learning_rate": schedule(step - 1)} | rates)
                 if looks:
@@ -141,6 +155,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 ):
                     journal.finish() if step == run.steps else journal.flush()
                     telemetry.sync()
+                    failure.raise_everywhere()
                     with phases.during("checkpoint"):
                         checkpoints.save(step, state.trees(), data.position)
                 if stop:
@@ -151,6 +166,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 if due:
                     journal.flush()
                     _evaluate(due, journal, step, build, state, phases)
+                if run.checkpoint.keep_best and (step == run.steps or len(due) == len(evaluations) > 0):
+                    journal.check_measured(run.checkpoint.best_metric)
+            failure.raise_everywhere()
     return Model(run.model, run.preprocess, state.params["clip"], run.rules)
 
 
@@ -165,6 +183,20 @@ def _load_teacher(
     return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 
+def _next_batch(data: Batches, before: Any, failure: Failure) -> Any:
+    """The next batch; of several processes, on one that fails, the batch before.
+
+    With it the process takes part in a step that is not saved: all processes raise the failure first.
+    """
+    try:
+        return next(data)
+    except Exception as error:
+        if before is None or jax.process_count() == 1:
+            raise
+        failure.keep(error)
+        return before
+
+
 def _evaluate(
     evaluations: Sequence[Evaluation], journal: Journal, step: int, build: Build, state: TrainState, phases: Phases
 ) -> None:
@@ -172,10 +204,14 @@ def _evaluate(
     run = build.run
     for each in evaluations:
         with phases.during("evaluate"):
-            metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
-            if state.average is not None:
-                of_average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
-                metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
+            try:
+                metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
+                if state.average is not None and FAILED not in metrics:
+                    of_average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
+                    metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
+            except EvaluationError as error:
+                journal.write(step, error.metrics)
+                raise
         journal.write(step, metrics)
 
 
@@ -187,13 +223,26 @@ def _flops(build: Build) -> int:
     )
 
 
-def _written_before(workdir: epath.Path, step: int, checkpoints: Checkpoints) -> list[str]:
-    """Names of what metrics.jsonl has of `step`; tells `checkpoints` what it has of the steps that are saved."""
+def _written_before(
+    workdir: epath.Path, step: int, checkpoints: Checkpoints, bad: BadSamples, batch_size: int
+) -> list[str]:
+    """Names of what metrics.jsonl has of `step`.
+
+    Tells `checkpoints` what it has of the steps that are saved, and `bad` of the bad samples of all steps.
+    """
     lines: list[dict[str, Any]] = []
-    if jax.process_index() == 0:
-        saved = saved_steps(workdir / "checkpoints")
-        lines = [line for line in read_metrics(workdir) if line["step"] in saved and "trits" not in line]
-    lines = gather_json(lines)[0]
+    counts: dict[str, float] = dict.fromkeys(FAULTS[1:], 0.0)
+    steps = 0
+    with together():
+        if jax.process_index() == 0:
+            saved = saved_steps(workdir / "checkpoints")
+            for line in read_metrics(workdir):
+                lines += [line] if line["step"] in saved and "trits" not in line else []
+                steps += "loss" in line
+                for kind in FAULTS[1:]:
+                    counts[kind] += line.get(f"bad/{kind}", 0)
+    lines, counts, steps = gather_json([lines, counts, steps])[0]
+    bad.resume(counts, steps * batch_size)
     for line in lines:
         checkpoints.score(line["step"], line)
     return [name for line in lines if line["step"] == step for name in line]

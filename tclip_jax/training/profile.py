@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 from etils import epath
+
+_logger = logging.getLogger(__name__)
 
 
 class Trace:
@@ -24,9 +27,15 @@ class Trace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._running:
-            self._running = False
+        if not self._running:
+            return
+        self._running = False
+        try:
             jax.profiler.stop_trace()
+        except Exception as failure:
+            if error is None:
+                raise
+            _logger.error("%s: the trace could not be written: %s", self._folder, failure)  # the run's own error counts
 
     def before(self, step: int) -> None:
         """To be called before `step` is dispatched."""

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tclip_jax import keys
@@ -26,6 +25,7 @@ from tclip_jax.data.sources import Source, described, open_source
 from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
+from tclip_jax.parallel.failures import together
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
 from tclip_jax.parallel.rules import tree_shardings
@@ -81,12 +81,11 @@ def write_cache(
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
         for _ in range(0, len(missing), jax.process_count()):
-            for file, embeddings in itertools.islice(made, 1):
-                cache.write(file, embeddings)
-                bar.update(len(embeddings))
-            # After every file: what waits for hours at the end is taken for lost.
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("teacher cache")
+            # All wait after every file: what waits for hours at the end is taken for lost.
+            with together():
+                for file, embeddings in itertools.islice(made, 1):
+                    cache.write(file, embeddings)
+                    bar.update(len(embeddings))
     return TeacherCache.open(folder)
 
 
@@ -145,7 +144,12 @@ def _embed(
     for file in files:
         count = len(cache.rows_of(file))
         found = [encode(params, jax.device_put(next(batches), batch_sharding(mesh))) for _ in range(0, count, size)]
-        yield file, np.concatenate(found)[:count].astype(np.float16)
+        embeddings = np.concatenate(found)[:count].astype(np.float16)
+        if not np.isfinite(embeddings).all():
+            raise ValueError(
+                f"{cache.teacher}: this teacher's embeddings are not finite: a run with them would learn nothing"
+            )
+        yield file, embeddings
 
 
 def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int) -> Iterator[Any]:

@@ -15,19 +15,26 @@ from typing import Any, Self
 import jax
 import numpy as np
 import numpy.typing as npt
-import tensorboardX
 import tqdm
 from etils import epath
 
 from tclip_jax.models.trits import HISTOGRAM_EDGES
+from tclip_jax.parallel.failures import Failure
 from tclip_jax.storage import is_local, write_atomic
+from tclip_jax.training.tensorboard import EventFile
 
 
 class Telemetry:
     """A context manager that shows and writes scalars by step.
 
+    It runs on process 0 alone, so what fails is not raised there but kept in `failure`, and nothing more is written:
+    the caller raises it on all processes. Who does not gets it on leaving.
+
     On resuming, what was written of steps that will be done again is dropped from metrics.jsonl and hidden in
     TensorBoard, so that each step is there once. What is not a finite number is null in metrics.jsonl.
+
+    Attributes:
+      failure: the first error, a disk that is full or a store that is away.
 
     Raises:
       ValueError: `wandb_project` is given and wandb is not installed.
@@ -44,14 +51,14 @@ class Telemetry:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._active = jax.process_index() == 0
-        if not self._active:
+        self.failure = Failure()
+        self._first = jax.process_index() == 0
+        if not self._first:
             return
         self._wandb = _open_wandb(workdir, wandb_project, title, config) if wandb_project else None
         self._lines = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= first_step]
         self._flush()
-        tensorboard = epath.Path(workdir) / "tensorboard"
-        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=first_step + 1)
+        self._events = EventFile(epath.Path(workdir) / "tensorboard", first_step + 1)
         self._bar = tqdm.tqdm(
             total=steps,
             initial=first_step,
@@ -65,12 +72,22 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._active:
+        if not self._first:
+            return
+        with self.failure.kept():
             self._flush()
+        with self.failure.kept():
+            self._events.close()
+        with self.failure.kept():
             self._bar.close()
-            self._writer.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
+        if error is None and self.failure.error:
+            raise self.failure.error
+
+    @property
+    def _active(self) -> bool:
+        return self._first and self.failure.error is None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records the scalars of `step` and moves the bar there; of `bad/…` those that are not 0."""
@@ -78,12 +95,13 @@ class Telemetry:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
         scalars = {name: value for name, value in scalars.items() if value or not name.startswith("bad/")}
-        self._append({"step": step} | scalars)
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(scalars, step=step)
+        with self.failure.kept():
+            self._append({"step": step} | scalars)
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    self._events.scalar(name, value, step)
+            if self._wandb:
+                self._wandb.log(scalars, step=step)
         self._bar.update(step - self._bar.n)
         if "loss" in scalars:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
@@ -97,29 +115,33 @@ class Telemetry:
             path: {name: np.round(np.float64(value), 6).tolist() for name, value in each.items()}
             for path, each in values.items()
         }
-        self._append({"step": step, "trits": rounded})
-        for path, each in values.items():
-            for name in ("zeros", "flips", "scale", "drift", "saturated"):
-                self._writer.add_scalar(f"{name}/{path}", float(each[name].mean()), step)
-            self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
+        with self.failure.kept():
+            self._append({"step": step, "trits": rounded})
+            for path, each in values.items():
+                for name in ("zeros", "flips", "scale", "drift", "saturated"):
+                    self._events.scalar(f"{name}/{path}", float(each[name].mean()), step)
+                self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
 
     def sync(self) -> None:
         """Waits until all that was written is in metrics.jsonl, and on a local disk."""
         if not self._active:
             return
-        if is_local(self._path):
-            with self._path.open("a") as file:
-                os.fsync(file.fileno())
-        else:
-            self._flush()
+        with self.failure.kept():
+            self._events.flush()
+            if is_local(self._path):
+                with self._path.open("a") as file:
+                    os.fsync(file.fileno())
+            else:
+                self._flush()
 
     def _write_histogram(self, name: str, shares: npt.NDArray[np.floating], step: int) -> None:
         """Of |w| / s; the last bin, which has no end, is drawn as wide as the others."""
         width = HISTOGRAM_EDGES[1]
         limits = [*HISTOGRAM_EDGES[1:], HISTOGRAM_EDGES[-1] + width]
         centres = np.array(limits) - width / 2
-        self._writer.add_histogram_raw(
+        self._events.histogram(
             name,
+            step,
             min=0.0,
             max=limits[-1],
             num=1.0,
@@ -127,7 +149,6 @@ class Telemetry:
             sum_squares=float(shares @ centres**2),
             bucket_limits=limits,
             bucket_counts=shares.tolist(),
-            global_step=step,
         )
 
     def _append(self, values: dict[str, Any]) -> None:

@@ -91,8 +91,8 @@ class Watchdog:
         while not self._closing.wait(self._every):
             try:
                 self._look()
-            except OSError as error:  # the disk may be what hangs
-                _logger.warning("%s: cannot keep heartbeats: %s", self._folder, error)
+            except Exception as error:  # the disk may be what hangs; the watch must not end, whatever it is
+                _logger.warning("%s: cannot keep heartbeats: %s: %s", self._folder, type(error).__name__, error)
 
     def _look(self) -> None:
         if self._phases.now in _UNLIMITED:

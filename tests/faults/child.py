@@ -16,6 +16,7 @@ from tclip_jax.runs import checkpoints
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.training.batches import Batches
 from tclip_jax.training.objective import Objective
+from tclip_jax.training.telemetry import Telemetry
 
 
 def before_batch(number: int, fault: Any) -> None:
@@ -86,6 +87,28 @@ def hang(batch: str) -> None:
     """Process 1 never gets that batch."""
     if os.environ.get("TCLIP_PROCESS_ID") == "1":
         before_batch(int(batch), lambda: time.sleep(3600))
+
+
+def lost(batch: str) -> None:
+    """Process 1 cannot read that batch."""
+    if os.environ.get("TCLIP_PROCESS_ID") == "1":
+
+        def fail() -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "shard 7")
+
+        before_batch(int(batch), fail)
+
+
+def metrics(step: str) -> None:
+    """No space is left for the metrics of that step, which process 0 alone writes."""
+    append = Telemetry._append
+
+    def fail(self: Telemetry, values: dict[str, Any]) -> None:
+        if values["step"] == int(step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        append(self, values)
+
+    Telemetry._append = fail  # type: ignore[method-assign]
 
 
 def worker(batch: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tclip_jax.cli import main
 from tclip_jax.parallel import distributed as module
 from tclip_jax.parallel.distributed import distributed, exit_code, local_gpus
+from tclip_jax.parallel.failures import agreed
 from tclip_jax.parallel.processes import Processes
 from tclip_jax.parallel.rendezvous import LostProcess
 
@@ -76,6 +77,7 @@ def one_of_two(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     [
         (None, None, "shutdown"),
         (SystemExit(75), SystemExit, "shutdown"),  # all processes end so, and wait for each other
+        (agreed(ValueError("too many bad samples")), ValueError, "shutdown"),  # as do those who raise together
         (ValueError("config has no 'stepz'"), ValueError, 2),
         (OSError("disk full"), OSError, 2),
         (KeyboardInterrupt(), KeyboardInterrupt, 130),

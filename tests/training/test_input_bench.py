@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tclip_jax import cli
+from tclip_jax.training import input_bench
+from tclip_jax.training.config import base_config, run_config
 from tclip_jax.training.input_bench import process_memory
 
 HOLD = """
@@ -43,3 +45,15 @@ def test_the_command_measures_each_number_of_workers(capsys: pytest.CaptureFixtu
     assert speed["workers"] == 0 and speed["images_per_second"] > 1 and speed["weightless"] == 0
     assert 0 <= speed["wait_share"] < 1 and np.isfinite(speed["first_seconds"])
     assert speed["peak_bytes"] is None or speed["peak_bytes"] > 50 << 20
+
+
+def test_a_source_without_a_usable_image_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        def __next__(self) -> dict[str, np.ndarray]:
+            return {"weight": np.zeros(8, np.float32)}
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(input_bench, "train_data", lambda _: Nothing())
+    with pytest.raises(ValueError, match=r"^digits: not one of [\d,]+ images can be used"):
+        input_bench._measure(run_config(base_config()), 0, 0.01, 0.0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import logging
 import pathlib
+import tarfile
 import types
 from typing import Any, cast
 
@@ -21,11 +24,14 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.checksums import CheckpointError
+from tclip_jax.runs.steps import saved_steps
 from tclip_jax.training import loop
 from tclip_jax.training.build import Build
 from tclip_jax.training.config import run_config
 from tclip_jax.training.evaluation import Evaluation
+from tclip_jax.training.journal import Journal
 from tclip_jax.training.phases import Phases
 from tclip_jax.training.restore import load_run
 from tclip_jax.training.telemetry import Telemetry, read_metrics
@@ -177,6 +183,86 @@ def test_unreadable_image_is_counted_and_its_path_logged(
         loop.train(config, tmp_path / "run")
     assert sum(line["bad_samples"] for line in read_metrics(tmp_path / "run")) == 8
     assert str(bad) in caplog.text
+
+
+def write_tar(path: pathlib.Path, image: bytes, samples: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            for suffix, data in (("jpg", image), ("txt", b"a picture")):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_short_run_without_a_usable_sample_fails(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the command, whose exit code is 2; nothing is saved, so that the next call is not done either."""
+    monkeypatch.setenv("TCLIP_CACHE_DIR", str(tmp_path / "cache"))
+    write_tar(tmp_path / "0.tar", b"\xff\xd8\xff no image", 40)
+    config.data.update({"source": f"wds:{tmp_path}/0.tar", "max_bad_share": 1.0})
+    config.steps = 2
+    with pytest.raises(ValueError, match=r"^of all 16 samples not one can be used \(corrupt_image 16\), listed in"):
+        loop.train(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [(line["step"], line["skipped_steps"], line["bad/corrupt_image"]) for line in lines] == [
+        (1, 1, 8),
+        (2, 1, 8),
+    ]
+    assert not saved_steps(tmp_path / "run" / "checkpoints")
+
+
+def test_an_evaluation_that_can_read_nothing_ends_the_run(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path
+) -> None:
+    for i in range(4):
+        path = tmp_path / "data" / "test" / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    config.eval.update({"source": f"folder:{tmp_path}/data", "templates": "simple", "every": 1})
+    message = r"config\.eval: no result at the first evaluation: .*no image counts: 4 x unreadable image"
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 1] and lines[1] == {"step": 1, "evaluations_failed": 1.0}
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(each.nbytes for each in jax.live_arrays())
+
+
+def test_a_resumed_run_holds_its_state_once(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither the weights that it started from nor a second copy of its teacher."""
+    config.steps, before = 1, live_bytes()
+    loop.train(config, tmp_path / "teacher")
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(load_run(tmp_path / "teacher")[1].params))
+    held: dict[str, float] = {}
+    restore, flush = Checkpoints.restore, Journal.flush
+
+    def restored(self: Checkpoints, *given: Any) -> Any:
+        held["before"] = (live_bytes() - before) / weights
+        found = restore(self, *given)
+        held["restored"] = (live_bytes() - before) / weights
+        return found
+
+    def flushed(self: Journal) -> None:
+        held["step"] = (live_bytes() - before) / weights
+        flush(self)
+
+    monkeypatch.setattr(Checkpoints, "restore", restored)
+    monkeypatch.setattr(Journal, "flush", flushed)
+    config.update({"init": str(tmp_path / "teacher"), "teacher": str(tmp_path / "teacher")})
+    config.loss.crd = 1.0
+    loop.train(config, tmp_path / "run")
+    assert held["step"] == pytest.approx(4, abs=0.1)  # weights, two moments, and the teacher
+    config.steps = 2
+    loop.train(config, tmp_path / "run")
+    assert held["before"] == pytest.approx(1, abs=0.1) and held["restored"] == pytest.approx(4, abs=0.1)
+    assert held["step"] == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize(

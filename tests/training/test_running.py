@@ -13,11 +13,13 @@ import jax
 import ml_collections
 import pytest
 
+from tclip_jax.parallel.failures import Failure
 from tclip_jax.training import loop
 from tclip_jax.training.batches import Batches
 from tclip_jax.training.journal import Journal
 from tclip_jax.training.notices import INTERRUPTED, RESTART, Notices, Stopped
 from tclip_jax.training.phases import Phases
+from tclip_jax.training.profile import Trace
 from tclip_jax.training.speed import Speed
 from tclip_jax.training.telemetry import Telemetry, read_metrics
 
@@ -158,3 +160,45 @@ def test_a_notice_ends_a_run_with_all_saved_and_a_trace(
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     loop.train(config, tmp_path / "run")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_best_metric_that_nobody_measures_is_named_with_its_nearest() -> None:
+    quiet: Any = Quiet()
+    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    journal.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
+    journal.check_measured("digits/acc1")
+    message = r"best_metric: 'digits/acc' is not measured, so keep_best keeps nothing: .* such as digits/acc1"
+    with pytest.raises(ValueError, match=message):
+        journal.check_measured("digits/acc")
+
+
+@pytest.mark.parametrize("own", [None, ValueError("the run's own")])
+def test_a_trace_that_cannot_be_written(own: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no space for the trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    with pytest.raises(type(own or RuntimeError("")), match="the run's own" if own else "no space"):  # noqa: SIM117
+        with Trace(tmp_path, (1, 2)) as trace:
+            trace.before(1)
+            if own:
+                raise own
+
+
+def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        yield "first"
+        raise OSError("the store is away")
+
+    data: Any = broken()
+    failure = Failure()
+    batch = loop._next_batch(data, None, failure)
+    with pytest.raises(OSError, match="away"):  # alone there is nobody to wait for
+        loop._next_batch(data, batch, failure)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    data = broken()
+    next(data)
+    assert loop._next_batch(data, batch, failure) == "first" and "away" in str(failure.error)
+    with pytest.raises(StopIteration):  # the first of all batches cannot be replaced
+        loop._next_batch(data, None, failure)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
+import os
 import pathlib
 import struct
 import sys
@@ -20,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.training import telemetry
 from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.tensorboard import EventFile
 
 PARTS, ZERO = ("zeros", "flips", "scale", "drift", "saturated"), np.zeros(1)
 
@@ -193,3 +196,40 @@ def test_weights_and_biases(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     first, again = calls[:3], calls[3:]
     assert first == again and first[1:] == [(1, {"loss": 0.5}), 0]
     assert first[0].items() >= {"project": "p", "name": "student", "resume": "allow", "config": {"seed": 3}}.items()
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("part", ["_append", "EventFile.scalar", "EventFile.flush"])
+def test_a_full_disk_is_kept_for_all_processes_and_ends_the_run(
+    part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(OSError, match="No space left on device"), open_at(tmp_path) as run:
+        run.write(1, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            at = EventFile if part.startswith("EventFile") else Telemetry
+            patch.setattr(at, part.rpartition(".")[2], full)
+            run.write(2, {"loss": 1.0})
+            run.sync()
+            assert run.failure.error is not None and "No space left on device" in caplog.text
+        run.write(3, {"loss": 1.0})
+        run.write_trits(3, {})
+        run.sync()
+    assert [line["step"] for line in read_metrics(tmp_path)] in ([1], [1, 2])  # and nothing after what failed
+
+
+def test_the_error_of_a_run_comes_before_what_fails_on_leaving(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = EventFile.close
+
+    def failing(self: EventFile) -> None:
+        close(self)
+        full()
+
+    monkeypatch.setattr(EventFile, "close", failing)
+    with pytest.raises(ValueError, match="the run's own"), open_at(tmp_path) as run:
+        raise ValueError("the run's own")
+    assert run.failure.error is not None
