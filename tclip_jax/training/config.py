@@ -53,7 +53,10 @@ class RunConfig:
         100, "steps between lines of loss, speed and where the time went in the log; 0: none", ge=0, le=MOST
     )
     max_skipped_steps: int = key(
-        10, "in a row, whose loss or gradients are not finite, and then the run stops", ge=1, le=MOST
+        10,
+        "in a row that change nothing, their numbers not finite or no sample usable, and then the run stops",
+        ge=1,
+        le=MOST,
     )
     stall_minutes: float = key(
         30.0, "without a step before the log names the processes that are behind; 0: never", ge=0

@@ -27,7 +27,9 @@ class DataConfig:
         1, "parts of a batch that pass the towers one after the other; the loss is the whole batch's", ge=1, le=MOST
     )
     workers: int = key(0, "processes that prepare batches; 0: threads", ge=0, le=1024)
-    max_bad_share: float = key(0.1, "of about the last 10,000 samples: where more are bad, the run stops", ge=0, le=1)
+    max_bad_share: float = key(
+        0.1, "of about the last 10,000 samples, or all of a shorter run: where more are bad, the run stops", ge=0, le=1
+    )
     teacher_cache: str = key("", "folder of `tclip teacher-cache`, in place of a teacher in the step")
 
     def __post_init__(self) -> None:
