@@ -44,7 +44,10 @@ def compiled_facts(
     request = {"config": dict(config), "topology": topology, "teacher_preset": teacher_preset}
     path = epath.Path(cache) / f"{_key(request)}.json" if cache else None
     if path and path.exists():
-        return StepFacts.from_json(json.loads(path.read_text()))
+        try:
+            return StepFacts.from_json(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _logger.warning("%s is no whole plan (%s): it is compiled again", path, error)
     facts = _ask(request)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

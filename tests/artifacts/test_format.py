@@ -19,6 +19,7 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.ternary import TernaryTensor
+from tests.object_store import Bucket, Failure
 
 Tree = dict[str, Any]
 Forge = Callable[..., pathlib.Path]
@@ -140,18 +141,34 @@ def test_killed_writing_leaves_no_artifact(
     with pytest.raises(KeyboardInterrupt):
         write_artifact(tmp_path / "a", **model)
     (left,) = tmp_path.iterdir()
-    assert (left.name == "a") != local
+    assert left.name.startswith("a.tmp-")
     assert (left / "ternary.safetensors").exists()
     with pytest.raises(ArtifactError, match=r"tclip\.json is missing: a complete artifact has it"):
         read_artifact(left)
 
 
-def test_object_stores_get_the_same_files(
-    model: Tree, written: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "is_local", lambda path: False)
-    write_artifact(tmp_path / "a", **model, figures={"top1": 0.5})
-    assert (tmp_path / "a" / "tclip.json").read_bytes() == (written / "tclip.json").read_bytes()
+def test_object_stores_get_the_same_files(model: Tree, written: pathlib.Path, bucket: type[Bucket]) -> None:
+    folder = epath.Path("gs://bucket/a")
+    write_artifact(folder, **model, figures={"top1": 0.5})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in written.iterdir()
+    }
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "close", "copy"])
+def test_a_failed_upload_leaves_the_older_artifact(model: Tree, bucket: type[Bucket], operation: str) -> None:
+    """At the first, a middle and the last operation of its kind; a copy is how an object store renames."""
+    folder = epath.Path("gs://bucket/a")
+    write_artifact(folder, **model, figures={"top1": 0.5})
+    bucket.failing = counting = Failure(operation, 10**9)
+    write_artifact(folder, **model, figures={"top1": 0.6}, overwrite=True)
+    for number in {1, counting.count // 2, counting.count}:
+        bucket.failing = Failure(operation, number)
+        with pytest.raises(OSError, match="the network is gone"):
+            write_artifact(folder, **model, figures={"top1": 0.7}, overwrite=True)
+        bucket.failing = lambda operation, path: None
+        assert read_artifact(folder).manifest["figures"] == {"top1": 0.6}
+        assert [path.name for path in epath.Path("gs://bucket").iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

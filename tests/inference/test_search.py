@@ -16,6 +16,7 @@ from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
 from tclip_jax.inference import search
 from tclip_jax.inference.search import build_index, nearest, query_index, read_index
+from tests.object_store import Bucket, Failure
 
 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1))
@@ -103,6 +104,21 @@ def test_an_interruption_leaves_the_old_index_and_what_was_done(
     monkeypatch.setattr(Model, "encode_image", stop)
     assert build_index(model, pictures, index, model_path=str(artifact)).count == 7
     assert not (index.parent / "index.partial").exists()
+
+
+def test_a_failed_upload_leaves_the_older_index(
+    model: Model, artifact: pathlib.Path, pictures: pathlib.Path, readable: list[epath.Path], bucket: type[Bucket]
+) -> None:
+    out = epath.Path("gs://bucket/index")
+    build_index(model, pictures, out, model_path=str(artifact))
+    (pictures / "b" / "more.png").write_bytes(readable[0].read_bytes())
+    for operation in ("open", "write", "close", "copy"):
+        bucket.failing = Failure(operation)
+        with pytest.raises(OSError, match="the network is gone"):
+            build_index(model, pictures, out, model_path=str(artifact))
+        bucket.failing = lambda operation, path: None
+        assert len(read_index(out).names) == 7
+    assert build_index(model, pictures, out, model_path=str(artifact)).count == 8 == len(read_index(out).names)
 
 
 def test_another_model_embeds_everything_again_and_cannot_query(

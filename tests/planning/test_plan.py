@@ -99,7 +99,10 @@ def test_grids() -> None:
 
 
 def test_what_was_compiled_is_kept_until_something_changes(
-    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    config: ml_collections.ConfigDict,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked: list[Any] = []
 
@@ -115,6 +118,11 @@ def test_what_was_compiled_is_kept_until_something_changes(
     make_plan(config, v5e, cache=tmp_path / "kept", teacher_preset="tiny")
     make_plan(config, v5e)
     assert len(asked) == 3 and len(list((tmp_path / "kept").iterdir())) == 2
+    for text in ("", '{"hbm', "{}", "[]"):  # copied in part
+        for path in (tmp_path / "kept").iterdir():
+            path.write_text(text)
+        assert make_plan(config, v5e, cache=tmp_path / "kept").facts == first.facts
+    assert len(asked) == 7 and caplog.text.count("is no whole plan") == 4
 
 
 def test_teachers_are_found_without_their_weights(
