@@ -50,6 +50,8 @@ def test_another_seed_and_the_places_of_older_versions_are_refused() -> None:
     data = iterator("digits")
     with pytest.raises(ValueError, match=r"\(seed: 0, not 1\)"):
         iterator("digits", seed=1).set_state(data.get_state())
+    with pytest.raises(ValueError, match=r"data are not those of the checkpoint \(.*samples: 1800, not 1400.*\)"):
+        iterator("digits", seed=0).set_state({"samples": 0, "data": data.get_state()["data"] | {"samples": 1800}})
     for old in ({"next_index": 3}, {"samples": 8, "data": "0:1400:"}, 3, None):
         with pytest.raises(ValueError, match=re.escape(str(old)) + ".*older version wrote it.*by config.init"):
             data.set_state(old)  # type: ignore[arg-type]

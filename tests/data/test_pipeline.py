@@ -207,13 +207,6 @@ def test_the_global_order_goes_on_with_any_number_of_processes_workers_and_rows(
     assert_same(take(halves, 4), [{k: v[i : i + 4] for k, v in batch.items()} for batch in whole for i in (0, 4)])
 
 
-def test_the_state_of_other_data_is_refused() -> None:
-    state = iterate(labelled(6)).get_state()
-    for other in (iterate(labelled(7)), iterate(labelled(6), seed=8)):
-        with pytest.raises(ValueError, match="the data are not those of the checkpoint"):
-            other.set_state(state)
-
-
 def test_worker_processes_give_the_same_batches_and_state() -> None:
     source = open_source("digits", "train")
     iterator, expected = iterate(source, workers=2), take(iterate(source), 4)
