@@ -91,7 +91,8 @@ def test_the_average_of_a_step_can_be_named(
     )
     jax.tree.map(np.testing.assert_array_equal, average, newest)
     jax.tree.map(
-        lambda old, new, now: np.testing.assert_allclose(now, 0.25 * old + 0.75 * new, rtol=1e-5, atol=1e-7),
+        # Of n updates Σ dⁿ⁻ⁱ wᵢ / Σ dⁿ⁻ⁱ: that of two has d + d² of the weights of three.
+        lambda old, new, now: np.testing.assert_allclose(now, (0.3125 * old + new) / 1.3125, rtol=1e-5, atol=1e-7),
         before,
         third,
         average,
