@@ -7,6 +7,7 @@ import difflib
 import importlib
 import keyword
 import logging
+import os
 import re
 import sys
 import traceback
@@ -15,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import tqdm.contrib.logging
+
+from tclip_jax.pages import printable
 
 # name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword, and
 # evaluate_compare for evaluate compare, underscores for all that is no letter) has add_arguments(parser) and run(args).
@@ -86,14 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"tclip {name}: {_told(error)}", file=sys.stderr)
+        print(f"tclip {name}: {printable(_told(error), lines=True)}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
 
 
 def start_logging(debug: bool = False) -> None:
     """Logs to stderr: our own progress, and warnings of others; of absl, by which Orbax and Grain log, its errors."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
     absl = logging.getLogger("absl")
     absl.setLevel(logging.ERROR)  # Orbax warns of files that it does not need
@@ -105,6 +110,13 @@ def _in_a_line(record: logging.LogRecord) -> bool:
     message = " ".join(record.getMessage().partition(" [source locations")[0].split())
     record.msg, record.args, record.exc_info, record.exc_text = message, (), None, None
     return not _SAID_AGAIN.search(message)
+
+
+class _Printable(logging.Formatter):
+    """Messages quote files and their names: no byte of these reaches the terminal as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -146,6 +158,8 @@ def _settings(name: str) -> dict[str, Any]:
 
 def _told(error: Exception) -> str:
     """One line: the message of what is expected to fail, and of anything else where it happened."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
         return f"error: {error}"
     if isinstance(error, ModuleNotFoundError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,3 +93,26 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns two blanks apart: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+# Control characters can move a terminal's cursor and lie about what stands there; lone surrogates cannot be written.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text that any terminal and file takes: control characters, and bytes of a name that are no UTF-8, become \\xNN.
+
+    Args:
+      text: a name, or a message that quotes a file.
+      lines: whether line breaks and tabs stay as they are.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        if lines and character in "\n\t":
+            return character
+        if "\udc80" <= character <= "\udcff":  # how Python writes a byte of a file name that is no UTF-8
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape", "backslashreplace").decode()
+
+    return _UNPRINTABLE.sub(escaped, text)

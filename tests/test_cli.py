@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback() -> None:
             1,
             r"tclip params: error: No module named 'torch': `tclip doc.*",
         ),
-        (PermissionError(13, "Permission denied", "x"), 2, r"tclip params: error: \[Errno 13\] Permission denied: 'x'"),
+        (PermissionError(13, "Permission denied", "x"), 2, r"tclip params: error: x: Permission denied"),
     ],
 )
 def test_whatever_fails_is_one_line(
@@ -219,3 +219,18 @@ def test_errors_of_orbax_and_grain_are_shown_each_in_one_line(tmp_path: pathlib.
     assert second.startswith("ERROR ") and "Failed to write" in second and "File too large" in second
     ran = python("-c", ORBAX, str(tmp_path / "d"), "debug")
     assert "Traceback" in ran.stderr and "Save Finalize thread" in ran.stderr and "nobody needs" not in ran.stderr
+
+
+def test_no_byte_of_a_file_reaches_the_terminal(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("a\x9b31m\u2028,b\n")
+    name = "\x1b[31mred"
+    for spec in (f"csv:{tmp_path}/t.csv", f"folder:{tmp_path}/{name}", f"csv:{tmp_path}/{name}"):
+        assert main(["data", "check", "--data", spec, "--workers", "1"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.rstrip("\n").isprintable()
+        assert "\\x9b31m" in said or "\\x1b[31mred: " in said
+
+
+def test_an_error_of_the_system_names_its_file_once(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "--data", f"csv:{tmp_path}/none.csv"]) == 2
+    assert capsys.readouterr().err == f"tclip data check: error: {tmp_path}/none.csv: No such file or directory\n"

@@ -40,15 +40,13 @@ def add_template_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the most probable labels of each image, and returns the exit code."""
-    from etils import epath
-
     from tclip_jax.inference.classify import Guess, classify_images, guess_table
-    from tclip_jax.inference.inputs import Failure, printable
+    from tclip_jax.inference.inputs import Failure, find_texts
+    from tclip_jax.pages import printable
     from tclip_jax.training.restore import load_model
 
     if args.labels_file:
-        lines = epath.Path(args.labels_file).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
-        labels = [line.strip() for line in lines if line.strip()]
+        labels, _ = find_texts(args.labels_file)
     else:
         labels = [label.strip() for label in args.labels.split(",")]
     templates = parse_templates(args.templates) or DEFAULT
@@ -60,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
     elif guesses:
         print(guess_table(guesses))
     for failure in failures:
-        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     return 1 if failures else 0
 
 
 def _fields(outcome: object) -> dict[str, object]:
     from tclip_jax.inference.classify import Guess
-    from tclip_jax.inference.inputs import Failure, printable
+    from tclip_jax.inference.inputs import Failure
+    from tclip_jax.pages import printable
 
     if isinstance(outcome, Guess):
         return {"image": printable(outcome.name), "labels": outcome.labels}

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         return
     rows = [["samples", f"{outcome.samples:,}"], ["kept", f"{outcome.kept:,}"]]
     rows += [[f"dropped: {kind}", f"{count:,}"] for kind, count in outcome.dropped.items()]
-    lines = [*aligned(rows), *(f"  {kind}: {reason}" for kind, reason in outcome.examples)]
+    lines = [*aligned(rows), *(f"  {kind}: {reason}" for kind, reason in outcome.examples), *outcome.notes]
     size = f"{outcome.file_bytes / 2**30:.1f} GiB in {target.files:,} files"
     print(
         "\n".join([*lines, "", f"{target.folder}: {size}; train on --config.data.source=tfds:{args.name}@{args.out}"])

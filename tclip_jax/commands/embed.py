@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
 
     from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, write_embeddings
-    from tclip_jax.inference.inputs import find_images, image_items, printable, text_items
+    from tclip_jax.inference.inputs import find_images, find_texts, image_items, text_items
     from tclip_jax.inference.store import Store
+    from tclip_jax.pages import printable
     from tclip_jax.training.restore import load_model
 
     out = checked_output(args.out)
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
     if args.images:
         folders = {path: epath.Path(path).is_dir() for path in args.images}
         paths = [each for path in args.images for each in (find_images(path) if folders[path] else [epath.Path(path)])]
+        inputs = len(paths)
     else:
-        lines = epath.Path(args.texts).read_bytes().decode("utf-8-sig", errors="replace").splitlines()
-        texts = [line.strip() for line in lines if line.strip()]
+        texts, blank = find_texts(args.texts)
+        inputs = len(texts) + blank
     model = load_model(args.model).repacked()
     width, mark = model.config.embed_dim, fingerprint(model, args.model)
     store = Store(f"{out}.partial", width)
@@ -55,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
         items = text_items(mark, texts)
         failures = embed_texts(model, items, store, args.batch_size)
     for failure in failures:
-        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     if not any(item.key in store for item in items):
-        raise ValueError(f"nothing to embed: none of {len(items) + len(failures)} inputs can be used")
+        raise ValueError(f"nothing to embed: none of {inputs} inputs can be used")
     count = write_embeddings(out, items, store, width)
     store.remove()
-    left_out = f", {len(failures)} left out" if failures else ""
-    print(f"{out}: {count:,} embeddings of {width} float32{left_out}")
-    return 1 if failures else 0
+    left_out = inputs - count
+    print(f"{out}: {count:,} embeddings of {width} float32" + (f", {left_out:,} left out" if left_out else ""))
+    return 1 if left_out else 0

@@ -41,15 +41,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from tclip_jax.inference.inputs import printable
     from tclip_jax.inference.search import build_index
+    from tclip_jax.pages import printable
     from tclip_jax.training.restore import load_model
 
     where = args.model if "://" in args.model else os.path.abspath(args.model)
     model = load_model(args.model).repacked()
     outcome = build_index(model, args.folder, args.out, model_path=where, batch_size=args.batch_size)
     for failure in outcome.failures:
-        print(f"{printable(failure.name)}: {failure.reason}", file=sys.stderr)
+        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""
     print(f"{args.out}: {outcome.count:,} pictures, {outcome.reused:,} of them unchanged{left_out}")
     return 1 if outcome.failures else 0
@@ -58,9 +58,9 @@ def _index(args: argparse.Namespace) -> int:
 def _query(args: argparse.Namespace) -> int:
     from etils import epath
 
-    from tclip_jax.inference.inputs import printable
     from tclip_jax.inference.page import results_page
     from tclip_jax.inference.search import query_index, read_index
+    from tclip_jax.pages import printable
     from tclip_jax.storage import write_atomic
     from tclip_jax.training.restore import load_model
 

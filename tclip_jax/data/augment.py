@@ -94,6 +94,8 @@ def random_resized_crop(
         image.draft(None, (-(-full[0] * size[1] // (right - left)), -(-full[1] * size[0] // (bottom - top))))
         image.decodermaxblock = _ONE_READ
     image = load(image)
+    if image.mode not in ("RGB", "L"):  # as open_clip's loader of tars does, before any resampling
+        image = image.convert("RGB")
     if right - left < 2 * size[1] and bottom - top < 2 * size[0]:
         return image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
     x, y = image.width / full[0], image.height / full[1]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tqdm
 
 from tclip_jax.data.examine import examine
-from tclip_jax.data.sources import BadSample, Source, open_source
+from tclip_jax.data.sources import BadSample, Source, notes, open_source
 from tclip_jax.data.tokenizer import EOT, Tokenizer
 
 _CHUNK = 1024  # samples that a process reads at a time
@@ -44,6 +44,7 @@ class Findings:
       tokens: length with start and end token, before any cut -> captions of good images.
       duplicates: images beyond the first of those that are the same, byte for byte.
       duplicate_examples: the samples of a few such groups, by their numbers in the source.
+      notes: what the source passes over or takes for granted.
     """
 
     samples: int = 0
@@ -57,6 +58,7 @@ class Findings:
     tokens: Counter[int] = dataclasses.field(default_factory=Counter)
     duplicates: int = 0
     duplicate_examples: list[list[int]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Findings) -> None:
         """Counts what was found in another part."""
@@ -75,7 +77,8 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
 
     Memory does not grow with the source: digests go to files by their first byte, and each is sorted alone.
     """
-    total, found = len(open_source(spec, split)), Findings()
+    source = open_source(spec, split)
+    total, found = len(source), Findings(notes=notes(source))
     chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
     with contextlib.ExitStack() as stack:
         buckets = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -48,6 +48,8 @@ def to_text(found: Findings, context_length: int) -> str:
     if found.duplicate_examples:
         groups = (", ".join(map(str, group)) for group in found.duplicate_examples)
         lines += ["", "The same image, by number in the source:", *(f"  {group}" for group in groups)]
+    if found.notes:
+        lines += ["", "Passed over:", *(f"  {note}" for note in found.notes)]
     return "\n".join(lines)
 
 

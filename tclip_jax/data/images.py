@@ -21,8 +21,15 @@ HALF_STD = (0.5, 0.5, 0.5)
 # Twice Pillow's own warning level, where Pillow refuses too.
 MAX_PIXELS = 178_956_970
 
-# Pillow hands some formats (EPS among them) to other programs: nothing crawled from the web may choose one.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow draws EPS and WMF by other programs, opens whatever lies within IPTC, and knows the others by name alone.
+_NOT_READ = ("EPS", "WMF", "IPTC", "MPEG", "BUFR", "GRIB", "HDF5")
+Image.preinit()
+Image.init()
+# In Pillow's order, so that a file is what Image.open takes it for. MPO is JPEG with more pictures behind the first.
+_FORMATS = tuple(name for name in Image.ID if name in Image.registered_extensions().values() and name not in _NOT_READ)
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")
+)  # with their dot, in small letters
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
 
@@ -121,7 +128,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Returns the decoded image in its own mode, as stored (EXIF orientation is left alone, as open_clip leaves it).
 
     Of an animation it is the first frame. Grey of 16 bits becomes grey of 8, where open_clip clips it to white. Raises
-    ValueError, and nothing else, for what is no whole JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image, for pixels of 32
+    ValueError, and nothing else, for what is no whole image of a format that Pillow decodes by itself, for pixels of 32
     bits and, before they are allocated, for an image of more than `max_pixels`.
     """
     return load(open_lazily(data, max_pixels=max_pixels))
@@ -136,12 +143,20 @@ def open_lazily(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     # A broken file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, MemoryError.
     except Exception as error:
         # Pillow's own words for this name an object in memory.
-        reason = f"none of {', '.join(_FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        reason = _why_not(data) if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"not a usable image ({len(data)} bytes): {reason}") from error
     if not 0 < image.width * image.height <= max_pixels:
         size = f"{image.width}x{image.height} pixels, where 1 to {max_pixels} are allowed"
         raise TooManyPixels(f"not a usable image ({len(data)} bytes): {size}")
     return image
+
+
+def _why_not(data: bytes) -> str:
+    """Why Pillow does not take the bytes for an image."""
+    known = next((name for name in _NOT_READ if (accepts := Image.OPEN[name][1]) and accepts(data[:16])), None)
+    if known:
+        return f"{known}, which is not read"
+    return f"it begins with {data[:12]!r}, as no format that is read does" if data else "it is empty"
 
 
 def load(image: Image.Image) -> Image.Image:
@@ -150,7 +165,10 @@ def load(image: Image.Image) -> Image.Image:
         image.load()
     except Exception as error:
         raise ValueError(f"not a usable image: {error}") from error
-    if image.mode.startswith("I;16"):
+    if image.mode == "P":
+        image.info.pop("transparency", None)  # it changes no colour, and Pillow warns of it
+    # A PGM of 16 bits has pixels of 32, scaled to the range of 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey.format = image.format
         return grey

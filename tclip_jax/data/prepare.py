@@ -32,7 +32,7 @@ from tensorflow_datasets.core import example_serializer
 
 from tclip_jax import keys
 from tclip_jax.data.examine import examine
-from tclip_jax.data.sources import BadSample, Source, digest, open_source
+from tclip_jax.data.sources import BadSample, Source, digest, notes, open_source
 from tclip_jax.data.sources.content import contents
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.storage import atomic_local_file, write_atomic
@@ -66,6 +66,7 @@ class Outcome:
       file_bytes: of the file.
       dropped: how many of each kind of fault.
       examples: (kind, reason) of the first few of each kind.
+      notes: what a few of the sources pass over.
     """
 
     samples: int = 0
@@ -74,6 +75,7 @@ class Outcome:
     file_bytes: int = 0
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def drop(self, error: BadSample) -> None:
         """Counts a bad sample."""
@@ -170,7 +172,8 @@ def prepare_part(target: Target, number: int, part: Part) -> Outcome:
     """Writes the file of a part, then the note of what became of it; a part that is done is left alone."""
     if done := target.outcome(number):
         return done
-    source, outcome = open_source(part.source, target.split), Outcome()
+    source = open_source(part.source, target.split)
+    outcome = Outcome(notes=notes(source))
     with atomic_local_file(target.file(number)) as name:
         # A group of one: reading a sample reads nothing else.
         writer = array_record_module.ArrayRecordWriter(name, "group_size:1")
@@ -198,11 +201,11 @@ def finish(target: Target) -> Outcome:
       ValueError: not one sample is good.
     """
     total, splits = Outcome(), []
-    for notes in sorted(target.notes.parent.iterdir()):
-        if not (notes / "plan.json").exists():  # a split whose beginning was killed
+    for folder in sorted(target.notes.parent.iterdir()):
+        if not (folder / "plan.json").exists():  # a split whose beginning was killed
             continue
-        files = len(json.loads((notes / "plan.json").read_text()))
-        each = dataclasses.replace(target, split=notes.name, files=files)
+        files = len(json.loads((folder / "plan.json").read_text()))
+        each = dataclasses.replace(target, split=folder.name, files=files)
         outcomes = [each.outcome(part) for part in range(files)]
         done = [outcome for outcome in outcomes if outcome]
         if each == target:
@@ -283,6 +286,7 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
         total.kept += outcome.kept
         total.num_bytes += outcome.num_bytes
         total.file_bytes += outcome.file_bytes
+        total.notes += [note for note in outcome.notes if len(total.notes) < _EXAMPLES and note not in total.notes]
         dropped.update(outcome.dropped)
         for kind, reason in outcome.examples:
             if shown[kind] < _EXAMPLES:

@@ -102,6 +102,8 @@ def _open_export(
     if download and missing:
         fetch(dataset.folder, folder, SPLIT)
     source = Webdataset(str(folder), SPLIT)
+    for note in source.notes:
+        _logger.warning("%s", note)
     if source.kind != dataset.kind:
         raise ValueError(f"{folder}: {DATASET_TYPE} makes it {source.kind}, where {dataset.name} is {dataset.kind}")
     if len(source.classnames) != dataset.classes:

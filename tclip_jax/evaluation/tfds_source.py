@@ -7,6 +7,7 @@ import os
 import numpy as np
 from etils import epath
 
+from tclip_jax.data.files import read_lines
 from tclip_jax.data.sources import Record
 from tclip_jax.data.sources.tfds import open_prepared, read_record
 from tclip_jax.data.sources.webdataset import CLASSNAMES, TEMPLATES, Kind
@@ -68,4 +69,4 @@ def _lines(folder: epath.PathLike, name: str) -> tuple[str, ...]:
     path = epath.Path(folder) / name
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file: TFDS has the images, its webdataset export the names")
-    return tuple(line.strip() for line in path.read_text().splitlines())
+    return tuple(read_lines(path))

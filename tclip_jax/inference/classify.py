@@ -11,8 +11,8 @@ from etils import epath
 from tclip_jax.artifacts.model import Model
 from tclip_jax.data.prompts import DEFAULT, captions
 from tclip_jax.inference.embed import read_image
-from tclip_jax.inference.inputs import Failure, printable
-from tclip_jax.pages import aligned
+from tclip_jax.inference.inputs import Failure
+from tclip_jax.pages import aligned, printable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,25 +17,21 @@ from etils import epath
 
 from tclip_jax.artifacts.model import Embeddings, Model
 from tclip_jax.data.images import decode, normalize, preprocess
-from tclip_jax.inference.inputs import Failure, Item, printable
+from tclip_jax.data.sources.remote import read_file
+from tclip_jax.inference.inputs import Failure, Item
 from tclip_jax.inference.store import Store, chunked
+from tclip_jax.pages import printable
 from tclip_jax.storage import atomic_file, write_atomic
-
-_MAX_FILE_BYTES = 2**30
 
 
 def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
     """The normalised pixels (H, W, 3) that the model takes, of an image file.
 
     Raises:
-      OSError: a file that cannot be read.
-      ValueError: one that is no usable image, or larger than 1 GiB.
+      ValueError: a file that cannot be read, is no usable image, or is larger than 256 MiB.
     """
-    size = path.stat().length
-    if size > _MAX_FILE_BYTES:
-        raise ValueError(f"{size:,} bytes, where at most {_MAX_FILE_BYTES:,} are read")
     p = model.preprocess
-    return normalize(preprocess(decode(path.read_bytes()), p), p.mean, p.std)
+    return normalize(preprocess(decode(read_file(os.fspath(path))), p), p.mean, p.std)
 
 
 def embed_images(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:

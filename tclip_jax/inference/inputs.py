@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
 
+from tclip_jax.data.files import PassedOver, is_image, read_lines, walk
+from tclip_jax.data.sources import BadSample
 from tclip_jax.storage import is_local
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
@@ -31,31 +34,48 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, name: str, error: Exception) -> Failure:
         """The failure that an exception means, on one line."""
+        if isinstance(error, BadSample):  # its own text begins with the name
+            error = error.__cause__ if isinstance(error.__cause__, OSError) else ValueError(error.reason)
         return cls(name, " ".join(str(getattr(error, "strerror", None) or error).split()))
 
 
 def find_images(folder: epath.PathLike) -> list[epath.Path]:
-    """The images in a folder and all below it, in the order of their paths; hidden names are passed over.
+    """The images in a folder and all below it, in the order of their paths; the log counts what is passed over.
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no image.
     """
-    folder = epath.Path(folder)
+    folder, passed, found = epath.Path(folder), PassedOver(), list[epath.Path]()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = sorted(_walk(folder), key=os.fspath)
+    for root, _, files in walk(folder, passed):
+        for name in files:
+            found.append(root / name) if is_image(name) else passed.add(os.path.join(root, name))
     if not found:
-        raise ValueError(f"{folder}: no images in it or below ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+        raise ValueError(f"{folder}: no images in it or below{f' ({passed})' if passed.kinds else ''}")
+    if passed.kinds:
+        _logger.warning("%s: %s", folder, passed)
+    return sorted(found, key=os.fspath)
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for root, folders, files in folder.walk():
-        # In place: the walk then passes them over.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = (root / name for name in files if not name.startswith("."))
-        yield from (path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
+def find_texts(path: epath.PathLike) -> tuple[list[str], int]:
+    """The lines of a text file that are not blank, and how many before the last of them are; the log says so too.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not UTF-8, or has nothing but blank lines; one line that names the file.
+    """
+    lines = read_lines(path)
+    texts = [line for line in lines if line]
+    if not texts:
+        raise ValueError(f"{path}: no line of text in it")
+    while not lines[-1]:
+        lines.pop()
+    if left_out := len(lines) - len(texts):
+        first = lines.index("") + 1
+        _logger.warning("%s: %s blank line%s left out; first line %s", path, left_out, "s" * (left_out > 1), first)
+    return texts, left_out
 
 
 def image_items(
@@ -83,11 +103,6 @@ def image_items(
 def text_items(mark: str, texts: Sequence[str]) -> list[Item]:
     """Items of texts, each its own name."""
     return [Item(text, _key(mark, "text", text), text) for text in texts]
-
-
-def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are no UTF-8 become \\\\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _key(*parts: str) -> str:

@@ -10,8 +10,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from tclip_jax.data.images import decode
-from tclip_jax.inference.inputs import printable
-from tclip_jax.pages import data_uri, page, paragraph
+from tclip_jax.pages import data_uri, page, paragraph, printable
 
 _SIDE, _SMALL = 272, 64  # pixels of a thumbnail's longer side, twice those on the page, and what is shown as pixels
 

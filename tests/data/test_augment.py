@@ -122,16 +122,17 @@ def test_an_image_too_long_falls_back_to_its_centre(size: tuple[int, int], box: 
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
 def test_resized_crop_equals_torchvision(mode: str) -> None:
+    """Of the RGB image that open_clip's loader of tars hands on: webdataset's `decode("pilrgb")`."""
     transforms = pytest.importorskip("torchvision.transforms")
     image, scale, ratio = noise(61, 47).convert(mode), (0.3, 1.0), (0.75, 4 / 3)
     for seed in range(10):
         left, top, right, bottom = random_crop_box(np.random.default_rng(seed), image.size, scale, ratio)
         bicubic = transforms.InterpolationMode.BICUBIC
         expected = transforms.functional.resized_crop(
-            image, top, left, bottom - top, right - left, [24, 32], bicubic
-        ).convert("RGB")
+            image.convert("RGB"), top, left, bottom - top, right - left, [24, 32], bicubic
+        )
         ours = random_resized_crop(image, np.random.default_rng(seed), (24, 32), scale, ratio)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
 

@@ -24,15 +24,17 @@ def test_what_was_planted_is_found(
     found = json.loads(capsys.readouterr().out)
     assert found["broken"] == BROKEN and (found["samples"], found["good"]) == (11, 7)
     assert found["formats"] == {"JPEG RGB": 7} and found["short_sides"]["0.5"] == 30 and found["long_sides"]["1"] == 40
-    assert (found["captions"]["0"], found["captions"]["1"]) == (1, 2)
-    # Start, "a dog" and end are four tokens; of eight captions one has 40 · 3.
-    assert found["tokens"]["0"] == 3 and found["tokens"]["1"] == 122 and found["cut_share"] == 1 / 8
+    assert (found["captions"]["0"], found["captions"]["1"]) == (1, 1)
+    # Start, "cat" and end are three tokens; of seven captions one has 40 · 3.
+    assert found["tokens"]["0"] == 3 and found["tokens"]["1"] == 122 and found["cut_share"] == 1 / 7
+    assert found["notes"] == [f"{tars}/00000.tar and 3 more: 1 file passed over: 1 .json; first 000012.json"]
     # The image of 000013 is that of 000000.
     assert found["duplicates"] == 1 and found["duplicate_examples"] == [[0, 6]]
 
     assert cli.main(command) == 1
     said = capsys.readouterr().out
     assert "broken: corrupt_image" in said and "captions cut at 20 tokens" in said and "\n  0, 6" in said
+    assert f"\nPassed over:\n  {tars}/00000.tar and 3 more: 1 file passed over" in said
     assert cli.main(["data", "check", "--data", f"wds:{tars}/00000.tar", "--workers", "1"]) == 0
 
 
@@ -42,6 +44,7 @@ def test_chunks_add_up(tars: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
     for index in range(len(open_source(spec, "train"))):
         parts.add(check_module.check_part(spec, "train", index, index + 1)[0])
     parts.duplicates, parts.duplicate_examples = whole.duplicates, whole.duplicate_examples
+    parts.notes = whole.notes
     assert parts == whole
 
 

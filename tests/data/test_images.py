@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import warnings
 import zlib
 
 import jax.numpy as jnp
@@ -89,13 +91,70 @@ def test_refuses_images_too_thin(size: tuple[int, int], resize_mode: str) -> Non
         images.preprocess(image, Preprocess(8, resize_mode=resize_mode))
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_decode_reads_as_pillow_does(file_format: str) -> None:
-    data = encoded(noise("L", 9, 5), file_format)
+WRITTEN = {
+    **dict.fromkeys(["PNG", "GIF", "TIFF"], ("RGB", "L", "P", "P+colour", "P+bytes", "1")),
+    **dict.fromkeys(["JPEG", "BMP", "WEBP", "PPM", "PCX", "SGI", "TGA", "ICO", "DDS", "QOI"], ("RGB",)),
+    **dict.fromkeys(["JPEG2000", "AVIF", "ICNS"], ("RGB", "RGBA")),
+    **dict.fromkeys(["XBM", "MSP"], ("1",)),
+}
+CASES = [*((kind, mode) for kind, modes in WRITTEN.items() for mode in modes), ("JPEG", "CMYK"), ("TIFF", "CMYK")]
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize(("file_format", "mode"), [*CASES, ("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA")])
+def test_decode_reads_as_pillow_does(file_format: str, mode: str) -> None:
+    data = encoded(noise(mode, 32, 32), file_format)
     expected = Image.open(io.BytesIO(data))
+    expected.load()
     decoded = images.decode(data)
-    assert decoded.mode == expected.mode
+    assert decoded.mode == expected.mode and decoded.format == file_format
     np.testing.assert_array_equal(np.asarray(decoded), np.asarray(expected))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = decoded.convert("RGB")
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP", "AVIF", "MPO"])
+def test_of_many_pictures_it_is_the_first(file_format: str) -> None:
+    buffer, (first, second) = io.BytesIO(), (noise("RGB", 32, 32), noise("RGB", 33, 32).crop((0, 0, 32, 32)))
+    first.save(buffer, file_format, save_all=True, append_images=[second])
+    expected = Image.open(io.BytesIO(buffer.getvalue()))
+    assert expected.n_frames == 2  # type: ignore[attr-defined]
+    expected.seek(0)
+    found = images.decode(buffer.getvalue()).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected.convert("RGB")))
+
+
+def test_suffixes_are_those_of_what_can_be_decoded() -> None:
+    torchvision = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+    assert torchvision | {".gif", ".avif", ".jp2", ".mpo", ".tga", ".ico", ".psd"} <= images.SUFFIXES
+    assert (
+        not {".eps", ".ps", ".pdf", ".wmf", ".mpg", ".iim", ".h5", ".grib", ".bufr", ".txt", ".json"} & images.SUFFIXES
+    )
+    assert all(name in Image.OPEN for name in images._FORMATS)
+
+
+def test_a_pgm_of_16_bits_keeps_its_upper_8() -> None:
+    values = np.array([[0, 255, 256, 65535, 30000]], np.uint16)
+    image = images.decode(b"P5 5 1 65535\n" + values.byteswap().tobytes())
+    np.testing.assert_array_equal(np.asarray(image), values >> 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"<html>not found</html>", "it begins with b'<html>not fo', as no format that is read does"),
+        (b"\x1b[31m", r"it begins with b'\x1b[31m', as"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS, which is not read"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(40), "WMF, which is not read"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5, which is not read"),
+    ],
+)
+def test_why_something_is_no_image(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"not a usable image ({len(data)} bytes): {reason}")):
+        images.decode(data)
 
 
 def test_grey_of_16_bits_keeps_its_upper_8_and_its_format() -> None:

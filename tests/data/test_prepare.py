@@ -39,6 +39,7 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
     assert outcome.dropped == DROPPED and outcome.samples - outcome.kept == 4 and outcome.kept == GOOD
     assert {kind for kind, _ in outcome.examples} == set(DROPPED)
     assert any("00001.tar/000011: not a usable image" in reason for _, reason in outcome.examples)
+    assert outcome.notes == [f"{tars}/00001.tar: 1 file passed over: 1 .json; first 000012.json"]
 
     records = tfds.builder_from_directory(target.folder).as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}
@@ -47,7 +48,7 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
         (record["key"].decode(), record["image"], [text.decode() for text in record["captions"]]) for record in records
     ]
     assert [key for key, _, _ in found] == ["000000", "000001", "000002", "000010", "000013", "000020", "000021"]
-    assert found[1] == ("000001", jpeg(1), ["a dog"]) and found[3] == ("000010", jpeg(10), ["ein Café", "and a line"])
+    assert found[1] == ("000001", jpeg(1), ["a dog"]) and found[3] == ("000010", jpeg(10), ["ein Café\nand a line"])
     assert "tensorflow" not in sys.modules
 
     as_tfds = open_source(f"tfds:toy@{tmp_path / 'tfds'}", "train")
@@ -57,7 +58,7 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
         == [files[i].image for i in range(GOOD)]
         == [image for _, image, _ in found]
     )
-    assert files[3].captions == as_tfds[3].captions == ("ein Café", "and a line")
+    assert files[3].captions == as_tfds[3].captions == ("ein Café\nand a line",)
 
 
 def test_what_is_done_is_not_made_again_and_what_is_broken_is(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:

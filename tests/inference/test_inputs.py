@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from etils import epath
 
-from tclip_jax.inference.inputs import Failure, find_images, image_items, printable, text_items
+from tclip_jax.inference.inputs import Failure, find_images, find_texts, image_items, text_items
 
 
 def test_images_are_found_below_a_folder_in_order(pictures: pathlib.Path) -> None:
@@ -54,6 +54,21 @@ def test_texts_are_their_own_names() -> None:
     assert (one.name, one.content) == ("ä cat", "ä cat") and one.key != other.key
 
 
-def test_names_are_printable_whatever_they_are() -> None:
-    assert printable("ä.png") == "ä.png"
-    assert printable(os.fsdecode(b"\xff.png")) == "\\xff.png"
+def test_every_format_is_found_and_the_rest_is_counted(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.BMP", "b.tif", "c.ppm", "d.avif", "e/f.jp2", "g.xyz", "h", ".i.png", "my.png/j.gif", "._k.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
+    assert found == ["a.BMP", "b.tif", "c.ppm", "d.avif", "e/f.jp2", "my.png/j.gif"]
+    assert caplog.messages == [
+        f"{tmp_path}: 4 files passed over: 2 hidden, 1 .xyz, 1 without a suffix; first {tmp_path}/._k.jpg"
+    ]
+
+
+def test_a_text_is_a_line(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = tmp_path / "texts"
+    texts.write_bytes("one\u2028a\x0bb\x0cc\x85d\r\n\n \ntwo\rthree\n\n".encode())
+    assert find_texts(texts) == (["one\u2028a\x0bb\x0cc\x85d", "two", "three"], 2)
+    assert caplog.messages == [f"{texts}: 2 blank lines left out; first line 2"]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import multiprocessing
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, described, digest
+from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, described, digest, notes
 
-__all__ = ["FAULTS", "BadSample", "Record", "Source", "described", "digest", "open_source"]
+__all__ = ["FAULTS", "BadSample", "Record", "Source", "described", "digest", "notes", "open_source"]
+
+_logger = logging.getLogger(__name__)
 
 # kind -> (how to write it, "module:name" to call with what follows the colon and the split); imported when asked for.
 _KINDS = {
@@ -22,7 +26,7 @@ _KINDS = {
 
 
 def open_source(spec: str, split: str) -> Source:
-    """Opens the data named by `spec`, a kind and what that kind needs to find it.
+    """Opens the data named by `spec`, a kind and what that kind needs to find it, and logs what it passes over.
 
     Args:
       spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]`, `wds:<tars or folder>`, `arrayrecord:<files>`,
@@ -31,7 +35,7 @@ def open_source(spec: str, split: str) -> Source:
       split: `train`, `test`, ..., as the kind of source defines them; tars, files and tables have none.
 
     Raises:
-      ValueError: unknown kind, unknown split, or data of another layout than the kind reads.
+      ValueError: unknown kind, unknown split, data of another layout than the kind reads, or no sample in them.
       FileNotFoundError: the data is not where `spec` says.
     """
     kind, _, argument = spec.partition(":")
@@ -40,4 +44,11 @@ def open_source(spec: str, split: str) -> Source:
             f"unknown data source {spec!r}: write one of {', '.join(usage for usage, _ in _KINDS.values())}"
         )
     module, _, name = _KINDS[kind][1].partition(":")
-    return getattr(importlib.import_module(module), name)(argument, split)
+    source = getattr(importlib.import_module(module), name)(argument, split)
+    if not len(source):
+        raise ValueError(f"{spec}: there is no sample in it" + (f" ({split})" if kind in ("tfds", "wds") else ""))
+    # The parts of a mixture are opened here too, and workers open what the process that started them has opened.
+    if not hasattr(source, "parts") and multiprocessing.parent_process() is None:
+        for note in notes(source):
+            _logger.warning("%s", note)
+    return source

@@ -10,7 +10,7 @@ from typing import Any
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_captions
+from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_caption
 from tclip_jax.data.sources.patterns import find_files, is_remote
 from tclip_jax.data.sources.remote import change, retry
 from tclip_jax.data.sources.shard_index import Scan, ShardIndex, open_index
@@ -33,7 +33,7 @@ def open_files(pattern: str, split: str) -> ArrayRecord:
 
 
 class ArrayRecord:
-    """Every record of some files: an Example with an encoded image and its captions.
+    """Every record of some files: an Example with an encoded image and its captions, each a value of its own.
 
     The image is the feature `image`, `image/encoded`, `jpg`, `jpeg`, `png` or `webp`; the captions are `caption`,
     `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records
@@ -43,7 +43,7 @@ class ArrayRecord:
     classnames: tuple[str, ...] = ()
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index = index
+        self._index, self.notes = index, index.notes
 
     @property
     def digest(self) -> str:
@@ -64,12 +64,15 @@ class ArrayRecord:
             raise BadSample("corrupt_record", name, f"not a tf.train.Example ({error})") from None
         images, captions = (_first(features, keys) for keys in (_IMAGE_KEYS, _CAPTION_KEYS))
         if not images:
-            raise BadSample("no_image", name, f"an Example with {', '.join(sorted(features)) or 'nothing'}")
-        return Record(images[0], tuple(text for each in captions for text in decode_captions(each, name)), -1, name)
+            names = ", ".join(sorted(features)) or "nothing"
+            raise BadSample("no_image", name, f"no bytes called {' or '.join(_IMAGE_KEYS)} in an Example with {names}")
+        if len(images) > 1:
+            raise BadSample("corrupt_record", name, f"{len(images)} images in one Example")
+        return Record(images[0], tuple(decode_caption(each, name) for each in captions), -1, name)
 
 
 def _first(features: Any, keys: tuple[str, ...]) -> list[bytes]:
-    return next((list(features[key].bytes_list.value) for key in keys if key in features), [])
+    return next((list(values) for key in keys if key in features and (values := features[key].bytes_list.value)), [])
 
 
 def scan(path: str) -> Scan:

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from tclip_jax.data.files import split_lines
+
 Fault = Literal[
     "corrupt_image",
     "too_many_pixels",
@@ -69,9 +71,9 @@ class Source(Protocol):
     """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes.
 
     `source[index]` raises `BadSample` where there is no record to give. A source may have a `digest`, which differs
-    where its records do and is the same wherever the data lies, and is cheaper than reading all of them; `parts`, the
-    weight and the length of each of the sources that it is a mixture of; and `templates`, the captions of a class that
-    its data states, None where it states none.
+    where its records do and is the same wherever the data lies, and is cheaper than reading all of them; `notes`, lines
+    that say what it passes over; `parts`, the weight and the length of each of the sources that it is a mixture of; and
+    `templates`, the captions of a class that its data states, None where it states none.
     """
 
     @property
@@ -123,24 +125,28 @@ def _records_digest(source: Source) -> str:
     return found.hexdigest()
 
 
+def notes(source: Source) -> list[str]:
+    """What a source passes over or takes for granted: lines for the log, the first time that it is opened."""
+    return list(getattr(source, "notes", ()))
+
+
 def cache_folder() -> pathlib.Path:
     """Where indices and copies of remote data lie on this machine: TCLIP_CACHE_DIR, or ~/.cache/tclip_jax."""
     return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR", "~/.cache/tclip_jax")).expanduser()
 
 
-def printable(name: str) -> str:
-    """A name that any file and page takes: of a path that is not UTF-8, with a ? for what is not."""
-    return name.encode("utf-8", "replace").decode()
-
-
-def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
-    """The lines of a caption file that are not blank.
+def decode_caption(data: bytes, name: str) -> str:
+    """A caption, of one line or more.
 
     Raises:
       BadSample: it is not UTF-8.
     """
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSample("invalid_utf8", name, f"the caption is not UTF-8 at byte {error.start}") from None
-    return tuple(line.strip() for line in lines if line.strip())
+
+
+def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
+    """The lines of a caption file that are not blank; raises as `decode_caption` does."""
+    return tuple(line.strip() for line in split_lines(decode_caption(data, name)) if line.strip())

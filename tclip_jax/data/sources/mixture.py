@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from tclip_jax.data.sources import open_source
-from tclip_jax.data.sources.base import Record, Source, digest
+from tclip_jax.data.sources.base import Record, Source, digest, notes
 from tclip_jax.data.sources.content import combined
 
 _PART = re.compile(r"(\d+\.?\d*|\.\d+)\*([a-z]+(?::.*)?)")
@@ -40,6 +40,7 @@ class Mixture:
         self._stops = tuple(itertools.accumulate(len(source) for source in sources))
         self._first_label = (0, *itertools.accumulate(len(source.classnames) for source in sources))
         self.parts = tuple((weight / total, len(source)) for weight, source in zip(weights, sources, strict=True))
+        self.notes = [note for source in sources for note in notes(source)]
         self.classnames = tuple(name for source in sources for name in source.classnames)
 
     @functools.cached_property

@@ -43,8 +43,8 @@ def retry(read: Callable[[], Result], name: str, error_type: type[Exception] = E
     raise AssertionError
 
 
-def read_file(path: str) -> bytes:
-    """A whole file.
+def read_file(path: str, name: str = "") -> bytes:
+    """A whole file, which errors call `name`, or else by its path.
 
     Raises:
       BadSample: it cannot be read; on this machine also if it is no regular file, or above MAX_SAMPLE_BYTES.
@@ -57,12 +57,12 @@ def read_file(path: str) -> bytes:
         with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise BadSample("unreadable", path, "no regular file")
+                raise BadSample("unreadable", name or path, "no regular file")
             if status.st_size > MAX_SAMPLE_BYTES:
-                raise BadSample("too_large", path, f"{status.st_size:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
+                raise BadSample("too_large", name or path, f"{status.st_size:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
             return file.read(status.st_size)
 
-    return retry(read, path)
+    return retry(read, name or path)
 
 
 def open_at_once(path: str, flags: int) -> int:

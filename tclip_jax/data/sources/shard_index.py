@@ -3,7 +3,8 @@
 The folder is made once for shards of these names and stamps (`content.stamps`), and read in place, so that a billion
 samples start as fast as a thousand:
 
-    index.json    {"version": 2, "kind": "tar" or "arrayrecord", "samples": N, "shards": S}
+    index.json    {"version": 2, "kind": "tar" or "arrayrecord", "samples": N, "shards": S,
+                  "passed_over": {"kinds": {suffix or word: files}, "first": name}}
     shards.txt    S lines: the path or URL of each shard
     stamps.txt    S lines: what changes when that shard does
     starts.npy    (S + 1,) int64: the number of the first sample of each shard, and N
@@ -36,6 +37,7 @@ import numpy.typing as npt
 import tqdm
 
 from tclip_jax import keys
+from tclip_jax.data.files import PassedOver
 from tclip_jax.data.sources.base import FAULTS, BadSample, cache_folder
 from tclip_jax.data.sources.content import combined, contents, stamps
 from tclip_jax.storage import atomic_folder, write_atomic
@@ -59,12 +61,16 @@ _MANY_SHARDS = 64
 
 
 class Scan(NamedTuple):
-    """What is found in one shard; `rows` (samples,) SAMPLE for tars, else None. A fault has a sample of its own."""
+    """What is found in one shard; `rows` (samples,) SAMPLE for tars, else None. A fault has a sample of its own.
+
+    `passed` counts the files of a tar that belong to no sample.
+    """
 
     size: int
     samples: int
     fault: int = 0
     rows: npt.NDArray[np.void] | None = None
+    passed: PassedOver | None = None
 
 
 class ShardIndex:
@@ -75,6 +81,7 @@ class ShardIndex:
       shards: path or URL of each.
       stamps: of each, see `content.stamps`.
       sizes: (S,) int64 bytes of each.
+      notes: what was passed over in the shards.
 
     Raises:
       ValueError: not a whole index of this version.
@@ -85,6 +92,7 @@ class ShardIndex:
         try:
             about = json.loads((folder / "index.json").read_text())
             version, samples = about["version"], about["samples"]
+            passed = PassedOver(**about["passed_over"])
             self.shards, self.stamps = (
                 (folder / f"{name}.txt").read_text().split("\n")[:-1] for name in ("shards", "stamps")
             )
@@ -100,6 +108,8 @@ class ShardIndex:
         if version != _VERSION or shapes != [(count + 1,), (count,), (count,), (count,)] or not whole:
             raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
         self._samples = int(samples)
+        where = self.shards[0] + (f" and {count - 1:,} more" if count > 1 else "")
+        self.notes = [f"{where}: {passed}"] if passed.kinds else []
 
     def __len__(self) -> int:
         return self._samples
@@ -214,13 +224,16 @@ def _part(parts: pathlib.Path, shard: int) -> pathlib.Path:
 
 
 def _write_part(scan: Callable[[str], Scan], shard: str, path: pathlib.Path) -> None:
-    size, samples, fault, rows = scan(shard)
+    size, samples, fault, rows, passed = scan(shard)
+    if passed:
+        write_atomic(path.with_suffix(".json"), json.dumps(vars(passed)))
     write_atomic(path, _PART.pack(fault, size, samples) + (b"" if rows is None else rows.tobytes()))
 
 
 def _join(kind: str, shards: Sequence[str], stamped: Sequence[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
     count = len(shards)
     starts, sizes, faults = np.zeros(count + 1, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
+    passed = PassedOver()
     with atomic_folder(folder) as building:
         with open(building / "samples.bin", "wb") as file:
             for i in range(count):
@@ -228,11 +241,13 @@ def _join(kind: str, shards: Sequence[str], stamped: Sequence[str], parts: pathl
                 faults[i], sizes[i], samples = _PART.unpack_from(data)
                 starts[i + 1] = starts[i] + samples
                 file.write(data[_PART.size :])
+                if (about := _part(parts, i).with_suffix(".json")).exists():
+                    passed.update(**json.loads(about.read_text()))
         if (faults == FAULTS.index("unreadable")).all():
             raise ValueError(f"{shards[0]}: none of {count} shards can be read")
         if kind != "tar":
             (building / "samples.bin").unlink()
-        _write_rest(pathlib.Path(building), kind, shards, stamped, starts, sizes, faults)
+        _write_rest(pathlib.Path(building), kind, shards, stamped, starts, sizes, faults, passed)
 
 
 def _write_rest(
@@ -243,12 +258,14 @@ def _write_rest(
     starts: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int64],
     faults: npt.NDArray[np.uint8],
+    passed: PassedOver,
 ) -> None:
     for name, lines in (("shards", shards), ("stamps", stamped)):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
     for name, array in (("starts", starts), ("sizes", sizes), ("faults", faults)):
         np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    about = {"version": _VERSION, "kind": kind, "samples": int(starts[-1]), "shards": len(shards)}
+    about: dict[str, Any] = {"version": _VERSION, "kind": kind, "samples": int(starts[-1]), "shards": len(shards)}
+    about["passed_over"] = vars(passed)
     write_atomic(folder / "index.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -262,5 +279,5 @@ def write_sparse_index(folder: pathlib.Path, *, shards: int = 100_000, samples: 
     with open(folder / "samples.bin", "wb") as file:
         file.truncate(shards * samples * SAMPLE.itemsize)
     starts = np.arange(shards + 1, dtype=np.int64) * samples
-    absent = ["missing"] * shards
-    _write_rest(folder, "tar", names, absent, starts, np.zeros(shards, np.int64), np.zeros(shards, np.uint8))
+    absent, nothing = ["missing"] * shards, PassedOver()
+    _write_rest(folder, "tar", names, absent, starts, np.zeros(shards, np.int64), np.zeros(shards, np.uint8), nothing)

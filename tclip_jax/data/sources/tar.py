@@ -6,11 +6,15 @@ import contextlib
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
-# As webdataset does: of several images in a sample the first of these counts.
-IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")
+from tclip_jax.data.files import PassedOver, is_hidden
+from tclip_jax.data.images import SUFFIXES
+
+# Of several images in a sample the first of these counts: in open_clip's training, and in exports of CLIP_benchmark.
+OPEN_CLIP_ORDER = ("jpg", "png", "jpeg", "webp")
+CLIP_BENCHMARK_ORDER = ("webp", "png", "jpg", "jpeg")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -24,8 +28,8 @@ class Member(NamedTuple):
     stop: int
 
 
-def members(file: IO[bytes]) -> Iterator[Member]:
-    """The files of a tar that have a key and a suffix, in order.
+def members(file: IO[bytes], passed: PassedOver) -> Iterator[Member]:
+    """The files of a tar that have a key and a suffix, in order; others are passed over, folders without a count.
 
     Raises:
       tarfile.TarError: after the last whole one, if the tar is cut or damaged.
@@ -41,12 +45,36 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             end = stop
             tar.members = []  # type: ignore[attr-defined]  # it would keep every one
             name = split_name(member.name)
-            if member.isreg() and not member.issparse() and name and not _META.match(member.name):
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                passed.add(member.name, "link, device or sparse file")
+            elif _META.match(member.name):
+                passed.add(member.name, "of webdataset's own (__…__)")
+            # webdataset takes the ._x.jpg that a Mac puts beside x.jpg for another sample, which tears x in two.
+            elif is_hidden(member.name.rpartition("/")[2]) or "__MACOSX" in member.name.split("/"):
+                passed.add(member.name, "hidden")
+            elif not name:
+                passed.add(member.name, "without a suffix")
+            else:
                 yield Member(name[0], name[1].lower(), member.offset, start, stop)
         file.seek(tar.offset)
         # tarfile takes a damaged header for the end.
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+
+
+def image_of(files: Mapping[str, Member], order: Sequence[str]) -> Member | None:
+    """The image of a sample, of its files by suffix: the first in `order`, or else one of another format."""
+    others = (suffix for suffix in sorted(files) if f".{suffix}" in SUFFIXES)
+    return next((files[suffix] for suffix in (*order, *others) if suffix in files), None)
+
+
+def pass_over_rest(files: Mapping[str, Member], used: Sequence[Member | None], passed: PassedOver) -> None:
+    """Counts the files of a sample that are not used."""
+    for member in files.values():
+        if member not in used:
+            passed.add(f"{member.key}.{member.suffix}", f".{member.suffix}")
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import itertools
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.sources.base import FAULTS, MAX_SAMPLE_BYTES, BadSample, Fault, Record, Source, decode_captions
+from tclip_jax.data.files import PassedOver, compression
+from tclip_jax.data.sources.base import FAULTS, MAX_SAMPLE_BYTES, BadSample, Fault, Record, Source, decode_caption
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.data.sources.remote import open_file, read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
-from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, first_key, members
+from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER, Member, first_key, image_of, members, pass_over_rest
 from tclip_jax.data.sources.webdataset import Webdataset
 
 _REASONS: dict[Fault, str] = {
-    "no_image": f"no {', '.join(IMAGE_SUFFIXES)} beside the caption, or an empty one",
+    "no_image": f"no {', '.join(OPEN_CLIP_ORDER)} beside the caption, or an empty one",
     "no_caption": "no txt beside the image, or an empty one",
     "duplicate_key": "its key, or one of its files, is there twice",
     "unsafe_name": "its name leads out of the folder",
@@ -28,8 +30,14 @@ _REASONS: dict[Fault, str] = {
 }
 
 
+_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|txz|tbz2?|tzst|zip|7z)$", re.IGNORECASE)
+
+
 class Tars:
-    """The samples of many tars: an image and a `.txt` with a caption per line, side by side under one key.
+    """The samples of many tars: an image and a `.txt` with its caption, side by side under one key.
+
+    They are those that open_clip trains on: the first of jpg, png, jpeg and webp, or else another image, and the whole
+    text as one caption.
 
     The headers are read once, into an index in the cache folder; a sample is then one read, also from a remote store,
     and what has been read from there is kept. A sample without its image or caption, of a key that was there before, or
@@ -39,7 +47,7 @@ class Tars:
     classnames: tuple[str, ...] = ()
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index = index
+        self._index, self.notes = index, index.notes
 
     @property
     def digest(self) -> str:
@@ -62,8 +70,8 @@ class Tars:
             name = f"{path}/{first_key(data)}"
         except tarfile.TarError as error:
             raise BadSample("broken_shard", name, f"the shard is not the one that was indexed: {error}") from None
-        captions = decode_captions(data[text : text + text_size], name)
-        return Record(data[image : image + image_size], captions, -1, name)
+        caption = decode_caption(data[text : text + text_size], name)
+        return Record(data[image : image + image_size], (caption,) if caption else (), -1, name)
 
 
 def open_webdataset(argument: str, split: str) -> Source:
@@ -71,9 +79,9 @@ def open_webdataset(argument: str, split: str) -> Source:
 
     Raises:
       FileNotFoundError: a tar or the folder is not there.
-      ValueError: no tar can be read, or the folder is no export.
+      ValueError: no tar can be read, one is compressed, or the folder is no export.
     """
-    if argument.endswith(".tar") or glob.has_magic(argument) or "{" in argument:
+    if _TAR.search(argument) or glob.has_magic(argument) or "{" in argument:
         return Tars(open_index("tar", find_files(argument), scan))
     return Webdataset(argument, split)
 
@@ -83,34 +91,40 @@ def scan(path: str) -> Scan:
 
     Raises:
       FileNotFoundError: there is no such file.
+      ValueError: it is compressed.
     """
     try:
         return retry(lambda: _scan(path), path)
     except BadSample as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file") from None
+        if error.kind == "broken_shard":
+            raise ValueError(str(error)) from None
         return Scan(-1, 1, FAULTS.index("unreadable"), np.zeros(1, SAMPLE))
 
 
 def _scan(path: str) -> Scan:
-    found: list[Member] = []
+    found, passed = list[Member](), PassedOver()
     fault: Fault | None = None
     with open_file(path) as file:
         size = file.seek(0, io.SEEK_END)
         try:
-            for member in members(file):
+            for member in members(file, passed):
                 found.append(member)
         except tarfile.TarError:
+            file.seek(0)
+            if packed := compression(file.read(8)):
+                raise BadSample("broken_shard", path, f"compressed with {packed}") from None
             fault = "broken_shard" if size else "empty_shard"
-    rows = list(_samples(found))
+    rows = list(_samples(found, passed))
     if not rows and fault is None:
         fault = "empty_shard"
     if fault:
         rows.append(np.zeros((), SAMPLE))
-    return Scan(size, len(rows), FAULTS.index(fault) if fault else 0, np.array(rows, SAMPLE))
+    return Scan(size, len(rows), FAULTS.index(fault) if fault else 0, np.array(rows, SAMPLE), passed)
 
 
-def _samples(found: Sequence[Member]) -> Iterator[npt.NDArray[np.void]]:
+def _samples(found: Sequence[Member], passed: PassedOver) -> Iterator[npt.NDArray[np.void]]:
     """The SAMPLE of every run of files with one key; a file that a run has already begins another."""
     seen: set[str] = set()
     for key, run in itertools.groupby(found, lambda member: member.key):
@@ -120,7 +134,9 @@ def _samples(found: Sequence[Member]) -> Iterator[npt.NDArray[np.void]]:
                 samples.append({})
             samples[-1][member.suffix] = member
         for files in samples:
-            yield _sample(files, "unsafe_name" if _leads_out(key) else "duplicate_key" if key in seen else None)
+            image, text = image_of(files, OPEN_CLIP_ORDER), files.get("txt")
+            pass_over_rest(files, (image, text), passed)
+            yield _sample(image, text, "unsafe_name" if _leads_out(key) else "duplicate_key" if key in seen else None)
             seen.add(key)
 
 
@@ -128,9 +144,7 @@ def _leads_out(key: str) -> bool:
     return key.startswith("/") or ".." in key.split("/")
 
 
-def _sample(files: dict[str, Member], fault: Fault | None) -> npt.NDArray[np.void]:
-    image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-    text = files.get("txt")
+def _sample(image: Member | None, text: Member | None, fault: Fault | None) -> npt.NDArray[np.void]:
     wanted = [member for member in (image, text) if member]
     start = min((member.header for member in wanted), default=0)
     too_large = max((member.stop for member in wanted), default=0) - start > MAX_SAMPLE_BYTES

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from tclip_jax.data.sources.base import BadSample, Record
+from tclip_jax.data.sources.base import BadSample, Record, decode_caption
 from tclip_jax.data.sources.content import combined, contents
 
 _CAPTION_FEATURES = ("caption", "captions", "text", "texts")
@@ -48,7 +49,7 @@ class Tfds:
     def __getitem__(self, index: int) -> Record:
         name = f"{self._name}/{index}"
         record = read_record(self._records, index, name)
-        captions = _texts(record[self._captions]) if self._captions else ()
+        captions = tuple(_texts(record[self._captions], name)) if self._captions else ()
         label = int(record["label"]) if self.classnames else -1
         return Record(record["image"], captions, label, name)
 
@@ -110,10 +111,10 @@ def record_contents(info: tfds.core.DatasetInfo, split: str) -> list[str]:
     return [*spans, *contents([os.fspath(part.filename) for part in parts], total=len(parts))]
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _texts(value: Any, name: str) -> Iterator[str]:
     """Every text in a decoded feature, which is bytes, a sequence of them, or a dict that has them as `text`."""
-    if isinstance(value, dict):
-        return _texts(value["text"])
     if isinstance(value, bytes):
-        return (value.decode("utf-8", errors="replace"),)
-    return tuple(text for item in value for text in _texts(item))
+        yield decode_caption(value, name)
+        return
+    for item in [value["text"]] if isinstance(value, dict) else value:
+        yield from _texts(item, name)

@@ -13,9 +13,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from tclip_jax.data.sources.base import Record, printable
+from tclip_jax.data.files import PassedOver, compression, is_hidden, read_lines, split_lines
+from tclip_jax.data.sources.base import Record, decode_caption
 from tclip_jax.data.sources.content import combined, contents
-from tclip_jax.data.sources.tar import IMAGE_SUFFIXES, Member, members
+from tclip_jax.data.sources.tar import CLIP_BENCHMARK_ORDER, Member, image_of, members, pass_over_rest
+from tclip_jax.pages import printable
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 
@@ -55,20 +57,33 @@ class Webdataset:
     def __init__(self, argument: str, split: str) -> None:
         self._folder = epath.Path(argument).expanduser()
         self._split = split
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(
+                f"{self._folder}: a file, where an export of CLIP_benchmark, a folder, or tars are expected"
+            )
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder; it holds a webdataset export of CLIP_benchmark")
+        if not (self._folder / split).is_dir() and any(path.name.endswith(".tar") for path in self._folder.iterdir()):
+            raise ValueError(f"{self._folder}: a folder of tars, and no export: write wds:{self._folder}/*.tar")
+        count_file = self._folder / split / SHARD_COUNT
+        count = " ".join(_read_lines(count_file)).strip()
+        if not re.fullmatch(r"[1-9]\d{0,5}", count):
+            raise ValueError(f"{count_file}: {count[:40]!r} is not a number of shards")
         type_file = self._folder / DATASET_TYPE
-        kind = _read_text(type_file).strip().lower() if type_file.exists() else "classification"
+        kind = " ".join(_read_lines(type_file)).strip().lower() if type_file.exists() else "classification"
         if kind not in _TARGET_SUFFIXES:
             raise ValueError(f"{type_file}: {kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
         self.kind: Kind = kind
         self.classnames = () if self.kind == "retrieval" else self._lines(CLASSNAMES)
-        count_file = self._folder / split / SHARD_COUNT
-        count = _read_text(count_file).strip()
-        if not re.fullmatch(r"[1-9]\d{0,5}", count):
-            raise ValueError(f"{count_file}: {count[:40]!r} is not a number of shards")
-        self._count = int(count)
-        self._samples = [sample for shard in range(self._count) for sample in self._index(shard)]
+        self._count, passed = int(count), PassedOver()
+        self._samples = [sample for shard in range(self._count) for sample in self._index(shard, passed)]
+        shards = {f"{shard}.tar" for shard in range(self._count)}
+        for path in sorted((self._folder / split).iterdir()):
+            if path.name not in (*shards, SHARD_COUNT) and not is_hidden(path.name):
+                passed.add(path.name, f"of more shards than {SHARD_COUNT} says" if path.suffix == ".tar" else "")
+        self.notes = [f"{self._folder}/{split}: {passed}"] if passed.kinds else []
+        if "" in self.classnames:
+            self.notes.append(f"{self._folder / CLASSNAMES}: line {self.classnames.index('') + 1} names no class")
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -95,7 +110,7 @@ class Webdataset:
         pixels, found = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
         name = printable(f"{self._folder.name}/{self._split}/{shard}.tar/{key}")
         if self.kind == "retrieval":
-            return Record(pixels, tuple(found.decode(errors="replace").splitlines()), -1, name)
+            return Record(pixels, tuple(split_lines(decode_caption(found, name))), -1, name)
         label = _multi_hot(found, len(self.classnames)) if self.kind == "multilabel" else _integer(found)
         return Record(pixels, (), label, name)
 
@@ -103,39 +118,38 @@ class Webdataset:
         return self._folder / self._split / f"{number}.tar"
 
     def _lines(self, name: str) -> tuple[str, ...]:
-        return tuple(line.strip() for line in _read_text(self._folder / name).splitlines())
+        return tuple(_read_lines(self._folder / name))
 
-    def _index(self, shard: int) -> Iterator[_Sample]:
+    def _index(self, shard: int, passed: PassedOver) -> Iterator[_Sample]:
         path = self._shard(shard)
-        for key, group in itertools.groupby(_members(path), lambda member: member.key):
+        for key, group in itertools.groupby(_members(path, passed), lambda member: member.key):
             files: dict[str, Member] = {}
             for member in group:
                 if member.suffix in files:
                     raise ValueError(f"{path}: {key}.{member.suffix} is there twice")
                 files[member.suffix] = member
-            image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-            yield _Sample(shard, key, image, files.get(_TARGET_SUFFIXES[self.kind]))
+            image, target = image_of(files, CLIP_BENCHMARK_ORDER), files.get(_TARGET_SUFFIXES[self.kind])
+            pass_over_rest(files, (image, target), passed)
+            yield _Sample(shard, key, image, target)
 
 
-def _members(path: epath.Path) -> Iterator[Member]:
+def _members(path: epath.Path, passed: PassedOver) -> Iterator[Member]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, which {SHARD_COUNT} beside it counts")
     with path.open("rb") as file:
         try:
-            yield from members(file)
+            yield from members(file, passed)
         except tarfile.TarError as error:
+            file.seek(0)
+            if packed := compression(file.read(8)):
+                raise ValueError(f"{path}: compressed with {packed}") from None
             raise ValueError(f"{path}: not a whole tar file: {error}") from None
 
 
-def _read_text(path: epath.Path) -> str:
+def _read_lines(path: epath.Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, which a webdataset export of CLIP_benchmark has")
-    if path.stat().length > _MAX_TEXT:
-        raise ValueError(f"{path}: {path.stat().length:,} bytes, where at most {_MAX_TEXT:,} are expected")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    return read_lines(path, _MAX_TEXT)
 
 
 def _integer(text: bytes) -> int:

@@ -43,6 +43,20 @@ def test_records_of_several_files(tmp_path: pathlib.Path) -> None:
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
+def test_every_text_is_one_caption_and_what_cannot_be_used_is_named(tmp_path: pathlib.Path) -> None:
+    numbers = tf_example_pb2.Example()
+    numbers.features.feature["image"].int64_list.value.extend([1, 2])
+    records = [example(text=["two\nlines\u2028".encode(), b"b"], png=[b"x"]), numbers.SerializeToString()]
+    records += [example(image=[b"x", b"y"], text=[b"a"]), example(image=[], jpg=[b"z"], text=[b"a"])]
+    write(tmp_path / "0.array_record", records)
+    source = open_source(f"arrayrecord:{tmp_path}/0.array_record", "train")
+    assert source[0].captions == ("two\nlines", "b") and source[3].image == b"z"
+    with pytest.raises(BadSample, match=r"/1: no bytes called image or image/encoded or .* in an Example with image$"):
+        source[1]
+    with pytest.raises(BadSample, match=r"/2: 2 images in one Example$"):
+        source[2]
+
+
 def test_damaged_files(tmp_path: pathlib.Path) -> None:
     whole = tmp_path / "whole.array_record"
     write(whole, [example(image=[bytes(3000)], caption=[b"a"])] * 40)

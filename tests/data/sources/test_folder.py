@@ -67,7 +67,7 @@ def test_what_is_not_utf8(tmp_path: pathlib.Path) -> None:
         (tmp_path / os.fsdecode(name + b".jpg")).write_bytes(b"image")
         (tmp_path / os.fsdecode(name + b".txt")).write_bytes(b"caf\xe9" if name == b"b" else b"a cat")
     source = open_source(f"folder:{tmp_path}", "train")
-    assert source[0] == Record(b"image", ("a cat",), -1, f"{tmp_path}/a?.jpg")
+    assert source[0] == Record(b"image", ("a cat",), -1, f"{tmp_path}/a\\xe9.jpg")
     with pytest.raises(BadSample, match=r"b\.jpg: the caption is not UTF-8 at byte 3"):
         source[1]
 
@@ -95,3 +95,57 @@ def test_nothing_to_read(tmp_path: pathlib.Path, files: dict[str, str]) -> None:
     write(tmp_path, files)
     with pytest.raises(ValueError, match=r"train: found neither <class>/<image> nor <image> with a \.txt beside it"):
         open_source(f"folder:{tmp_path}", "train")
+
+
+def image_folder(root: pathlib.Path) -> list[tuple[str, int]]:
+    """The rule of torchvision 0.28 (`make_dataset` in datasets/folder.py), but for hidden files."""
+    suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    found = []
+    for label, name in enumerate(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())):
+        for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+            for file in sorted(files):
+                if file.lower().endswith(suffixes) and not file.startswith("."):
+                    found.append((os.path.join(folder, file), label))
+    return found
+
+
+def test_class_folders_are_those_of_torchvision(tmp_path: pathlib.Path) -> None:
+    names = ["a.BMP", "b.tif", "c.ppm", "d.pgm", "e.JPG", "f/g.png", "f/h/i.webp", "f-1/j.tiff", "é \n.jpeg", "k.l.png"]
+    root = tmp_path / "set"
+    write(root, {f"{name}/{file}": file for name in ("cat", "my.png", "train_a") for file in names})
+    write(tmp_path, {"elsewhere/z.png": "z"})
+    (root / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "o.png").symlink_to(root / "cat" / "k.l.png")
+    write(root, {"cat/._a.BMP": "", "cat/x.xyz": "", "cat/README": "", "top.png": "", "dog/.keep": "", "cat/y.txt": ""})
+    source = open_source(f"folder:{root}", "train")
+    expected = image_folder(root)
+    assert len(expected) == 32 and source.classnames == ("cat", "dog", "my.png", "train a")
+    labels = [source[i].label for i in range(len(source))]
+    assert [(source[i].name.replace("\\n", "\n"), label) for i, label in enumerate(labels)] == expected
+    assert source.notes == [  # type: ignore[attr-defined]
+        f"{root}: 6 files passed over: 2 hidden, 1 .txt without an image of its name, 1 .xyz, "
+        f"1 image outside the class folders, 1 without a suffix; first {root}/cat/._a.BMP",
+        f"{root}: 1 of 4 class folders without an image: dog",
+    ]
+
+
+def test_a_link_to_a_folder_above_has_an_end(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, {"cat/1.png": "c"})
+    (tmp_path / "cat" / "again").symlink_to(tmp_path)
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert len(source) == 1
+    assert "1 file passed over: 1 link to a folder above; first" in source.notes[0]  # type: ignore[attr-defined]
+
+
+def test_captions_in_capitals_and_deep_folders(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, {"a.JPG": "A", "a.TXT": "one\x0b\u2028\x85two\rthree", "x/y/b.gif": "B", "x/y/b.txt": "four"})
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert [source[i].captions for i in range(2)] == [("one\x0b\u2028\x85two", "three"), ("four",)]
+    assert source.notes == []  # type: ignore[attr-defined]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat" / "1.png")
+    with pytest.raises(BadSample, match=r"1\.png: no regular file"):
+        open_source(f"folder:{tmp_path}", "train")[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pathlib
 import pickle
@@ -72,8 +73,20 @@ def test_a_table_that_changes_is_read_again(tmp_path: pathlib.Path) -> None:
         ("a,caption\n", "", r"t\.csv: no column filepath or image or .* among a, caption; name it with \?image=COLUMN"),
         ("image,a\n", "", r"t\.csv: no column title or caption .* name it with \?caption=COLUMN"),
         ("image,a\n", "?caption=b", r"t\.csv: no column b among image, a"),
-        ("image,caption\na,b\nc\n", "", r"t\.csv: .*Expected 2 columns, got 1"),
-        ("", "", r"t\.csv: no column"),
+        ("image,caption\na,b\nc\n", "", r"t\.csv: line 3: 1 columns, where the header has 2$"),
+        ("image,caption\na,b,c\n", "", r"t\.csv: line 2: 3 columns, where the header has 2$"),
+        ("", "", r"t\.csv: an empty file$"),
+        ("image,caption\n", "", r"t\.csv: no rows$"),
+        ("image,caption\n\n \n", "", r"t\.csv: no rows$"),
+        ("image,caption,caption\na,b,c\n", "", r"t\.csv: 2 columns are called 'caption'$"),
+        ("image,caption\na,b\0c\n", "", r"t\.csv: line 2 has control characters: no table of text$"),
+        ("\x1bPNG\n", "", r"t\.csv: line 1 has control characters: no table of text$"),
+        (
+            'image,caption\na,b\nc,"d\ne,f\ng,h\n',
+            "",
+            r"t\.csv: line 3: a quote that opens there is not closed before the end of the table$",
+        ),
+        (f'image,caption\na,"{"b" * 131_073}\n', "", r"t\.csv: line 2: field larger .* a quote that opens in line 2"),
         ("image,caption,alt\n", "?captions=alt", r"t\.csv\?captions=alt: 'captions=alt' is neither image=COLUMN"),
         ("image,caption\n", "?image=", r"'image=' is neither image=COLUMN nor caption=COLUMN"),
     ],
@@ -90,7 +103,118 @@ def test_no_table(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"t\.parquet: .*[Pp]arquet"):
         open_source(f"parquet:{tmp_path}/t.parquet", "train")
-    # As data sets of the Hugging Face hub have images: in the table.
-    parquet.write_table(pa.table({"image": [{"bytes": b"x"}], "text": ["a"]}), tmp_path / "hub.parquet")
-    with pytest.raises(ValueError, match=r"hub\.parquet: Unsupported cast from struct<bytes: binary>"):
-        open_source(f"parquet:{tmp_path}/hub.parquet", "train")
+    for data, what in (
+        (gzip.compress(b"image,caption\na,b\n"), "compressed with gzip"),
+        ("a,b\n".encode("utf-16"), "UTF-16"),
+    ):
+        (tmp_path / "t.csv").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"t\.csv: .*{what}"):
+            open_source(f"csv:{tmp_path}/t.csv", "train")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_are_those_of_pandas(tmp_path: pathlib.Path, end: str, mark: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "a.png").write_bytes(b"A")
+    lines = [
+        "title,n,filepath",
+        "two words,1,a.png",
+        "",
+        '"a ""quoted"" one, with a comma",2,a.png',
+        '12" wide,3,a.png',
+    ]
+    lines += ['"Big" dog,4,a.png', "u\u2028v\x0bw\x85x,5,a.png", "NULL?,6,a.png"]
+    (tmp_path / "t.csv").write_bytes((mark + end.join(lines) + end).encode())
+    source = open_source(f"csv:{tmp_path}/t.csv", "train")
+    expected = pandas.read_csv(tmp_path / "t.csv", encoding="utf-8-sig")["title"].tolist()
+    assert [source[i].captions[0] for i in range(len(source))] == expected and len(expected) == 6
+    assert source.notes == [f"{tmp_path}/t.csv: blank lines passed over: 1; first line 3"]  # type: ignore[attr-defined]
+
+
+def test_rows_of_several_lines_are_counted(tmp_path: pathlib.Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "a.png").write_bytes(b"A")
+    (tmp_path / "t.csv").write_text('filepath,title\na.png,x\na.png,"y\na.png,z\na.png,w"\na.png,v\n')
+    source = open_source(f"csv:{tmp_path}/t.csv", "train")
+    assert [source[i].captions[0] for i in range(3)] == pandas.read_csv(tmp_path / "t.csv")["title"].tolist()
+    note = "rows that go on in the next line, with a caption of several lines or a quote that is closed rows later: 1"
+    assert source.notes == [f"{tmp_path}/t.csv: {note}; first line 3"]  # type: ignore[attr-defined]
+    # What is known of the table is there also where it is not read again, and of several tables.
+    (tmp_path / "empty.csv").write_text("filepath,title\n")
+    for _ in range(2):
+        both = open_source(f"csv:{tmp_path}/{{empty,t}}.csv", "train")
+        assert len(both) == 3 and both.notes == [f"{tmp_path}/empty.csv: no rows", *source.notes]  # type: ignore[attr-defined]
+
+
+HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (pa.array([{"bytes": b"B", "path": "x.jpg"}, {"bytes": None, "path": "a.png"}, None], HUB), [b"B", b"A", None]),
+        (pa.array([{"bytes": b"B"}, None, {"bytes": b""}]), [b"B", None, None]),
+        (pa.array([b"B", b"C", None]), [b"B", b"C", None]),
+        (pa.array([b"B", b"C", None], pa.large_binary()), [b"B", b"C", None]),
+        (pa.array(["a.png", "none.png", None]).dictionary_encode(), [b"A", None, None]),
+        (pa.array(["a.png", "a.png", ""], pa.large_string()), [b"A", b"A", None]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("captions", "texts"),
+    [
+        (pa.array(["a", None, "c"]).dictionary_encode(), [("a",), (), ("c",)]),
+        (pa.array([["a", "b"], None, ["c", "d"]], pa.list_(pa.string(), 2)), [("a", "b"), (), ("c", "d")]),
+        (pa.array([["a"], [], [None]], pa.large_list(pa.string())), [("a",), (), ()]),
+        (pa.array([b"a", b"b", b"c"]), [("a",), ("b",), ("c",)]),
+    ],
+)
+def test_parquet_with_images_inside_and_captions_of_any_kind(
+    tmp_path: pathlib.Path,
+    images: pa.Array,
+    expected: list[bytes | None],
+    captions: pa.Array,
+    texts: list[tuple[str, ...]],
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    parquet.write_table(pa.table({"image": images, "text": captions}), tmp_path / "t.parquet")
+    source = open_source(f"parquet:{tmp_path}/t.parquet", "train")
+    assert len(source) == 3 and pickle.loads(pickle.dumps(source)).notes == []
+    for i, (image, text) in enumerate(zip(expected, texts, strict=True)):
+        if image is None:
+            with pytest.raises(BadSample) as error:
+                source[i]
+            assert error.value.kind == "no_image" and error.value.name
+        else:
+            assert (source[i].image, source[i].captions) == (image, text)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("text", pa.array([3]), r"t\.parquet: column 'text' is int64: a caption is text, or a list of texts$"),
+        ("text", pa.array([[3]]), r"column 'text' is list<.*int64>: a caption is text"),
+        ("text", pa.array([{"raw": "a"}]), r"column 'text' is struct<raw: string>: a caption is text"),
+        ("image", pa.array([3]), r"column 'image' is int64: an image is a path, its bytes, or a struct"),
+        ("image", pa.array([["a.png"]]), r"column 'image' is list<.*string>: an image is a path"),
+        ("image", pa.array([{"path": "a.png"}]), r"column 'image' is struct<path: string>: an image is a path"),
+        ("image", pa.array([], pa.string()), r"t\.parquet: no rows$"),
+    ],
+)
+def test_columns_of_other_types_are_named(tmp_path: pathlib.Path, column: str, values: pa.Array, message: str) -> None:
+    good = {"image": pa.array(["a.png"] * len(values)), "text": pa.array(["a"] * len(values))}
+    parquet.write_table(pa.table(good | {column: values}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=message):
+        open_source(f"parquet:{tmp_path}/t.parquet", "train")
+
+
+def test_which_of_several_columns_is_said(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"A")
+    (tmp_path / "t.csv").write_text("caption,filepath,title\nb,a.png,c\n")
+    source = open_source(f"csv:{tmp_path}/t.csv", "train")
+    assert source[0].captions == ("c",)  # as open_clip takes it
+    note = "captions are of column 'title', not of caption; ?caption=COLUMN names another"
+    assert source.notes == [f"{tmp_path}/t.csv: {note}"]  # type: ignore[attr-defined]
+    other = open_source(f"csv:{tmp_path}/t.csv?caption=caption", "train")
+    assert other[0].captions == ("b",) and other.notes == []  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import pathlib
@@ -10,6 +11,7 @@ import pickle
 import re
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,8 +71,12 @@ def test_samples_of_many_tars(tmp_path: pathlib.Path) -> None:
     first = tar([*pair("a/0", b"one", "é\n\nb\n".encode()), *pair(long, b"two"), ("__meta__", b""), ("README", b"")])
     second = tar([("2.txt", b"x"), ("2.json", b"{}"), ("2.PNG", b"three"), ("2.jpg", b"no")])
     source = opened(tmp_path, first, second)
-    assert source[0] == Record(b"one", ("é", "b"), -1, f"{tmp_path}/0.tar/a/0")
-    assert source[1].image == b"two" and source[2].image == b"three" and len(source) == 3
+    assert source[0] == Record(b"one", ("é\n\nb",), -1, f"{tmp_path}/0.tar/a/0")
+    assert source[1].image == b"two" and source[2].image == b"no" and len(source) == 3
+    assert source.notes == [  # type: ignore[attr-defined]
+        f"{tmp_path}/0.tar and 1 more: 6 files passed over: 3 .json, 1 .png, 1 of webdataset's own (__…__), "
+        "1 without a suffix; first __meta__"
+    ]
     again = pickle.loads(pickle.dumps(source))
     assert again[2] == source[2] and again.digest == source.digest  # type: ignore[attr-defined]
     for wrong in (-1, 3):
@@ -121,6 +127,51 @@ def test_a_sample_is_named_by_its_whole_key(tmp_path: pathlib.Path, prefix: str,
             archive.addfile(info, io.BytesIO(data))
     source = open_source(f"wds:{tmp_path}/0.tar", "train")
     assert [source[i].name for i in range(2)] == [f"{tmp_path}/0.tar/{prefix}{i}" for i in range(2)]
+
+
+def webdataset_samples(path: pathlib.Path) -> list[tuple[bytes, str]]:
+    """The samples that open_clip 3.3 trains on, by the stages of its `get_wds_dataset` without its shuffles."""
+    webdataset, data = pytest.importorskip("webdataset"), pytest.importorskip("open_clip_train.data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        with open(path, "rb") as file:
+            members = list(webdataset.tariterators.tar_file_iterator(file))
+        files = ({**member, "__url__": ""} for member in members)
+        samples = [each for each in data.group_by_keys_nothrow(files) if data.filter_no_caption_or_no_image(each)]
+        images = [webdataset.filters.getfirst(sample, "jpg;png;jpeg;webp") for sample in samples]
+        gc.collect()
+    return [(image, sample["txt"].decode()) for image, sample in zip(images, samples, strict=True)]
+
+
+@pytest.mark.torch
+def test_samples_are_those_of_open_clip(tmp_path: pathlib.Path) -> None:
+    suffixes = [("jpg", "png"), ("png", "jpeg"), ("jpeg", "webp"), ("webp", "JPG"), ("PNG", "webp"), ("b.jpg", "jpeg")]
+    files: list[tuple[str, bytes]] = [("__meta__", b"m"), ("README", b"r")]
+    for number, (first, second) in enumerate(suffixes):
+        for order in ((first, second), (second, first)):
+            key = f"dir.x/{number}{order[0].replace('.', '')}"
+            files += [(f"{key}.{suffix}", f"{key} {suffix}".encode()) for suffix in order]
+            files += [(f"{key}.json", b'{"caption": "another"}'), (f"{key}.txt", b"one\n two \xc3\xa9\n\nthree")]
+            files += [(f"{key}.cls", b"1"), (f"{key}.caption", b"not this")]
+    (tmp_path / "0.tar").write_bytes(tar(files))
+    expected = webdataset_samples(tmp_path / "0.tar")
+    source = open_source(f"wds:{tmp_path}/0.tar", "train")
+    assert [(source[i].image, *source[i].captions) for i in range(len(source))] == expected and len(expected) == 12
+    assert "4 without a suffix" not in source.notes[0] and "12 .cls" in source.notes[0]  # type: ignore[attr-defined]
+
+
+def test_what_a_mac_puts_beside_is_passed_over(tmp_path: pathlib.Path) -> None:
+    files = [(f"d/{mark}{name}", data) for name, data in pair("0") + pair("1") for mark in ("._", "")]
+    source = opened(tmp_path, tar([("__MACOSX/._x.jpg", b""), ("d/.DS_Store", b""), *files]))
+    assert contents(source) == ["text", "text"]
+    assert "10 files passed over: 8 hidden, 2 .json" in source.notes[0]  # type: ignore[attr-defined]
+
+
+def test_an_image_of_any_format_counts_where_there_is_no_other(tmp_path: pathlib.Path) -> None:
+    source = opened(
+        tmp_path, tar([("0.tif", b"T"), ("0.txt", b"a"), ("1.gif", b"G"), ("1.webp", b"W"), ("1.txt", b"b")])
+    )
+    assert [source[i].image for i in range(2)] == [b"T", b"W"]
 
 
 @given(st.text("a./", max_size=9))
@@ -258,7 +309,7 @@ def test_a_sparse_index_of_any_size(tmp_path: pathlib.Path) -> None:
     write_sparse_index(tmp_path / "sparse", shards=300, samples=1_000_000)
     source = Tars(ShardIndex(tmp_path / "sparse"))
     assert len(source) == 300_000_000 and (tmp_path / "sparse" / "samples.bin").stat().st_blocks < 100
-    with pytest.raises(BadSample, match=r"/nowhere/000299\.tar/999999: no webp, png, jpg, jpeg beside"):
+    with pytest.raises(BadSample, match=r"/nowhere/000299\.tar/999999: no jpg, png, jpeg, webp beside"):
         source[299_999_999]
 
 

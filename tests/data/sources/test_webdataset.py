@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gc
+import gzip
 import io
+import lzma
 import pathlib
 import pickle
 import tarfile
@@ -13,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources import BadSample, open_source
 from tclip_jax.data.sources.webdataset import Webdataset
 
 
@@ -58,13 +61,65 @@ def test_labelled_samples_in_the_order_of_the_shards(tmp_path: pathlib.Path) -> 
 
 
 def test_captions_are_the_lines(tmp_path: pathlib.Path) -> None:
-    members = {"0.png": b"", "0.txt": "a café\nb \r\n\nc".encode(), "1.png": b"", "2.txt": b"d\xff", "2.jpg": b"x"}
+    members = {
+        "0.png": b"",
+        "0.txt": "a café\nb\u2028\x0b \r\n\nc".encode(),
+        "1.png": b"",
+        "2.txt": b"d\xff",
+        "2.jpg": b"x",
+    }
     source = open_source(f"wds:{write(tmp_path / 'x', members, dataset_type=' Retrieval')}", "test")
-    assert source.classnames == () and [source[i].captions for i in range(3)] == [
-        ("a café", "b ", "", "c"),
-        (),
-        ("d\ufffd",),
+    assert source.classnames == ()
+    assert [source[i].captions for i in range(2)] == [("a café", "b\u2028\x0b ", "", "c"), ()]
+    with pytest.raises(BadSample, match=r"0\.tar/2: the caption is not UTF-8 at byte 1"):
+        source[2]
+
+
+def test_what_is_passed_over_is_counted(tmp_path: pathlib.Path) -> None:
+    members = {
+        "0.png": b"",
+        "0.jpg": b"",
+        "0.cls": b"0",
+        "0.json": b"",
+        "._0.png": b"",
+        "d/._0.cls": b"",
+        "README": b"",
+    }
+    folder = write(tmp_path / "x", members, classnames="a\n\nc\n")
+    (folder / "test" / "1.tar").write_bytes(b"of a later export")
+    source = Webdataset(str(folder), "test")
+    assert len(source) == 1 and source.notes == [
+        f"{folder}/test: 6 files passed over: 2 hidden, 1 .jpg, 1 .json, 1 of more shards than nshards.txt says, "
+        "1 without a suffix; first ._0.png",
+        f"{folder}/classnames.txt: line 2 names no class",
     ]
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+def test_a_compressed_shard_is_named_so(tmp_path: pathlib.Path, kind: str) -> None:
+    folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")
+    shard = folder / "test" / "0.tar"
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind]
+    shard.write_bytes(pack(shard.read_bytes()))
+    with pytest.raises(ValueError, match=rf"0\.tar: compressed with \w+: unpack .*{kind[0]}"):
+        Webdataset(str(folder), "test")
+    with pytest.raises(ValueError, match=rf"0\.tar: compressed with \w+: unpack .*{kind[0]}"):
+        open_source(f"wds:{shard}", "test")
+    shard.rename(tmp_path / f"0.tar.{kind}")
+    with pytest.raises(ValueError, match=rf"0\.tar\.{kind}: compressed with"):
+        open_source(f"wds:{tmp_path}/0.tar.{kind}", "test")
+    with pytest.raises(FileNotFoundError, match=r"0\.tar: no such file, which nshards\.txt beside it counts"):
+        Webdataset(str(folder), "test")
+
+
+def test_a_folder_of_tars_is_no_export(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"train/nshards\.txt: no such file, which a webdataset export of CLIP_b"
+    ):
+        open_source(f"wds:{tmp_path}", "train")
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(ValueError, match=r"a folder of tars, and no export: write wds:.*/\*\.tar"):
+        open_source(f"wds:{tmp_path}", "train")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +204,11 @@ def test_damaged_shards_are_refused(tmp_path: pathlib.Path, kind: str, message: 
         (lambda f: (f / "test" / "nshards.txt").write_text("-1"), ValueError, "'-1' is not a number of shards"),
         (lambda f: (f / "test" / "nshards.txt").write_text("9" * 99), ValueError, "is not a number of shards"),
         (lambda f: (f / "classnames.txt").unlink(), FileNotFoundError, r"classnames\.txt: no such file"),
-        (lambda f: (f / "classnames.txt").write_bytes(b"\xff"), ValueError, r"classnames\.txt: not UTF-8"),
+        (
+            lambda f: (f / "classnames.txt").write_bytes(b"\xff"),
+            ValueError,
+            r"classnames\.txt: line 1 is not UTF-8 \(byte 0xff\)",
+        ),
         (lambda f: (f / "classnames.txt").write_bytes(bytes(1 << 25)), ValueError, "33,554,432 bytes, where at most"),
         (lambda f: (f / "dataset_type.txt").write_text("video"), ValueError, "'video' is not one of classification"),
     ],
