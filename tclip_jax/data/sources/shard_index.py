@@ -3,7 +3,7 @@
 The folder is made once for shards of these names and stamps (`content.stamps`), and read in place, so that a billion
 samples start as fast as a thousand:
 
-    index.json    {"version": 2, "kind": "tar" or "arrayrecord", "samples": N, "shards": S,
+    index.json    {"version": 3, "kind": "tar" or "arrayrecord", "samples": N, "shards": S,
                   "passed_over": {"kinds": {suffix or word: files}, "first": name}}
     shards.txt    S lines: the path or URL of each shard
     stamps.txt    S lines: what changes when that shard does
@@ -55,7 +55,7 @@ SAMPLE = np.dtype(
     ]
 )
 
-_VERSION = 2
+_VERSION = 3
 _PART = struct.Struct("<Bqq")  # the fault, the size and the number of samples of one shard, before its rows
 _MANY_SHARDS = 64
 
