@@ -14,7 +14,13 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.training.config import OptimizerConfig
-from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, ternary_share
+from tclip_jax.training.optimizer import (
+    decays,
+    learning_rate_schedule,
+    make_optimizer,
+    moving_average,
+    ternary_share,
+)
 
 
 def test_schedule() -> None:
@@ -79,3 +85,15 @@ def test_one_step_equals_adamw_by_hand(clip_norm: float) -> None:
     g64 = np.float64(g) * (clip_norm if clip_norm else 1.0)  # |g| = 1
     expected = -0.1 * (g64 / (np.abs(g64) + 1e-3) + 0.2 * w)
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.9, 0.9999])
+def test_the_average_is_the_weighted_mean_of_what_every_update_left(decay: float) -> None:
+    values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    average = {"w": jnp.full(5, jnp.nan), "b": jnp.full((), 1e6)}  # of no update: anything
+    for n in range(1, 8):
+        average = moving_average(average, {"w": values[n - 1], "b": values[n - 1, 0]}, decay, jnp.int32(n))
+        weights = decay ** np.arange(n - 1, -1, -1, dtype=np.float64)
+        expected = weights @ np.float64(values[:n]) / weights.sum()
+        np.testing.assert_allclose(average["w"], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(average["b"], expected[0], rtol=1e-5, atol=1e-6)
