@@ -16,9 +16,10 @@ from PIL import Image
 from tclip_jax.data import images
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.iterator import Batch, TrainIterator
-from tclip_jax.data.pipeline import eval_batches, global_order, train_iterator
+from tclip_jax.data.pipeline import TrainRow, eval_batches, global_order, train_iterator
 from tclip_jax.data.sources import FAULTS, BadSample, Record, open_source, remote
 from tclip_jax.data.sources.mixture import Mixture
+from tclip_jax.data.teacher_cache import copy_generator
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
 
 TOKENIZER = Tokenizer(context_length=12)
@@ -273,6 +274,34 @@ def test_an_error_of_the_program_is_raised() -> None:
 
     with pytest.raises(KeyError, match="a bug"):
         next(iterate(Broken(labelled(2))))
+
+
+class Cached:
+    """A teacher that says of each sample its number and the copy."""
+
+    folder, samples, copies, seed = "cached", 6, 3, 11
+
+    def read(self, index: int, copy: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(4, index, np.float16), np.full(3, copy, np.float16)
+
+
+def test_a_teachers_embeddings_come_with_the_sample_and_the_view_that_it_has_seen() -> None:
+    source = labelled(6)
+    batches = take(iterate(source, cache=Cached(), augment="affine"), 9)
+    row = TrainRow(source, TOKENIZER, PREPROCESS, "affine", TEMPLATES)
+    copies = set()
+    for batch in batches:
+        assert batch["teacher_image"].dtype == batch["teacher_text"].dtype == np.float16
+        for i in range(4):
+            index, copy = int(batch["teacher_image"][i, 0]), int(batch["teacher_text"][i, 0])
+            seen = row.draw(index, copy_generator(Cached.seed, index, copy))
+            np.testing.assert_array_equal(batch["image"][i], seen["image"])
+            np.testing.assert_array_equal(batch["tokens"][i], seen["tokens"])
+            copies.add((index, copy))
+    assert len(copies) > 12 and {copy for _, copy in copies} == {0, 1, 2}
+    for count in (5, 7):
+        with pytest.raises(ValueError, match=f"^cached is of 6 samples: the source has {count}$"):
+            iterate(labelled(count), cache=Cached())
 
 
 @pytest.mark.parametrize("seed", [0, 3, 5, 2**32 - 1])
