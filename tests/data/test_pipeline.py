@@ -302,6 +302,9 @@ def test_a_teachers_embeddings_come_with_the_sample_and_the_view_that_it_has_see
     for count in (5, 7):
         with pytest.raises(ValueError, match=f"^cached is of 6 samples: the source has {count}$"):
             iterate(labelled(count), cache=Cached())
+    many = Cached()
+    many.samples = 300  # an int of which Python keeps no single copy
+    iterate(Records(labelled(6)[:1] * 300), cache=many)
 
 
 @pytest.mark.parametrize("seed", [0, 3, 5, 2**32 - 1])
