@@ -171,6 +171,13 @@ def test_equal_text_matches_equal_token_rows(rows: list[tuple[int, int]]) -> Non
     np.testing.assert_array_equal(pairs(side._replace(tokens=None), side._replace(tokens=None)), np.eye(5))
 
 
+def test_token_rows_of_other_lengths_are_not_compared() -> None:
+    exist = {"index": jnp.arange(BATCH), "real": jnp.ones(BATCH, bool)}
+    sides = [Side(unit_vectors(0), tokens=tokens, **exist) for tokens in (TOKENS, np.pad(TOKENS, [(0, 0), (0, 1)]))]
+    with pytest.raises(ValueError, match="zip"):
+        positives_of(*sides)
+
+
 def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="compared with a bias"):
         sigmoid_loss(unit_vectors(0), unit_vectors(1), 1.0, bias=None)
