@@ -12,10 +12,11 @@ from flax import linen as nn
 
 from tclip_jax.models.blending import Blend
 from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis, matrix_shape
-from tclip_jax.parallel.mesh import constrain
+from tclip_jax.parallel.mesh import constrain, mesh_in_force
 from tclip_jax.parallel.rules import matrix_specs
 from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
 from tclip_jax.ternary.gathering import LEVELS, Placement, gather_float, look_up
+from tclip_jax.ternary.products import dense_product
 
 Initializer = nn.initializers.Initializer
 
@@ -52,19 +53,22 @@ class Latent:
         if self.placement or whole:
             return self.quantized(jnp.float32)[index].astype(dtype)
         alpha = None if self.alpha is None else self.alpha[index]
-        return dataclasses.replace(self, weight=self.weight[index], alpha=alpha).quantized(dtype)
+        return dataclasses.replace(self, weight=self.weight[index], alpha=alpha).quantized(dtype).astype(dtype)
 
     def quantized(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """What a product multiplies by, in `dtype` and where it is used."""
+        """What a product multiplies by, where it is used: float32, which floats that move lose on the way in `dtype`.
+
+        So its gradient is float32 too, and is summed over devices in that.
+        """
         if self.quantizer is None:
             weight = self.weight
         elif self.share is None:
             given = (self.weight, self.quantizer, self.axis, self.alpha, self.size)
-            return fake_quantize(*given, dtype, self.placement)
+            return fake_quantize(*given, jnp.float32, self.placement)
         else:
             quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
             weight = self.share * quantized + (1 - self.share) * self.weight
-        return gather_float(weight, self.placement, jnp.dtype(dtype)) if self.placement else weight.astype(dtype)
+        return gather_float(weight, self.placement, jnp.dtype(dtype)) if self.placement else weight
 
 
 def find_weight(
@@ -100,10 +104,11 @@ def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts:
 
 def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
     w_KN = weight.quantized(x.dtype)
-    if parts == 1:
-        return x @ w_KN
-    w_KPN = constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor")
-    return jnp.tensordot(x, w_KPN, 1)
+    mesh = mesh_in_force()
+    if parts > 1 and mesh is not None and mesh.shape["tensor"] > 1:
+        return dense_product(x, constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor"))
+    y = dense_product(x, w_KN)
+    return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
 
 
 class Dense(nn.Module):
@@ -126,8 +131,9 @@ class Dense(nn.Module):
         kernel = find_weight(self, "kernel", self.kernel_init, shape, self.rules)
         y = multiply(x.astype(self.dtype), kernel, self.parts)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y += bias if self.parts == 1 else bias.reshape(self.parts, -1)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            # In float32, as wherever a parameter meets all tokens: its gradient is a sum over them in this dtype.
+            y = (y.astype(jnp.float32) + bias.reshape(y.shape[x.ndim - 1 :])).astype(self.dtype)
         return y
 
 

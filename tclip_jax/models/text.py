@@ -27,8 +27,9 @@ class TextTransformer(nn.Module):
         cfg, width = self.config, self.config.width
         x_BTD = Embedding(cfg.vocab_size, width, self.rules, self.dtype, name="token_embedding")(tokens_BT)
         position_TD = self.param("position_embedding", nn.initializers.normal(0.01), (cfg.context_length, width))
+        x_BTD = x_BTD.astype(jnp.float32) + position_TD[: tokens_BT.shape[1]]
         x_BTD = scan_blocks(
-            x_BTD + position_TD[: tokens_BT.shape[1]].astype(self.dtype),
+            x_BTD.astype(self.dtype),
             layers=cfg.layers,
             heads=cfg.heads,
             mlp_ratio=cfg.mlp_ratio,
@@ -40,7 +41,9 @@ class TextTransformer(nn.Module):
             remat=self.remat,
         )
         # The end-of-text token has the highest id of the vocabulary.
-        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(len(tokens_BT), -1)
-        x_BD = layer_norm("ln_final")(jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0])
+        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(len(tokens_BT), x_BTD.shape[1] - 1)
+        # Selected, not gathered: the gradient of that would be a scatter, slow and in the dtype of the computation.
+        is_end_BT1 = jnp.expand_dims(jnp.arange(x_BTD.shape[1]) == end_B[:, None], -1)
+        x_BD = layer_norm("ln_final")(jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32))
         small, bias = nn.initializers.normal(width**-0.5), False
         return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from tclip_jax.models.layers import Dense, attend, gelu, layer_norm
@@ -80,7 +81,7 @@ class Block(nn.Module):
         if self.layer_scale is None:
             return x_BTD
         gain_D = self.param(name, nn.initializers.constant(self.layer_scale), (x_BTD.shape[-1],))
-        return x_BTD * gain_D.astype(self.dtype)
+        return (x_BTD.astype(jnp.float32) * gain_D).astype(self.dtype)
 
 
 def scan_blocks(

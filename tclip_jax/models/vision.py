@@ -42,10 +42,12 @@ class VisionTransformer(nn.Module):
         cfg, width = self.config, self.config.width
         x_BND = PatchEmbedding(cfg.patch_size, width, self.rules, self.dtype, name="patch_embedding")(images_BHWC)
         small = nn.initializers.normal(width**-0.5)
-        class_D = self.param("class_embedding", small, (width,)).astype(self.dtype)
+        class_D = self.param("class_embedding", small, (width,))
         position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))
-        x_BTD = jnp.concatenate([jnp.broadcast_to(class_D, (len(x_BND), 1, width)), x_BND], axis=1)
-        x_BTD = x_BTD + position_TD.astype(self.dtype)
+        class_B1D = jnp.broadcast_to(class_D, (len(x_BND), 1, width))
+        # Gradients of both embeddings are sums over the batch: in float32.
+        x_BTD = jnp.concatenate([class_B1D, x_BND.astype(jnp.float32)], axis=1) + position_TD
+        x_BTD = x_BTD.astype(self.dtype)
         if not cfg.no_ln_pre:
             x_BTD = layer_norm("ln_pre")(x_BTD).astype(self.dtype)
         x_BTD = scan_blocks(
@@ -70,7 +72,7 @@ class VisionTransformer(nn.Module):
         return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)
 
     def _pool(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD[:, 1:].mean(axis=1) if self.config.pool_type == "avg" else x_BTD[:, 0]
+        return x_BTD[:, 1:].mean(axis=1, dtype=jnp.float32) if self.config.pool_type == "avg" else x_BTD[:, 0]
 
 
 def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:

@@ -35,8 +35,8 @@ class Placement(NamedTuple):
         return _constrain(_constrain(x, self.stored), self.used)
 
     def place_back(self, x: jax.Array) -> jax.Array:
-        """From how it is used to how it is stored."""
-        return _constrain(_constrain(x, self.used), self.stored)
+        """To how it is stored; a sum over devices is added up there (a reduce-scatter), and not on each of them."""
+        return _constrain(x, self.stored)
 
 
 def gather_ternary(
@@ -59,16 +59,16 @@ def gather_ternary(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_float(w: jax.Array, placement: Placement, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The matrix `w` in `dtype` where it is used; it moves in that."""
-    return placement.place(w.astype(dtype))
+    """The matrix `w` where it is used: it moves in `dtype`, and its gradient as it is, to be summed in that of `w`."""
+    return placement.place(w.astype(dtype)).astype(w.dtype)
 
 
-def _gather_forward(w: jax.Array, placement: Placement, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    return gather_float(w, placement, dtype), jnp.zeros((), w.dtype)
+def _gather_forward(w: jax.Array, placement: Placement, dtype: Any) -> tuple[jax.Array, None]:
+    return gather_float(w, placement, dtype), None
 
 
-def _gather_backward(placement: Placement, dtype: Any, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (placement.place_back(gradient).astype(like.dtype),)
+def _gather_backward(placement: Placement, dtype: Any, kept: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (placement.place_back(gradient),)
 
 
 gather_float.defvjp(_gather_forward, _gather_backward)
@@ -106,7 +106,9 @@ def _look_up_backward(
 ) -> tuple[jax.Array, None]:
     like, index = residuals
     zeros = jnp.zeros((len(like), gradient.shape[-1]), like.dtype)
-    return placement.place_back(zeros.at[index].add(gradient.astype(like.dtype))), None
+    # Used first: for its own rows alone a device would need the activations of all.
+    added = _constrain(zeros.at[index].add(gradient.astype(like.dtype)), placement.used)
+    return placement.place_back(added), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

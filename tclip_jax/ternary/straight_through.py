@@ -89,7 +89,7 @@ def _identity_backward(
     like: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array]:
-    return (_stored(gradient, placement).astype(like.dtype),)
+    return (_stored(gradient.astype(like.dtype), placement),)
 
 
 _identity.defvjp(_identity_forward, _identity_backward)
@@ -132,7 +132,7 @@ def _learned_backward(
     w, alpha = residuals
     scale, threshold, group = find_levels(w, quantizer, axis, alpha)
     level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in (scale, threshold))
-    w32, g32 = w.astype(jnp.float32), _stored(gradient, placement).astype(jnp.float32)
+    w32, g32 = w.astype(jnp.float32), _stored(gradient.astype(jnp.float32), placement)
     trits = jnp.sign(w32) * (jnp.abs(w32) > threshold)
     if quantizer.kind == "lsq":
         x = w32 / level

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.ternary.packed import Activations, PackedTensor
+from tclip_jax.ternary.products import sum_products
 from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
 
 NAME = "reference"
@@ -50,7 +51,7 @@ def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Ar
         rounded, level = quantize_activations(x)
         product = jnp.matmul(rounded.astype(dense.dtype), dense, preferred_element_type=jnp.float32)
         return (product * level).astype(x.dtype)
-    return x @ dense.astype(x.dtype)
+    return sum_products(x, dense.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
