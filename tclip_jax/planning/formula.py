@@ -117,9 +117,9 @@ def _collectives(build: Build) -> Iterator[Collective]:
         if build.teacher_shapes is not None:
             theirs = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
             yield Collective("all-gather", theirs, ("fsdp",), fsdp, 1, "the teacher's weights")
-        yield Collective("reduce-scatter", (Array(dtype, (student,)),), ("fsdp",), fsdp, 1, "gradients")
+        yield Collective("reduce-scatter", (Array("f32", (student,)),), ("fsdp",), fsdp, 1, "gradients")
     if mesh["data"] > 1:
-        shard = (Array(dtype, (student // fsdp,)),)
+        shard = (Array("f32", (student // fsdp,)),)
         yield Collective("all-reduce", shard, ("data",), mesh["data"], 1, "gradients")
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
     if shards > 1:
@@ -128,7 +128,7 @@ def _collectives(build: Build) -> Iterator[Collective]:
             yield Collective(kind, embeddings, BATCH_AXES, shards, 1, name)
     if mesh["tensor"] > 1:
         for tower, tokens in _towers(run.model):
-            state = (Array(dtype, (_rows(build), tokens, tower.width)),)
+            state = (Array("f32", (_rows(build), tokens, tower.width)),)
             times = tower.layers * 2 * (2 + run.remat)  # after attention and the MLP, in each pass
             yield Collective("all-reduce", state, ("tensor",), mesh["tensor"], times, "partial sums")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from tclip_jax.ternary.matmul import repack, ternary_matmul
@@ -56,10 +57,12 @@ def matmul_columns(
       rows: axes of the mesh that M is sharded over.
       activations: as `ternary_matmul` takes.
     """
+    dtype = x.dtype
+    # In float32 and back, so that devices sum the gradient in that.
     return jax.shard_map(
-        lambda own_x, own_w: ternary_matmul(own_x, own_w, activations=activations),
+        lambda own_x, own_w: ternary_matmul(own_x.astype(dtype), own_w, activations=activations),
         mesh=mesh,
         in_specs=(PartitionSpec(rows, None), PartitionSpec(None, axis)),
         out_specs=PartitionSpec(rows, axis),
         check_vma=False,
-    )(x, w)
+    )(x.astype(jnp.float32), w)

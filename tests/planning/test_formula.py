@@ -38,8 +38,8 @@ def test_sharding_is_that_of_training(config: ml_collections.ConfigDict) -> None
         ("all-gather", "weights", "u8"): 3 * trits // 4,
         ("all-gather", "weights", "bf16"): 3 * 2 * (count - trits),
         ("all-gather", "the teacher's weights", "bf16"): 2 * count,
-        ("reduce-scatter", "gradients", "bf16"): 2 * count,
-        ("all-reduce", "gradients", "bf16"): 2 * (count // 2),
+        ("reduce-scatter", "gradients", "f32"): 4 * count,
+        ("all-reduce", "gradients", "f32"): 4 * (count // 2),
         ("all-gather", "embeddings", "f32"): 2 * 64 * 64 * 4,
         ("reduce-scatter", "their gradients", "f32"): 2 * 64 * 64 * 4,
     }
@@ -69,7 +69,7 @@ def test_devices_along_tensor_share_products(config: ml_collections.ConfigDict) 
     # 16 rows of the batch a pair, after attention and the MLP of each layer, in three passes.
     assert facts.mesh["tensor"] == 2
     tensor = [each for each in facts.collectives if each.axes == ("tensor",)]
-    assert sum(each.bytes for each in tensor) == 3 * 2 * (3 * 16 * 17 * 64 + 2 * 16 * 32 * 64) * 2
+    assert sum(each.bytes for each in tensor) == 3 * 2 * (3 * 16 * 17 * 64 + 2 * 16 * 32 * 64) * 4
 
 
 def test_a_mesh_that_does_not_fit(config: ml_collections.ConfigDict) -> None:

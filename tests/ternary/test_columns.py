@@ -47,6 +47,18 @@ def test_product_and_gradient_are_those_of_the_whole_weight(activations: Any) ->
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_devices_sum_the_gradient_in_float32() -> None:
+    mesh = mesh_of(1, 8)
+    w = ternarize(jnp.ones((16, 8)), Quantizer(factor=1.0, group="channel"))
+    packed = repack_columns(w, mesh, "tensor", implementation="reference")
+    x = jnp.ones((1, 16), jnp.bfloat16)
+    pull = jax.jit(jax.grad(lambda x: matmul_columns(x, packed, mesh, "tensor").astype(jnp.float32).sum()))
+    program = pull.lower(x).as_text()
+    sums = [line for line in program.splitlines() if "stablehlo.add" in line]
+    assert "all_reduce" in program and sums and not any("bf16" in line for line in sums)
+    np.testing.assert_array_equal(np.float32(pull(x)), np.full((1, 16), 8.0))
+
+
 def test_refuses_columns_that_cannot_be_shared_out() -> None:
     w = ternarize(jnp.ones((16, 10)), Quantizer(group="channel"))
     with pytest.raises(ValueError, match="10 columns cannot be shared out evenly over the 4 devices of axis 'tensor'"):
