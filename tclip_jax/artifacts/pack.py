@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from tclip_jax.models.ternary_rules import (
@@ -36,6 +37,9 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
 
     The trits and scales are, to the bit, those that the model computes from the same latent weights in training;
     learned scales are in them and no longer beside them. Leaves that are ternary already stay as they are.
+
+    Raises:
+      ValueError: a weight to be made ternary that holds NaN or infinity; with a learned scale it would be 0 or ±1.
     """
     leaves = flatten(params)
 
@@ -43,6 +47,8 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
         leaf, quantizer = jax.device_get(leaf), find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None or _is_ternary(leaf):
             return leaf
+        if not np.isfinite(leaf).all():
+            raise ValueError(f"{path} holds NaN or infinity: every weight must be finite")
         alpha = jax.device_get(leaves[f"{path}_scale"]) if quantizer.learned else None
         return jax.device_get(_ternarize(leaf.reshape(matrix_shape(leaf.shape)), quantizer, input_axis(path), alpha))
 

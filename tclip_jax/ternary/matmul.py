@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from tclip_jax.ternary.device import traced_device
 from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
 from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.tensor import TernaryTensor, check_floating
 
 VARIABLE = "TCLIP_IMPLEMENTATION"
 
@@ -41,7 +41,7 @@ def ternary_matmul(
     Works under jax.jit, jax.vmap and a mesh (rows stay sharded, a packed weight is gathered), and has a gradient to x.
 
     Args:
-      x: floats.
+      x: floats; NaN and infinity give NaN or infinity in their rows.
       w: one layer's weight; its scales are not differentiated.
       activations: "A16" multiplies x as it is; "A8" rounds it to int8 first, with a scale max|x| / 127 for each token,
         and has the gradient of the product without rounding (straight-through). None: what the weight is packed for,
@@ -49,8 +49,15 @@ def ternary_matmul(
       implementation: one of `kernels.NAMES`.
 
     Raises:
-      ValueError: an implementation that does not exist, cannot run here, or is not the one that `w` is packed for.
+      TypeError: integers or bools for x, which would cut the product to integers.
+      ValueError: an implementation that does not exist, cannot run here, or is not the one that `w` is packed for; or
+        another K of x than of w.
     """
+    x = jnp.asarray(x)
+    check_floating("x", x.dtype)
+    length = w.shape[0] if isinstance(w, PackedTensor) else w.shape[-2]
+    if not x.ndim or x.shape[-1] != length:
+        raise ValueError(f"x is {x.shape}: its last axis must be the {length} inputs of the weight {tuple(w.shape)}")
     if isinstance(w, PackedTensor):
         if implementation not in (None, w.layout):
             raise ValueError(f"the weight is packed for {w.layout!r}, not for {implementation!r}: repack it from trits")
@@ -73,7 +80,14 @@ def repack(
     activations: Activations = "A16",
     implementation: str | None = None,
 ) -> PackedTensor:
-    """The weight in the order of the implementation that `choose` picks; leading layer axes are kept."""
+    """The weight in the order of the implementation that `choose` picks; leading layer axes are kept.
+
+    Raises:
+      TypeError: trits that are not integers.
+      ValueError: what `choose` raises.
+    """
+    if not jnp.issubdtype(w.trits.dtype, jnp.integer):
+        raise TypeError(f"trits are {w.trits.dtype}: they must be integers −1, 0 and +1")
     shape = (w.shape[-2], w.shape[-1])
     name = choose(shape, w.group, rows=rows, dtype=dtype, activations=activations, implementation=implementation)
     return dataclasses.replace(kernel(name).pack(w), activations=activations)
@@ -102,8 +116,10 @@ def choose(
       implementation: forces one; else the variable TCLIP_IMPLEMENTATION does, read when a function is traced.
 
     Raises:
+      TypeError: a dtype that is not floating.
       ValueError: the forced one does not exist or cannot run, with the reason.
     """
+    check_floating("x", dtype)
     kind, platform = traced_device()
     given: dict[str, Any] = {
         "device_kind": kind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 _DIGITS = (np.arange(243)[:, None] // _POWERS % 3).astype(np.int8) - 1  # byte -> its five trits
@@ -12,7 +13,7 @@ def pack_base3(trits: np.ndarray) -> np.ndarray:
     """Five trits a byte: Σ (t_i + 1) · 3^i, i = 0…4, in C order; the last byte is filled with zero trits.
 
     Args:
-      trits: int8 of −1, 0, +1, any shape.
+      trits: integers −1, 0, +1, any shape.
 
     Returns:
       uint8 of ceil(size / 5) bytes, each at most 242.
@@ -20,7 +21,7 @@ def pack_base3(trits: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: a value that is not a trit.
     """
-    flat = _checked(trits)
+    flat = checked_trits(trits).reshape(-1)
     padded = np.zeros(-(-flat.size // 5) * 5, np.int8)
     padded[: flat.size] = flat
     return (padded.reshape(-1, 5) + 1).astype(np.uint8) @ _POWERS
@@ -40,7 +41,7 @@ def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def pack_2bit(trits: np.ndarray) -> np.ndarray:
     """Four trits a byte as two's-complement fields, the first in the lowest bits; zeros fill the last byte."""
-    flat = _checked(trits)
+    flat = checked_trits(trits).reshape(-1)
     padded = np.zeros(-(-flat.size // 4) * 4, np.uint8)
     padded[: flat.size] = flat.view(np.uint8) & 3
     fields = padded.reshape(-1, 4)
@@ -62,11 +63,18 @@ def unpack_2bit(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return fields.reshape(-1)[:size].reshape(shape)
 
 
-def _checked(trits: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(trits, np.int8).reshape(-1)
-    if flat.size and (flat.min() < -1 or flat.max() > 1):
-        raise ValueError(f"trits are −1, 0 and +1: found {flat.min()} to {flat.max()}")
-    return flat
+def checked_trits(trits: npt.ArrayLike) -> np.ndarray:
+    """Trits as int8 in their shape.
+
+    Raises:
+      ValueError: other than integers −1, 0 and +1.
+    """
+    found = np.asarray(trits)
+    if found.dtype.kind not in "iu":  # floats would be cut, and 300 would wrap round to 44
+        raise ValueError(f"trits are integers −1, 0 and +1, not {found.dtype}")
+    if found.size and (found.min() < -1 or found.max() > 1):
+        raise ValueError(f"trits are −1, 0 and +1: found {found.min()} to {found.max()}")
+    return np.require(found, np.int8, "C")
 
 
 def _check_length(packed: np.ndarray, expected: int, shape: tuple[int, ...]) -> None:

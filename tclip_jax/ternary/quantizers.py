@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tclip_jax.schema import check_values, key
 from tclip_jax.ternary.sums import halving_sum, prefix_sums, quotient, split_groups
-from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+from tclip_jax.ternary.tensor import TernaryTensor, check_floating, expand_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,14 @@ def find_levels(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.A
       alpha: the learned α of the kinds lsq and seq, float32 in the shape of the scales.
 
     Returns:
-      Scales that are +0 for a group of zeros whose scale is not learned, else at least `quantizer.smallest_scale`.
+      Scales that are +0 for a group of zeros whose scale is not learned, else at least `quantizer.smallest_scale`; of a
+      group with NaN or infinity, NaN or infinity where the scale is not learned.
 
     Raises:
+      TypeError: weights that are integers or bools.
       ValueError: a kind that learns its scale, without it.
     """
+    check_floating("the weight", w.dtype)
     group = w.shape[axis] if isinstance(quantizer.group, str) else min(quantizer.group, w.shape[axis])
     if quantizer.learned:
         if alpha is None:
@@ -106,6 +109,7 @@ def find_levels(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.A
         kept = magnitude > expand_scale(threshold, group, w.shape[axis], axis)
         count = group_totals(kept.astype(jnp.float32), quantizer, axis)
         raw = quotient(group_totals(jnp.where(kept, magnitude, 0), quantizer, axis), jnp.maximum(count, 1))
+        raw = jnp.where(jnp.isfinite(total), raw, total)  # nothing is above a threshold that is NaN or infinite
         return Levels(jnp.where(total == 0, 0.0, _rounded(raw, quantizer)), threshold, group)
     # The factor k/n is one constant: dividing by n would be a multiplication under jit and a division outside it.
     raw = total * jnp.asarray(quantizer.factor / members, jnp.float32)
@@ -117,7 +121,11 @@ def initial_alpha(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Arr
     """Where the learned α of a weight starts: 2 · mean|w| for lsq, max|w| for seq, as in the papers.
 
     Float32 in the shape of the scales: axis K has ceil(K / group) entries, or 1.
+
+    Raises:
+      TypeError: weights that are integers or bools.
     """
+    check_floating("the weight", w.dtype)
     if quantizer.kind == "lsq":
         return find_levels(w, Quantizer(2.0, quantizer.group, 24), axis).scale
     magnitude = jnp.abs(w).astype(jnp.float32)
@@ -128,7 +136,10 @@ def initial_alpha(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Arr
 
 
 def ternarize(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None) -> TernaryTensor:
-    """Trits and scales of the latent weights `w` (..., K, N), with the learned `alpha` where the kind has one."""
+    """Trits and scales of the latent weights `w` (..., K, N), with the learned `alpha` where the kind has one.
+
+    Raises what `find_levels` raises.
+    """
     scale, threshold, group = find_levels(w, quantizer, axis, alpha)
     threshold = expand_scale(threshold, group, w.shape[axis], axis)
     w = w.astype(jnp.float32)

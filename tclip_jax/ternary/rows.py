@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tclip_jax.ternary.packed import PackedTensor
+from tclip_jax.ternary.packing import checked_trits
 from tclip_jax.ternary.tensor import TernaryTensor
 
 LAYOUT = "rows"
@@ -17,9 +18,13 @@ _SHIFTS = np.arange(6, -2, -2, dtype=np.uint8)  # that bring a byte's fields, th
 
 
 def pack_rows(table: TernaryTensor) -> PackedTensor:
-    """Four weights a byte as two's-complement fields: data (V, ceil(W / 4)) uint8, bfloat16 scales where exact."""
+    """Four weights a byte as two's-complement fields: data (V, ceil(W / 4)) uint8, bfloat16 scales where exact.
+
+    Raises:
+      ValueError: trits that are not integers −1, 0 and +1.
+    """
     rows, width = table.shape
-    fields = np.pad(np.asarray(table.trits, np.int8).view(np.uint8) & 3, [(0, 0), (0, -width % 4)])
+    fields = np.pad(checked_trits(table.trits).view(np.uint8) & 3, [(0, 0), (0, -width % 4)])
     fields = fields.reshape(rows, -1, 4)
     data: Any = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     scale: Any = narrow_scale(np.asarray(table.scale, np.float32))
@@ -27,7 +32,13 @@ def pack_rows(table: TernaryTensor) -> PackedTensor:
 
 
 def gather_rows(table: PackedTensor, index: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The weights (…, W) of the rows at `index`."""
+    """The weights (…, W) of the rows at `index`.
+
+    Raises:
+      TypeError: an index that is not of integers (bools would select), or a dtype that is not floating.
+    """
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"the index of rows is {index.dtype}: it must be of integers")
     # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
     trits = (table.data[index][..., None] << _SHIFTS).astype(jnp.int8) >> 6
     trits = trits.reshape(*index.shape, -1)[..., : table.shape[1]]

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tclip_jax.ternary.gathering import LEVELS, Placement, gather_ternary
 from tclip_jax.ternary.quantizers import Quantizer, find_levels, group_members, group_totals
-from tclip_jax.ternary.tensor import expand_scale
+from tclip_jax.ternary.tensor import check_floating, expand_scale
 
 # ParetoQ rounds clip(w/α, ±0.99) · 1.5: beyond this share of α a weight is saturated.
 _SEQ_INSIDE = 0.99
@@ -44,8 +44,14 @@ def fake_quantize(
       size: weights of the whole matrix, where `w` is a part of its rows; default K · N.
       dtype: of ŵ; default that of `w`.
       placement: of a matrix (K, N) that is stored sharded: its trits and scales go where they are used.
+
+    Raises:
+      TypeError: weights, or a `dtype`, that are integers or bools.
+      ValueError: a kind that learns its scale, without it.
     """
     dtype = jnp.dtype(w.dtype if dtype is None else dtype)
+    check_floating("the weight", w.dtype)
+    check_floating("the dtype of the weights", dtype)
     if not quantizer.learned:
         return _identity(w, quantizer, axis, dtype, placement)
     return _learned(w, alpha, quantizer, axis, size or w.shape[-1] * w.shape[-2], dtype, placement)

@@ -34,9 +34,20 @@ class TernaryTensor:
         return self.trits.shape
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """The weights scale · trit in `dtype`; exact in bfloat16 too when the scale has 8 significant bits."""
+        """The weights scale · trit in `dtype`; exact in bfloat16 too when the scale has 8 significant bits.
+
+        Raises:
+          TypeError: a dtype that is not floating, in which scales below 1 would be 0.
+        """
+        check_floating("the dtype of the weights", dtype)
         scale = expand_scale(self.scale, self.group, self.trits.shape[self.axis], self.axis)
         return self.trits.astype(dtype) * scale.astype(dtype)
+
+
+def check_floating(what: str, dtype: jax.typing.DTypeLike) -> None:
+    """Raises TypeError for integers and bools, in which what is computed would be cut to 0 and 1."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{what} is {jnp.dtype(dtype).name}: it must be floating, as float32 or bfloat16")
 
 
 def expand_scale(scale: jax.Array, group: int, length: int, axis: int) -> jax.Array:

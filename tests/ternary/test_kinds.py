@@ -277,3 +277,13 @@ def test_quotient_is_the_largest_that_does_not_exceed(pairs: list[tuple[float, i
 def test_prefix_sums_are_sums() -> None:
     x = np.random.default_rng(0).random((3, 37, 2))
     np.testing.assert_allclose(prefix_sums(np.float32(x), 1), np.cumsum(x, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["factor", "twn", "least_squares"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_group_with_a_value_that_is_not_finite_has_no_finite_weights(kind: Any, value: float) -> None:
+    w = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    w[2, 1] = value
+    made = ternarize(w, Quantizer(kind=kind, group=4)).dequantize()  # type: ignore[arg-type]
+    finite = np.isfinite(made)
+    assert not finite[:4, 1].any() and finite[4:].all() and finite[:, [0, 2]].all()

@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, repack, ternarize, ternary_matmul
+from tclip_jax.ternary import (
+    PackedTensor,
+    Quantizer,
+    TernaryTensor,
+    choose,
+    fake_quantize,
+    gather_rows,
+    initial_alpha,
+    pack_rows,
+    repack,
+    ternarize,
+    ternary_matmul,
+)
 from tclip_jax.ternary.kernels import kernel, native_cpu
 
 needs_library = pytest.mark.skipif(not native_cpu.instruction_sets(), reason="the native library was not built")
@@ -212,3 +224,69 @@ def test_two_bits_a_weight_are_resident() -> None:
     for name in ("reference", "native_cpu") if native_cpu.instruction_sets() else ("reference",):
         packed = repack(w, implementation=name)
         assert packed.data.nbytes == 768 * 96 / 4
+
+
+@on_cpus
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.bool_])
+def test_integers_are_refused(dtype: Any, implementation: str) -> None:
+    """Their product was cut to integers: 0.25 of it became 0."""
+    x, w = np.ones((3, 8), dtype), TernaryTensor(jnp.ones((8, 2), jnp.int8), jnp.full((1, 2), 0.25), 8)
+    packed = repack(w, implementation=implementation)
+    name = np.dtype(dtype).name
+    calls = [
+        lambda: ternary_matmul(x, packed),
+        lambda: ternary_matmul(x, w),
+        lambda: ternary_matmul(x, w, implementation=implementation),
+        lambda: jax.jit(ternary_matmul)(x, w),
+        lambda: w.dequantize(dtype),
+        lambda: ternarize(x, Quantizer()),
+        lambda: fake_quantize(x, Quantizer()),
+        lambda: fake_quantize(x, Quantizer(kind="lsq"), alpha=w.scale),
+        lambda: fake_quantize(x.astype(np.float32), Quantizer(), dtype=dtype),
+        lambda: initial_alpha(x, Quantizer(kind="seq")),
+        lambda: choose((8, 2), 8, dtype=dtype, implementation=implementation),
+    ]
+    for number, call in enumerate(calls):
+        with pytest.raises(TypeError, match=rf" is {name}: it must be floating, as float32 or bfloat16$"):
+            raise AssertionError(f"{number} gives {call()}")
+
+
+def test_trits_and_rows_are_integers() -> None:
+    floats = TernaryTensor(jnp.full((8, 4), 0.7), jnp.ones((1, 4)), 8)
+    with pytest.raises(TypeError, match=r"^trits are float32: they must be integers"):
+        repack(floats)
+    with pytest.raises(ValueError, match=r"^trits are integers −1, 0 and .1, not float32"):
+        pack_rows(TernaryTensor(floats.trits, jnp.ones((8, 1)), 4, -1))
+    table = pack_rows(TernaryTensor(jnp.ones((8, 4), jnp.int8), jnp.ones((8, 1)), 4, -1))
+    for index in (jnp.array([True, False]), jnp.array([1.0])):
+        with pytest.raises(TypeError, match=r"the index of rows is (bool|float32): it must be of integers"):
+            gather_rows(table, index)
+
+
+@on_cpus
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_what_is_not_finite_stays_visible_in_its_row(activations: Any, implementation: str) -> None:
+    x, w = draw(40, 64, 3, 32)
+    w = TernaryTensor(np.ones_like(w.trits), w.scale, w.group)  # type: ignore[arg-type]
+    x[3, 5], x[7, 9] = np.nan, np.inf
+    packed = repack(w, activations=activations, implementation=implementation)
+    finite = np.isfinite(ternary_matmul(x, packed)).all(axis=1)
+    assert not finite[[3, 7]].any() and np.delete(finite, [3, 7]).all()
+
+
+@on_cpus
+def test_float64_is_what_jax_makes_of_it(implementation: str) -> None:
+    x, w = draw(5, 64, 3, 32)
+    packed = repack(w, implementation=implementation)
+    found = ternary_matmul(np.float64(x), packed)  # type: ignore[arg-type]
+    assert found.dtype == jnp.asarray(np.float64(1)).dtype
+    np.testing.assert_array_equal(found, ternary_matmul(x, packed))
+
+
+@on_cpus
+def test_another_number_of_inputs_is_refused(implementation: str) -> None:
+    _, w = draw(5, 64, 3, 32)
+    for weight in (w, repack(w, implementation=implementation)):
+        for shape in ((5, 63), (5, 65), ()):
+            with pytest.raises(ValueError, match=r"its last axis must be the 64 inputs of the weight \(64, 3\)"):
+                ternary_matmul(np.ones(shape, np.float32), weight)

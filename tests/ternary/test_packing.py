@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +33,20 @@ def test_bytes_are_the_documented_ones() -> None:
     trits = np.array([1, 0, -1, 1, 1, -1], np.int8)
     np.testing.assert_array_equal(pack_base3(trits), [2 + 3 + 0 + 2 * 27 + 2 * 81, 0 + 3 + 9 + 27 + 81])
     np.testing.assert_array_equal(pack_2bit(trits), [0b01_11_00_01, 0b00_00_11_01])
+
+
+@pytest.mark.parametrize("pack", [pack_base3, pack_2bit])
+def test_integers_of_any_kind_are_trits_and_nothing_else_is(pack: Callable[[np.ndarray], np.ndarray]) -> None:
+    trits = np.array([[1, 0, -1], [0, 1, 1]])
+    for dtype in (np.int8, np.int16, np.int64):
+        np.testing.assert_array_equal(pack(trits.astype(dtype)), pack(trits.astype(np.int8)))
+    np.testing.assert_array_equal(pack(trits.T.astype(np.int8)), pack(np.ascontiguousarray(trits.T, np.int8)))
+    for wrong in (trits * 0.7, trits == 1, np.array([np.nan, 1.0]), trits.astype(np.complex64)):
+        with pytest.raises(ValueError, match=rf"^trits are integers −1, 0 and \+1, not {wrong.dtype}$"):
+            pack(wrong)
+    for outside in (256, 2, -257, 2**40):  # 256 is 0 in an int8
+        with pytest.raises(ValueError, match=r"^trits are −1, 0 and"):
+            pack(np.array([0, outside]))
 
 
 def test_refuses_what_is_no_trit() -> None:
