@@ -62,10 +62,14 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# run COMMAND ...: prints it, and runs it unless --dry-run was given.
+# run COMMAND ...: prints it and runs it; with --dry-run it is printed alone, to stdout, where a dry run's answer belongs.
 run() {
-  echo "+ $(quoted "$@")" >&2
-  $dry_run || "$@"
+  if $dry_run; then
+    echo "+ $(quoted "$@")"
+  else
+    echo "+ $(quoted "$@")" >&2
+    "$@"
+  fi
 }
 
 # installation PACKAGE: the command that puts it and Python into ~/.tclip, whatever Python the machine has.

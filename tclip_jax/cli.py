@@ -9,6 +9,7 @@ import keyword
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -61,11 +62,41 @@ EXIT_CODES = """Exit codes:
   69   of train: the other processes of the run were not found, or one was lost
   75   of train: stopped by SIGTERM, all is saved, the same command goes on
   130  stopped by Ctrl-C; of train: all is saved
+  141  what reads the output ended first, as `head` does
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is one of EXIT_CODES. An error is one line, and with --debug a traceback."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # here, not at the end of Python, which would complain
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        # What is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads stdout or stderr any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.write("")
+            stream.flush()
+            readers = select.poll()
+            readers.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in readers.poll(0)):
+                return True
+        except BrokenPipeError:
+            return True
+    return False
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words]) or "--help"
@@ -87,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tclip {name}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if args.debug:
+        if args.debug or (isinstance(error, BrokenPipeError) and _output_is_closed()):
             raise
         print(f"tclip {name}: {printable(_told(error), lines=True)}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import keyword
+import os
 import pathlib
 import re
 import shlex
@@ -102,6 +103,34 @@ def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ValueError, match="config has no 'stepz'") as error:
         main([*STUDENT, "--config.stepz=3", "--debug"])
     assert error.traceback[-1].path.name == "schema.py"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["evaluate", "--help"], ["launch"], STUDENT, ["params", "--config", "x"]]
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments: Sequence[str], both: bool) -> None:
+    """As in `tclip … | head`, also where stderr goes the same way."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tclip_jax", *arguments]
+    ran = subprocess.run(
+        command, stdout=write, stderr=write if both else subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(write)
+    says = arguments[-1] == "x" or arguments == ["launch"]  # an error, which goes to stderr
+    assert ran.returncode == (2 if says and not both else 141)
+    assert both or len(ran.stderr.splitlines()) <= (2 if arguments == ["launch"] else says)
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("tclip_jax.commands.params.run", fail)
+    assert main(STUDENT) == 2 and capfd.readouterr().err == "tclip params: error: [Errno 32] Broken pipe\n"
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Embeds, writes, and returns the exit code."""
     from etils import epath
 
-    from tclip_jax.artifacts.fingerprint import fingerprint
-    from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, write_embeddings
+    from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, embeddings_mark, write_embeddings
     from tclip_jax.inference.inputs import find_images, find_texts, image_items, text_items
     from tclip_jax.inference.store import Store
     from tclip_jax.pages import printable
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         texts, blank = find_texts(args.texts)
         inputs = len(texts) + blank
     model = load_model(args.model).repacked()
-    width, mark = model.config.embed_dim, fingerprint(model, args.model)
+    width, mark = model.config.embed_dim, embeddings_mark(model, args.model)
     store = Store(f"{out}.partial", width)
     if args.images:
         items, failures = image_items(mark, paths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import signal
 import sys
 
 from tclip_jax.recipes import shipped_folder
@@ -30,4 +31,5 @@ def run(args: argparse.Namespace) -> None:
     script = shipped_folder("launch") / args.where
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     sys.stdout.flush()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and bash would then complain in `… | head`
     os.execvpe("bash", ["bash", str(script), *args.arguments], os.environ | {"PATH": path})

@@ -3,6 +3,8 @@
   tclip search query pictures.index "a handwritten digit three." --top 20 --html three.html
   tclip search query pictures.index pictures/0007.png
 
+A query that is a file is a picture; one with the suffix of a picture or a / that is no file is refused, and all else
+is a text. --text and --image say it.
 Indexing again brings the index up to date: only files that are new or changed are embedded. A picture that cannot be
 read is named and left out; the exit code is then 1. The page holds its pictures and loads nothing.
 """
@@ -13,8 +15,12 @@ import argparse
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from tclip_jax.schema import count
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query = actions.add_parser("query", help="the pictures nearest to a text or a picture")
     query.add_argument("index", metavar="INDEX")
     query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file, or else a text")
+    kind = query.add_mutually_exclusive_group()
+    kind.add_argument("--text", action="store_true", help="it is a text, whatever it looks like")
+    kind.add_argument("--image", action="store_true", help="it is an image file")
     query.add_argument("--top", type=count, default=20, metavar="N", help="results (default: 20)")
     query.add_argument("--model", metavar="MODEL", help="where the model of the index is now")
     form = query.add_mutually_exclusive_group()
@@ -56,8 +65,6 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> int:
-    from etils import epath
-
     from tclip_jax.inference.page import results_page
     from tclip_jax.inference.search import query_index, read_index
     from tclip_jax.pages import printable
@@ -65,7 +72,7 @@ def _query(args: argparse.Namespace) -> int:
     from tclip_jax.training.restore import load_model
 
     index = read_index(args.index)
-    picture = epath.Path(args.query) if os.path.isfile(args.query) else None
+    picture = _picture(args)
     where = args.model or index.model
     results = query_index(load_model(where).repacked(), index, picture or args.query, args.top, model_path=where)
     if args.json:
@@ -78,3 +85,27 @@ def _query(args: argparse.Namespace) -> int:
         found = [(index.root / result.name, result.name, result.score) for result in results]
         write_atomic(args.html, results_page(args.query, facts, found, picture))
     return 0
+
+
+def _picture(args: argparse.Namespace) -> epath.Path | None:
+    """The picture that is looked for; None of a text.
+
+    Raises:
+      FileNotFoundError: a name that can only be meant for a picture, and is none.
+      ValueError: an empty query.
+    """
+    from etils import epath
+
+    from tclip_jax.inference.inputs import IMAGE_SUFFIXES
+
+    if not args.query.strip():
+        raise ValueError("the query is empty: it must be a text or an image file")
+    if args.text:
+        return None
+    path = epath.Path(args.query).expanduser()
+    if args.image or "://" in args.query or path.is_file():
+        return path
+    if path.suffix.lower() in IMAGE_SUFFIXES or os.sep in args.query:
+        what = "a folder, not an image file" if path.is_dir() else "no such image file"
+        raise FileNotFoundError(f"{args.query}: {what}; to look for it as a text, add --text")
+    return None

@@ -15,13 +15,17 @@ import pyarrow.parquet
 import tqdm
 from etils import epath
 
+from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.artifacts.model import Embeddings, Model
 from tclip_jax.data.images import decode, normalize, preprocess
 from tclip_jax.data.sources.remote import read_file
 from tclip_jax.inference.inputs import Failure, Item
 from tclip_jax.inference.store import Store, chunked
+from tclip_jax.keys import digest, recipe
 from tclip_jax.pages import printable
 from tclip_jax.storage import atomic_file, write_atomic
+
+_VERSION = 1  # raised where the same model makes other embeddings of the same image or text
 
 
 def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
@@ -32,6 +36,15 @@ def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
     """
     p = model.preprocess
     return normalize(preprocess(decode(read_file(os.fspath(path))), p), p.mean, p.std)
+
+
+def embeddings_mark(model: Model, path: epath.PathLike) -> str:
+    """32 hexadecimal digits of all that decides the embedding of an image or a text: weights, activations, our code.
+
+    Args:
+      path: where the model was loaded from, as of `fingerprint`.
+    """
+    return digest(recipe(weights=fingerprint(model, path), activations=model.activations, version=_VERSION))
 
 
 def embed_images(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:

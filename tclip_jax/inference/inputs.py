@@ -83,10 +83,11 @@ def image_items(
 ) -> tuple[list[Item], list[Failure]]:
     """Items of image files, named by their path or, below `root`, from there, and the files that cannot be found.
 
-    A file that has the same path, size and time of change is taken to be the same.
+    A file is taken to be the same if its path, size, both times of change and inode are: one that was put in its place,
+    or written to, is told even where it has the same size and modification time. On object stores size and time tell.
 
     Args:
-      mark: the model's fingerprint.
+      mark: what makes embeddings of them, as of `embeddings_mark`.
     """
     items, failures = [], []
     for path in paths:
@@ -112,6 +113,6 @@ def _key(*parts: str) -> str:
 def _stamp(path: epath.Path) -> str:
     if is_local(path):
         status = os.stat(path)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     remote = path.stat()
     return f"{remote.length} {remote.mtime}"

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.artifacts.model import Embeddings, Model
-from tclip_jax.inference.embed import embed_images, read_image, write_npy_header
+from tclip_jax.inference.embed import embed_images, embeddings_mark, read_image, write_npy_header
 from tclip_jax.inference.inputs import Failure, find_images, image_items
 from tclip_jax.inference.store import Store, chunked
 from tclip_jax.storage import atomic_folder, is_local
@@ -31,7 +30,7 @@ class Index:
     Attributes:
       root: the folder.
       model: where the model was, which made the embeddings.
-      fingerprint: of that model.
+      fingerprint: of that model and its activations, as of `embeddings_mark`.
       names: the N pictures, as paths below `root`.
       keys: of their content.
       embeddings: float32 (N, embed_dim), mapped from the file.
@@ -59,8 +58,8 @@ def build_index(
 ) -> Indexed:
     """Writes the index of all images below a folder, or brings it up to date.
 
-    An embedding is kept as long as model, path, size and time of change of its file are the same. A call that was
-    killed leaves the old index, and what it had done beside it for the next call.
+    An embedding is kept as long as the model and its activations, and the file as `image_items` tells it, are the same.
+    A call that was killed leaves the old index, and what it had done beside it for the next call.
 
     Args:
       model_path: where the model was loaded from.
@@ -72,7 +71,7 @@ def build_index(
     root, out = epath.Path(folder).resolve(), epath.Path(out)
     if out.exists() and not (out / _MANIFEST).exists():
         raise FileExistsError(f"{out} has no {_MANIFEST}, so it is not an index that may be brought up to date")
-    mark, width = fingerprint(model, model_path), model.config.embed_dim
+    mark, width = embeddings_mark(model, model_path), model.config.embed_dim
     items, failures = image_items(mark, find_images(root), root)
     old = read_index(out) if out.exists() else None
     kept = {key: row for row, key in enumerate(old.keys)} if old and old.fingerprint == mark else {}
@@ -161,7 +160,7 @@ def query_index(model: Model, index: Index, query: str | epath.Path, top: int = 
     """
     if top < 1:
         raise ValueError(f"top is {top}: it must be 1 or more")
-    if fingerprint(model, model_path) != index.fingerprint:
+    if embeddings_mark(model, model_path) != index.fingerprint:
         raise ValueError(f"the index was made with another model ({index.model}): index the folder again with this one")
     if isinstance(query, str):
         (embedding,) = model.encode_text([query])

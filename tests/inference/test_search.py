@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,8 +16,10 @@ from PIL import Image
 from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
 from tclip_jax.inference import search
+from tclip_jax.inference.embed import embeddings_mark
 from tclip_jax.inference.search import build_index, nearest, query_index, read_index
 from tests.object_store import Bucket, Failure
+from tclip_jax.ternary import Quantizer, repack, ternarize
 
 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1))
@@ -84,6 +87,43 @@ def test_only_what_changed_is_embedded_again(
             np.testing.assert_array_equal(row, rows[name])
     np.testing.assert_allclose(after.embeddings[0], rows["b/5.png"], atol=1e-6)
     assert sorted(path.name for path in index.parent.iterdir()) == ["index", "pictures"]
+
+
+def test_a_picture_swapped_for_one_of_its_size_and_time_is_embedded_again(
+    model: Model, artifact: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (16, 16), colour).save(pictures / f"s{number}.bmp")
+    given = {"model_path": str(artifact)}
+    build_index(model, pictures, tmp_path / "index", **given)
+    first, second = pictures / "s0.bmp", pictures / "s1.bmp"
+    stamps = [path.stat() for path in (first, second)]
+    first.rename(pictures / "other"), second.rename(first), (pictures / "other").rename(second)
+    third = pictures / "0.png"
+    before = third.stat()
+    data = third.read_bytes()
+    third.write_bytes(data[:-20] + bytes(20))
+    for path, stamp in ((first, stamps[0]), (second, stamps[1]), (third, before)):
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (stamp.st_size, stamp.st_mtime_ns)
+    old = read_index(tmp_path / "index")
+    rows = dict(zip(old.names, np.array(old.embeddings), strict=True))
+    again = build_index(model, pictures, tmp_path / "index", **given)
+    assert again.reused == 6, "of nine, three were swapped or written to"
+    new = read_index(tmp_path / "index")
+    found = dict(zip(new.names, new.embeddings, strict=True))
+    np.testing.assert_allclose([found["s0.bmp"], found["s1.bmp"]], [rows["s1.bmp"], rows["s0.bmp"]], atol=1e-6)
+
+
+def test_other_activations_are_another_model(model: Model, artifact: pathlib.Path) -> None:
+    trits = ternarize(np.ones((32, 8), np.float32), Quantizer())  # type: ignore[arg-type]
+    models = [
+        dataclasses.replace(model, params={**model.params, "packed": repack(trits, activations=each)})
+        for each in ("A16", "A8")
+    ]
+    assert [each.activations for each in (model, *models)] == ["A16", "A16", "A8"]
+    marks = [embeddings_mark(each, artifact) for each in (model, *models)]
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_an_interruption_leaves_the_old_index_and_what_was_done(
@@ -193,3 +233,46 @@ def test_the_commands(
     assert len(json.loads(capsys.readouterr().out)) == 7
     assert main(["search", "query", str(tmp_path / "none"), "a cat"]) == 2
     assert "index.json: no such file; expected what `tclip search index` writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "message"),
+    [
+        ("nothere.jpg", [], "nothere.jpg: no such image file; to look for it as a text, add --text"),
+        ("NOTHERE.JPG", [], "NOTHERE.JPG: no such image file"),
+        ("pictures/7.png", [], "pictures/7.png: no such image file"),
+        ("pictures/b", [], "pictures/b: a folder, not an image file; to look for it as a text, add --text"),
+        ("black/white", [], "black/white: no such image file"),
+        ("a cat", ["--image"], "a cat"),
+        ("nothere.jpg", ["--image"], "nothere.jpg"),
+        (" ", [], "the query is empty"),
+        ("", ["--text"], "the query is empty"),
+    ],
+)
+def test_a_typo_is_not_looked_for_as_a_text(
+    query: str,
+    options: list[str],
+    message: str,
+    index: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "query", str(index), query, *options]) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if not line.startswith("INFO")]
+    assert captured.out == "" and message in line and line.startswith("tclip search: error: ")
+
+
+def test_a_text_may_look_like_a_file_and_a_file_like_a_text(
+    index: pathlib.Path, pictures: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    shutil.copy(pictures / "0.png", pictures / "a cat")
+    shown = {}
+    for query, option in (("a cat", ""), ("a cat", "--image"), ("0.png", ""), ("a cat", "--text"), ("b/w", "--text")):
+        assert main(["search", "query", str(index), query, *([option] if option else []), "--top", "1", "--json"]) == 0
+        shown[query, option] = json.loads(capsys.readouterr().out)[0]
+    assert shown["a cat", ""] == shown["a cat", "--image"] == shown["0.png", ""]
+    assert shown["0.png", ""]["image"] == "0.png" and shown["a cat", "--text"]["similarity"] < 0.999
