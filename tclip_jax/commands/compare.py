@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints, and returns the exit code."""
     from tclip_jax.numerics.activations import BUDGET, activations_report
-    from tclip_jax.numerics.golden import read_golden, write_golden
+    from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
     from tclip_jax.numerics.page import to_html
     from tclip_jax.numerics.report import to_json, to_text
@@ -81,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.kind == "inputs":
         report = inputs_report(_load(args.model, args), args.model)
     elif args.kind == "golden" and args.action == "dump":
-        recording = _record(args.model, _load(args.model, args), args)
-        write_golden(args.file, recording._replace(facts={"model": args.model, **recording.facts}))
+        model = _load(args.model, args)
+        recording = _record(args.model, model, args)
+        facts = {"model": args.model, **recording.facts}
+        write_golden(args.file, recording._replace(facts=facts, made_by=model_recipe(model)))
         print(f"{args.file}: {len(recording.taps)} taps, {args.batch} images and texts, {recording.facts['run by']}")
         return 0
     else:

@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.artifacts.model import Model
+from tclip_jax.keys import difference
 from tclip_jax.numerics.compare import compare_taps, end_metrics, first_over
-from tclip_jax.numerics.golden import Recording
+from tclip_jax.numerics.golden import Recording, model_recipe
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.taps import Taps, collect_taps
 
@@ -52,8 +53,8 @@ def activations_report(
 ) -> Report:
     """Runs a model on the inputs of a recording, cumulative and isolated (each tap from the recorded earlier ones).
 
-    It passes if every isolated tap and both final embeddings are within the budget; errors that add up on the way are
-    shown but not judged.
+    It passes if every isolated tap and both final embeddings are within the budget, and the model has the shape and
+    preprocessing that the recording states, if it does; errors that add up on the way are shown but not judged.
 
     Raises:
       ValueError: inputs or activations of another shape than the model's.
@@ -76,6 +77,9 @@ def activations_report(
         ),
         *(f"{name} is over budget at the end" for name in ends),
     ]
+    differs = difference(reference.made_by, model_recipe(model)) if reference.made_by else ""
+    if differs:
+        verdict.append(f"the reference is of another model: {differs}")
     end = end_metrics(ours.taps, reference.taps, (ours.logit_scale, reference.logit_scale))
     facts = {
         "ours": ours.facts["run by"],
@@ -84,4 +88,4 @@ def activations_report(
         "KL of their classes": f"mean {end['kl_mean']:.2g}, max {end['kl_max']:.2g} nats",
     }
     tables = {"cumulative": cumulative, "isolated": isolated}
-    return Report(title, facts, tables, budget, tuple(verdict), not (first or ends))
+    return Report(title, facts, tables, budget, tuple(verdict), not (first or ends or differs))

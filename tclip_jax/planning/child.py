@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import tempfile
@@ -16,16 +17,24 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
 import tqdm
 from etils import epath
 from packaging import requirements
 
+from tclip_jax.keys import Recipe, difference, digest, recipe
 from tclip_jax.planning.program import StepFacts
+from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.storage import write_atomic
+from tclip_jax.training.config import run_config
 
 _logger = logging.getLogger(__name__)
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "libtpu", "numpy", "ml_collections")
+_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "TCLIP_IMPLEMENTATION")  # of variables that decide what is compiled
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+
+_logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> epath.Path:
@@ -36,23 +45,37 @@ def cache_folder() -> epath.Path:
 def compiled_facts(
     config: Mapping[str, Any], topology: str, teacher_preset: str, cache: epath.PathLike | None
 ) -> StepFacts:
-    """As `compile_for`, in another process; read from `cache` if the same was asked of the same code before.
+    """As `compile_for`, in another process; read from `cache` if the same was asked before of the same code.
+
+    A file there says what made it: configuration, topology, teacher, code, libraries and what the environment tells JAX
+    and libtpu.
 
     Raises:
       ValueError: what is wrong with the configuration; libtpu is missing, or failed.
     """
     request = {"config": dict(config), "topology": topology, "teacher_preset": teacher_preset}
-    path = epath.Path(cache) / f"{_key(request)}.json" if cache else None
-    if path and path.exists():
-        try:
-            return StepFacts.from_json(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _logger.warning("%s is no whole plan (%s): it is compiled again", path, error)
+    if not cache:
+        return _ask(request)
+    made_by = _made_by(request)
+    path = epath.Path(cache) / f"{digest(made_by)}.json"
+    if path.exists() and (found := _read(path, made_by)):
+        return found
     facts = _ask(request)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(facts.to_json()) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps({"made_by": made_by, "facts": facts.to_json()}) + "\n")
     return facts
+
+
+def _read(path: epath.Path, made_by: Recipe) -> StepFacts | None:
+    """What was compiled before; None, and a line in the log, of a broken file or one that something else made."""
+    try:
+        kept = json.loads(path.read_text())
+        if differs := difference(kept["made_by"], made_by):
+            raise ValueError(f"made by something else ({differs})")
+        return StepFacts.from_json(kept["facts"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _logger.warning("%s is no whole plan (%s: %s): it is compiled again", path, type(error).__name__, error)
+        return None
 
 
 def _ask(request: Mapping[str, Any]) -> StepFacts:
@@ -111,12 +134,30 @@ def _show_progress(topology: str, done: threading.Event) -> None:
             bar.refresh()
 
 
-def _key(request: Mapping[str, Any]) -> str:
-    """Of a request, and of all that decides what is answered: the code, JAX and libtpu."""
-    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
-    for name in ("jax", "jaxlib", "flax", "optax", "libtpu"):
-        version = importlib.metadata.version(name) if importlib.util.find_spec(name) else ""
-        digest.update(f"{name} {version}\n".encode())
+def _made_by(request: Mapping[str, Any]) -> Recipe:
+    """All that decides what is answered: the request, the teacher that it names, the code, libraries, environment.
+
+    Raises:
+      ValueError: a teacher whose shape is not known.
+    """
+    run = run_config(ml_collections.ConfigDict(dict(request["config"])))
+    code = hashlib.blake2b(digest_size=16)
     for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:32]
+        code.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    environment = {name: value for name, value in (os.environ | _ENVIRONMENT).items() if name.startswith(_PREFIXES)}
+    return recipe(
+        request=request,
+        # Of a path: what lies there, which may be another model by now.
+        teacher=repr(find_teacher(run, request["teacher_preset"])),
+        code=code.hexdigest(),
+        python=platform.python_version(),
+        versions={name: version for name in _LIBRARIES if (version := _version(name))},
+        environment=environment,
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tclip_jax.numerics.golden import Recording, read_golden, write_golden
+from tclip_jax.artifacts.model import Model
+from tclip_jax.data.images import Preprocess
+from tclip_jax.numerics.activations import activations_report, record
+from tclip_jax.numerics.golden import Recording, model_recipe, read_golden, write_golden
 
 RNG = np.random.default_rng(0)
 RECORDING = Recording(
@@ -16,6 +20,7 @@ RECORDING = Recording(
     taps={"image/b": RNG.standard_normal((3, 2), np.float32).T, "image/a": np.float32([[np.nan, -0.0]])},
     logit_scale=14.285714285714286,
     facts={"run by": "nobody — ß"},
+    made_by={"config": {"embed_dim": 24}},
 )
 
 
@@ -24,6 +29,7 @@ def test_round_trip_keeps_every_bit_and_the_order(tmp_path: pathlib.Path) -> Non
     found = read_golden(tmp_path / "golden")
     assert [path.name for path in tmp_path.iterdir()] == ["golden"]
     assert found.logit_scale == RECORDING.logit_scale and found.facts == RECORDING.facts
+    assert found.made_by == RECORDING.made_by
     assert list(found.taps) == ["image/b", "image/a"]
     for name, tap in RECORDING.taps.items():
         np.testing.assert_array_equal(found.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
@@ -38,16 +44,30 @@ def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
         read_golden(path)
     write_golden(path, RECORDING)
     whole = path.read_bytes()
-    for broken in (b"", whole[:5], whole[:-1], b"{}" * 30, whole.replace(b'"tclip_golden":"1"', b'"tclip_golden":"2"')):
+    for broken in (b"", whole[:5], whole[:-1], b"{}" * 30, whole.replace(b'"tclip_golden":"2"', b'"tclip_golden":"3"')):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
             read_golden(path)
-    for header in ("[]", '{"taps": 3}', '{"taps": [], "logit_scale": [], "facts": {}}'):
+    for header in ("[]", '{"taps": 3}', '{"taps": [], "logit_scale": [], "facts": {}, "made_by": {}}'):
         inputs = {"input/pixels": np.zeros(2), "input/tokens": np.zeros(2)}
-        path.write_bytes(safetensors.numpy.save(inputs, {"tclip_golden": "1", "json": header}))
+        path.write_bytes(safetensors.numpy.save(inputs, {"tclip_golden": "2", "json": header}))
         with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
             read_golden(path)
-    for metadata in (None, {"tclip_golden": "1"}, {"tclip_golden": "1", "json": '{"taps": ["image/b"]}'}):
+    for metadata in (None, {"tclip_golden": "2"}, {"tclip_golden": "2", "json": '{"taps": ["image/b"]}'}):
         path.write_bytes(safetensors.numpy.save({"a": np.zeros(2)}, metadata))
         with pytest.raises(ValueError, match="golden: not a golden file: it lacks "):
             read_golden(path)
+
+
+def test_a_golden_file_of_another_shape_or_preprocessing_does_not_pass(
+    model: Model, batch: tuple[np.ndarray, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    """Its pixels are normalised already: without what made them, another mean would go unseen."""
+    write_golden(tmp_path / "golden", record(model, *batch)._replace(made_by=model_recipe(model)))
+    reference = read_golden(tmp_path / "golden")
+    same = activations_report("", model, reference)
+    assert same.passed and not any("another model" in line for line in same.verdict)
+    grey = dataclasses.replace(model, preprocess=Preprocess(16, mean=(0.5,) * 3))
+    report = activations_report("", grey, reference)
+    assert not report.passed
+    assert report.verdict[-1].startswith("the reference is of another model: preprocess.mean: [0.48145466, ")

@@ -125,6 +125,54 @@ def test_what_was_compiled_is_kept_until_something_changes(
     assert len(asked) == 7 and caplog.text.count("is no whole plan") == 4
 
 
+def test_a_kept_plan_is_keyed_by_all_that_made_it(
+    config: ml_collections.ConfigDict,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(child, "_ask", lambda request: asked.append(request) or formula_facts(run_config(config), H100))
+    v5e, teacher = parse_topology("v5e:2x4"), tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(config.to_json())
+    config.teacher = str(teacher)
+
+    def compiled() -> int:
+        before = len(asked)
+        make_plan(config, v5e, cache=tmp_path / "kept")
+        return len(asked) - before
+
+    assert [compiled(), compiled()] == [1, 0]
+    (path,) = (tmp_path / "kept").iterdir()
+    for name, value in (
+        ("LIBTPU_INIT_ARGS", "--xla_tpu_x=1"),
+        ("XLA_FLAGS", "--xla_y=2"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "highest"),
+        ("TCLIP_IMPLEMENTATION", "reference"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert [compiled(), compiled()] == [1, 0], name
+    assert compiled() == 0
+    other = ml_collections.ConfigDict(json.loads(config.to_json()))
+    other.model.vision_cfg.layers += 1
+    (teacher / "config.json").write_text(other.to_json())
+    assert [compiled(), compiled()] == [1, 0], "another model at the teacher's path"
+    monkeypatch.setattr(child, "_version", lambda name: "0" if name == "libtpu" else "1")
+    assert [compiled(), compiled()] == [1, 0]
+    newest = max((tmp_path / "kept").iterdir(), key=lambda each: each.stat().st_mtime_ns)
+    for content, message in (
+        (path.read_text(), "made by something else (teacher: "),
+        ('{"made_by"', "JSONDecodeError"),
+        ("[]", "TypeError"),
+        (json.dumps({"made_by": json.loads(newest.read_text())["made_by"], "facts": {}}), "KeyError: 'memory'"),
+    ):
+        newest.write_text(content)
+        assert [compiled(), compiled()] == [1, 0]
+        assert f"{newest} is no whole plan (" in caplog.messages[-1] and message in caplog.messages[-1]
+
+
 def test_teachers_are_found_without_their_weights(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
