@@ -133,8 +133,11 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(child, "_ask", lambda request: asked.append(request) or formula_facts(run_config(config), H100))
-    v5e, teacher = parse_topology("v5e:2x4"), tmp_path / "teacher"
+    v5e, teacher, package = parse_topology("v5e:2x4"), tmp_path / "teacher", tmp_path / "package"
     teacher.mkdir()
+    package.mkdir()
+    (package / "code.py").write_text("one")
+    monkeypatch.setattr(child, "_PACKAGE", package)
     (teacher / "config.json").write_text(config.to_json())
     config.teacher = str(teacher)
 
@@ -155,6 +158,8 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
             patch.setenv(name, value)
             assert [compiled(), compiled()] == [1, 0], name
     assert compiled() == 0
+    (package / "code.py").write_text("two")
+    assert [compiled(), compiled()] == [1, 0]
     other = ml_collections.ConfigDict(json.loads(config.to_json()))
     other.model.vision_cfg.layers += 1
     (teacher / "config.json").write_text(other.to_json())
