@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.kind == "inputs":
         report = inputs_report(_load(args.model, args), args.model)
     elif args.kind == "golden" and args.action == "dump":
+        if (args.dtype, args.precision) != ("float32", "highest") and _in_torch(args.model, args.via):
+            raise ValueError(f"--dtype and --precision are of JAX, and PyTorch runs {args.model}: add --via jax")
         model = _load(args.model, args)
         recording = _record(args.model, model, args)
         facts = {"model": args.model, **recording.facts}

@@ -17,7 +17,7 @@ from tclip_jax.schema import count, number
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The source, and the form of the report."""
     parser.add_argument("--data", required=True, metavar="SOURCE", help="wds:<pattern>, tfds:<name>, csv:<file>, ...")
-    parser.add_argument("--split", default="train", help="of the source (default: train)")
+    parser.add_argument("--split", help="of the source, where it has splits (default: train)")
     parser.add_argument(
         "--context-length", type=number(int, ge=2), default=77, metavar="N", help="tokens of the model (default: 77)"
     )
@@ -31,7 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """Reads everything, prints, and returns the exit code."""
     from tclip_jax.data.check import check
     from tclip_jax.data.check_report import to_json, to_text
+    from tclip_jax.data.sources import check_split
 
-    found = check(args.data, args.split, workers=args.workers)
+    if args.split:
+        check_split(args.data, args.split)
+    found = check(args.data, args.split or "train", workers=args.workers)
     print(json.dumps(to_json(found, args.context_length)) if args.json else to_text(found, args.context_length))
     return 1 if found.broken else 0

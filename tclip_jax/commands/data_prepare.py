@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of the source and of the data set (default: train)")
     parser.add_argument("--name", required=True, help="of the data set: small letters, digits and underscores")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of data sets, local or gs://")
-    parser.add_argument("--file-samples", type=count, default=10_000, metavar="N", help="in a file, of other than tars")
     parser.add_argument(
-        "--workers", type=count, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+        "--file-samples", type=count, metavar="N", help="in a file, of other than tars (default: 10,000)"
     )
+    parser.add_argument("--workers", type=count, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--beam", metavar="OPTIONS", help="run as an Apache Beam pipeline with these options")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
@@ -37,10 +37,14 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.data.prepare import begin, plan, prepare
     from tclip_jax.pages import aligned
 
-    parts = plan(args.data, args.split, args.file_samples)
+    if args.workers and args.beam is not None:
+        raise ValueError("--workers is of this machine: of a Beam pipeline, its own options in --beam say how many")
+    if args.file_samples and args.data.startswith("wds:"):
+        raise ValueError("--file-samples is of other sources: of tars, each becomes a file")
+    parts = plan(args.data, args.split, args.file_samples or 10_000)
     target = begin(args.out, args.name, args.split, parts)
     if args.beam is None:
-        outcome = prepare(target, parts, workers=args.workers)
+        outcome = prepare(target, parts, workers=args.workers or os.cpu_count() or 1)
     else:
         from tclip_jax.data.beam import prepare_with_beam
 

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.data.prompts import parse_templates
+    from tclip_jax.data.sources import check_split
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import write_page
     from tclip_jax.evaluation.results import dump_json
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if args.suite:
             tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
         else:
+            if args.split:
+                check_split(args.data, args.split)
             tasks = [source_task(args.data, args.split or SPLIT, parse_templates(args.templates))]
         model, name = load_model(args.model), args.name or args.model
         weights = fingerprint(model, args.model)

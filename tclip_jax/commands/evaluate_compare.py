@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.evaluation.results import dump_json
     from tclip_jax.storage import write_atomic
 
+    if args.data and not args.html:
+        raise ValueError("--data is for the images of the page: it needs --html FILE")
     if args.resamples < 100:
         raise ValueError(f"--resamples is {args.resamples}: it must be 100 or more for the ends of an interval")
     found = compare(args.a, args.b, intersect=args.intersect, resamples=args.resamples, seed=args.seed)

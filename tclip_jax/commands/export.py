@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
         help="of the weights for open_clip and transformers (default: float32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the export that is there")
@@ -36,6 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.restore import load_packed
 
     formats = args.to.split(",")
+    floats = not {"open_clip", "hf"}.isdisjoint(formats)
+    if args.dtype and not floats:
+        raise ValueError(f"--dtype is of the weights for open_clip and hf, and --to is {args.to}: GGUF has its own")
     model = load_packed(args.model)
     export_pytorch(
         args.out,
@@ -43,10 +45,10 @@ def run(args: argparse.Namespace) -> None:
         preprocess=model.preprocess,
         params=model.params,
         formats=formats,
-        dtype=args.dtype,
+        dtype=args.dtype or "float32",
         figures=model.figures,
         provenance=model.provenance,
-        check=not {"open_clip", "hf"}.isdisjoint(formats),
+        check=floats,
         overwrite=args.overwrite,
     )
     print(f"{args.out}: {', '.join(formats)}; its README.md says how to load it")

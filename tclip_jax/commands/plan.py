@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.planning.hardware import parse_topology
     from tclip_jax.planning.plan import make_plan, plan_text
 
+    if args.out and not args.sweep:
+        raise ValueError("--out is the folder of a sweep: it needs --sweep; one plan is printed, with --json as JSON")
     topology = parse_topology(args.topology)
     config = load_recipe(args.config)
     if args.teacher_preset and not config.teacher:

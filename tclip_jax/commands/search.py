@@ -96,7 +96,7 @@ def _picture(args: argparse.Namespace) -> epath.Path | None:
     """
     from etils import epath
 
-    from tclip_jax.inference.inputs import IMAGE_SUFFIXES
+    from tclip_jax.data.files import is_image
 
     if not args.query.strip():
         raise ValueError("the query is empty: it must be a text or an image file")
@@ -105,7 +105,7 @@ def _picture(args: argparse.Namespace) -> epath.Path | None:
     path = epath.Path(args.query).expanduser()
     if args.image or "://" in args.query or path.is_file():
         return path
-    if path.suffix.lower() in IMAGE_SUFFIXES or os.sep in args.query:
+    if is_image(args.query) or os.sep in args.query:
         what = "a folder, not an image file" if path.is_dir() else "no such image file"
         raise FileNotFoundError(f"{args.query}: {what}; to look for it as a text, add --text")
     return None

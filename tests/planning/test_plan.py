@@ -168,7 +168,7 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
     assert [compiled(), compiled()] == [1, 0]
     newest = max((tmp_path / "kept").iterdir(), key=lambda each: each.stat().st_mtime_ns)
     for content, message in (
-        (path.read_text(), "made by something else (teacher: "),
+        (path.read_text(), "teacher: "),
         ('{"made_by"', "JSONDecodeError"),
         ("[]", "TypeError"),
         (json.dumps({"made_by": json.loads(newest.read_text())["made_by"], "facts": {}}), "KeyError: 'memory'"),

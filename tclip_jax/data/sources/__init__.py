@@ -6,9 +6,11 @@ import importlib
 import logging
 import multiprocessing
 
+from etils import epath
+
 from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, described, digest, notes
 
-__all__ = ["FAULTS", "BadSample", "Record", "Source", "described", "digest", "notes", "open_source"]
+__all__ = ["FAULTS", "BadSample", "Record", "Source", "check_split", "described", "digest", "notes", "open_source"]
 
 _logger = logging.getLogger(__name__)
 
@@ -52,3 +54,17 @@ def open_source(spec: str, split: str) -> Source:
         for note in notes(source):
             _logger.warning("%s", note)
     return source
+
+
+def check_split(spec: str, split: str) -> None:
+    """Refuses a split that somebody asks for where a source would pass it over.
+
+    Raises:
+      ValueError: files, tars and tables have no splits; a folder without a sub-folder of that name.
+    """
+    kind, _, argument = spec.partition(":")
+    folder = epath.Path(argument).expanduser()
+    if kind in ("arrayrecord", "csv", "parquet") or (kind == "wds" and not folder.is_dir()):
+        raise ValueError(f"{spec}: has no splits, so there is no {split!r}")
+    if kind == "folder" and folder.is_dir() and not (folder / split).is_dir():
+        raise ValueError(f"{spec}: no split {split!r}: no folder of that name in it")

@@ -1,0 +1,49 @@
+"""Options that would be passed over where they stand are refused, in one line and before anything is read."""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+
+import pytest
+
+from tclip_jax.cli import main
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("evaluate m --data x --download", "--download is for exports: it needs --suite"),
+        ("evaluate m --data x --tfds x", "--tfds is for exports: it needs --suite"),
+        ("evaluate m --data x --suite mnist --split test", "--split is for one source"),
+        ("evaluate m --data x --suite mnist --templates none", "--templates is for one source"),
+        ("evaluate m --data x --html p.html", "--html needs --out DIR"),
+        ("evaluate m --data csv:x.csv --split val", "csv:x.csv: has no splits, so there is no 'val'"),
+        ("evaluate m --data parquet:x --split val", "parquet:x: has no splits, so there is no 'val'"),
+        ("evaluate m --data 'wds:x/{0..3}.tar' --split val", "wds:x/{0..3}.tar: has no splits, so there is no 'val'"),
+        ("evaluate m --data folder:pictures --split test", "folder:pictures: no split 'test': no folder of that name"),
+        ("evaluate compare a b --data exports", "--data is for the images of the page: it needs --html FILE"),
+        ("evaluate probe m --data x --out o --download", "--download is for exports: it needs --suite"),
+        ("evaluate probe m --data x --out o --shots --seeds 3", "--seeds is of few-shot, and --shots names none"),
+        ("plan --config ternaryclip --topology v5e:2x2 --out o", "--out is the folder of a sweep: it needs --sweep"),
+        ("export m --out o --to gguf-tq1_0 --dtype float16", "--dtype is of the weights for open_clip and hf"),
+        ("data prepare --data csv:x --name n --out o --beam= --workers 2", "--workers is of this machine"),
+        ("data prepare --data 'wds:*.tar' --name n --out o --file-samples 5", "--file-samples is of other sources"),
+        ("data check --data arrayrecord:x --split val", "arrayrecord:x: has no splits, so there is no 'val'"),
+        ("compare golden dump m f --via torch --dtype bfloat16", "--dtype and --precision are of JAX"),
+    ],
+)
+def test_an_option_that_means_nothing(
+    call: str,
+    message: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    assert main(shlex.split(call)) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == "" and line.partition(": error: ")[2].startswith(message)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
