@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -41,7 +42,7 @@ from tclip_jax.artifacts.manifest import (
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.artifacts.safetensors_file import write_safetensors
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import Tokenizer, is_vocabulary, vocabulary_files
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
@@ -170,6 +171,7 @@ def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda lea
     tensors = manifest["tensors"]
     check_tensors(tensors, flatten(shapes))
     check_files(folder, manifest)
+    _check_vocabulary(folder, manifest)
     leaves: dict[str, Any] = {}
     for coding, suffixes in ((TERNARY_CODING, (".trits", ".scale")), (FLOAT_CODING, ("",))):
         file = WEIGHT_FILES[coding]
@@ -179,6 +181,20 @@ def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda lea
         leaves |= {path: put(decode(path, entry, stored)) for path, entry in entries.items()}
     params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
     return Artifact(config, preprocess, params, rules, manifest)
+
+
+def _check_vocabulary(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a folder whose tokenizer files, if it has them, state another vocabulary than the one that is used."""
+    for name, text in vocabulary_files().items():
+        entry = manifest["files"].get(name)
+        if entry is None or entry["sha256"] == hashlib.sha256(text.encode()).hexdigest():
+            continue
+        try:
+            same = is_vocabulary(name, (folder / name).read_bytes().decode())
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
+            raise ArtifactError(f"{folder / name} is not CLIP's: tokens would be those of another vocabulary")
 
 
 def _write_preprocessor_config(folder: epath.Path, preprocess: Preprocess) -> None:

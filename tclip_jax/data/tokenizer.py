@@ -70,11 +70,9 @@ class Tokenizer:
         """
         special = {"bos_token": SOT_TOKEN, "eos_token": EOT_TOKEN, "unk_token": EOT_TOKEN, "pad_token": EOT_TOKEN}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
-        vocab, merges = _vocabulary()
         files = {
             "tokenizer.json": _standalone_encoder().to_str(),
-            "vocab.json": json.dumps(vocab, ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
+            **vocabulary_files(),
             "tokenizer_config.json": json.dumps(config, indent=2),
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
@@ -82,6 +80,24 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_bytes(text.encode())
+
+
+def vocabulary_files() -> dict[str, str]:
+    """vocab.json and merges.txt, as transformers reads them: the vocabulary that every model here has."""
+    vocab, merges = _vocabulary()
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines) + "\n"}
+
+
+def is_vocabulary(name: str, text: str) -> bool:
+    """Whether a vocab.json or merges.txt, in whatever form, states the vocabulary of `vocabulary_files`.
+
+    Raises:
+      ValueError: vocab.json is not JSON.
+    """
+    if name == "vocab.json":
+        return bool(json.loads(text) == _vocabulary()[0])
+    return [line.strip() for line in text.splitlines()] == vocabulary_files()[name].splitlines()
 
 
 def clean(text: str) -> str:

@@ -75,6 +75,19 @@ def large_bomb(folder: pathlib.Path, forge: Forge) -> None:
     forge(changed=(FILE,))
 
 
+def other_vocabulary(folder: pathlib.Path, forge: Forge) -> None:
+    """Two tokens exchanged: every id is in range, and texts would be read as others."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    forge(changed=("vocab.json",))
+
+
+def other_merges(folder: pathlib.Path, forge: Forge) -> None:
+    (folder / "merges.txt").write_text((folder / "merges.txt").read_text().replace("\nt h\n", "\nh t\n", 1))
+    forge(changed=("merges.txt",))
+
+
 def replace(folder: pathlib.Path, name: str, data: bytes) -> None:
     stored = safetensors.numpy.load((folder / FILE).read_bytes())
     (folder / FILE).write_bytes(safetensors.numpy.save(stored | {name: np.frombuffer(data, np.uint8)}))
@@ -102,6 +115,8 @@ def warm(written: pathlib.Path) -> None:
         (other_scales, rf"{FC1}\.scale expands to 766 bytes: its shape has 768"),
         (zstd_bomb, rf"{FC1}\.trits expands to 268435456 bytes: its shape has 922"),
         (large_bomb, rf"{FILE} has \d+ bytes: at most \d+ can be right"),
+        (other_vocabulary, r"vocab\.json is not CLIP's: tokens would be those of another vocabulary"),
+        (other_merges, r"merges\.txt is not CLIP's: tokens would be those of another vocabulary"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -123,3 +138,11 @@ def test_it_is_refused_on_one_line(
     assert captured.err.startswith("tclip inspect: error: ")
     assert re.search(message, captured.err)
     assert peak < 16 * 2**20
+
+
+def test_the_same_vocabulary_in_another_form_is_read(artifact: pathlib.Path, forge: Forge) -> None:
+    text = (artifact / "vocab.json").read_text()
+    (artifact / "vocab.json").write_text(json.dumps(json.loads(text), indent=1, sort_keys=True))
+    (artifact / "merges.txt").write_text((artifact / "merges.txt").read_text().replace("\n", "\r\n"))
+    forge(changed=("vocab.json", "merges.txt"))
+    assert main(["inspect", str(artifact)]) == 0

@@ -16,11 +16,13 @@ from PIL import Image
 from tclip_jax.cli import main
 from tclip_jax.data.sources import BadSample, Record
 from tclip_jax.data.sources.webdataset import Webdataset
+from tclip_jax.evaluation.comparison import compare
+from tclip_jax.evaluation.flipped import flipped
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
 from tclip_jax.evaluation.runner import evaluate
-from tclip_jax.evaluation.tasks import suite_tasks
+from tclip_jax.evaluation.tasks import source_task, suite_tasks
 
 NAMES = ["<b>zero</b>", *(f"digit {i}" for i in range(1, 10))]
 
@@ -234,3 +236,17 @@ def test_data_that_has_fewer_classes_than_the_predictions() -> None:
         one = {"labels": np.array([3]), "top": np.array([[0]])}
         with pytest.raises(ValueError, match=r"^the predictions are of 4 classes, and the data now has 3$"):
             examples(where | (own if several else one), Pictures(10), 7)
+
+
+def test_images_that_changed_are_those_of_the_split_that_was_evaluated(
+    exports: types.SimpleNamespace, tmp_path: pathlib.Path
+) -> None:
+    class Reversed(exports.Direct):  # type: ignore[misc, name-defined]
+        def texts(self, texts: Any) -> Any:
+            return super().texts(texts)[::-1]
+
+    for encoder, side in ((exports.Direct(), "a"), (Reversed(), "b")):
+        evaluate(encoder, [source_task("digits", "train", "none")], model=side, out=tmp_path / side)
+    found = compare(tmp_path / "a", tmp_path / "b", resamples=100)
+    pictures = flipped(found, None)["digits"]
+    assert found.rows[0].split == "train" and pictures.why_not == "" and pictures.lost + pictures.gained

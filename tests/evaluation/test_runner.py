@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 import types
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tclip_jax.evaluation import suite
+from tclip_jax.evaluation import runner, suite
 from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
 from tclip_jax.evaluation.runner import Report, evaluate
 from tclip_jax.evaluation.table import report_table
@@ -143,6 +144,15 @@ def test_a_result_is_taken_only_where_the_same_made_it(
     del old["made_by"]
     path.write_text(json.dumps(old))
     refused("it does not say what made it, so it may be of anything")
+
+
+def test_processes_that_see_other_data_measure_nothing(
+    exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "gather_json", lambda told: [told, [told[0], "12:ab"]])
+    report = evaluate(exports.Direct(), suite_tasks(root, "renderedsst2"), model="m")
+    assert not report.results
+    assert re.fullmatch(r"process 1 sees other data than process 0 \(12:ab, not 24:.*\)", report.errors["renderedsst2"])
 
 
 def test_predictions_of_another_result_are_refused(tmp_path: pathlib.Path) -> None:
