@@ -97,7 +97,7 @@ def is_vocabulary(name: str, text: str) -> bool:
     """
     if name == "vocab.json":
         return bool(json.loads(text) == _vocabulary()[0])
-    return [line.strip() for line in text.splitlines()] == vocabulary_files()[name].splitlines()
+    return text.replace("\r\n", "\n").strip() == vocabulary_files()[name].strip()
 
 
 def clean(text: str) -> str:
