@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.data.sources import BadSample, Source
+from tclip_jax.data.sources import Source
+from tclip_jax.data.sources import digest as data_digest
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.results import read_arrays
 from tclip_jax.evaluation.rows import encode_rows
+from tclip_jax.evaluation.runner import EVALUATION
+from tclip_jax.keys import digest, recipe
 from tclip_jax.storage import write_atomic
-
-_LOOKED_AT = 16  # records that tell a data set from another of the same length
 
 
 class Features(NamedTuple):
@@ -46,8 +46,7 @@ def features(
 ) -> Features:
     """Embeds every image, or reads what an earlier call left in `cache`.
 
-    A file there is named by the weights, the dtype, the preprocessing and the data: how many records there are, and
-    names, labels and images of sixteen of them.
+    A file there is named by the digest of what made it: the model, the content of the data and its class names.
 
     Args:
       weights: what tells the weights from others', as `fingerprint` of a model.
@@ -60,7 +59,12 @@ def features(
         raise ValueError("a probe needs labelled images: these have captions")
     path = None
     if cache is not None:
-        path = epath.Path(cache) / f"{_name(encoder, source, weights)}.npz"
+        made_by = recipe(
+            evaluation=EVALUATION,
+            model={"weights": weights, **encoder.made_by},
+            data={"content": data_digest(source), "classes": source.classnames},
+        )
+        path = epath.Path(cache) / f"{digest(made_by)}.npz"
         if path.exists():
             found = _read(path)
             progress(len(source))
@@ -82,19 +86,6 @@ def features(
         np.savez(buffer, **found._asdict())
         write_atomic(path, buffer.getvalue())
     return found
-
-
-def _name(encoder: Encoder, source: Source, weights: str) -> str:
-    digest = hashlib.sha256(f"{weights} {encoder.dtype} {encoder.preprocess} {len(source)}".encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)) if len(source) else ():
-        try:
-            record = source[int(index)]
-        except BadSample as error:
-            digest.update(f"\n{error} ".encode())
-            continue
-        digest.update(f"\n{record.name} {np.asarray(record.label).tolist()} ".encode())
-        digest.update(record.image if isinstance(record.image, bytes) else record.image.tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _read(path: epath.Path) -> Features:

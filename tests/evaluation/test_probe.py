@@ -144,11 +144,16 @@ def test_embeddings_are_computed_once(
     monkeypatch.setattr(features_module, "encode_rows", lambda *a, **k: calls.append(1) or plain(*a, **k))
     again = features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     assert not calls and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    other = exports.Direct()
+    other.dtype = "bfloat16"
     features(exports.Direct(), source, weights="other", cache=tmp_path / "cache")
+    features(other, source, weights="w", cache=tmp_path / "cache")
+    (folder / "classnames.txt").write_text("c\nb\na\n")
+    features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
     exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={4: exports.picture(99)})
     features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
     features(exports.Direct(), source, weights="w", cache=None)
-    assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(calls) == 5 and len(list((tmp_path / "cache").iterdir())) == 5
 
 
 def test_a_record_that_cannot_be_read_is_left_out(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> None:
