@@ -18,8 +18,8 @@ from tclip_jax.cli import main
 from tclip_jax.inference import search
 from tclip_jax.inference.embed import embeddings_mark
 from tclip_jax.inference.search import build_index, nearest, query_index, read_index
-from tests.object_store import Bucket, Failure
 from tclip_jax.ternary import Quantizer, repack, ternarize
+from tests.object_store import Bucket, Failure
 
 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**32 - 1))
