@@ -192,7 +192,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
-        return f"error: {error}"
+        # What strangers' files hold must not reach the terminal as it is.
+        return "error: " + "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
     if isinstance(error, ModuleNotFoundError):
         return f"error: {error}: `tclip doctor` says which extra brings it"
     at = traceback.extract_tb(error.__traceback__)[-1]

@@ -100,13 +100,20 @@ def number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]
 count = number(int, ge=1)  # of images, steps, processes
 
 
+def plain(text: object, limit: int = 80) -> str:
+    """What a stranger's file says, as a part of a one-line error: cut, and quoted where it cannot be printed."""
+    found = str(text)[: limit + 1]
+    cut = found if len(found) <= limit else f"{found[: limit - 1]}…"
+    return cut if cut.isprintable() else repr(cut)
+
+
 def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     """Raises ValueError for the first given key that is not valid, naming the nearest that is."""
     valid = list(valid)
     for each in given:
         if each not in valid:
             near = difflib.get_close_matches(str(each), valid, 1, 0.0)
-            raise ValueError(f"{where} has no {each!r}" + (f": the nearest is {near[0]!r}" if near else ""))
+            raise ValueError(f"{where} has no {each!r:.80}" + (f": the nearest is {near[0]!r}" if near else ""))
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
@@ -117,7 +124,7 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
         or one that `cls` itself refuses.
     """
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where} is {given!r}: it must be a mapping with the keys of {cls.__name__}")
+        raise ValueError(f"{where} is {given!r:.80}: it must be a mapping with the keys of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     check_keys(given, fields, where)
     for name, field in fields.items():
@@ -135,9 +142,9 @@ def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
             continue
         value, bounds = values[field.name], key_of(field).bounds
         if not _matches(value, hints[field.name]):
-            raise ValueError(f"{where}.{field.name} is {value!r}: it must be {describe(hints[field.name])}")
+            raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {describe(hints[field.name])}")
         if any(each not in bounds for each in _numbers(value)):
-            raise ValueError(f"{where}.{field.name} is {value!r}: it must be {bounds}")
+            raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {bounds}")
 
 
 def describe(hint: Any) -> str:

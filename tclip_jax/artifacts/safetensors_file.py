@@ -19,6 +19,7 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.lazy import LazyArray
+from tclip_jax.schema import plain
 
 # In the order in which the library sorts tensors, the last first.
 _DTYPES = {
@@ -62,10 +63,11 @@ def read_safetensors(path: epath.PathLike) -> dict[str, LazyArray]:
         # Overlapping tensors would let a small file ask for much memory.
         for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if fields["data_offsets"][0] != end:
-                raise ValueError(f"{name} begins at byte {fields['data_offsets'][0]}: the one before ends at {end}")
+                start = fields["data_offsets"][0]
+                raise ValueError(f"{plain(name)} begins at byte {start}: the one before ends at {end}")
             end = fields["data_offsets"][1]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no safetensors file: bad header: {error}") from None
+        raise ValueError(f"{path} is no safetensors file: bad header: {plain(error, 200)}") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is truncated or damaged: it has {size} bytes, its header gives {8 + length + end}")
     return tensors
@@ -76,7 +78,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
     return fields
 
 

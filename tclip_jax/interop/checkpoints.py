@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,11 @@ from flax.traverse_util import flatten_dict
 from tclip_jax.artifacts.manifest import MAX_PARAMETERS
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop import hub, metadata
+from tclip_jax.interop.foreign import GGUF, check_file_kind, folder_kind
 from tclip_jax.interop.gguf import read_gguf
 from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP, Metadata
-from tclip_jax.interop.open_clip import lazy_params
+from tclip_jax.interop.open_clip import lazy_params, unwrapped
 from tclip_jax.interop.reader import INDEX, open_weights, read_json
 from tclip_jax.interop.torchscript import is_torchscript
 from tclip_jax.lazy import LazyArray
@@ -29,10 +31,28 @@ from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 
 _POSITIONS = "visual.positional_embedding"
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    f"open_clip_model.safetensors{INDEX}",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
 _WEIGHTS = {
-    OPEN_CLIP: ("open_clip_model.safetensors", f"open_clip_model.safetensors{INDEX}", "open_clip_pytorch_model.bin"),
+    OPEN_CLIP: _OPEN_CLIP_WEIGHTS,
     HUGGING_FACE: ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
 }
+
+# Names that only these have.
+_KINDS = (
+    (r"\blora_[AB]\b|\blora\.(up|down)\b", "an adapter (LoRA), which must be merged into its model first"),
+    (r"\btext_decoder\.|\bvisual\.attn_pool\.", "a CoCa"),
+    (r"\bvisual\.layer1\.", "a ResNet"),
+    (r"\bvisual\.trunk\.attn_pool\.|\bvision_model\.head\.", "a SigLIP"),
+    (r"\bvisual\.trunk\.|\bimage_encoder\.model\.", "an image tower of timm"),
+    (r"\btext\.transformer\.(embeddings|encoder|shared)\.", "a text tower of Hugging Face"),
+    (r"\bself_attn\.rotary|\bmodel\.layers\.\d+\.mlp\.gate_proj\b|\btransformer\.h\.\d", "a language model"),
+)
 
 
 class Checkpoint(NamedTuple):
@@ -78,6 +98,10 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
         return _open_gguf(path, given, image_size)
     file, library = find_weights(path)
     weights = open_weights(file)
+    try:
+        _check_kind(weights.tensors.keys())
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     stated = _stated(path, library, weights.tensors)
     if stated is None and given is None:
         raise ValueError(
@@ -85,8 +109,10 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
         )
     try:
         config, pixels = _agreed(stated, given, image_size)
-        _check_size(config, len(weights.tensors))
-        tensors = from_hugging_face(weights.tensors, config) if library == HUGGING_FACE else weights.tensors
+        tensors = unwrapped(weights.tensors)
+        _check_size(config, len(tensors))
+        if any(key.startswith(("vision_model.", "text_model.")) for key in tensors):
+            tensors = from_hugging_face(tensors, config)
         if given or image_size is not None:
             tensors = _on_grid(tensors, config.vision.grid)
         return Checkpoint(config, pixels, lazy_params(tensors, config), weights.files)
@@ -121,17 +147,25 @@ def find_weights(path: epath.Path) -> tuple[epath.Path, str]:
         return path, OPEN_CLIP
     described = [library for library in _WEIGHTS if (path / library).exists()]
     if not described:
-        raise FileNotFoundError(f"{path} holds neither {OPEN_CLIP} nor {HUGGING_FACE}")
+        raise FileNotFoundError(f"{path} holds neither {OPEN_CLIP} nor {HUGGING_FACE}{folder_kind(path)}")
     possible = [(name, library) for library in described for name in _WEIGHTS[library]]
+    if described == [OPEN_CLIP]:  # which takes the other's names too
+        possible += [(name, OPEN_CLIP) for name in _WEIGHTS[HUGGING_FACE]]
     for name, library in possible:
         if (path / name).exists():
             return path / name, library
     names = " or ".join(name for name, _ in possible)
-    raise FileNotFoundError(f"{path} has no weights beside its {' and '.join(described)}: expected {names}")
+    raise FileNotFoundError(
+        f"{path} has no weights beside its {' and '.join(described)}: expected {names}{folder_kind(path)}"
+    )
 
 
 def _open_gguf(path: epath.Path, given: Metadata | None, image_size: int | None) -> Checkpoint:
-    config, pixels, params = read_gguf(path)
+    try:
+        config, pixels, params = read_gguf(path)
+    except ValueError:
+        check_file_kind(path, GGUF)
+        raise
     try:
         agreed = _agreed(Metadata(config, pixels), given, image_size)
     except ValueError as error:
@@ -180,6 +214,13 @@ def _check_size(config: CLIPConfig, tensors: int) -> None:
         raise ValueError(f"no model can have these sizes: {type(error).__name__}: {reason}") from None
     if count > MAX_PARAMETERS:
         raise ValueError(f"the model has more than {MAX_PARAMETERS} parameters: no more are read")
+
+
+def _check_kind(names: Collection[str]) -> None:
+    """Raises ValueError for weights that are known to be of another kind of model."""
+    for pattern, kind in _KINDS:
+        if any(re.search(pattern, name) for name in names):
+            raise ValueError(f"its weights are those of {kind}: only CLIPs with open_clip's own transformers are read")
 
 
 def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[str, LazyArray]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
-from tclip_jax.interop.open_clip import check_expressible, check_names
+from tclip_jax.interop.open_clip import check_expressible, check_names, unwrapped
 from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 
@@ -59,17 +59,17 @@ _INSIDE_BLOCKS = (
     Entry("mlp.fc2.bias", "mlp.c_proj.bias"),
 )
 
-# Older versions of transformers saved these counters.
-_STRAYS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+# Older versions of transformers saved these counters, and PyTorch's AveragedModel the last.
+_STRAYS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "n_averaged")
 
 
 def table(config: CLIPConfig) -> list[Entry]:
     """The entries of every tensor of a model, the thirds of one tensor in their order.
 
     Raises:
-      ValueError: a model that CLIPModel cannot be, naming the option.
+      ValueError: a model whose parameters CLIPModel cannot have, naming the option.
     """
-    _check_expressible(config)
+    check_expressible(config, "transformers' CLIPModel")
     towers = (("vision_model", "visual.", config.vision.layers), ("text_model", "", config.text.layers))
     return list(_OUTSIDE_BLOCKS) + [
         entry._replace(
@@ -110,10 +110,12 @@ def _part(tensor: Any, entry: Entry) -> LazyArray:
 def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
     """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`; nothing is read.
 
+    Names may be those of a wrapper (`unwrapped`).
+
     Raises:
       ValueError: a model that CLIPModel cannot be, missing and unexpected keys, or thirds of different shapes, named.
     """
-    entries = table(config)
+    entries, state_dict = table(config), unwrapped(state_dict)
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
     parts: dict[str, list[Any]] = {}
     for entry in entries:
@@ -145,8 +147,13 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
     Raises:
       ValueError: a model that CLIPModel cannot be, naming the option.
     """
-    _check_expressible(config)
+    check_expressible(config, "transformers' CLIPModel")
     vision, text = config.vision, config.text
+    if text.vocab_size < VOCAB_SIZE:
+        raise ValueError(
+            f"text_cfg.vocab_size is {text.vocab_size}: transformers' CLIPModel pools a text at token {EOT}, so it must"
+            f" be at least {VOCAB_SIZE}"
+        )
     # The library's defaults are not relied on: they have changed between its versions.
     shared = {
         "projection_dim": config.embed_dim,
@@ -185,7 +192,3 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
             **shared,
         },
     }
-
-
-def _check_expressible(config: CLIPConfig) -> None:
-    check_expressible(config, "transformers' CLIPModel", ("text_cfg.vocab_size", config.text.vocab_size, VOCAB_SIZE))

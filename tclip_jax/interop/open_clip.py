@@ -16,6 +16,7 @@ from tclip_jax.lazy import LazyArray, LazyStack
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, is_learned_scale
+from tclip_jax.schema import plain
 from tclip_jax.ternary import TernaryTensor
 
 Axes = tuple[int, ...] | None
@@ -78,8 +79,12 @@ _INSIDE_BLOCKS: tuple[tuple[str, str, Axes], ...] = (
 )
 _BLOCKS = (("image/blocks/", "visual.transformer.resblocks"), ("text/blocks/", "transformer.resblocks"))
 
-# OpenAI's archives store these numbers among the weights.
-_STRAYS = ("input_resolution", "context_length", "vocab_size")
+# OpenAI's archives store these numbers among the weights, and PyTorch's AveragedModel the last.
+_STRAYS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
+
+# Parts of names that wrappers of modules add, and what training loops call the model that they hold.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_OWNERS = ("model", "clip", "clip_model", "net", "ema", "ema_model", "model_ema", "averaged_model")
 
 
 @functools.cache
@@ -140,8 +145,8 @@ def _write(leaf: Any, entry: Entry, shape: tuple[int, ...]) -> npt.NDArray[np.fl
 def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
     """The parameters, float32 NumPy arrays, of an open_clip state dict; each of its tensors is read once.
 
-    Any float dtype, a `module.` prefix, the `text.` prefix of CustomTextCLIP, a logit_scale of shape (1,) and the
-    numbers that OpenAI's archives store among the weights are accepted.
+    Any float dtype, names of a wrapper (`unwrapped`), the `text.` prefix of CustomTextCLIP, a logit_scale of shape (1,)
+    and the numbers that OpenAI's archives store among the weights are accepted.
 
     Raises:
       ValueError: missing and unexpected keys, or a tensor of another shape; all are named.
@@ -151,17 +156,11 @@ def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[st
 
 def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
     """As `from_open_clip`, with `LazyArray` and `LazyStack` leaves: nothing is read until a leaf is."""
-    keys: dict[str, str] = {}
-    for key in state_dict:
-        name = key.removeprefix("module.").removeprefix("text.")
-        if name in keys:
-            raise ValueError(f"the state dict holds {name} twice, as {keys[name]} and {key}")
-        keys[name] = key
-    entries = table(config)
-    check_names(keys.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
+    entries, state_dict = table(config), unwrapped(state_dict, "text")
+    check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
     leaves: dict[str, list[LazyArray]] = {}
     for entry in entries:
-        value = state_dict[keys[entry.key]]
+        value = state_dict[entry.key]
         if entry.key != "logit_scale" or math.prod(np.shape(value)) != 1:
             _check_shape(np.shape(value), entry)
         shape = entry.shape if entry.axes is None else tuple(entry.shape[axis] for axis in np.argsort(entry.axes))
@@ -172,6 +171,27 @@ def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, 
     return unflatten_dict(
         {path: LazyStack(tuple(values)) if path in stacked else values[0] for path, values in leaves.items()}, sep="/"
     )
+
+
+def unwrapped(state_dict: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """The same tensors by their names without the parts that wrappers add, in any order and number.
+
+    These are of DataParallel, torch.compile, FSDP and activation checkpointing anywhere, and of what a training loop
+    calls its model (`model.`, `ema.` and the like) at the beginning; `more` are further ones there.
+
+    Raises:
+      ValueError: names that are the same without them.
+    """
+    keys: dict[str, str] = {}
+    for key in state_dict:
+        parts = [part for part in key.split(".") if part not in _WRAPPERS]
+        while len(parts) > 1 and parts[0] in (*_OWNERS, *more):
+            del parts[0]
+        name = ".".join(parts)
+        if name in keys:
+            raise ValueError(f"the state dict holds {plain(name)} twice, as {plain(keys[name])} and {plain(key)}")
+        keys[name] = key
+    return {name: state_dict[key] for name, key in keys.items()}
 
 
 def _read(value: Any, entry: Entry) -> npt.NDArray[np.float32]:
@@ -199,7 +219,7 @@ def check_names(found: Collection[str], expected: Collection[str], what: str) ->
 
 def _first(names: Collection[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(sorted(names)[:count]) + more
+    return ", ".join(map(plain, sorted(names)[:count])) + more
 
 
 def _check_shape(shape: tuple[int, ...], entry: Entry) -> None:

@@ -17,11 +17,16 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.artifacts.safetensors_file import read_safetensors
+from tclip_jax.interop.foreign import PYTORCH, SAFETENSORS, check_file_kind, file_kind
 from tclip_jax.interop.torchscript import is_torchscript, read_torchscript
 from tclip_jax.lazy import LazyArray
+from tclip_jax.schema import plain
 from tclip_jax.storage import is_local
 
 INDEX = ".index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Under which training loops store the weights beside their own state.
+_HOLDERS = ("state_dict", "model_state_dict", "model", "module")
 _MAX_JSON = 64 * 2**20
 # Of tensors in pickles; PyTorch also has some without arrays in NumPy, and complex ones, which are no weights.
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
@@ -35,7 +40,7 @@ class Weights(NamedTuple):
 
 
 def open_weights(path: epath.PathLike) -> Weights:
-    """The tensors of a .safetensors, .bin, .pt or .pth file, or of all shards that an .index.json names.
+    """The tensors of a .safetensors, .bin, .pt, .pth or .ckpt file, or of all shards that an .index.json names.
 
     Raises:
       FileNotFoundError: no such file, or a missing shard.
@@ -46,13 +51,18 @@ def open_weights(path: epath.PathLike) -> Weights:
         raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith(INDEX):
         return _open_shards(path)
-    if path.suffix == ".safetensors":
-        return Weights(read_safetensors(path), (path,))
-    if path.suffix in (".bin", ".pt", ".pth"):
-        return Weights(read_torchscript(path) if is_torchscript(path) else _read_pickle(path), (path,))
-    raise ValueError(
-        f"{path}: a weights file is .safetensors, .bin, .pt or .pth, not {path.suffix or 'without suffix'}"
-    )
+    try:
+        if path.suffix == ".safetensors":
+            expected = SAFETENSORS
+            return Weights(read_safetensors(path), (path,))
+        if path.suffix in _PICKLES:
+            expected = PYTORCH
+            return Weights(read_torchscript(path) if is_torchscript(path) else _read_pickle(path), (path,))
+    except ValueError:
+        check_file_kind(path, expected)
+        raise
+    kind = file_kind(path) or path.suffix or "without suffix"
+    raise ValueError(f"{path}: a weights file is .safetensors, {', '.join(_PICKLES)} or .gguf; this is {kind}")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def _open_shards(index: epath.Path) -> Weights:
     shards = {file.name: open_weights(file).tensors for file in files}
     for name, file in names.items():
         if name not in shards[file]:
-            raise ValueError(f"{index.parent / file} lacks {name}, which {index.name} says it holds")
+            raise ValueError(f"{index.parent / file} lacks {plain(name)}, which {index.name} says it holds")
     return Weights({name: shards[file][name] for name, file in names.items()}, tuple(files))
 
 
@@ -111,26 +121,29 @@ def _read_pickle(path: epath.Path) -> dict[str, LazyArray]:
     # Broken and hostile files raise pickle's, zipfile's and torch's errors, and whatever their content provokes.
     except Exception as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {found[1]}, and only tensors are read" if found else str(error).partition("\n")[0]
+        what = f"it holds {found[1]}, and only tensors are read" if found else plain(str(error).partition("\n")[0], 200)
         raise ValueError(f"{path} is refused by torch.load(weights_only=True): {what}") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    holders = [name for name in _HOLDERS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+    state = loaded[holders[0]] if holders else loaded
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path} holds no state dict: it must map names to tensors, or have that under 'state_dict'")
+        raise ValueError(
+            f"{path} holds no state dict: it must map names to tensors, or have that under {', '.join(_HOLDERS)}"
+        )
     return {key: _from_torch(path, key, value) for key, value in state.items()}
 
 
 def _from_torch(path: epath.Path, key: str, tensor: Any) -> LazyArray:
     name = str(tensor.dtype).removeprefix("torch.")
     if str(tensor.layout) != "torch.strided" or tensor.is_nested or tensor.is_meta:
-        raise ValueError(f"{path}: {key} is sparse, nested or without values: only dense tensors are read")
+        raise ValueError(f"{path}: {plain(key)} is sparse, nested or without values: only dense tensors are read")
     if name not in _DTYPES:
-        raise ValueError(f"{path}: {key} is {name}: only {', '.join(_DTYPES)} are read")
+        raise ValueError(f"{path}: {plain(key)} is {name}: only {', '.join(_DTYPES)} are read")
     dtype = jnp.dtype(name)
     # Strides of 0 would make much of little.
     if tensor.numel() * dtype.itemsize > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}: its storage is smaller")
+        raise ValueError(f"{path}: {plain(key)} has shape {tuple(tensor.shape)}: its storage is smaller")
     return LazyArray(tuple(tensor.shape), dtype, functools.partial(_as_numpy, tensor, dtype))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from tclip_jax.models.open_clip_cfg import native_cfg
 from tclip_jax.schema import check_keys, check_values, from_mapping, key
 
 
@@ -79,9 +80,13 @@ class CLIPConfig:
     def from_open_clip(cls, model_cfg: Mapping[str, Any]) -> CLIPConfig:
         """From a `model_cfg` of open_clip.
 
+        Fields of open_clip that say nothing new are accepted: defaults, and what another field makes unused.
+
         Raises:
-          ValueError: a key that this model does not have, naming it and the nearest that it has.
+          ValueError: a model that this is not, saying what the field means in open_clip; or an unknown key, naming it
+            and the nearest that is known.
         """
+        model_cfg = native_cfg(model_cfg)
         check_keys(model_cfg, ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"), "model_cfg")
         for name in ("embed_dim", "vision_cfg", "text_cfg"):
             if name not in model_cfg:
@@ -89,9 +94,9 @@ class CLIPConfig:
         check_values(
             cls, {name: model_cfg[name] for name in ("embed_dim", "quick_gelu") if name in model_cfg}, "model_cfg"
         )
-        vision = dict(model_cfg["vision_cfg"])
-        if isinstance(vision.get("image_size"), int):
-            vision["image_size"] = (vision["image_size"],) * 2
+        vision = model_cfg["vision_cfg"]
+        if isinstance(vision, Mapping) and isinstance(vision.get("image_size"), int):
+            vision = {**vision, "image_size": (vision["image_size"],) * 2}
         return cls(
             embed_dim=model_cfg["embed_dim"],
             vision=from_mapping(VisionConfig, vision, "vision_cfg"),

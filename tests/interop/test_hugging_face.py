@@ -76,7 +76,6 @@ def test_both_activations_are_written_in_both_towers() -> None:
         ("vision", "pool_type", "avg"),
         ("vision", "no_ln_pre", True),
         ("vision", "ls_init_value", 0.1),
-        ("text", "vocab_size", 1000),
         ("text", "pool_type", "last"),
         ("text", "no_causal_mask", True),
         ("text", "ls_init_value", 0.1),
@@ -88,3 +87,11 @@ def test_a_model_that_clip_model_cannot_be_is_refused_by_its_option(tower: str, 
     for function in (hugging_face_config, table):
         with pytest.raises(ValueError, match=rf"^{tower}_cfg\.{option} is .*: transformers' CLIPModel can only have"):
             function(config)
+
+
+def test_a_vocabulary_without_the_end_of_text_is_not_written() -> None:
+    small = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, vocab_size=1000))
+    with pytest.raises(
+        ValueError, match=r"^text_cfg\.vocab_size is 1000: transformers' CLIPModel pools a text at token"
+    ):
+        hugging_face_config(small)

@@ -290,3 +290,117 @@ def test_what_is_a_checkpoint(tmp_path: pathlib.Path, folder: pathlib.Path) -> N
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds neither open_clip_config\.json nor config\.json"):
         open_checkpoint(tmp_path)
+
+
+WRAPPERS = (
+    "",
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.",
+    "ema.module.",
+    "model.text.",
+)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_names_of_wrappers_are_those_of_the_model(
+    prefix: str, suffix: str, folder: pathlib.Path, params: Params
+) -> None:
+    """DataParallel, torch.compile, FSDP and a training loop's own, in any order, for a bare file."""
+    import torch
+
+    path = folder / f"wrapped{suffix}"
+    state = safetensors.numpy.load_file(folder / "open_clip_model.safetensors")
+    if prefix.endswith("text."):
+        text = prefix, prefix.removesuffix("text.")
+        state = {text["visual" in key or key == "logit_scale"] + key: value for key, value in state.items()}
+    else:
+        state = {prefix + key: value for key, value in state.items()}
+    if suffix == ".safetensors":
+        safetensors.numpy.save_file(state, path)
+    else:
+        torch.save({"model": {key: torch.from_numpy(value) for key, value in state.items()}, "epoch": 3}, path)
+    assert_same(open_checkpoint(path, like="tiny").params, params)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_what_pytorch_itself_wraps_is_read(file: str, tmp_path: pathlib.Path, params: Params) -> None:
+    """The modules of PyTorch make the names: compiled towers, checkpointed blocks, an average; transformers' model."""
+    import torch
+    import transformers
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
+
+    document = hugging_face_config(TINY)
+    model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(document))
+    theirs = {
+        key: torch.from_numpy(np.array(value))
+        for key, value in to_hugging_face(to_open_clip(params, TINY), TINY).items()
+    }
+    model.load_state_dict(theirs)
+    model.text_model.encoder.layers[0] = checkpoint_wrapper(model.text_model.encoder.layers[0])
+    model.vision_model = torch.compile(model.vision_model, backend="eager")
+    wrapped = torch.nn.DataParallel(torch.optim.swa_utils.AveragedModel(model))
+    state = wrapped.state_dict()
+    assert "module.module.vision_model._orig_mod.pre_layrnorm.weight" in state and "module.n_averaged" in state
+    assert "module.module.text_model.encoder.layers.0._checkpoint_wrapped_module.mlp.fc1.bias" in state
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(document))
+    if file.endswith(".bin"):
+        torch.save({"state_dict": state}, folder / file)
+    else:
+        safetensors.numpy.save_file({key: value.numpy() for key, value in state.items()}, folder / file)
+    assert_same(open_checkpoint(folder).params, params)
+
+
+def test_two_models_in_one_file_are_named(folder: pathlib.Path) -> None:
+    path = folder / "open_clip_model.safetensors"
+    state = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(state | {f"ema.{key}": value for key, value in state.items()}, path)
+    with pytest.raises(ValueError, match=r"theirs: the state dict holds \S+ twice, as (\S+) and (ema\.)?\S+$"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("form", "vocabulary"), [("vision_config", 49408), ("vision_config_dict", 49410)])
+def test_a_config_json_of_what_differs(form: str, vocabulary: int, tmp_path: pathlib.Path) -> None:
+    """As transformers 4 saved it, the published L/14-336 among them; the embeddings are those of CLIPModel."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": vocabulary}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "image_size": 64}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    folder = tmp_path / "theirs"
+    model.save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text())
+    defaults = transformers.CLIPConfig().to_dict()
+    for name in ("text_config", "vision_config"):
+        kept = {key: value for key, value in document.pop(name).items() if defaults[name].get(key) != value}
+        document[name if name[0] == "t" else form] = kept
+    assert document[form] == vision and ("vocab_size" in document["text_config"]) == (vocabulary != 49408)
+    document = {key: value for key, value in document.items() if defaults.get(key) != value} | {"model_type": "clip"}
+    (folder / "config.json").write_text(json.dumps(document))
+    tokens = torch.randint(1, 49406, (3, 77))
+    tokens[:, -1] = 49407
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = transformers.CLIPModel.from_pretrained(folder)(pixel_values=images, input_ids=tokens)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.preprocess == Preprocess(64) and checkpoint.config.text.vocab_size == vocabulary
+    with jax.default_matmul_precision("highest"):
+        ours = CLIP(checkpoint.config).apply(
+            {"params": jax.tree.map(np.asarray, checkpoint.params)},
+            images.permute(0, 2, 3, 1).numpy(),
+            tokens.int().numpy(),
+        )
+    np.testing.assert_allclose(ours[0], expected.image_embeds, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours[1], expected.text_embeds, rtol=0, atol=1e-5)

@@ -1,0 +1,146 @@
+"""open_clip's `model_cfg` to the fields of CLIPConfig: each of its other fields is read, and named if it says more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+# `global_average_pool` to `correct_cls_mask` are of older versions of open_clip.
+
+
+class _Field(NamedTuple):
+    """A field of open_clip that CLIPConfig lacks.
+
+    Attributes:
+      meaning: what open_clip does if it has another value than these.
+      same: the values that change nothing here; empty if all do so.
+    """
+
+    meaning: str
+    same: tuple[Any, ...]
+
+
+_ATTENTION = {
+    "block_type": _Field("builds its attention blocks in another way", (None, "default")),
+    "qk_norm": _Field("normalises queries and keys", (False, None)),
+    "scaled_cosine_attn": _Field("attends by cosine similarity", (False, None)),
+    "scale_heads": _Field("scales each attention head", (False, None)),
+    "scale_attn_inner": _Field("normalises what attention gives before its output projection", (False, None)),
+    "scale_attn": _Field("normalises what attention gives", (False, None)),
+    "scale_fc": _Field("normalises the hidden layer of the MLPs", (False, None)),
+    "act_kwargs": _Field(
+        "computes another activation than GELU (erf) or QuickGELU", (None, {}, {"approximate": "none"})
+    ),
+    "norm_kwargs": _Field("has other LayerNorms than those with eps 1e-05", (None, {}, {"eps": 1e-5})),
+    "output_tokens": _Field("also returns the embedding of each token", (False, None)),
+}
+_MODEL = {
+    # The same model, its text tower's names beginning with "text.".
+    "custom_text": _Field("", ()),
+    "nonscalar_logit_scale": _Field("", ()),
+    "output_dict": _Field("", ()),
+    "cast_dtype": _Field("computes in another dtype", (None,)),
+    "init_logit_scale": _Field("starts training at another logit scale than ln(1/0.07)", (None, math.log(1 / 0.07))),
+    "init_logit_bias": _Field("adds a learned bias to the logits, as SigLIP does", (None,)),
+}
+_VISION = _ATTENTION | {
+    "patch_dropout": _Field("leaves out patches in training", (0, None)),
+    "attentional_pool": _Field("pools by attention, as CoCa does", (False, None, "")),
+    "pos_embed_type": _Field("computes the position embeddings instead of learning them", ("learnable",)),
+    "global_average_pool": _Field("averages all tokens, the class token too", (False, None)),
+    "input_patchnorm": _Field("normalises patches before they are embedded", (False, None)),
+    # Unused without attentional_pool and timm_model_name.
+    **dict.fromkeys(("attn_pooler_queries", "attn_pooler_heads", "n_queries"), _Field("", ())),
+    **dict.fromkeys(
+        ("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+        _Field("", ()),
+    ),
+    "timm_model_name": _Field("", (None, "")),
+}
+_TEXT = _ATTENTION | {
+    "hf_tokenizer_name": _Field("tokenizes texts by that tokenizer of Hugging Face, not by CLIP's own", (None, "")),
+    "tokenizer_kwargs": _Field(
+        "changes the tokenizer by these options", (None, {}, {"clean": "lower"}, {"reduction_mask": ""})
+    ),
+    "embed_cls": _Field("appends a class token to texts, as CoCa does", (False, None)),
+    "proj_bias": _Field("adds a bias to the projection of texts, as SigLIP does", (False, None)),
+    "proj_type": _Field("has another projection of texts than a linear one", ("linear",)),
+    "use_pad_mask": _Field("masks padding", (False, None)),
+    # Unused without hf_tokenizer_name, embed_cls, pool_type "eos" and hf_model_name; the last by open_clip itself.
+    **dict.fromkeys(("tokenizer_mode", "pad_id", "correct_cls_mask", "eos_id"), _Field("", ())),
+    **dict.fromkeys(
+        ("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pooler_type", "proj", "final_ln_after_pool"),
+        _Field("", ()),
+    ),
+    "hf_model_name": _Field("", (None, "")),
+}
+# Of training alone: weights that are there were trained, and hold what these began with.
+_TRAINING = {"init_logit_scale", "patch_dropout", "pos_embed_type"}
+
+
+def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[str, Any]:
+    """The same model by the fields of CLIPConfig alone; unknown fields are left for their reader to refuse.
+
+    Args:
+      model_cfg: as in open_clip_config.json and open_clip's model_configs.
+      trained: whether weights come with it, so that fields of training alone may say anything.
+
+    Raises:
+      ValueError: a model of another kind (ResNet, timm, Hugging Face, CoCa, SigLIP), or a field that says what these
+        models do not have, and what that is.
+    """
+    model = dict(model_cfg)
+    sections = {name: model[name] for name in ("vision_cfg", "text_cfg") if isinstance(model.get(name), Mapping)}
+    _check_kind(model, sections.get("vision_cfg", {}), sections.get("text_cfg", {}))
+    model.pop("multimodal_cfg", None)
+    for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
+        if name in sections:
+            model[name] = _without(sections[name], fields, f"{name}.", trained)
+    model = _without(model, _MODEL, "", trained)
+    if "vision_cfg" in sections:
+        _make_square(model["vision_cfg"])
+    return model
+
+
+def _check_kind(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    timm, layers, hugging_face = vision.get("timm_model_name"), vision.get("layers"), text.get("hf_model_name")
+    reason = None
+    if model.get("multimodal_cfg"):
+        reason = "a CoCa (it has a multimodal_cfg)"
+    elif isinstance(timm, str) and "siglip" in timm:
+        reason = f"a SigLIP (vision_cfg.timm_model_name is {timm!r:.60})"
+    elif timm:
+        reason = f"one with an image tower of timm (vision_cfg.timm_model_name is {timm!r:.60})"
+    elif isinstance(layers, list | tuple):
+        reason = f"a ResNet (vision_cfg.layers is {layers!s:.60})"
+    elif hugging_face:
+        reason = f"one with a text tower of Hugging Face (text_cfg.hf_model_name is {hugging_face!r:.60})"
+    if reason:
+        raise ValueError(f"the model is {reason}: only CLIPs with open_clip's own transformers are supported")
+
+
+def _without(section: Mapping[str, Any], fields: Mapping[str, _Field], where: str, trained: bool) -> dict[str, Any]:
+    """The section without these fields, which must say nothing."""
+    for key, field in fields.items():
+        skipped = not field.same or (trained and key in _TRAINING)
+        if key in section and not skipped and not any(_same(section[key], value) for value in field.same):
+            raise ValueError(
+                f"{where}{key} is {section[key]!r:.60}: open_clip then {field.meaning}, which is not supported"
+            )
+    return {key: value for key, value in section.items() if key not in fields}
+
+
+def _same(given: Any, value: Any) -> bool:
+    if isinstance(value, float) and isinstance(given, float):
+        return math.isclose(given, value, rel_tol=1e-4)
+    return given == value
+
+
+def _make_square(vision: dict[str, Any]) -> None:
+    """One number for square patches, and the head width that open_clip makes of one that does not divide the width."""
+    patch, width, head_width = (vision.get(key) for key in ("patch_size", "width", "head_width"))
+    if isinstance(patch, list | tuple) and len(patch) == 2 and patch[0] == patch[1]:
+        vision["patch_size"] = patch[0]
+    if type(width) is type(head_width) is int and 0 < head_width <= width and width % (width // head_width) == 0:
+        vision["head_width"] = width // (width // head_width)
