@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import ml_collections
 
-from tclip_jax.schema import check_keys
+from tclip_jax.schema import check_keys, plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -60,7 +60,7 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"--config.{path} has no value: write --config.{path}=VALUE")
+            raise ValueError(f"--config.{plain(path)} has no value: write --config.{plain(path)}=VALUE")
         section, where = config, "config"
         *parents, leaf = path.split(".")
         for key in parents:
@@ -73,10 +73,11 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             check_keys([leaf], section, where)
         try:
             value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError):  # TypeError: of what cannot be hashed, as {[1]}
+        # TypeError: of what cannot be hashed, as {[1]}; the last two: of a literal that is nested too deeply.
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = text
         if isinstance(section.get(leaf), ml_collections.ConfigDict) and not isinstance(value, dict):
-            raise ValueError(f"config.{path} is a section, not a value: write --config.{path}.KEY=VALUE")
+            raise ValueError(f"config.{plain(path)} is a section, not a value: write --config.{path}.KEY=VALUE")
         # Types are checked by `run_config`, whose errors name the key and what would be right.
         with section.unlocked(), section.ignore_type():
             try:

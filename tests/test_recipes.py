@@ -140,3 +140,19 @@ def test_a_locked_recipe_can_be_overridden() -> None:
 def test_a_number_that_no_float_holds_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^config.loss.task is a number of 400 digits: it must be finite$"):
         override(base_config(), ["loss.task=" + "9" * 400])
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 5000, "-" * 50_000 + "1", "[" * 300 + "]" * 300, "{[1]}", "9" * 5000, "\0", "1e999)"]
+)
+def test_a_value_that_python_cannot_read_is_a_string(text: str) -> None:
+    """Found by tests/fuzz: deeply nested literals ended in RecursionError and MemoryError."""
+    config = override(load_recipe("quickstart"), [f"data.source={text}"])
+    assert config.data.source == text or text[0] == "["
+
+
+@pytest.mark.parametrize("assignment", ["\x1b[2J", "data.\x1b[2J\n=3", "x\u2028y=1", "data=\x1b"])
+def test_keys_that_cannot_be_printed_are_quoted(assignment: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        override(load_recipe("quickstart"), [assignment])
+    assert str(raised.value).isprintable()

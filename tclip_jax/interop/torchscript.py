@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.lazy import LazyArray
+from tclip_jax.schema import plain
 
 _STORAGES = {
     "HalfStorage": "float16",
@@ -53,7 +55,9 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, path: epath.Path, archive: zipfile.ZipFile) -> None:
         self._path, self._archive, self._root = path, archive, archive.namelist()[0].split("/")[0]
-        super().__init__(io.BytesIO(_read_text(archive, f"{self._root}/data.pkl")))
+        data = _read_text(archive, f"{self._root}/data.pkl")
+        _check_lengths(data)
+        super().__init__(io.BytesIO(data))
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -117,7 +121,7 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     # A damaged archive, and a damaged pickle in it, raise almost anything.
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = plain(str(error).partition("\n")[0] or type(error).__name__, 200)
         raise ValueError(f"{path} is not a readable TorchScript archive: {reason}") from None
 
 
@@ -126,6 +130,13 @@ def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
     if size > _MAX_TEXT:
         raise ValueError(f"{name} has {size} bytes: at most {_MAX_TEXT} can be right")
     return archive.read(name)
+
+
+def _check_lengths(data: bytes) -> None:
+    """Raises ValueError for a pickle that says it is longer than it is: pickle would allocate that at once."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+            raise ValueError(f"it puts an object at place {argument}: it has {len(data)} bytes")
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> list[tuple[str, LazyArray]]:

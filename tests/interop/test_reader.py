@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import tracemalloc
 import warnings
 import zipfile
 from typing import Any
@@ -217,3 +218,29 @@ def test_a_torchscript_archive_with_other_classes_or_sizes_is_refused(
                 target.writestr(name, data.replace(old, new) if name.endswith("data.pkl") else data)
         with pytest.raises(ValueError, match=rf"w\.pt is not a readable TorchScript archive: .*{message}"):
             open_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "it puts an object at place 2147483647: it has 9 bytes"),
+        (b"\x80\x02}p4294967296\n.", "it puts an object at place 4294967296"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "expected 1099511627776 bytes in a bytearray8"),
+        (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "expected 1099511627776 bytes in a bytes8"),
+        (b"\x80\x02cc\x1bol\nOrderedDict\n.", "only tensors are read"),
+    ],
+)
+def test_a_pickle_in_an_archive_asks_for_no_more_memory_than_it_has(
+    pickled: bytes, message: str, tmp_path: pathlib.Path
+) -> None:
+    """Found by tests/fuzz: pickle itself would allocate what these say."""
+    path = tmp_path / "clip.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("clip/data.pkl", pickled)
+        archive.writestr("clip/code/model.py", b"")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message) as raised:
+        open_weights(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    assert str(raised.value).isprintable()

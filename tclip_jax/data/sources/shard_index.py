@@ -40,6 +40,7 @@ from tclip_jax import keys
 from tclip_jax.data.files import PassedOver
 from tclip_jax.data.sources.base import FAULTS, BadSample, cache_folder
 from tclip_jax.data.sources.content import combined, contents, stamps
+from tclip_jax.schema import plain
 from tclip_jax.storage import atomic_folder, write_atomic
 
 # Where a sample lies in its tar: `start` is the header of its first file; `image` and `text` are counted from there.
@@ -96,16 +97,23 @@ class ShardIndex:
             self.shards, self.stamps = (
                 (folder / f"{name}.txt").read_text().split("\n")[:-1] for name in ("shards", "stamps")
             )
+            # Mapped, and then copied: a header that promises more than the file holds is refused.
             self._starts, self.sizes, self._faults = (
-                np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "sizes", "faults")
+                np.array(np.load(folder / f"{name}.npy", "r", allow_pickle=False))
+                for name in ("starts", "sizes", "faults")
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: not a whole index; delete the folder to make it again ({error})") from None
+            rows = folder / "samples.bin"
+            whole = rows.stat().st_size == samples * SAMPLE.itemsize if rows.exists() else about["kind"] != "tar"
+        # NumPy parses a header as Python does, and raises almost anything at a damaged one.
+        except Exception as error:
+            reason = plain(error, 200)
+            raise ValueError(f"{folder}: not a whole index; delete the folder to make it again ({reason})") from None
         count = len(self.shards)
-        rows = folder / "samples.bin"
-        whole = rows.stat().st_size == samples * SAMPLE.itemsize if rows.exists() else about["kind"] != "tar"
-        shapes = [np.shape(each) for each in (self._starts, self.sizes, self._faults, self.stamps)]
-        if version != _VERSION or shapes != [(count + 1,), (count,), (count,), (count,)] or not whole:
+        forms = [(array.shape, array.dtype) for array in (self._starts, self.sizes, self._faults)]
+        whole = whole and type(samples) is int and version == _VERSION and len(self.stamps) == count
+        whole = whole and forms == [((count + 1,), np.int64), ((count,), np.int64), ((count,), np.uint8)]
+        ordered = whole and (np.diff(self._starts) > 0).all() and (self._faults < len(FAULTS)).all()
+        if not ordered or (self._starts[0], self._starts[-1]) != (0, samples):
             raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
         self._samples = int(samples)
         where = self.shards[0] + (f" and {count - 1:,} more" if count > 1 else "")
@@ -133,7 +141,7 @@ class ShardIndex:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         if self._faults[shard] and index == self._starts[shard + 1] - 1:
             kind: Any = FAULTS[self._faults[shard]]
-            raise BadSample(kind, self.shards[shard], _LOST[kind])
+            raise BadSample(kind, self.shards[shard], _LOST.get(kind, "it stands for what the shard has lost"))
         return shard, index - int(self._starts[shard])
 
     def sample(self, index: int) -> np.void:
