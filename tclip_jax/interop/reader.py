@@ -62,7 +62,7 @@ def open_weights(path: epath.PathLike) -> Weights:
         check_file_kind(path, expected)
         raise
     kind = file_kind(path) or path.suffix or "without suffix"
-    raise ValueError(f"{path}: a weights file is .safetensors, {', '.join(_PICKLES)} or .gguf; this is {kind}")
+    raise ValueError(f"{path}: a weights file is .safetensors, {', '.join(_PICKLES)} or .gguf, not {kind}")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
