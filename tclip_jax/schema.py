@@ -144,7 +144,7 @@ def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
         if not _matches(value, hints[field.name]):
             raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {describe(hints[field.name])}")
         if any(each not in bounds for each in _numbers(value)):
-            raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {bounds}")
+            raise ValueError(f"{where}.{field.name} is {value!r}: it must be {bounds}")
 
 
 def describe(hint: Any) -> str:

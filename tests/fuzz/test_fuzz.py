@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-CHILD = pathlib.Path(__file__).with_name("readers.py")
+CHILD = pathlib.Path(__file__).with_name("child.py")
 ROOT = CHILD.parents[2]
 READERS = (
     *("safetensors", "manifest", "gguf", "torchscript", "transformers", "open_clip"),
