@@ -135,7 +135,7 @@ def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
 def _check_lengths(data: bytes) -> None:
     """Raises ValueError for a pickle that says it is longer than it is: pickle would allocate that at once."""
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument not in range(len(data)):
             raise ValueError(f"it puts an object at place {argument}: it has {len(data)} bytes")
 
 
