@@ -172,7 +172,7 @@ def test_another_image_size_only_when_asked_for(tmp_path: pathlib.Path, folder: 
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
     with pytest.raises(ValueError, match=r"theirs: visual\.positional_embedding has shape \(17, 64\).* \(65, 64\)$"):
         open_checkpoint(folder)
-    with pytest.raises(ValueError, match=r"theirs: image size 0 is not divisible by patch size 8"):
+    with pytest.raises(ValueError, match=r"theirs: vision_cfg\.image_size is \(0, 0\): it must be at least 1$"):
         open_checkpoint(folder, image_size=0)
     with pytest.raises(ValueError, match="only a square grid can be resized"):
         resize_positions(np.zeros((6, 2)), (2, 2))
@@ -349,7 +349,6 @@ def test_what_pytorch_itself_wraps_is_read(file: str, tmp_path: pathlib.Path, pa
     wrapped = torch.nn.DataParallel(torch.optim.swa_utils.AveragedModel(model))
     state = wrapped.state_dict()
     assert "module.module.vision_model._orig_mod.pre_layrnorm.weight" in state and "module.n_averaged" in state
-    assert "module.module.text_model.encoder.layers.0._checkpoint_wrapped_module.mlp.fc1.bias" in state
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(document))

@@ -112,7 +112,7 @@ class ShardIndex:
         forms = [(array.shape, array.dtype) for array in (self._starts, self.sizes, self._faults)]
         whole = whole and type(samples) is int and version == _VERSION and len(self.stamps) == count
         whole = whole and forms == [((count + 1,), np.int64), ((count,), np.int64), ((count,), np.uint8)]
-        ordered = whole and (np.diff(self._starts) > 0).all() and (self._faults < len(FAULTS)).all()
+        ordered = whole and (np.diff(self._starts) >= 0).all() and (self._faults < len(FAULTS)).all()
         if not ordered or (self._starts[0], self._starts[-1]) != (0, samples):
             raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
         self._samples = int(samples)
