@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from tclip_jax.schema import plain
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF_MEAN = (0.5, 0.5, 0.5)
@@ -61,15 +63,15 @@ class Preprocess:
     ) -> None:
         both = (size, size) if isinstance(size, int) else _tuple(size, numbers.Integral)
         if len(both) != 2 or min(both) < 1:
-            raise ValueError(f"image size {size} is not one positive number or a (height, width) of two")
+            raise ValueError(f"image size {plain(size)} is not one positive number or a (height, width) of two")
         means, deviations = _tuple(mean, numbers.Real), _tuple(std, numbers.Real)
         finite = np.isfinite([*means, *deviations]).all()
         if len(means) != 3 or len(deviations) != 3 or not finite or min(deviations) <= 0:
-            raise ValueError(f"mean {mean} and std {std} are not three numbers each, with std above 0")
+            raise ValueError(f"mean {plain(mean)} and std {plain(std)} are not three numbers each, with std above 0")
         if not isinstance(interpolation, str) or interpolation not in _RESAMPLING:
-            raise ValueError(f"interpolation {interpolation!r} is not one of {', '.join(_RESAMPLING)}")
+            raise ValueError(f"interpolation {interpolation!r:.80} is not one of {', '.join(_RESAMPLING)}")
         if resize_mode not in _RESIZE_MODES:
-            raise ValueError(f"resize_mode {resize_mode!r} is not one of {', '.join(_RESIZE_MODES)}")
+            raise ValueError(f"resize_mode {resize_mode!r:.80} is not one of {', '.join(_RESIZE_MODES)}")
         values = (both, means, deviations, interpolation, resize_mode)
         self.__dict__.update(zip(self.__dataclass_fields__, values, strict=True))
 

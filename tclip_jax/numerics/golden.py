@@ -16,6 +16,7 @@ from etils import epath
 from tclip_jax.artifacts.model import Model
 from tclip_jax.keys import Recipe, recipe
 from tclip_jax.numerics.taps import Taps
+from tclip_jax.schema import plain
 from tclip_jax.storage import write_atomic
 
 VERSION = "2"
@@ -78,6 +79,6 @@ def read_golden(path: epath.PathLike) -> Recording:
         made_by = dict(header["made_by"])
         return Recording(pixels, tokens, taps, float(header["logit_scale"]), dict(header["facts"]), made_by)
     except KeyError as error:
-        raise ValueError(f"{path}: not a golden file: it lacks {error}") from None
+        raise ValueError(f"{path}: not a golden file: it lacks {plain(error)}") from None
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a golden file, or a broken one: {error}") from None
+        raise ValueError(f"{path}: not a golden file, or a broken one: {plain(error, 200)}") from None

@@ -276,3 +276,11 @@ def test_preprocess_refuses(arguments: dict[str, object], message: str) -> None:
 def test_from_open_clip_refuses_a_fill_colour() -> None:
     with pytest.raises(ValueError, match="fill_color 0"):
         Preprocess.from_open_clip({"size": 8, "fill_color": 255})
+
+
+@pytest.mark.parametrize("field", ["size", "mean", "std", "interpolation", "resize_mode"])
+@pytest.mark.parametrize("value", ["\x1b[31m\n\u2028", [0] * 5000, "x" * 5000])
+def test_a_value_that_cannot_be_is_one_short_line(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field.split('_')[0]}|image size") as raised:
+        Preprocess(**{"size": 32, field: value})
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 400

@@ -47,6 +47,7 @@ CONFIG = CLIPConfig(
     vision=VisionConfig(image_size=(16, 16), patch_size=8, width=64, layers=1),
     text=TextConfig(context_length=8, vocab_size=49408, width=16, heads=1, layers=1),
 )
+SMALL = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=50))
 WIDE = dataclasses.replace(
     CONFIG,
     vision=dataclasses.replace(CONFIG.vision, width=256, mlp_ratio=1.0),
@@ -126,9 +127,7 @@ def _safetensors() -> Reader:
 def _manifest() -> Reader:
     def prepare(folder: pathlib.Path) -> None:
         rules = ternary_rules("Q-FFN", Quantizer())
-        write_artifact(
-            folder / "a", config=CONFIG, preprocess=Preprocess(16), params=params(CONFIG, "row"), rules=rules
-        )
+        write_artifact(folder / "a", config=SMALL, preprocess=Preprocess(16), params=params(SMALL, "row"), rules=rules)
 
     def sign(folder: pathlib.Path, name: str) -> None:
         """Checksums that fit, of every second input, so that what they protect is reached."""

@@ -93,7 +93,7 @@ class ShardIndex:
         try:
             about = json.loads((folder / "index.json").read_text())
             version, samples = about["version"], about["samples"]
-            passed = PassedOver(**about["passed_over"])
+            passed = str(PassedOver(**about["passed_over"]))
             self.shards, self.stamps = (
                 (folder / f"{name}.txt").read_text().split("\n")[:-1] for name in ("shards", "stamps")
             )
@@ -117,7 +117,7 @@ class ShardIndex:
             raise ValueError(f"{folder}: not a whole index of version {_VERSION}; delete the folder to make it again")
         self._samples = int(samples)
         where = self.shards[0] + (f" and {count - 1:,} more" if count > 1 else "")
-        self.notes = [f"{where}: {passed}"] if passed.kinds else []
+        self.notes = [f"{where}: {passed}"] if passed else []
 
     def __len__(self) -> int:
         return self._samples

@@ -26,8 +26,8 @@ def refused(folder: pathlib.Path) -> None:
     assert str(raised.value).isprintable()
 
 
-@pytest.mark.parametrize("key", ["samples", "version"])
-@pytest.mark.parametrize("value", [None, -1, 10**30, "12", [12], {}])
+@pytest.mark.parametrize("key", ["samples", "version", "passed_over"])
+@pytest.mark.parametrize("value", [None, -1, 10**30, "12", [12], {"kinds": True}])
 def test_a_document_of_other_types(key: str, value: Any, folder: pathlib.Path) -> None:
     about = json.loads((folder / "index.json").read_text()) | {key: value}
     (folder / "index.json").write_text(json.dumps(about))
