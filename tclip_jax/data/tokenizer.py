@@ -82,6 +82,7 @@ class Tokenizer:
             (folder / name).write_bytes(text.encode())
 
 
+@functools.cache
 def vocabulary_files() -> dict[str, str]:
     """vocab.json and merges.txt, as transformers reads them: the vocabulary that every model here has."""
     vocab, merges = _vocabulary()
