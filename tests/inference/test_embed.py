@@ -12,9 +12,8 @@ from etils import epath
 from PIL import Image
 
 from tclip_jax.artifacts import Model
-from tclip_jax.artifacts.fingerprint import fingerprint
 from tclip_jax.cli import main
-from tclip_jax.inference.embed import embed_images, embed_texts, write_embeddings
+from tclip_jax.inference.embed import embed_images, embed_texts, embeddings_mark, write_embeddings
 from tclip_jax.inference.inputs import Item, find_images, image_items, text_items
 from tclip_jax.inference.store import Store
 
@@ -147,7 +146,7 @@ def test_the_command_goes_on_where_it_stopped(
     artifact: pathlib.Path, model: Model, readable: list[epath.Path], tmp_path: pathlib.Path
 ) -> None:
     """Embeddings that are there are taken as they are: here marked ones."""
-    items, _ = image_items(fingerprint(model, artifact), readable[:3])
+    items, _ = image_items(embeddings_mark(model, artifact), readable[:3])
     Store(tmp_path / "x.npy.partial", 12).add([item.key for item in items], np.full((3, 12), 9, np.float32))
     files = [str(path) for path in readable]
     assert main(["embed", str(artifact), "--images", *files, "--out", str(tmp_path / "x.npy")]) == 0

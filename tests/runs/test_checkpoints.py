@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from tclip_jax.runs import checkpoints
-from tclip_jax.runs.checkpoints import Checkpoints, load_params
+from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint, load_params
 from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.runs.steps import saved_steps
@@ -56,15 +56,16 @@ def test_what_is_saved_comes_back_and_the_newest_and_best_are_kept(
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # what a start before this one left
     (tmp_path / "3.deleted").mkdir()
     with Checkpoints(tmp_path, CheckpointConfig(keep=2, keep_best=1, best_metric="accuracy")) as saver:
-        assert saver.restore(abstract(trees(0)), lambda position: None) is None
+        assert saver.restore(abstract(trees(0))) is None
         for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.1), (5, 0.0)):
             saver.save(step, trees(step), {"next_index": 10 * step})
             saver.save(step, trees(step), {})  # as at the end of a run whose last step was due
             saver.score(step, {"accuracy": accuracy})
     assert saved_steps(tmp_path) == [2, 4, 5] and {path.name for path in tmp_path.iterdir()} == {"2", "4", "5"}
     positions: list[Any] = []
+    check_checkpoint(tmp_path, 5, abstract(trees(0)), positions.append)
     with Checkpoints(tmp_path, CheckpointConfig()) as saver:
-        restored = saver.restore(abstract(trees(0)), positions.append)
+        restored = saver.restore(abstract(trees(0)))
     jax.tree.map(np.testing.assert_array_equal, restored, trees(5))
     assert positions == [{"next_index": 50}]
     with caplog.at_level(logging.WARNING):
@@ -78,7 +79,7 @@ def test_a_partial_one_is_no_reason_to_delete_a_whole_one(api: str, tmp_path: pa
         saver.save(1, trees(1), {})
     (tmp_path / "2").mkdir()  # copied there while the run stood still
     with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as saver:
-        assert (restored := saver.restore(abstract(trees(0)), lambda position: None))
+        assert (restored := saver.restore(abstract(trees(0))))
         assert int(restored["training"]["step"]) == 1
     assert saved_steps(tmp_path) == [1]
 
@@ -139,7 +140,7 @@ def test_each_api_reads_what_either_wrote_over_other_devices(
     for count in (2, 1):
         wanted = abstract(sharded(jax.tree.map(jnp.zeros_like, state), count))
         with Checkpoints(tmp_path, CheckpointConfig()) as saver:
-            restored = saver.restore(wanted, lambda position: None)
+            restored = saver.restore(wanted)
         assert jax.tree.structure(restored) == jax.tree.structure(state)
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         jax.tree.map(lambda x, to: to.sharding.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(), restored, wanted)

@@ -131,7 +131,7 @@ def test_every_term_is_its_function_and_they_add_up() -> None:
 def test_no_head_is_made_that_no_term_needs() -> None:
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig()) == {}
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task_kind="sigmoid")).keys() == {"sigmoid_bias"}
-    assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task=0, task_kind="sigmoid")) == {}
+    assert init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(task=0, task_kind="sigmoid", crd=1.0)) == {}
     for terms, expected in (
         ({}, set()),
         ({"crd": 1.0, "kl": 1.0, "open_clip": 1.0, "affinity": 1.0, "relations": 1.0}, set()),
