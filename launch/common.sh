@@ -45,7 +45,7 @@ require() {
 number() {
   local name least=$1
   for name in "${@:2}"; do
-    [[ ${!name} =~ ^[0-9]{1,9}$ && 10#${!name} -ge $least ]] ||
+    [[ ${!name} =~ ^[0-9]{1,9}$ ]] && ((10#${!name} >= least)) ||
       fail "--${name//_/-} is '${!name}': it must be a whole number, at least $least"
   done
 }
