@@ -45,8 +45,9 @@ require() {
 number() {
   local name least=$1
   for name in "${@:2}"; do
-    [[ ${!name} =~ ^[0-9]{1,9}$ ]] && ((10#${!name} >= least)) ||
+    if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]] || ((10#${!name} < least)); then
       fail "--${name//_/-} is '${!name}': it must be a whole number, at least $least"
+    fi
   done
 }
 
