@@ -82,7 +82,7 @@ def _with_header(header: Any, data: bytes = b"") -> bytes:
             _with_header({"a": FOUR | {"data_offsets": [4, 8]}}, bytes(8)),
             "a begins at byte 4: the one before ends at 0",
         ),
-        (_with_header({"a": FOUR, "A": FOUR}, bytes(4)).replace(b'"A"', b'"a"'), "a is there twice"),
+        (_with_header({"a": FOUR, "A": FOUR}, bytes(4)).replace(b'"A"', b'"a"'), "'a' is there twice"),
         (struct.pack("<Q", 10**5) + b"[" * 10**5, "bad header: maximum recursion depth exceeded"),
     ],
 )

@@ -77,7 +77,7 @@ def test_each_model_sees_pixels_by_its_own_statistics(
 def test_a_batch_that_brings_its_teacher(config: ml_collections.ConfigDict) -> None:
     config.data.teacher_cache, config.loss.fd = "somewhere", 1.0
     run, mesh = run_config(config), make_mesh(8)
-    cache = TeacherCache("somewhere", "", 24, 50.0, 100, 1, 0, 4096, {})
+    cache = TeacherCache("somewhere", "", "", 24, 50.0, 100, 1, 0, 4096, {})
     build = Build(run, mesh, cache)
     with jax.set_mesh(mesh):
         assert build.teacher_shapes is None

@@ -85,7 +85,8 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
 
     def keep(*args: Any, **options: Any) -> Any:
         state = init_state(*args, **options)
-        first.append(jax.device_get(state.params["clip"]))
+        if not isinstance(state.step, jax.core.Tracer):  # a resumed run asks for the shapes alone
+            first.append(jax.device_get(state.params["clip"]))
         return state
 
     monkeypatch.setattr(build, "init_state", keep)
@@ -183,8 +184,9 @@ def test_a_wider_ternary_model_is_cut_to_the_student(
     config.model.text_cfg.width, config.ternary = 8, [("image/.*/mlp/.*", {"kind": "lsq"})]
     student = run_config(config)
     expected = with_learned_scales(inherit_params(packed, run.model, student.model), student.rules)
-    found = start_params(student, make_mesh(4, 2))
+    found, origin = start_params(student, make_mesh(4, 2))
+    assert origin is not None and origin["source"] == config.inherit
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert "kernel_scale" in found["image"]["blocks"]["mlp"]["fc1"]
     config.inherit = ""
-    assert start_params(run_config(config), make_mesh(4, 2)) is None
+    assert start_params(run_config(config), make_mesh(4, 2)) == (None, None)
