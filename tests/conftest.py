@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -24,6 +25,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 # A first example compiles, so there is no deadline; CI draws the same examples every time.
 hypothesis.settings.register_profile("tclip", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tclip")
+# Compiled programs are kept and many: going through all of them time and again would be a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse to start otherwise
 
 if importlib.util.find_spec("torch"):

@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints, and returns the exit code."""
+    from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.numerics.activations import BUDGET, activations_report
     from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
@@ -75,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.numerics.weights import weights_report
     from tclip_jax.storage import write_atomic
 
+    models = [args.a, args.b] if "a" in args else [args.model]
+    if (args.preset or args.model_cfg) and not any(map(is_checkpoint, models)):
+        raise ValueError(
+            "--preset and --model-cfg are for a file that does not say which model it is, as a run and an artifact do"
+        )
     if args.kind == "weights":
         title = f"weights of {args.a} against {args.b}"
         report = weights_report(title, _load(args.a, args), _load(args.b, args), args.budget or 0.0)
@@ -112,9 +118,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(path: str, args: argparse.Namespace) -> Model:
+    from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.training.restore import load_model
 
-    return load_model(path, like=args.preset or args.model_cfg)
+    return load_model(path, like=args.preset or args.model_cfg if is_checkpoint(path) else None)
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:

@@ -78,8 +78,11 @@ class Preprocess:
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], image_size: int | Sequence[int] = 224) -> Self:
         """Reads a `preprocess_cfg`; `image_size`, the model's, stands in for a size it does not name."""
-        if cfg.get("mode") not in (None, "RGB") or cfg.get("fill_color"):
-            raise ValueError("preprocess_cfg: only mode 'RGB' and fill_color 0 are supported")
+        filled = cfg.get("fill_color") and cfg.get("resize_mode") == "longest"  # the others fill nothing
+        if cfg.get("mode") not in (None, "RGB") or filled:
+            raise ValueError(
+                "preprocess_cfg: only mode 'RGB' is supported, and with resize_mode 'longest' fill_color 0"
+            )
         known = {field.name: cfg[field.name] for field in dataclasses.fields(cls) if cfg.get(field.name) is not None}
         # open_clip draws at random only while training.
         if known.get("interpolation") == "random":

@@ -2,6 +2,7 @@
 
 The folder holds cache.json and files 00000.npy, 00001.npy, … of float16 (rows, 2, D): the embeddings of images and of
 texts. Row copy · samples + index is of that sample with the caption and augmentation that `copy_generator` draws.
+Beside each lies 00000.crc32 of little-endian uint32 (rows,): the CRC-32 of each row's bytes, compared when it is read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import os
+import zlib
 from typing import Any
 
 import numpy as np
@@ -89,13 +91,16 @@ class TeacherCache:
 
     def check(self, file: int) -> None:
         """Raises FileNotFoundError for a file that is not there, ValueError for one that has another size."""
-        path, remedy = self.path(file), "`tclip teacher-cache` again goes on where it stopped"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; {remedy}")
-        shape = self._shape(file)
-        size, whole = path.stat().length, len(_header(shape)) + 2 * math.prod(shape)
-        if size != whole:
-            raise ValueError(f"{path}: {size:,} bytes: a whole file of float16 {shape} has {whole:,}; {remedy}")
+        shape, remedy = self._shape(file), "`tclip teacher-cache` again goes on where it stopped"
+        whole = len(_header(shape)) + 2 * math.prod(shape)
+        for path, kind, wanted in (
+            (self.path(file), f"float16 {shape}", whole),
+            (self._sums_path(file), f"uint32 {shape[:1]}", 4 * shape[0]),
+        ):
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file; {remedy}")
+            if (size := path.stat().length) != wanted:
+                raise ValueError(f"{path}: {size:,} bytes: a whole file of {kind} has {wanted:,}; {remedy}")
 
     def write_manifest(self) -> None:
         """Writes cache.json, or finds it as it would write it.
@@ -135,18 +140,20 @@ class TeacherCache:
         return range(file * self.file_rows, min((file + 1) * self.file_rows, self.samples * self.copies))
 
     def write(self, file: int, embeddings: Embeddings) -> None:
-        """Writes one file (rows, 2, D), whole or not at all."""
+        """Writes one file (rows, 2, D) and its checksums, whole or not at all."""
         buffer = io.BytesIO()
         np.save(buffer, embeddings, allow_pickle=False)
+        sums = np.array([zlib.crc32(row.tobytes()) for row in embeddings], "<u4")
+        write_atomic(self._sums_path(file), sums.tobytes())
         write_atomic(self.path(file), buffer.getvalue())
-        _fetch.cache_clear()
-        _check_header.cache_clear()
+        for kept in (_fetch, _check_header, _sums):
+            kept.cache_clear()
 
     def read(self, index: int, copy: int) -> Embeddings:
         """The embeddings (2, D) of one copy of a sample: of its image and of its text.
 
         Raises:
-          ValueError: the file has become another since the cache was opened.
+          ValueError: the file is damaged, or has become another since the cache was opened.
         """
         file, row = divmod(copy * self.samples + index, self.file_rows)
         path, header = str(self.path(file)), _header(self._shape(file))
@@ -155,7 +162,12 @@ class TeacherCache:
         data = _read(path, len(header) + row * size, size)
         if len(data) < size:
             raise ValueError(f"{path}: row {row} is not there: the file was cut short after it was opened")
+        if zlib.crc32(data) != _sums(str(self._sums_path(file)))[row]:
+            raise ValueError(f"{path}: row {row} is damaged: remove this file, and `tclip teacher-cache` makes it anew")
         return np.frombuffer(data, "<f2").reshape(2, self.embed_dim)
+
+    def _sums_path(self, file: int) -> epath.Path:
+        return epath.Path(self.folder) / f"{file:05}.crc32"
 
     def _shape(self, file: int) -> tuple[int, int, int]:
         return len(self.rows_of(file)), 2, self.embed_dim
@@ -173,6 +185,12 @@ def _header(shape: tuple[int, ...]) -> bytes:
 def _check_header(path: str, header: bytes) -> None:
     if _read(path, 0, len(header)) != header:
         raise ValueError(f"{path}: not a whole file of embeddings: it does not begin as NumPy begins one of its shape")
+
+
+@functools.lru_cache(maxsize=4096)
+def _sums(path: str) -> npt.NDArray[np.uint32]:
+    """The checksums of a file's rows."""
+    return np.frombuffer(epath.Path(path).read_bytes(), "<u4")
 
 
 def _read(path: str, start: int, size: int) -> bytes:

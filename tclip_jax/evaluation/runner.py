@@ -31,6 +31,7 @@ from tclip_jax.evaluation.suite import DATASETS, Dataset
 from tclip_jax.evaluation.tasks import Task
 from tclip_jax.evaluation.zero_shot import EVALUATORS
 from tclip_jax.keys import Recipe, recipe
+from tclip_jax.parallel.failures import together
 from tclip_jax.parallel.gather import gather_json
 from tclip_jax.storage import write_atomic
 
@@ -129,20 +130,24 @@ def evaluate(
                 result, predictions = _measure(encoder, task, model, weights, bar)
             except (ValueError, OSError) as error:
                 if isinstance(error, OSError) and jax.process_count() > 1:
-                    raise  # on this process alone: the others wait for it
+                    raise  # on this process alone, in the midst of a data set: the others wait for it, and end with it
                 errors[name] = str(error)
                 bar.total = (bar.total or 0) - task.dataset.samples
                 if len(tasks) > 1:
                     _logger.warning("%s: no result: %s", name, error)
                 continue
             results[name] = result
-            if out is not None and jax.process_index() == 0:
-                write_result(out, result, predictions)
+            if out is not None:
+                with together():
+                    if jax.process_index() == 0:
+                        write_result(out, result, predictions)
     report = Report(
         {task.dataset.name: results[task.dataset.name] for task in tasks if task.dataset.name in results}, errors
     )
-    if out is not None and jax.process_index() == 0:
-        write_atomic(epath.Path(out) / SUMMARY, dump_json(report.summary(model, weights, encoder.dtype)))
+    if out is not None:
+        with together():
+            if jax.process_index() == 0:
+                write_atomic(epath.Path(out) / SUMMARY, dump_json(report.summary(model, weights, encoder.dtype)))
     return report
 
 

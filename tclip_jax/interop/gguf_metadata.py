@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ _EPSILON = 1e-5
 _LARGEST, _MOST_LAYERS = 2**15, 2**10
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 class Description(NamedTuple):
@@ -130,7 +133,9 @@ def from_metadata(metadata: Mapping[str, Any]) -> Description:
         quick_gelu=not _get(metadata, "clip.use_gelu", bool),
     )
     mean, std = (_decimals(metadata, f"clip.vision.image_{name}") for name in ("mean", "std"))
-    logit_scale = _get(metadata, "clip.logit_scale", float)
+    if "clip.logit_scale" not in metadata:  # clip.cpp's own converter leaves it out
+        _logger.warning("its metadata lack clip.logit_scale: 100 is taken, that of OpenAI's models, as ln(100)")
+    logit_scale = _get({"clip.logit_scale": math.log(100), **metadata}, "clip.logit_scale", float)
     if not abs(logit_scale) <= _LARGEST:
         raise ValueError(f"clip.logit_scale is {logit_scale}: it must be a number of at most {_LARGEST}")
     return Description(config, Preprocess(size, mean, std), logit_scale)

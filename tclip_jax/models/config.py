@@ -15,7 +15,7 @@ class VisionConfig:
     """The vision transformer (open_clip's `vision_cfg`); `image_size` is (height, width) in pixels."""
 
     image_size: tuple[int, int] = key((224, 224), "height and width in pixels, or one number", ge=1)
-    patch_size: int = key(16, "pixels, a divisor of the image size", ge=1)
+    patch_size: int = key(16, "pixels; what no whole patch covers of an image, right and below, is not seen", ge=1)
     width: int = key(768, "of the residual stream", ge=1)
     layers: int = key(12, "blocks", ge=1)
     head_width: int = key(64, "channels of a head, a divisor of width", ge=1)
@@ -30,8 +30,8 @@ class VisionConfig:
         object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
         check_values(VisionConfig, vars(self), "vision_cfg")
         for side in self.image_size:
-            if side % self.patch_size:
-                raise ValueError(f"image size {side} is not divisible by patch size {self.patch_size}")
+            if side < self.patch_size:
+                raise ValueError(f"image size {side} is smaller than patch size {self.patch_size}")
         if self.width % self.head_width:
             raise ValueError(f"vision width {self.width} is not divisible by head width {self.head_width}")
 

@@ -67,7 +67,7 @@ _TEXT = _ATTENTION | {
     "proj_bias": _Field("adds a bias to the projection of texts, as SigLIP does", (False, None)),
     "proj_type": _Field("has another projection of texts than a linear one", ("linear",)),
     "use_pad_mask": _Field("masks padding", (False, None)),
-    # Unused without hf_tokenizer_name, embed_cls, pool_type "eos" and hf_model_name; the last by open_clip itself.
+    # Unused without hf_tokenizer_name, embed_cls and hf_model_name; the last by open_clip itself.
     **dict.fromkeys(("tokenizer_mode", "pad_id", "correct_cls_mask", "eos_id"), _Field("", ())),
     **dict.fromkeys(
         ("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pooler_type", "proj", "final_ln_after_pool"),
@@ -97,6 +97,8 @@ def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[s
     for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
         if name in sections:
             model[name] = _without(sections[name], fields, f"{name}.", trained)
+            if name == "text_cfg":
+                _name_end(model[name], sections[name])
     model = _without(model, _MODEL, "", trained)
     if "vision_cfg" in sections:
         _make_square(model["vision_cfg"])
@@ -135,6 +137,12 @@ def _same(given: Any, value: Any) -> bool:
     if isinstance(value, float) and isinstance(given, float):
         return math.isclose(given, value, rel_tol=1e-4)
     return given == value
+
+
+def _name_end(text: dict[str, Any], stated: Mapping[str, Any]) -> None:
+    """The end of a text by its id, where that is the largest, is the largest token, as `pool_type` "argmax" has it."""
+    if text.get("pool_type") == "eos" and stated.get("eos_id") == stated.get("vocab_size", 49408) - 1:
+        text["pool_type"] = "argmax"
 
 
 def _make_square(vision: dict[str, Any]) -> None:

@@ -76,7 +76,11 @@ class VisionTransformer(nn.Module):
 
 
 def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
-    """(B, H, W, C) to (B, N, patch · patch · C), patches in row order, each flattened as (row, column, channel)."""
+    """(B, H, W, C) to (B, N, patch · patch · C), patches in row order, each flattened as (row, column, channel).
+
+    Rows and columns beyond the last whole patch are left out, as a convolution without padding does.
+    """
     batch, height, width, channels = images_BHWC.shape
-    x = images_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    rows, columns = height // patch, width // patch
+    x = images_BHWC[:, : rows * patch, : columns * patch].reshape(batch, rows, patch, columns, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)

@@ -22,7 +22,7 @@ from etils import epath
 from tclip_jax.parallel.rules import path_of
 from tclip_jax.runs.checksums import COMMITTED, CheckpointError, write_checksums
 from tclip_jax.runs.policy import CheckpointConfig, kept
-from tclip_jax.runs.steps import all_steps, decided, first_whole, saved_steps
+from tclip_jax.runs.steps import all_steps, decided, first_whole, saved_steps, set_aside
 from tclip_jax.storage import is_local
 
 # Seconds that processes wait for each other while saving. Orbax counts them by the wall clock, which may be set; a
@@ -40,14 +40,17 @@ class Checkpoints:
     checksums.
 
     A context manager: leaving it waits for writing in the background. Every process of a run calls the same methods.
+
+    Args:
+      whole: the steps that are whole, as `whole_steps` found them; all others are set aside.
     """
 
-    def __init__(self, folder: epath.PathLike, config: CheckpointConfig) -> None:
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig, whole: Sequence[int] | None = None) -> None:
         self._folder, self._config = _absolute(folder), config
         self._scores: dict[int, float] = {}
         self._saving, self._position, self._saved_at = 0, dict[str, Any](), time.monotonic()
         self._unfinished: Exception | None = None
-        self._steps: list[int] = decided(self._start)  # those that are whole
+        self._steps: list[int] = decided(lambda: self._start(whole))  # those that are whole
         self._writer = _orbax().Writer(self._finish, _PATIENCE)
         self._deleting = ThreadPoolExecutor(1)
 
@@ -115,8 +118,10 @@ class Checkpoints:
         if value is not None and math.isfinite(value):
             self._scores[step] = value
 
-    def _start(self) -> list[int]:
+    def _start(self, whole: Sequence[int] | None) -> list[int]:
         """On process 0: removes what a start before this one left unfinished; the steps that are whole."""
+        if whole is not None:
+            set_aside(self._folder, whole)
         if self._folder.is_dir():
             for path in self._folder.iterdir():
                 if _UNFINISHED.fullmatch(path.name):

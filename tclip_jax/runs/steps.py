@@ -32,13 +32,28 @@ def saved_steps(folder: epath.PathLike) -> list[int]:
 def whole_steps(folder: epath.PathLike) -> list[int]:
     """As `saved_steps`, the newest being one whose files are what was written: what training goes on from.
 
-    Those that are not whole are renamed to `<step>.damaged`, which the log says; what was never finished is removed. A
-    collective: process 0 does it.
+    Changes nothing; `set_aside` removes the others. A collective: process 0 decides.
 
     Raises:
       CheckpointError: none is whole, and to start anew would be to lose a run.
     """
-    return decided(lambda: _set_aside(epath.Path(folder)))
+    return decided(lambda: _whole_steps(epath.Path(folder)))
+
+
+def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
+    """Renames the steps that are not `whole` to `<step>.damaged`, as the log says; removes what was never finished."""
+    folder = epath.Path(folder)
+    for step in sorted({*all_steps(folder)} - {*whole}, reverse=True):
+        saved, aside = folder / str(step), folder / f"{step}.damaged"
+        if _is_unfinished(saved):
+            _logger.warning("%s was not finished: it is removed", saved)
+            saved.rmtree()
+            continue
+        why = damage(saved)
+        if aside.exists():
+            aside.rmtree()
+        saved.rename(aside)
+        _logger.error("%s; renamed to %s; going on from step %d", why, aside.name, max(whole, default=0))
 
 
 def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") -> int:
@@ -83,24 +98,18 @@ def decided(decide: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
-def _set_aside(folder: epath.Path) -> list[int]:
-    broken: dict[int, str] = {}
-    for step in all_steps(folder):
-        if not is_local(folder) and not (folder / str(step) / COMMITTED).exists():
-            _logger.warning("%s was not finished: it is removed", folder / str(step))
-            (folder / str(step)).rmtree()
-        elif why := damage(folder / str(step), contents=False):
-            broken[step] = why
-    steps = [step for step in all_steps(folder) if step not in broken]
+def _is_unfinished(saved: epath.Path) -> bool:
+    """Whether a step of an object store, where it has its name from the beginning, was never written to its end."""
+    return not is_local(saved) and not (saved / COMMITTED).exists()
+
+
+def _whole_steps(folder: epath.Path) -> list[int]:
+    finished = [step for step in all_steps(folder) if not _is_unfinished(folder / str(step))]
+    broken = {step: why for step in finished if (why := damage(folder / str(step), contents=False))}
+    steps = [step for step in finished if step not in broken]
     while steps and (why := damage(folder / str(steps[-1]))):
         broken[steps.pop()] = why
     if broken and not steps:
         why = "; ".join(broken[step] for step in sorted(broken, reverse=True))
         raise CheckpointError(f"{folder}: no step is whole: {why}; to start anew, remove that folder")
-    for step, why in sorted(broken.items(), reverse=True):
-        aside = folder / f"{step}.damaged"
-        if aside.exists():
-            aside.rmtree()
-        (folder / str(step)).rename(aside)
-        _logger.error("%s; renamed to %s; going on from step %d", why, aside.name, steps[-1])
     return steps

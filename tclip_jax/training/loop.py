@@ -73,14 +73,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         _logger.info("%s", line)
     with together():
         source = open_source(run.data.source, run.data.split)
-    cache = open_cache(run, source) if run.data.teacher_cache else None
+        cache = open_cache(run, source) if run.data.teacher_cache else None
     data, bad = open_feed(run, source, workdir, mesh, cache)
     teacher, teacher_params, taught_by = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
     with together():
         evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
         check_telemetry(run.wandb_project)
-    first = max(whole_steps(workdir / "checkpoints"), default=0)
+    whole = whole_steps(workdir / "checkpoints")
+    first = max(whole, default=0)
     start, began_with = start_params(run, mesh) if not first else (None, None)
     trained_on = {"source": run.data.source, "split": run.data.split, **described(source)}
     resume = Resume(config, workdir, first, data=trained_on, teacher=taught_by, init=began_with)
@@ -94,7 +95,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
         jax.set_mesh(mesh),
         contextlib.closing(data),
         Notices() as notices,
-        Checkpoints(workdir / "checkpoints", run.checkpoint) as checkpoints,
+        Checkpoints(workdir / "checkpoints", run.checkpoint, whole) as checkpoints,
         Watchdog(workdir, phases, run.stall_minutes, leave=run.stall_exit) as watchdog,
         Trace(workdir, run.profile_steps) as trace,
     ):
@@ -186,12 +187,16 @@ def _load_teacher(
 def _next_batch(data: Batches, before: Any, failure: Failure) -> Any:
     """The next batch; of several processes, on one that fails, the batch before.
 
-    With it the process takes part in a step that is not saved: all processes raise the failure first.
+    With it the process takes part in a step that is not saved: all processes raise the failure first. Without a batch
+    before they raise it here.
     """
+    if before is None:
+        with together():
+            return next(data)
     try:
         return next(data)
     except Exception as error:
-        if before is None or jax.process_count() == 1:
+        if jax.process_count() == 1:
             raise
         failure.keep(error)
         return before

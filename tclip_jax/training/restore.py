@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,14 +26,18 @@ from tclip_jax.interop.checkpoints import Checkpoint, is_checkpoint, open_checkp
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, is_learned_scale
+from tclip_jax.parallel.failures import together
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.rules import tree_shardings
 from tclip_jax.runs.checkpoints import load_params
 from tclip_jax.runs.checksums import CheckpointError, files_below
 from tclip_jax.runs.policy import CheckpointConfig, ranked
+from tclip_jax.runs.record import HISTORY
 from tclip_jax.runs.steps import all_steps
 from tclip_jax.training.config import RunConfig, run_config
 from tclip_jax.training.provenance import run_figures, run_provenance
+
+_logger = logging.getLogger(__name__)
 
 
 class Stored(NamedTuple):
@@ -102,12 +107,15 @@ def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model
       ValueError: the step is not there, or broken.
     """
     workdir, step, average = split_step(path)
-    run = read_config(workdir)
+    with together():
+        run = read_config(workdir)
     shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     wanted = _best_steps(workdir, run.checkpoint) if step == "best" else [int(step)] if step else None
     found, params = load_params(workdir / "checkpoints", abstract, wanted, average=average)
+    if average and not (workdir / HISTORY).exists():
+        _logger.warning("%s: an older version trained it, whose averages lean towards the initial weights", workdir)
     return found, Model(run.model, run.preprocess, params, run.rules)
 
 
@@ -126,14 +134,16 @@ def _best_steps(workdir: epath.Path, config: CheckpointConfig) -> list[int]:
 def load_stored(path: epath.PathLike) -> Stored:
     """As `load_model`, for what writes weights or starts from them: those of another library are read when needed."""
     if (epath.Path(path) / MANIFEST).exists():
-        artifact = read_artifact(path, jax.device_put)
+        with together():
+            artifact = read_artifact(path, jax.device_put)
         params = jax.device_get(artifact.params)  # on a CPU the same memory
         origin, manifest = _artifact_origin(path, artifact.manifest), artifact.manifest
         made = (manifest.get("figures", {}), manifest.get("provenance", {}))
         return Stored(artifact.config, artifact.preprocess, params, (), origin, *made)
     if is_checkpoint(path):
-        checkpoint = open_checkpoint(path)
-        origin = _file_origin(path, checkpoint)
+        with together():
+            checkpoint = open_checkpoint(path)
+            origin = _file_origin(path, checkpoint)
         return Stored(checkpoint.config, checkpoint.preprocess, checkpoint.params, (), origin, {}, origin)
     (step, model), (workdir, _, average) = load_run(path), split_step(path)
     figures, provenance = (get(workdir, step, average=average) for get in (run_figures, run_provenance))
@@ -180,13 +190,15 @@ def load_known(
       run with its "step". Artifact, run and checkpoint of the same weights differ.
     """
     if (epath.Path(path) / MANIFEST).exists():
-        artifact = read_artifact(path)
+        with together():
+            artifact = read_artifact(path)
         model = Model(artifact.config, artifact.preprocess, artifact.params)
         return model, _artifact_origin(path, artifact.manifest)
     if is_checkpoint(path):
-        checkpoint = open_checkpoint(path, like=like)
-        params = jax.tree.map(np.asarray, checkpoint.params)
-        return Model(checkpoint.config, checkpoint.preprocess, params), _file_origin(path, checkpoint)
+        with together():
+            checkpoint = open_checkpoint(path, like=like)
+            params, origin = jax.tree.map(np.asarray, checkpoint.params), _file_origin(path, checkpoint)
+        return Model(checkpoint.config, checkpoint.preprocess, params), origin
     step, model = load_run(path, mesh)
     return model, _run_origin(path, step)
 

@@ -69,7 +69,7 @@ def test_the_options_of_import(
     [
         (["--preset", "ViT-B-16"], "theirs: its embed_dim is 8, but the given model's is 512"),
         (["--preset", "ViT-B-17"], "the nearest is 'ViT-B-16'"),
-        (["--image-size", "17"], "image size 17 is not divisible by patch size 8"),
+        (["--image-size", "7"], "image size 7 is smaller than patch size 8"),
     ],
 )
 def test_an_error_is_one_line_and_leaves_nothing(

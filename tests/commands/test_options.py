@@ -30,6 +30,11 @@ from tclip_jax.cli import main
         ("data prepare --data csv:x --name n --out o --beam= --workers 2", "--workers is of this machine"),
         ("data prepare --data 'wds:*.tar' --name n --out o --file-samples 5", "--file-samples is of other sources"),
         ("data check --data arrayrecord:x --split val", "arrayrecord:x: has no splits, so there is no 'val'"),
+        (
+            "evaluate m --data 'mixture:1*csv:x.csv+2*digits' --split val",
+            "csv:x.csv: has no splits, so there is no 'val'",
+        ),
+        ("compare inputs m --preset ViT-B-16", "--preset and --model-cfg are for a file that does not say which"),
         ("compare golden dump m f --via torch --dtype bfloat16", "--dtype and --precision are of JAX"),
     ],
 )

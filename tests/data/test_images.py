@@ -275,7 +275,8 @@ def test_preprocess_refuses(arguments: dict[str, object], message: str) -> None:
 
 def test_from_open_clip_refuses_a_fill_colour() -> None:
     with pytest.raises(ValueError, match="fill_color 0"):
-        Preprocess.from_open_clip({"size": 8, "fill_color": 255})
+        Preprocess.from_open_clip({"size": 8, "fill_color": 255, "resize_mode": "longest"})
+    assert Preprocess.from_open_clip({"size": 8, "fill_color": 255, "resize_mode": "squash"}).size == (8, 8)
 
 
 @pytest.mark.parametrize("field", ["size", "mean", "std", "interpolation", "resize_mode"])

@@ -51,11 +51,19 @@ def test_every_hidden_size_has_a_ratio() -> None:
         assert int(config.text.width * config.text.mlp_ratio) == hidden
 
 
+def test_files_of_clip_cpp_state_no_logit_scale(caplog: pytest.LogCaptureFixture) -> None:
+    """Its converter passes that tensor over: what OpenAI's models ended training with is taken, and said."""
+    metadata = as_read(to_metadata(Description(B16, Preprocess(224), 3.0), "tq2_0"))
+    assert from_metadata(metadata).logit_scale == 3.0 and not caplog.messages
+    del metadata["clip.logit_scale"]
+    assert np.exp(from_metadata(metadata).logit_scale) == pytest.approx(100)
+    assert "its metadata lack clip.logit_scale: 100 is taken" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("clip.has_vision_encoder", False, "it has no vision encoder: a CLIP of two towers can be read"),
-        ("clip.logit_scale", None, "its metadata lack clip.logit_scale"),
         ("clip.logit_scale", np.nan, "clip.logit_scale is nan: it must be a number of at most 32768"),
         ("clip.logit_scale", 1e300, "clip.logit_scale is 1e"),
         ("clip.logit_scale", 4, "clip.logit_scale is int: it must be float"),
@@ -65,7 +73,7 @@ def test_every_hidden_size_has_a_ratio() -> None:
         ("clip.text.block_count", 0, "clip.text.block_count is 0: it must be 1 to 32768"),
         ("clip.text.block_count", 30000, "clip.text.block_count is 30000: at most 1024 are read"),
         ("clip.vision.image_size", 4_000_000_000, "clip.vision.image_size is 4000000000: it must be 1 to 32768"),
-        ("clip.vision.image_size", 225, "image size 225 is not divisible by patch size 16"),
+        ("clip.vision.image_size", 15, "image size 15 is smaller than patch size 16"),
         ("clip.vision.attention.head_count", 5, r"attention.head_count of 8 \(text\) or 5 \(vision\) does not divide"),
         ("clip.text.attention.head_count", 1000, r"attention.head_count of 1000 \(text\)"),
         ("clip.text.attention.layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06: it can only be 1e-05"),

@@ -105,7 +105,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
         ({"vison_cfg": {}}, "^model_cfg has no .*'vison_cfg': the nearest is 'vision_cfg'$"),
         ({"vision_cfg": {"imagesize": 32}}, "^vision_cfg has no .*'imagesize': the nearest is 'image_size'$"),
         ({"text_cfg": {"context": 77}}, "^text_cfg has no .*'context': the nearest is 'context_length'$"),
-        ({"vision_cfg": {"image_size": 224, "patch_size": 15}}, "image size 224 is not divisible by patch size 15"),
+        ({"vision_cfg": {"image_size": 224, "patch_size": 225}}, "image size 224 is smaller than patch size 225"),
         ({"vision_cfg": {"width": 100}}, "vision width 100 is not divisible by head width 64"),
         ({"vision_cfg": {"pool_type": "max"}}, r"^vision_cfg\.pool_type is 'max': it must be .*tok.*avg"),
         ({"vision_cfg": {"layers": 0}}, r"^vision_cfg\.layers is 0: it must be at least 1$"),

@@ -24,6 +24,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "head_width": ({"head_width": 32}, {"heads": 2}, False),
     "mlp_ratio": ({"mlp_ratio": 2.5}, {"mlp_ratio": 3.0}, False),
     "not square": ({"image_size": (16, 40)}, {}, False),
+    "patches that leave a rest": ({"image_size": (35, 47)}, {}, False),
+    "the end by its id": ({}, {"pool_type": "eos", "eos_id": 98}, False),
     "average pool": ({"pool_type": "avg"}, {}, False),
     "average pool, then norm": ({"pool_type": "avg", "final_ln_after_pool": True}, {}, False),
     "token pool, then norm": ({"final_ln_after_pool": True}, {}, False),

@@ -12,8 +12,10 @@ import pytest
 from etils import epath
 
 from tclip_jax.runs import steps as module
+from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.checksums import CheckpointError
-from tclip_jax.runs.steps import all_steps, first_whole, saved_steps, whole_steps
+from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.steps import all_steps, first_whole, saved_steps, set_aside, whole_steps
 from tests.runs.test_checksums import folder_of
 
 Harm = Callable[[epath.Path], object]
@@ -64,6 +66,8 @@ def test_training_sets_it_aside_and_goes_on_from_the_whole_one(
 ) -> None:
     folder, said = partial
     assert whole_steps(folder) == [7, 8] == saved_steps(folder)
+    assert not caplog.messages and all_steps(folder) == [7, 8, 9]  # a start may be refused yet
+    set_aside(folder, [7, 8])
     (line,) = caplog.messages
     assert said in line and line.endswith("renamed to 9.damaged; going on from step 8")
     assert {path.name for path in folder.iterdir()} == {"7", "8", "9.damaged"}
@@ -89,7 +93,9 @@ def test_contents_are_compared_when_a_step_is_gone_on_from(
     for step in (8, 9):
         (tmp_path / str(step) / "params" / "d" / "0").write_bytes(bytes(256))
     (tmp_path / "9.damaged").mkdir()
-    assert saved_steps(tmp_path) == [7, 8, 9] and whole_steps(tmp_path) == [7] == saved_steps(tmp_path)
+    assert saved_steps(tmp_path) == [7, 8, 9] and whole_steps(tmp_path) == [7]
+    set_aside(tmp_path, [7])
+    assert saved_steps(tmp_path) == [7]
     assert "8.damaged; going on from step 7" in caplog.text and "9.damaged; going on from step 7" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"7", "8.damaged", "9.damaged"}
     assert whole_steps(tmp_path / "nowhere") == []
@@ -100,7 +106,9 @@ def test_an_older_partial_one_is_set_aside_too(tmp_path: pathlib.Path) -> None:
     for step in (7, 8, 9):
         folder_of(tmp_path, step)
     (tmp_path / "7" / "checksums.json").unlink()
-    assert whole_steps(tmp_path) == [8, 9] and (tmp_path / "7.damaged").is_dir()
+    assert whole_steps(tmp_path) == [8, 9]
+    with Checkpoints(tmp_path, CheckpointConfig(), [8, 9]):
+        assert (tmp_path / "7.damaged").is_dir() and saved_steps(tmp_path) == [8, 9]
 
 
 def test_a_newer_version_is_refused_and_not_set_aside(tmp_path: pathlib.Path) -> None:
@@ -121,7 +129,9 @@ def test_what_was_never_finished_on_an_object_store_is_removed(
     monkeypatch.setattr(module, "is_local", lambda path: False)
     folder_of(tmp_path, 7)
     (tmp_path / "7" / "commit_success.txt").unlink()
-    assert saved_steps(tmp_path) == [] and whole_steps(tmp_path) == [] and not (tmp_path / "7").exists()
+    assert saved_steps(tmp_path) == [] and whole_steps(tmp_path) == []
+    set_aside(tmp_path, [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_plain_numbers_are_steps(tmp_path: pathlib.Path) -> None:

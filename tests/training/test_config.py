@@ -67,7 +67,7 @@ def test_round_trip_through_json() -> None:
         ({"loss__crd": 1.0}, "config.loss.crd needs a teacher"),
         ({"optimizer__warmup_steps": 1000}, "warmup_steps 1000 is not below config.steps 1000"),
         ({"optimizer__learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
-        ({"model__vision_cfg__patch_size": 5}, "image size 32 is not divisible by patch size 5"),
+        ({"model__vision_cfg__patch_size": 33}, "image size 32 is smaller than patch size 33"),
         ({"model__text_cfg__heads": 5}, "text width 64 is not divisible by 5 heads"),
         ({"quantizer__factor": -1.0}, "factor is -1.0"),
         ({"ternary": "Q-SOME"}, "there are none, Q-FFN, Q-ALL"),

@@ -89,6 +89,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
         loop.train(config, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_several_evaluations_each_at_its_own_steps(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
     for name, text in (("cat", "black"), ("dog", "white")):
         folder = tmp_path / "pictures" / name
@@ -233,6 +234,7 @@ def live_bytes() -> int:
     return sum(each.nbytes for each in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_holds_its_state_once(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,9 +84,9 @@ def gradients(teacher: str, mesh: Mesh | None, parts: int, distributed: str) -> 
 @pytest.mark.parametrize(
     ("teacher", "sizes", "parts", "distributed"),
     [
-        ("in the step", None, 4, "gather"),
+        pytest.param("in the step", None, 4, "gather", marks=pytest.mark.slow),
         ("in the step", (2, 2, 2), 2, "ring"),
-        ("cached", (4, 2, 1), 2, "gather"),
+        pytest.param("cached", (4, 2, 1), 2, "gather", marks=pytest.mark.slow),
     ],
 )
 def test_parts_have_the_loss_and_the_gradients_of_the_whole(

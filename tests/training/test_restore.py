@@ -22,6 +22,7 @@ from tclip_jax.training import loop
 from tclip_jax.training.restore import load_model, load_run
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_best_step_also_over_a_restart(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,8 +81,9 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
     assert load_run(f"{tmp_path}/run@4")[0] == 8
 
 
+@pytest.mark.slow
 def test_the_average_of_a_step_can_be_named(
-    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config.steps, config.optimizer.ema_decay = 3, 0.25
     config.checkpoint.update({"every": 1, "keep": 3})
@@ -106,6 +108,10 @@ def test_the_average_of_a_step_can_be_named(
     write_checksums(epath.Path(tmp_path) / "run" / "checkpoints" / "3")
     with pytest.raises(CheckpointError, match=r"checkpoints/3: no average is there: config.optimizer.ema_decay keeps"):
         load_run(f"{tmp_path}/run@average")
+    assert "lean towards the initial weights" not in caplog.text
+    (tmp_path / "run" / "history.jsonl").unlink()
+    load_run(f"{tmp_path}/run@2-average")
+    assert "run: an older version trained it, whose averages lean towards the initial weights" in caplog.text
 
 
 SAID = "checkpoints/3 has no checksums.json: it was not copied to its end"

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import pytest
 
+from tclip_jax.parallel import failures
 from tclip_jax.parallel.failures import Failure
 from tclip_jax.training import loop
 from tclip_jax.training.batches import Batches
@@ -138,6 +139,7 @@ def test_batches_go_on_where_a_worker_died() -> None:
         [next(batches) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_notice_ends_a_run_with_all_saved_and_a_trace(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -200,5 +202,10 @@ def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pyte
     data = broken()
     next(data)
     assert loop._next_batch(data, batch, failure) == "first" and "away" in str(failure.error)
-    with pytest.raises(StopIteration):  # the first of all batches cannot be replaced
-        loop._next_batch(data, None, failure)
+    # The first of all batches cannot be replaced: all raise what one process met.
+    monkeypatch.setattr(failures, "gather_json", lambda line: [line, "shard 7 is gone"])
+    with pytest.raises(StopIteration):
+        loop._next_batch(data, None, Failure())
+    monkeypatch.setattr(loop, "next", lambda data: "a batch", raising=False)
+    with pytest.raises(failures.FailedElsewhere, match="process 1: shard 7 is gone"):
+        loop._next_batch(data, None, Failure())

@@ -85,7 +85,7 @@ def run_on(devices: int, rules: Any = (), loss: LossConfig | None = None) -> Run
     return Run(make_mesh(4, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1]), rules, loss)
 
 
-@pytest.mark.parametrize("loss", [None, DISTILLED])
+@pytest.mark.parametrize("loss", [None, pytest.param(DISTILLED, marks=pytest.mark.slow)])
 def test_eight_devices_equal_one_in_full_precision(loss: LossConfig | None) -> None:
     single, sharded = run_on(1, loss=loss), run_on(8, loss=loss)
     a, b = single.state, sharded.state

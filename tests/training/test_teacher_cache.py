@@ -163,6 +163,10 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     opened = TeacherCache.open(broken)
     with pytest.raises(ValueError, match=r"00001\.npy: not a whole file of embeddings"):
         opened.read(1, 1)
+    (broken / "00000.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert TeacherCache.open(broken).read(998, 0).shape == (2, 16)
+    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is damaged: remove this file, and `tclip teacher"):
+        opened.read(999, 0)
     os.truncate(broken / "00000.npy", 64_100)  # of a file mapped to memory the last page would raise SIGBUS
     with pytest.raises(ValueError, match=r"00000\.npy: row 999 is not there: the file was cut short"):
         opened.read(999, 0)

@@ -63,6 +63,11 @@ def check_split(spec: str, split: str) -> None:
       ValueError: files, tars and tables have no splits; a folder without a sub-folder of that name.
     """
     kind, _, argument = spec.partition(":")
+    if kind == "mixture":
+        from tclip_jax.data.sources.mixture import parse
+
+        for _, part in parse(argument):
+            check_split(part, split)
     folder = epath.Path(argument).expanduser()
     if kind in ("arrayrecord", "csv", "parquet") or (kind == "wds" and not folder.is_dir()):
         raise ValueError(f"{spec}: has no splits, so there is no {split!r}")
