@@ -29,9 +29,8 @@ from PIL import Image
 
 from configs.accuracy import VARIANTS
 from tclip_jax import keys
-from tclip_jax.artifacts.model import Model
+from tclip_jax.artifacts.inspection import ternary_share, zero_share
 from tclip_jax.artifacts.pack import pack_params
-from tclip_jax.artifacts.sizes import ternary_share, zero_share
 from tclip_jax.data.sources import described, open_source
 from tclip_jax.data.sources.content import contents
 from tclip_jax.data.teacher_cache import TeacherCache
@@ -39,14 +38,14 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.probe import t_interval
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
+from tclip_jax.inference.model import Model
 from tclip_jax.recipes import load_recipe
-from tclip_jax.runs.record import software
+from tclip_jax.runs.config import run_config
+from tclip_jax.runs.record import read_metrics, software
 from tclip_jax.schema import count, number
 from tclip_jax.storage import atomic_folder, write_atomic
-from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
 from tclip_jax.training.teacher_cache import write_cache
-from tclip_jax.training.telemetry import read_metrics
 
 FULL = "full"
 IN_THE_STEP = ("hidden", "relations")  # need more of the teacher than its embeddings

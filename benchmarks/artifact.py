@@ -30,7 +30,7 @@ from tclip_jax.ternary import Quantizer
 _LOAD = """
 import json, resource, sys, time
 import jax
-from tclip_jax.training.restore import load_model
+from tclip_jax.inference.load import load_model
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()

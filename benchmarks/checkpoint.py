@@ -25,11 +25,10 @@ import jax
 from benchmarks.train_step import draw_batch
 from tclip_jax.models.presets import PRESETS, model_cfg, preprocess_cfg
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
-from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.checkpoints import CheckpointConfig, Checkpoints
+from tclip_jax.runs.config import base_config, run_config
 from tclip_jax.schema import count
 from tclip_jax.training.build import Build
-from tclip_jax.training.config import base_config, run_config
 
 BUDGET = 1.0  # of a step
 

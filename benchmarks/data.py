@@ -41,11 +41,11 @@ from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources.shard_index import ShardIndex, write_sparse_index
 from tclip_jax.data.sources.tars import Tars
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.datasets.bench import measure, process_memory, process_seconds
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
-from tclip_jax.training.config import RunConfig, base_config, run_config
-from tclip_jax.training.data import train_data
-from tclip_jax.training.input_bench import measure, process_memory, process_seconds
+from tclip_jax.runs.config import RunConfig, base_config, run_config
+from tclip_jax.training.input import train_data
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 WORKERS = 2

@@ -29,17 +29,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
+from tclip_jax.inference.load import load_model
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.numerics.torch_side import import_torch
-from tclip_jax.training.restore import load_model
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TEMPLATES = tuple(f"a {kind} photo of {a} {{c}}." for kind in ("good", "bad", "blurry", "small", "big", "low contrast",

@@ -32,18 +32,18 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tclip_jax.artifacts.format import read_artifact, write_artifact
-from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import flatten, pack_params, repack_params
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, init_params, param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.torch_side import import_torch
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import Quantizer, TernaryTensor, repack, ternarize, ternary_matmul
 from tclip_jax.ternary.kernels.native_cpu import instruction_sets
-from tclip_jax.ternary.packed import Activations
+from tclip_jax.ternary.tensor import Activations
 
 # M of one text, image, and eight images; K, N of ViT-B/16's layers.
 SHAPES = [

@@ -26,18 +26,16 @@ import numpy as np
 
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
-from tclip_jax.artifacts.safetensors_file import write_safetensors
+from tclip_jax.artifacts.safetensors import LazyArray, write_safetensors
 from tclip_jax.cli import main as tclip
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.open_clip import table
-from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS
-from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.checkpoints import CheckpointConfig, Checkpoints
+from tclip_jax.runs.config import base_config, run_config
 from tclip_jax.ternary import TernaryTensor
-from tclip_jax.training.config import base_config, run_config
 
 SMALL = CLIPConfig(
     embed_dim=64,

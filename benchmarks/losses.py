@@ -33,15 +33,15 @@ from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD
 from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy
 from tclip_jax.losses.distillation import crd
 from tclip_jax.losses.ring import Ring
-from tclip_jax.losses.rows import compare
+from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh, shard_batch
+from tclip_jax.runs.config import LossConfig, OptimizerConfig
 from tclip_jax.schema import count
 from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import make_optimizer
-from tclip_jax.training.sections import LossConfig, OptimizerConfig
 from tclip_jax.training.state import init_state
 from tclip_jax.training.step import make_train_step
 

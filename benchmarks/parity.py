@@ -23,21 +23,20 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess, normalize, preprocess
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.inference.load import load_model
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.hugging_face import from_hugging_face, hugging_face_config
 from tclip_jax.interop.open_clip import from_open_clip
 from tclip_jax.losses.contrastive import info_nce
-from tclip_jax.losses.rows import compare
+from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
-from tclip_jax.numerics.inputs import compare_pixels, compare_tokens
-from tclip_jax.numerics.samples import sample_batch, sample_images, sample_texts
+from tclip_jax.numerics.inputs import compare_pixels, compare_tokens, sample_batch, sample_images, sample_texts
 from tclip_jax.numerics.torch_side import import_torch, library_inputs
-from tclip_jax.training.restore import load_model
 
 Array = npt.NDArray[Any]
 LIBRARIES = ("open_clip", "transformers")

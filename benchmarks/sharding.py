@@ -37,11 +37,11 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.models.trits import look
 from tclip_jax.parallel.mesh import AXES, make_mesh, shard_batch
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import LossConfig, OptimizerConfig
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import make_optimizer
-from tclip_jax.training.sections import LossConfig, OptimizerConfig
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tclip_jax.ternary.kernels.block_sizes import Device, block_sizes
+from tclip_jax.ternary.kernels.layout import BLOCK, Device, Order, block_sizes
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
-from tclip_jax.ternary.kernels.word_order import BLOCK, Order
 
 ROWS = 1576  # eight images of 197 tokens
 _BUNDLE = re.compile(r"\s*0(?:x[0-9a-f]+)?\s+(?:[A-Z]{2})?\s*:\s*(>*)")

@@ -33,7 +33,7 @@ from benchmarks import tpu_bundles
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.ternary.columns import matmul_columns, repack_columns
 from tclip_jax.ternary.kernels import kernel
-from tclip_jax.ternary.kernels.block_sizes import DEVICES
+from tclip_jax.ternary.kernels.layout import DEVICES
 from tclip_jax.ternary.tensor import TernaryTensor
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

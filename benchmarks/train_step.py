@@ -28,12 +28,11 @@ from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.models.trits import look, trit_metrics
 from tclip_jax.numerics.torch_side import import_torch
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.runs.config import LossConfig, OptimizerConfig, base_config
 from tclip_jax.schema import count
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.config import base_config
 from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import make_optimizer
-from tclip_jax.training.sections import LossConfig, OptimizerConfig
 from tclip_jax.training.state import init_state
 from tclip_jax.training.step import make_train_step
 

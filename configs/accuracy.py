@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from tclip_jax.training.config import base_config
+from tclip_jax.runs.config import base_config
 
 
 def _faster(factor: float) -> dict[str, Any]:

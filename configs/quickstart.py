@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from tclip_jax.training.config import base_config
+from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:

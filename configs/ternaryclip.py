@@ -16,7 +16,7 @@ import ml_collections
 
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.models.ternary_rules import TERNARY_SETS
-from tclip_jax.training.config import base_config
+from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "Q-ALL") -> ml_collections.ConfigDict:

@@ -8,16 +8,15 @@ import typing
 from typing import Any
 
 from tclip_jax.models.config import TextConfig, VisionConfig
+from tclip_jax.runs.config import EvalConfig, GroupConfig, RunConfig
 from tclip_jax.schema import Bounds, describe, key_of
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.config import RunConfig
-from tclip_jax.training.sections import EvalConfig, GroupConfig
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
 Every key of a run, with its type, default and bounds. `python docs/configuration.py` makes this page from the
-declarations in [config.py](../tclip_jax/training/config.py) and [sections.py](../tclip_jax/training/sections.py). A
+declarations in [config.py](../tclip_jax/runs/config.py) and [sections.py](../tclip_jax/runs/config.py). A
 recipe changes them, and `--config.loss.crd=2.0` on the command line changes them again. A key that is unknown, of
 another type or out of its bounds is refused before anything is written. Numbers are finite.
 """

@@ -12,15 +12,14 @@ import numpy as np
 from etils import epath
 
 from tclip_jax.artifacts.format import write_artifact
-from tclip_jax.artifacts.model import Model
-from tclip_jax.artifacts.pack import pack_params
-from tclip_jax.artifacts.sizes import (
+from tclip_jax.artifacts.inspection import (
     compression_real,
     ternary_share,
     theoretical_compression,
     weight_bytes,
     zero_share,
 )
+from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.images import preprocess
 from tclip_jax.data.pipeline import to_pil
 from tclip_jax.data.prompts import captions, templates_for
@@ -28,14 +27,14 @@ from tclip_jax.data.sources import Source, open_source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.report import write_report
 from tclip_jax.evaluation.zero_shot import Outcome, classify
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.recipes import load_recipe
+from tclip_jax.runs.config import run_config
+from tclip_jax.runs.record import read_metrics, run_provenance
 from tclip_jax.runs.steps import saved_steps
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.config import run_config
 from tclip_jax.training.loop import train
-from tclip_jax.training.provenance import run_provenance
-from tclip_jax.training.telemetry import read_metrics
 
 _logger = logging.getLogger(__name__)
 

@@ -231,7 +231,7 @@ start_logging(sys.argv[2] == "debug")
 import jax.numpy as jnp
 from absl import logging as absl
 from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.checkpoints import CheckpointConfig
 absl.warning("a file that nobody needs")
 try:
     raise OSError("why")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tclip_jax.recipes import load_recipe, override
-from tclip_jax.training.config import run_config
+from tclip_jax.runs.config import run_config
 
 ACCURACY = [
     f"accuracy:{data},{who}{plain}{mode}"

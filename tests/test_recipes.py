@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tclip_jax import recipes
 from tclip_jax.recipes import load_recipe, override, recipe_folder
-from tclip_jax.training.config import base_config, run_config
+from tclip_jax.runs.config import base_config, run_config
 
 RECIPES = sorted(path.stem for path in recipe_folder().glob("[!_]*.py"))
 
@@ -52,7 +52,7 @@ def test_quickstart_says_what_its_argument_may_be(argument: str) -> None:
 def test_a_recipe_of_ones_own(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "from tclip_jax.training.config import base_config\n"
+        "from tclip_jax.runs.config import base_config\n"
         "def get_config(arg='7'):\n"
         "    config = base_config()\n"
         "    config.steps = int(arg)\n"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import zstandard
 
 from tclip_jax.artifacts.manifest import FLOAT_CODING, TERNARY_CODING, ArtifactError
-from tclip_jax.lazy import LazyArray
+from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.ternary.packing import pack_base3, unpack_base3
 

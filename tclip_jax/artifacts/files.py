@@ -11,8 +11,7 @@ from etils import epath
 
 from tclip_jax.artifacts.coding import largest_stored_bytes
 from tclip_jax.artifacts.manifest import FLOAT_CODING, MANIFEST, TERNARY_CODING, ArtifactError
-from tclip_jax.artifacts.safetensors_file import read_safetensors
-from tclip_jax.lazy import LazyArray
+from tclip_jax.artifacts.safetensors import LazyArray, read_safetensors
 
 TERNARY_FILE, REST_FILE = "ternary.safetensors", "rest.safetensors"
 WEIGHT_FILES = {TERNARY_CODING: TERNARY_FILE, FLOAT_CODING: REST_FILE}

@@ -40,14 +40,13 @@ from tclip_jax.artifacts.manifest import (
     parse_manifest,
 )
 from tclip_jax.artifacts.pack import flatten
-from tclip_jax.artifacts.safetensors_file import write_safetensors
+from tclip_jax.artifacts.safetensors import LazyArray, write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer, is_vocabulary, vocabulary_files
-from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
 

@@ -1,4 +1,4 @@
-"""What an artifact consists of: where its bytes go, how many of its trits are zero, and what coding them cost."""
+"""What an artifact consists of: where its bytes go, how many of its trits are zero, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -8,22 +8,109 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tclip_jax.artifacts.files import TERNARY_FILE
+from tclip_jax.artifacts.files import TERNARY_FILE, WEIGHT_FILES
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.pack import flatten
-from tclip_jax.artifacts.safetensors_file import read_safetensors
-from tclip_jax.artifacts.sizes import (
-    compression_real,
-    float32_bytes,
-    folder_bytes,
-    ternary_share,
-    theoretical_compression,
-    weight_bytes,
-    zero_share,
-)
+from tclip_jax.artifacts.safetensors import read_safetensors
+from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.pages import aligned, dotted
 from tclip_jax.ternary import TernaryTensor
+
+
+def ternary_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:
+    """Ternary parameters / all parameters, without the token embedding in either if asked; 0 for no parameters."""
+    leaves = _leaves(params, token_embedding)
+    ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
+    return ternary / max(sum(math.prod(leaf.shape) for leaf in leaves), 1)
+
+
+def zero_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:
+    """Zero trits / all trits (the sparsity), without those of the token embedding if asked; 0 for no trits."""
+    trits = [np.asarray(leaf.trits) for leaf in _leaves(params, token_embedding) if isinstance(leaf, TernaryTensor)]
+    return sum(each.size - np.count_nonzero(each) for each in trits) / max(sum(each.size for each in trits), 1)
+
+
+def theoretical_compression(share: float) -> float:
+    """32 / ((1 − p)·32 + p·1.58) for a ternary share p: 16.98 at 0.99, the figure of arXiv 2510.21879."""
+    return 32 / ((1 - share) * 32 + share * 1.58)
+
+
+def float32_bytes(params: Mapping[str, Any]) -> int:
+    """Bytes of all parameters in float32."""
+    return 4 * sum(math.prod(leaf.shape) for leaf in _leaves(params, True))
+
+
+def weight_bytes(folder: epath.PathLike) -> int:
+    """Bytes of an artifact's two weight files."""
+    return sum((epath.Path(folder) / file).stat().length for file in WEIGHT_FILES.values())
+
+
+def folder_bytes(folder: epath.PathLike) -> int:
+    """Bytes of all files of an artifact, tokenizer and tclip.json included."""
+    return sum(path.stat().length for path in epath.Path(folder).iterdir())
+
+
+def compression_real(params: Mapping[str, Any], folder: epath.PathLike) -> float:
+    """Bytes of the parameters in float32 / bytes of the artifact's weight files."""
+    return float32_bytes(params) / weight_bytes(folder)
+
+
+def _leaves(params: Mapping[str, Any], token_embedding: bool) -> list[Any]:
+    return [leaf for path, leaf in flatten(params).items() if token_embedding or path != TOKEN_EMBEDDING]
+
+
+_PARTS = ("#3b6fb6", "#8fb3de", "#d1603d")
+_WEIGHTS = {"qkv": "#3b6fb6", "out": "#2a9d8f", "fc1": "#d1603d", "fc2": "#e9a03b"}
+
+
+def plot_inspection(found: Mapping[str, Any]) -> Figure:
+    """A figure of what `inspect_artifact` returns."""
+    figure = Figure(figsize=(13, 5), layout="constrained", dpi=110)
+    sizes, zeros = figure.subplots(1, 2, width_ratios=(1, 1.9))
+    plot_sizes(sizes, found)
+    plot_zeros(zeros, found)
+    return figure
+
+
+def plot_sizes(axes: Axes, found: Mapping[str, Any]) -> None:
+    """A bar for each part of the weight files, in MB (10⁶ bytes)."""
+    parts, total = found["bytes"], found["weight_bytes"]
+    bars = axes.barh(list(parts), [size / 1e6 for size in parts.values()], color=_PARTS, height=0.6)
+    axes.bar_label(bars, [f" {size / 1e6:.3g} MB, {size / total:.0%}" for size in parts.values()], padding=2)
+    axes.set(
+        title=f"weight files: {total / 1e6:.2f} MB, {found['compression_real']:.2f}x below float32",
+        xlabel=f"MB; {found['bits_per_trit']:.3f} bits a trit, entropy {found['entropy']:.3f}",
+        xlim=(0, 1.45 * max(parts.values()) / 1e6),
+    )
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_zeros(axes: Axes, found: Mapping[str, Any]) -> None:
+    """The share of zeros: a line over the layers for each weight of both towers, a level one for a weight of none."""
+    for path in dict.fromkeys(row["path"] for row in found["layers"]):
+        own, name = [row for row in found["layers"] if row["path"] == path], weight_name(path)
+        style = "-" if name.startswith("image") else "--"
+        shares = [100 * row["zeros"] for row in own]
+        if own[0]["layer"] is None:
+            axes.axhline(shares[0], color="#777777", linestyle=":", label=name)
+        else:
+            axes.plot(shares, style, marker="o", markersize=4, color=_WEIGHTS[name.split()[-1]], label=name)
+    axes.set(title=f"zeros: {found['zeros']:.1%} of all trits", xlabel="layer", ylabel="% of the layer's trits")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    # At least 4 points high, so that what is chance looks like it.
+    low, high = axes.get_ylim()
+    missing = max(4 - (high - low), 0) / 2
+    axes.set_ylim(low - missing, high + missing)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def inspect_artifact(folder: epath.PathLike) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from tclip_jax.models.ternary_rules import (
     is_learned_scale,
     matrix_shape,
 )
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import PackedTensor, TernaryTensor, pack_rows, repack, ternarize
-from tclip_jax.ternary.packed import Activations
+from tclip_jax.ternary.tensor import Activations
 
 _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 

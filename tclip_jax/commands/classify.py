@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the most probable labels of each image, and returns the exit code."""
     from tclip_jax.inference.classify import Guess, classify_images, guess_table
     from tclip_jax.inference.inputs import Failure, find_texts
+    from tclip_jax.inference.load import load_model
     from tclip_jax.pages import printable
-    from tclip_jax.training.restore import load_model
 
     if args.labels_file:
         labels, _ = find_texts(args.labels_file)

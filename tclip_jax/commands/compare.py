@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tclip_jax.schema import count, number
 
 if TYPE_CHECKING:
-    from tclip_jax.artifacts.model import Model
+    from tclip_jax.inference.model import Model
     from tclip_jax.numerics.golden import Recording
 
 
@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.numerics.activations import BUDGET, activations_report
     from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
-    from tclip_jax.numerics.page import to_html
-    from tclip_jax.numerics.report import to_json, to_text
+    from tclip_jax.numerics.report import to_html, to_json, to_text
     from tclip_jax.numerics.weights import weights_report
     from tclip_jax.storage import write_atomic
 
@@ -118,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(path: str, args: argparse.Namespace) -> Model:
+    from tclip_jax.inference.load import load_model
     from tclip_jax.interop.checkpoints import is_checkpoint
-    from tclip_jax.training.restore import load_model
 
     return load_model(path, like=args.preset or args.model_cfg if is_checkpoint(path) else None)
 
@@ -141,7 +140,7 @@ def _in_torch(path: str, via: str) -> bool:
 def _record(path: str, inputs_of: Model, args: argparse.Namespace) -> Recording:
     """The activations of the model at `path` on sample inputs for a model that is loaded."""
     from tclip_jax.numerics.activations import record
-    from tclip_jax.numerics.samples import sample_batch
+    from tclip_jax.numerics.inputs import sample_batch
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
 
     pixels, tokens = sample_batch(inputs_of, args.batch)

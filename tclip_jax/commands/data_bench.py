@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
 
     import tqdm
 
+    from tclip_jax.datasets.bench import measure
     from tclip_jax.pages import aligned
-    from tclip_jax.training.config import run_config
-    from tclip_jax.training.input_bench import measure
+    from tclip_jax.runs.config import run_config
 
     # Batches are measured as they are without a teacher's store.
     config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))

@@ -29,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads everything, prints, and returns the exit code."""
-    from tclip_jax.data.check import check
-    from tclip_jax.data.check_report import to_json, to_text
     from tclip_jax.data.sources import check_split
+    from tclip_jax.datasets.check import check, to_json, to_text
 
     if args.split:
         check_split(args.data, args.split)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Prepares, and prints what was kept and what was dropped."""
     import shlex
 
-    from tclip_jax.data.prepare import begin, plan, prepare
+    from tclip_jax.datasets.prepare import begin, plan, prepare
     from tclip_jax.pages import aligned
 
     if args.workers and args.beam is not None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.beam is None:
         outcome = prepare(target, parts, workers=args.workers or os.cpu_count() or 1)
     else:
-        from tclip_jax.data.beam import prepare_with_beam
+        from tclip_jax.datasets.prepare import prepare_with_beam
 
         outcome = prepare_with_beam(target, parts, shlex.split(args.beam))
     if args.json:

@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> None:
     """Draws the samples and writes the page."""
     import dataclasses
 
-    from tclip_jax.data.contact_sheet import contact_sheet
+    from tclip_jax.datasets.contact_sheet import contact_sheet
+    from tclip_jax.runs.config import run_config
     from tclip_jax.storage import write_atomic
-    from tclip_jax.training.config import run_config
-    from tclip_jax.training.data import train_data
+    from tclip_jax.training.input import train_data
 
     config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
     # One batch of as many samples: their order and their draws do not depend on the size of a batch.

@@ -7,7 +7,114 @@ The exit code is 0 if everything that is needed is there, else 1.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from tclip_jax.planning.child import other_libtpu
+
+PACKAGES = ("tclip-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+# package -> (the extra that brings it, what it is for)
+OPTIONAL = {
+    "torch": ("torch", "reads .bin and .pt weights, runs the reference of `tclip compare`"),
+    "open_clip_torch": ("torch", "the reference of `tclip compare`"),
+    "transformers": ("torch", "the reference of `tclip compare`"),
+    "gguf": ("gguf", "an independent reader of GGUF files"),
+    "libtpu": ("plan", "`tclip plan` compiles with it for TPUs that are not here"),
+}
+# An accelerator's device file -> the extra whose jax uses it.
+_DEVICE_FILES = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
+_GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """One line of the report; `remedy` is "" where nothing is wrong, and `optional` where nothing must be done."""
+
+    name: str
+    value: str
+    remedy: str = ""
+    optional: bool = False
+
+
+def examine() -> list[Finding]:
+    """Everything that is looked at; starts jax's backend, and runs nothing on it."""
+    return [*_versions(), *_devices(), _precision(), *_optional()]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    for name in PACKAGES:
+        version = _version(name)
+        yield Finding(name, version or "missing", "" if version else "pip install tclip-jax")
+    if _older(_version("flax"), (0, 12, 9)) and not _older(_version("jax"), (0, 11, 1)):
+        yield Finding("flax and jax", "do not fit", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax")
+    if other := other_libtpu():
+        yield Finding("libtpu and jax", "do not fit", other)
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        backend, devices = jax.default_backend(), jax.devices()
+    except RuntimeError as error:  # a plugin that is installed and cannot start
+        yield Finding("devices", "none", str(error).partition("\n")[0])
+        return
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    yield Finding("devices", f"{len(devices)} x {kinds} ({backend})", _unused_accelerator(backend))
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        yield Finding("memory of a device", f"{limit / _GIB:.1f} GiB")
+    # os.cpu_count also counts the cores that this process may not use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("host", f"{cores} cores, {_host_memory()}")
+
+
+def _unused_accelerator(backend: str) -> str:
+    if backend != "cpu":
+        return ""
+    for file, extra in _DEVICE_FILES.items():
+        if pathlib.Path(file).exists():
+            forced = os.environ.get("JAX_PLATFORMS")
+            return f"{file} is there: " + (
+                f"unset JAX_PLATFORMS={forced}" if forced else f"pip install 'tclip-jax[{extra}]'"
+            )
+    return ""
+
+
+def _precision() -> Finding:
+    chosen: Any = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    default = "bfloat16 on a TPU, TF32 on a GPU that has it, float32 on a CPU; comparisons set `highest` themselves"
+    return Finding("matmul of float32", str(chosen or default))
+
+
+def _optional() -> Iterator[Finding]:
+    for name, (extra, purpose) in OPTIONAL.items():
+        version = _version(name)
+        remedy = "" if version else f"{purpose}: pip install 'tclip-jax[{extra}]'"
+        yield Finding(name, version or "not installed", remedy, optional=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _older(version: str | None, than: tuple[int, ...]) -> bool:
+    return version is not None and tuple(int(part) for part in version.split(".")[:3] if part.isdigit()) < than
+
+
+def _host_memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / _GIB:.1f} GiB"
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return "memory unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was found; marked lines want something done."""
-    from tclip_jax.doctor import examine
 
     findings = examine()
     if args.json:

@@ -30,11 +30,17 @@ def run(args: argparse.Namespace) -> int:
     """Embeds, writes, and returns the exit code."""
     from etils import epath
 
-    from tclip_jax.inference.embed import checked_output, embed_images, embed_texts, embeddings_mark, write_embeddings
+    from tclip_jax.inference.embed import (
+        Store,
+        checked_output,
+        embed_images,
+        embed_texts,
+        embeddings_mark,
+        write_embeddings,
+    )
     from tclip_jax.inference.inputs import find_images, find_texts, image_items, text_items
-    from tclip_jax.inference.store import Store
+    from tclip_jax.inference.load import load_model
     from tclip_jax.pages import printable
-    from tclip_jax.training.restore import load_model
 
     out = checked_output(args.out)
     if out.exists() and not args.overwrite:

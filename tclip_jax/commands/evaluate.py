@@ -46,17 +46,16 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints, and returns the exit code."""
     import jax
 
-    from tclip_jax.artifacts.fingerprint import fingerprint
     from tclip_jax.data.prompts import parse_templates
     from tclip_jax.data.sources import check_split
     from tclip_jax.evaluation.encoder import Encoder
-    from tclip_jax.evaluation.page import write_page
+    from tclip_jax.evaluation.page import report_table, write_page
     from tclip_jax.evaluation.results import dump_json
     from tclip_jax.evaluation.runner import evaluate
-    from tclip_jax.evaluation.table import report_table
     from tclip_jax.evaluation.tasks import SPLIT, source_task, suite_tasks
+    from tclip_jax.inference.load import load_model
+    from tclip_jax.inference.model import fingerprint
     from tclip_jax.parallel.distributed import distributed
-    from tclip_jax.training.restore import load_model
 
     if args.html and not args.out:
         raise ValueError("--html needs --out DIR: the page is made of the predictions there")

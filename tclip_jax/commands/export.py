@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Exports the dequantised weights, and to GGUF the trits and scales."""
+    from tclip_jax.inference.load import load_packed
     from tclip_jax.interop.export import export_pytorch
-    from tclip_jax.training.restore import load_packed
 
     formats = args.to.split(",")
     floats = not {"open_clip", "hf"}.isdisjoint(formats)

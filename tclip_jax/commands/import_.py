@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Imports, and prints what was recovered."""
-    from tclip_jax.artifacts.sizes import weight_bytes
+    from tclip_jax.artifacts.inspection import weight_bytes
     from tclip_jax.interop.importing import import_checkpoint
 
     found = import_checkpoint(

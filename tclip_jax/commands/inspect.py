@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints sizes, zeros, provenance and figures."""
-    from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text
-    from tclip_jax.artifacts.plot import plot_inspection
+    from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text, plot_inspection
     from tclip_jax.storage import write_atomic
 
     found = inspect_artifact(args.artifact)

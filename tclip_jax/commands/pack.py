@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> None:
     from etils import epath
 
     from tclip_jax.artifacts.format import write_artifact
+    from tclip_jax.artifacts.inspection import compression_real, ternary_share, weight_bytes, zero_share
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
-    from tclip_jax.artifacts.sizes import compression_real, ternary_share, weight_bytes, zero_share
-    from tclip_jax.training.provenance import run_figures, run_provenance
-    from tclip_jax.training.restore import load_run, split_step
+    from tclip_jax.inference.load import load_run
+    from tclip_jax.runs.read import split_step
+    from tclip_jax.runs.record import run_figures, run_provenance
 
     if (epath.Path(args.run) / MANIFEST).exists():
         raise ValueError(f"{args.run} is packed already: expected the workdir of `tclip train`")

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.models.clip import param_shapes
     from tclip_jax.models.summary import parameter_rows, parameter_table
     from tclip_jax.parallel.mesh import abstract_mesh
-    from tclip_jax.training.config import run_config
+    from tclip_jax.runs.config import run_config
 
     # The table is the same with any teacher, and none need be trained yet.
     run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))

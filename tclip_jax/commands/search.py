@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from tclip_jax.inference.load import load_model
     from tclip_jax.inference.search import build_index
     from tclip_jax.pages import printable
-    from tclip_jax.training.restore import load_model
 
     where = args.model if "://" in args.model else os.path.abspath(args.model)
     model = load_model(args.model).repacked()
@@ -65,11 +65,11 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> int:
+    from tclip_jax.inference.load import load_model
     from tclip_jax.inference.page import results_page
     from tclip_jax.inference.search import query_index, read_index
     from tclip_jax.pages import printable
     from tclip_jax.storage import write_atomic
-    from tclip_jax.training.restore import load_model
 
     index = read_index(args.index)
     picture = _picture(args)

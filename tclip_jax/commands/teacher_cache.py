@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from tclip_jax.parallel.distributed import distributed
-    from tclip_jax.training.config import run_config
+    from tclip_jax.runs.config import run_config
     from tclip_jax.training.teacher_cache import write_cache
 
     # Whatever teacher the recipe names, this one is asked.

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from tclip_jax.parallel.distributed import distributed
+    from tclip_jax.runs.record import read_metrics
     from tclip_jax.training.loop import train
-    from tclip_jax.training.telemetry import read_metrics
 
     config = override(load_recipe(args.config), args.overrides)
     with distributed():

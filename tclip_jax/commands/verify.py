@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.artifacts.format import read_artifact
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.verify import verify_artifact
-    from tclip_jax.training.restore import load_model
+    from tclip_jax.inference.load import load_model
 
     if (epath.Path(args.origin) / MANIFEST).exists():
         # Packed already: its rules are a record, and a stranger's regexes are not run.

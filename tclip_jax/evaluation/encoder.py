@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
-from tclip_jax.artifacts.model import Embeddings, Model
 from tclip_jax.data.images import Preprocess, normalize
 from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, Tokenizer
+from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.keys import recipe
 from tclip_jax.models.clip import CLIP
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
 
 _BUCKET = 16  # lengths of token rows are multiples of it, so that few shapes are compiled
 

@@ -13,12 +13,7 @@ from etils import epath
 
 from tclip_jax.evaluation.metrics import hit_rate, mean_average_precision
 from tclip_jax.evaluation.results import Predictions, predictions_path, read_predictions
-from tclip_jax.evaluation.statistics import (
-    bootstrap_differences,
-    bootstrap_map_differences,
-    mean_of,
-    per_class_mean_of,
-)
+from tclip_jax.evaluation.statistics import bootstrap_differences, bootstrap_map_differences, mean_of, per_class_mean_of
 from tclip_jax.keys import Recipe
 
 _RECALL = re.compile(r"(image|text)_retrieval_recall@(\d{1,9})")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tclip_jax.data.pipeline import eval_batches
 from tclip_jax.data.sources import Source
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.parallel.gather import gather_json
+from tclip_jax.parallel.agreement import gather_json
 
 Reduce = Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
 Progress = Callable[[int], Any]

@@ -14,7 +14,7 @@ from tclip_jax.data.prompts import get_templates, templates_for
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import CLASSNAMES, DATASET_TYPE, SHARD_COUNT, TEMPLATES, Kind, Webdataset
 from tclip_jax.evaluation.suite import Dataset, find_datasets
-from tclip_jax.evaluation.tfds_rows import MAY_DIFFER
+from tclip_jax.evaluation.tfds_source import MAY_DIFFER
 from tclip_jax.evaluation.zero_shot import Templates
 
 SPLIT = "test"

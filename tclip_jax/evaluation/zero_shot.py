@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from tclip_jax.artifacts.model import Embeddings
 from tclip_jax.data.prompts import captions, get_templates
 from tclip_jax.data.sources import Source
 from tclip_jax.data.sources.webdataset import Kind
@@ -17,6 +16,7 @@ from tclip_jax.evaluation.metrics import classification_metrics, mean_average_pr
 from tclip_jax.evaluation.results import Predictions
 from tclip_jax.evaluation.retrieval import recall, retrieval_ranks
 from tclip_jax.evaluation.rows import Progress, Rows, encode_rows
+from tclip_jax.inference.model import Embeddings
 
 UNREADABLE = "unreadable image"
 NO_LABEL = "label missing or out of range"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.prompts import DEFAULT, captions
 from tclip_jax.inference.embed import read_image
 from tclip_jax.inference.inputs import Failure
+from tclip_jax.inference.model import Model
 from tclip_jax.pages import aligned, printable
 
 

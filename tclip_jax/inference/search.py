@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.artifacts.model import Embeddings, Model
-from tclip_jax.inference.embed import embed_images, embeddings_mark, read_image, write_npy_header
+from tclip_jax.inference.embed import Store, chunked, embed_images, embeddings_mark, read_image, write_npy_header
 from tclip_jax.inference.inputs import Failure, find_images, image_items
-from tclip_jax.inference.store import Store, chunked
+from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.storage import atomic_folder, is_local
 
 _MANIFEST, _EMBEDDINGS = "index.json", "embeddings.npy"

@@ -17,6 +17,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from tclip_jax.artifacts.manifest import MAX_PARAMETERS
+from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop import hub, metadata
 from tclip_jax.interop.foreign import GGUF, check_file_kind, folder_kind
@@ -26,7 +27,6 @@ from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP, Metadata
 from tclip_jax.interop.open_clip import lazy_params, unwrapped
 from tclip_jax.interop.reader import INDEX, open_weights, read_json
 from tclip_jax.interop.torchscript import is_torchscript
-from tclip_jax.lazy import LazyArray
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.artifacts.safetensors_file import write_safetensors
+from tclip_jax.artifacts.safetensors import write_safetensors
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.ternary import TernaryTensor

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.artifacts.safetensors_file import write_safetensors
+from tclip_jax.artifacts.safetensors import LazyArray, write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.interop.examples import make_examples, write_check
@@ -21,7 +21,6 @@ from tclip_jax.interop.gguf import verify_gguf, write_gguf
 from tclip_jax.interop.gguf_blocks import BLOCK_BYTES
 from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
 from tclip_jax.interop.open_clip import lazy_state
-from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.pages import dotted
 from tclip_jax.storage import atomic_folder

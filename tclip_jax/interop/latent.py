@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tclip_jax.interop.recover import repeat_groups, scale_bits
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
 
 Array = npt.NDArray[Any]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE
 from tclip_jax.interop.open_clip import mlp_ratio
 from tclip_jax.interop.reader import read_json
 from tclip_jax.interop.torchscript import torchscript_activation
-from tclip_jax.lazy import LazyArray
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.open_clip_cfg import native_cfg
 from tclip_jax.models.presets import model_cfg

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tclip_jax.lazy import LazyArray, LazyStack
+from tclip_jax.artifacts.safetensors import LazyArray, LazyStack
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, is_learned_scale

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.artifacts.safetensors_file import read_safetensors
+from tclip_jax.artifacts.safetensors import LazyArray, read_safetensors
 from tclip_jax.interop.foreign import PYTORCH, SAFETENSORS, check_file_kind, file_kind
 from tclip_jax.interop.torchscript import is_torchscript, read_torchscript
-from tclip_jax.lazy import LazyArray
 from tclip_jax.schema import plain
 from tclip_jax.storage import is_local
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.lazy import LazyArray
+from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.schema import plain
 
 _STORAGES = {

@@ -1,1 +1,27 @@
-"""Losses of contrastive training and distillation: pure functions on embeddings."""
+"""Losses of contrastive training and distillation: pure functions on embeddings.
+
+`compare` makes the statistics of a batch that the contrastive losses and the distillation of affinities share.
+"""
+
+from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy, sigmoid_loss
+from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
+from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.statistics import Rows, compare, compare_rows
+
+__all__ = [
+    "Ring",
+    "Rows",
+    "affinity_mimicking",
+    "compare",
+    "compare_rows",
+    "crd",
+    "feature_distillation",
+    "hidden_matching",
+    "info_nce",
+    "kl_mix",
+    "open_clip_distillation",
+    "relation_matching",
+    "retrieval_accuracy",
+    "sigmoid_loss",
+]

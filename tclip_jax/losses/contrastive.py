@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from tclip_jax.losses.rows import Rows, weighted_mean
+from tclip_jax.losses.statistics import Rows, weighted_mean
 
 
 def info_nce(image: Rows, text: Rows) -> jax.Array:

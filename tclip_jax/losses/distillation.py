@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.losses.rows import Rows, existing_rows, weighted_mean
+from tclip_jax.losses.statistics import Rows, existing_rows, weighted_mean
 
 
 def crd(image: Rows, text: Rows) -> jax.Array:

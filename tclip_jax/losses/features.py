@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.losses.distillation import feature_distillation
-from tclip_jax.losses.rows import existing_rows, weighted_mean
+from tclip_jax.losses.statistics import existing_rows, weighted_mean
 
 
 def hidden_matching(

@@ -12,8 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.layers import normalize_embedding
-from tclip_jax.models.tensor_parallel import check_tensor
+from tclip_jax.models.layers import check_tensor, normalize_embedding
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.models.text import TextTransformer
 from tclip_jax.models.vision import VisionTransformer

@@ -1,4 +1,4 @@
-"""Layers whose weight is float, ternary in training (fake-quantized), or ternary in fact."""
+"""Layers whose weight is float, ternary in training (fake-quantized), a blend of both, or packed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,42 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.blending import Blend
-from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer, input_axis, matrix_shape
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.parallel.mesh import constrain, mesh_in_force
-from tclip_jax.parallel.rules import matrix_specs
+from tclip_jax.parallel.sharding import matrix_specs, path_of
 from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
 from tclip_jax.ternary.gathering import LEVELS, Placement, gather_float, look_up
-from tclip_jax.ternary.products import dense_product
+from tclip_jax.ternary.sums import dense_product
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "share"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """Stands in a parameter tree for a latent weight that is computed with as share · ŵ + (1 − share) · w.
+
+    At a share of 1 that is ŵ to the bit.
+
+    Attributes:
+      weight: the latent weight, stacked layers on its first axis.
+      share: float32, a scalar, or one for each layer.
+    """
+
+    weight: jax.Array
+    share: jax.Array
+
+
+def blend_params(params: Any, rules: TernaryRules, share: jax.Array) -> Any:
+    """The tree with a `Blend` in place of every latent weight that `rules` name; `share` is a scalar from 0 to 1."""
+
+    def blend(key_path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        path = path_of(key_path)
+        if path not in TERNARIZABLE or find_quantizer(path, rules) is None:
+            return leaf
+        return Blend(leaf, jnp.broadcast_to(share, (len(leaf),)) if "/blocks/" in path else share)
+
+    return jax.tree_util.tree_map_with_path(blend, params)
+
 
 Initializer = nn.initializers.Initializer
 
@@ -188,3 +217,29 @@ def normalize_embedding(x: jax.Array) -> jax.Array:
     """Rows of length 1 in float32; a zero row stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def check_tensor(config: CLIPConfig, rules: TernaryRules, tensor: int) -> None:
+    """Checks that `tensor` devices share whole heads, and inputs in whole groups of weights that share a scale.
+
+    Raises:
+      ValueError: where they do not, naming the tower or the parameter, and both numbers.
+    """
+    if tensor == 1:
+        return
+    for tower, shape in (("image", config.vision), ("text", config.text)):
+        hidden = int(shape.width * shape.mlp_ratio)
+        for what, count in ((f"{shape.heads} heads", shape.heads), (f"{hidden} hidden units", hidden)):
+            if count % tensor:
+                raise ValueError(f"mesh tensor={tensor} does not divide the {what} of the {tower} tower")
+        for name, inputs in (("attention/out", shape.width), ("mlp/fc2", hidden)):
+            path = f"{tower}/blocks/{name}/kernel"
+            quantizer = find_quantizer(path, rules)
+            if quantizer is None:
+                continue
+            group = inputs if isinstance(quantizer.group, str) else min(quantizer.group, inputs)
+            if inputs // tensor % group:
+                raise ValueError(
+                    f"{path}: {inputs} inputs over mesh tensor={tensor} are {inputs // tensor} on a device, "
+                    f"not a multiple of its quantizer's group {group}"
+                )

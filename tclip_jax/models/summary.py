@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, is_learned_scale
-from tclip_jax.parallel.rules import partition_spec, path_of
+from tclip_jax.parallel.sharding import partition_spec, path_of
 
 
 def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh | AbstractMesh) -> list[dict[str, Any]]:

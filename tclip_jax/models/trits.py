@@ -12,7 +12,7 @@ import numpy as np
 
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.parallel.mesh import constrain_replicated
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import TernaryTensor, ternarize
 from tclip_jax.ternary.tensor import expand_scale
 

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.keys import difference
-from tclip_jax.numerics.compare import compare_taps, end_metrics, first_over
 from tclip_jax.numerics.golden import Recording, model_recipe
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.taps import Taps, collect_taps
+from tclip_jax.numerics.weights import compare_taps, end_metrics, first_over
 
 # Rounding of float32 stays below 1e-5 at every tap of ViT-L-14; tanh for erf in GELU is above 1e-4.
 BUDGET = 2e-5

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.keys import Recipe, recipe
 from tclip_jax.numerics.taps import Taps
 from tclip_jax.schema import plain

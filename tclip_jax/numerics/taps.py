@@ -24,7 +24,7 @@ import numpy.typing as npt
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 

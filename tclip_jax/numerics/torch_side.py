@@ -16,9 +16,9 @@ import numpy.typing as npt
 from etils import epath
 from PIL import Image
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.checkpoints import find_weights
 from tclip_jax.interop.metadata import OPEN_CLIP
 from tclip_jax.interop.open_clip import to_open_clip

@@ -23,10 +23,10 @@ from etils import epath
 from packaging import requirements
 
 from tclip_jax.keys import Recipe, difference, digest, recipe
-from tclip_jax.planning.program import StepFacts
+from tclip_jax.planning.estimate import StepFacts
 from tclip_jax.planning.teachers import find_teacher
+from tclip_jax.runs.config import run_config
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.config import run_config
 
 _logger = logging.getLogger(__name__)
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]

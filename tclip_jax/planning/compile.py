@@ -22,15 +22,13 @@ from jax.sharding import Mesh
 
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh
-from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives
+from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives, memory_traffic
+from tclip_jax.planning.estimate import StepFacts, argument_bytes, compiled_memory
 from tclip_jax.planning.hardware import Topology, parse_topology
 from tclip_jax.planning.hlo import parse_program
-from tclip_jax.planning.memory import argument_bytes, compiled_memory
-from tclip_jax.planning.program import StepFacts
 from tclip_jax.planning.teachers import find_teacher
-from tclip_jax.planning.traffic import memory_traffic
+from tclip_jax.runs.config import run_config
 from tclip_jax.training.build import Architecture, Build, check_batch
-from tclip_jax.training.config import run_config
 
 
 def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: str = "") -> StepFacts:

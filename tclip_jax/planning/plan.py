@@ -15,12 +15,11 @@ from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.models.flops import train_flops
 from tclip_jax.pages import aligned
 from tclip_jax.planning.child import compiled_facts
-from tclip_jax.planning.formula import formula_facts
+from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import Topology
-from tclip_jax.planning.program import StepFacts
 from tclip_jax.planning.roofline import Estimate, assumptions, estimate
 from tclip_jax.planning.teachers import find_teacher
-from tclip_jax.training.config import RunConfig, run_config
+from tclip_jax.runs.config import RunConfig, run_config
 
 _MIB, _GIB = 2**20, 2**30
 # Trits in an element of what is gathered: as int8 one, packed into bytes four.

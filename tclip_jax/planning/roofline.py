@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from tclip_jax.planning.estimate import StepFacts
 from tclip_jax.planning.hardware import NODE, Chip, Topology
-from tclip_jax.planning.program import StepFacts
 
 
 @dataclasses.dataclass(frozen=True)

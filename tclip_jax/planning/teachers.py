@@ -11,9 +11,9 @@ from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.interop.hub import PREFIX
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
+from tclip_jax.runs.config import RunConfig, read_config
+from tclip_jax.runs.read import split_step
 from tclip_jax.training.build import Architecture
-from tclip_jax.training.config import RunConfig
-from tclip_jax.training.restore import read_config, split_step
 from tclip_jax.training.teacher_cache import describe_inputs, open_cache
 
 # What people distil from, by the name on the Hugging Face hub.

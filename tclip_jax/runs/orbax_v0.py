@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 
 
 class Writer:

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.storage import is_local
 
 

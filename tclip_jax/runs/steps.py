@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from tclip_jax.parallel.gather import gather_json
+from tclip_jax.parallel.agreement import gather_json
 from tclip_jax.runs.checksums import COMMITTED, CheckpointError, damage
 from tclip_jax.storage import is_local
 

@@ -1,11 +1,10 @@
 """The arithmetic of ternary weights: functions on arrays that need jax and nothing else of this project."""
 
 from tclip_jax.ternary.matmul import choose, repack, ternary_matmul
-from tclip_jax.ternary.packed import PackedTensor
+from tclip_jax.ternary.packing import gather_rows, pack_rows
 from tclip_jax.ternary.quantizers import Quantizer, initial_alpha, ternarize
-from tclip_jax.ternary.rows import gather_rows, pack_rows
 from tclip_jax.ternary.straight_through import fake_quantize
-from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor
 
 __all__ = [
     "PackedTensor",

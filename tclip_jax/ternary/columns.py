@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from tclip_jax.ternary.matmul import repack, ternary_matmul
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
 
 
 def repack_columns(w: TernaryTensor, mesh: Mesh, axis: str, **choice: Any) -> PackedTensor:

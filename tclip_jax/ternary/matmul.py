@@ -15,10 +15,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from tclip_jax.ternary.device import traced_device
 from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor, check_floating
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, check_floating, traced_device
 
 VARIABLE = "TCLIP_IMPLEMENTATION"
 

@@ -1,9 +1,10 @@
-"""The ternary tensor: trits and the scales they are multiplied by."""
+"""Ternary weights as arrays: trits with their scales, and packed for one implementation of the product."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +61,41 @@ def expand_scale(scale: jax.Array, group: int, length: int, axis: int) -> jax.Ar
         jnp.expand_dims(scale, after), (*scale.shape[:after], group, *scale.shape[after:])
     ).reshape(*scale.shape[: after - 1], count * group, *scale.shape[after:])
     return jax.lax.slice_in_dim(repeated, 0, length, axis=after - 1)
+
+
+Activations = Literal["A16", "A8"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "scale"),
+    meta_fields=("shape", "group", "layout", "activations"),
+)
+@dataclasses.dataclass(frozen=True)
+class PackedTensor:
+    """A ternary weight repacked for one implementation; only that one knows the order of `data` and `scale`.
+
+    Attributes:
+      data: bytes or words; may have a leading layer axis, which nn.scan slices.
+      scale: float32 or bfloat16.
+      shape: (K, N) of one layer's weight; (V, W) of an embedding table.
+      group: consecutive weights along K (W of a table) that share a scale.
+      layout: name of the implementation; "rows" of an embedding table.
+      activations: how it is multiplied where the caller does not say.
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    shape: tuple[int, int]
+    group: int
+    layout: str
+    activations: Activations = "A16"
+
+
+def traced_device() -> tuple[str, str]:
+    """Kind and platform of the device that a function traced now will run on: the mesh's, else jax's default."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None:
+        default = jax.config.values["jax_default_device"]
+        described = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+    return described.device_kind, described.platform

@@ -13,15 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.training.config import RunConfig
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
 from tclip_jax.training.optimizer import make_optimizer, ternary_share
 from tclip_jax.training.state import TrainState, init_state

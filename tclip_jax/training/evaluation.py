@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import jax
 from jax.sharding import Mesh
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import Report, evaluate
 from tclip_jax.evaluation.tasks import opened, source_task, suite_tasks
-from tclip_jax.training.config import EvalConfig
+from tclip_jax.inference.model import Model
+from tclip_jax.runs.config import EvalConfig
 
 FAILED = "evaluations_failed"
 MAX_FAILURES = 3  # in a row, and then the run stops

@@ -12,37 +12,30 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.sources import FAULTS, described, open_source
 from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.inference.load import load_known
+from tclip_jax.inference.model import Model
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import look, trit_metrics
-from tclip_jax.parallel.agreement import Agreement
-from tclip_jax.parallel.failures import Failure, together
-from tclip_jax.parallel.gather import gather_json
+from tclip_jax.parallel.agreement import Agreement, Failure, gather_json, together
 from tclip_jax.parallel.mesh import describe_run, make_mesh
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
-from tclip_jax.runs.record import in_words
+from tclip_jax.runs.config import RunConfig, run_config
+from tclip_jax.runs.record import in_words, read_metrics
 from tclip_jax.runs.steps import saved_steps, whole_steps
-from tclip_jax.training.batches import Batches
 from tclip_jax.training.build import Architecture, Build, check_batch
-from tclip_jax.training.config import RunConfig, run_config
 from tclip_jax.training.evaluation import FAILED, Evaluation, EvaluationError
-from tclip_jax.training.feed import open_feed
-from tclip_jax.training.initial import start_params
-from tclip_jax.training.journal import Journal
-from tclip_jax.training.notices import Notices, Stopped
+from tclip_jax.training.input import Batches, open_feed
+from tclip_jax.training.metrics import Journal, Telemetry, check_telemetry
 from tclip_jax.training.optimizer import learning_rate_schedule
-from tclip_jax.training.phases import Phases
-from tclip_jax.training.profile import Trace
-from tclip_jax.training.restore import load_known
-from tclip_jax.training.resume import Resume
-from tclip_jax.training.speed import Speed
+from tclip_jax.training.preemption import Notices, Stopped
+from tclip_jax.training.start import Resume, start_params
 from tclip_jax.training.state import TrainState
 from tclip_jax.training.teacher_cache import open_cache
-from tclip_jax.training.telemetry import Telemetry, check_telemetry, read_metrics
+from tclip_jax.training.timing import Phases, Speed, Trace
 from tclip_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The loss of a batch: what student and teacher say of it, and the weighted sum of the terms."""
+"""The loss of a batch: both towers encode it, and the weighted terms of the loss are added up."""
 
 from __future__ import annotations
 
@@ -11,16 +11,106 @@ import jax.numpy as jnp
 
 from tclip_jax.data.images import normalize
 from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses.features import hidden_matching, relation_matching
 from tclip_jax.losses.ring import Ring
-from tclip_jax.losses.rows import compare, compare_rows
-from tclip_jax.models.blending import blend_params
+from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.layers import normalize_embedding
+from tclip_jax.models.layers import blend_params, normalize_embedding
 from tclip_jax.models.states import States, apply_with_states
 from tclip_jax.parallel.mesh import BATCH_AXES
-from tclip_jax.training.inside import Batch, Metrics, compare_states
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.runs.config import LossConfig
+
+
+def init_heads(
+    key: jax.Array, student: CLIPConfig, teacher: CLIPConfig | int | None, loss: LossConfig
+) -> dict[str, Any]:
+    """What the terms of the loss with a weight ask for, and nothing else: weight decay would shrink it.
+
+    Args:
+      key: for the projections.
+      student: its shape.
+      teacher: its shape, its embed_dim where only its embeddings are known, or None for none.
+      loss: the terms.
+
+    Returns:
+      `image`, `text`: projections of embeddings to the teacher's width, for icl and fd; `icl_scale`: ICL's scale, which
+      starts at 2.659; `hidden`: for each tower a projection of hidden states; `sigmoid_bias`: SigLIP's, from −10.
+    """
+    heads: dict[str, Any] = {}
+    if loss.sigmoid:
+        heads["sigmoid_bias"] = jnp.float32(-10)
+    if teacher is None:
+        return heads
+    if loss.projected:
+        width = teacher if isinstance(teacher, int) else teacher.embed_dim
+        for name, each in zip(("image", "text"), jax.random.split(key), strict=True):
+            heads[name] = _linear(each, student.embed_dim, width)
+    if loss.icl:
+        heads["icl_scale"] = jnp.float32(2.659)
+    if loss.hidden and not isinstance(teacher, int):
+        widths = {
+            "image": (student.vision.width, teacher.vision.width),
+            "text": (student.text.width, teacher.text.width),
+        }
+        keys = jax.random.split(jax.random.fold_in(key, 2))
+        heads["hidden"] = {
+            tower: _linear(each, *widths[tower])
+            for tower, each in zip(("image", "text"), keys, strict=True)
+            if tower in loss.towers
+        }
+    return heads
+
+
+def _linear(key: jax.Array, width: int, to_width: int) -> dict[str, jax.Array]:
+    bound = width**-0.5
+    kernel = jax.random.uniform(key, (width, to_width), minval=-bound, maxval=bound)
+    return {"kernel": kernel, "bias": jnp.zeros(to_width)}
+
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def same_depth(layer: int, depth: int, teacher_depth: int) -> int:
+    """The teacher's layer at the relative depth of a student's layer; the last of one is the last of the other."""
+    return -(-(layer % depth + 1) * teacher_depth // depth) - 1
+
+
+def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
+    """Of each tower, which tokens count: bool (B, T) of texts, (B, 1) of images, whose tokens all do or none."""
+    tokens, real = batch["tokens"], (batch["weight"] > 0)[:, None]
+    # What stands after the end of a text has no meaning.
+    return {"image": real, "text": real & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
+
+
+def compare_states(
+    heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch
+) -> Metrics:
+    """Hidden states and relations, each the mean over layers and towers (and over queries, keys and values).
+
+    `batch` may be some rows of `whole`, of which `tokens` and `weight` are read: the results of its parts add up.
+    """
+    found: dict[str, list[jax.Array]] = {name: [] for name in ("hidden", "relations") if getattr(loss, name)}
+    for tower in student:
+        ours, theirs = student[tower], teacher[tower]
+        valid, all_valid = valid_tokens(batch)[tower], valid_tokens(whole)[tower]
+        part = jnp.sum(valid) / jnp.maximum(jnp.sum(all_valid), 1)
+        depth, teacher_depth = (len(next(iter(states.values()))) for states in (ours, theirs))
+        for i, j in ((layer, same_depth(layer, depth, teacher_depth)) for layer in loss.layers):
+            if loss.hidden:
+                x, y = ours["hidden"][i], theirs["hidden"][j]
+                projected = x.astype(jnp.float32) @ heads["hidden"][tower]["kernel"] + heads["hidden"][tower]["bias"]
+                of = jnp.broadcast_to(valid, x.shape[:2])
+                found["hidden"].append(part * hidden_matching(projected, y, loss.hidden_kind, of))
+            if loss.relations:
+                x, y = ours["qkv"][i], theirs["qkv"][j]
+                of = jnp.broadcast_to(valid, x.shape[:2])
+                found["relations"] += [
+                    part * relation_matching(a, b, loss.relation_heads, of)
+                    for a, b in zip(jnp.split(x, 3, axis=-1), jnp.split(y, 3, axis=-1), strict=True)
+                ]
+    return {name: sum(values, jnp.float32(0)) / len(values) for name, values in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

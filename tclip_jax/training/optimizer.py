@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tclip_jax.parallel.rules import path_of
-from tclip_jax.training.sections import OptimizerConfig
+from tclip_jax.parallel.sharding import path_of
+from tclip_jax.runs.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

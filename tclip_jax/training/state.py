@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.training.heads import init_heads
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import LossConfig
+from tclip_jax.training.objective import init_heads
 
 
 class TrainState(flax.struct.PyTreeNode):

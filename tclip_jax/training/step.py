@@ -13,10 +13,9 @@ import optax
 from tclip_jax.data.sources import FAULTS
 from tclip_jax.losses.grad_cache import gradient_in_parts
 from tclip_jax.parallel.mesh import BATCH_AXES
-from tclip_jax.training.inside import Batch, Metrics
-from tclip_jax.training.objective import Encoders, Objective
+from tclip_jax.runs.config import LossConfig
+from tclip_jax.training.objective import Batch, Encoders, Metrics, Objective
 from tclip_jax.training.optimizer import moving_average
-from tclip_jax.training.sections import LossConfig
 from tclip_jax.training.state import TrainState
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -17,21 +17,20 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax import keys
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data import prompts
 from tclip_jax.data.augment import DRAWS
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import Source, described, open_source
 from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.inference.load import load_known
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
-from tclip_jax.parallel.failures import together
-from tclip_jax.parallel.gather import gather_json
+from tclip_jax.parallel.agreement import gather_json, together
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
-from tclip_jax.parallel.rules import tree_shardings
-from tclip_jax.training.config import RunConfig
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
-from tclip_jax.training.restore import load_known
 
 _THREADS = 4  # that decode while the devices are busy; as many batches are kept ready
 

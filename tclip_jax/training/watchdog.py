@@ -17,9 +17,9 @@ from typing import NamedTuple, Self
 import jax
 from etils import epath
 
-from tclip_jax.parallel.rendezvous import LostProcess
+from tclip_jax.parallel.distributed import LostProcess
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.phases import Phases
+from tclip_jax.training.timing import Phases
 
 _DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
 _UNLIMITED = ("compile", "evaluate")

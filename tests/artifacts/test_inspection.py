@@ -9,9 +9,8 @@ import pytest
 import safetensors.numpy
 
 from tclip_jax.artifacts import pack_params, write_artifact
-from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text
+from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text, plot_inspection
 from tclip_jax.artifacts.pack import flatten
-from tclip_jax.artifacts.plot import plot_inspection
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
 

@@ -13,7 +13,7 @@ from tclip_jax.artifacts import write_artifact
 from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.recipes import load_recipe, override
-from tclip_jax.training.config import run_config
+from tclip_jax.runs.config import run_config
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pages import PAGES, ROOT, blocks, commands
 
 from tclip_jax.cli import COMMANDS, main
 from tclip_jax.recipes import load_recipe, override
-from tclip_jax.training.config import run_config
+from tclip_jax.runs.config import run_config
 
 CALLS = [
     pytest.param(words, id=f"{block.page}:{block.line}:{' '.join(words)[:50]}")

@@ -13,7 +13,7 @@ import sys
 import pytest
 from pages import PAGES, ROOT, blocks
 
-from tclip_jax.training.config import base_config, run_config
+from tclip_jax.runs.config import base_config, run_config
 
 # page -> what is done with its blocks instead.
 ELSEWHERE = {

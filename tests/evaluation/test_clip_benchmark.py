@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.metrics import average_precision, hit_rate, mean_average_precision, top_k, top_k_accuracy
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.suite import DATASETS
 from tclip_jax.evaluation.tasks import source_task, suite_tasks
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig

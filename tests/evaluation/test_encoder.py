@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess, normalize
 from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.parallel.mesh import make_mesh
@@ -107,8 +107,8 @@ if port != "0":
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 import dataclasses
 import numpy as np
-from tclip_jax.artifacts.fingerprint import fingerprint
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import fingerprint
+from tclip_jax.inference.model import Model
 from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from tclip_jax.evaluation import runner, suite
+from tclip_jax.evaluation.page import report_table
 from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
 from tclip_jax.evaluation.runner import Report, evaluate
-from tclip_jax.evaluation.table import report_table
 from tclip_jax.evaluation.tasks import opened, source_task, suite_tasks
 
 NAMES = "vtab/cifar10,vtab/pets,renderedsst2,voc2007_multilabel,flickr8k"

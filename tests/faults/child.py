@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from tclip_jax import cli
 from tclip_jax.runs import checkpoints
 from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.training.batches import Batches
+from tclip_jax.training.input import Batches
+from tclip_jax.training.metrics import Telemetry
 from tclip_jax.training.objective import Objective
-from tclip_jax.training.telemetry import Telemetry
 
 
 def before_batch(number: int, fault: Any) -> None:

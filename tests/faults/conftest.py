@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 
+from tclip_jax.inference.load import load_run
+from tclip_jax.runs.record import read_metrics
 from tclip_jax.runs.steps import saved_steps
-from tclip_jax.training.restore import load_run
-from tclip_jax.training.telemetry import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 PATIENCE = 300.0  # seconds; what takes longer hangs, even on a busy machine

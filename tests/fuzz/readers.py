@@ -26,7 +26,7 @@ import pyarrow.parquet
 import safetensors.numpy
 
 from tclip_jax.artifacts.format import read_artifact, write_artifact
-from tclip_jax.artifacts.safetensors_file import read_safetensors
+from tclip_jax.artifacts.safetensors import read_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import base, open_source
 from tclip_jax.data.sources.shard_index import ShardIndex
@@ -39,8 +39,8 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import input_axis, matrix_shape, ternary_rules
 from tclip_jax.numerics.golden import Recording, read_golden, write_golden
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.runs.config import run_config
 from tclip_jax.ternary import Quantizer, TernaryTensor
-from tclip_jax.training.config import run_config
 
 CONFIG = CLIPConfig(
     embed_dim=16,

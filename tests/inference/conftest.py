@@ -10,8 +10,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tclip_jax.artifacts import Model, write_artifact
+from tclip_jax.artifacts import write_artifact
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 

@@ -8,10 +8,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
 from tclip_jax.inference.classify import Guess, classify_images, guess_table
 from tclip_jax.inference.inputs import Failure
+from tclip_jax.inference.model import Model
 
 LABELS = ["cat", "dog", "a <b>"]
 

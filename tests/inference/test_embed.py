@@ -11,11 +11,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
-from tclip_jax.inference.embed import embed_images, embed_texts, embeddings_mark, write_embeddings
+from tclip_jax.inference.embed import Store, embed_images, embed_texts, embeddings_mark, write_embeddings
 from tclip_jax.inference.inputs import Item, find_images, image_items, text_items
-from tclip_jax.inference.store import Store
+from tclip_jax.inference.model import Model
 
 
 class Counting:

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
 from tclip_jax.inference.inputs import find_images
+from tclip_jax.inference.model import Model
 
 COUNT = 400
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tclip_jax.artifacts import Model
 from tclip_jax.cli import main
 from tclip_jax.inference import search
 from tclip_jax.inference.embed import embeddings_mark
+from tclip_jax.inference.model import Model
 from tclip_jax.inference.search import build_index, nearest, query_index, read_index
 from tclip_jax.ternary import Quantizer, repack, ternarize
 from tests.object_store import Bucket, Failure

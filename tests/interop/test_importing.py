@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from tclip_jax.artifacts import read_artifact
 from tclip_jax.data.images import HALF_MEAN, HALF_STD, Preprocess
+from tclip_jax.inference.load import load_model
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint, resize_positions
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.importing import import_checkpoint
@@ -26,7 +27,6 @@ from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
 from tclip_jax.ternary import TernaryTensor
-from tclip_jax.training.restore import load_model
 
 Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]

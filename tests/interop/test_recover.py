@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tclip_jax.artifacts.safetensors import LazyArray, LazyStack
 from tclip_jax.interop.recover import NotTernaryError, recover_ternary, scale_bits
-from tclip_jax.lazy import LazyArray, LazyStack
 from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
 
 _ternarize = jax.jit(ternarize, static_argnums=(1, 2))

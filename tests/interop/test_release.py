@@ -20,16 +20,15 @@ from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.load import load_model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.latent import latent_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.weights import weights_report
-from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.runs.policy import CheckpointConfig
+from tclip_jax.runs.checkpoints import CheckpointConfig, Checkpoints
+from tclip_jax.runs.config import base_config, run_config
 from tclip_jax.ternary import Quantizer, TernaryTensor
-from tclip_jax.training.config import base_config, run_config
-from tclip_jax.training.restore import load_model
 
 Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]

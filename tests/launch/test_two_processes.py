@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tclip_jax.parallel.rendezvous import LostProcess
+from tclip_jax.parallel.distributed import LostProcess
 
 RUN = ["train", "--config", "quickstart:teacher,runlocal", "--config.eval.every=1000"]
 # One device in all processes together, or two: their number decides how sums are rounded.

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax.losses import contrastive
-from tclip_jax.losses.blocks import Side, positives_of
-from tclip_jax.losses.rows import compare, compare_rows
+from tclip_jax.losses.ring import Side, positives_of
+from tclip_jax.losses.statistics import compare, compare_rows
 
 BATCH, WIDTH = 8, 6
 BIAS = -10.0

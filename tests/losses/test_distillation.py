@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax.losses import contrastive, distillation
 from tclip_jax.losses.distillation import feature_distillation
-from tclip_jax.losses.rows import Rows, compare, compare_rows
+from tclip_jax.losses.statistics import Rows, compare, compare_rows
 
 BATCH, WIDTH = 8, 6
 SCALES = np.float32(20), np.float32(100)

@@ -12,7 +12,7 @@ import pytest
 
 from tclip_jax.losses.distillation import crd, kl_mix
 from tclip_jax.losses.features import hidden_matching, relation_matching
-from tclip_jax.losses.rows import compare
+from tclip_jax.losses.statistics import compare
 
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = RNG.normal(size=(3, 5, 8)), RNG.normal(size=(3, 5, 8))

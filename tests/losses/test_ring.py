@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.losses import contrastive, distillation, ring
 from tclip_jax.losses.ring import Ring
-from tclip_jax.losses.rows import compare, compare_rows
+from tclip_jax.losses.statistics import compare, compare_rows
 
 BATCH, AXES = 32, ("data", "fsdp")
 NAMES = ("info_nce", "sigmoid", "crd", "kl", "open_clip", "affinity", "icl", "accuracy")

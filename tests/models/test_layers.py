@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from jax.sharding import PartitionSpec
 
-from tclip_jax.models.layers import (
-    Dense,
-    Embedding,
-    Latent,
-    attend,
-    gelu,
-    layer_norm,
-    multiply,
-    normalize_embedding,
-)
+from tclip_jax.models.layers import Dense, Embedding, Latent, attend, gelu, layer_norm, multiply, normalize_embedding
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, initial_alpha, ternarize
 from tclip_jax.ternary.gathering import Placement

@@ -15,18 +15,18 @@ from flax.traverse_util import unflatten_dict
 
 from tclip_jax.artifacts import pack_params, write_artifact
 from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.artifacts.inspection import ternary_share
 from tclip_jax.artifacts.pack import flatten
-from tclip_jax.artifacts.sizes import ternary_share
 from tclip_jax.artifacts.verify import verify_artifact
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
-from tclip_jax.models.blending import blend_params
 from tclip_jax.models.clip import CLIP, init_params, param_shapes, with_learned_scales
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.layers import blend_params
 from tclip_jax.models.summary import parameter_rows, parameter_table
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, is_learned_scale
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.parallel.rules import partition_spec, path_of
+from tclip_jax.parallel.sharding import partition_spec, path_of
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.optimizer import decays
 

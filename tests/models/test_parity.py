@@ -10,7 +10,7 @@ import pytest
 
 from tclip_jax.interop.open_clip import from_open_clip
 from tclip_jax.losses.contrastive import info_nce
-from tclip_jax.losses.rows import compare
+from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 

@@ -11,15 +11,8 @@ import pytest
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
-from tclip_jax.models.ternary_rules import (
-    ATTENTION,
-    MLP,
-    TERNARIZABLE,
-    find_quantizer,
-    input_axis,
-    ternary_rules,
-)
-from tclip_jax.parallel.rules import path_of
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, TERNARIZABLE, find_quantizer, input_axis, ternary_rules
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import Quantizer
 
 QUANTIZER = Quantizer(group=64)

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING
 from tclip_jax.models.trits import HISTOGRAM_EDGES, look, trit_metrics
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.record import read_metrics
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.metrics import Telemetry
 
 RULES = (
     (MLP, Quantizer(group=16)),

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.numerics.samples import sample_batch
+from tclip_jax.numerics.inputs import sample_batch
 
 Batch = tuple[np.ndarray, np.ndarray]
 

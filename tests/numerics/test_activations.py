@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.activations import activations_report, record
 from tclip_jax.numerics.golden import Recording

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model
 from tclip_jax.numerics.activations import activations_report, record
 from tclip_jax.numerics.golden import Recording, model_recipe, read_golden, write_golden
 

@@ -6,10 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.images import Preprocess
-from tclip_jax.numerics.inputs import compare_pixels, compare_tokens, inputs_report, plain, plain_image
-from tclip_jax.numerics.samples import sample_images
+from tclip_jax.inference.model import Model
+from tclip_jax.numerics.inputs import compare_pixels, compare_tokens, inputs_report, plain, plain_image, sample_images
 
 
 @pytest.mark.torch

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tclip_jax.numerics.compare import measure
-from tclip_jax.numerics.page import to_html
-from tclip_jax.numerics.report import Report, to_json, to_text
+from tclip_jax.numerics.report import Report, to_html, to_json, to_text
+from tclip_jax.numerics.weights import measure
 
 ONE = np.ones(1000, np.float32)
 

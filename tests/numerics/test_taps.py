@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
 from tclip_jax.numerics.taps import Taps, collect_taps, tap_names
 

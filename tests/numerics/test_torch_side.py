@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tclip_jax.artifacts.model import Model
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.numerics.torch_side import library_of
 

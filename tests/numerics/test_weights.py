@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.inference.model import Model
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, ternary_rules
 from tclip_jax.numerics.weights import compare_weights, weights_report
 from tclip_jax.ternary import Quantizer, TernaryTensor

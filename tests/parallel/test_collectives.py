@@ -14,7 +14,7 @@ from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.ternary import Quantizer
 
 # Five image tokens and seven of text: no weight has such an axis.

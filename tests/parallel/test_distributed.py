@@ -7,10 +7,9 @@ import pytest
 
 from tclip_jax.cli import main
 from tclip_jax.parallel import distributed as module
-from tclip_jax.parallel.distributed import distributed, exit_code, local_gpus
-from tclip_jax.parallel.failures import agreed
+from tclip_jax.parallel.agreement import agreed
+from tclip_jax.parallel.distributed import LostProcess, distributed, exit_code, local_gpus
 from tclip_jax.parallel.processes import Processes
-from tclip_jax.parallel.rendezvous import LostProcess
 
 
 def test_a_single_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.parallel.mesh import (
-    abstract_mesh,
-    batch_sharding,
-    constrain_batch,
-    describe_run,
-    make_mesh,
-    shard_batch,
-)
+from tclip_jax.parallel.mesh import abstract_mesh, batch_sharding, constrain_batch, describe_run, make_mesh, shard_batch
 
 CONFIG = CLIPConfig(
     8,

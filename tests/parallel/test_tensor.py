@@ -13,7 +13,7 @@ from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.ternary import Quantizer
 
 CONFIG = CLIPConfig(

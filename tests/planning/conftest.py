@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from tclip_jax.models.presets import model_cfg
-from tclip_jax.training.config import base_config
+from tclip_jax.runs.config import base_config
 
 # ruff: noqa: E501
 _LOOP = """\

@@ -13,12 +13,12 @@ import pytest
 from tclip_jax.parallel.mesh import AXES, make_mesh
 from tclip_jax.planning.collectives import Collective, carries_activations
 from tclip_jax.planning.compile import activation_sizes, compile_step, count_links, weight_shapes
+from tclip_jax.planning.estimate import StepFacts
 from tclip_jax.planning.hardware import parse_topology
 from tclip_jax.planning.hlo import Array
-from tclip_jax.planning.program import StepFacts
 from tclip_jax.planning.teachers import find_teacher
+from tclip_jax.runs.config import run_config
 from tclip_jax.training.build import Build
-from tclip_jax.training.config import run_config
 
 
 def build_of(config: ml_collections.ConfigDict) -> Build:

@@ -17,14 +17,13 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.planning import child
 from tclip_jax.planning.collectives import Collective
-from tclip_jax.planning.formula import formula_facts
+from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import parse_topology
 from tclip_jax.planning.hlo import Array
 from tclip_jax.planning.plan import Plan, make_plan, plan_text
-from tclip_jax.planning.program import StepFacts
 from tclip_jax.planning.sweep import Point, best, parse_grid
 from tclip_jax.planning.teachers import find_teacher
-from tclip_jax.training.config import run_config
+from tclip_jax.runs.config import run_config
 
 RECIPE = ["plan", "--config", "ternaryclip:Q-ALL", "--topology"]
 H100 = parse_topology("h100:8")

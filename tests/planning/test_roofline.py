@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tclip_jax.planning.collectives import Collective
+from tclip_jax.planning.estimate import Memory, StepFacts
 from tclip_jax.planning.hardware import GPUS, TPUS, Topology, parse_topology
 from tclip_jax.planning.hlo import Array
-from tclip_jax.planning.memory import Memory
-from tclip_jax.planning.program import StepFacts
 from tclip_jax.planning.roofline import assumptions, estimate
 
 MEMORY = Memory(1, 2, 3, 4, 5, 6, 7, 8, 9)

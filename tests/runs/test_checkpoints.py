@@ -14,9 +14,8 @@ import optax
 import pytest
 
 from tclip_jax.runs import checkpoints
-from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint, load_params
+from tclip_jax.runs.checkpoints import CheckpointConfig, Checkpoints, check_checkpoint, load_params
 from tclip_jax.runs.checksums import CheckpointError
-from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.runs.steps import saved_steps
 
 

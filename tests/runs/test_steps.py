@@ -12,9 +12,8 @@ import pytest
 from etils import epath
 
 from tclip_jax.runs import steps as module
-from tclip_jax.runs.checkpoints import Checkpoints
+from tclip_jax.runs.checkpoints import CheckpointConfig, Checkpoints
 from tclip_jax.runs.checksums import CheckpointError
-from tclip_jax.runs.policy import CheckpointConfig
 from tclip_jax.runs.steps import all_steps, first_whole, saved_steps, set_aside, whole_steps
 from tests.runs.test_checksums import folder_of
 

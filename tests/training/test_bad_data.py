@@ -37,7 +37,7 @@ from tclip_jax.data.iterator import TrainIterator
 from tclip_jax.data.sources import remote
 from tclip_jax.training import loop
 from tclip_jax.runs.steps import saved_steps
-from tclip_jax.training.config import base_config
+from tclip_jax.runs.config import base_config
 
 class Store(LocalFileSystem):
     protocol = "store"

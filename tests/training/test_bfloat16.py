@@ -25,12 +25,10 @@ from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.planning.hlo import called, parse_program
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.runs.config import LossConfig, run_config
 from tclip_jax.ternary import Quantizer
 from tclip_jax.training.build import Architecture, Build
-from tclip_jax.training.config import run_config
-from tclip_jax.training.heads import init_heads
-from tclip_jax.training.objective import Encoders, Objective
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.training.objective import Encoders, Objective, init_heads
 
 HALF = (0.5, 0.5, 0.5)
 LOSS = LossConfig(task=1.0, crd=1.0, icl=1.0, fd=2000.0)
@@ -208,7 +206,7 @@ import jax, ml_collections
 from jax.experimental import topologies
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.training.build import Architecture, Build
-from tclip_jax.training.config import run_config
+from tclip_jax.runs.config import run_config
 
 run = run_config(ml_collections.ConfigDict(json.load(sys.stdin)))
 described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")

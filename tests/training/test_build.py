@@ -10,16 +10,16 @@ import ml_collections
 import numpy as np
 import pytest
 
-from tclip_jax.artifacts.model import Model
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
+from tclip_jax.runs.config import run_config
 from tclip_jax.training import build
 from tclip_jax.training.build import Architecture, Build, check_batch
-from tclip_jax.training.config import run_config
 
 
 def described(tree: Any) -> Any:

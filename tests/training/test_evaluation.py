@@ -8,8 +8,8 @@ import pytest
 from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.results import Result
 from tclip_jax.evaluation.runner import Report
+from tclip_jax.runs.config import EvalConfig
 from tclip_jax.training import evaluation
-from tclip_jax.training.config import EvalConfig
 from tclip_jax.training.evaluation import Evaluation, EvaluationError
 
 LOST = {"digits": "no image counts: 99 x unreadable image"}

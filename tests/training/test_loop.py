@@ -19,22 +19,22 @@ from PIL import Image
 
 import tclip_jax
 from tclip_jax.artifacts import pack_params
-from tclip_jax.artifacts.model import Model
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
+from tclip_jax.inference.load import load_run
+from tclip_jax.inference.model import Model
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.checksums import CheckpointError
+from tclip_jax.runs.config import run_config
+from tclip_jax.runs.record import read_metrics
 from tclip_jax.runs.steps import saved_steps
 from tclip_jax.training import loop
 from tclip_jax.training.build import Build
-from tclip_jax.training.config import run_config
 from tclip_jax.training.evaluation import Evaluation
-from tclip_jax.training.journal import Journal
-from tclip_jax.training.phases import Phases
-from tclip_jax.training.restore import load_run
-from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.metrics import Journal, Telemetry
+from tclip_jax.training.timing import Phases
 
 
 def assert_equal_params(a: Any, b: Any) -> None:

@@ -18,12 +18,10 @@ from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh, shard_batch
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import LossConfig, run_config
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.config import run_config
-from tclip_jax.training.heads import init_heads
-from tclip_jax.training.objective import Encoders, Objective
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.training.objective import Encoders, Objective, init_heads
 
 CONFIG = CLIPConfig(
     16, VisionConfig((16, 16), patch_size=8, width=16, layers=1, head_width=8), TextConfig(6, 32, 16, 2, 1)

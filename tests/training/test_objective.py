@@ -13,17 +13,15 @@ from flax.traverse_util import flatten_dict
 
 from tclip_jax.losses import contrastive, distillation
 from tclip_jax.losses.features import hidden_matching, relation_matching
-from tclip_jax.losses.rows import compare, compare_rows
-from tclip_jax.models.blending import blend_params
+from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.layers import blend_params
 from tclip_jax.models.states import apply_with_states
 from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.runs.config import LossConfig
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.heads import init_heads
-from tclip_jax.training.inside import same_depth
-from tclip_jax.training.objective import Encoders, Objective, Seen, check_teacher
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.training.objective import Encoders, Objective, Seen, check_teacher, init_heads, same_depth
 
 VISION, TEXT = VisionConfig((16, 16), patch_size=8, width=16, layers=2, head_width=8), TextConfig(6, 32, 16, 2, 2)
 STUDENT = CLIPConfig(12, VISION, TEXT)

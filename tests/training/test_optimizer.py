@@ -12,15 +12,9 @@ import pytest
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
-from tclip_jax.parallel.rules import path_of
-from tclip_jax.training.config import OptimizerConfig
-from tclip_jax.training.optimizer import (
-    decays,
-    learning_rate_schedule,
-    make_optimizer,
-    moving_average,
-    ternary_share,
-)
+from tclip_jax.parallel.sharding import path_of
+from tclip_jax.runs.config import OptimizerConfig
+from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, moving_average, ternary_share
 
 
 def test_schedule() -> None:

@@ -13,16 +13,14 @@ import jax
 import ml_collections
 import pytest
 
-from tclip_jax.parallel import failures
-from tclip_jax.parallel.failures import Failure
+from tclip_jax.parallel import agreement as failures
+from tclip_jax.parallel.agreement import Failure
+from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import loop
-from tclip_jax.training.batches import Batches
-from tclip_jax.training.journal import Journal
-from tclip_jax.training.notices import INTERRUPTED, RESTART, Notices, Stopped
-from tclip_jax.training.phases import Phases
-from tclip_jax.training.profile import Trace
-from tclip_jax.training.speed import Speed
-from tclip_jax.training.telemetry import Telemetry, read_metrics
+from tclip_jax.training.input import Batches
+from tclip_jax.training.metrics import Journal, Telemetry
+from tclip_jax.training.preemption import INTERRUPTED, RESTART, Notices, Stopped
+from tclip_jax.training.timing import Phases, Speed, Trace
 
 
 def test_signals_are_notices_within_and_what_they_were_without() -> None:

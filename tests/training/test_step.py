@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.losses import contrastive, distillation
-from tclip_jax.losses.rows import compare
+from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
-from tclip_jax.parallel.rules import tree_shardings
+from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.runs.config import LossConfig, OptimizerConfig
 from tclip_jax.ternary import Quantizer, TernaryTensor
-from tclip_jax.training.config import LossConfig, OptimizerConfig
 from tclip_jax.training.objective import Encoders
 from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, moving_average, ternary_share
 from tclip_jax.training.state import TrainState, init_state

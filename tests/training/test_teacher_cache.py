@@ -23,16 +23,14 @@ from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.teacher_cache import MANIFEST, TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.inference.load import load_model
 from tclip_jax.interop.export import export_pytorch
 from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.runs.config import LossConfig, run_config
+from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import loop
-from tclip_jax.training.config import run_config
-from tclip_jax.training.heads import init_heads
-from tclip_jax.training.objective import Encoders, Objective
-from tclip_jax.training.restore import load_model
-from tclip_jax.training.sections import LossConfig
+from tclip_jax.training.objective import Encoders, Objective, init_heads
 from tclip_jax.training.teacher_cache import open_cache, write_cache
-from tclip_jax.training.telemetry import read_metrics
 
 SIZES = {"copies": 2, "batch_size": 700, "file_rows": 1000}
 
@@ -237,8 +235,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 if port != "0":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-from tclip_jax.training.config import run_config
-from tclip_jax.training.restore import read_config
+from tclip_jax.runs.config import run_config
+from tclip_jax.runs.config import read_config
 from tclip_jax.training.teacher_cache import write_cache
 write_cache(out, read_config(root), root, copies=2, batch_size=8, file_rows=100)
 """

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tclip_jax.training import watchdog
-from tclip_jax.training.phases import Phases
+from tclip_jax.training.timing import Phases
 from tclip_jax.training.watchdog import Heartbeat, Watchdog, described, slowest
 
 

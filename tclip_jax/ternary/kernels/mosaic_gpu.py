@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tclip_jax.ternary.kernels import k_axis
+from tclip_jax.ternary.kernels import layout as k_axis
 from tclip_jax.ternary.kernels.reference import quantize_activations
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "mosaic_gpu"
 

@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.ternary.device import traced_device
-from tclip_jax.ternary.kernels import k_axis, word_order
-from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST, vmem
+from tclip_jax.ternary.kernels import layout as k_axis
+from tclip_jax.ternary.kernels import layout as word_order
+from tclip_jax.ternary.kernels.layout import DEVICES, SMALLEST, Order, vmem
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
-from tclip_jax.ternary.kernels.word_order import Order
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, traced_device
 
 NAME = "mosaic_tpu"
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from tclip_jax.ternary.kernels import k_axis, mosaic_tpu, word_order
-from tclip_jax.ternary.kernels.block_sizes import DEVICES
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.kernels import layout as k_axis
+from tclip_jax.ternary.kernels import layout as word_order
+from tclip_jax.ternary.kernels import mosaic_tpu
+from tclip_jax.ternary.kernels.layout import DEVICES
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
 
 NAME = "mosaic_tpu_int8"
 

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.rows import narrow_scale
-from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+from tclip_jax.ternary.packing import narrow_scale
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "native_cpu"
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"

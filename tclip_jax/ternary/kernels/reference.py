@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.products import sum_products
-from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+from tclip_jax.ternary.sums import sum_products
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "reference"
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tclip_jax.ternary.kernels.block_sizes import FEW_ROWS, Device, block_sizes
-from tclip_jax.ternary.kernels.word_order import BLOCK, Order, unpack_step
+from tclip_jax.ternary.kernels.layout import BLOCK, FEW_ROWS, Device, Order, block_sizes, unpack_step
 
 
 def tpu_dot(

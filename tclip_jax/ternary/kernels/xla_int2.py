@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.ternary.kernels.reference import quantize_activations
-from tclip_jax.ternary.packed import Activations, PackedTensor
-from tclip_jax.ternary.tensor import TernaryTensor, expand_scale
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "xla_int2"
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tclip_jax.ternary.kernels import k_axis, mosaic_tpu, mosaic_tpu_int8
-from tclip_jax.ternary.kernels.block_sizes import DEVICES, SMALLEST
+from tclip_jax.ternary.kernels import layout as k_axis
+from tclip_jax.ternary.kernels import mosaic_tpu, mosaic_tpu_int8
+from tclip_jax.ternary.kernels.layout import DEVICES, SMALLEST
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
 from tclip_jax.ternary.tensor import TernaryTensor

@@ -1,0 +1,1 @@
+"""Tools that make data sets and look at them."""

@@ -1,0 +1,196 @@
+"""A CLIP to use: images and texts in, embeddings out, and a fingerprint of what they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from etils import epath
+from PIL import Image
+
+from tclip_jax.artifacts.files import check_size
+from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
+from tclip_jax.artifacts.pack import repack_leaf, repack_params
+from tclip_jax.data.images import Preprocess, normalize, preprocess
+from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.models.clip import CLIP
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.ternary.tensor import Activations, PackedTensor
+
+Embeddings = npt.NDArray[np.float32]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _forward(model: CLIP, params: Any, batch: jax.Array, method: str) -> Any:
+    # The parameters are an argument: captured, they would be copied into the program as constants.
+    return model.apply({"params": params}, batch, method=method)
+
+
+def _return_freed_memory() -> None:
+    """Gives the system back what was freed: glibc keeps more of it than a packed model takes, for later."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _return_memory_of_compiling(model: CLIP, shape: tuple[int, ...], method: str) -> None:
+    """As `_return_freed_memory`, once for each program."""
+    _return_freed_memory()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """Parameters with all that is needed to apply them; models of one shape share their compiled encoders.
+
+    Attributes:
+      config: the shape of both towers.
+      preprocess: how an image becomes the model's input.
+      params: parameter tree, packed (`PackedTensor` or `TernaryTensor` leaves) or latent floats; on the default device.
+      rules: which latent floats are to be fake-quantized; none of a packed model.
+    """
+
+    config: CLIPConfig
+    preprocess: Preprocess
+    params: Any = dataclasses.field(repr=False)
+    rules: TernaryRules = ()
+
+    def __post_init__(self) -> None:
+        # What is on devices stays: those of other processes cannot be put anywhere.
+        placed = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), self.params)
+        object.__setattr__(self, "params", placed)
+
+    @classmethod
+    def load(
+        cls, folder: epath.PathLike, *, implementation: str | None = None, activations: Activations = "A16"
+    ) -> Model:
+        """The model of an artifact, packed for this device as by `repacked`.
+
+        Raises:
+          ArtifactError: a folder that is not a whole artifact.
+          ValueError: an implementation that cannot run here.
+        """
+        pack = functools.partial(repack_leaf, implementation=implementation, activations=activations)
+        # Leaf by leaf: all trits at once, a byte each, are three times what the packed model takes.
+        artifact = read_artifact(folder, lambda leaf: jax.device_put(pack(leaf)))
+        _return_freed_memory()
+        # Its rules stay behind: what they made is packed, and a stranger's regexes are not run.
+        return cls(artifact.config, artifact.preprocess, artifact.params)
+
+    def repacked(self, *, implementation: str | None = None, activations: Activations = "A16") -> Model:
+        """The same model with its trits in the bytes that this device multiplies by; others stay as they are.
+
+        Args:
+          implementation: of the ternary product, see `tclip_jax.ternary.kernels`; None: the best for this device.
+          activations: "A16" gives the embeddings of the fake-quantized model; "A8" rounds the activations of each token
+            to int8, which is faster and moves embeddings by about 1e-3 in cosine.
+        """
+        params = repack_params(self.params, implementation=implementation, activations=activations)
+        return dataclasses.replace(self, params=params)
+
+    @property
+    def activations(self) -> Activations:
+        """How packed weights are multiplied; "A16", as they are, of weights that are not packed."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
+        return "A8" if any(isinstance(leaf, PackedTensor) and leaf.activations == "A8" for leaf in leaves) else "A16"
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the parameter: what cosine similarities are multiplied by before the softmax."""
+        return math.exp(self.params["logit_scale"])
+
+    def encode_image(
+        self, images: Image.Image | Sequence[Image.Image] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
+    ) -> Embeddings:
+        """L2-normalised embeddings (N, embed_dim) float32 of PIL images, or of normalised float pixels (N, H, W, 3).
+
+        Raises:
+          ValueError: an array that is not of that shape and kind.
+        """
+        if isinstance(images, np.ndarray | jax.Array):
+            pixels = self._checked_pixels(images)
+            return self._batched("encode_image", len(pixels), batch_size, lambda part: pixels[part])
+        pictures = [images] if isinstance(images, Image.Image) else images
+        return self._batched("encode_image", len(pictures), batch_size, lambda part: self._prepared(pictures[part]))
+
+    def encode_text(
+        self, texts: str | Sequence[str] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
+    ) -> Embeddings:
+        """L2-normalised embeddings (N, embed_dim) float32 of texts, or of integer tokens (N, context_length).
+
+        Raises:
+          ValueError: tokens that are not of that shape and kind, or not in the model's vocabulary.
+        """
+        raw = texts if isinstance(texts, np.ndarray | jax.Array) else Tokenizer(self.config.text.context_length)(texts)
+        tokens = self._checked_tokens(raw)
+        return self._batched("encode_text", len(tokens), batch_size, lambda part: tokens[part])
+
+    def _batched(
+        self, method: str, count: int, batch_size: int, load: Callable[[slice], npt.NDArray[Any]]
+    ) -> Embeddings:
+        """Encodes `count` inputs in batches padded to `batch_size`, or for fewer inputs to the next power of two."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
+        size = min(batch_size, 1 << max(count - 1, 0).bit_length())
+        encoder = CLIP(self.config, self.rules)
+        embeddings = np.empty((count, self.config.embed_dim), np.float32)
+        for start in range(0, count, size):
+            batch = load(slice(start, min(start + size, count)))
+            padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
+            embeddings[start : start + size] = np.asarray(_forward(encoder, self.params, padded, method))[: len(batch)]
+            _return_memory_of_compiling(encoder, padded.shape, method)
+        return embeddings
+
+    def _prepared(self, pictures: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        pixels = np.stack([preprocess(picture, self.preprocess) for picture in pictures])
+        return normalize(pixels, self.preprocess.mean, self.preprocess.std)
+
+    def _checked_pixels(self, images: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.float32]:
+        expected = (*self.config.vision.image_size, 3)
+        if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, np.floating):
+            kind = f"{images.dtype} {images.shape}"
+            raise ValueError(f"images are {kind}: they must be normalised floats (N, {', '.join(map(str, expected))})")
+        return np.asarray(images, np.float32)
+
+    def _checked_tokens(self, texts: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.int32]:
+        length, vocabulary = self.config.text.context_length, self.config.text.vocab_size
+        if texts.ndim != 2 or texts.shape[1] != length or not np.issubdtype(texts.dtype, np.integer):
+            raise ValueError(f"tokens are {texts.dtype} {texts.shape}: they must be integers (N, {length})")
+        tokens = np.asarray(texts)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}: the model's are 0 to {vocabulary - 1}")
+        return tokens.astype(np.int32)
+
+
+def fingerprint(model: Model, path: epath.PathLike) -> str:
+    """32 hexadecimal digits that change with anything that changes embeddings: parameters, rules, preprocessing.
+
+    Those of an artifact follow from its checksums, and are the same on every device and for every way of packing.
+
+    Args:
+      path: where the model was loaded from.
+    """
+    manifest = epath.Path(path) / MANIFEST
+    if manifest.exists():
+        check_size(manifest, MAX_MANIFEST_BYTES)
+        fields = parse_manifest(manifest.read_bytes())
+        contents = [fields[key] for key in ("model_cfg", "preprocess_cfg", "tensors")]
+        return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{model!r} {jax.tree.structure(model.params)}".encode(), digest_size=16)
+    for leaf in jax.tree.leaves(model.params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

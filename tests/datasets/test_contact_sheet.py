@@ -1,0 +1,48 @@
+"""The page of a batch: its pixels as they are, its captions as the tokens spell them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tclip_jax import cli
+from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.datasets.contact_sheet import contact_sheet
+
+
+def pictures(page: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
+
+
+def test_the_page_shows_pixels_and_captions() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    tokens = Tokenizer(8)(["A <b>dog</b>", "a very long caption that is cut at some place", ""])
+    page = contact_sheet("<title>", {"image": image, "tokens": tokens, "weight": np.array([1, 1, 0])}, [("seed", "3")])
+    for shown, given in zip(pictures(page), image, strict=True):
+        np.testing.assert_array_equal(shown, given)
+    assert "a &lt; b &gt; dog" in page and "<b>dog" not in page and "&lt;title&gt;" in page
+    assert "8 tokens" in page and "bad: weight 0" in page and "<td>seed</td><td>3</td>" in page
+    assert "captions that fill all 8 tokens</td><td>100.0%" in page
+
+
+def test_the_command_shows_the_first_samples_of_the_run(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheets = []
+    for count in (4, 6):
+        command = ["data", "show", "--config", "quickstart:student", "--count", str(count)]
+        assert cli.main([*command, "--out", str(tmp_path / f"{count}.html")]) == 0
+        sheets.append(pictures((tmp_path / f"{count}.html").read_text()))
+    assert [len(sheet) for sheet in sheets] == [4, 6]
+    for short, long in zip(*sheets, strict=False):
+        np.testing.assert_array_equal(short, long)
+    assert "6 samples of digits, 0 of weight 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["data", "show", "--config", "quickstart:student", "--count", "0", "--out", "x"])

@@ -1,0 +1,216 @@
+"""A step of a run by its name: the newest, the best, a number, the average of the weights."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from etils import epath
+
+import tclip_jax
+from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.cli import main
+from tclip_jax.inference.load import load_model, load_run
+from tclip_jax.runs.checksums import CheckpointError, write_checksums
+from tclip_jax.runs.steps import saved_steps
+from tclip_jax.training import loop
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_best_step_also_over_a_restart(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved by evaluation; and where a run ended between a checkpoint and its evaluation, that is made up for."""
+    accuracies = {2: 0.3, 4: 0.8, 6: 0.1, 8: 0.2}
+    evaluated: list[int] = []
+
+    class Fake:
+        def __init__(self, _: Any) -> None: ...
+
+        def is_due(self, step: int, steps: int) -> bool:
+            return step % 2 == 0
+
+        def is_among(self, names: Any) -> bool:
+            return "zero_shot_accuracy" in names
+
+        def __call__(self, model: Any, mesh: Any) -> dict[str, float]:
+            step = 2 * len(set(evaluated)) + 2
+            if step == 6 and 6 not in evaluated and not resumed:
+                raise KeyboardInterrupt
+            evaluated.append(step)
+            return {"zero_shot_accuracy": accuracies[step]}
+
+    resumed = False
+    monkeypatch.setattr(loop, "Evaluation", Fake)
+    config.checkpoint.update({"every": 100, "keep": 1, "keep_best": 1})
+    config.eval.source = "digits"
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 6]
+    resumed = True
+    loop.train(config, tmp_path / "run")
+    assert evaluated == [2, 4, 6, 8] and saved_steps(tmp_path / "run" / "checkpoints") == [4, 8]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["zero_shot_accuracy"]) for line in lines if "loss" not in line] == [*accuracies.items()]
+    data = tmp_path / "run" / "checkpoints" / "8" / "data"
+    for place, said in (
+        ('{"next_index": 3}', "is {'next_index': 3} where"),
+        ("{", "Expecting"),
+        (None, "No such file"),
+    ):
+        (data / "metadata").write_text(place) if place else (data / "metadata").unlink()
+        write_checksums(epath.Path(data.parent))  # so that it is whole, and wrong
+        with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{said}"):
+            loop.train(config, tmp_path / "run")
+    # Any command can name the best, or a step; a folder of that name comes first.
+    assert [load_run(f"{tmp_path}/run{which}")[0] for which in ("", "@best", "@4", "@8")] == [8, 4, 4, 8]
+    best, fourth = (load_model(f"{tmp_path}/run@{which}").params for which in ("best", "4"))
+    jax.tree.map(np.testing.assert_array_equal, best, fourth)
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: no step 6 is saved there: 4, 8"):
+        load_run(f"{tmp_path}/run@6")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"run: metrics.jsonl has zero_shot_accuracy of none of the saved steps"):
+        load_run(f"{tmp_path}/run@best")
+    (tmp_path / "run").rename(tmp_path / "run@4")
+    assert load_run(f"{tmp_path}/run@4")[0] == 8
+
+
+@pytest.mark.slow
+def test_the_average_of_a_step_can_be_named(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.steps, config.optimizer.ema_decay = 3, 0.25
+    config.checkpoint.update({"every": 1, "keep": 3})
+    loop.train(config, tmp_path / "run")
+    second, third, before, average, newest = (
+        load_model(f"{tmp_path}/run@{which}").params for which in ("2", "3", "2-average", "3-average", "average")
+    )
+    jax.tree.map(np.testing.assert_array_equal, average, newest)
+    jax.tree.map(
+        # Of n updates Σ dⁿ⁻ⁱ wᵢ / Σ dⁿ⁻ⁱ: that of two has d + d² of the weights of three.
+        lambda old, new, now: np.testing.assert_allclose(now, (0.3125 * old + new) / 1.3125, rtol=1e-5, atol=1e-7),
+        before,
+        third,
+        average,
+    )
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, second)), strict=True))
+    assert main(["pack", f"{tmp_path}/run@2-average", "--out", f"{tmp_path}/artifact"]) == 0
+    packed = read_artifact(tmp_path / "artifact").params["logit_scale"]
+    np.testing.assert_allclose(packed, before["logit_scale"], rtol=1e-3)
+    assert json.loads((tmp_path / "artifact" / "tclip.json").read_text())["provenance"]["average"] is True
+    (tmp_path / "run" / "checkpoints" / "3" / "average").rename(tmp_path / "average")
+    write_checksums(epath.Path(tmp_path) / "run" / "checkpoints" / "3")
+    with pytest.raises(CheckpointError, match=r"checkpoints/3: no average is there: config.optimizer.ema_decay keeps"):
+        load_run(f"{tmp_path}/run@average")
+    assert "lean towards the initial weights" not in caplog.text
+    (tmp_path / "run" / "history.jsonl").unlink()
+    load_run(f"{tmp_path}/run@2-average")
+    assert "run: an older version trained it, whose averages lean towards the initial weights" in caplog.text
+
+
+SAID = "checkpoints/3 has no checksums.json: it was not copied to its end"
+
+
+MADE: dict[str, pathlib.Path] = {}
+
+
+@pytest.fixture
+def cut_short(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """A run with the whole steps 1 and 2, and a copy of step 2 as step 3, which ended before its checksums."""
+    config.steps = 2
+    config.checkpoint.update({"every": 1, "keep": 2})
+    if not MADE:  # trained once
+        MADE["run"] = tmp_path_factory.mktemp("made") / "run"
+        loop.train(config, MADE["run"])
+    shutil.copytree(MADE["run"], tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    shutil.copytree(steps / "2", steps / "3", ignore=shutil.ignore_patterns("checksums.json"))
+    return tmp_path / "run"
+
+
+def test_whoever_reads_a_run_takes_the_newest_whole_step_and_says_so(
+    cut_short: pathlib.Path,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = str(cut_short)
+
+    def took_step_2() -> bool:
+        lines = [line for line in caplog.messages if SAID in line]
+        caplog.clear()
+        return bool(lines) and all(line.endswith("reading step 2 instead") for line in lines)
+
+    assert main(["pack", run, "--out", f"{tmp_path}/artifact"]) == 0 and took_step_2()
+    assert json.loads((tmp_path / "artifact" / "tclip.json").read_text())["provenance"]["step"] == 2
+    assert main(["verify", f"{tmp_path}/artifact", run]) == 0 and took_step_2()
+    assert main(["export", run, "--to", "open_clip", "--out", f"{tmp_path}/export"]) == 0 and took_step_2()
+    assert main(["compare", "weights", run, f"{tmp_path}/artifact"]) in (0, 1) and took_step_2()
+    assert main(["evaluate", run, "--data", "digits"]) == 0 and took_step_2()
+    jax.tree.map(np.testing.assert_array_equal, tclip_jax.load(run).params, load_model(f"{run}@2").params)
+    assert took_step_2()
+    # The step itself is refused, and where none is whole everybody says so in one line.
+    assert main(["pack", f"{run}@3", "--out", f"{tmp_path}/never"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("tclip pack: error: ") and SAID in line and not (tmp_path / "never").exists()
+    for step in (1, 2):
+        (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
+    with pytest.raises(CheckpointError, match=rf"{SAID}.*; .*2 has no commit_success.txt.*; .*1 has no commit_success"):
+        tclip_jax.load(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["init", "teacher", "inherit"])
+def test_a_run_that_starts_from_another_takes_its_newest_whole_step(
+    key: str, cut_short: pathlib.Path, config: ml_collections.ConfigDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    config[key], config.loss.crd = str(cut_short), float(key == "teacher")
+    loop.train(config, cut_short.parent / key)
+    assert any(SAID in line and line.endswith("reading step 2 instead") for line in caplog.messages)
+    for step in (1, 2):
+        (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
+    with pytest.raises(CheckpointError, match=SAID):
+        loop.train(config, cut_short.parent / f"{key} again")
+
+
+def test_the_best_is_the_best_whole_one(cut_short: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[dict[str, Any]] = [{"step": step, "zero_shot_accuracy": step / 10} for step in (1, 2, 3)]
+    (cut_short / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert load_run(f"{cut_short}@best")[0] == 2 and "3 has no checksums.json" in caplog.text
+    assert load_run(cut_short)[0] == 2
+
+
+def test_training_goes_on_from_the_whole_step(
+    cut_short: pathlib.Path, config: ml_collections.ConfigDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.steps = 4
+    loop.train(config, cut_short)
+    assert "3 has no checksums.json" in caplog.text and "renamed to 3.damaged; going on from step 2" in caplog.text
+    assert saved_steps(cut_short / "checkpoints") == [3, 4]
+    steps = [json.loads(line)["step"] for line in (cut_short / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    for step in (3, 4):
+        (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints: no step is whole: .*; to start anew, remove that folder"):
+        loop.train(config, cut_short)
+
+
+def test_an_artifact_is_loaded_without_orbax_and_training(artifact: pathlib.Path) -> None:
+    program = (
+        "import sys, tclip_jax; tclip_jax.load(sys.argv[1]).encode_text('a cat'); "
+        "print(*(name for name in sys.modules if name.startswith(('orbax', 'tclip_jax.runs', 'tclip_jax.training'))))"
+    )
+    given = [sys.executable, "-c", program, str(artifact)]
+    assert subprocess.run(given, check=True, capture_output=True, text=True).stdout.split() == []

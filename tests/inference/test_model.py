@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tclip_jax.artifacts import write_artifact
+from tclip_jax.artifacts.pack import flatten
+from tclip_jax.data import images
+from tclip_jax.data.images import Preprocess
+from tclip_jax.inference.model import Model, _forward
+from tclip_jax.models.clip import CLIP
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary.kernels import kernel
+
+Tree = dict[str, Any]
+RNG = np.random.default_rng(0)
+PIXELS = RNG.normal(size=(5, 16, 16, 3)).astype(np.float32)
+TOKENS = RNG.integers(0, 50, (5, 6))
+
+
+@pytest.fixture(scope="module")
+def packed_model(model_config: CLIPConfig, preprocess: Preprocess, packed: Tree) -> Model:
+    return Model(model_config, preprocess, packed)
+
+
+@pytest.fixture(scope="module")
+def fake_quantized(model_config: CLIPConfig, preprocess: Preprocess, latent: Tree, rules: TernaryRules) -> Model:
+    return Model(model_config, preprocess, latent, rules)
+
+
+def test_packed_and_fake_quantized_models_agree_to_the_bit(packed_model: Model, fake_quantized: Model) -> None:
+    np.testing.assert_array_equal(packed_model.encode_image(PIXELS), fake_quantized.encode_image(PIXELS))
+    np.testing.assert_array_equal(packed_model.encode_text(TOKENS), fake_quantized.encode_text(TOKENS))
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "xla_int8"])
+def test_repacked_models_equal_the_fake_quantized_one(
+    packed_model: Model, fake_quantized: Model, implementation: str | None
+) -> None:
+    repacked = packed_model.repacked(implementation=implementation)
+    leaves = flatten(repacked.params)
+    assert not [path for path, leaf in leaves.items() if isinstance(leaf, TernaryTensor)]
+    for path, leaf in flatten(packed_model.params).items():
+        if isinstance(leaf, TernaryTensor) and leaf.axis == -2:
+            np.testing.assert_array_equal(kernel(leaves[path].layout).unpack(leaves[path]), leaf.dequantize())
+    rounded = packed_model.repacked(implementation=implementation, activations="A8")
+    for method, inputs in (("encode_image", PIXELS), ("encode_text", TOKENS)):
+        expected = getattr(fake_quantized, method)(inputs)
+        np.testing.assert_allclose(getattr(repacked, method)(inputs), expected, rtol=0, atol=1e-5)
+        found = getattr(rounded, method)(inputs)
+        assert np.abs(found - expected).max() > 0 and (found * expected).sum(axis=1).min() >= 0.999
+
+
+def test_rules_matter(model_config: CLIPConfig, preprocess: Preprocess, latent: Tree, fake_quantized: Model) -> None:
+    unquantized = Model(model_config, preprocess, latent)
+    assert np.abs(unquantized.encode_image(PIXELS) - fake_quantized.encode_image(PIXELS)).max() > 0.01
+
+
+@pytest.mark.parametrize("rest_dtype", ["float32", "float16"])
+def test_a_loaded_model_equals_the_written_one(
+    packed_model: Model, packed: Tree, rules: TernaryRules, tmp_path: pathlib.Path, rest_dtype: Any
+) -> None:
+    described = {"config": packed_model.config, "preprocess": packed_model.preprocess, "rules": rules}
+    write_artifact(tmp_path / "a", **described, params=packed, rest_dtype=rest_dtype)
+    loaded = Model.load(tmp_path / "a", implementation="reference")
+    tolerance = 0 if rest_dtype == "float32" else 2e-3
+    np.testing.assert_allclose(loaded.encode_image(PIXELS), packed_model.encode_image(PIXELS), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(loaded.encode_text(TOKENS), packed_model.encode_text(TOKENS), rtol=0, atol=tolerance)
+    assert loaded.logit_scale == packed_model.logit_scale == pytest.approx(np.exp(np.float64(packed["logit_scale"])))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_embeddings_do_not_depend_on_batches(packed_model: Model, count: int, batch_size: int) -> None:
+    found = packed_model.encode_image(PIXELS[:count], batch_size=batch_size)
+    assert found.shape == (count, 8)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(found, packed_model.encode_image(PIXELS)[:count], atol=1e-6)
+    text = packed_model.encode_text(TOKENS[:count], batch_size=batch_size)
+    np.testing.assert_allclose(text, packed_model.encode_text(TOKENS)[:count], atol=1e-6)
+
+
+def test_one_batch_size_compiles_once(packed_model: Model, packed: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, encode = [], CLIP.encode_image
+
+    def encode_image(self: CLIP, batch: jax.Array) -> jax.Array:
+        traced.append(batch.shape)
+        return encode(self, batch)
+
+    monkeypatch.setattr(CLIP, "encode_image", encode_image)
+    other = Model(packed_model.config, packed_model.preprocess, packed)
+    for count in (6, 5, 4):
+        packed_model.encode_image(np.resize(PIXELS, (count, 16, 16, 3)), batch_size=3)
+        other.encode_image(np.resize(PIXELS, (count, 16, 16, 3)), batch_size=3)
+    assert traced == [(3, 16, 16, 3)]
+
+
+def test_parameters_are_arguments_of_the_program(packed_model: Model) -> None:
+    encoder = CLIP(packed_model.config)
+    program = jax.make_jaxpr(_forward, static_argnums=(0, 3))(encoder, packed_model.params, PIXELS, "encode_image")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(packed_model.params))
+    assert sum(np.size(constant) for constant in program.consts) < parameters / 100
+
+
+def test_pictures_are_prepared_as_the_model_asks(packed_model: Model) -> None:
+    pictures = [Image.fromarray(RNG.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(3)]
+    pixels = np.stack([images.preprocess(picture, packed_model.preprocess) for picture in pictures])
+    expected = packed_model.encode_image(images.normalize(pixels, images.OPENAI_MEAN, images.OPENAI_STD))
+    np.testing.assert_array_equal(packed_model.encode_image(pictures), expected)
+    np.testing.assert_allclose(packed_model.encode_image(pictures[0])[0], expected[0], atol=1e-6)
+
+
+def test_texts_are_tokenized(model_config: CLIPConfig, preprocess: Preprocess, latent: Tree) -> None:
+    table = RNG.normal(size=(49408, 16)).astype(np.float32)
+    text = {**latent["text"], "token_embedding": {"embedding": table}}
+    whole = CLIPConfig.from_open_clip(
+        {**model_config.to_open_clip(), "text_cfg": {**model_config.to_open_clip()["text_cfg"], "vocab_size": 49408}}
+    )
+    model = Model(whole, preprocess, {**latent, "text": text})
+    expected = model.encode_text(np.array([[49406, 320, 1929, 49407, 0, 0]]))
+    np.testing.assert_array_equal(model.encode_text("a dog"), expected)
+    np.testing.assert_allclose(model.encode_text(["a cat", "A  dog"])[1:], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((1, 16, 16, 3), np.uint8), r"images are uint8 \(1, 16, 16, 3\): they must be normalised floats"),
+        (np.zeros((16, 16, 3)), r"images are float64 \(16, 16, 3\): .* \(N, 16, 16, 3\)"),
+        (np.zeros((1, 3, 16, 16)), r"images are float64 \(1, 3, 16, 16\)"),
+    ],
+)
+def test_arrays_that_are_not_images_are_refused(packed_model: Model, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        packed_model.encode_image(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((1, 6)), r"tokens are float64 \(1, 6\): they must be integers \(N, 6\)"),
+        (np.zeros((1, 5), int), r"tokens are int64 \(1, 5\)"),
+        (np.full((1, 6), 50), "tokens are 50 to 50: the model's are 0 to 49"),
+        (np.full((1, 6), -1), "tokens are -1 to -1"),
+        ("a dog", "tokens are 0 to 49407: the model's are 0 to 49"),
+    ],
+)
+def test_what_is_not_tokens_of_the_model_is_refused(packed_model: Model, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        packed_model.encode_text(given)
+
+
+def test_batch_size_is_positive(packed_model: Model) -> None:
+    with pytest.raises(ValueError, match=r"^batch_size is 0: it must be 1 or more"):
+        packed_model.encode_text(TOKENS, batch_size=0)

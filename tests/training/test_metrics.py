@@ -1,0 +1,235 @@
+"""What is written of a run, once for each step however often it was interrupted."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import os
+import pathlib
+import struct
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from tclip_jax.models.trits import HISTOGRAM_EDGES
+from tclip_jax.runs.record import read_metrics
+from tclip_jax.training import metrics as telemetry
+from tclip_jax.training.metrics import EventFile, Telemetry
+
+PARTS, ZERO = ("zeros", "flips", "scale", "drift", "saturated"), np.zeros(1)
+
+
+def open_at(workdir: pathlib.Path, first_step: int = 0, steps: int = 9) -> Telemetry:
+    """Telemetry of a process of its own: TensorBoard's files are named by the second."""
+    for number, path in enumerate(sorted((workdir / "tensorboard").glob("events.*.[!0-9]*"))):
+        path.rename(path.with_name(f"events.out.tfevents.{number}.old"))
+    return Telemetry(workdir, first_step=first_step, steps=steps, title="student")
+
+
+def interrupted_and_resumed(workdir: pathlib.Path, checkpoint: int) -> None:
+    """Steps 1–4, a crash, and steps from the checkpoint on to 6, told apart by their loss."""
+    with open_at(workdir) as run:
+        for step in range(1, 5):
+            run.write(step, {"loss": float(step)})
+    with open_at(workdir, checkpoint) as run:
+        for step in range(checkpoint + 1, 7):
+            run.write(step, {"loss": 10.0 * step})
+
+
+def events(path: pathlib.Path) -> Iterator[Event]:
+    """The events of a TensorBoard file: records of length, its checksum, data, its checksum."""
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def shown(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
+    """Scalars that TensorBoard shows: a start at a step hides what older files say of that step and later ones."""
+    kept: list[tuple[int, str, float]] = []
+    for event in itertools.chain.from_iterable(map(events, sorted((workdir / "tensorboard").iterdir()))):
+        if event.session_log.status == SessionLog.START:
+            kept = [scalar for scalar in kept if scalar[0] < event.step]
+        kept += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return kept
+
+
+def test_each_call_is_a_line_of_json(tmp_path: pathlib.Path) -> None:
+    with open_at(tmp_path) as run:
+        run.write(1, {"loss": jnp.float32(0.5), "learning_rate": np.float32(0.25), "bad_samples": 0})
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1  # at once, not at the end
+        run.write(2, {"loss": 0.25})
+        run.write(2, {"zero_shot_accuracy": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 0.5, "learning_rate": 0.25, "bad_samples": 0.0},
+        {"step": 2, "loss": 0.25},
+        {"step": 2, "zero_shot_accuracy": 1.0},
+    ]
+    assert read_metrics(tmp_path) == lines
+    assert shown(tmp_path) == [
+        (1, "loss", 0.5),
+        (1, "learning_rate", 0.25),
+        (1, "bad_samples", 0.0),
+        (2, "loss", 0.25),
+        (2, "zero_shot_accuracy", 1.0),
+    ]
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1, 3, 4])
+def test_on_resuming_each_step_is_there_once(checkpoint: int, tmp_path: pathlib.Path) -> None:
+    interrupted_and_resumed(tmp_path, checkpoint)
+    losses = [(step, step if step <= checkpoint else 10 * step) for step in range(1, 7)]
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == losses
+    assert [(step, value) for step, _, value in shown(tmp_path)] == losses
+
+
+@pytest.mark.parametrize("checkpoint", [0, 3])
+def test_tensorboard_itself_shows_each_step_once(checkpoint: int, tmp_path: pathlib.Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    interrupted_and_resumed(tmp_path, checkpoint)
+    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [
+        (step, step if step <= checkpoint else 10 * step) for step in range(1, 7)
+    ]
+
+
+def test_a_last_line_that_was_cut_is_left_out_and_written_over(tmp_path: pathlib.Path) -> None:
+    whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
+    for cut in range(len(whole) + 1):
+        (tmp_path / "metrics.jsonl").write_text(whole[:cut])
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2][: whole[:cut].count("\n")]
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 3, "lo')
+    with open_at(tmp_path, first_step=2) as run:
+        run.write(3, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 3, "loss": 1.0}\n'
+
+
+def test_a_run_that_wrote_nothing_has_no_metrics(tmp_path: pathlib.Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_an_error_leaves_what_was_written(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_at(tmp_path) as run:
+        run.write(1, {"loss": 1.0})
+        raise KeyboardInterrupt
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1] and len(shown(tmp_path)) == 1
+
+
+def test_an_object_store_has_all_lines_at_the_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "is_local", lambda path: False)
+    with open_at(tmp_path) as run:
+        for step in range(1, 1003):
+            run.write(step, {"loss": 1.0})
+            assert len(read_metrics(tmp_path)) == (1000 if step >= 1000 else 0)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 1003))
+
+
+def test_no_bar_where_stderr_is_no_terminal(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_at(tmp_path) as run:
+        run.write(1, {"loss": 1.0})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_sees_a_bar(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with open_at(tmp_path, first_step=3) as run:
+        run.write(9, {"loss": 1.0})
+    assert "student:  33%" in terminal.getvalue() and "3/9" in terminal.getvalue()
+    assert "9/9" in terminal.getvalue() and "loss 1.000" in terminal.getvalue()
+
+
+def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry.jax, "process_index", lambda: 1)
+    with open_at(tmp_path) as run:
+        run.write(1, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_holds_no_nan(tmp_path: pathlib.Path) -> None:
+    with open_at(tmp_path) as run:
+        run.write(1, {"loss": float("nan"), "gradient_norm": jnp.inf, "learning_rate": 0.5})
+        run.write_trits(
+            1, {"a": {"histogram": np.full((1, len(HISTOGRAM_EDGES)), np.nan), **dict.fromkeys(PARTS, ZERO)}}
+        )
+        run.sync()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text.splitlines()[0]) == {"step": 1, "loss": None, "gradient_norm": None, "learning_rate": 0.5}
+    assert (1, "learning_rate", 0.5) in shown(tmp_path) and not [each for each in shown(tmp_path) if each[1] == "loss"]
+
+
+def test_weights_and_biases(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"first_step": 0, "steps": 9, "title": "student", "wandb_project": "p"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"config\.wandb_project is 'p': it needs wandb \(pip install wandb\)"):
+        Telemetry(tmp_path, **given)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    calls: list[Any] = []
+
+    class Fake(types.ModuleType):
+        def init(self, **options: Any) -> Fake:
+            calls.append(options)
+            return self
+
+        def log(self, scalars: Any, step: int) -> None:
+            calls.append((step, scalars))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake("wandb"))
+    for _ in range(2):
+        with Telemetry(tmp_path, **given, config={"seed": 3}) as run:
+            run.write(1, {"loss": 0.5})
+    first, again = calls[:3], calls[3:]
+    assert first == again and first[1:] == [(1, {"loss": 0.5}), 0]
+    assert first[0].items() >= {"project": "p", "name": "student", "resume": "allow", "config": {"seed": 3}}.items()
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("part", ["_append", "EventFile.scalar", "EventFile.flush"])
+def test_a_full_disk_is_kept_for_all_processes_and_ends_the_run(
+    part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(OSError, match="No space left on device"), open_at(tmp_path) as run:
+        run.write(1, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            at = EventFile if part.startswith("EventFile") else Telemetry
+            patch.setattr(at, part.rpartition(".")[2], full)
+            run.write(2, {"loss": 1.0})
+            run.sync()
+            assert run.failure.error is not None and "No space left on device" in caplog.text
+        run.write(3, {"loss": 1.0})
+        run.write_trits(3, {})
+        run.sync()
+    assert [line["step"] for line in read_metrics(tmp_path)] in ([1], [1, 2])  # and nothing after what failed
+
+
+def test_the_error_of_a_run_comes_before_what_fails_on_leaving(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = EventFile.close
+
+    def failing(self: EventFile) -> None:
+        close(self)
+        full()
+
+    monkeypatch.setattr(EventFile, "close", failing)
+    with pytest.raises(ValueError, match="the run's own"), open_at(tmp_path) as run:
+        raise ValueError("the run's own")
+    assert run.failure.error is not None
