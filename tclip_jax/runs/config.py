@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_collections
 from etils import epath
@@ -15,6 +15,7 @@ from etils import epath
 from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.prompts import get_templates
+from tclip_jax.losses.registry import LOSSES, Need
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import check_tensor
 from tclip_jax.models.presets import model_cfg, preprocess_cfg
@@ -53,25 +54,29 @@ class DataConfig:
             get_templates(self.templates)
 
 
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms of the loss; all but `task` need a teacher."""
+if TYPE_CHECKING:
 
-    task: float = key(1.0, "weight: contrastive, between the student's images and texts", ge=0)
-    task_kind: Literal["info_nce", "sigmoid"] = key("info_nce", "sigmoid: SigLIP's, with a learned bias from −10 on")
-    crd: float = key(0.0, "weight: KL to the teacher's image-text similarities (CLIP-KD, arXiv 2307.12732)", ge=0)
-    icl: float = key(0.0, "weight: contrastive, between student's and teacher's embeddings (CLIP-KD)", ge=0)
-    fd: float = key(0.0, "weight: distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse", ge=0)
-    fd_kind: Literal["mse", "cosine"] = key("mse", "the distance of fd")
-    open_clip: float = key(0.0, "weight: open_clip's DistillClipLoss", ge=0)
-    affinity: float = key(0.0, "weight: TinyCLIP's affinity mimicking", ge=0)
-    kl: float = key(0.0, "weight: as crd, a mix of both directions", ge=0)
-    kl_reverse: float = key(0.5, "share of KL(student ‖ teacher) in kl", ge=0, le=1)
-    hidden: float = key(0.0, "weight: distance to the teacher's hidden states, by a learned projection", ge=0)
-    hidden_kind: Literal["mse", "cosine"] = key("cosine", "the distance of hidden")
-    relations: float = key(
-        0.0, "weight: KL to the teacher's relations of queries, of keys and of values (MiniLM, BitDistill)", ge=0
+    class _Weights:
+        """A float field for each of `LOSSES`."""
+
+        def __getattr__(self, name: str) -> float: ...
+
+else:
+    _Weights = dataclasses.make_dataclass(
+        "_Weights",
+        [(name, float, key(loss.default, f"weight: {loss.doc}", ge=0)) for name, loss in LOSSES.items()],
+        frozen=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(_Weights):
+    """Weights of the losses, by their names, and their options; all but `task` need a teacher."""
+
+    task_kind: Literal["info_nce", "sigmoid"] = key("info_nce", "sigmoid: SigLIP's, with a learned bias from −10 on")
+    fd_kind: Literal["mse", "cosine"] = key("mse", "the distance of fd")
+    kl_reverse: float = key(0.5, "share of KL(student ‖ teacher) in kl", ge=0, le=1)
+    hidden_kind: Literal["mse", "cosine"] = key("cosine", "the distance of hidden")
     relation_heads: int = key(8, "into which relations split the channels", ge=1, le=MOST)
     layers: tuple[int, ...] = key((-1,), "of the student, for hidden and relations; the teacher's at the same depth")
     towers: tuple[str, ...] = key(
@@ -88,13 +93,23 @@ class LossConfig:
     def __post_init__(self) -> None:
         _as_tuples(self, "layers", "towers")
         check_keys(self.towers, ("image", "text"), "config.loss.towers")
-        if not (self.task or self.needs_teacher):
+        if not self.weights:
             raise ValueError("config.loss: all weights are 0, so nothing would be learned: give one of them")
 
     @property
-    def states(self) -> tuple[str, ...]:
-        """What must be seen inside the towers: hidden states, and fused queries, keys and values."""
-        return (("hidden",) if self.hidden else ()) + (("qkv",) if self.relations else ())
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0."""
+        return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
+
+    def needs(self, need: Need) -> bool:
+        """Whether a loss with a weight needs this."""
+        return any(need in LOSSES[name].needs for name in self.weights)
+
+    @property
+    def states(self) -> tuple[Need, ...]:
+        """What is recorded inside the towers."""
+        kinds: tuple[Need, ...] = ("hidden", "qkv")
+        return tuple(kind for kind in kinds if self.needs(kind))
 
     @property
     def sigmoid(self) -> bool:
@@ -102,20 +117,9 @@ class LossConfig:
         return bool(self.task) and self.task_kind == "sigmoid"
 
     @property
-    def projected(self) -> bool:
-        """Whether a term with a weight compares the student's embeddings with the teacher's."""
-        return bool(self.icl or self.fd)
-
-    @property
-    def affinities(self) -> bool:
-        """Whether a term with a weight compares how similar student and teacher find an image and a text."""
-        return bool(self.crd or self.open_clip or self.affinity or self.kl)
-
-    @property
     def needs_teacher(self) -> tuple[str, ...]:
-        """The terms with a weight that compare with a teacher."""
-        terms = ("crd", "icl", "fd", "open_clip", "affinity", "kl", "hidden", "relations")
-        return tuple(name for name in terms if getattr(self, name))
+        """The losses with a weight that compare with a teacher."""
+        return tuple(name for name in self.weights if LOSSES[name].needs)
 
 
 @dataclasses.dataclass(frozen=True)

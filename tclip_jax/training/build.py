@@ -23,7 +23,7 @@ from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
-from tclip_jax.training.optimizer import make_optimizer, ternary_share
+from tclip_jax.training.optimizer import make_optimizer, quant_lambda
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
 
@@ -124,7 +124,7 @@ class Build:
             self._teacher(),
             self.optimizer,
             self.run.loss,
-            ternary_share(self.run.ternary_warmup_steps),
+            quant_lambda(self.run.ternary_warmup_steps),
             self.run.optimizer.ema_decay,
             self.run.data.microbatches,
         )

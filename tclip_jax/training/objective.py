@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.data.images import normalize
-from tclip_jax.losses import contrastive, distillation
-from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.losses.contrastive import retrieval_accuracy
+from tclip_jax.losses.registry import LOSSES, Inputs, LayerInputs, Need
 from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
@@ -42,7 +42,7 @@ def init_heads(
         heads["sigmoid_bias"] = jnp.float32(-10)
     if teacher is None:
         return heads
-    if loss.projected:
+    if loss.needs("projection"):
         width = teacher if isinstance(teacher, int) else teacher.embed_dim
         for name, each in zip(("image", "text"), jax.random.split(key), strict=True):
             heads[name] = _linear(each, student.embed_dim, width)
@@ -84,33 +84,25 @@ def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
     return {"image": real, "text": real & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
 
 
-def compare_states(
-    heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch
-) -> Metrics:
-    """Hidden states and relations, each the mean over layers and towers (and over queries, keys and values).
+def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch) -> Metrics:
+    """The losses of hidden states, each the mean over layers and towers.
 
     `batch` may be some rows of `whole`, of which `tokens` and `weight` are read: the results of its parts add up.
     """
-    found: dict[str, list[jax.Array]] = {name: [] for name in ("hidden", "relations") if getattr(loss, name)}
+    kinds: dict[str, Need] = {name: LOSSES[name].needs[0] for name in loss.weights if LOSSES[name].of_layers}
+    values: dict[str, list[jax.Array]] = {name: [] for name in kinds}
     for tower in student:
         ours, theirs = student[tower], teacher[tower]
-        valid, all_valid = valid_tokens(batch)[tower], valid_tokens(whole)[tower]
-        part = jnp.sum(valid) / jnp.maximum(jnp.sum(all_valid), 1)
+        mask, whole_mask = valid_tokens(batch)[tower], valid_tokens(whole)[tower]
+        share = jnp.sum(mask) / jnp.maximum(jnp.sum(whole_mask), 1)
         depth, teacher_depth = (len(next(iter(states.values()))) for states in (ours, theirs))
         for i, j in ((layer, same_depth(layer, depth, teacher_depth)) for layer in loss.layers):
-            if loss.hidden:
-                x, y = ours["hidden"][i], theirs["hidden"][j]
-                projected = x.astype(jnp.float32) @ heads["hidden"][tower]["kernel"] + heads["hidden"][tower]["bias"]
-                of = jnp.broadcast_to(valid, x.shape[:2])
-                found["hidden"].append(part * hidden_matching(projected, y, loss.hidden_kind, of))
-            if loss.relations:
-                x, y = ours["qkv"][i], theirs["qkv"][j]
-                of = jnp.broadcast_to(valid, x.shape[:2])
-                found["relations"] += [
-                    part * relation_matching(a, b, loss.relation_heads, of)
-                    for a, b in zip(jnp.split(x, 3, axis=-1), jnp.split(y, 3, axis=-1), strict=True)
-                ]
-    return {name: sum(values, jnp.float32(0)) / len(values) for name, values in found.items()}
+            for name, kind in kinds.items():
+                x, y = ours[kind][i], theirs[kind][j]
+                head = heads["hidden"][tower] if kind == "hidden" else None
+                inputs = LayerInputs(x, y, jnp.broadcast_to(mask, x.shape[:2]), loss, head)
+                values[name] += [share * value for value in LOSSES[name].function(inputs)]
+    return {name: sum(each, jnp.float32(0)) / len(each) for name, each in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +127,7 @@ class Encoders:
         return image, text, states
 
 
-class Seen(NamedTuple):
+class Embeddings(NamedTuple):
     """Embeddings (B, D) of a batch's images and texts, and a teacher's of both where there is one."""
 
     image: jax.Array
@@ -145,81 +137,67 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a student is trained for.
-
-    `see` is what the towers do, to any rows of a batch; `judge` makes a loss of what was seen of all of them.
+    """What a student is trained for: `encode` applies the towers to any rows of a batch, `loss` is of all of them.
 
     Attributes:
       student: the model that is trained.
       teacher: runs beside it; or is the scale of one whose embeddings come with the batch; or None.
-      loss: weights of the terms.
+      config: weights and options of the losses.
     """
 
     student: Encoders
     teacher: Encoders | float | None
-    loss: LossConfig
+    config: LossConfig
 
-    def see(
-        self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, share: jax.Array | None = None
-    ) -> tuple[Seen, Metrics]:
-        """Embeddings, and the terms that look inside the towers: of parts of a batch these add up to the whole's.
+    def encode(
+        self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, quant_lambda: jax.Array | None = None
+    ) -> tuple[Embeddings, Metrics]:
+        """Embeddings, and the losses of hidden states: those of parts of a batch add up to the whole's.
 
         Args:
           batch: some rows of `whole`, or all.
-          share: the part of ternary weights that is quantized, None for all.
+          quant_lambda: λ of w_eff = λ · ŵ + (1 − λ) · w, the blend of quantized and latent weights; None for 1.
         """
-        clip = params["clip"] if share is None else blend_params(params["clip"], self.student.model.rules, share)
-        image, text, states = self.student(clip, batch, self.loss)
+        clip = params["clip"]
+        if quant_lambda is not None:
+            clip = blend_params(clip, self.student.model.rules, quant_lambda)
+        image, text, states = self.student(clip, batch, self.config)
         if self.teacher is None:
-            return Seen(image, text), {}
+            return Embeddings(image, text), {}
         if not isinstance(self.teacher, Encoders):
             cached = batch["teacher_image"].astype(jnp.float32), batch["teacher_text"].astype(jnp.float32)
-            return Seen(image, text, cached), {}
-        their_image, their_text, their_states = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.loss))
-        inside = compare_states(params.get("heads", {}), batch, states, their_states, self.loss, whole)
-        return Seen(image, text, (their_image, their_text)), inside
+            return Embeddings(image, text, cached), {}
+        their_image, their_text, their_states = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.config))
+        of_layers = layer_losses(params.get("heads", {}), batch, states, their_states, self.config, whole)
+        return Embeddings(image, text, (their_image, their_text)), of_layers
 
-    def judge(
-        self, params: Any, teacher_params: Any, batch: Batch, seen: Seen, inside: Metrics
+    def loss(
+        self, params: Any, teacher_params: Any, batch: Batch, embeddings: Embeddings, of_layers: Metrics
     ) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the loss terms that have a weight, and each."""
-        loss, heads, terms = self.loss, params.get("heads", {}), dict(inside)
-        how: dict[str, Any] = {
-            "tokens": batch["tokens"] if loss.positives == "equal_text" else None,
+        """The weighted sum of the losses that have a weight, and each."""
+        image, text, teacher = embeddings
+        config, heads, losses = self.config, params.get("heads", {}), dict(of_layers)
+        masks: dict[str, Any] = {
+            "tokens": batch["tokens"] if config.positives == "equal_text" else None,
             "weight": batch["weight"],
-            "ring": Ring(BATCH_AXES, loss.ring_chunk) if loss.distributed == "ring" else None,
+            "ring": Ring(BATCH_AXES, config.ring_chunk) if config.distributed == "ring" else None,
         }
-        teacher, bias = None, heads["sigmoid_bias"] if loss.sigmoid else None
-        if self.teacher is not None and seen.teacher is not None and loss.affinities:
-            teacher = *seen.teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
-        rows = compare(seen.image, seen.text, _scale(params["clip"]), teacher=teacher, bias=bias, **how)
-        if loss.task:
-            terms["task"] = contrastive.sigmoid_loss(rows[0]) if bias is not None else contrastive.info_nce(*rows)
-        if seen.teacher is not None:
-            their_image, their_text = seen.teacher
-            if loss.projected:
-                to_image, to_text = _project(heads["image"], seen.image), _project(heads["text"], seen.text)
-            if loss.crd:
-                terms["crd"] = distillation.crd(*rows)
-            if loss.open_clip:
-                terms["open_clip"] = distillation.open_clip_distillation(*rows)
-            if loss.affinity:
-                terms["affinity"] = distillation.affinity_mimicking(*rows)
-            if loss.kl:
-                terms["kl"] = distillation.kl_mix(*rows, loss.kl_reverse)
-            if loss.icl:
-                terms["icl"] = contrastive.info_nce(
-                    compare_rows(to_image, their_text, heads["icl_scale"], **how),
-                    compare_rows(to_text, their_image, heads["icl_scale"], **how),
-                )
-            if loss.fd:
-                distance = functools.partial(
-                    distillation.feature_distillation, kind=loss.fd_kind, weight=batch["weight"]
-                )
-                terms["fd"] = distance(to_image, their_image) + distance(to_text, their_text)
-        total = sum((getattr(loss, name) * term for name, term in terms.items()), jnp.float32(0))
-        metrics = {"loss": total, **{f"loss/{name}": term for name, term in terms.items()}}
-        return total, metrics | {"batch_accuracy": contrastive.retrieval_accuracy(rows[0])}
+        affinities = None
+        if self.teacher is not None and teacher is not None and config.needs("affinities"):
+            affinities = *teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
+        bias = heads["sigmoid_bias"] if config.sigmoid else None
+        rows = compare(image, text, _scale(params["clip"]), teacher=affinities, bias=bias, **masks)
+        projected = None
+        if teacher is not None and config.needs("projection"):
+            projected = _project(heads["image"], image), _project(heads["text"], text)
+        compared = functools.partial(compare_rows, **masks)
+        inputs = Inputs(rows, (image, text), batch["weight"], config, heads, compared, projected, teacher)
+        for name in config.weights:
+            if not LOSSES[name].of_layers and (teacher is not None or not LOSSES[name].needs):
+                losses[name] = LOSSES[name].function(inputs)
+        total = sum((config.weights[name] * value for name, value in losses.items()), jnp.float32(0))
+        metrics = {"loss": total, **{f"loss/{name}": value for name, value in losses.items()}}
+        return total, metrics | {"batch_accuracy": retrieval_accuracy(rows[0])}
 
 
 def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) -> None:

@@ -23,7 +23,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     )
 
 
-def ternary_share(steps: int) -> Callable[[jax.Array], jax.Array] | None:
+def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
     """The share of ternary weights that is quantized at a step: linear from 0, and exactly 1 from `steps` on."""
     if not steps:
         return None

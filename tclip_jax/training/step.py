@@ -27,7 +27,7 @@ def make_train_step(
     teacher: Encoders | float | None,
     optimizer: optax.GradientTransformationExtraArgs,
     loss: LossConfig,
-    ternary_share: Schedule | None = None,
+    blend: Schedule | None = None,
     ema_decay: float = 0.0,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
@@ -41,18 +41,18 @@ def make_train_step(
       teacher: runs in the step; or the scale of a teacher whose embeddings come with the batch; or None.
       optimizer: of all parameters, as of `make_optimizer`.
       loss: weights of its terms.
-      ternary_share: from the step to the share of ternary weights that is quantized; None for all.
+      blend: from the step to λ of w_eff = λ · ŵ + (1 − λ) · w, the share of quantized weights; None for 1.
       ema_decay: of the state's average, where it has one.
       microbatches: parts of a batch whose activations exist one after the other; the step does not depend on it.
     """
 
-    goal = Objective(student, teacher, loss)
+    objective = Objective(student, teacher, loss)
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
-        share = ternary_share(state.step) if ternary_share else None
+        quant_lambda = blend(state.step) if blend else None
         gradients, metrics = gradient_in_parts(
-            lambda params, rows: goal.see(params, teacher_params, rows, batch, share),
-            lambda params, seen, inside: goal.judge(params, teacher_params, batch, seen, inside),
+            lambda params, rows: objective.encode(params, teacher_params, rows, batch, quant_lambda),
+            lambda params, embeddings, of_layers: objective.loss(params, teacher_params, batch, embeddings, of_layers),
             state.params,
             batch,
             microbatches,

@@ -120,7 +120,7 @@ def worker(batch: str) -> None:
 
 def nan(steps: str) -> None:
     """The loss of the first batches of the process, so many, is no number: they are marked by a weight below 0."""
-    following, count, judge = Batches.__next__, [0], Objective.judge
+    following, count, judge = Batches.__next__, [0], Objective.loss
 
     def marked(self: Batches) -> Any:
         batch = following(self)
@@ -135,7 +135,7 @@ def nan(steps: str) -> None:
         return total * spoil, metrics | {"loss": metrics["loss"] * spoil}
 
     Batches.__next__ = marked  # type: ignore[method-assign]
-    Objective.judge = spoiled  # type: ignore[method-assign]
+    Objective.loss = spoiled  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_the_recipes_gradients(which: str, rows: int, grid: tuple[int, int]) -> 
         goal = Objective(student, Encoders(CLIP(config), HALF, HALF), LOSS)
 
         def loss(params: Any) -> jax.Array:
-            return goal.judge(params, teacher, batch, *goal.see(params, teacher, batch, batch))[0]
+            return goal.loss(params, teacher, batch, *goal.encode(params, teacher, batch, batch))[0]
 
         return jax.grad(loss)(params)
 

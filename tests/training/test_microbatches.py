@@ -64,8 +64,8 @@ def gradients(teacher: str, mesh: Mesh | None, parts: int, distributed: str) -> 
 
     def run(params: Any, teacher_params: Any, batch: Any) -> Any:
         return gradient_in_parts(
-            lambda params, rows: goal.see(params, teacher_params, rows, batch, jnp.float32(0.5)),
-            lambda params, seen, inside: goal.judge(params, teacher_params, batch, seen, inside),
+            lambda params, rows: goal.encode(params, teacher_params, rows, batch, jnp.float32(0.5)),
+            lambda params, seen, inside: goal.loss(params, teacher_params, batch, seen, inside),
             params,
             batch,
             parts,

@@ -21,7 +21,7 @@ from tclip_jax.models.states import apply_with_states
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.runs.config import LossConfig
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.objective import Encoders, Objective, Seen, check_teacher, init_heads, same_depth
+from tclip_jax.training.objective import Embeddings, Encoders, Objective, check_teacher, init_heads, same_depth
 
 VISION, TEXT = VisionConfig((16, 16), patch_size=8, width=16, layers=2, head_width=8), TextConfig(6, 32, 16, 2, 2)
 STUDENT = CLIPConfig(12, VISION, TEXT)
@@ -60,7 +60,7 @@ def seen() -> tuple[Any, Any]:
 
 
 def objective(tree: Any, teacher_params: Any, goal: Objective, batch: Any = BATCH, share: Any = None) -> Any:
-    return goal.judge(tree, teacher_params, batch, *goal.see(tree, teacher_params, batch, batch, share))
+    return goal.loss(tree, teacher_params, batch, *goal.encode(tree, teacher_params, batch, batch, share))
 
 
 def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
@@ -157,8 +157,8 @@ def test_terms_are_the_same_without_the_heads_of_others(loss: LossConfig) -> Non
     everything = init_heads(jax.random.key(2), STUDENT, 20, LossConfig(task_kind="sigmoid", icl=1.0, fd=1.0))
     (ours, _), (theirs, _) = seen()
     goal = Objective(SEES, float(theirs[2]), loss)
-    batch, found = BATCH, Seen(ours[0], ours[1], (theirs[0], theirs[1]))
-    few, many = (goal.judge(each, None, batch, found, {}) for each in (tree, tree | {"heads": everything}))
+    batch, found = BATCH, Embeddings(ours[0], ours[1], (theirs[0], theirs[1]))
+    few, many = (goal.loss(each, None, batch, found, {}) for each in (tree, tree | {"heads": everything}))
     assert few[1].keys() == many[1].keys() and float(few[0]) == pytest.approx(float(many[0]), rel=1e-6)
 
 

@@ -14,7 +14,7 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.runs.config import OptimizerConfig
-from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, moving_average, ternary_share
+from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, moving_average, quant_lambda
 
 
 def test_schedule() -> None:
@@ -32,8 +32,8 @@ def test_recovery_is_a_low_constant_rate_at_the_end() -> None:
 
 
 def test_ternary_share_reaches_one_exactly() -> None:
-    share = ternary_share(7)
-    assert share is not None and ternary_share(0) is None
+    share = quant_lambda(7)
+    assert share is not None and quant_lambda(0) is None
     shares = [float(jax.jit(share)(step)) for step in (*range(9), 10**6)]
     assert shares[0] == 0 and shares[7:] == [1, 1, 1]
     np.testing.assert_allclose(shares[:7], np.arange(7) / 7, rtol=1e-6)

@@ -23,7 +23,7 @@ from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import LossConfig, OptimizerConfig
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.objective import Encoders
-from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, moving_average, ternary_share
+from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, moving_average, quant_lambda
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import MAX_LOGIT_SCALE, make_train_step
 
@@ -163,7 +163,7 @@ def test_logit_scale_is_clamped() -> None:
 def test_weights_become_ternary_by_degrees_and_their_average_follows() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     student = Encoders(CLIP(CONFIG, Q_ALL), MEAN, STD)
-    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), ternary_share(4), ema_decay=0.75))
+    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), quant_lambda(4), ema_decay=0.75))
     old = run.state.replace(average=jax.tree.map(lambda leaf: leaf + 1, run.state.params["clip"]))
     for now, same in ((0, run_on(1)), (4, run)):
         with jax.set_mesh(run.mesh):

@@ -85,7 +85,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     learns = Encoders(student, run.preprocess.mean, run.preprocess.std)
 
     def metrics(goal: Objective, p: Any, t: Any, b: Any) -> Any:
-        return goal.judge(p, t, b, *goal.see(p, t, b, b))[1]
+        return goal.loss(p, t, b, *goal.encode(p, t, b, b))[1]
 
     in_the_step = jax.jit(lambda p, t, b: metrics(Objective(learns, sees, loss), p, t, b))
     from_cache = jax.jit(lambda p, b: metrics(Objective(learns, cache.logit_scale, loss), p, None, b))

@@ -1,0 +1,147 @@
+"""The losses by name: what each computes of a batch, and what it needs for that.
+
+To add one, write its function in a file of this folder and its line in `LOSSES`. Its weight is then
+`config.loss.<name>`; what it needs is computed only where that weight is not 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from tclip_jax.losses.contrastive import info_nce, sigmoid_loss
+from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
+from tclip_jax.losses.features import hidden_matching, relation_matching
+from tclip_jax.losses.statistics import Rows
+
+Need = Literal["affinities", "embeddings", "projection", "hidden", "qkv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What losses of embeddings are computed from.
+
+    Attributes:
+      rows: statistics of image → text and of text → image, with a teacher's for those that need its affinities.
+      student: its image and text embeddings (B, D).
+      weight: (B,), 0 for a masked sample.
+      options: `config.loss`, whose other keys are options of the losses.
+      heads: learned parameters of the losses.
+      compare: `statistics.compare_rows` with the masks and the ring of the batch.
+      projected: the student's image and text embeddings (B, D) at the teacher's width, for those that need them.
+      teacher: the teacher's image and text embeddings (B, D), or None.
+    """
+
+    rows: tuple[Rows, Rows]
+    student: tuple[jax.Array, jax.Array]
+    weight: jax.Array
+    options: Any
+    heads: Mapping[str, Any]
+    compare: Callable[[jax.Array, jax.Array, jax.Array], Rows]
+    projected: tuple[jax.Array, jax.Array] | None = None
+    teacher: tuple[jax.Array, jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What losses of hidden states are computed from: one layer of one tower.
+
+    Attributes:
+      student: (B, T, D) of the student's layer: the residual stream after it, or its fused queries, keys and values.
+      teacher: the same of the teacher's layer at that depth.
+      valid: bool (B, T), the tokens that count.
+      options: `config.loss`.
+      head: learned parameters of this tower for "hidden", or None.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    valid: jax.Array
+    options: Any
+    head: Mapping[str, jax.Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss by its name.
+
+    Attributes:
+      function: from `Inputs` to a float32 scalar; of a loss that needs "hidden" or "qkv" from `LayerInputs` to several,
+        of which the mean is taken over layers and towers.
+      doc: what it is, for the reference of the configuration.
+      needs: of a teacher: its affinities between images and texts; its embeddings; these and the student's
+        projected to its width; hidden states; queries, keys and values.
+      default: its weight.
+    """
+
+    function: Callable[[Any], Any]
+    doc: str
+    needs: tuple[Need, ...] = ()
+    default: float = 0.0
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether it looks inside the towers."""
+        return bool({"hidden", "qkv"} & {*self.needs})
+
+
+def _task(x: Inputs) -> jax.Array:
+    return sigmoid_loss(x.rows[0]) if x.options.sigmoid else info_nce(*x.rows)
+
+
+def _icl(x: Inputs) -> jax.Array:
+    (image, text), (their_image, their_text) = _both(x)
+    scale = x.heads["icl_scale"]
+    return info_nce(x.compare(image, their_text, scale), x.compare(text, their_image, scale))
+
+
+def _fd(x: Inputs) -> jax.Array:
+    distances = [feature_distillation(*pair, x.options.fd_kind, x.weight) for pair in zip(*_both(x), strict=True)]
+    return distances[0] + distances[1]
+
+
+def _both(x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    assert x.projected is not None and x.teacher is not None, "the loss does not say that it needs a projection"
+    return x.projected, x.teacher
+
+
+def _hidden(x: LayerInputs) -> list[jax.Array]:
+    assert x.head is not None
+    projected = x.student.astype(jnp.float32) @ x.head["kernel"] + x.head["bias"]
+    return [hidden_matching(projected, x.teacher, x.options.hidden_kind, x.valid)]
+
+
+def _relations(x: LayerInputs) -> list[jax.Array]:
+    pairs = zip(jnp.split(x.student, 3, axis=-1), jnp.split(x.teacher, 3, axis=-1), strict=True)
+    return [relation_matching(ours, theirs, x.options.relation_heads, x.valid) for ours, theirs in pairs]
+
+
+LOSSES: dict[str, Loss] = {
+    "hidden": Loss(_hidden, "distance to the teacher's hidden states, by a learned projection", ("hidden",)),
+    "relations": Loss(
+        _relations, "KL to the teacher's relations of queries, of keys and of values (MiniLM, BitDistill)", ("qkv",)
+    ),
+    "task": Loss(_task, "contrastive, between the student's images and texts", default=1.0),
+    "crd": Loss(
+        lambda x: crd(*x.rows),
+        "KL to the teacher's image-text similarities (CLIP-KD, arXiv 2307.12732)",
+        ("affinities",),
+    ),
+    "open_clip": Loss(lambda x: open_clip_distillation(*x.rows), "open_clip's DistillClipLoss", ("affinities",)),
+    "affinity": Loss(lambda x: affinity_mimicking(*x.rows), "TinyCLIP's affinity mimicking", ("affinities",)),
+    "kl": Loss(
+        lambda x: kl_mix(x.rows[0], x.rows[1], x.options.kl_reverse),
+        "as crd, a mix of both directions",
+        ("affinities",),
+    ),
+    "icl": Loss(_icl, "contrastive, between student's and teacher's embeddings (CLIP-KD)", ("projection",)),
+    "fd": Loss(
+        _fd,
+        "distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse",
+        ("projection",),
+    ),
+}
