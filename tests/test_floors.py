@@ -1,4 +1,4 @@
-"""The house of DESIGN: who may import whom, what nobody imports, and how long a file may be."""
+"""Who may import whom, what nobody imports, and how long a file may be; CONTRIBUTING.md shows the floors."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from tclip_jax.ternary.packing import join_2bit, split_2bit
 from tclip_jax.ternary.quantizers import Quantizer, ternarize
 from tclip_jax.ternary.tensor import TernaryTensor
 
@@ -130,8 +131,7 @@ def _pack(trits: jax.Array, axis: int, shards: int) -> jax.Array:
     length = trits.shape[axis] // shards
     split = trits.reshape(*trits.shape[:axis], shards, length, *trits.shape[axis + 1 :])
     split = jnp.pad(split, [(0, -length % 4 if i == axis + 1 else 0) for i in range(split.ndim)])
-    quarters = jnp.split(jax.lax.bitcast_convert_type(split, jnp.uint8) & 3, 4, axis=axis + 1)
-    packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+    packed = join_2bit(jnp.split(split, 4, axis=axis + 1))
     return packed.reshape(*trits.shape[:axis], -1, *trits.shape[axis + 1 :])
 
 
@@ -139,9 +139,7 @@ def _unpack(packed: jax.Array, length: int, axis: int, shards: int) -> jax.Array
     """The int8 trits of `_pack`, `length` along `axis`."""
     axis %= packed.ndim
     split = packed.reshape(*packed.shape[:axis], shards, -1, *packed.shape[axis + 1 :])
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
-    quarters = [jax.lax.bitcast_convert_type(split << shift, jnp.int8) >> 6 for shift in (6, 4, 2, 0)]
-    trits = jax.lax.slice_in_dim(jnp.concatenate(quarters, axis=axis + 1), 0, length // shards, axis=axis + 1)
+    trits = jax.lax.slice_in_dim(jnp.concatenate(split_2bit(split), axis=axis + 1), 0, length // shards, axis=axis + 1)
     return trits.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 

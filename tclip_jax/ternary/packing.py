@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,28 +46,46 @@ def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return _DIGITS[packed].reshape(-1)[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
 
 
-def pack_2bit(trits: np.ndarray) -> np.ndarray:
-    """Four trits a byte as two's-complement fields, the first in the lowest bits; zeros fill the last byte."""
-    flat = checked_trits(trits).reshape(-1)
-    padded = np.zeros(-(-flat.size // 4) * 4, np.uint8)
-    padded[: flat.size] = flat.view(np.uint8) & 3
-    fields = padded.reshape(-1, 4)
-    return fields[:, 0] | fields[:, 1] << 2 | fields[:, 2] << 4 | fields[:, 3] << 6
-
-
-def unpack_2bit(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The int8 trits of `pack_2bit`, in `shape`.
+def pack_2bit(trits: Any, axis: int = -1) -> Any:
+    """Four consecutive trits along `axis` a byte; zeros fill the last one. NumPy or JAX, as given; see `join_2bit`.
 
     Raises:
-      ValueError: a number of bytes that does not fit the shape, or a field of −2.
+      ValueError: NumPy integers that are not trits.
     """
-    size = int(np.prod(shape, dtype=np.int64))
-    _check_length(packed, -(-size // 4), shape)
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
-    fields = np.stack([packed << shift for shift in (6, 4, 2, 0)], axis=-1).view(np.int8) >> 6
-    if fields.size and fields.min() < -1:
+    xp: Any = np if isinstance(trits, np.ndarray) else jnp
+    trits, axis = checked_trits(trits) if xp is np else trits, axis % trits.ndim
+    padded = xp.pad(trits, [(0, -trits.shape[axis] % 4 if i == axis else 0) for i in range(trits.ndim)])
+    fields = padded.reshape(*trits.shape[:axis], padded.shape[axis] // 4, 4, *trits.shape[axis + 1 :])
+    return join_2bit([xp.take(fields, i, axis=axis + 1) for i in range(4)])
+
+
+def unpack_2bit(packed: Any, length: int, axis: int = -1) -> Any:
+    """The int8 trits of `pack_2bit`, `length` along `axis`.
+
+    Raises:
+      ValueError: a number of bytes that does not fit the length, or a field of −2 in a NumPy array.
+    """
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    axis %= packed.ndim
+    if packed.shape[axis] != -(-length // 4):
+        raise ValueError(f"{packed.shape[axis]} bytes do not hold {length} trits: expected {-(-length // 4)}")
+    fields = xp.stack(split_2bit(packed), axis=axis + 1)
+    if xp is np and fields.size and fields.min() < -1:
         raise ValueError("a 2-bit field holds −2, which is not a trit")
-    return fields.reshape(-1)[:size].reshape(shape)
+    trits = fields.reshape(*packed.shape[:axis], 4 * packed.shape[axis], *packed.shape[axis + 1 :])
+    return trits[(slice(None),) * axis + (slice(length),)]
+
+
+def join_2bit(fields: Sequence[Any]) -> Any:
+    """Four arrays of trits as one of uint8: two's-complement fields of two bits, the first array's the lowest."""
+    a, b, c, d = (field.astype(np.uint8) & 3 for field in fields)
+    return a | b << 2 | c << 4 | d << 6
+
+
+def split_2bit(packed: Any) -> list[Any]:
+    """The four int8 arrays of `join_2bit`."""
+    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
+    return [(packed << shift).astype(np.int8) >> 6 for shift in (6, 4, 2, 0)]
 
 
 def checked_trits(trits: npt.ArrayLike) -> np.ndarray:
@@ -90,8 +109,6 @@ def _check_length(packed: np.ndarray, expected: int, shape: tuple[int, ...]) -> 
 
 LAYOUT = "rows"
 
-_SHIFTS = np.arange(6, -2, -2, dtype=np.uint8)  # that bring a byte's fields, the first lowest, to its top
-
 
 def pack_rows(table: TernaryTensor) -> PackedTensor:
     """Four weights a byte as two's-complement fields: data (V, ceil(W / 4)) uint8, bfloat16 scales where exact.
@@ -99,12 +116,9 @@ def pack_rows(table: TernaryTensor) -> PackedTensor:
     Raises:
       ValueError: trits that are not integers −1, 0 and +1.
     """
-    rows, width = table.shape
-    fields = np.pad(checked_trits(table.trits).view(np.uint8) & 3, [(0, 0), (0, -width % 4)])
-    fields = fields.reshape(rows, -1, 4)
-    data: Any = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     scale: Any = narrow_scale(np.asarray(table.scale, np.float32))
-    return PackedTensor(data, scale, (rows, width), table.group, LAYOUT)
+    rows, width = table.shape
+    return PackedTensor(pack_2bit(np.asarray(table.trits)), scale, (rows, width), table.group, LAYOUT)
 
 
 def gather_rows(table: PackedTensor, index: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -115,9 +129,7 @@ def gather_rows(table: PackedTensor, index: jax.Array, dtype: jax.typing.DTypeLi
     """
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"the index of rows is {index.dtype}: it must be of integers")
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
-    trits = (table.data[index][..., None] << _SHIFTS).astype(jnp.int8) >> 6
-    trits = trits.reshape(*index.shape, -1)[..., : table.shape[1]]
+    trits = unpack_2bit(table.data[index], table.shape[1])
     # A scale that all rows share has one row, which clamping finds for every index.
     scale = jnp.take(table.scale, index, axis=0, mode="clip").astype(jnp.float32)
     return TernaryTensor(trits, scale, table.group, -1).dequantize(dtype)

@@ -21,7 +21,7 @@ from tclip_jax.cli import main
 from tclip_jax.inference.load import load_model, load_run
 from tclip_jax.runs.checksums import CheckpointError, write_checksums
 from tclip_jax.runs.steps import saved_steps
-from tclip_jax.training import loop
+from tclip_jax.training import loop, session
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -51,7 +51,7 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
             return {"zero_shot_accuracy": accuracies[step]}
 
     resumed = False
-    monkeypatch.setattr(loop, "Evaluation", Fake)
+    monkeypatch.setattr(session, "Evaluation", Fake)
     config.checkpoint.update({"every": 100, "keep": 1, "keep_best": 1})
     config.eval.source = "digits"
     with pytest.raises(KeyboardInterrupt):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,11 +24,18 @@ def test_base3_round_trip(trits: np.ndarray) -> None:
     np.testing.assert_array_equal(unpack_base3(packed, trits.shape), trits)
 
 
-@given(trit_arrays)
-def test_2bit_round_trip(trits: np.ndarray) -> None:
-    packed = pack_2bit(trits)
-    assert packed.dtype == np.uint8 and packed.size == -(-trits.size // 4)
-    np.testing.assert_array_equal(unpack_2bit(packed, trits.shape), trits)
+@given(st.data())
+def test_2bit_round_trip_along_any_axis_in_numpy_and_jax(data: st.DataObject) -> None:
+    trits = data.draw(trit_arrays.filter(lambda trits: trits.ndim > 0))
+    axis = data.draw(st.integers(-trits.ndim, trits.ndim - 1))
+    packed, length = pack_2bit(trits, axis), trits.shape[axis]
+    expected = [-(-size // 4) if i == axis % trits.ndim else size for i, size in enumerate(trits.shape)]
+    assert packed.dtype == np.uint8 and packed.shape == tuple(expected)
+    np.testing.assert_array_equal(unpack_2bit(packed, length, axis), trits)
+    on_device = pack_2bit(jnp.asarray(trits), axis)
+    assert isinstance(on_device, jax.Array)
+    np.testing.assert_array_equal(on_device, packed)
+    np.testing.assert_array_equal(unpack_2bit(on_device, length, axis), trits)
 
 
 def test_bytes_are_the_documented_ones() -> None:
@@ -55,6 +64,8 @@ def test_refuses_what_is_no_trit() -> None:
     with pytest.raises(ValueError, match="byte 243"):
         unpack_base3(np.array([243], np.uint8), (5,))
     with pytest.raises(ValueError, match="−2"):
-        unpack_2bit(np.array([0b10], np.uint8), (1,))
+        unpack_2bit(np.array([0b10], np.uint8), 1)
+    with pytest.raises(ValueError, match="2 bytes do not hold 4 trits: expected 1"):
+        unpack_2bit(np.zeros(2, np.uint8), 4)
     with pytest.raises(ValueError, match=r"2 packed bytes .*expected 1"):
         unpack_base3(np.zeros(2, np.uint8), (5,))

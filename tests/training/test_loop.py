@@ -30,7 +30,7 @@ from tclip_jax.runs.checksums import CheckpointError
 from tclip_jax.runs.config import run_config
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.runs.steps import saved_steps
-from tclip_jax.training import loop
+from tclip_jax.training import loop, session
 from tclip_jax.training.build import Build
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.metrics import Journal, Telemetry
@@ -137,7 +137,7 @@ def test_weights_and_their_average_are_evaluated_as_the_ternary_models_they_are(
 
     written: dict[str, float] = {}
     journal: Any = types.SimpleNamespace(write=lambda step, metrics: written.update(metrics))
-    loop._evaluate([cast(Evaluation, measure)], journal, 1, build, state, Phases())
+    session._evaluate([cast(Evaluation, measure)], journal, 1, build, state, Phases())
     for name, latent in (("text", state.params["clip"]), ("text_of_average", state.average)):
         ternary, full = pack_params(latent, build.run.rules), jax.device_get(latent)
         same, other = (

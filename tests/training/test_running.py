@@ -16,7 +16,7 @@ import pytest
 from tclip_jax.parallel import agreement as failures
 from tclip_jax.parallel.agreement import Failure
 from tclip_jax.runs.record import read_metrics
-from tclip_jax.training import loop
+from tclip_jax.training import loop, session
 from tclip_jax.training.input import Batches
 from tclip_jax.training.metrics import Journal, Telemetry
 from tclip_jax.training.preemption import INTERRUPTED, RESTART, Notices, Stopped
@@ -193,17 +193,17 @@ def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pyte
 
     data: Any = broken()
     failure = Failure()
-    batch = loop._next_batch(data, None, failure)
+    batch = session._next_batch(data, None, failure)
     with pytest.raises(OSError, match="away"):  # alone there is nobody to wait for
-        loop._next_batch(data, batch, failure)
+        session._next_batch(data, batch, failure)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     data = broken()
     next(data)
-    assert loop._next_batch(data, batch, failure) == "first" and "away" in str(failure.error)
+    assert session._next_batch(data, batch, failure) == "first" and "away" in str(failure.error)
     # The first of all batches cannot be replaced: all raise what one process met.
     monkeypatch.setattr(failures, "gather_json", lambda line: [line, "shard 7 is gone"])
     with pytest.raises(StopIteration):
-        loop._next_batch(data, None, Failure())
-    monkeypatch.setattr(loop, "next", lambda data: "a batch", raising=False)
+        session._next_batch(data, None, Failure())
+    monkeypatch.setattr(session, "next", lambda data: "a batch", raising=False)
     with pytest.raises(failures.FailedElsewhere, match="process 1: shard 7 is gone"):
-        loop._next_batch(data, None, Failure())
+        session._next_batch(data, None, Failure())

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tclip_jax.ternary.packing import pack_2bit, unpack_2bit
 from tclip_jax.ternary.sums import sum_products
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
@@ -25,17 +26,12 @@ def slower(**_: Any) -> str | None:
 
 def pack(w: TernaryTensor) -> PackedTensor:
     """Four consecutive k a byte as two's-complement fields, the first lowest: data (…, ceil(K / 4), N) uint8."""
-    *layers, length, columns = w.shape
-    fields = jnp.pad(w.trits.astype(jnp.uint8) & 3, [(0, 0)] * len(layers) + [(0, -length % 4), (0, 0)])
-    fields = fields.reshape(*layers, -1, 4, columns) << jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
-    return PackedTensor(fields.sum(-2, dtype=jnp.uint8), w.scale, (length, columns), w.group, NAME)
+    return PackedTensor(pack_2bit(jnp.asarray(w.trits), -2), w.scale, w.shape[-2:], w.group, NAME)
 
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
-    fields = (w.data[..., None, :] << jnp.arange(6, -2, -2, dtype=jnp.uint8)[:, None]).astype(jnp.int8) >> 6
-    trits = fields.reshape(*w.data.shape[:-2], -1, w.shape[1])[..., : w.shape[0], :]
+    trits = unpack_2bit(jnp.asarray(w.data), w.shape[0], -2)
     return trits.astype(jnp.float32) * expand_scale(w.scale, w.group, w.shape[0], -2).astype(jnp.float32)
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tclip_jax.evaluation.report import plot_curves, plot_dynamics, plot_predictions, plot_trits, write_report
+from tclip_jax.quickstart import plot_curves, plot_dynamics, plot_predictions, plot_trits, write_picture
 from tclip_jax.ternary import TernaryTensor
 
 CURVES = {
@@ -34,8 +34,8 @@ PARAMS: dict[str, Any] = {
 
 def picture(path: pathlib.Path, **changes: Any) -> Image.Image:
     images = [np.full((8, 8, 3), i, np.uint8) for i in range(10)]
-    given = {"curves": CURVES, "params": PARAMS, "images": images, "said": ["a cat"] * 10, "correct": [True] * 10}
-    write_report(path, **(given | changes))
+    given = {"curves": CURVES, "params": PARAMS, "images": images, "predicted": ["a cat"] * 10, "correct": [True] * 10}
+    write_picture(path, **(given | changes))
     with Image.open(path) as read:
         read.load()
     return read
@@ -53,8 +53,8 @@ def test_report_is_a_whole_png(tmp_path: pathlib.Path) -> None:
     [
         {"curves": {"teacher": CURVES["teacher"][:2], "student": []}},  # nothing was evaluated
         {"params": {"logit_scale": np.float32(1)}},
-        {"images": [], "said": [], "correct": []},
-        {"said": ["costs $5_a} or ${x", *["a cat"] * 9]},  # no mathematics
+        {"images": [], "predicted": [], "correct": []},
+        {"predicted": ["costs $5_a} or ${x", *["a cat"] * 9]},  # no mathematics
     ],
     ids=["no accuracies", "no trits", "no images", "dollars"],
 )
