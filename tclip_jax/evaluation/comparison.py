@@ -14,7 +14,7 @@ from etils import epath
 
 from tclip_jax.evaluation.paired import Predicted, paired
 from tclip_jax.evaluation.results import PROBE_C, SUMMARY, Result, predictions_path, read_result
-from tclip_jax.evaluation.statistics import interval, mcnemar
+from tclip_jax.evaluation.statistics import interval
 from tclip_jax.evaluation.suite import main_metric
 from tclip_jax.keys import Recipe, difference
 
@@ -219,5 +219,15 @@ def _flips(first: Predicted, second: Predicted) -> Flips | None:
     if first.right is None or second.right is None:
         return None
     lost, gained = first.right & ~second.right, ~first.right & second.right
-    p = mcnemar(int(lost.sum()), int(gained.sum()))
-    return Flips(tuple(map(str, first.keys[lost])), tuple(map(str, first.keys[gained])), p)
+    return Flips(tuple(map(str, first.keys[lost])), tuple(map(str, first.keys[gained])), _mcnemar(lost, gained))
+
+
+def _mcnemar(lost: npt.NDArray[np.bool_], gained: npt.NDArray[np.bool_]) -> float:
+    """Exact two-sided p if each change were as likely one way as the other; 1 without a change.
+
+    Source: Q. McNemar, Psychometrika 12, 1947; the exact form of the binomial test.
+    """
+    from scipy import stats
+
+    changed = int(np.count_nonzero(lost | gained))
+    return float(stats.binomtest(int(np.count_nonzero(lost)), changed).pvalue) if changed else 1.0

@@ -114,7 +114,8 @@ def t_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float, float
     runs = np.asarray(values, np.float64)
     if len(runs) < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, len(runs) - 1) * runs.std(ddof=1) / np.sqrt(len(runs))
+    # Not stats.ttest_1samp(...).confidence_interval(), nor stats.t.interval: equal runs give them a warning or NaN.
+    half = stats.t.ppf((1 + level) / 2, len(runs) - 1) * stats.sem(runs)
     return float(runs.mean() - half), float(runs.mean() + half)
 
 

@@ -1,4 +1,8 @@
-"""Two models on the same images: paired bootstrap intervals, and McNemar's test of what changed."""
+"""Paired bootstrap intervals of the difference between two models on the same images.
+
+Not `scipy.stats.bootstrap`, which draws image by image: one multinomial draw over the distinct rows does the same for
+any number of images.
+"""
 
 from __future__ import annotations
 
@@ -83,21 +87,6 @@ def interval(differences: npt.NDArray[np.float64], level: float = 0.95) -> tuple
     tail = (1 - level) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """Exact two-sided p of `lost` against `gained` images if each change were as likely one way as the other.
-
-    Twice the binomial tail of the smaller number, at most 1; computed in whole numbers, so to the last digit.
-
-    Source: Q. McNemar, Psychometrika 12, 1947; the exact form of the binomial test.
-    """
-    changed, fewer = lost + gained, min(lost, gained)
-    term = tail = 1
-    for i in range(fewer):
-        term = term * (changed - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**changed)
 
 
 def _weighted_map(scores: Numbers, targets: Numbers, weights: Numbers) -> npt.NDArray[np.float64]:

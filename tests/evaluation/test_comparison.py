@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 from PIL import Image
 
 from tclip_jax.cli import main
+from tclip_jax.evaluation import comparison
 from tclip_jax.evaluation.comparison import compare
 from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_text
 from tclip_jax.evaluation.metrics import mean_average_precision
 from tclip_jax.evaluation.paired import Predicted
 from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
 from tclip_jax.evaluation.retrieval import retrieval_ranks, retrieval_recall
-from tclip_jax.evaluation.statistics import mcnemar
 
 N, CLASSES = 400, 10
 KS = (1, 5)
@@ -87,6 +88,20 @@ def folders(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return a, b
 
 
+def binomial(lost: int, gained: int) -> float:
+    """Twice the binomial tail of the smaller number, at most 1, in whole numbers."""
+    changed = lost + gained
+    return min(1.0, 2 * sum(math.comb(changed, i) for i in range(min(lost, gained) + 1)) / 2**changed)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0, 0), (0, 1), (3, 9), (9, 3), (5, 5), (5, 6), (120, 60), (1500, 1400), (0, 1000)]
+)
+def test_p_is_mcnemars_exact_one(lost: int, gained: int) -> None:
+    changes = np.repeat([-1, 0, 1], [lost, 50, gained])
+    assert comparison._mcnemar(changes < 0, changes > 0) == pytest.approx(binomial(lost, gained), rel=1e-9)
+
+
 def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     found = compare(*folders, resamples=500)
     rows = {row.dataset: row for row in found.rows}
@@ -97,7 +112,8 @@ def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     mnist = rows["mnist"]
     assert set(mnist.flips.lost) == {key for key in right[0] if right[0][key] and not right[1][key]}
     assert set(mnist.flips.gained) == {key for key in right[0] if right[1][key] and not right[0][key]}
-    assert mnist.flips.p == mcnemar(len(mnist.flips.lost), len(mnist.flips.gained)) < 0.01
+    p = binomial(len(mnist.flips.lost), len(mnist.flips.gained))
+    assert mnist.flips.p == pytest.approx(p, rel=1e-9) and p < 0.01
     acc1 = mnist.deltas["acc1"]
     assert acc1.delta == pytest.approx((len(mnist.flips.gained) - len(mnist.flips.lost)) / N, abs=1e-12)
     assert 0 < acc1.low < acc1.delta < acc1.high and acc1.clear

@@ -113,6 +113,7 @@ def test_interval_of_the_mean_is_students() -> None:
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert t_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert all(map(math.isnan, t_interval([0.5])))
+    assert t_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(

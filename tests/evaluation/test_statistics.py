@@ -15,7 +15,6 @@ from tclip_jax.evaluation.statistics import (
     bootstrap_differences,
     bootstrap_map_differences,
     interval,
-    mcnemar,
     mean_of,
     per_class_mean_of,
 )
@@ -131,11 +130,3 @@ def test_chunks_change_nothing_but_the_order_of_work(monkeypatch: pytest.MonkeyP
     whole = bootstrap_differences(rows, *metrics, resamples=100, seed=0)
     monkeypatch.setattr(statistics, "_CHUNK", 64)
     np.testing.assert_allclose(bootstrap_differences(rows, *metrics, resamples=100, seed=0), whole, atol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained"), [(0, 0), (0, 1), (3, 9), (9, 3), (5, 5), (5, 6), (120, 60), (1500, 1400), (0, 2000)]
-)
-def test_mcnemar_is_the_binomial_test(lost: int, gained: int) -> None:
-    expected = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    assert mcnemar(lost, gained) == pytest.approx(expected, rel=1e-9)
