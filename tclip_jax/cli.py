@@ -120,7 +120,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if args.debug or (isinstance(error, BrokenPipeError) and _output_is_closed()):
             raise
-        print(f"tclip {name}: {printable(_told(error), lines=True)}", file=sys.stderr)
+        print(f"tclip {name}: {printable(_told(error))}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
 
@@ -192,8 +192,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
-        # What strangers' files hold must not reach the terminal as it is.
-        return "error: " + "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
+        return f"error: {error}"
     if isinstance(error, ModuleNotFoundError):
         return f"error: {error}: `tclip doctor` says which extra brings it"
     at = traceback.extract_tb(error.__traceback__)[-1]

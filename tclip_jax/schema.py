@@ -13,7 +13,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -114,6 +114,21 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
         if each not in valid:
             near = difflib.get_close_matches(str(each), valid, 1, 0.0)
             raise ValueError(f"{where} has no {each!r:.80}" + (f": the nearest is {near[0]!r}" if near else ""))
+
+
+def check_names(
+    found: Collection[str], expected: Collection[str], what: str, error: type[ValueError] = ValueError
+) -> None:
+    """Raises `error`, naming the first names that are missing and unexpected, unless both hold the same."""
+    wrong = {"missing": set(expected) - set(found), "unexpected": set(found) - set(expected)}
+    if any(wrong.values()):
+        named = "; ".join(f"{kind} {_first_of(names)}" for kind, names in wrong.items() if names)
+        raise error(f"{what} does not fit the model: {named}")
+
+
+def _first_of(names: Collection[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(plain, sorted(names)[:count])) + more
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:

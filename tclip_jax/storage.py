@@ -1,15 +1,18 @@
-"""Files and folders that are there whole or not at all, on local disks and on object stores."""
+"""Files and folders that are there whole or not at all, on local disks and on object stores; JSON; the cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import os
+import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 from etils import epath
 
@@ -19,6 +22,27 @@ _logger = logging.getLogger(__name__)
 def is_local(path: epath.Path) -> bool:
     """Whether renaming is atomic there: true for a local path, false for gs:// and its like."""
     return "://" not in os.fspath(path)
+
+
+def cache_folder() -> pathlib.Path:
+    """Where what can be made again lies on this machine (indices, copies of remote data, compiled plans).
+
+    It is TCLIP_CACHE_DIR, by default ~/.cache/tclip_jax.
+    """
+    return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR") or "~/.cache/tclip_jax").expanduser()
+
+
+def dump_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
+    """JSON and a line break, in one line without `indent`; NaN and infinity, which JSON does not have, are null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:

@@ -16,6 +16,7 @@ from tclip_jax.pages import printable
         ("a\x1b[31m\x07\x9b", "a\\x1b[31m\\x07\\x9b"),
         ("a\nb\tc\u2028d", "a\\nb\\tc\\u2028d"),
         ("\ud800", "\\ud800"),
+        ("a\u202egnp.b", "a\\u202egnp.b"),
     ],
 )
 def test_names_are_printable_whatever_they_are(text: str, expected: str) -> None:

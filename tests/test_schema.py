@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tclip_jax.schema import Bounds, check_keys, defaults, from_mapping, key, number
+from tclip_jax.schema import Bounds, check_keys, check_names, defaults, from_mapping, key, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,3 +150,13 @@ def test_a_number_of_the_command_line() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="nan is out of bounds: it must be finite"):
         number(float)("nan")
     assert str(Bounds(gt=0, le=2)) == "above 0 and at most 2"
+
+
+def test_only_a_few_of_many_names_are_listed() -> None:
+    check_names(["b", "a"], ("a", "b"), "this")
+    with pytest.raises(
+        ValueError, match=r"^this does not fit the model: missing a, b, c, d, e and 3 more; unexpected z$"
+    ):
+        check_names(["z"], "hgfedcba", "this")
+    with pytest.raises(UnicodeError, match=r"^this does not fit the model: unexpected '\\x1b\[2J'$"):
+        check_names(["\x1b[2J"], (), "this", UnicodeError)

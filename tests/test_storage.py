@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pathlib
 import resource
 import signal
@@ -24,6 +26,21 @@ def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> epath.Path:
 
 def names(place: epath.Path) -> list[str]:
     return sorted(path.name for path in place.iterdir())
+
+
+def test_the_cache_folder_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TCLIP_CACHE_DIR", "~/there")
+    assert storage.cache_folder() == tmp_path / "there"
+    for unset in (lambda: monkeypatch.setenv("TCLIP_CACHE_DIR", ""), lambda: monkeypatch.delenv("TCLIP_CACHE_DIR")):
+        unset()
+        assert storage.cache_folder() == tmp_path / ".cache" / "tclip_jax"
+
+
+def test_json_has_no_number_that_is_not_finite() -> None:
+    text = storage.dump_json({"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1.5)}], "d": "NaN"}, indent=None)
+    assert text.endswith("}\n") and text.count("\n") == 1
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, {"c": [None, 1.5]}], "d": "NaN"}
 
 
 def test_only_uris_are_object_stores(tmp_path: pathlib.Path) -> None:

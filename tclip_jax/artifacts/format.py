@@ -33,7 +33,6 @@ from tclip_jax.artifacts.manifest import (
     TERNARY_CODING,
     ArtifactError,
     check_image_size,
-    check_names,
     check_tensors,
     describe,
     dump_manifest,
@@ -47,6 +46,7 @@ from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.sharding import path_of
+from tclip_jax.schema import check_names
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
 
@@ -176,7 +176,7 @@ def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda lea
         file = WEIGHT_FILES[coding]
         stored = open_safetensors(folder / file)
         entries = {path: entry for path, entry in tensors.items() if entry["coding"] == coding}
-        check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file)
+        check_names(stored, {path + suffix for path in entries for suffix in suffixes}, file, ArtifactError)
         leaves |= {path: put(decode(path, entry, stored)) for path, entry in entries.items()}
     params = jax.tree_util.tree_map_with_path(lambda key_path, _: leaves[path_of(key_path)], shapes)
     return Artifact(config, preprocess, params, rules, manifest)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from tclip_jax.artifacts.pack import flatten
@@ -14,6 +14,7 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, input_axis, matrix_shape
+from tclip_jax.schema import check_names
 from tclip_jax.ternary import Quantizer
 
 MANIFEST = "tclip.json"
@@ -30,7 +31,7 @@ class ArtifactError(ValueError):
     """An artifact that cannot be read or written: one line with the file or key, the fault, and what is right."""
 
 
-class Description(NamedTuple):
+class DeclaredModel(NamedTuple):
     """The model that a manifest describes; `shapes` is its parameter tree of ShapeDtypeStruct."""
 
     config: CLIPConfig
@@ -81,7 +82,7 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     return manifest
 
 
-def describe(manifest: Mapping[str, Any]) -> Description:
+def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
     """The configuration in a manifest, and the parameter shapes that follow from it; allocates nothing.
 
     Raises:
@@ -107,7 +108,7 @@ def describe(manifest: Mapping[str, Any]) -> Description:
     if count > MAX_PARAMETERS:
         raise ArtifactError(f"{MANIFEST}: model_cfg has {count} parameters: at most {MAX_PARAMETERS} are read")
     check_image_size(config, preprocess)
-    return Description(config, preprocess, rules, shapes)
+    return DeclaredModel(config, preprocess, rules, shapes)
 
 
 def check_image_size(config: CLIPConfig, preprocess: Preprocess) -> None:
@@ -118,17 +119,9 @@ def check_image_size(config: CLIPConfig, preprocess: Preprocess) -> None:
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     """Raises ArtifactError unless `tensors` describes every parameter of `shapes`, and each possibly."""
-    check_names(tensors, shapes, f"{MANIFEST}: tensors")
+    check_names(tensors, shapes, f"{MANIFEST}: the list of tensors", ArtifactError)
     for path, entry in tensors.items():
         _check_tensor(f"{MANIFEST}: {path}", path, entry, shapes[path].shape)
-
-
-def check_names(given: Collection[str], expected: Collection[str], where: str) -> None:
-    """Raises ArtifactError for names that are missing or not expected, naming the first few."""
-    for what, names in (("miss", set(expected) - set(given)), ("have the unexpected", set(given) - set(expected))):
-        if names:
-            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ArtifactError(f"{where} {what} {listed:.300}: they must be those of the model's configuration")
 
 
 def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> None:

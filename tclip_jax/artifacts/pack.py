@@ -45,7 +45,7 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
 
     def pack(path: str, leaf: Any) -> Any:
         leaf, quantizer = jax.device_get(leaf), find_quantizer(path, rules) if path in TERNARIZABLE else None
-        if quantizer is None or _is_ternary(leaf):
+        if quantizer is None or isinstance(leaf, TernaryTensor):
             return leaf
         if not np.isfinite(leaf).all():
             raise ValueError(f"{path} holds NaN or infinity: every weight must be finite")
@@ -74,7 +74,7 @@ def repack_leaf(
     Raises:
       ValueError: an implementation that cannot run here, with the reason.
     """
-    if not _is_ternary(leaf):
+    if not isinstance(leaf, TernaryTensor):
         return leaf
     leaf = jax.device_get(leaf)
     if leaf.axis == -1:
@@ -85,10 +85,6 @@ def repack_leaf(
 def repack_params(params: Mapping[str, Any], **how: Any) -> dict[str, Any]:
     """The tree with every leaf as `repack_leaf` makes it; it takes the same further arguments."""
     return jax.tree.map(functools.partial(repack_leaf, **how), params, is_leaf=_is_packed)
-
-
-def _is_ternary(leaf: Any) -> bool:
-    return isinstance(leaf, TernaryTensor)
 
 
 def _is_packed(leaf: Any) -> bool:

@@ -11,11 +11,12 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.artifacts.format import read_artifact
-from tclip_jax.artifacts.manifest import check_names
+from tclip_jax.artifacts.manifest import ArtifactError
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, matrix_shape
+from tclip_jax.schema import check_names
 from tclip_jax.ternary import TernaryTensor
 
 
@@ -51,7 +52,7 @@ def verify_artifact(
     """
     artifact = read_artifact(folder)
     expected, found = flatten(pack_params(params, rules)), flatten(artifact.params)
-    check_names(found, expected, f"{folder}: tensors")
+    check_names(found, expected, f"{folder}: the list of tensors", ArtifactError)
     differences = []
     for name, ours, theirs in (("model", artifact.config, config), ("preprocessing", artifact.preprocess, preprocess)):
         if theirs is not None and ours != theirs:

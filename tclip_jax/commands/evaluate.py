@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.data.sources import check_split
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import report_table, write_page
-    from tclip_jax.evaluation.results import dump_json
     from tclip_jax.evaluation.runner import evaluate
     from tclip_jax.evaluation.tasks import SPLIT, source_task, suite_tasks
     from tclip_jax.inference.load import load_model
     from tclip_jax.inference.model import fingerprint
     from tclip_jax.parallel.distributed import distributed
+    from tclip_jax.storage import dump_json
 
     if args.html and not args.out:
         raise ValueError("--html needs --out DIR: the page is made of the predictions there")

@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.evaluation.comparison import compare
     from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_json, to_text
     from tclip_jax.evaluation.flipped import flipped
-    from tclip_jax.evaluation.results import dump_json
-    from tclip_jax.storage import write_atomic
+    from tclip_jax.storage import dump_json, write_atomic
 
     if args.data and not args.html:
         raise ValueError("--data is for the images of the page: it needs --html FILE")

@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     """Fits the probes, prints, and returns the exit code."""
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
-    from tclip_jax.evaluation.results import dump_json
     from tclip_jax.inference.load import load_model
     from tclip_jax.inference.model import fingerprint
+    from tclip_jax.storage import dump_json
 
     if args.seeds is not None and not args.shots:
         raise ValueError("--seeds is of few-shot, and --shots names none")

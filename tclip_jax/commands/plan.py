@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x16, h100:64, …")
     parser.add_argument("--teacher-preset", default="", metavar="NAME", help="shape of the teacher, as ViT-L-14")
     parser.add_argument("--price", type=number(float, ge=0), metavar="X", help="of a chip and hour, for the cost")
-    parser.add_argument("--cache", metavar="DIR", help="where compiled plans are kept (default ~/.cache/tclip/plans)")
+    parser.add_argument("--cache", metavar="DIR", help="where plans are kept (default $TCLIP_CACHE_DIR/plans)")
     parser.add_argument(
         "--sweep",
         nargs="+",
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan, or the sweep and the best of it that fits."""
-    from tclip_jax.planning.child import cache_folder
     from tclip_jax.planning.hardware import parse_topology
     from tclip_jax.planning.plan import make_plan, plan_text
+    from tclip_jax.storage import cache_folder
 
     if args.out and not args.sweep:
         raise ValueError("--out is the folder of a sweep: it needs --sweep; one plan is printed, with --json as JSON")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     shared = {
         "teacher_preset": args.teacher_preset,
         "price": args.price,
-        "cache": args.cache or cache_folder(),
+        "cache": args.cache or cache_folder() / "plans",
     }
     if args.sweep:
         from tclip_jax.planning.sweep import best, parse_grid, run_sweep, sweep_text, write_sweep

@@ -8,7 +8,6 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from etils import epath
 
 from tclip_jax.keys import Recipe, difference, digest
 from tclip_jax.schema import from_mapping
-from tclip_jax.storage import write_atomic
+from tclip_jax.storage import dump_json, write_atomic
 
 SUMMARY = "summary.json"
 PROBE_C = "C"  # among the metrics of a linear probe: the C that was chosen
@@ -168,16 +167,3 @@ def read_arrays(file: IO[bytes]) -> dict[str, npt.NDArray[Any]]:
         if not isinstance(array, np.ndarray):  # NumPy gives the bytes of any other file
             raise ValueError(f"{name} is no array")
     return arrays
-
-
-def dump_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """JSON, in one line without `indent`, in which NaN is null: other programs refuse Python's NaN."""
-    return json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

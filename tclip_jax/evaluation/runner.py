@@ -18,13 +18,13 @@ from etils import epath
 
 from tclip_jax.data.sources import Source, digest
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.evaluation.results import SUMMARY, Predictions, Result, dump_json, find_result, result_path, write_result
+from tclip_jax.evaluation.results import SUMMARY, Predictions, Result, find_result, result_path, write_result
 from tclip_jax.evaluation.suite import DATASETS, Dataset
 from tclip_jax.evaluation.tasks import Task
 from tclip_jax.evaluation.zero_shot import EVALUATORS
 from tclip_jax.keys import Recipe, recipe
 from tclip_jax.parallel.agreement import gather_json, together
-from tclip_jax.storage import write_atomic
+from tclip_jax.storage import dump_json, write_atomic
 
 EVALUATION = 1  # raised with every change of what a metric of the same embeddings is, or an embedding of the same image
 MISSING = "missing from the export"

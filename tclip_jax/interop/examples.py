@@ -84,7 +84,11 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
         # The end of text is the highest token; every second text goes on to the last position.
         last = length - 1 if row % 2 else last
         tokens[row, last], tokens[row, last + 1 :] = end, 0
-    rounded = jax.tree.map(functools.partial(_rounded, dtype=jnp.dtype(dtype)), params, is_leaf=_is_ternary)
+    rounded = jax.tree.map(
+        functools.partial(_rounded, dtype=jnp.dtype(dtype)),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, TernaryTensor),
+    )
     with jax.default_matmul_precision("highest"):
         image, text = _embed(CLIP(config), rounded, pixels, tokens)
     return Examples(pixels, tokens, np.asarray(image), np.asarray(text))
@@ -114,7 +118,3 @@ def _rounded(leaf: Any, dtype: np.dtype[Any]) -> Any:
         return jax.device_put(np.asarray(leaf).astype(dtype, copy=False))
     scale: Any = np.asarray(leaf.scale).astype(dtype).astype(np.float32)
     return TernaryTensor(leaf.trits, scale, leaf.group, leaf.axis)
-
-
-def _is_ternary(leaf: Any) -> bool:
-    return isinstance(leaf, TernaryTensor)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
-from tclip_jax.interop.open_clip import check_expressible, check_names, unwrapped
+from tclip_jax.interop.open_clip import check_expressible, unwrapped
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.schema import check_names
 
 
 class Entry(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from tclip_jax.artifacts.safetensors import LazyArray, LazyStack
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, is_learned_scale
-from tclip_jax.schema import plain
+from tclip_jax.schema import check_names, plain
 from tclip_jax.ternary import TernaryTensor
 
 Axes = tuple[int, ...] | None
@@ -207,19 +207,6 @@ def _transposed(value: npt.NDArray[np.float32], axes: Axes) -> npt.NDArray[np.fl
     for start in range(0, len(value), _STRIP):
         copy[:, start : start + _STRIP] = value[start : start + _STRIP].T
     return copy
-
-
-def check_names(found: Collection[str], expected: Collection[str], what: str) -> None:
-    """Raises ValueError, naming the first names that are missing and unexpected, unless both hold the same."""
-    wrong = {"missing": set(expected) - set(found), "unexpected": set(found) - set(expected)}
-    if any(wrong.values()):
-        named = "; ".join(f"{kind} {_first(names)}" for kind, names in wrong.items() if names)
-        raise ValueError(f"{what} does not fit the model: {named}")
-
-
-def _first(names: Collection[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(plain, sorted(names)[:count])) + more
 
 
 def _check_shape(shape: tuple[int, ...], entry: Entry) -> None:

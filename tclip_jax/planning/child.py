@@ -37,11 +37,6 @@ _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_
 _logger = logging.getLogger(__name__)
 
 
-def cache_folder() -> epath.Path:
-    """Where plans are kept: below XDG_CACHE_HOME, by default ~/.cache."""
-    return epath.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "tclip" / "plans"
-
-
 def compiled_facts(
     config: Mapping[str, Any], topology: str, teacher_preset: str, cache: epath.PathLike | None
 ) -> StepFacts:

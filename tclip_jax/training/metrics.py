@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.parallel.agreement import Failure, raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.record import read_metrics
-from tclip_jax.storage import is_local, write_atomic
+from tclip_jax.storage import dump_json, is_local, write_atomic
 from tclip_jax.training.timing import Speed
 
 _FLUSH_SECONDS = 120.0  # an object store gets the whole file at each flush
@@ -101,7 +100,7 @@ class Telemetry:
         if not self._first:
             return
         self._wandb = _open_wandb(workdir, wandb_project, title, config) if wandb_project else None
-        self._lines = [json.dumps(line) for line in read_metrics(workdir) if line["step"] <= first_step]
+        self._lines = [dump_json(line, indent=None) for line in read_metrics(workdir) if line["step"] <= first_step]
         self._flush()
         self._events = EventFile(epath.Path(workdir) / "tensorboard", first_step + 1)
         self._bar = tqdm.tqdm(
@@ -198,25 +197,16 @@ class Telemetry:
 
     def _append(self, values: dict[str, Any]) -> None:
         """A local file grows line by line; an object store gets the whole when synced and at every thousandth line."""
-        line = json.dumps(_without_nan(values), allow_nan=False)
+        line = dump_json(values, indent=None)
         self._lines.append(line)
         if is_local(self._path):
             with self._path.open("a") as file:
-                file.write(line + "\n")
+                file.write(line)
         elif len(self._lines) % 1000 == 0:
             self._flush()
 
     def _flush(self) -> None:
-        write_atomic(self._path, "".join(line + "\n" for line in self._lines))
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        write_atomic(self._path, "".join(self._lines))
 
 
 def check_telemetry(wandb_project: str) -> None:

@@ -102,18 +102,14 @@ def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
     """With `TernaryTensor` for the floats that have a rule and are exactly scale · trit."""
     leaves = flatten(params)
     for path in TERNARIZABLE:
-        if find_quantizer(path, rules) and not _is_ternary(leaves[path]):
+        if find_quantizer(path, rules) and not isinstance(leaves[path], TernaryTensor):
             with contextlib.suppress(NotTernaryError):
                 leaves[path] = recover_parameter(path, leaves[path])
     return unflatten_dict(leaves, sep="/")
 
 
 def _floats(leaf: Any) -> Any:
-    return np.asarray(leaf.dequantize() if _is_ternary(leaf) else leaf, np.float32)
-
-
-def _is_ternary(leaf: Any) -> bool:
-    return isinstance(leaf, TernaryTensor)
+    return np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
 
 
 _FIXED = ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit")

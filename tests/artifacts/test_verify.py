@@ -98,5 +98,5 @@ def test_another_model_is_noticed(
     assert difference.startswith("model is CLIPConfig(")
     (difference,) = verify_artifact(written, packed, preprocess=Preprocess(16, resize_mode="squash")).differences
     assert difference.startswith("preprocessing is Preprocess(")
-    with pytest.raises(ArtifactError, match="tensors have the unexpected logit_scale"):
+    with pytest.raises(ArtifactError, match="tensors does not fit the model: unexpected logit_scale"):
         verify_artifact(written, {name: leaf for name, leaf in packed.items() if name != "logit_scale"})

@@ -14,8 +14,9 @@ from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_captio
 from tclip_jax.data.sources.patterns import find_files, is_remote
 from tclip_jax.data.sources.remote import change, retry
 from tclip_jax.data.sources.shard_index import Scan, ShardIndex, open_index
+from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER
 
-_IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp")
+_IMAGE_KEYS = ("image", "image/encoded", *OPEN_CLIP_ORDER)
 _CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt", "caption/text", "captions/text", "texts/text")
 _OPEN_FILES = 256  # each holds its chunks' offsets: a few kB
 
@@ -35,7 +36,7 @@ def open_files(pattern: str, split: str) -> ArrayRecord:
 class ArrayRecord:
     """Every record of some files: an Example with an encoded image and its captions, each a value of its own.
 
-    The image is the feature `image`, `image/encoded`, `jpg`, `jpeg`, `png` or `webp`; the captions are `caption`,
+    The image is the feature `image`, `image/encoded`, `jpg`, `png`, `jpeg` or `webp`; the captions are `caption`,
     `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records
     is kept. For data that TFDS has prepared `tfds:<name>` says more: which split, and the names of the classes.
     """

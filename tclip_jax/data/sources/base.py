@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import pathlib
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -128,11 +126,6 @@ def _records_digest(source: Source) -> str:
 def notes(source: Source) -> list[str]:
     """What a source passes over or takes for granted: lines for the log, the first time that it is opened."""
     return list(getattr(source, "notes", ()))
-
-
-def cache_folder() -> pathlib.Path:
-    """Where indices and copies of remote data lie on this machine: TCLIP_CACHE_DIR, or ~/.cache/tclip_jax."""
-    return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR", "~/.cache/tclip_jax")).expanduser()
 
 
 def decode_caption(data: bytes, name: str) -> str:

@@ -24,9 +24,10 @@ from typing import Any
 
 import tqdm
 
-from tclip_jax.data.sources.base import BadSample, cache_folder
+from tclip_jax.data.sources.base import BadSample
 from tclip_jax.data.sources.patterns import file_system, is_remote
 from tclip_jax.data.sources.remote import change, open_at_once, retry
+from tclip_jax.storage import cache_folder
 
 # What stores call a checksum, the best first; an etag differs between copies of other parts, which is on the safe side.
 _CHECKSUMS: tuple[str, ...] = (

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from typing import IO, TypeVar
 
-from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, cache_folder
+from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample
 from tclip_jax.data.sources.patterns import file_system, is_remote
+from tclip_jax.storage import cache_folder
 
 # Waits between attempts. A store that is away for longer costs samples, not the run.
 RETRY_SECONDS = (0.1, 0.4, 1.6, 6.4)

@@ -38,10 +38,10 @@ import tqdm
 
 from tclip_jax import keys
 from tclip_jax.data.files import PassedOver
-from tclip_jax.data.sources.base import FAULTS, BadSample, cache_folder
+from tclip_jax.data.sources.base import FAULTS, BadSample
 from tclip_jax.data.sources.content import combined, contents, stamps
 from tclip_jax.schema import plain
-from tclip_jax.storage import atomic_folder, write_atomic
+from tclip_jax.storage import atomic_folder, cache_folder, write_atomic
 
 # Where a sample lies in its tar: `start` is the header of its first file; `image` and `text` are counted from there.
 SAMPLE = np.dtype(

@@ -20,17 +20,18 @@ from pyarrow import parquet
 
 from tclip_jax import keys
 from tclip_jax.data.files import compression
-from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Record, cache_folder
+from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Record
 from tclip_jax.data.sources.content import combined, contents, stamps
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.data.sources.remote import open_file, read_file
+from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER
 from tclip_jax.pages import printable
-from tclip_jax.storage import atomic_file, write_atomic
+from tclip_jax.storage import atomic_file, cache_folder, write_atomic
 
 # open_clip's defaults are filepath and title.
 _IMAGE_COLUMNS = (
     *("filepath", "image", "path", "file", "file_name", "filename", "image_path", "url"),
-    *("img", "jpg", "png", "jpeg", "webp"),
+    *("img", *OPEN_CLIP_ORDER),
 )
 _CAPTION_COLUMNS = ("title", "caption", "text", "captions", "texts", "txt")
 
