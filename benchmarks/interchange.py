@@ -29,7 +29,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.artifacts.safetensors import LazyArray, write_safetensors
 from tclip_jax.cli import main as tclip
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.open_clip import table
+from tclip_jax.interop.open_clip import open_clip_table
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS
@@ -110,10 +110,10 @@ def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
     def drawn(shape: tuple[int, ...]) -> LazyArray:
         return LazyArray(shape, np.dtype(np.float32), lambda: np.float32(0.02) * rng.standard_normal(shape, np.float32))
 
-    state = {entry.key: drawn(entry.shape) for entry in table(config)}
+    state = {entry.key: drawn(entry.shape) for entry in open_clip_table(config)}
     write_safetensors(folder / "open_clip_model.safetensors", state)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config.to_open_clip()}))
-    return 4 * sum(int(np.prod(entry.shape)) for entry in table(config))
+    return 4 * sum(int(np.prod(entry.shape)) for entry in open_clip_table(config))
 
 
 def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterator[Figure]:

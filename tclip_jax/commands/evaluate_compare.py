@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints, and returns the exit code."""
     import io
 
-    from tclip_jax.evaluation.comparison import compare
+    from tclip_jax.evaluation.comparison import compare_results
     from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_json, to_text
     from tclip_jax.evaluation.flipped import flipped
     from tclip_jax.storage import dump_json, write_atomic
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--data is for the images of the page: it needs --html FILE")
     if args.resamples < 100:
         raise ValueError(f"--resamples is {args.resamples}: it must be 100 or more for the ends of an interval")
-    found = compare(args.a, args.b, intersect=args.intersect, resamples=args.resamples, seed=args.seed)
+    found = compare_results(args.a, args.b, intersect=args.intersect, resamples=args.resamples, seed=args.seed)
     if args.html:
         write_atomic(args.html, to_html(found, flipped(found, args.data)))
     if args.plot:

@@ -105,7 +105,7 @@ class Comparison:
     seed: int
 
 
-def compare(
+def compare_results(
     a: epath.PathLike, b: epath.PathLike, *, intersect: bool = False, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
     """Compares two folders of results; B − A is what B gains.

@@ -19,8 +19,8 @@ from etils import epath
 
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import SHARD_COUNT
+from tclip_jax.evaluation.embeddings import LabelledEmbeddings, labelled_embeddings
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.evaluation.features import Features, features
 from tclip_jax.evaluation.metrics import classification_metrics
 from tclip_jax.evaluation.probe import few_shot, linear_probe, protocol, t_interval
 from tclip_jax.evaluation.results import PROBE_C, Predictions, Result, find_result, write_result
@@ -85,7 +85,7 @@ def probe(
     Args:
       weights: as `fingerprint` of the model.
       seeds: draws of the training images for each number of shots.
-      cache: folder of embeddings, as of `features`.
+      cache: folder of embeddings, as of `labelled_embeddings`.
 
     Raises:
       ValueError: several processes, shots or seeds that are not positive, no probe to fit, or a result in `out` that
@@ -116,7 +116,8 @@ def probe(
                 continue
             try:
                 train, test = (
-                    features(encoder, source, weights=weights, cache=cache, progress=bar.update) for source in sources
+                    labelled_embeddings(encoder, source, weights=weights, cache=cache, progress=bar.update)
+                    for source in sources
                 )
                 labels = _by_name(test.labels, train.labels, sources[1].classnames, sources[0].classnames)
                 test = test._replace(labels=labels)
@@ -203,7 +204,9 @@ def _by_name(
     return found
 
 
-def _fitted(name: str, train: Features, test: Features, seeds: int) -> tuple[dict[str, float], Predictions]:
+def _fitted(
+    name: str, train: LabelledEmbeddings, test: LabelledEmbeddings, seeds: int
+) -> tuple[dict[str, float], Predictions]:
     predictions: Predictions = {"keys": test.keys, "index": test.places, "labels": test.labels}
     classes = len(np.unique(train.labels))
     if name == LINEAR:

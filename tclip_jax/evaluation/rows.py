@@ -18,7 +18,7 @@ Reduce = Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
 Progress = Callable[[int], Any]
 
 
-class Rows(NamedTuple):
+class ImageRecords(NamedTuple):
     """What a source says of its images, in its order: lists of N.
 
     Attributes:
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 def encode_rows(
     encoder: Encoder, source: Source, reduce: Reduce = np.asarray, progress: Progress = lambda images: None
-) -> tuple[Rows, npt.NDArray[Any]]:
+) -> tuple[ImageRecords, npt.NDArray[Any]]:
     """What `reduce` makes of the embedding of every image (N, …), and the rest of the records.
 
     Only that stays in memory, on every process; an image that could not be decoded has the value of a black one.
@@ -77,7 +77,7 @@ def encode_rows(
     values.append(_reduced(waiting, reduce))
     progress(len(source) - encoder.batch_size * (len(values) - 1))
     everyone = sorted(row for rows in gather_json(told) for row in rows if row[0] >= 0)
-    return Rows(*map(list, list(zip(*everyone, strict=True))[1:])), np.concatenate(values)[: len(source)]
+    return ImageRecords(*map(list, list(zip(*everyone, strict=True))[1:])), np.concatenate(values)[: len(source)]
 
 
 def _reduced(embeddings: jax.Array, reduce: Reduce) -> npt.NDArray[Any]:

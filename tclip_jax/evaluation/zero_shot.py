@@ -15,7 +15,7 @@ from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.metrics import classification_metrics, mean_average_precision, top_k
 from tclip_jax.evaluation.results import Predictions
 from tclip_jax.evaluation.retrieval import recall, retrieval_ranks
-from tclip_jax.evaluation.rows import Progress, Rows, encode_rows
+from tclip_jax.evaluation.rows import ImageRecords, Progress, encode_rows
 from tclip_jax.inference.model import Embeddings
 
 UNREADABLE = "unreadable image"
@@ -121,7 +121,7 @@ def _classnames(source: Source) -> Sequence[str]:
     return source.classnames
 
 
-def _kept(rows: Rows, reason: str, is_good: Callable[[int], Any]) -> tuple[list[int], dict[str, int]]:
+def _kept(rows: ImageRecords, reason: str, is_good: Callable[[int], Any]) -> tuple[list[int], dict[str, int]]:
     """The images that count, and how many do not and why; an image without pixels counts as that alone."""
     readable = [i for i, yes in enumerate(rows.readable) if yes]
     kept = [i for i in readable if is_good(i)]
@@ -132,5 +132,5 @@ def _kept(rows: Rows, reason: str, is_good: Callable[[int], Any]) -> tuple[list[
     return kept, failed
 
 
-def _named(rows: Rows, kept: list[int]) -> Predictions:
+def _named(rows: ImageRecords, kept: list[int]) -> Predictions:
     return {"keys": np.array([rows.names[i] for i in kept]), "index": np.array(kept, np.int32)}

@@ -16,7 +16,7 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.schema import check_names
 
 
-class Entry(NamedTuple):
+class HuggingFaceEntry(NamedTuple):
     """One tensor of CLIPModel, the tensor of open_clip that holds it, and which third (q, k, v) of that it is."""
 
     key: str
@@ -26,45 +26,45 @@ class Entry(NamedTuple):
 
 
 _OUTSIDE_BLOCKS = (
-    Entry("logit_scale", "logit_scale"),
-    Entry("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    Entry("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
-    Entry("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    Entry("vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
-    Entry("vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
-    Entry("vision_model.post_layernorm.weight", "visual.ln_post.weight"),
-    Entry("vision_model.post_layernorm.bias", "visual.ln_post.bias"),
-    Entry("visual_projection.weight", "visual.proj", transposed=True),
-    Entry("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-    Entry("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    Entry("text_model.final_layer_norm.weight", "ln_final.weight"),
-    Entry("text_model.final_layer_norm.bias", "ln_final.bias"),
-    Entry("text_projection.weight", "text_projection", transposed=True),
+    HuggingFaceEntry("logit_scale", "logit_scale"),
+    HuggingFaceEntry("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    HuggingFaceEntry("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    HuggingFaceEntry("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    HuggingFaceEntry("vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
+    HuggingFaceEntry("vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
+    HuggingFaceEntry("vision_model.post_layernorm.weight", "visual.ln_post.weight"),
+    HuggingFaceEntry("vision_model.post_layernorm.bias", "visual.ln_post.bias"),
+    HuggingFaceEntry("visual_projection.weight", "visual.proj", transposed=True),
+    HuggingFaceEntry("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    HuggingFaceEntry("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    HuggingFaceEntry("text_model.final_layer_norm.weight", "ln_final.weight"),
+    HuggingFaceEntry("text_model.final_layer_norm.bias", "ln_final.bias"),
+    HuggingFaceEntry("text_projection.weight", "text_projection", transposed=True),
 )
 _INSIDE_BLOCKS = (
-    Entry("layer_norm1.weight", "ln_1.weight"),
-    Entry("layer_norm1.bias", "ln_1.bias"),
-    Entry("self_attn.q_proj.weight", "attn.in_proj_weight", 0),
-    Entry("self_attn.k_proj.weight", "attn.in_proj_weight", 1),
-    Entry("self_attn.v_proj.weight", "attn.in_proj_weight", 2),
-    Entry("self_attn.q_proj.bias", "attn.in_proj_bias", 0),
-    Entry("self_attn.k_proj.bias", "attn.in_proj_bias", 1),
-    Entry("self_attn.v_proj.bias", "attn.in_proj_bias", 2),
-    Entry("self_attn.out_proj.weight", "attn.out_proj.weight"),
-    Entry("self_attn.out_proj.bias", "attn.out_proj.bias"),
-    Entry("layer_norm2.weight", "ln_2.weight"),
-    Entry("layer_norm2.bias", "ln_2.bias"),
-    Entry("mlp.fc1.weight", "mlp.c_fc.weight"),
-    Entry("mlp.fc1.bias", "mlp.c_fc.bias"),
-    Entry("mlp.fc2.weight", "mlp.c_proj.weight"),
-    Entry("mlp.fc2.bias", "mlp.c_proj.bias"),
+    HuggingFaceEntry("layer_norm1.weight", "ln_1.weight"),
+    HuggingFaceEntry("layer_norm1.bias", "ln_1.bias"),
+    HuggingFaceEntry("self_attn.q_proj.weight", "attn.in_proj_weight", 0),
+    HuggingFaceEntry("self_attn.k_proj.weight", "attn.in_proj_weight", 1),
+    HuggingFaceEntry("self_attn.v_proj.weight", "attn.in_proj_weight", 2),
+    HuggingFaceEntry("self_attn.q_proj.bias", "attn.in_proj_bias", 0),
+    HuggingFaceEntry("self_attn.k_proj.bias", "attn.in_proj_bias", 1),
+    HuggingFaceEntry("self_attn.v_proj.bias", "attn.in_proj_bias", 2),
+    HuggingFaceEntry("self_attn.out_proj.weight", "attn.out_proj.weight"),
+    HuggingFaceEntry("self_attn.out_proj.bias", "attn.out_proj.bias"),
+    HuggingFaceEntry("layer_norm2.weight", "ln_2.weight"),
+    HuggingFaceEntry("layer_norm2.bias", "ln_2.bias"),
+    HuggingFaceEntry("mlp.fc1.weight", "mlp.c_fc.weight"),
+    HuggingFaceEntry("mlp.fc1.bias", "mlp.c_fc.bias"),
+    HuggingFaceEntry("mlp.fc2.weight", "mlp.c_proj.weight"),
+    HuggingFaceEntry("mlp.fc2.bias", "mlp.c_proj.bias"),
 )
 
 # Older versions of transformers saved these counters, and PyTorch's AveragedModel the last.
 _STRAYS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "n_averaged")
 
 
-def table(config: CLIPConfig) -> list[Entry]:
+def hugging_face_table(config: CLIPConfig) -> list[HuggingFaceEntry]:
     """The entries of every tensor of a model, the thirds of one tensor in their order.
 
     Raises:
@@ -89,12 +89,12 @@ def to_hugging_face(open_clip_state: Mapping[str, Any], config: CLIPConfig) -> d
     Raises:
       ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
     """
-    entries = table(config)
+    entries = hugging_face_table(config)
     check_names(open_clip_state, {entry.open_clip for entry in entries}, "open_clip's state dict")
     return {entry.key: _part(open_clip_state[entry.open_clip], entry) for entry in entries}
 
 
-def _part(tensor: Any, entry: Entry) -> LazyArray:
+def _part(tensor: Any, entry: HuggingFaceEntry) -> LazyArray:
     """A third of a tensor, or a whole one."""
     shape = np.shape(tensor)
     if entry.third is not None:
@@ -116,7 +116,7 @@ def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict
     Raises:
       ValueError: a model that CLIPModel cannot be, missing and unexpected keys, or thirds of different shapes, named.
     """
-    entries, state_dict = table(config), unwrapped(state_dict)
+    entries, state_dict = hugging_face_table(config), unwrapped(state_dict)
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
     parts: dict[str, list[Any]] = {}
     for entry in entries:

@@ -23,7 +23,7 @@ Axes = tuple[int, ...] | None
 State = dict[str, npt.NDArray[Any]]
 
 
-class Entry(NamedTuple):
+class OpenClipEntry(NamedTuple):
     """One tensor of open_clip's state dict and its place in the parameter tree.
 
     Attributes:
@@ -88,11 +88,11 @@ _OWNERS = ("model", "clip", "clip_model", "net", "ema", "ema_model", "model_ema"
 
 
 @functools.cache
-def table(config: CLIPConfig) -> tuple[Entry, ...]:
+def open_clip_table(config: CLIPConfig) -> tuple[OpenClipEntry, ...]:
     """The entries of every tensor of a model, those of one path together and in the order of its layers."""
     shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     entries = [
-        Entry(key, path, None, axes, _permuted(shapes[path], axes))
+        OpenClipEntry(key, path, None, axes, _permuted(shapes[path], axes))
         for path, key, axes in _OUTSIDE_BLOCKS
         if path in shapes
     ]
@@ -100,7 +100,7 @@ def table(config: CLIPConfig) -> tuple[Entry, ...]:
         for name, key, axes in _INSIDE_BLOCKS:
             layers, *shape = shapes.get(prefix + name, (0,))
             entries += [
-                Entry(f"{blocks}.{i}.{key}", prefix + name, i, axes, _permuted(tuple(shape), axes))
+                OpenClipEntry(f"{blocks}.{i}.{key}", prefix + name, i, axes, _permuted(tuple(shape), axes))
                 for i in range(layers)
             ]
     return tuple(entries)
@@ -122,7 +122,7 @@ def lazy_state(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyA
     """As `to_open_clip`, each tensor being made when it is asked for; the parameters may be lazy too."""
     leaves = {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if not is_learned_scale(path)}
     shapes = flatten_dict(param_shapes(config), sep="/")
-    entries = table(config)
+    entries = open_clip_table(config)
     check_names(leaves, {entry.path for entry in entries}, "the parameter tree")
     state = {}
     for entry in entries:
@@ -135,7 +135,7 @@ def lazy_state(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyA
     return state
 
 
-def _write(leaf: Any, entry: Entry, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _write(leaf: Any, entry: OpenClipEntry, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     if entry.layer is not None:
         leaf = jax.tree.map(lambda stacked: stacked[entry.layer], leaf)
     value = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
@@ -156,7 +156,7 @@ def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[st
 
 def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
     """As `from_open_clip`, with `LazyArray` and `LazyStack` leaves: nothing is read until a leaf is."""
-    entries, state_dict = table(config), unwrapped(state_dict, "text")
+    entries, state_dict = open_clip_table(config), unwrapped(state_dict, "text")
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
     leaves: dict[str, list[LazyArray]] = {}
     for entry in entries:
@@ -194,7 +194,7 @@ def unwrapped(state_dict: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {name: state_dict[key] for name, key in keys.items()}
 
 
-def _read(value: Any, entry: Entry) -> npt.NDArray[np.float32]:
+def _read(value: Any, entry: OpenClipEntry) -> npt.NDArray[np.float32]:
     theirs = np.asarray(value).astype(np.float32, copy=False).reshape(entry.shape)
     return _transposed(theirs, None if entry.axes is None else tuple(np.argsort(entry.axes)))
 
@@ -209,7 +209,7 @@ def _transposed(value: npt.NDArray[np.float32], axes: Axes) -> npt.NDArray[np.fl
     return copy
 
 
-def _check_shape(shape: tuple[int, ...], entry: Entry) -> None:
+def _check_shape(shape: tuple[int, ...], entry: OpenClipEntry) -> None:
     if shape != entry.shape:
         raise ValueError(f"{entry.key} has shape {shape}: the model's is {entry.shape}")
 

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from tclip_jax.artifacts import read_artifact
 from tclip_jax.cli import main
-from tclip_jax.interop.open_clip import table
+from tclip_jax.interop.open_clip import open_clip_table
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE
 
@@ -24,7 +24,10 @@ MODEL_CFG = {
 def source(tmp_path: pathlib.Path) -> pathlib.Path:
     """An open_clip folder; the second MLP weight of the images has one scale each 64 inputs and output."""
     rng = np.random.default_rng(0)
-    state = {entry.key: rng.random(entry.shape, np.float32) for entry in table(CLIPConfig.from_open_clip(MODEL_CFG))}
+    state = {
+        entry.key: rng.random(entry.shape, np.float32)
+        for entry in open_clip_table(CLIPConfig.from_open_clip(MODEL_CFG))
+    }
     for layer in range(2):
         scale = np.repeat(rng.integers(128, 256, (64, 4)) / 2**12, 64, 1)
         state[f"visual.transformer.resblocks.{layer}.mlp.c_proj.weight"] = np.float32(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tclip_jax.cli import main
 from tclip_jax.evaluation import comparison
-from tclip_jax.evaluation.comparison import compare
+from tclip_jax.evaluation.comparison import compare_results
 from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_text
 from tclip_jax.evaluation.metrics import mean_average_precision
 from tclip_jax.evaluation.paired import Predicted
@@ -103,7 +103,7 @@ def test_p_is_mcnemars_exact_one(lost: int, gained: int) -> None:
 
 
 def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
-    found = compare(*folders, resamples=500)
+    found = compare_results(*folders, resamples=500)
     rows = {row.dataset: row for row in found.rows}
     assert list(rows) == ["cars", "flickr8k", "mnist", "voc2007_multilabel"] and not found.refused
 
@@ -133,7 +133,7 @@ def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
 
     main_deltas = [row.deltas[row.metric].delta for row in found.rows]
     assert found.mean.delta == pytest.approx(np.mean(main_deltas)) and found.mean.low < found.mean.delta
-    assert compare(*folders, resamples=500) == found != compare(*folders, resamples=500, seed=1)
+    assert compare_results(*folders, resamples=500) == found != compare_results(*folders, resamples=500, seed=1)
 
 
 def test_other_images_are_refused_by_name_or_intersected_aloud(
@@ -147,7 +147,7 @@ def test_other_images_are_refused_by_name_or_intersected_aloud(
     assert "not compared: mnist: 30 images only in A, 0 only in B; --intersect compares the 370 of both\n" in shown
     assert main([*arguments, "--intersect"]) == 0
     assert "mnist: compared on 370 images; left out 30 only in A, 0 only in B\n" in capsys.readouterr().out
-    row = next(row for row in compare(a, b, intersect=True, resamples=100).rows if row.dataset == "mnist")
+    row = next(row for row in compare_results(a, b, intersect=True, resamples=100).rows if row.dataset == "mnist")
     side = read_predictions(a, "mnist")
     kept = side["index"] >= 30
     assert row.deltas["acc1"].a == np.mean((side["top"][:, 0] == side["labels"])[kept])
@@ -160,13 +160,13 @@ def test_what_the_predictions_do_not_give_is_not_said_of_a_part_of_the_images(tm
         predictions = {"keys": np.array([f"s{i:04d}" for i in range(images)]), "index": np.arange(images)}
         predictions |= {"labels": np.arange(images) % CLASSES, "share": share}
         write(folder, "mnist", {"acc1": share.mean(), "acc5": 0.9}, predictions, "4_shot")
-    (row,) = compare(a, b, intersect=True, resamples=100).rows
+    (row,) = compare_results(a, b, intersect=True, resamples=100).rows
     assert row.images == N - 30 and set(row.deltas) == {"acc1"}
     for folder in (a, b):
         predictions = read_predictions(folder, "mnist")
         write(folder, "mnist", {"acc5": 0.9}, predictions, "4_shot")
     refused = {"mnist": "acc5 cannot be computed on the images of both"}
-    assert compare(a, b, intersect=True, resamples=100).refused == refused
+    assert compare_results(a, b, intersect=True, resamples=100).refused == refused
 
 
 def test_a_folder_of_two_models_is_refused(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
@@ -174,7 +174,7 @@ def test_a_folder_of_two_models_is_refused(folders: tuple[pathlib.Path, pathlib.
     with pytest.raises(
         ValueError, match=r"mnist_other_model\.json: a second result of mnist: a folder is of one model$"
     ):
-        compare(*folders, resamples=100)
+        compare_results(*folders, resamples=100)
 
 
 def predictions_of(folder: pathlib.Path, dataset: str, **changes: Any) -> None:
@@ -201,14 +201,14 @@ def test_predictions_that_cannot_be_compared_are_refused(
 ) -> None:
     a, b = folders
     predictions_of(b, dataset, **change(read_predictions(b, dataset)))
-    found = compare(a, b, intersect=True, resamples=100)
+    found = compare_results(a, b, intersect=True, resamples=100)
     assert list(found.refused) == [dataset] and reason in found.refused[dataset]
     assert len(found.rows) == 3
 
 
 def test_a_pickle_is_not_opened(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     predictions_of(folders[1], "mnist", keys=np.array([{"a": 1}] * N, object))
-    assert "Object arrays cannot be loaded" in compare(*folders, resamples=100).refused["mnist"]
+    assert "Object arrays cannot be loaded" in compare_results(*folders, resamples=100).refused["mnist"]
 
 
 def test_a_data_set_in_one_folder_and_one_of_another_task_are_refused(
@@ -218,7 +218,7 @@ def test_a_data_set_in_one_folder_and_one_of_another_task_are_refused(
     (b / "cars.json").unlink()
     saved = json.loads((b / "mnist.json").read_text())
     (b / "mnist.json").write_text(json.dumps(saved | {"task": "linear_probe"}))
-    assert compare(a, b, resamples=100).refused == {
+    assert compare_results(a, b, resamples=100).refused == {
         "cars": f"only in {a}",
         "mnist": "zeroshot_classification in A, linear_probe in B",
     }
@@ -266,11 +266,13 @@ def test_results_of_other_data_or_templates_are_no_pair(
         ({"data": made_by["data"] | {"classes": ["y", "x"]}}, "data.classes: ['x', 'y'], not ['y', 'x']"),  # type: ignore[operator]
         ({"evaluation": 2}, "evaluation: 1, not 2"),
     ):
-        found = compare(tmp_path / "a", written("b", **changes), resamples=100)
+        found = compare_results(tmp_path / "a", written("b", **changes), resamples=100)
         assert found.refused == {"mnist": f"A and B differ in more than the model: {message}"} and not found.rows
-    common = compare(tmp_path / "a", written("b", data=made_by["data"] | {"content": "cd"}), intersect=True)  # type: ignore[operator]
+    common = compare_results(tmp_path / "a", written("b", data=made_by["data"] | {"content": "cd"}), intersect=True)  # type: ignore[operator]
     assert common.rows[0].images == N, "what --intersect is for: other images"
-    (row,) = compare(tmp_path / "a", written("b", model={"weights": "w", "dtype": "bfloat16"}), resamples=100).rows
+    (row,) = compare_results(
+        tmp_path / "a", written("b", model={"weights": "w", "dtype": "bfloat16"}), resamples=100
+    ).rows
     assert row.checked and (row.split, row.content) == ("test", "ab")
     classified(tmp_path / "b", "mnist", 0.5)
     assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -286,7 +288,7 @@ def test_exit_code_of_a_drop(folders: tuple[pathlib.Path, pathlib.Path], capsys:
 
 
 def test_table_is_aligned_and_says_what_is_clear(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
-    lines = to_text(compare(*folders, resamples=200)).splitlines()
+    lines = to_text(compare_results(*folders, resamples=200)).splitlines()
     assert lines[0] == f"A: {folders[0]}: a (abc)"
     table = lines[3 : lines.index("", 3)]
     assert [line.split()[0] for line in table] == ["dataset", "cars", "flickr8k", "mnist", "voc2007_multilabel", "mean"]
@@ -316,7 +318,7 @@ def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, path
     for folder in folders:
         keys = read_predictions(folder, "mnist")["keys"]
         predictions_of(folder, "mnist", keys=np.char.add("<b>", keys))
-    page = Page(to_html(compare(*folders, resamples=200)))
+    page = Page(to_html(compare_results(*folders, resamples=200)))
     assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/png;base64,iVBOR")
     assert "<b>s0000" in page.words or "<b>s0001" in page.words or "<b>s0002" in page.words
 
@@ -324,7 +326,7 @@ def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, path
 def test_plot_shows_every_difference_in_order(
     folders: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compare(*folders, resamples=200)
+    found = compare_results(*folders, resamples=200)
     (axes,) = plot_deltas(found).axes
     dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "oD"]
     expected = sorted(100 * row.deltas[row.metric].delta for row in found.rows)

@@ -16,7 +16,7 @@ from PIL import Image
 from tclip_jax.cli import main
 from tclip_jax.data.sources import BadSample, Record
 from tclip_jax.data.sources.webdataset import Webdataset
-from tclip_jax.evaluation.comparison import compare
+from tclip_jax.evaluation.comparison import compare_results
 from tclip_jax.evaluation.flipped import flipped
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
@@ -247,6 +247,6 @@ def test_images_that_changed_are_those_of_the_split_that_was_evaluated(
 
     for encoder, side in ((exports.Direct(), "a"), (Reversed(), "b")):
         evaluate(encoder, [source_task("digits", "train", "none")], model=side, out=tmp_path / side)
-    found = compare(tmp_path / "a", tmp_path / "b", resamples=100)
+    found = compare_results(tmp_path / "a", tmp_path / "b", resamples=100)
     pictures = flipped(found, None)["digits"]
     assert found.rows[0].split == "train" and pictures.why_not == "" and pictures.lost + pictures.gained

@@ -21,10 +21,10 @@ from tclip_jax.artifacts import write_artifact
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import BadSample, Record, open_source
-from tclip_jax.evaluation import features as features_module
+from tclip_jax.evaluation import embeddings as embeddings_module
 from tclip_jax.evaluation import probe as probe_module
-from tclip_jax.evaluation.comparison import compare
-from tclip_jax.evaluation.features import Features, features
+from tclip_jax.evaluation.comparison import compare_results
+from tclip_jax.evaluation.embeddings import LabelledEmbeddings, labelled_embeddings
 from tclip_jax.evaluation.probe import STRENGTHS, few_shot, linear_probe, search, t_interval
 from tclip_jax.evaluation.probe_suite import Pair, probe, suite_pairs
 from tclip_jax.evaluation.results import read_predictions, read_result
@@ -136,24 +136,24 @@ def test_embeddings_are_computed_once(
     labels = [0, 1, 2, 1, 7]
     folder = exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={1: b"broken"})
     source = open_source(f"wds:{folder}", "test")
-    first = features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    first = labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     assert first.labels.tolist() == [0, 2, 1] and first.places.tolist() == [0, 2, 3], "7 is no class"
     assert first.embeddings.dtype == np.float32 and first.embeddings.shape == (3, 6)
     assert [key[-5:] for key in first.keys] == ["00000", "00002", "00003"]
 
-    calls, plain = [], features_module.encode_rows
-    monkeypatch.setattr(features_module, "encode_rows", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    again = features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    calls, plain = [], embeddings_module.encode_rows
+    monkeypatch.setattr(embeddings_module, "encode_rows", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    again = labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     assert not calls and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     other = exports.Direct()
     other.dtype = "bfloat16"
-    features(exports.Direct(), source, weights="other", cache=tmp_path / "cache")
-    features(other, source, weights="w", cache=tmp_path / "cache")
+    labelled_embeddings(exports.Direct(), source, weights="other", cache=tmp_path / "cache")
+    labelled_embeddings(other, source, weights="w", cache=tmp_path / "cache")
     (folder / "classnames.txt").write_text("c\nb\na\n")
-    features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
+    labelled_embeddings(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
     exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={4: exports.picture(99)})
-    features(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
-    features(exports.Direct(), source, weights="w", cache=None)
+    labelled_embeddings(exports.Direct(), open_source(f"wds:{folder}", "test"), weights="w", cache=tmp_path / "cache")
+    labelled_embeddings(exports.Direct(), source, weights="w", cache=None)
     assert len(calls) == 5 and len(list((tmp_path / "cache").iterdir())) == 5
 
 
@@ -169,9 +169,9 @@ def test_a_record_that_cannot_be_read_is_left_out(tmp_path: pathlib.Path, export
                 raise BadSample("unreadable", "3", "the disk is gone")
             return Record(np.full((4, 4, 3), 40 * index, np.uint8), (), index % 2, str(index))
 
-    found = features(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
+    found = labelled_embeddings(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
     assert found.keys.tolist() == ["0", "1", "2"]
-    again = features(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
+    again = labelled_embeddings(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
     np.testing.assert_array_equal(again.embeddings, found.embeddings)
 
 
@@ -181,7 +181,7 @@ def saved(save: Any, *arrays: Any, **named: Any) -> bytes:
     return buffer.getvalue()
 
 
-SCALARS = dict.fromkeys(Features._fields, np.float32(0)) | {"embeddings": np.zeros((2, 6), np.float32)}
+SCALARS = dict.fromkeys(LabelledEmbeddings._fields, np.float32(0)) | {"embeddings": np.zeros((2, 6), np.float32)}
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ SCALARS = dict.fromkeys(Features._fields, np.float32(0)) | {"embeddings": np.zer
 )
 def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes) -> None:
     source = open_source(f"wds:{exports.write(tmp_path / 'data', [0, 1], ['a', 'b'])}", "test")
-    features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+    labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{path}: not embeddings: .*; delete it$"):
-        features(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
+        labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
 
 
 def split_export(exports: types.SimpleNamespace, folder: pathlib.Path, per_class: int) -> None:
@@ -234,14 +234,14 @@ def test_a_suite_of_probes_resumes_and_compares(
         results[1].metrics, nan_ok=True
     )
 
-    monkeypatch.setattr("tclip_jax.evaluation.probe_suite.features", None)
+    monkeypatch.setattr("tclip_jax.evaluation.probe_suite.labelled_embeddings", None)
     again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **given)
     assert [each.task for each in again] == ["linear_probe", "1_shot", "2_shot"]
     with pytest.raises(ValueError, match=r"mnist\.json: made by something else \(model\.weights: 'w', not 'v'\)"):
         probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(given | {"weights": "v"}))
 
     for name in ("linear_probe", "1_shot"):
-        found = compare(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
+        found = compare_results(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
         assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
         assert "C" not in found.rows[0].deltas, "it is no fraction"
 

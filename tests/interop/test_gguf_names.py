@@ -33,7 +33,7 @@ WORDS = {
 def test_names_are_clip_cpps_abbreviations_of_clip_models() -> None:
     config = CLIPConfig.from_open_clip(PRESETS["ViT-B-16"])
     expected = set()
-    for entry in hugging_face.table(config):
+    for entry in hugging_face.hugging_face_table(config):
         name = entry.key
         for word, short in WORDS.items():
             name = name.replace(word, short)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tclip_jax.interop.hugging_face import from_hugging_face, hugging_face_config, table, to_hugging_face
-from tclip_jax.interop.open_clip import table as open_clip_table
-from tclip_jax.interop.open_clip import to_open_clip
+from tclip_jax.interop.hugging_face import from_hugging_face, hugging_face_config, hugging_face_table, to_hugging_face
+from tclip_jax.interop.open_clip import open_clip_table, to_open_clip
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
 
@@ -46,7 +45,7 @@ def test_clip_model_has_the_same_keys_and_shapes(preset: str, keys: int) -> None
 def test_old_position_ids_are_ignored_and_other_keys_are_named(random_params: Draw) -> None:
     state = to_hugging_face(to_open_clip(random_params(TINY), TINY), TINY)
     state["text_model.embeddings.position_ids"] = np.arange(32)[None]
-    assert from_hugging_face(state, TINY).keys() == {entry.open_clip for entry in table(TINY)}
+    assert from_hugging_face(state, TINY).keys() == {entry.open_clip for entry in hugging_face_table(TINY)}
     state["text_projection.bias"] = state.pop("text_projection.weight")
     with pytest.raises(ValueError, match=r"missing text_projection\.weight; unexpected text_projection\.bias$"):
         from_hugging_face(state, TINY)
@@ -84,7 +83,7 @@ def test_both_activations_are_written_in_both_towers() -> None:
 def test_a_model_that_clip_model_cannot_be_is_refused_by_its_option(tower: str, option: str, value: Any) -> None:
     changed = dataclasses.replace(getattr(TINY, tower), **{option: value})
     config = dataclasses.replace(TINY, **{tower: changed})
-    for function in (hugging_face_config, table):
+    for function in (hugging_face_config, hugging_face_table):
         with pytest.raises(ValueError, match=rf"^{tower}_cfg\.{option} is .*: transformers' CLIPModel can only have"):
             function(config)
 

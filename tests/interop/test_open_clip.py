@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tclip_jax.interop.open_clip import from_open_clip, table, to_open_clip
+from tclip_jax.interop.open_clip import from_open_clip, open_clip_table, to_open_clip
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
 from tclip_jax.ternary import TernaryTensor
@@ -58,7 +58,7 @@ def test_open_clip_has_the_same_keys_and_shapes(config: CLIPConfig, random_param
 
 @pytest.mark.parametrize(("preset", "keys"), [("ViT-B-32", 302), ("ViT-B-16", 302), ("ViT-L-14", 446)])
 def test_presets_have_as_many_tensors_as_open_clip(preset: str, keys: int) -> None:
-    entries = table(CLIPConfig.from_open_clip(PRESETS[preset]))
+    entries = open_clip_table(CLIPConfig.from_open_clip(PRESETS[preset]))
     assert len(entries) == len({entry.key for entry in entries}) == keys
 
 

@@ -20,7 +20,7 @@ from tclip_jax.keys import digest, recipe
 from tclip_jax.storage import write_atomic
 
 
-class Features(NamedTuple):
+class LabelledEmbeddings(NamedTuple):
     """The images of a source that can be read and have a class.
 
     Attributes:
@@ -36,14 +36,14 @@ class Features(NamedTuple):
     places: npt.NDArray[np.int32]
 
 
-def features(
+def labelled_embeddings(
     encoder: Encoder,
     source: Source,
     *,
     weights: str,
     cache: epath.PathLike | None,
     progress: Callable[[int], Any] = lambda images: None,
-) -> Features:
+) -> LabelledEmbeddings:
     """Embeds every image, or reads what an earlier call left in `cache`.
 
     A file there is named by the digest of what made it: the model, the content of the data and its class names.
@@ -79,7 +79,9 @@ def features(
     if not good:
         raise ValueError("no image can be read and has one class")
     labels = np.array([rows.labels[i] for i in good], np.int32)
-    found = Features(embeddings[good], labels, np.array([rows.names[i] for i in good]), np.array(good, np.int32))
+    found = LabelledEmbeddings(
+        embeddings[good], labels, np.array([rows.names[i] for i in good]), np.array(good, np.int32)
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
@@ -88,10 +90,10 @@ def features(
     return found
 
 
-def _read(path: epath.Path) -> Features:
+def _read(path: epath.Path) -> LabelledEmbeddings:
     try:
         arrays = read_arrays(io.BytesIO(path.read_bytes()))
-        found = Features(*(arrays[name] for name in Features._fields))
+        found = LabelledEmbeddings(*(arrays[name] for name in LabelledEmbeddings._fields))
         if found.embeddings.ndim != 2 or len({array.shape[:1] for array in found}) > 1:
             raise ValueError("arrays of other shapes")
     except (ValueError, KeyError) as error:
