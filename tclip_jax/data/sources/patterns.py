@@ -16,6 +16,9 @@ _MAX_NAMES = 10_000_000
 def expand_braces(pattern: str) -> list[str]:
     """What a shell makes of `{000..999}`, `{0..9..2}` and `{a,b}`; braces of any other content stay as they are.
 
+    Not the library braceexpand: it holds every number of a range before the first name, so that a pattern of a few
+    letters takes all memory, and it refuses a brace that is not closed.
+
     Raises:
       ValueError: more than ten million names.
     """

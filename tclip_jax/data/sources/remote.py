@@ -28,6 +28,7 @@ def retry(read: Callable[[], Result], name: str, error_type: type[Exception] = E
     """What `read` returns, after as many attempts as it takes of those that are allowed.
 
     Stores raise errors of their own libraries, which have nothing in common: by default, any error is tried again.
+    Not tenacity: the loop would be its arguments, which are no shorter, and a further dependency.
 
     Raises:
       BadSample: all failed, or trying again is of no use.
@@ -111,6 +112,9 @@ def _read_local(path: str, start: int, stop: int, stamp: str, name: str) -> byte
 
 class Mirror:
     """Copies of remote tars with holes, which fill with the samples that are read, up to a number of bytes.
+
+    Not fsspec's caches: filecache copies whole tars; blockcache saves its list of blocks when a file is closed, so that
+    workers do not share it; neither has a bound on its bytes.
 
     Nothing is removed to make room: where every sample is read once an epoch, no other choice of what to keep would
     hit more often. A range begins with the header of a tar member, which is never all zeros and is written last: where
