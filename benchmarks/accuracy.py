@@ -31,9 +31,9 @@ from configs.accuracy import VARIANTS
 from tclip_jax import keys
 from tclip_jax.artifacts.inspection import ternary_share, zero_share
 from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.sources import described, open_source
 from tclip_jax.data.sources.content import contents
-from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.probe import t_interval
 from tclip_jax.evaluation.runner import evaluate

@@ -65,7 +65,7 @@ VARIANTS: tuple[tuple[str, Activations], ...] = (
     ("reference", "A16"),
 )
 
-Rows = list[dict[str, Any]]
+RowStats = list[dict[str, Any]]
 
 
 def call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -93,7 +93,7 @@ def ratios(name: str, found: dict[str, float], baseline: str) -> dict[str, Any]:
     }
 
 
-def matmul_rows(quick: bool, clock: Callable[[], float]) -> Rows:
+def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
     """Every implementation, at the shapes of ViT-B/16, group 256."""
     dot = jax.jit(jnp.dot)
     product = jax.jit(ternary_matmul)
@@ -111,7 +111,7 @@ def matmul_rows(quick: bool, clock: Callable[[], float]) -> Rows:
     return rows
 
 
-def encode_rows(quick: bool, clock: Callable[[], float], torch: bool) -> Rows:
+def encode_rows(quick: bool, clock: Callable[[], float], torch: bool) -> RowStats:
     """Whole image encodes, of random weights."""
     model = _model(quick)
     config = model.config
@@ -237,7 +237,7 @@ def _resident_bytes() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def print_table(rows: Rows) -> None:
+def print_table(rows: RowStats) -> None:
     """One row a line, its ratios beside their names."""
     for row in rows:
         numbers = [f"{key} {value:.2f}x" for key, value in row.items() if key not in ("name", "baseline_ms")]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
-from tclip_jax.models.trits import look
+from tclip_jax.models.trits import trit_snapshot
 from tclip_jax.parallel.mesh import AXES, make_mesh, shard_batch
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import LossConfig, OptimizerConfig
@@ -94,7 +94,7 @@ class Run(NamedTuple):
         """Of every ternary parameter, as this mesh's devices find them."""
         with jax.set_mesh(self.mesh):
             seen = jax.device_get(
-                look(state.params["clip"], TERNARY, CONFIG.text.vocab_size * CONFIG.vision.width * 64)
+                trit_snapshot(state.params["clip"], TERNARY, CONFIG.text.vocab_size * CONFIG.vision.width * 64)
             )
         return {path: tensor.trits for path, tensor in seen.items()}
 

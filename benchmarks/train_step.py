@@ -25,7 +25,7 @@ from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
-from tclip_jax.models.trits import look, trit_metrics
+from tclip_jax.models.trits import trit_metrics, trit_snapshot
 from tclip_jax.numerics.torch_side import import_torch
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.runs.config import LossConfig, OptimizerConfig, base_config
@@ -71,7 +71,7 @@ def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Calla
 
     def observe() -> None:
         params = held["state"].params["clip"]
-        jax.block_until_ready(trit_metrics(look(params, rules), params, rules))
+        jax.block_until_ready(trit_metrics(trit_snapshot(params, rules), params, rules))
 
     return run, observe
 

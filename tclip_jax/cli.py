@@ -24,7 +24,7 @@ from tclip_jax.pages import printable
 # evaluate_compare for evaluate compare, underscores for all that is no letter) has add_arguments(parser) and run(args).
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
-    "train": "train a model from a recipe, or go on with a run",
+    "train": "train a model from a recipe, or resume a run",
     "plan": "memory, collectives and time of a run on TPUs that are not there, before it is paid for",
     "launch": "start a command on several processes: here, on TPU VMs, GKE, SLURM or SkyPilot",
     "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
@@ -60,7 +60,7 @@ EXIT_CODES = """Exit codes:
   2    wrong usage or wrong input: one line says what, and what would be right
   3    of evaluate: every data set has a result, but in one images do not count
   69   of train: the other processes of the run were not found, or one was lost
-  75   of train: stopped by SIGTERM, all is saved, the same command goes on
+  75   of train: stopped by SIGTERM, all is saved, the same command resumes
   130  stopped by Ctrl-C; of train: all is saved
   141  what reads the output ended first, as `head` does
 """

@@ -1,4 +1,7 @@
-"""Tables and pages for people: aligned text, and HTML that needs and loads nothing else."""
+"""Tables and pages for people: aligned text, and HTML that needs and loads nothing else.
+
+Not by Jinja2: a page is headings, tables and pictures one below the other, which functions put together as well.
+"""
 
 from __future__ import annotations
 

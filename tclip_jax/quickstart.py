@@ -49,7 +49,7 @@ SHOWN = 24  # test images in the picture: all mistakes that fit, then right ones
 
 
 def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = "") -> dict[str, Any]:
-    """Trains `recipe`:teacher and `recipe`:student in `workdir`, going on where an earlier call stopped.
+    """Trains `recipe`:teacher and `recipe`:student in `workdir`, resuming where an earlier call stopped.
 
     Leaves teacher/, student/ (runs), artifact/, export/, report.png and summary.json.
 

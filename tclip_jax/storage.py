@@ -59,8 +59,7 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     too show what is renamed only when it is complete; what is half written they may show when it is closed.
     """
     path = epath.Path(path)
-    if is_local(path) and not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder, so {path.name} cannot be written there")
+    _check_parent(path)
     building = _beside(path, "tmp")
     try:
         with building.open("wb") as file:
@@ -80,6 +79,7 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
 def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
     """As `atomic_file`, for writers that must open the file themselves: yields the name of a local one."""
     path = epath.Path(path)
+    _check_parent(path)
     if is_local(path):
         building = _beside(path, "tmp")
         try:
@@ -165,6 +165,11 @@ def _lengths(folder: epath.Path) -> dict[str, int]:
         below = {f"{path.name}/{name}": size for name, size in _lengths(path).items()} if path.is_dir() else {}
         lengths |= below or {path.name: 0 if path.is_dir() else path.stat().length}
     return lengths
+
+
+def _check_parent(path: epath.Path) -> None:
+    if is_local(path) and not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder, so {path.name} cannot be written there")
 
 
 def _beside(path: epath.Path, why: str) -> epath.Path:

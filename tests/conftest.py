@@ -55,8 +55,7 @@ if importlib.util.find_spec("torch"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs PyTorch where it is not installed; begins with what takes long, so that no worker ends late."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    """Skips what needs PyTorch where it is not installed."""
     if not importlib.util.find_spec("torch"):
         for item in items:
             if item.get_closest_marker("torch"):

@@ -66,6 +66,13 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_of_a_folder_that_is_missing_names_it(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "none" / "file"
+    for atomic in (storage.atomic_file, storage.atomic_local_file):
+        with pytest.raises(FileNotFoundError, match="none: no such folder, so file"), atomic(path):
+            pass
+
+
 def test_atomic_folder_appears_when_the_block_ends(place: epath.Path) -> None:
     target = place / "deep" / "folder"
     with storage.atomic_folder(target) as building:

@@ -3,7 +3,7 @@
   tclip data prepare --data 'wds:gs://b/cc12m/*.tar' --name cc12m --out gs://b/tfds --beam="--runner=DataflowRunner"
 
 A file is written for each tar. Train on it as `tfds:cc12m@/data/tfds`, or `arrayrecord:` and its files. The same
-command again goes on where it was killed. What is dropped is counted by kind; what is kept is kept as it was.
+command again resumes where it was killed. What is dropped is counted by kind; what is kept is kept as it was.
 """
 
 from __future__ import annotations

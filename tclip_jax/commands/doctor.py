@@ -25,7 +25,7 @@ OPTIONAL = {
     "torch": ("torch", "reads .bin and .pt weights, runs the reference of `tclip compare`"),
     "open_clip_torch": ("torch", "the reference of `tclip compare`"),
     "transformers": ("torch", "the reference of `tclip compare`"),
-    "gguf": ("gguf", "an independent reader of GGUF files"),
+    "gguf": ("gguf", "reads and writes GGUF files"),
     "libtpu": ("plan", "`tclip plan` compiles with it for TPUs that are not here"),
 }
 # An accelerator's device file -> the extra whose jax uses it.

@@ -3,7 +3,7 @@
   tclip embed runs/quickstart/artifact --texts captions.txt --out captions.parquet
 
 Embeddings are float32 of length 1, in the order of the inputs. x.npy has their names in x.names.json beside it. A call
-that was interrupted and is repeated goes on where it stopped, from OUT.partial. An input that cannot be used is named
+that was interrupted and is repeated resumes where it stopped, from OUT.partial. An input that cannot be used is named
 and left out; the exit code is then 1.
 """
 

@@ -2,7 +2,7 @@
   tclip teacher-cache --config quickstart:student --teacher runs/teacher --copies 4 --out caches/digits
   tclip train --config quickstart:student --config.data.teacher_cache=caches/digits --workdir runs/student
 
-The same command again goes on where it was stopped.
+The same command again resumes where it was stopped.
 """
 
 from __future__ import annotations

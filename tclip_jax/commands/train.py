@@ -1,7 +1,7 @@
 """Example:
   tclip train --config quickstart:teacher --workdir runs/teacher --config.steps=1000
 
-The same command again goes on from the newest checkpoint. The exit code is 0; 75 after SIGTERM and 130 after Ctrl-C,
+The same command again resumes from the newest checkpoint. The exit code is 0; 75 after SIGTERM and 130 after Ctrl-C,
 when all is saved; 69 if other processes of the run were not found or one was lost; 2 after an error.
 """
 

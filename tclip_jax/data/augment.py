@@ -20,7 +20,8 @@ _LEVELS = 31
 def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int = 2, magnitude: int = 9) -> Image.Image:
     """Returns the RGB image after `operations` of OPERATIONS, drawn with replacement, at `magnitude` of 0 to 30.
 
-    The draws and strengths are those of torchvision's RandAugment, with nearest interpolation and black outside.
+    The draws and strengths are those of torchvision's RandAugment, with nearest interpolation and black outside; that
+    one needs PyTorch, and draws from its global generator.
     Source: Cubuk et al., "RandAugment", arXiv 1909.13719.
     """
     for _ in range(operations):

@@ -13,12 +13,12 @@ from tclip_jax import keys
 from tclip_jax.data import images, prompts
 from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.data.embedding_store import TeacherCache, copy_generator
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.iterator import NAME_BYTES, REASON_BYTES, TrainIterator
 from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, described
 from tclip_jax.data.sources.base import Fault
 from tclip_jax.data.sources.remote import retry
-from tclip_jax.data.teacher_cache import TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 
 _MAX_RECORDS = 2**32  # of Grain's shuffle

@@ -6,7 +6,7 @@
       prepared/<split>/00000.json                  what became of it, written after its file
       dataset_info.json, features.json             written last: with them TFDS can read the data set
 
-A part with its .json is never made again, so the same call goes on where an earlier one was killed.
+A part with its .json is never made again, so the same call resumes where an earlier one was killed.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def finish(target: Target) -> Outcome:
         if each == target:
             if len(done) < files:
                 raise FileNotFoundError(
-                    f"{each.file(outcomes.index(None))}: not made; the same command goes on with it"
+                    f"{each.file(outcomes.index(None))}: not made; the same command resumes with it"
                 )
             total = _sum(done)
         if len(done) == files and any(outcome.kept for outcome in done):
@@ -239,9 +239,7 @@ def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
                 bar.set_postfix_str(f"{dropped:,} dropped", refresh=False)
                 bar.update()
         except BrokenProcessPool:
-            raise OSError(
-                "a worker was killed (out of memory?): the same command goes on, with fewer --workers"
-            ) from None
+            raise OSError("a worker was killed (out of memory?): rerun the same command with fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -62,7 +62,8 @@ def classification_metrics(top: Integers, labels: Integers, classes: int) -> dic
 def average_precision(scores: Floats, targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Of each class (C,) the mean of the precision at each of its positives; 0 for a class that has none.
 
-    Rows are ranked by falling score, of equal ones the earlier first.
+    Rows are ranked by falling score, of equal ones the earlier first. Not scikit-learn's average_precision_score, which
+    takes equal scores together: CLIP_benchmark ranks each.
 
     Args:
       scores: (N, C).

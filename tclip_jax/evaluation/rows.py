@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tclip_jax.data.pipeline import eval_batches
 from tclip_jax.data.sources import Source
 from tclip_jax.evaluation.encoder import Encoder
-from tclip_jax.parallel.agreement import gather_json
+from tclip_jax.parallel.agreement import allgather_json
 
 Reduce = Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
 Progress = Callable[[int], Any]
@@ -76,7 +76,7 @@ def encode_rows(
     assert waiting is not None
     values.append(_reduced(waiting, reduce))
     progress(len(source) - encoder.batch_size * (len(values) - 1))
-    everyone = sorted(row for rows in gather_json(told) for row in rows if row[0] >= 0)
+    everyone = sorted(row for rows in allgather_json(told) for row in rows if row[0] >= 0)
     return ImageRecords(*map(list, list(zip(*everyone, strict=True))[1:])), np.concatenate(values)[: len(source)]
 
 

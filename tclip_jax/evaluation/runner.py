@@ -23,7 +23,7 @@ from tclip_jax.evaluation.suite import DATASETS, Dataset
 from tclip_jax.evaluation.tasks import Task
 from tclip_jax.evaluation.zero_shot import EVALUATORS
 from tclip_jax.keys import Recipe, recipe
-from tclip_jax.parallel.agreement import gather_json, together
+from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.storage import dump_json, write_atomic
 
 EVALUATION = 1  # raised with every change of what a metric of the same embeddings is, or an embedding of the same image
@@ -193,7 +193,7 @@ def _found(out: epath.PathLike, tasks: Sequence[Task], encoder: Encoder, weights
                     found[task.dataset.name] = dataclasses.asdict(result)
         except (ValueError, OSError) as caught:
             error = str(caught)
-    found, error = gather_json([found, error])[0]
+    found, error = allgather_json([found, error])[0]
     if error:
         raise ValueError(error)
     return {name: Result(**each) for name, each in found.items()}
@@ -230,7 +230,7 @@ def _open_everywhere(task: Task) -> _Opened:
         opened = _Opened.of(task)
     except (ValueError, OSError) as caught:
         error = str(caught)
-    errors, contents = zip(*gather_json([error, opened.content if opened else ""]), strict=True)
+    errors, contents = zip(*allgather_json([error, opened.content if opened else ""]), strict=True)
     if opened is None or any(errors):
         raise ValueError(next(each for each in errors if each))
     if other := next((i for i, each in enumerate(contents) if each != contents[0]), None):

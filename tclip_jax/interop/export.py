@@ -18,7 +18,7 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.interop.examples import make_examples, write_check
 from tclip_jax.interop.gguf import verify_gguf, write_gguf
-from tclip_jax.interop.gguf_blocks import BLOCK_BYTES
+from tclip_jax.interop.gguf_file import KINDS
 from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
 from tclip_jax.interop.open_clip import lazy_state
 from tclip_jax.models.config import CLIPConfig
@@ -26,7 +26,7 @@ from tclip_jax.pages import dotted
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
 
-GGUF_KINDS = {f"gguf-{kind}": kind for kind in BLOCK_BYTES}
+GGUF_KINDS = {f"gguf-{kind}": kind for kind in KINDS}
 FORMATS = ("open_clip", "hf", *GGUF_KINDS)
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -115,7 +115,7 @@ def export_pytorch(
     Raises:
       ValueError: what CLIPModel, CLIPImageProcessor or GGUF cannot express, parameters that are not those of `config`,
         an image size that is not the model's, an unknown format, a dtype other than float32, bfloat16 and float16, or
-        weights that are not finite in it.
+        weights that are not finite in it; or a GGUF is asked for without the gguf package.
       FileExistsError: the folder exists.
     """
     if dtype not in DTYPES:
@@ -136,6 +136,11 @@ def export_pytorch(
         raise FileExistsError(f"{folder} exists and is no earlier export: choose another folder")
     state = {key: _cast(key, value, jnp.dtype(dtype)) for key, value in lazy_state(params, config).items()}
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
+        # First, as GGUF refuses most: other groups, other scales, a package that is missing.
+        for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
+            path = unfinished / f"{folder.name}-{kind}.gguf"
+            write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
+            verify_gguf(path, params)
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
         if "open_clip" in formats:
@@ -144,10 +149,6 @@ def export_pytorch(
             write_safetensors(unfinished / "model.safetensors", to_hugging_face(state, config), _METADATA)
         if check:
             write_check(unfinished, make_examples(config, params, dtype=dtype))
-        for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
-            path = unfinished / f"{folder.name}-{kind}.gguf"
-            write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
-            verify_gguf(path, params)
         Tokenizer(config.text.context_length).save(unfinished)
         (unfinished / "README.md").write_text(
             model_card(params, dtype, figures or {}, formats, check, provenance or {})

@@ -7,26 +7,31 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.gguf_blocks import BLOCK, Kind, as_half, decode_blocks, encode_blocks
-from tclip_jax.interop.gguf_file import Tensor, read_header, write_file
-from tclip_jax.interop.gguf_metadata import ARCHITECTURE, Description, from_metadata, to_metadata
-from tclip_jax.interop.gguf_names import Entry, table
-from tclip_jax.interop.open_clip import check_names
+from tclip_jax.interop.gguf_file import (
+    BLOCK,
+    KINDS,
+    Array,
+    Kind,
+    Tensor,
+    decode_blocks,
+    encode_blocks,
+    read_header,
+    write_file,
+)
+from tclip_jax.interop.gguf_metadata import ARCHITECTURE, Description, Entry, from_metadata, table, to_metadata
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TERNARIZABLE, input_axis
-from tclip_jax.storage import atomic_file
+from tclip_jax.schema import check_names
+from tclip_jax.storage import atomic_local_file
 from tclip_jax.ternary import TernaryTensor
 
-Array = npt.NDArray[Any]
-
-_KINDS: dict[str, Kind] = {"TQ1_0": "tq1_0", "TQ2_0": "tq2_0"}
+_KINDS: dict[str, Kind] = {kind.upper(): kind for kind in KINDS}
 
 
 class _Ternary(NamedTuple):
@@ -50,7 +55,8 @@ def write_gguf(
       kind: of the blocks that hold the ternary weights.
 
     Raises:
-      ValueError: a model, images, groups or scales that GGUF cannot hold, or parameters that are not those of `config`.
+      ValueError: a model, images, groups or scales that GGUF cannot hold, parameters that are not those of `config`; or
+        the gguf package is not installed.
     """
     shapes, leaves = _shapes(config), flatten(params)
     check_names(leaves, shapes, "the parameter tree")
@@ -59,10 +65,10 @@ def write_gguf(
     logit_scale = float(_storable("logit_scale", leaves["logit_scale"], ()))  # type: ignore[arg-type]
     metadata = to_metadata(Description(config, preprocess, logit_scale), kind)
     entries = table(shapes)
-    tensors = {entry.name: _type_and_shape(entry, value, kind) for entry, value in _storables(entries, leaves, shapes)}
-    with atomic_file(path) as file:
+    tensors = {entry.name: _tensor(entry, value, kind) for entry, value in _storables(entries, leaves, shapes)}
+    with atomic_local_file(path) as name:
         contents = (_encode(entry, value, kind) for entry, value in _storables(entries, leaves, shapes))
-        write_file(file, metadata, tensors, contents)
+        write_file(name, metadata, tensors, contents)
 
 
 def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, Any]]:
@@ -157,19 +163,15 @@ def _in_blocks(path: str, leaf: TernaryTensor) -> _Ternary:
             f"{path} has groups of {group} along {length} weights: GGUF has a scale for each {BLOCK} inputs, "
             f"so groups must be multiples of {BLOCK} that divide them"
         )
-    try:
-        as_half(scale)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     shape = list(trits.shape)
     shape[axis] = length // BLOCK
     return _Ternary(trits, np.broadcast_to(scale.repeat(shape[axis] // count, axis), shape))
 
 
-def _type_and_shape(entry: Entry, value: Array | _Ternary, kind: Kind) -> tuple[str, tuple[int, ...]]:
+def _tensor(entry: Entry, value: Array | _Ternary, kind: Kind) -> Tensor:
     if isinstance(value, _Ternary):
-        return kind.upper(), entry.view(value.trits).shape
-    return "F16" if value.dtype == np.float16 else "F32", entry.view(value).shape
+        return Tensor(kind.upper(), entry.view(value.trits).shape)
+    return Tensor("F16" if value.dtype == np.float16 else "F32", entry.view(value).shape)
 
 
 def _encode(entry: Entry, value: Array | _Ternary, kind: Kind) -> Array:

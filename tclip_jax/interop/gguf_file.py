@@ -1,40 +1,33 @@
-"""The GGUF container: typed metadata, then tensors at aligned offsets; little-endian."""
+"""GGUF files through the gguf package: written, their header read within bounds, blocks of given trits and scales."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
+import os
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.interop.gguf_blocks import BLOCK, BLOCK_BYTES
+Kind = Literal["tq1_0", "tq2_0"]
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+BLOCK = 256
+ARCHITECTURE_KEY = "general.architecture"
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # for little-endian files they are the same
-_ALIGNMENT = 32
+_READABLE = ("F32", "F16", "TQ1_0", "TQ2_0")
 _MAX_AXES, _MAX_NAME = 4, 127
-
+# GGUF's value types, by number, as struct's codes.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
-
-# name -> (number, weights in a block, bytes of a block)
-_TYPES = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "TQ1_0": (34, BLOCK, BLOCK_BYTES["tq1_0"]),
-    "TQ2_0": (35, BLOCK, BLOCK_BYTES["tq2_0"]),
-}
-_NAME_OF_TYPE = {number: name for name, (number, _, _) in _TYPES.items()}
-_OTHERS = (
-    (2, "Q4_0 Q4_1"),
-    (6, "Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K"),
-    (24, "I8 I16 I32 I64 F64"),
-    (30, "BF16"),
-)
-_UNREADABLE = {first + i: name for first, names in _OTHERS for i, name in enumerate(names.split())}
+_STRING, _ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
@@ -42,16 +35,53 @@ class Tensor(NamedTuple):
 
     type: str
     shape: tuple[int, ...]
-    offset: int
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
-        _, block, size = _TYPES[self.type]
+        block, size = _block(self.type)
         return math.prod(self.shape) // block * size
 
 
+def write_file(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    contents: Iterable[Array],
+) -> None:
+    """Writes a local file, tensor by tensor.
+
+    Args:
+      path: of the file.
+      metadata: general.architecture, and others: int is stored as UINT32, float as FLOAT32; also bool, str, and
+        sequences of float or str.
+      tensors: name -> type and shape.
+      contents: the bytes of the tensors as arrays of any shape, in the same order.
+
+    Raises:
+      ValueError: the gguf package is not installed.
+    """
+    gguf = _package()
+    value, number = gguf.GGUFValueType, gguf.GGMLQuantizationType
+    types = {bool: value.BOOL, int: value.UINT32, float: value.FLOAT32, str: value.STRING}
+    with contextlib.closing(gguf.GGUFWriter(path, metadata[ARCHITECTURE_KEY])) as writer:
+        for key, item in metadata.items():
+            if key != ARCHITECTURE_KEY:  # the writer's first
+                writer.add_key_value(key, item, types.get(type(item), value.ARRAY))
+        for name, tensor in tensors.items():
+            writer.add_tensor_info(name, tensor.shape, None, tensor.nbytes, number[tensor.type])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for content in contents:
+            writer.write_tensor_data(np.ascontiguousarray(content))
+
+
 def read_header(file: IO[bytes], size: int, architecture: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata (arrays of numbers as NumPy's) and the place of every tensor; memory grows with bytes read only.
+    """Metadata (arrays of numbers as NumPy's) and the place of every tensor.
+
+    gguf.GGUFReader loops over counts that the file states and makes objects for each item before a caller can check
+    any of them, and needs a local file: so the header is parsed here, where memory grows with bytes read only.
 
     Args:
       file: at its first byte.
@@ -60,11 +90,13 @@ def read_header(file: IO[bytes], size: int, architecture: str) -> tuple[dict[str
 
     Raises:
       ValueError: no GGUF, one of another architecture, a file that ends too early, a name that comes twice, a tensor
-        type other than F32, F16, TQ1_0 and TQ2_0, or tensors that are misaligned, overlap or reach beyond the end.
+        type other than F32, F16, TQ1_0 and TQ2_0, or tensors that are misaligned, overlap or reach beyond the end; or
+        the gguf package is not installed.
     """
-    cursor = _Cursor(file, size)
-    if size < len(_MAGIC) or cursor.take(len(_MAGIC)) != _MAGIC:
+    gguf = _package()
+    if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("not a GGUF file: it must begin with GGUF")
+    cursor = _Cursor(file, size, len(_MAGIC))
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise ValueError(f"GGUF version {version}: versions 2 and 3, little-endian, can be read")
@@ -74,54 +106,109 @@ def read_header(file: IO[bytes], size: int, architecture: str) -> tuple[dict[str
         key = cursor.name(metadata)
         metadata[key] = cursor.value(cursor.number("I"), key)
     # Before the tensors, whose types may be unknown just because of it.
-    if metadata.get("general.architecture") != architecture:
-        found = f"{metadata.get('general.architecture')!r:.40}"
-        raise ValueError(f"the architecture is {found}: only {architecture!r} can be read")
+    if metadata.get(ARCHITECTURE_KEY) != architecture:
+        raise ValueError(
+            f"the architecture is {metadata.get(ARCHITECTURE_KEY)!r:.40}: only {architecture!r} can be read"
+        )
     relative: dict[str, Tensor] = {}
+    types = {number.value: number.name for number in gguf.GGMLQuantizationType}
     for _ in range(tensor_count):
         name = cursor.name(relative)
-        relative[name] = cursor.tensor(name)
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
+        relative[name] = cursor.tensor(name, types)
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r:.40}: it must be a power of two")
-    start = _aligned(cursor.position, alignment)
+    start = -(-cursor.position // alignment) * alignment
     tensors = {name: tensor._replace(offset=start + tensor.offset) for name, tensor in relative.items()}
     _check_places(tensors, alignment, start, size)
     return metadata, tensors
 
 
-def write_file(
-    file: IO[bytes],
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    contents: Iterable[npt.NDArray[Any]],
-) -> None:
-    """Writes version 3, tensor by tensor.
+def encode_blocks(trits: Array, scale: Array, kind: Kind) -> Bytes:
+    """The blocks of a weight whose rows are its outputs: 256 consecutive weights of a row and their float16 scale.
 
     Args:
-      file: to write to.
-      metadata: int is stored as UINT32, float as FLOAT32; also bool, str, and sequences of one of these.
-      tensors: name -> type and shape, outermost axis first.
-      contents: the bytes of the tensors as arrays of any shape, in the same order.
+      trits: (N, K) of −1, 0, +1; K a multiple of 256.
+      scale: (N, K / 256), each a float16 number; 0 only for a block of zero trits.
+      kind: "tq1_0", 1.6875 bits a weight, or "tq2_0", 2.0625.
+
+    Returns:
+      uint8 (N, K / 256 · 54), or · 66.
+
+    Raises:
+      ValueError: shapes, trits or scales that are not so.
     """
-    head = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata))]
-    head += [_string(key) + _typed(value) for key, value in metadata.items()]
-    offset = 0
-    for name, (kind, shape) in tensors.items():
-        place = Tensor(kind, shape, offset)
-        numbers = (len(shape), *reversed(shape), _TYPES[kind][0], offset)
-        head.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", *numbers))
-        offset += _aligned(place.nbytes, _ALIGNMENT)
-    _write_padded(file, b"".join(head))
-    for content in contents:
-        _write_padded(file, content.tobytes())
+    rows, length = trits.shape
+    if length % BLOCK or scale.shape != (rows, length // BLOCK):
+        raise ValueError(f"trits {trits.shape} with scales {scale.shape}: a scale is for {BLOCK} weights of a row")
+    if trits.size and not -1 <= trits.min() <= trits.max() <= 1:
+        raise ValueError(f"trits are −1, 0 and +1: found {trits.min()} to {trits.max()}")
+    with np.errstate(over="ignore"):
+        half = scale.astype("<f2")
+    if (changed := half != scale).any():
+        raise ValueError(f"scale {scale[changed][0]:.9g} is not a float16 number: scale_bits of 8 or 11 give such")
+    _check_scales(trits, half)
+    return _pack(trits, half, kind)
+
+
+def decode_blocks(blocks: Bytes, kind: Kind) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Trits (N, K) int8 and scales (N, K / 256) float32 of `encode_blocks`, whose bytes are the only ones accepted.
+
+    Raises:
+      ValueError: bytes that no trits are encoded to, a scale that is negative or not finite, or 0 beside trits.
+    """
+    quants, number = _package().quants, _number(kind)
+    ones = blocks.reshape(len(blocks), -1, _block(kind)[1]).copy()
+    half = ones[..., -2:].copy().view("<f2")[..., 0]
+    # With a scale of 1 the weights are the trits, whatever the scale.
+    ones[..., -2:] = np.array([1], "<f2").view(np.uint8)
+    trits = quants.dequantize(ones.reshape(blocks.shape), number).astype(np.int8)
+    if not np.array_equal(_pack(trits, half, kind), blocks):
+        raise ValueError(f"a byte of a {kind} block is no code of trits")
+    _check_scales(trits, half)
+    return trits, half.astype(np.float32)
+
+
+def _pack(trits: Array, half: npt.NDArray[np.float16], kind: Kind) -> Bytes:
+    """Blocks of these trits and scales.
+
+    gguf.quants computes a block's scale from its weights, which loses that of a block of zeros: the given ones are put
+    in their places.
+    """
+    packed: Bytes = _package().quants.quantize(trits.astype(np.float32), _number(kind))
+    packed.reshape(*half.shape, -1)[..., -2:] = half[..., None].view(np.uint8)
+    return packed
+
+
+def _check_scales(trits: Array, half: npt.NDArray[np.float16]) -> None:
+    if not np.isfinite(half).all() or np.signbit(half).any():
+        raise ValueError("a scale is negative or not finite")
+    if trits.reshape(*half.shape, BLOCK)[half == 0].any():
+        raise ValueError("a scale is 0 beside trits that are not")
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: GGUF files need pip install 'tclip-jax[gguf]'") from None
+
+
+def _number(kind: str) -> Any:
+    return _package().GGMLQuantizationType[kind.upper()]
+
+
+def _block(kind: str) -> tuple[int, int]:
+    """Weights in a block of this type, and its bytes."""
+    sizes: dict[Any, tuple[int, int]] = _package().GGML_QUANT_SIZES
+    return sizes[_number(kind)]
 
 
 class _Cursor:
     """Goes forward through a file, and asks it for no more bytes than it has left."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self.file, self.size, self.position = file, size, 0
+    def __init__(self, file: IO[bytes], size: int, position: int) -> None:
+        self.file, self.size, self.position = file, size, position
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.position:
@@ -159,18 +246,17 @@ class _Cursor:
         dtype = np.dtype(f"<{_SCALARS[item]}")
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, types: Mapping[int, str]) -> Tensor:
         axes = self.number("I")
         if axes > _MAX_AXES:
             raise ValueError(f"tensor {name} has {axes} axes: at most {_MAX_AXES} are possible")
         shape = tuple(reversed([self.number("Q") for _ in range(axes)]))
         number, offset = self.number("I"), self.number("Q")
-        if number not in _NAME_OF_TYPE:
-            kind = _UNREADABLE.get(number, f"number {number}")
-            raise ValueError(f"tensor {name} has type {kind}: {', '.join(_TYPES)} can be read")
-        kind = _NAME_OF_TYPE[number]
+        kind = types.get(number, f"number {number}")
+        if kind not in _READABLE:
+            raise ValueError(f"tensor {name} has type {kind}: {', '.join(_READABLE)} can be read")
         row = math.prod(shape[-1:])
-        if row % _TYPES[kind][1]:
+        if row % _block(kind)[0]:
             raise ValueError(f"tensor {name} is {kind} with rows of {row}: they must be multiples of {BLOCK}")
         return Tensor(kind, shape, offset)
 
@@ -186,30 +272,3 @@ def _check_places(tensors: Mapping[str, Tensor], alignment: int, start: int, siz
         end = tensor.offset + tensor.nbytes
         if end > size:
             raise ValueError(f"truncated: tensor {name} ends at byte {end}, the file has {size}")
-
-
-def _aligned(position: int, alignment: int) -> int:
-    return -(-position // alignment) * alignment
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _typed(value: Any) -> bytes:
-    """A value after its type; a sequence after the type of its items and their number."""
-    if isinstance(value, list | tuple):
-        items = [_typed(item) for item in value]
-        return struct.pack("<I", _ARRAY) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _string(value)
-    for kind, number in ((bool, _BOOL), (int, _UINT32), (float, _FLOAT32)):
-        if isinstance(value, kind):
-            return struct.pack(f"<I{_SCALARS[number]}", number, value)
-    raise TypeError(f"{value!r} has no GGUF type")
-
-
-def _write_padded(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-    file.write(bytes(-len(data) % _ALIGNMENT))

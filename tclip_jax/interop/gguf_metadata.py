@@ -1,23 +1,22 @@
-"""clip.cpp's metadata of a model and its images: written from a configuration, and read as one."""
+"""clip.cpp's names for the parameters of a CLIP, and its metadata: written from a configuration, and read as one."""
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from etils import epath
+import numpy.typing as npt
 
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
-from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
-from tclip_jax.interop.gguf_blocks import Kind
+from tclip_jax.data.tokenizer import VOCAB_SIZE, vocabulary_files
+from tclip_jax.interop.gguf_file import ARCHITECTURE_KEY, Kind
 from tclip_jax.interop.open_clip import check_expressible, mlp_ratio
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.ternary_rules import PATCH_EMBEDDING
 
 ARCHITECTURE = "clip"
 # llama.cpp's numbers of files that are mostly of that type, and of the age of its quantised types.
@@ -27,9 +26,69 @@ _EPSILON = 1e-5
 # Far above any model's numbers, and too low for their products to overflow.
 _LARGEST, _MOST_LAYERS = 2**15, 2**10
 
+_OUTSIDE_BLOCKS = {
+    "image/patch_embedding": "v.patch_embd",
+    "image/position_embedding": "v.position_embd.weight",
+    "image/class_embedding": "v.class_embd",
+    "image/ln_pre": "v.pre_ln",
+    "image/ln_post": "v.post_ln",
+    "image/projection": "visual_projection",
+    "text/token_embedding": "t.token_embd",
+    "text/position_embedding": "t.position_embd.weight",
+    "text/ln_final": "t.post_ln",
+    "text/projection": "text_projection",
+}
+# fc1 widens and fc2 narrows: clip.cpp calls them the other way round.
+_INSIDE_BLOCKS = {
+    "ln_1": ("ln1",),
+    "attention/qkv": ("attn_q", "attn_k", "attn_v"),
+    "attention/out": ("attn_out",),
+    "ln_2": ("ln2",),
+    "mlp/fc1": ("ffn_down",),
+    "mlp/fc2": ("ffn_up",),
+}
+_TOWERS = {"image": "v", "text": "t"}
+_SUFFIXES = {"kernel": ".weight", "scale": ".weight", "embedding": ".weight", "bias": ".bias"}
+
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """One tensor of the file: `path` in the parameter tree, its layer, and which of `parts` along the outputs."""
+
+    name: str
+    path: str
+    layer: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def view(self, stacked: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """What this tensor is of the array at `path`, its outputs first; also of that array's scales."""
+        value = stacked if self.layer is None else stacked[self.layer]
+        value = np.split(value, self.parts, axis=-1)[self.part]
+        if self.path == PATCH_EMBEDDING:
+            return value.transpose(3, 2, 0, 1)
+        return value.T if self.path.endswith("/kernel") else value
+
+
+def table(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+    """The tensors of a model, those of one parameter together; logit_scale is among the metadata."""
+    entries = []
+    for path, shape in shapes.items():
+        stem, _, last = path.rpartition("/")
+        tower, inside, layer_name = stem.partition("/blocks/")
+        if inside:
+            names = _INSIDE_BLOCKS[layer_name]
+            entries += [
+                Entry(f"{_TOWERS[tower]}.blk.{layer}.{name}{_SUFFIXES[last]}", path, layer, part, len(names))
+                for layer in range(shape[0])
+                for part, name in enumerate(names)
+            ]
+        elif path != "logit_scale":
+            entries.append(Entry(_OUTSIDE_BLOCKS.get(path) or _OUTSIDE_BLOCKS[stem] + _SUFFIXES[last], path))
+    return entries
 
 
 class Description(NamedTuple):
@@ -73,7 +132,7 @@ def to_metadata(description: Description, kind: Kind) -> dict[str, Any]:
         ),
     }
     metadata = {
-        "general.architecture": ARCHITECTURE,
+        ARCHITECTURE_KEY: ARCHITECTURE,
         "general.description": "two-tower CLIP model",
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": _QUANTIZATION_VERSION,
@@ -184,11 +243,4 @@ def _decimals(metadata: Mapping[str, Any], key: str) -> tuple[float, ...]:
 def _tokens(count: int) -> list[str]:
     if not 1 <= count <= VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {count} tokens: CLIP's has 1 to {VOCAB_SIZE}")
-    return _vocabulary()[:count]
-
-
-@functools.cache
-def _vocabulary() -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        Tokenizer().save(folder)
-        return list(json.loads((epath.Path(folder) / "vocab.json").read_text()))
+    return list(json.loads(vocabulary_files()["vocab.json"]))[:count]

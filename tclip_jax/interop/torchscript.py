@@ -1,5 +1,6 @@
 """The tensors of a TorchScript archive, the form in which OpenAI published CLIP; none of its code is run.
 
+The hub has the same weights as safetensors; this file is for those who have OpenAI's, and needs no PyTorch.
 The archive is a zip file: `data.pkl` holds the tree of modules, `data/N` the storages, `code/` the program as text.
 """
 

@@ -7,11 +7,11 @@ from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy, sigmoid_l
 from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
 from tclip_jax.losses.features import hidden_matching, relation_matching
 from tclip_jax.losses.ring import Ring
-from tclip_jax.losses.statistics import Rows, compare, compare_rows
+from tclip_jax.losses.statistics import RowStats, compare, compare_rows
 
 __all__ = [
     "Ring",
-    "Rows",
+    "RowStats",
     "affinity_mimicking",
     "compare",
     "compare_rows",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from tclip_jax.losses.statistics import Rows, weighted_mean
+from tclip_jax.losses.statistics import RowStats, weighted_mean
 
 
-def info_nce(image: Rows, text: Rows) -> jax.Array:
+def info_nce(image: RowStats, text: RowStats) -> jax.Array:
     """CLIP's loss: the mean of the image → text and the text → image cross entropy.
 
     With several positives the target is uniform over them. With one each it is open_clip's ClipLoss; between a
@@ -18,7 +18,7 @@ def info_nce(image: Rows, text: Rows) -> jax.Array:
     return (weighted_mean(image.hard, image.real) + weighted_mean(text.hard, text.real)) / 2
 
 
-def sigmoid_loss(image: Rows) -> jax.Array:
+def sigmoid_loss(image: RowStats) -> jax.Array:
     """SigLIP's loss: every pair is a binary choice of logit scale · cosine + bias; sum over texts, mean over images.
 
     With one positive each it is open_clip's SigLipLoss. Source: arXiv 2303.15343, section 3.2 and algorithm 1.
@@ -31,6 +31,6 @@ def sigmoid_loss(image: Rows) -> jax.Array:
     return weighted_mean(image.sigmoid, image.real)
 
 
-def retrieval_accuracy(rows: Rows) -> jax.Array:
+def retrieval_accuracy(rows: RowStats) -> jax.Array:
     """The share of rows, 0 to 1, whose most similar column of the batch is a positive (ties: the first)."""
     return weighted_mean(rows.hit, rows.real)

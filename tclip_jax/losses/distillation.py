@@ -10,10 +10,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.losses.statistics import Rows, existing_rows, weighted_mean
+from tclip_jax.losses.statistics import RowStats, masked_rows, weighted_mean
 
 
-def crd(image: Rows, text: Rows) -> jax.Array:
+def crd(image: RowStats, text: RowStats) -> jax.Array:
     """Contrastive relational distillation: ½ [KL(teacher ‖ student) of image → text + of text → image].
 
     Source: CLIP-KD, arXiv 2307.12732, L_CRD.
@@ -21,7 +21,7 @@ def crd(image: Rows, text: Rows) -> jax.Array:
     return kl_mix(image, text, reverse=0)
 
 
-def kl_mix(image: Rows, text: Rows, reverse: float = 0.5) -> jax.Array:
+def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
     """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher), the mean of both directions.
 
     The forward divergence makes the student cover all that the teacher finds likely, the reverse one keeps it from what
@@ -29,7 +29,7 @@ def kl_mix(image: Rows, text: Rows, reverse: float = 0.5) -> jax.Array:
     the two anew at every token; here the share is fixed.
     """
 
-    def divergence(rows: Rows) -> jax.Array:
+    def divergence(rows: RowStats) -> jax.Array:
         student, teacher = rows.soft["student"], rows.soft["teacher"]
         forward, backward = teacher["student"] - teacher["teacher"], student["teacher"] - student["student"]
         return weighted_mean((1 - reverse) * forward + reverse * backward, rows.real)
@@ -37,7 +37,7 @@ def kl_mix(image: Rows, text: Rows, reverse: float = 0.5) -> jax.Array:
     return (divergence(image) + divergence(text)) / 2
 
 
-def open_clip_distillation(image: Rows, text: Rows) -> jax.Array:
+def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
     """The mean over both directions of the cross entropy between the teacher's and the student's affinities.
 
     Its gradient is that of `crd`; its value is larger by the teacher's entropy.
@@ -47,7 +47,7 @@ def open_clip_distillation(image: Rows, text: Rows) -> jax.Array:
     return (image_to_text + text_to_image) / 2
 
 
-def affinity_mimicking(image: Rows, text: Rows) -> jax.Array:
+def affinity_mimicking(image: RowStats, text: RowStats) -> jax.Array:
     """TinyCLIP's affinity mimicking: the sum, not the mean, of the two terms of `open_clip_distillation`.
 
     Source: arXiv 2309.12314, L_distill = L_I2T + L_T2I; the authors' training code then halves it.
@@ -65,7 +65,7 @@ def feature_distillation(
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student embeddings {student.shape} must be projected to the teacher's shape {teacher.shape}")
-    student, teacher = existing_rows(student, weight), jax.lax.stop_gradient(existing_rows(teacher, weight))
+    student, teacher = masked_rows(student, weight), jax.lax.stop_gradient(masked_rows(teacher, weight))
     if kind == "mse":
         return weighted_mean(jnp.mean((student - teacher) ** 2, axis=-1), weight)
     if kind == "cosine":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.losses.distillation import feature_distillation
-from tclip_jax.losses.statistics import existing_rows, weighted_mean
+from tclip_jax.losses.statistics import masked_rows, weighted_mean
 
 
 def hidden_matching(
@@ -29,7 +29,7 @@ def hidden_matching(
     student, teacher = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (student, teacher))
     if kind == "cosine":
         # Without the invalid first: the derivative of their length may be NaN.
-        student, teacher = (_unit(existing_rows(x, tokens)) for x in (student, teacher))
+        student, teacher = (_unit(masked_rows(x, tokens)) for x in (student, teacher))
     return feature_distillation(student, teacher, kind, tokens)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from tclip_jax.losses.contrastive import info_nce, sigmoid_loss
 from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
 from tclip_jax.losses.features import hidden_matching, relation_matching
-from tclip_jax.losses.statistics import Rows
+from tclip_jax.losses.statistics import RowStats
 
 Need = Literal["affinities", "embeddings", "projection", "hidden", "qkv"]
 
@@ -36,12 +36,12 @@ class Inputs:
       teacher: the teacher's image and text embeddings (B, D), or None.
     """
 
-    rows: tuple[Rows, Rows]
+    rows: tuple[RowStats, RowStats]
     student: tuple[jax.Array, jax.Array]
     weight: jax.Array
     options: Any
     heads: Mapping[str, Any]
-    compare: Callable[[jax.Array, jax.Array, jax.Array], Rows]
+    compare: Callable[[jax.Array, jax.Array, jax.Array], RowStats]
     projected: tuple[jax.Array, jax.Array] | None = None
     teacher: tuple[jax.Array, jax.Array] | None = None
 

@@ -19,7 +19,7 @@ _LOWEST = jnp.finfo(jnp.float32).min  # not -inf: its product with a weight of 0
 _FAR = -1e30  # as good as -inf below the top, and finite when many are added
 
 
-class Side(NamedTuple):
+class Operand(NamedTuple):
     """Samples as the rows, or as the columns, of a matrix of logits rows · columnsᵀ.
 
     Attributes:
@@ -39,7 +39,7 @@ class Side(NamedTuple):
     real: Any = None
 
 
-class Sums(NamedTuple):
+class PartialStats(NamedTuple):
     """Of each row, sums over columns.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sums(NamedTuple):
     hit: jax.Array
 
 
-def logits_of(rows: Side, columns: Side) -> dict[str, jax.Array]:
+def logits_of(rows: Operand, columns: Operand) -> dict[str, jax.Array]:
     """The logits (B, C) of each model, 0 where the row or the column does not exist."""
     # The default precision of an accelerator multiplies in bf16 or TF32: at scale 100 that moves logits by up to 0.05.
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -69,7 +69,7 @@ def logits_of(rows: Side, columns: Side) -> dict[str, jax.Array]:
     return logits
 
 
-def positives_of(rows: Side, columns: Side) -> jax.Array:
+def positives_of(rows: Operand, columns: Operand) -> jax.Array:
     """Which pairs belong together: bool (B, C)."""
     if rows.tokens is None or columns.tokens is None:
         equal = rows.index[:, None] == columns.index[None, :]
@@ -80,8 +80,8 @@ def positives_of(rows: Side, columns: Side) -> jax.Array:
     return equal & rows.real[:, None] & columns.real[None, :]
 
 
-def sums_under(rows: Side, columns: Side, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
-    """`Sums.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
+def sums_under(rows: Operand, columns: Operand, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
+    """`PartialStats.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
     logits, positives = logits_of(rows, columns), positives_of(rows, columns)
     # Losses are small differences of large logits: what is summed is how far they lie below the top.
     below = {name: jnp.where(columns.real[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
@@ -97,26 +97,26 @@ def sums_under(rows: Side, columns: Side, top: dict[str, jax.Array]) -> dict[str
     return sums | {PAIRS: tuple(pairs)}
 
 
-def sums_of(rows: Side, columns: Side) -> Sums:
+def partial_stats(rows: Operand, columns: Operand) -> PartialStats:
     """Of these columns alone."""
     masked = {name: jnp.where(columns.real[None, :], x, _LOWEST) for name, x in logits_of(rows, columns).items()}
     top = {name: jax.lax.stop_gradient(jnp.max(x, 1)) for name, x in masked.items()}
     best = jnp.argmax(masked["student"], 1)
     hit = jnp.take_along_axis(positives_of(rows, columns), best[:, None], 1)[:, 0]
-    return Sums(top, sums_under(rows, columns, top), columns.index[best], hit)
+    return PartialStats(top, sums_under(rows, columns, top), columns.index[best], hit)
 
 
-def nothing(rows: Side, columns: Side) -> Sums:
+def nothing(rows: Operand, columns: Operand) -> PartialStats:
     """The sums over no columns."""
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums_of, rows, columns))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(partial_stats, rows, columns))
     return empty._replace(top={name: jnp.full_like(x, _LOWEST) for name, x in empty.top.items()})
 
 
-def merge(a: Sums, b: Sums) -> Sums:
+def merge(a: PartialStats, b: PartialStats) -> PartialStats:
     """The sums over the columns of both."""
     top = {name: jnp.maximum(a.top[name], b.top[name]) for name in a.top}
 
-    def under(part: Sums) -> dict[str, tuple[jax.Array, ...]]:
+    def under(part: PartialStats) -> dict[str, tuple[jax.Array, ...]]:
         moved = {of: jnp.maximum(part.top[of] - top[of], _FAR) for of in top}
         scaled = {}
         for name in top:
@@ -129,7 +129,7 @@ def merge(a: Sums, b: Sums) -> Sums:
     old, new = a.top["student"], b.top["student"]
     better = (new > old) | ((new == old) & (b.best < a.best))
     sums = jax.tree.map(jnp.add, under(a), under(b))
-    return Sums(top, sums, jnp.where(better, b.best, a.best), jnp.where(better, b.hit, a.hit))
+    return PartialStats(top, sums, jnp.where(better, b.best, a.best), jnp.where(better, b.hit, a.hit))
 
 
 class Ring(NamedTuple):
@@ -145,18 +145,18 @@ class Ring(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def ring_sums(rows: Side, columns: Side, ring: Ring) -> Sums:
-    """`sums_of(rows, columns)` where samples lie over `ring.axes`; differentiable in `student` and `bias`.
+def ring_stats(rows: Operand, columns: Operand, ring: Ring) -> PartialStats:
+    """`partial_stats(rows, columns)` where samples lie over `ring.axes`; differentiable in `student` and `bias`.
 
     Every device keeps its rows, and the columns of all visit it one after the other, a chunk at a time. The backward
     pass has kept no logits, only each row's largest: it sends the columns around once more, and they bring their
     gradients home.
     """
 
-    def on_device(rows: Side, columns: Side) -> Sums:
-        def visit(_: int, state: tuple[Sums, Side]) -> tuple[Sums, Side]:
-            def add(sums: Sums, chunk: Side) -> tuple[Sums, None]:
-                return merge(sums, sums_of(rows, chunk)), None
+    def on_device(rows: Operand, columns: Operand) -> PartialStats:
+        def visit(_: int, state: tuple[PartialStats, Operand]) -> tuple[PartialStats, Operand]:
+            def add(sums: PartialStats, chunk: Operand) -> tuple[PartialStats, None]:
+                return merge(sums, partial_stats(rows, chunk)), None
 
             sums, columns = state
             return jax.lax.scan(add, sums, _split(columns, ring))[0], _send_on(columns, ring)
@@ -167,18 +167,18 @@ def ring_sums(rows: Side, columns: Side, ring: Ring) -> Sums:
     return _on_every_device(on_device, ring)(rows, columns)
 
 
-def _forward(rows: Side, columns: Side, ring: Ring) -> tuple[Sums, Any]:
-    sums = ring_sums(rows, columns, ring)
+def _forward(rows: Operand, columns: Operand, ring: Ring) -> tuple[PartialStats, Any]:
+    sums = ring_stats(rows, columns, ring)
     return sums, (rows, columns, sums.top)
 
 
-def _backward(ring: Ring, kept: Any, cotangent: Sums) -> tuple[Side, Side]:
-    def on_device(rows: Side, columns: Side, top: Any, cotangent: Any) -> tuple[Any, Any]:
-        def sums(row_floats: Any, column_floats: Any, chunk: Side) -> Any:
+def _backward(ring: Ring, kept: Any, cotangent: PartialStats) -> tuple[Operand, Operand]:
+    def on_device(rows: Operand, columns: Operand, top: Any, cotangent: Any) -> tuple[Any, Any]:
+        def sums(row_floats: Any, column_floats: Any, chunk: Operand) -> Any:
             return sums_under(_with_floats(rows, row_floats), _with_floats(chunk, column_floats), top)
 
-        def visit(_: int, state: tuple[Any, Any, Side]) -> tuple[Any, Any, Side]:
-            def add(to_rows: Any, each: tuple[Side, Any]) -> tuple[Any, Any]:
+        def visit(_: int, state: tuple[Any, Any, Operand]) -> tuple[Any, Any, Operand]:
+            def add(to_rows: Any, each: tuple[Operand, Any]) -> tuple[Any, Any]:
                 chunk, to_chunk = each
                 pull = jax.vjp(functools.partial(sums, chunk=chunk), _floats(rows), _floats(chunk))[1]
                 more_to_rows, more_to_chunk = pull(cotangent)
@@ -195,15 +195,15 @@ def _backward(ring: Ring, kept: Any, cotangent: Sums) -> tuple[Side, Side]:
     return _on_every_device(on_device, ring)(*kept, cotangent.sums)
 
 
-ring_sums.defvjp(_forward, _backward)
+ring_stats.defvjp(_forward, _backward)
 
 
-def _floats(side: Side) -> Side:
+def _floats(side: Operand) -> Operand:
     """What has a gradient."""
-    return Side(side.student, side.bias)
+    return Operand(side.student, side.bias)
 
 
-def _with_floats(side: Side, floats: Side) -> Side:
+def _with_floats(side: Operand, floats: Operand) -> Operand:
     return side._replace(student=floats.student, bias=floats.bias)
 
 
@@ -228,7 +228,7 @@ def _send_on(tree: Any, ring: Ring) -> Any:
 def _split(tree: Any, ring: Ring) -> Any:
     """Samples (B, …) as the fewest equal chunks (N, C, …) of at most `ring.chunk`.
 
-    The last is filled up with zeros, which as `Side.real` are samples that do not exist: they change no sum.
+    The last is filled up with zeros, which as `Operand.real` are samples that do not exist: they change no sum.
     """
     samples = len(jax.tree.leaves(tree)[0])
     chunks = -(-samples // ring.chunk)

@@ -1,4 +1,4 @@
-"""Rows of similarities, image → text or text → image, and what every contrastive or distillation loss is made of.
+"""RowStats of similarities, image → text or text → image, and what every contrastive or distillation loss is made of.
 
 Throughout, embeddings are (B, D) floats of any dtype, L2-normalised by the caller; `scale` is exp(logit_scale), a
 scalar; `tokens` (B, T) make samples with equal ones belong together, None: each belongs to itself only; `weight` is
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from tclip_jax.losses.ring import PAIRS, Ring, Side, Sums, ring_sums, sums_of
+from tclip_jax.losses.ring import PAIRS, Operand, PartialStats, Ring, partial_stats, ring_stats
 
 Pair = tuple[jax.Array, jax.Array, ArrayLike]
 
 
-class Rows(NamedTuple):
+class RowStats(NamedTuple):
     """Of each sample, compared with all of the other modality; float32 (B,) where not said otherwise.
 
     Attributes:
@@ -49,7 +49,7 @@ def compare_rows(
     weight: jax.Array | None = None,
     bias: ArrayLike | None = None,
     ring: Ring | None = None,
-) -> Rows:
+) -> RowStats:
     """Compares every row with all columns by the logits scale · rows · columnsᵀ + bias.
 
     Args:
@@ -57,17 +57,17 @@ def compare_rows(
       bias: of the student's logits, for `sigmoid_loss`.
       ring: never hold all columns on one device. The result is the same; without it they are gathered.
     """
-    real = existing(weight, len(rows))
+    real = sample_mask(weight, len(rows))
     shared = {"tokens": tokens, "index": jnp.arange(len(rows), dtype=jnp.int32), "real": real}
     theirs_rows = theirs_columns = None
     if teacher is not None:
         their_scale = jax.lax.stop_gradient(jnp.asarray(teacher[2], jnp.float32))
-        theirs_rows, theirs_columns = (jax.lax.stop_gradient(existing_rows(x, weight)) for x in teacher[:2])
+        theirs_rows, theirs_columns = (jax.lax.stop_gradient(masked_rows(x, weight)) for x in teacher[:2])
         theirs_rows = their_scale * theirs_rows
     biases = None if bias is None else jnp.broadcast_to(jnp.asarray(bias, jnp.float32), real.shape)
-    row_side = Side(jnp.float32(scale) * existing_rows(rows, weight), biases, theirs_rows, **shared)
-    column_side = Side(existing_rows(columns, weight), None, theirs_columns, **shared)
-    sums = sums_of(row_side, column_side) if ring is None else ring_sums(row_side, column_side, ring)
+    row_side = Operand(jnp.float32(scale) * masked_rows(rows, weight), biases, theirs_rows, **shared)
+    column_side = Operand(masked_rows(columns, weight), None, theirs_columns, **shared)
+    sums = partial_stats(row_side, column_side) if ring is None else ring_stats(row_side, column_side, ring)
     return _rows_of(sums, real)
 
 
@@ -81,7 +81,7 @@ def compare(
     weight: jax.Array | None = None,
     bias: ArrayLike | None = None,
     ring: Ring | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[RowStats, RowStats]:
     """`compare_rows` of images with texts and of texts with images; `teacher` is image, text and scale."""
     swapped = None if teacher is None else (teacher[1], teacher[0], teacher[2])
     image_rows = compare_rows(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, bias=bias, ring=ring)
@@ -90,23 +90,23 @@ def compare(
     )
 
 
-def existing(weight: jax.Array | None, batch: int) -> jax.Array:
+def sample_mask(weight: jax.Array | None, batch: int) -> jax.Array:
     """Which samples exist: bool (B,)."""
     return jnp.ones(batch, bool) if weight is None else weight > 0
 
 
-def existing_rows(embeddings: jax.Array, weight: jax.Array | None) -> jax.Array:
+def masked_rows(embeddings: jax.Array, weight: jax.Array | None) -> jax.Array:
     """Embeddings (B, D) in float32, zero where the sample does not exist (its NaN would reach gradients)."""
-    return jnp.where(existing(weight, len(embeddings))[:, None], embeddings.astype(jnp.float32), 0)
+    return jnp.where(sample_mask(weight, len(embeddings))[:, None], embeddings.astype(jnp.float32), 0)
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """The mean of values (B,) over the samples that exist, 0 if there are none."""
-    real = existing(weight, len(values))
+    real = sample_mask(weight, len(values))
     return jnp.sum(jnp.where(real, values, 0)) / jnp.maximum(jnp.sum(real), 1)
 
 
-def _rows_of(sums: Sums, real: jax.Array) -> Rows:
+def _rows_of(sums: PartialStats, real: jax.Array) -> RowStats:
     log_total = {name: jnp.log(sums.sums[name][0]) for name in sums.top}
     soft = {}
     for by in log_total:
@@ -114,4 +114,4 @@ def _rows_of(sums: Sums, real: jax.Array) -> Rows:
         soft[by] = {of: log_total[of] - x / total for of, x in zip(log_total, below, strict=True)}
     count, below_top, *choices = sums.sums[PAIRS]
     hard = jnp.where(count > 0, log_total["student"] - below_top / jnp.maximum(count, 1), 0)
-    return Rows(hard, soft, -choices[0] if choices else None, sums.hit, real)
+    return RowStats(hard, soft, -choices[0] if choices else None, sums.hit, real)

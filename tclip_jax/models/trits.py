@@ -22,7 +22,7 @@ HISTOGRAM_EDGES = tuple(np.arange(0, 2.25, 0.125).tolist())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def look(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[str, TernaryTensor]:
+def trit_snapshot(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[str, TernaryTensor]:
     """The trits and scales of every ternary parameter as it is now; stacked layers first, others as one layer.
 
     Of a layer of more than `limit` weights only every n-th output is looked at (of a table, every n-th row).
@@ -53,7 +53,7 @@ def trit_metrics(
     """
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     metrics = {}
-    for path, now in look(params, rules, limit).items():
+    for path, now in trit_snapshot(params, rules, limit).items():
         was, weight = before[path], _layers(path, leaves[path])
         stride = -(-weight.shape[-3 - now.axis] // now.shape[-3 - now.axis])
         magnitude = jnp.abs(_every(weight, stride, now.axis))

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def gather_json(value: Any) -> list[Any]:
+def allgather_json(value: Any) -> list[Any]:
     """The value of each process, in their order, on all of them; it must be what JSON can hold.
 
     A collective: every process must call it, as often as the others and in the same order.
@@ -91,7 +91,7 @@ class Failure:
 
         A collective: every process must call it, as often as the others and in the same order.
         """
-        lines = gather_json(_line(self.error) if self.error else "")
+        lines = allgather_json(_line(self.error) if self.error else "")
         if self.error:
             raise agreed(self.error)
         for process, line in enumerate(lines):
@@ -132,7 +132,7 @@ class Agreement:
         self._sharding = NamedSharding(flat, PartitionSpec("everyone"))
         self._largest = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, PartitionSpec()))
 
-    def ask(self, values: Sequence[int]) -> tuple[int, ...]:
+    def all_hosts_max(self, values: Sequence[int]) -> tuple[int, ...]:
         """Asks for `values`, of int32, and returns what was agreed on when it was called last; at first zeros.
 
         A collective: every process must call it, as often as the others and in the same order.

@@ -1,4 +1,8 @@
-"""Which processes a run has, from what its launcher put into the environment."""
+"""Which processes a run has, from what its launcher put into the environment.
+
+Not by `jax.distributed.initialize()`, which finds them within the call that waits for all: who is missing can be named
+only before it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reads the text of a compiled XLA program: what it executes, how often, and which bytes that touches."""
+"""Reads the text of a compiled XLA program: what it executes, how often, and which bytes that touches.
+
+Not its HloModuleProto: jaxlib gives that as bytes alone, and no package that this one depends on can decode them.
+"""
 
 from __future__ import annotations
 

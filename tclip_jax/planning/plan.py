@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.models.flops import train_flops
 from tclip_jax.pages import aligned
 from tclip_jax.planning.child import compiled_facts

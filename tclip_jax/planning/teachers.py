@@ -5,8 +5,8 @@ from __future__ import annotations
 from etils import epath
 
 from tclip_jax.artifacts.manifest import MANIFEST, describe, parse_manifest
-from tclip_jax.data.teacher_cache import MANIFEST as CACHE_MANIFEST
-from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.data.embedding_store import MANIFEST as CACHE_MANIFEST
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
 from tclip_jax.interop.hub import PREFIX
 from tclip_jax.models.config import CLIPConfig

@@ -205,7 +205,7 @@ class Checkpoints:
 def check_checkpoint(
     folder: epath.PathLike, step: int, abstract: Mapping[str, Any], seek: Callable[[Any], None], changed: str = ""
 ) -> None:
-    """Whether a run can go on from a step, without reading its arrays or writing anything.
+    """Whether a run can be resumed from a step, without reading its arrays or writing anything.
 
     Args:
       abstract: the trees that it needs.
@@ -230,7 +230,7 @@ def check_checkpoint(
                 reason = f"its {name}/{error}"
         since = f" since {changed}" if changed else ""
         raise CheckpointError(
-            f"{saved}: cannot be gone on from{since}: {reason}; change that back, or start a new run from its"
+            f"{saved}: cannot be resumed{since}: {reason}; change that back, or start a new run from its"
             " weights by config.init"
         )
 

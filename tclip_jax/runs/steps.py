@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from tclip_jax.parallel.agreement import gather_json
+from tclip_jax.parallel.agreement import allgather_json
 from tclip_jax.runs.checksums import COMMITTED, CheckpointError, damage
 from tclip_jax.storage import is_local
 
@@ -30,7 +30,7 @@ def saved_steps(folder: epath.PathLike) -> list[int]:
 
 
 def whole_steps(folder: epath.PathLike) -> list[int]:
-    """As `saved_steps`, the newest being one whose files are what was written: what training goes on from.
+    """As `saved_steps`, the newest being one whose files are what was written: what training resumes from.
 
     Changes nothing; `set_aside` removes the others. A collective: process 0 decides.
 
@@ -53,7 +53,7 @@ def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
         if aside.exists():
             aside.rmtree()
         saved.rename(aside)
-        _logger.error("%s; renamed to %s; going on from step %d", why, aside.name, max(whole, default=0))
+        _logger.error("%s; renamed to %s; resuming from step %d", why, aside.name, max(whole, default=0))
 
 
 def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") -> int:
@@ -92,7 +92,7 @@ def decided(decide: Callable[[], Any]) -> Any:
             outcome = {"value": decide()}
         except (ValueError, OSError) as error:
             outcome = {"error": str(error)}
-    outcome = gather_json(outcome)[0]
+    outcome = allgather_json(outcome)[0]
     if "error" in outcome:
         raise CheckpointError(outcome["error"])
     return outcome["value"]

@@ -28,16 +28,16 @@ class Placement(NamedTuple):
     A gradient goes the other way.
     """
 
-    stored: PartitionSpec
-    used: PartitionSpec
+    param_spec: PartitionSpec
+    compute_spec: PartitionSpec
 
     def place(self, x: jax.Array) -> jax.Array:
         """From how it is stored to how it is used; an axis of one entry is not sharded."""
-        return _constrain(_constrain(x, self.stored), self.used)
+        return _constrain(_constrain(x, self.param_spec), self.compute_spec)
 
     def place_back(self, x: jax.Array) -> jax.Array:
         """To how it is stored; a sum over devices is added up there (a reduce-scatter), and not on each of them."""
-        return _constrain(x, self.stored)
+        return _constrain(x, self.param_spec)
 
 
 def gather_ternary(
@@ -108,7 +108,7 @@ def _look_up_backward(
     like, index = residuals
     zeros = jnp.zeros((len(like), gradient.shape[-1]), like.dtype)
     # Used first: for its own rows alone a device would need the activations of all.
-    added = _constrain(zeros.at[index].add(gradient.astype(like.dtype)), placement.used)
+    added = _constrain(zeros.at[index].add(gradient.astype(like.dtype)), placement.compute_spec)
     return placement.place_back(added), None
 
 
@@ -119,7 +119,7 @@ def _moved(
     w: jax.Array, quantizer: Quantizer, axis: int, alpha: jax.Array | None, placement: Placement, dtype: Any
 ) -> tuple[jax.Array, jax.Array, int]:
     """Packed trits and scales where they are used, and the length of a group."""
-    own = ternarize(_constrain(w, placement.stored), quantizer, axis, alpha)
+    own = ternarize(_constrain(w, placement.param_spec), quantizer, axis, alpha)
     narrow = jnp.bfloat16 if quantizer.scale_bits == 8 else jnp.float32
     scale = own.scale.astype(min(narrow, jnp.dtype(dtype), key=lambda each: jnp.dtype(each).itemsize))
     return placement.place(_pack(own.trits, axis, _shards(placement, axis))), placement.place(scale), own.group
@@ -145,7 +145,7 @@ def _unpack(packed: jax.Array, length: int, axis: int, shards: int) -> jax.Array
 
 def _shards(placement: Placement, axis: int) -> int:
     """Over how many devices the input axis is both stored and used."""
-    names = placement.stored[axis]
+    names = placement.param_spec[axis]
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if names is None else mesh.shape[names]
 

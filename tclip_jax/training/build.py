@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig

@@ -12,12 +12,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.iterator import TrainIterator
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import Source, digest, open_source
-from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.parallel.agreement import gather_json, together
+from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.parallel.prefetch import DevicePrefetch
 from tclip_jax.runs.config import RunConfig
 
@@ -57,7 +57,7 @@ _ATTEMPTS = 3
 _logger = logging.getLogger(__name__)
 
 
-class Batches:
+class ResumableIterator:
     """An endless iterator of batches that starts its workers again, at the same place, when one of them was killed.
 
     Attributes:
@@ -100,9 +100,9 @@ class Batches:
         return json.loads(state) if isinstance(state, bytes) else state
 
 
-def open_feed(
+def open_input(
     run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
-) -> tuple[Batches, BadSamples]:
+) -> tuple[ResumableIterator, BadSamples]:
     """The batches of a run from its source as global arrays, and the bad samples, which go to bad_samples.jsonl.
 
     Every process has a list of its own, that of process p > 0 is bad_samples.p.jsonl. A collective.
@@ -114,7 +114,7 @@ def open_feed(
     process = jax.process_index()
     with together():
         own = digest(source)
-    digests = gather_json(own)
+    digests = allgather_json(own)
     if other := next((i for i, each in enumerate(digests) if each != digests[0]), None):
         raise ValueError(
             f"{run.data.source}: process {other} sees other data than process 0 ({digests[other]}, not {digests[0]}); "
@@ -127,4 +127,4 @@ def open_feed(
         rows = train_data(run, source, process_index=process, process_count=jax.process_count(), cache=cache, bad=bad)
         return DevicePrefetch(rows, mesh)
 
-    return Batches(start), bad
+    return ResumableIterator(start), bad

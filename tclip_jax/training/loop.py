@@ -10,7 +10,7 @@ from tclip_jax.training.session import Session, prepare
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
-    """Trains to `config.steps`, going on from the newest whole checkpoint in `workdir` if there is one.
+    """Trains to `config.steps`, resuming from the newest whole checkpoint in `workdir` if there is one.
 
     Leaves in `workdir`: config.json (resolved), history.jsonl (what was changed when it was resumed), checkpoints/,
     metrics.jsonl, tensorboard/, bad_samples.jsonl where there were any, and of several processes heartbeats/. What

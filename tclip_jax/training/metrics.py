@@ -30,7 +30,7 @@ from tclip_jax.parallel.agreement import Failure, raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.storage import dump_json, is_local, write_atomic
-from tclip_jax.training.timing import Speed
+from tclip_jax.training.timing import Throughput
 
 _FLUSH_SECONDS = 120.0  # an object store gets the whole file at each flush
 
@@ -216,7 +216,7 @@ def check_telemetry(wandb_project: str) -> None:
 
 
 def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mapping[str, Any] | None) -> Any:
-    """A run of Weights & Biases that is gone on with from the same workdir."""
+    """A run of Weights & Biases, resumed from the same workdir."""
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
@@ -228,7 +228,7 @@ def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mappi
 _logger = logging.getLogger(__name__)
 
 
-class Journal:
+class MetricsLogger:
     """Writes the metrics of a step when it is given those of the next, so that no device is kept waiting.
 
     Args:
@@ -243,14 +243,14 @@ class Journal:
         self,
         telemetry: Telemetry,
         checkpoints: Checkpoints,
-        speed: Speed,
+        throughput: Throughput,
         *,
         steps: int,
         max_skipped: int,
         bad: BadSamples | None = None,
         batch_size: int = 0,
     ) -> None:
-        self._telemetry, self._checkpoints, self._speed = telemetry, checkpoints, speed
+        self._telemetry, self._checkpoints, self._throughput = telemetry, checkpoints, throughput
         self._steps, self._max_skipped = steps, max_skipped
         self._bad, self._batch_size = bad, batch_size
         self._skipped, self._pending = 0, dict[int, Mapping[str, Any]]()
@@ -271,7 +271,7 @@ class Journal:
         for step, metrics in pending.items():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.write(step, values)
-            line = self._speed.line(step, self._steps, values)
+            line = self._throughput.line(step, self._steps, values)
             if line and jax.process_index() == 0:
                 _logger.info("%s", line)
             with raised_by_all():

@@ -1,4 +1,4 @@
-"""Notices to stop: a machine that is about to be taken away, or a person who has seen enough."""
+"""PreemptionHandler to stop: a machine that is about to be taken away, or a person who has seen enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stopped(SystemExit):
     """A run that was asked to stop, and is saved; ends the process with a code of this module."""
 
 
-class Notices:
+class PreemptionHandler:
     """A context manager within which SIGTERM and SIGINT are notices to be obeyed, not ends.
 
     A second SIGINT is one. Outside the main thread nothing is listened to, since Python allows no more there.

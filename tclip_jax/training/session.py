@@ -15,13 +15,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.sources import FAULTS, described, open_source
-from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.flops import train_flops
-from tclip_jax.models.trits import look, trit_metrics
-from tclip_jax.parallel.agreement import Agreement, Failure, gather_json, together
+from tclip_jax.models.trits import trit_metrics, trit_snapshot
+from tclip_jax.parallel.agreement import Agreement, Failure, allgather_json, together
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
@@ -30,14 +30,14 @@ from tclip_jax.runs.record import in_words, read_metrics
 from tclip_jax.runs.steps import saved_steps, whole_steps
 from tclip_jax.training.build import Architecture, Build, check_batch
 from tclip_jax.training.evaluation import FAILED, Evaluation, EvaluationError
-from tclip_jax.training.input import Batches, open_feed
-from tclip_jax.training.metrics import Journal, Telemetry, check_telemetry
+from tclip_jax.training.input import ResumableIterator, open_input
+from tclip_jax.training.metrics import MetricsLogger, Telemetry, check_telemetry
 from tclip_jax.training.optimizer import learning_rate_schedule
-from tclip_jax.training.preemption import Notices, Stopped
+from tclip_jax.training.preemption import PreemptionHandler, Stopped
 from tclip_jax.training.start import Resume, start_params
 from tclip_jax.training.state import TrainState
 from tclip_jax.training.teacher_cache import open_cache
-from tclip_jax.training.timing import Phases, Speed, Trace
+from tclip_jax.training.timing import StepTimer, Throughput, Trace
 from tclip_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Prepared:
     config: ml_collections.ConfigDict
     workdir: epath.Path
     mesh: Mesh
-    data: Batches
+    data: ResumableIterator
     bad: BadSamples
     build: Build
     teacher_params: Any
@@ -83,7 +83,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     with together():
         source = open_source(run.data.source, run.data.split)
         cache = open_cache(run, source) if run.data.teacher_cache else None
-    data, bad = open_feed(run, source, workdir, mesh, cache)
+    data, bad = open_input(run, source, workdir, mesh, cache)
     teacher, teacher_params, taught_by = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
     with together():
@@ -109,7 +109,7 @@ class Session:
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._ready, self._run, self._phases = prepared, prepared.run, Phases()
+        self._ready, self._run, self._timer = prepared, prepared.run, StepTimer()
         self._schedule = learning_rate_schedule(self._run.optimizer, self._run.steps)
         self._before: Any = {}
         self._stack = contextlib.ExitStack()
@@ -120,9 +120,9 @@ class Session:
             undo.push(self._stack)
             enter(jax.set_mesh(ready.mesh))
             enter(contextlib.closing(ready.data))
-            self._notices = enter(Notices())
+            self._preemption = enter(PreemptionHandler())
             self._checkpoints = enter(Checkpoints(ready.workdir / "checkpoints", run.checkpoint, ready.whole))
-            self._watchdog = enter(Watchdog(ready.workdir, self._phases, run.stall_minutes, leave=run.stall_exit))
+            self._watchdog = enter(Watchdog(ready.workdir, self._timer, run.stall_minutes, leave=run.stall_exit))
             self._trace = enter(Trace(ready.workdir, run.profile_steps))
             undo.pop_all()
         return self
@@ -135,7 +135,7 @@ class Session:
     def restore(self) -> TrainState:
         """The newest checkpoint's state or a fresh one, after which metrics are written and missed evaluations made."""
         ready, run = self._ready, self._run
-        with self._phases.during("compile"):
+        with self._timer.during("compile"):
             restored = self._checkpoints.restore(ready.build.state_shapes.trees())
             state = TrainState.of_trees(restored) if restored else ready.build.init_state(ready.start)
             ready.start = None
@@ -148,21 +148,21 @@ class Session:
         self.failure = telemetry.failure
         with together():
             ready.resume.begin()
-        speed = Speed(run.data.batch_size, _flops(ready.build), ready.mesh.devices.flat, run.log_every)
-        self._journal = Journal(
+        throughput = Throughput(run.data.batch_size, _flops(ready.build), ready.mesh.devices.flat, run.log_every)
+        self._metrics = MetricsLogger(
             telemetry,
             self._checkpoints,
-            speed,
+            throughput,
             steps=run.steps,
             max_skipped=run.max_skipped_steps,
             bad=ready.bad,
             batch_size=run.data.batch_size,
         )
-        self._speed, self._agreement = speed, Agreement(ready.mesh, 3)
+        self._throughput, self._agreement = throughput, Agreement(ready.mesh, 3)
         written = _written_before(ready.workdir, ready.first_step, self._checkpoints, ready.bad, run.data.batch_size)
         # A run may have ended between a checkpoint and the evaluation of its step.
         missed = [each for each in self.due(ready.first_step) if ready.first_step and not each.is_among(written)]
-        _evaluate(missed, self._journal, ready.first_step, ready.build, state, self._phases)
+        _evaluate(missed, self._metrics, ready.first_step, ready.build, state, self._timer)
         return state
 
     def next_batch(self, step: int, before: Any) -> Any:
@@ -170,31 +170,31 @@ class Session:
         self._watchdog.step(step)
         with self.failure.kept():
             self._trace.before(step)
-        with self._phases.during("data"):
+        with self._timer.during("data"):
             return _next_batch(self._ready.data, before, self.failure)
 
     def train_step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Dispatches `training.step`: the next state and the metrics, which are not waited for."""
         if self._looks(step):
-            self._before = look(state.params["clip"], self._run.rules)
-        with self._phases.during("step" if step > self._ready.first_step + 1 else "compile"):
+            self._before = trit_snapshot(state.params["clip"], self._run.rules)
+        with self._timer.during("step" if step > self._ready.first_step + 1 else "compile"):
             return self._step_function(state, batch, self._ready.teacher_params)
 
     def agree(self) -> tuple[int, bool]:
         """The code with which all processes stop, 0 for none, and whether a checkpoint is late; raises what failed."""
-        asked = (self._notices.code, self._checkpoints.is_late(), self.failure.error is not None)
-        stop, late, failed = self._agreement.ask(asked)
+        asked = (self._preemption.code, self._checkpoints.is_late(), self.failure.error is not None)
+        stop, late, failed = self._agreement.all_hosts_max(asked)
         if failed:
             self.failure.raise_everywhere()
         return stop, bool(late)
 
     def record(self, step: int, metrics: Any, state: TrainState) -> None:
         """Writes the metrics of the step before, and takes those of this one."""
-        self._journal.flush()
+        self._metrics.flush()
         with self.failure.kept():
             self._trace.after(step, metrics)
-        rates = self._speed.metrics(self._phases.take())
-        self._journal.add(step, metrics | {"learning_rate": self._schedule(step - 1)} | rates)
+        rates = self._throughput.metrics(self._timer.take())
+        self._metrics.add(step, metrics | {"learning_rate": self._schedule(step - 1)} | rates)
         if self._looks(step):
             self._telemetry.write_trits(step, trit_metrics(self._before, state.params["clip"], self._run.rules))
             self._before = {}
@@ -210,28 +210,28 @@ class Session:
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves in the background, when all metrics up to the step are written."""
-        self._journal.finish() if step == self._run.steps else self._journal.flush()
+        self._metrics.finish() if step == self._run.steps else self._metrics.flush()
         self._telemetry.sync()
         self.failure.raise_everywhere()
-        with self._phases.during("checkpoint"):
+        with self._timer.during("checkpoint"):
             self._checkpoints.save(step, state.trees(), self._ready.data.position)
 
     def stop(self, step: int, code: int) -> NoReturn:
         """Raises Stopped when the step that was saved is whole."""
         self._checkpoints.wait()
         if jax.process_index() == 0:
-            _logger.warning("asked to stop: step %d is saved, and the same command goes on from it", step)
+            _logger.warning("asked to stop: step %d is saved, and the same command resumes it", step)
         raise Stopped(code)
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Runs the evaluations that are due."""
         due, ready = self.due(step), self._ready
         if due:
-            self._journal.flush()
-            _evaluate(due, self._journal, step, ready.build, state, self._phases)
+            self._metrics.flush()
+            _evaluate(due, self._metrics, step, ready.build, state, self._timer)
         everything = len(due) == len(ready.evaluations) > 0
         if self._run.checkpoint.keep_best and (step == self._run.steps or everything):
-            self._journal.check_measured(self._run.checkpoint.best_metric)
+            self._metrics.check_measured(self._run.checkpoint.best_metric)
 
     def _looks(self, step: int) -> bool:
         every = self._run.telemetry_every
@@ -249,7 +249,7 @@ def _load_teacher(
     return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 
-def _next_batch(data: Batches, before: Any, failure: Failure) -> Any:
+def _next_batch(data: ResumableIterator, before: Any, failure: Failure) -> Any:
     """The next batch; of several processes, on one that fails, the batch before.
 
     With it the process takes part in a step that is not saved: all processes raise the failure first. Without a batch
@@ -268,21 +268,26 @@ def _next_batch(data: Batches, before: Any, failure: Failure) -> Any:
 
 
 def _evaluate(
-    evaluations: Sequence[Evaluation], journal: Journal, step: int, build: Build, state: TrainState, phases: Phases
+    evaluations: Sequence[Evaluation],
+    logger: MetricsLogger,
+    step: int,
+    build: Build,
+    state: TrainState,
+    timer: StepTimer,
 ) -> None:
     """Of the weights and of their average, which is made ternary again and whose metrics end in `_of_average`."""
     run = build.run
     for each in evaluations:
-        with phases.during("evaluate"):
+        with timer.during("evaluate"):
             try:
                 metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
                 if state.average is not None and FAILED not in metrics:
                     of_average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
                     metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
             except EvaluationError as error:
-                journal.write(step, error.metrics)
+                logger.write(step, error.metrics)
                 raise
-        journal.write(step, metrics)
+        logger.write(step, metrics)
 
 
 def _flops(build: Build) -> int:
@@ -311,7 +316,7 @@ def _written_before(
                 steps += "loss" in line
                 for kind in FAULTS[1:]:
                     counts[kind] += line.get(f"bad/{kind}", 0)
-    lines, counts, steps = gather_json([lines, counts, steps])[0]
+    lines, counts, steps = allgather_json([lines, counts, steps])[0]
     bad.resume(counts, steps * batch_size)
     for line in lines:
         checkpoints.score(line["step"], line)

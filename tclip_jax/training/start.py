@@ -128,7 +128,7 @@ class Resume:
     """A start of a run, compared with what is in its workdir; a collective. Nothing is written before `begin`.
 
     Args:
-      step: of the checkpoint that it goes on from, 0 for none.
+      step: of the checkpoint that is resumed, 0 for none.
       data: {"source", "split", "samples", "content"} of what it trains on.
       teacher, init: {"source", "content", …} of the weights that it learns and starts from, or None.
 
@@ -186,7 +186,7 @@ class Resume:
         if self._step == steps and deciding:
             raise ValueError(
                 f"{path}: this run has done all its {steps} steps with other values: {in_words(deciding)}; raise"
-                " config.steps to go on with these, or choose another workdir"
+                " config.steps to train on with these, or choose another workdir"
             )
         return changed
 

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from tclip_jax import keys
 from tclip_jax.data import prompts
 from tclip_jax.data.augment import DRAWS
+from tclip_jax.data.embedding_store import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import Source, described, open_source
-from tclip_jax.data.teacher_cache import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
-from tclip_jax.parallel.agreement import gather_json, together
+from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
@@ -38,7 +38,7 @@ _THREADS = 4  # that decode while the devices are busy; as many batches are kept
 def write_cache(
     folder: epath.PathLike, run: RunConfig, teacher: str, *, copies: int, batch_size: int = 128, file_rows: int = 4096
 ) -> TeacherCache:
-    """Embeds every sample of `run.data` `copies` times, going on where an earlier call stopped.
+    """Embeds every sample of `run.data` `copies` times, resuming where an earlier call stopped.
 
     In memory are a few batches of images and one file of embeddings. Of several processes each fills files of its own
     on its own devices; they must see the same folder, and wait for each other after every file.
@@ -73,7 +73,7 @@ def write_cache(
     )
     cache.write_manifest()
     # Process 0 says what is missing, so that each gets its share of that whatever an earlier call left.
-    missing = gather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
+    missing = allgather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
     own = missing[jax.process_index() :: jax.process_count()]
     made = _embed(cache, own, model, train_row(run, source), mesh, batch_size)
     rows = sum(len(cache.rows_of(file)) for file in own)

@@ -18,7 +18,7 @@ from tclip_jax.models.flops import peak_flops
 Phase = Literal["compile", "data", "step", "checkpoint", "evaluate"]
 
 
-class Phases:
+class StepTimer:
     """Seconds by phase since they were last taken, by a clock that nobody can set.
 
     `step` is the phase between the others: dispatching, waiting for the device, and writing what was measured.
@@ -55,7 +55,7 @@ class Phases:
         self.now, self.since = phase, now
 
 
-class Speed:
+class Throughput:
     """Metrics of every step, and a line for the log every so many steps.
 
     MFU, the share of the devices' peak that the model uses: FLOPs of a pair (`models.flops.train_flops`, without what

@@ -19,7 +19,7 @@ from etils import epath
 
 from tclip_jax.parallel.distributed import LostProcess
 from tclip_jax.storage import write_atomic
-from tclip_jax.training.timing import Phases
+from tclip_jax.training.timing import StepTimer
 
 _DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
 _UNLIMITED = ("compile", "evaluate")
@@ -59,12 +59,12 @@ class Watchdog:
 
     Args:
       workdir: of the run, shared by all processes.
-      phases: of this process.
+      timer: of this process.
       minutes: 0 for no watch.
     """
 
-    def __init__(self, workdir: epath.PathLike, phases: Phases, minutes: float, *, leave: bool = False) -> None:
-        self._folder, self._phases, self._leave = epath.Path(workdir) / "heartbeats", phases, leave
+    def __init__(self, workdir: epath.PathLike, timer: StepTimer, minutes: float, *, leave: bool = False) -> None:
+        self._folder, self._timer, self._leave = epath.Path(workdir) / "heartbeats", timer, leave
         self._limit, self._every = 60 * minutes, min(60.0, 12 * minutes)
         self._step, self._ended = 0, time.monotonic()
         self._behind: tuple[int, ...] | None = None
@@ -95,7 +95,7 @@ class Watchdog:
                 _logger.warning("%s: cannot keep heartbeats: %s: %s", self._folder, type(error).__name__, error)
 
     def _look(self) -> None:
-        if self._phases.now in _UNLIMITED:
+        if self._timer.now in _UNLIMITED:
             self._ended = time.monotonic()
         stalled, me, silence = time.monotonic() - self._ended, jax.process_index(), 1.5 * self._every
         self._write(me)
@@ -125,8 +125,8 @@ class Watchdog:
 
     def _write(self, me: int) -> None:
         beat = self._beats[me].beat + 1 if me in self._beats else 0
-        seconds, host = time.monotonic() - self._phases.since, f"{socket.gethostname()}, process {os.getpid()}"
-        self._beats[me] = Heartbeat(self._step, self._phases.now, seconds, host, beat, self._behind or ())
+        seconds, host = time.monotonic() - self._timer.since, f"{socket.gethostname()}, process {os.getpid()}"
+        self._beats[me] = Heartbeat(self._step, self._timer.now, seconds, host, beat, self._behind or ())
         if jax.process_count() > 1:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self._folder / f"{me}.json", json.dumps(self._beats[me]._asdict()))

@@ -67,7 +67,7 @@ def test_what_is_done_is_not_made_again_and_what_is_broken_is(tars: pathlib.Path
     was = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
     files[1].write_bytes(was[1][1][:-1])
     files[2].unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001-of-00004: not made; the same command goes on with it"):
+    with pytest.raises(FileNotFoundError, match=r"00001-of-00004: not made; the same command resumes with it"):
         finish(target)
     prepare_here(tars, tmp_path / "tfds")
     assert [file.stat().st_mtime_ns == time for file, (time, _) in zip(files, was, strict=True)] == [1, 0, 0, 1]

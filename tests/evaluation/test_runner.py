@@ -154,7 +154,7 @@ def test_a_result_is_taken_only_where_the_same_made_it(
 def test_processes_that_see_other_data_measure_nothing(
     exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "gather_json", lambda told: [told, [told[0], "12:ab"]])
+    monkeypatch.setattr(runner, "allgather_json", lambda told: [told, [told[0], "12:ab"]])
     report = evaluate(exports.Direct(), suite_tasks(root, "renderedsst2"), model="m")
     assert not report.results
     assert re.fullmatch(r"process 1 sees other data than process 0 \(12:ab, not 24:.*\)", report.errors["renderedsst2"])

@@ -14,22 +14,22 @@ import jax.numpy as jnp
 from tclip_jax import cli
 from tclip_jax.runs import checkpoints
 from tclip_jax.runs.checkpoints import Checkpoints
-from tclip_jax.training.input import Batches
+from tclip_jax.training.input import ResumableIterator
 from tclip_jax.training.metrics import Telemetry
 from tclip_jax.training.objective import Objective
 
 
 def before_batch(number: int, fault: Any) -> None:
     """Calls `fault` in place of nothing before the batch of that number, counted from the start of the process."""
-    following, count = Batches.__next__, [0]
+    following, count = ResumableIterator.__next__, [0]
 
-    def patched(self: Batches) -> Any:
+    def patched(self: ResumableIterator) -> Any:
         count[0] += 1
         if count[0] == number or number == 0:
             fault()
         return following(self)
 
-    Batches.__next__ = patched  # type: ignore[method-assign]
+    ResumableIterator.__next__ = patched  # type: ignore[method-assign]
 
 
 def slow(seconds: str) -> None:
@@ -120,9 +120,9 @@ def worker(batch: str) -> None:
 
 def nan(steps: str) -> None:
     """The loss of the first batches of the process, so many, is no number: they are marked by a weight below 0."""
-    following, count, judge = Batches.__next__, [0], Objective.loss
+    following, count, judge = ResumableIterator.__next__, [0], Objective.loss
 
-    def marked(self: Batches) -> Any:
+    def marked(self: ResumableIterator) -> Any:
         batch = following(self)
         count[0] += 1
         if count[0] <= int(steps):
@@ -134,7 +134,7 @@ def nan(steps: str) -> None:
         spoil = jnp.where(jnp.any(batch["weight"] < 0), jnp.nan, 1.0)
         return total * spoil, metrics | {"loss": metrics["loss"] * spoil}
 
-    Batches.__next__ = marked  # type: ignore[method-assign]
+    ResumableIterator.__next__ = marked  # type: ignore[method-assign]
     Objective.loss = spoiled  # type: ignore[method-assign]
 
 

@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(
     shutil.copytree(whole.workdir, run.workdir)
     harm(largest(run.workdir / "checkpoints" / "12" / part))
     run.finish()
-    assert said in run.log() and "renamed to 12.damaged; going on from step 9" in run.log()
+    assert said in run.log() and "renamed to 12.damaged; resuming from step 9" in run.log()
     run.assert_same(whole)
 
 

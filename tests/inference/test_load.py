@@ -197,7 +197,7 @@ def test_training_goes_on_from_the_whole_step(
 ) -> None:
     config.steps = 4
     loop.train(config, cut_short)
-    assert "3 has no checksums.json" in caplog.text and "renamed to 3.damaged; going on from step 2" in caplog.text
+    assert "3 has no checksums.json" in caplog.text and "renamed to 3.damaged; resuming from step 2" in caplog.text
     assert saved_steps(cut_short / "checkpoints") == [3, 4]
     steps = [json.loads(line)["step"] for line in (cut_short / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]

@@ -93,8 +93,7 @@ def test_names_that_mean_the_same(folder: pathlib.Path, capsys: pytest.CaptureFi
 
 def test_another_architecture_in_a_gguf(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "llama.gguf"
-    with path.open("wb") as file:
-        write_file(file, {"general.architecture": "llama"}, {}, [])
+    write_file(path, {"general.architecture": "llama"}, {}, [])
     refused(path, "the architecture is 'llama': only 'clip' can be read", capsys)
     path.write_bytes(path.read_bytes()[:30])
     refused(path, "truncated", capsys)

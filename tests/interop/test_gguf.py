@@ -3,22 +3,25 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.checkpoints import open_checkpoint, resize_positions
 from tclip_jax.interop.gguf import read_gguf, verify_gguf, write_gguf
-from tclip_jax.interop.gguf_blocks import Kind
-from tclip_jax.interop.gguf_file import read_header, write_file
+from tclip_jax.interop.gguf_file import KINDS, Tensor, read_header, write_file
 from tclip_jax.interop.open_clip import to_open_clip
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.ternary import TernaryTensor
+from tests.object_store import Bucket
 
 Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]
@@ -30,7 +33,6 @@ CONFIG = CLIPConfig(
     quick_gelu=True,
 )
 PIXELS = Preprocess(32)
-KINDS: tuple[Kind, ...] = ("tq1_0", "tq2_0")
 # Weights that share a scale, every granularity that fits: along the inputs, and then whether the outputs do too.
 GROUPS = {
     "image/blocks/attention/qkv/kernel": 256,
@@ -117,7 +119,6 @@ def replaced(params: Params, path: str, leaf: Any) -> Params:
 
 
 def test_the_gguf_package_reads_every_tensor_to_the_bit(file: pathlib.Path, params: Params) -> None:
-    gguf = pytest.importorskip("gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     state = to_open_clip(params, CONFIG)
     assert len(tensors) == 14 - 1 + 3 * 16
@@ -132,7 +133,6 @@ def test_the_gguf_package_reads_every_tensor_to_the_bit(file: pathlib.Path, para
 
 
 def test_metadata_are_those_of_clip_cpp(file: pathlib.Path, params: Params) -> None:
-    gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(file)
     expected = {
         "general.architecture": "clip",
@@ -188,7 +188,6 @@ def test_export_of_an_import_is_identical_to_the_byte(file: pathlib.Path, tmp_pa
 
 
 def test_bytes_per_weight(file: pathlib.Path, params: Params) -> None:
-    gguf = pytest.importorskip("gguf")
     ternary = [tensor for tensor in gguf.GGUFReader(file).tensors if tensor.tensor_type.name == file.stem.upper()]
     weights = sum(leaf.trits.size for leaf in flatten(params).values() if isinstance(leaf, TernaryTensor))
     assert sum(int(tensor.n_elements) for tensor in ternary) == weights
@@ -219,7 +218,6 @@ def test_verify_names_what_differs(path: str, change: Callable[[Any], Any], file
 
 
 def test_a_patch_embedding_is_float16_only_where_that_is_exact(params: Params, tmp_path: pathlib.Path) -> None:
-    gguf = pytest.importorskip("gguf")
     path = "image/patch_embedding/kernel"
     exact = flatten(params)[path].astype(np.float16).astype(np.float32)
     half = replaced(params, path, exact)
@@ -232,7 +230,6 @@ def test_a_patch_embedding_is_float16_only_where_that_is_exact(params: Params, t
 
 def test_a_file_of_the_gguf_package_is_read(file: pathlib.Path, params: Params, tmp_path: pathlib.Path) -> None:
     """Its writer, its quantiser of the dequantised weights, and float16 for the others, as clip.cpp's converter has."""
-    gguf = pytest.importorskip("gguf")
     ours, state = gguf.GGUFReader(file), to_open_clip(params, CONFIG)
     writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "clip")
     for key, field in ours.fields.items():
@@ -277,9 +274,8 @@ def rewrite(
     for name, other in tensors.items():
         del contents[name]
         contents |= {name: other} if other else {}
-    with path.open("wb") as opened:
-        places_of = {name: (kind, shape) for name, (kind, shape, _) in contents.items()}
-        write_file(opened, metadata | pixels | fields, places_of, (array for _, _, array in contents.values()))
+    places_of = {name: Tensor(kind, shape) for name, (kind, shape, _) in contents.items()}
+    write_file(path, metadata | pixels | fields, places_of, (array for _, _, array in contents.values()))
 
 
 @pytest.mark.parametrize(
@@ -359,6 +355,24 @@ def test_a_gguf_is_opened_as_the_model_and_for_the_size_that_are_asked_for(file:
     np.testing.assert_array_equal(larger.params["image"]["position_embedding"], resize_positions(positions, (4, 4)))
     with pytest.raises(ValueError, match=rf"{file.name}: its embed_dim is 40, but the given model's is 512"):
         open_checkpoint(file, like="ViT-B-16")
+
+
+def test_an_object_store_holds_the_same_bytes(
+    file: pathlib.Path, params: Params, bucket: type[Bucket], tmp_path: pathlib.Path
+) -> None:
+    path = epath.Path("gs://bucket/model.gguf")
+    write_gguf(path, config=CONFIG, preprocess=PIXELS, params=params, kind=file.stem)  # type: ignore[arg-type]
+    assert path.read_bytes() == file.read_bytes()
+    verify_gguf(path, params)
+
+
+def test_the_package_is_missing(file: pathlib.Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=rf"{file.name}: .*: GGUF files need pip install 'tclip-jax\[gguf\]'$"):
+        read_gguf(file)
+    with pytest.raises(ValueError, match=r"pip install 'tclip-jax\[gguf\]'$"):
+        write_gguf(file.parent / "none.gguf", config=CONFIG, preprocess=PIXELS, params=params, kind="tq1_0")
+    assert not list(file.parent.glob("none.gguf*"))
 
 
 def test_there_is_no_file(tmp_path: pathlib.Path) -> None:

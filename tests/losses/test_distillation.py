@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax.losses import contrastive, distillation
 from tclip_jax.losses.distillation import feature_distillation
-from tclip_jax.losses.statistics import Rows, compare, compare_rows
+from tclip_jax.losses.statistics import RowStats, compare, compare_rows
 
 BATCH, WIDTH = 8, 6
 SCALES = np.float32(20), np.float32(100)
@@ -58,7 +58,7 @@ def icl_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: Any) 
     return -np.mean(np.diag(log_softmax(scale * v @ T.T)) + np.diag(log_softmax(scale * t @ V.T))) / 2
 
 
-def both(v: Any, t: Any, s: Any, V: Any, T: Any, S: Any, weight: Any = None) -> tuple[Rows, Rows]:
+def both(v: Any, t: Any, s: Any, V: Any, T: Any, S: Any, weight: Any = None) -> tuple[RowStats, RowStats]:
     return compare(v, t, s, teacher=(V, T, S), weight=weight)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING
-from tclip_jax.models.trits import HISTOGRAM_EDGES, look, trit_metrics
+from tclip_jax.models.trits import HISTOGRAM_EDGES, trit_metrics, trit_snapshot
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.record import read_metrics
@@ -47,8 +47,8 @@ def params(seed: int) -> dict[str, Any]:
 
 def test_metrics_are_those_of_the_step() -> None:
     old, new = params(0), params(1)
-    before = look(old, RULES)
-    after, found = look(new, RULES), trit_metrics(before, new, RULES)
+    before = trit_snapshot(old, RULES)
+    after, found = trit_snapshot(new, RULES), trit_metrics(before, new, RULES)
     assert found.keys() == {FC1, QKV, "text/token_embedding/embedding", "image/patch_embedding/kernel"}
     leaves = flatten_dict(new, sep="/")
     for path in (FC1, QKV):
@@ -75,12 +75,12 @@ def test_metrics_are_those_of_the_step() -> None:
 
 def test_of_a_large_weight_every_nth_output_is_looked_at() -> None:
     old, new = params(0), params(1)
-    whole, part = look(new, RULES), look(new, RULES, 50)
+    whole, part = trit_snapshot(new, RULES), trit_snapshot(new, RULES, 50)
     np.testing.assert_array_equal(part[FC1].trits, whole[FC1].trits[..., ::4])  # 32 x 6 weights
     np.testing.assert_array_equal(part[FC1].scale, whole[FC1].scale[..., ::4])
     np.testing.assert_array_equal(part[QKV].trits, whole[QKV].trits)  # 8 x 6
-    found = trit_metrics(look(old, RULES, 50), new, RULES, 50)
-    flips = np.mean(part[FC1].trits != np.asarray(look(old, RULES, 50)[FC1].trits), axis=(1, 2))
+    found = trit_metrics(trit_snapshot(old, RULES, 50), new, RULES, 50)
+    flips = np.mean(part[FC1].trits != np.asarray(trit_snapshot(old, RULES, 50)[FC1].trits), axis=(1, 2))
     np.testing.assert_allclose(found[FC1]["flips"], flips, rtol=1e-6)
     np.testing.assert_allclose(np.sum(found[FC1]["histogram"], -1), 1, rtol=1e-6)
 
@@ -89,15 +89,15 @@ def test_of_sharded_weights_every_process_can_read_the_same() -> None:
     old, new, mesh = params(0), params(1), make_mesh(4, 2)
     placed = [jax.device_put(tree, tree_shardings(tree, mesh)) for tree in (old, new)]
     with jax.set_mesh(mesh):
-        found = trit_metrics(look(placed[0], RULES), placed[1], RULES)
+        found = trit_metrics(trit_snapshot(placed[0], RULES), placed[1], RULES)
     assert "fsdp" in placed[1]["image"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
-    expected = trit_metrics(look(old, RULES), new, RULES)
+    expected = trit_metrics(trit_snapshot(old, RULES), new, RULES)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
 def test_a_look_is_one_line_of_the_metrics(tmp_path: pathlib.Path) -> None:
-    found = trit_metrics(look(params(0), RULES), params(1), RULES)
+    found = trit_metrics(trit_snapshot(params(0), RULES), params(1), RULES)
     with Telemetry(tmp_path, first_step=0, steps=2, title="t") as telemetry:
         telemetry.write(1, {"loss": 1.0})
         telemetry.write_trits(1, found)

@@ -14,7 +14,7 @@ from tclip_jax.parallel.mesh import make_mesh
 
 def test_an_answer_comes_with_the_next_question() -> None:
     agreement = Agreement(make_mesh(), 2)
-    assert [agreement.ask(values) for values in ((0, 1), (75, 0), (0, 0))] == [(0, 0), (0, 1), (75, 0)]
+    assert [agreement.all_hosts_max(values) for values in ((0, 1), (75, 0), (0, 0))] == [(0, 0), (0, 1), (75, 0)]
 
 
 @pytest.mark.parametrize("others", [(75, 0, 7), (0, 1, 2), (0, 0, 0)])
@@ -31,5 +31,5 @@ def test_what_any_of_two_processes_asks_for_is_answered(
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "make_array_from_process_local_data", two_processes)
     agreement = Agreement(make_mesh(), 3)
-    assert agreement.ask(own) == (0, 0, 0)
-    assert agreement.ask(own) == tuple(map(max, own, others))
+    assert agreement.all_hosts_max(own) == (0, 0, 0)
+    assert agreement.all_hosts_max(own) == tuple(map(max, own, others))

@@ -20,7 +20,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch, *others: str) -> list[Any]:
         said.append(value)
         return [value, *others]
 
-    monkeypatch.setattr(failures, "gather_json", gather)
+    monkeypatch.setattr(failures, "allgather_json", gather)
     monkeypatch.setattr(failures.jax, "process_count", lambda: 1 + len(others))
     return said
 

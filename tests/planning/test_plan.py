@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 
 from tclip_jax.cli import main
-from tclip_jax.data.teacher_cache import TeacherCache
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.planning import child

@@ -68,7 +68,7 @@ def test_training_sets_it_aside_and_goes_on_from_the_whole_one(
     assert not caplog.messages and all_steps(folder) == [7, 8, 9]  # a start may be refused yet
     set_aside(folder, [7, 8])
     (line,) = caplog.messages
-    assert said in line and line.endswith("renamed to 9.damaged; going on from step 8")
+    assert said in line and line.endswith("renamed to 9.damaged; resuming from step 8")
     assert {path.name for path in folder.iterdir()} == {"7", "8", "9.damaged"}
 
 
@@ -95,7 +95,7 @@ def test_contents_are_compared_when_a_step_is_gone_on_from(
     assert saved_steps(tmp_path) == [7, 8, 9] and whole_steps(tmp_path) == [7]
     set_aside(tmp_path, [7])
     assert saved_steps(tmp_path) == [7]
-    assert "8.damaged; going on from step 7" in caplog.text and "9.damaged; going on from step 7" in caplog.text
+    assert "8.damaged; resuming from step 7" in caplog.text and "9.damaged; resuming from step 7" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"7", "8.damaged", "9.damaged"}
     assert whole_steps(tmp_path / "nowhere") == []
 
@@ -142,10 +142,10 @@ def test_only_plain_numbers_are_steps(tmp_path: pathlib.Path) -> None:
 def test_process_0_decides_and_its_error_is_everyones(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Process 1 sees no file at all, and takes the step that process 0 found."""
     told: list[object] = []
-    monkeypatch.setattr(module, "gather_json", lambda value: told.append(value) or [{"value": 8}, value])
+    monkeypatch.setattr(module, "allgather_json", lambda value: told.append(value) or [{"value": 8}, value])
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert first_whole(tmp_path / "unseen", [9, 8]) == 8 and whole_steps(tmp_path / "unseen") == 8
     assert told == [{}, {}]
-    monkeypatch.setattr(module, "gather_json", lambda value: [{"error": "9 has no checksums.json"}, value])
+    monkeypatch.setattr(module, "allgather_json", lambda value: [{"error": "9 has no checksums.json"}, value])
     with pytest.raises(CheckpointError, match=r"^9 has no checksums.json$"):
         first_whole(tmp_path / "unseen", [9])

@@ -65,7 +65,7 @@ def test_weights_and_gradients_are_those_of_one_device(
     assert expected[0].dtype == dtype and expected[1][0].dtype == jnp.float32
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.stored))
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.param_spec))
         actual = jax.jit(both, static_argnums=2)(stored, alpha, placement)
     assert not np.signbit(np.asarray(actual[0], np.float32)[np.asarray(actual[0]) == 0]).any()
     assert actual[1][0].sharding.is_equivalent_to(stored.sharding, 2)
@@ -78,7 +78,7 @@ def test_weights_and_gradients_are_those_of_one_device(
 def test_what_moves_is_two_bits_a_weight_and_the_scales(placement: Placement, rows: int, gather: int) -> None:
     mesh, w = make_mesh(2, 2, 2), draw((rows, 64))
     with jax.set_mesh(mesh):
-        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.stored))
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.param_spec))
         move = jax.jit(lambda w: fake_quantize(w, Quantizer(group=128), -2, None, None, jnp.bfloat16, placement))
         found = gathered(move.lower(stored).compile().as_text())
         floats = gathered(jax.jit(lambda w: gather_float(w, placement, jnp.bfloat16)).lower(stored).compile().as_text())
@@ -101,7 +101,7 @@ def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantiz
         return (table if quantizer is None else fake_quantize(table, quantizer, -1))[index].astype(jnp.bfloat16)
 
     with jax.set_mesh(mesh):
-        stored = jax.device_put(table, jax.sharding.NamedSharding(mesh, TABLE.stored))
+        stored = jax.device_put(table, jax.sharding.NamedSharding(mesh, TABLE.param_spec))
         actual, transpose = jax.vjp(
             lambda w: jax.jit(look_up, static_argnums=(2, 3, 4))(w, index, quantizer, TABLE, jnp.bfloat16), stored
         )
@@ -113,7 +113,7 @@ def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantiz
 def test_floats_move_in_the_dtype_they_are_used_in() -> None:
     w, mesh = draw((64, 16)), make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, OUTPUT.stored))
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, OUTPUT.param_spec))
         actual, transpose = jax.vjp(jax.jit(lambda w: gather_float(w, OUTPUT, jnp.bfloat16)), stored)
         (gradient,) = transpose(jnp.ones_like(actual))
         text = jax.jit(lambda w: gather_float(w, OUTPUT, jnp.bfloat16)).lower(stored).as_text()

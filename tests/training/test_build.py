@@ -10,9 +10,9 @@ import ml_collections
 import numpy as np
 import pytest
 
+from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
-from tclip_jax.data.teacher_cache import TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, init_params

@@ -33,8 +33,8 @@ from tclip_jax.runs.steps import saved_steps
 from tclip_jax.training import loop, session
 from tclip_jax.training.build import Build
 from tclip_jax.training.evaluation import Evaluation
-from tclip_jax.training.metrics import Journal, Telemetry
-from tclip_jax.training.timing import Phases
+from tclip_jax.training.metrics import MetricsLogger, Telemetry
+from tclip_jax.training.timing import StepTimer
 
 
 def assert_equal_params(a: Any, b: Any) -> None:
@@ -136,8 +136,8 @@ def test_weights_and_their_average_are_evaluated_as_the_ternary_models_they_are(
         return {"text": float(model.encode_text(tokens)[0, 0])}
 
     written: dict[str, float] = {}
-    journal: Any = types.SimpleNamespace(write=lambda step, metrics: written.update(metrics))
-    session._evaluate([cast(Evaluation, measure)], journal, 1, build, state, Phases())
+    logger: Any = types.SimpleNamespace(write=lambda step, metrics: written.update(metrics))
+    session._evaluate([cast(Evaluation, measure)], logger, 1, build, state, StepTimer())
     for name, latent in (("text", state.params["clip"]), ("text_of_average", state.average)):
         ternary, full = pack_params(latent, build.run.rules), jax.device_get(latent)
         same, other = (
@@ -243,7 +243,7 @@ def test_a_resumed_run_holds_its_state_once(
     loop.train(config, tmp_path / "teacher")
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(load_run(tmp_path / "teacher")[1].params))
     held: dict[str, float] = {}
-    restore, flush = Checkpoints.restore, Journal.flush
+    restore, flush = Checkpoints.restore, MetricsLogger.flush
 
     def restored(self: Checkpoints, *given: Any) -> Any:
         held["before"] = (live_bytes() - before) / weights
@@ -251,12 +251,12 @@ def test_a_resumed_run_holds_its_state_once(
         held["restored"] = (live_bytes() - before) / weights
         return found
 
-    def flushed(self: Journal) -> None:
+    def flushed(self: MetricsLogger) -> None:
         held["step"] = (live_bytes() - before) / weights
         flush(self)
 
     monkeypatch.setattr(Checkpoints, "restore", restored)
-    monkeypatch.setattr(Journal, "flush", flushed)
+    monkeypatch.setattr(MetricsLogger, "flush", flushed)
     config.update({"init": str(tmp_path / "teacher"), "teacher": str(tmp_path / "teacher")})
     config.loss.crd = 1.0
     loop.train(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The small parts that a long run is made of: notices, agreement, time, speed, the journal, batches, traces."""
+"""The small parts that a long run is made of: notices, agreement, time, speed, the logger, batches, traces."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tclip_jax.parallel import agreement as failures
 from tclip_jax.parallel.agreement import Failure
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import loop, session
-from tclip_jax.training.input import Batches
-from tclip_jax.training.metrics import Journal, Telemetry
-from tclip_jax.training.preemption import INTERRUPTED, RESTART, Notices, Stopped
-from tclip_jax.training.timing import Phases, Speed, Trace
+from tclip_jax.training.input import ResumableIterator
+from tclip_jax.training.metrics import MetricsLogger, Telemetry
+from tclip_jax.training.preemption import INTERRUPTED, RESTART, PreemptionHandler, Stopped
+from tclip_jax.training.timing import StepTimer, Throughput, Trace
 
 
 def test_signals_are_notices_within_and_what_they_were_without() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Notices() as notices:
-        assert notices.code == 0
+    with PreemptionHandler() as handler:
+        assert handler.code == 0
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert notices.code == RESTART == 75
-    with pytest.raises(KeyboardInterrupt), Notices() as notices:
+        assert handler.code == RESTART == 75
+    with pytest.raises(KeyboardInterrupt), PreemptionHandler() as handler:
         os.kill(os.getpid(), signal.SIGINT)
-        assert notices.code == INTERRUPTED == 130
+        assert handler.code == INTERRUPTED == 130
         os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
@@ -41,16 +41,16 @@ def test_every_second_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> N
     now = [10.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: 1e12)
-    phases = Phases()
+    timer = StepTimer()
     now[0] += 1
-    with phases.during("evaluate"):
+    with timer.during("evaluate"):
         now[0] += 2
-        with phases.during("data"):
+        with timer.during("data"):
             now[0] += 4
         now[0] += 8
     now[0] += 16
-    assert phases.take() == {"step": 17, "evaluate": 10, "data": 4} and phases.now == "step"
-    assert phases.take() == {"step": 0}
+    assert timer.take() == {"step": 17, "evaluate": 10, "data": 4} and timer.now == "step"
+    assert timer.take() == {"step": 0}
 
 
 class Device:
@@ -58,7 +58,7 @@ class Device:
 
 
 def test_speed_and_the_line_in_the_log() -> None:
-    speed = Speed(100, int(55e9), [Device()] * 4, 2)  # type: ignore[list-item]
+    speed = Throughput(100, int(55e9), [Device()] * 4, 2)  # type: ignore[list-item]
     first = speed.metrics({"step": 1.0, "compile": 30.0})
     assert first["images_per_second"] == 100 and first["images_per_second_per_device"] == 25
     assert first["mfu"] == pytest.approx(100 * 55e9 / (4 * 275e12)) and first["seconds/compile"] == 30
@@ -68,7 +68,7 @@ def test_speed_and_the_line_in_the_log() -> None:
         "step 2/9: loss 1.5000, 66.7 images/s (16.7 per device), MFU 0.3%;"
         " time: checkpoint 2.8%, compile 83.3%, data 1.4%, evaluate 8.3%, step 4.2%"
     )
-    assert "mfu" not in Speed(8, 10, jax.devices()[:1], 0).metrics({"step": 1.0})
+    assert "mfu" not in Throughput(8, 10, jax.devices()[:1], 0).metrics({"step": 1.0})
 
 
 class Quiet:
@@ -79,28 +79,28 @@ class Quiet:
 
 def test_only_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     quiet: Any = Quiet()
-    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    logger = MetricsLogger(quiet, quiet, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
     good, bad = {"loss": 1.0, "skipped_steps": 0.0}, {"loss": float("inf"), "skipped_steps": 1.0}
     for step, metrics in enumerate((bad, good, bad, good, bad), 1):
-        journal.add(step, metrics)
+        logger.add(step, metrics)
     assert "step 3: loss is inf; it changes nothing" in caplog.text and "step 5" not in caplog.text
-    journal.add(6, bad)
+    logger.add(6, bad)
     with pytest.raises(ValueError, match="step 6: loss is inf; this is the last of 2 steps in a row"):
-        journal.flush()
+        logger.flush()
 
 
 def test_batches_without_a_usable_sample_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     quiet: Any = Quiet()
-    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=3)
+    logger = MetricsLogger(quiet, quiet, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=3)
     for step in (1, 2):
-        journal.add(step, {"loss": 0.0, "skipped_steps": 1.0})
-    journal.flush()
+        logger.add(step, {"loss": 0.0, "skipped_steps": 1.0})
+    logger.flush()
     assert "step 1: its batch has no usable sample; it changes nothing" in caplog.text
-    journal.add(3, {"loss": 0.0, "skipped_steps": 1.0})
+    logger.add(3, {"loss": 0.0, "skipped_steps": 1.0})
     with pytest.raises(
         ValueError, match=r"step 3: its batch has no usable .* last of 3 steps .* see bad_samples\.jsonl"
     ):
-        journal.flush()
+        logger.flush()
 
 
 class Counter:
@@ -127,12 +127,12 @@ class Counter:
 
 def test_batches_go_on_where_a_worker_died() -> None:
     lives = [2, 0]
-    batches = Batches(lambda: Counter(lives))
+    batches = ResumableIterator(lambda: Counter(lives))
     assert [next(batches) for _ in range(5)] == [1, 2, 3, 4, 5] and batches.position == {"next": 5}
     batches.seek({"next": 70})
     assert next(batches) == 71
     lives = [1, 0, 0, 0]
-    batches = Batches(lambda: Counter(lives))
+    batches = ResumableIterator(lambda: Counter(lives))
     with pytest.raises(RuntimeError, match="terminated unexpectedly"):
         [next(batches) for _ in range(2)]
 
@@ -164,12 +164,12 @@ def test_a_notice_ends_a_run_with_all_saved_and_a_trace(
 
 def test_a_best_metric_that_nobody_measures_is_named_with_its_nearest() -> None:
     quiet: Any = Quiet()
-    journal = Journal(quiet, quiet, Speed(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
-    journal.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
-    journal.check_measured("digits/acc1")
+    logger = MetricsLogger(quiet, quiet, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    logger.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
+    logger.check_measured("digits/acc1")
     message = r"best_metric: 'digits/acc' is not measured, so keep_best keeps nothing: .* such as digits/acc1"
     with pytest.raises(ValueError, match=message):
-        journal.check_measured("digits/acc")
+        logger.check_measured("digits/acc")
 
 
 @pytest.mark.parametrize("own", [None, ValueError("the run's own")])
@@ -201,7 +201,7 @@ def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pyte
     next(data)
     assert session._next_batch(data, batch, failure) == "first" and "away" in str(failure.error)
     # The first of all batches cannot be replaced: all raise what one process met.
-    monkeypatch.setattr(failures, "gather_json", lambda line: [line, "shard 7 is gone"])
+    monkeypatch.setattr(failures, "allgather_json", lambda line: [line, "shard 7 is gone"])
     with pytest.raises(StopIteration):
         session._next_batch(data, None, Failure())
     monkeypatch.setattr(session, "next", lambda data: "a batch", raising=False)

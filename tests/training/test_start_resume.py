@@ -125,7 +125,7 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     for changed, said in (
         (
             {"optimizer.ema_decay": 0.5},
-            r"checkpoints/2: cannot be gone on from since optimizer\.ema_decay 0\.0 → 0\.5: it",
+            r"checkpoints/2: cannot be resumed since optimizer\.ema_decay 0\.0 → 0\.5: it",
         ),
         (
             {"loss.task_kind": "sigmoid"},

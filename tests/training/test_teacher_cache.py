@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tclip_jax.data.embedding_store import MANIFEST, TeacherCache
 from tclip_jax.data.images import normalize
 from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
-from tclip_jax.data.teacher_cache import MANIFEST, TeacherCache
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_model
 from tclip_jax.interop.export import export_pytorch
@@ -269,7 +269,7 @@ def test_two_processes_killed_and_started_again_give_the_files_of_one(
         process.kill()
         process.communicate()
     assert 0 < len(list(two.glob("*.npy"))) < 28
-    with pytest.raises(FileNotFoundError, match="again goes on where it stopped"):
+    with pytest.raises(FileNotFoundError, match="again resumes where it stopped"):
         TeacherCache.open(two)
     first = {path: path.stat().st_mtime_ns for path in two.glob("*.npy")}
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tclip_jax.training import watchdog
-from tclip_jax.training.timing import Phases
+from tclip_jax.training.timing import StepTimer
 from tclip_jax.training.watchdog import Heartbeat, Watchdog, described, slowest
 
 
@@ -53,10 +53,10 @@ def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_process_that_is_alone(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    phases = Phases()
-    with caplog.at_level(logging.ERROR), Watchdog(tmp_path, phases, 0.002) as dog:
+    timer = StepTimer()
+    with caplog.at_level(logging.ERROR), Watchdog(tmp_path, timer, 0.002) as dog:
         dog.step(3)
-        with phases.during("data"):
+        with timer.during("data"):
             until("is in step 3, waiting for data for", caplog)
             time.sleep(0.3)
         assert (
@@ -68,8 +68,8 @@ def test_a_process_that_is_alone(
 
 
 def test_compiling_and_evaluating_have_no_limit(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    phases = Phases()
-    with Watchdog(tmp_path, phases, 0.002) as dog, phases.during("evaluate"):
+    timer = StepTimer()
+    with Watchdog(tmp_path, timer, 0.002) as dog, timer.during("evaluate"):
         dog.step(1)
         time.sleep(0.4)
     assert caplog.text == ""
@@ -83,7 +83,7 @@ def test_the_first_names_another_which_then_shows_its_stacks(
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     (tmp_path / "heartbeats").mkdir()
-    with Watchdog(tmp_path, Phases(), 0.02, leave=True) as dog:
+    with Watchdog(tmp_path, StepTimer(), 0.02, leave=True) as dog:
         dog.step(5)
         for number in range(600):
             other = Heartbeat(4, "data", 10.0, "other", number)
@@ -104,7 +104,7 @@ def test_waiting_for_another_that_compiles_is_no_stall(
 ) -> None:
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
     (tmp_path / "heartbeats").mkdir()
-    with Watchdog(tmp_path, Phases(), 0.02) as dog:
+    with Watchdog(tmp_path, StepTimer(), 0.02) as dog:
         dog.step(1)
         for number in range(60):  # three times the limit
             path = tmp_path / "heartbeats" / "1.json"

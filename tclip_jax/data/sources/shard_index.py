@@ -167,7 +167,7 @@ _LOST = {
 def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) -> ShardIndex:
     """The index of these shards, as they are now, from the cache folder; made if there is none.
 
-    A killed one goes on where it stopped. That of shards that have changed since is no longer used.
+    A killed one resumes where it stopped. That of shards that have changed since is no longer used.
 
     Args:
       kind: tar or arrayrecord.

@@ -26,7 +26,8 @@ def slower(**_: Any) -> str | None:
 
 def pack(w: TernaryTensor) -> PackedTensor:
     """Four consecutive k a byte as two's-complement fields, the first lowest: data (…, ceil(K / 4), N) uint8."""
-    return PackedTensor(pack_2bit(jnp.asarray(w.trits), -2), w.scale, w.shape[-2:], w.group, NAME)
+    length, columns = w.shape[-2:]
+    return PackedTensor(pack_2bit(jnp.asarray(w.trits), -2), w.scale, (length, columns), w.group, NAME)
 
 
 def unpack(w: PackedTensor) -> jax.Array:

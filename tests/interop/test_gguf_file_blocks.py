@@ -1,14 +1,17 @@
+"""Blocks of given trits and scales."""
+
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tclip_jax.interop.gguf_blocks import BLOCK_BYTES, Kind, decode_blocks, encode_blocks
+from tclip_jax.interop.gguf_file import KINDS, Kind, decode_blocks, encode_blocks
 
-KINDS: tuple[Kind, ...] = ("tq1_0", "tq2_0")
+BLOCK_BYTES = {"tq1_0": 54, "tq2_0": 66}
 
 
 def random_blocks(rows: int, blocks: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +24,6 @@ def random_blocks(rows: int, blocks: int, seed: int = 0) -> tuple[np.ndarray, np
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_values_are_those_of_the_gguf_package(kind: Kind) -> None:
-    gguf = pytest.importorskip("gguf")
     trits, scale = random_blocks(200, 3)
     weights = trits * scale.repeat(256, axis=1)
     number = gguf.GGMLQuantizationType[kind.upper()]
@@ -44,6 +46,16 @@ def test_round_trip(kind: Kind, data: st.DataObject, rows: int, blocks: int) -> 
     np.testing.assert_array_equal(again[0], trits)
     np.testing.assert_array_equal(again[1], scale)
     assert [array.dtype for array in again] == [np.int8, np.float32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_of_zeros_keeps_its_scale(kind: Kind) -> None:
+    """gguf's quantizer alone would give it 0."""
+    scale = np.ones((1, 2), np.float32)
+    trits: np.ndarray = np.repeat(np.array([[0, -1]], np.int8), 256, axis=1)
+    again = decode_blocks(encode_blocks(trits, scale, kind), kind)
+    np.testing.assert_array_equal(again[0], trits)
+    np.testing.assert_array_equal(again[1], scale)
 
 
 def test_layout_by_hand() -> None:

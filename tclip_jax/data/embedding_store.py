@@ -91,7 +91,7 @@ class TeacherCache:
 
     def check(self, file: int) -> None:
         """Raises FileNotFoundError for a file that is not there, ValueError for one that has another size."""
-        shape, remedy = self._shape(file), "`tclip teacher-cache` again goes on where it stopped"
+        shape, remedy = self._shape(file), "`tclip teacher-cache` again resumes where it stopped"
         whole = len(_header(shape)) + 2 * math.prod(shape)
         for path, kind, wanted in (
             (self.path(file), f"float16 {shape}", whole),
