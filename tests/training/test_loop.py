@@ -146,6 +146,7 @@ def test_weights_and_their_average_are_evaluated_as_the_ternary_models_they_are(
         assert written[name] == pytest.approx(same["text"], abs=1e-6) and abs(written[name] - other["text"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_distilling_from_a_run(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def assert_same_weights(latent: Params, rules: Any, expected: Params) -> None:
     assert count == 9
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_import_with_its_trits_and_scales(
     config: ml_collections.ConfigDict,
     run: RunConfig,

@@ -172,6 +172,7 @@ def test_weights_become_ternary_by_degrees_and_their_average_follows() -> None:
     jax.tree.map(np.testing.assert_array_equal, new.average, new.params["clip"])  # after one update
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_stay_near() -> None:
     plain = run_on(1, Q_ALL)
     half, remat = Run(plain.mesh, Q_ALL, dtype=jnp.bfloat16), Run(plain.mesh, Q_ALL, remat=True)
