@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -67,12 +66,11 @@ class ResumableIterator:
     def __init__(self, start: Callable[[], Any]) -> None:
         self._start = start
         self._iterator = start()
-        self.position = self._get()
+        self.position = self._iterator.get_state()
 
     def seek(self, position: Any) -> None:
         """Goes to a place that was a `position`."""
-        state = self._iterator.get_state()
-        self._iterator.set_state(json.dumps(position).encode() if isinstance(state, bytes) else position)
+        self._iterator.set_state(position)
         self.position = position
 
     def __next__(self) -> dict[str, Any]:
@@ -88,16 +86,12 @@ class ResumableIterator:
                 self._iterator.close()
                 self._iterator = self._start()
                 self.seek(self.position)
-        self.position = self._get()
+        self.position = self._iterator.get_state()
         return batch
 
     def close(self) -> None:
         """Ends what prepares batches."""
         self._iterator.close()
-
-    def _get(self) -> Any:
-        state = self._iterator.get_state()
-        return json.loads(state) if isinstance(state, bytes) else state
 
 
 def open_input(

@@ -116,11 +116,11 @@ class Counter:
         self._next += 1
         return self._next
 
-    def get_state(self) -> bytes:
-        return b'{"next": %d}' % self._next
+    def get_state(self) -> dict[str, int]:
+        return {"next": self._next}
 
-    def set_state(self, state: bytes) -> None:
-        self._next = int(state[8:-1])
+    def set_state(self, state: dict[str, int]) -> None:
+        self._next = state["next"]
 
     def close(self) -> None: ...
 
