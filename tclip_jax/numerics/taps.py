@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.taps import tap
 
 Taps = dict[str, npt.NDArray[np.float32]]
 
@@ -99,7 +100,7 @@ def _record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.mo
 
 def _exchange(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Records the model's own value, and gives back the reference's where there is one."""
-    module.sow("taps", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    tap(module, name, value)
     return module.get_variable("reference", name, value).astype(value.dtype)
 
 

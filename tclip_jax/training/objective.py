@@ -17,7 +17,7 @@ from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import blend_params, normalize_embedding
-from tclip_jax.models.states import States, apply_with_states
+from tclip_jax.models.taps import States, apply_with_states
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.runs.config import LossConfig
 

@@ -17,7 +17,7 @@ from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.layers import blend_params
-from tclip_jax.models.states import apply_with_states
+from tclip_jax.models.taps import apply_with_states
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.runs.config import LossConfig
 from tclip_jax.ternary import Quantizer

@@ -1,4 +1,4 @@
-"""What happens inside the towers, seen from outside: no model changes, and only what is asked for is kept."""
+"""Activations inside the towers, recorded from outside: no model changes, and only what is asked for is kept."""
 
 from __future__ import annotations
 
@@ -47,5 +47,10 @@ def _record(
     name = module.name or ""
     if context.method_name == "__call__" and name in wanted and module.path[0] in towers:
         value = result[0] if name == "blocks" else result.reshape(*result.shape[:-2], -1)
-        module.sow("taps", wanted[name], value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        tap(module, wanted[name], value)
     return result
+
+
+def tap(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Records an activation in the collection "taps", at the path of its module."""
+    module.sow("taps", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
