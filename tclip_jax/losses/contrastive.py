@@ -15,7 +15,7 @@ def info_nce(image: RowStats, text: RowStats) -> jax.Array:
     Source: CLIP, arXiv 2103.00020, figure 3; several positives as in supervised contrastive learning, arXiv 2004.11362;
     L_ICL of arXiv 2307.12732.
     """
-    return (weighted_mean(image.hard, image.real) + weighted_mean(text.hard, text.real)) / 2
+    return (weighted_mean(image.hard, image.mask) + weighted_mean(text.hard, text.mask)) / 2
 
 
 def sigmoid_loss(image: RowStats) -> jax.Array:
@@ -28,9 +28,9 @@ def sigmoid_loss(image: RowStats) -> jax.Array:
     """
     if image.sigmoid is None:
         raise ValueError("the sigmoid loss needs rows that were compared with a bias")
-    return weighted_mean(image.sigmoid, image.real)
+    return weighted_mean(image.sigmoid, image.mask)
 
 
 def retrieval_accuracy(rows: RowStats) -> jax.Array:
     """The share of rows, 0 to 1, whose most similar column of the batch is a positive (ties: the first)."""
-    return weighted_mean(rows.hit, rows.real)
+    return weighted_mean(rows.hit, rows.mask)

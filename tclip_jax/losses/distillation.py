@@ -32,7 +32,7 @@ def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
     def divergence(rows: RowStats) -> jax.Array:
         student, teacher = rows.soft["student"], rows.soft["teacher"]
         forward, backward = teacher["student"] - teacher["teacher"], student["teacher"] - student["student"]
-        return weighted_mean((1 - reverse) * forward + reverse * backward, rows.real)
+        return weighted_mean((1 - reverse) * forward + reverse * backward, rows.mask)
 
     return (divergence(image) + divergence(text)) / 2
 
@@ -43,7 +43,7 @@ def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
     Its gradient is that of `crd`; its value is larger by the teacher's entropy.
     Source: `distill_loss` of open_clip's DistillClipLoss.
     """
-    image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.real) for rows in (image, text))
+    image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.mask) for rows in (image, text))
     return (image_to_text + text_to_image) / 2
 
 

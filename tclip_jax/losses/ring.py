@@ -1,7 +1,7 @@
-"""Partial statistics of similarities, and their ring over devices, none of which holds all columns.
+"""Partial statistics of a similarity matrix, merged block by block, and their ring over devices.
 
-A row's sums over some columns and over the others `merge` into those over all, as in online softmax (arXiv 1805.02867),
-so that nobody needs to hold a whole matrix, nor any device all columns.
+The statistics of a row over some columns and over the others `merge` into those over all, as in online softmax (arXiv
+1805.02867), so no device needs the whole matrix, nor all columns.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Operand(NamedTuple):
     """Samples as the rows, or as the columns, of a matrix of logits rows · columnsᵀ.
 
     Attributes:
-      student: float32 (B, D), zero for a sample that does not exist; of rows, times the scale of the logits.
+      student: float32 (B, D), zero for a masked sample; of rows, times the scale of the logits.
       bias: of rows, float32 (B,), is added to the student's logits; None for none, and of columns.
       teacher: as `student`, (B, D') of a teacher, or None.
       tokens: int (B, T), equal ones belong together; None: a row belongs to the column of its own index.
       index: int32 (B,), which sample of the batch.
-      real: bool (B,), whether it exists.
+      mask: bool (B,), False for a masked sample.
     """
 
     student: jax.Array
@@ -36,7 +36,7 @@ class Operand(NamedTuple):
     teacher: jax.Array | None = None
     tokens: jax.Array | None = None
     index: Any = None
-    real: Any = None
+    mask: Any = None
 
 
 class PartialStats(NamedTuple):
@@ -58,7 +58,7 @@ class PartialStats(NamedTuple):
 
 
 def logits_of(rows: Operand, columns: Operand) -> dict[str, jax.Array]:
-    """The logits (B, C) of each model, 0 where the row or the column does not exist."""
+    """The logits (B, C) of each model, 0 where the row or the column is masked."""
     # The default precision of an accelerator multiplies in bf16 or TF32: at scale 100 that moves logits by up to 0.05.
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     logits = {"student": product(rows.student, columns.student.T)}
@@ -77,29 +77,29 @@ def positives_of(rows: Operand, columns: Operand) -> jax.Array:
         # Not jnp.all over T: XLA for CPU would hold (B, C, T) bytes, and for TPU move the mask to transpose it.
         each = zip(rows.tokens.T, columns.tokens.T, strict=True)
         equal = functools.reduce(operator.and_, (row[:, None] == column[None, :] for row, column in each))
-    return equal & rows.real[:, None] & columns.real[None, :]
+    return equal & rows.mask[:, None] & columns.mask[None, :]
 
 
 def sums_under(rows: Operand, columns: Operand, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
     """`PartialStats.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
     logits, positives = logits_of(rows, columns), positives_of(rows, columns)
     # Losses are small differences of large logits: what is summed is how far they lie below the top.
-    below = {name: jnp.where(columns.real[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
+    below = {name: jnp.where(columns.mask[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
     sums = {}
     for name, x in logits.items():
-        weights = jnp.exp(jnp.where(columns.real[None, :], x, _LOWEST) - top[name][:, None])
+        weights = jnp.exp(jnp.where(columns.mask[None, :], x, _LOWEST) - top[name][:, None])
         sums[name] = jnp.sum(weights, 1), *(jnp.sum(weights * y, 1) for y in below.values())
     x = logits["student"]
     pairs = [jnp.sum(positives.astype(jnp.float32), 1), jnp.sum(jnp.where(positives, below["student"], 0), 1)]
     if rows.bias is not None:
         choices = jax.nn.log_sigmoid(jnp.where(positives, x, -x))
-        pairs.append(jnp.sum(jnp.where(columns.real[None, :], choices, 0), 1))
+        pairs.append(jnp.sum(jnp.where(columns.mask[None, :], choices, 0), 1))
     return sums | {PAIRS: tuple(pairs)}
 
 
 def partial_stats(rows: Operand, columns: Operand) -> PartialStats:
     """Of these columns alone."""
-    masked = {name: jnp.where(columns.real[None, :], x, _LOWEST) for name, x in logits_of(rows, columns).items()}
+    masked = {name: jnp.where(columns.mask[None, :], x, _LOWEST) for name, x in logits_of(rows, columns).items()}
     top = {name: jax.lax.stop_gradient(jnp.max(x, 1)) for name, x in masked.items()}
     best = jnp.argmax(masked["student"], 1)
     hit = jnp.take_along_axis(positives_of(rows, columns), best[:, None], 1)[:, 0]
@@ -159,12 +159,12 @@ def ring_stats(rows: Operand, columns: Operand, ring: Ring) -> PartialStats:
                 return merge(sums, partial_stats(rows, chunk)), None
 
             sums, columns = state
-            return jax.lax.scan(add, sums, _split(columns, ring))[0], _send_on(columns, ring)
+            return jax.lax.scan(add, sums, _split_chunks(columns, ring))[0], _send_on(columns, ring)
 
         start = _varying(nothing(rows, columns), ring), columns
         return jax.lax.fori_loop(0, jax.lax.axis_size(ring.axes), visit, start)[0]
 
-    return _on_every_device(on_device, ring)(rows, columns)
+    return _shard_map(on_device, ring)(rows, columns)
 
 
 def _forward(rows: Operand, columns: Operand, ring: Ring) -> tuple[PartialStats, Any]:
@@ -185,14 +185,14 @@ def _backward(ring: Ring, kept: Any, cotangent: PartialStats) -> tuple[Operand, 
                 return _add(to_rows, more_to_rows), _add(to_chunk, more_to_chunk)
 
             to_rows, to_columns, columns = state
-            to_rows, to_chunks = jax.lax.scan(add, to_rows, _split((columns, to_columns), ring))
-            return to_rows, *_send_on((_join(to_chunks, len(columns.student)), columns), ring)
+            to_rows, to_chunks = jax.lax.scan(add, to_rows, _split_chunks((columns, to_columns), ring))
+            return to_rows, *_send_on((_join_chunks(to_chunks, len(columns.student)), columns), ring)
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (_floats(rows), _floats(columns)))
         start = *_varying(zeros, ring), columns
         return jax.lax.fori_loop(0, jax.lax.axis_size(ring.axes), visit, start)[:2]
 
-    return _on_every_device(on_device, ring)(*kept, cotangent.sums)
+    return _shard_map(on_device, ring)(*kept, cotangent.sums)
 
 
 ring_stats.defvjp(_forward, _backward)
@@ -211,7 +211,7 @@ def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _on_every_device(f: Any, ring: Ring) -> Any:
+def _shard_map(f: Any, ring: Ring) -> Any:
     each = PartitionSpec(ring.axes)
     return jax.shard_map(f, in_specs=each, out_specs=each)
 
@@ -225,10 +225,10 @@ def _send_on(tree: Any, ring: Ring) -> Any:
     return jax.lax.ppermute(tree, ring.axes, [(i, (i + 1) % devices) for i in range(devices)])
 
 
-def _split(tree: Any, ring: Ring) -> Any:
+def _split_chunks(tree: Any, ring: Ring) -> Any:
     """Samples (B, …) as the fewest equal chunks (N, C, …) of at most `ring.chunk`.
 
-    The last is filled up with zeros, which as `Operand.real` are samples that do not exist: they change no sum.
+    The last is filled up with zeros, which as `Operand.mask` are masked samples: they change no sum.
     """
     samples = len(jax.tree.leaves(tree)[0])
     chunks = -(-samples // ring.chunk)
@@ -241,6 +241,6 @@ def _split(tree: Any, ring: Ring) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _join(chunks: Any, samples: int) -> Any:
-    """Undoes `_split`."""
+def _join_chunks(chunks: Any, samples: int) -> Any:
+    """Undoes `_split_chunks`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:samples], chunks)

@@ -79,9 +79,9 @@ def same_depth(layer: int, depth: int, teacher_depth: int) -> int:
 
 def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
     """Of each tower, which tokens count: bool (B, T) of texts, (B, 1) of images, whose tokens all do or none."""
-    tokens, real = batch["tokens"], (batch["weight"] > 0)[:, None]
+    tokens, mask = batch["tokens"], (batch["weight"] > 0)[:, None]
     # What stands after the end of a text has no meaning.
-    return {"image": real, "text": real & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
+    return {"image": mask, "text": mask & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
 
 
 def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch) -> Metrics:

@@ -166,13 +166,13 @@ def test_perfect_embeddings_at_scale_100_are_stable(loss: Loss, oracle: Oracle) 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(49_405, 49_407)), min_size=5, max_size=5))
 def test_equal_text_matches_equal_token_rows(rows: list[tuple[int, int]]) -> None:
     tokens = np.array(rows, np.int32)
-    side = Operand(jnp.zeros((5, 2)), tokens=tokens, index=jnp.arange(5), real=jnp.ones(5, bool))
+    side = Operand(jnp.zeros((5, 2)), tokens=tokens, index=jnp.arange(5), mask=jnp.ones(5, bool))
     np.testing.assert_array_equal(pairs(side, side), equal_rows(tokens))
     np.testing.assert_array_equal(pairs(side._replace(tokens=None), side._replace(tokens=None)), np.eye(5))
 
 
 def test_token_rows_of_other_lengths_are_not_compared() -> None:
-    exist = {"index": jnp.arange(BATCH), "real": jnp.ones(BATCH, bool)}
+    exist = {"index": jnp.arange(BATCH), "mask": jnp.ones(BATCH, bool)}
     sides = [Operand(unit_vectors(0), tokens=tokens, **exist) for tokens in (TOKENS, np.pad(TOKENS, [(0, 0), (0, 1)]))]
     with pytest.raises(ValueError, match="zip"):
         positives_of(*sides)

@@ -184,8 +184,8 @@ def test_in_a_ring_no_device_ever_holds_more_rows_than_its_own() -> None:
 )
 def test_chunks_are_the_fewest_whatever_the_number_of_rows(rows: int, most: int, chunk: int) -> None:
     x = np.arange(2 * rows).reshape(rows, 2)
-    parts = ring._split({"a": x, "real": np.ones(rows, bool)}, Ring(AXES, most))
-    assert parts["a"].shape == (-(-rows // most), chunk, 2) and parts["real"].sum() == rows
+    parts = ring._split_chunks({"a": x, "mask": np.ones(rows, bool)}, Ring(AXES, most))
+    assert parts["a"].shape == (-(-rows // most), chunk, 2) and parts["mask"].sum() == rows
     np.testing.assert_array_equal(ring._join(parts["a"], rows), x)
 
 
