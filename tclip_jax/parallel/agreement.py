@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def allgather_json(value: Any) -> list[Any]:
-    """The value of each process, in their order, on all of them; it must be what JSON can hold.
+    """The JSON value of each process, in their order, on all of them.
 
     A collective: every process must call it, as often as the others and in the same order.
     """
@@ -118,11 +118,10 @@ def _line(error: Exception) -> str:
 
 
 class Agreement:
-    """The largest that any process asked for, of every number, as of the question before.
+    """Element-wise maximum over processes of a few integers, returned one call late so that no host blocks.
 
-    The answer travels with the devices' own work: asking costs a reduction of a few integers behind the step that was
-    dispatched before it, and by the time of the next question the answer is there. A process that is alone needs no
-    device, but waits for its answer as long, so that a run does the same on any number of processes.
+    The reduction runs on the devices behind the step that was dispatched before it, and is done by the next call. A
+    single process delays its answer in the same way, so that a run behaves alike on any number of processes.
     """
 
     def __init__(self, mesh: Mesh, count: int) -> None:
@@ -133,7 +132,7 @@ class Agreement:
         self._largest = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, PartitionSpec()))
 
     def all_hosts_max(self, values: Sequence[int]) -> tuple[int, ...]:
-        """Asks for `values`, of int32, and returns what was agreed on when it was called last; at first zeros.
+        """Contributes `values` (int32) and returns the maximum of the previous call's values; zeros at first.
 
         A collective: every process must call it, as often as the others and in the same order.
         """

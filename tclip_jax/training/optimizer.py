@@ -24,7 +24,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
-    """The share of ternary weights that is quantized at a step: linear from 0, and exactly 1 from `steps` on."""
+    """The blend λ of a step in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on; None for 1."""
     if not steps:
         return None
     return lambda step: jnp.where(step < steps, step / jnp.float32(steps), 1.0)
