@@ -170,7 +170,7 @@ def child(device: str, quick: bool, dump: str) -> None:
 
 
 def spawn(device: str, quick: bool, dump: str = "") -> tuple[list[dict[str, Any]], str]:
-    """RowStats of one device, and how its process failed: one of its own, so that an abort in XLA ends no other."""
+    """Rows of one device, and how its process failed: one of its own, so that an abort in XLA ends no other."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     if dump:
         environment["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(dump)

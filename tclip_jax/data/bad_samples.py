@@ -37,7 +37,7 @@ class BadSamples:
         self.path, self._max_share, self._epoch = path and epath.Path(path), max_share, epoch
         self._lines: dict[str, str] = {}
         self._listed: Counter[str] = Counter()
-        self._cut = False  # by a crash, within a line, with which the next must not go on
+        self._cut = False  # by a crash, within a line, which the next line must not continue
         if self.path and self.path.exists():
             *whole, cut = self.path.read_text().split("\n")
             self._lines = {json.loads(line)["name"]: line for line in whole}

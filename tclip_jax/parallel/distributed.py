@@ -35,7 +35,7 @@ class LostProcess(OSError):
 
 
 def meet(processes: Processes, timeout: float, versions: str) -> None:
-    """Returns when all processes are there; process 0 listens at its address meanwhile, and no longer.
+    """Waits until all processes have connected to process 0, which listens only for that time.
 
     Args:
       timeout: seconds after which it is given up.

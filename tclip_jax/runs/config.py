@@ -160,16 +160,16 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one may be −1, the rest."""
 
-    data: int = key(-1, "devices that each have other rows and, but for fsdp, all parameters", ge=1, also=(-1,))
-    fsdp: int = key(1, "devices that share the parameters, each with other rows", ge=1, also=(-1,))
+    data: int = key(-1, "data-parallel replicas: each has its own rows of a batch", ge=1, also=(-1,))
+    fsdp: int = key(1, "FSDP shards of parameters and optimizer state, each with its own rows", ge=1, also=(-1,))
     tensor: int = key(
         1,
-        "devices that share the products of the same rows; must divide heads, and inputs into whole groups",
+        "tensor-parallel shards of every product; must divide heads, and inputs into whole groups",
         ge=1,
         also=(-1,),
     )
     slices: int = key(
-        -1, "of TPUs, or processes, between which data lies; −1: as many as the devices are of", ge=1, also=(-1,)
+        -1, "TPU slices (or processes) that `data` spans; −1: as many as the devices belong to", ge=1, also=(-1,)
     )
 
 

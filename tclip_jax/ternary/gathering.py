@@ -1,7 +1,7 @@
-"""Weights from the devices that store them to those that multiply by them: as trits and scales, or as floats.
+"""All-gather of sharded weights, as packed trits and scales or as floats.
 
-Every device ternarizes its own shard, and what moves are two bits a weight and the scales. Sharding is that of the mesh
-in force; the weights that arrive are to the bit those that one device alone would compute.
+Every device quantizes its own shard and sends two bits a weight and the scales. Sharding is that of the mesh in force;
+the gathered weights are equal to the bit to those that a single device computes.
 """
 
 from __future__ import annotations

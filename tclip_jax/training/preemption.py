@@ -1,4 +1,4 @@
-"""PreemptionHandler to stop: a machine that is about to be taken away, or a person who has seen enough."""
+"""Preemption and Ctrl-C: SIGTERM and SIGINT let a run save its state before it ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Stopped(SystemExit):
 
 
 class PreemptionHandler:
-    """A context manager within which SIGTERM and SIGINT are notices to be obeyed, not ends.
+    """A context manager in which SIGTERM and SIGINT set `code` instead of ending the process.
 
-    A second SIGINT is one. Outside the main thread nothing is listened to, since Python allows no more there.
+    A second SIGINT raises KeyboardInterrupt. Outside the main thread Python allows no handlers, and none is set.
 
     Attributes:
-      code: with which to exit; 0 as long as nobody asked.
+      code: exit code to end with; 0 while no signal has come.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
             # Installed after jax.distributed's own handler of SIGTERM, this one takes its place.
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._notice)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -41,8 +41,8 @@ class PreemptionHandler:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        """Only remembers: what else a handler does may be in the midst of what it interrupts."""
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Sets the code and does nothing else: a handler may interrupt anything."""
         if number == signal.SIGINT and self.code == INTERRUPTED:
             raise KeyboardInterrupt
         self.code = max(self.code, RESTART if number == signal.SIGTERM else INTERRUPTED)

@@ -19,7 +19,7 @@ Phase = Literal["compile", "data", "step", "checkpoint", "evaluate"]
 
 
 class StepTimer:
-    """Seconds by phase since they were last taken, by a clock that nobody can set.
+    """Seconds spent in each phase since they were last taken, by the monotonic clock.
 
     `step` is the phase between the others: dispatching, waiting for the device, and writing what was measured.
 

@@ -48,14 +48,13 @@ class Heartbeat(NamedTuple):
 
 
 class Watchdog:
-    """A thread that looks after a run; a context manager.
+    """A thread that notices a stalled run; a context manager.
 
     When no step has ended for `minutes`, the log names the processes that are behind, and they write the stacks of
-    their threads to stderr. Then, with `leave`, every process ends as if one had been lost, on which launchers restart
-    a few times: what stalls again at the same step must not do so forever. Compiling and evaluating have no limit. Of
-    several processes each leaves heartbeats in the workdir's `heartbeats/`; process 0 reads them all, and only when it
-    must, and the others read its own. Durations are by clocks that nobody can set, and no two machines' clocks are
-    compared.
+    their threads to stderr. With `leave`, every process then exits with code 69, after which launchers restart the run
+    a few times. Compiling and evaluating have no limit. Each of several processes writes heartbeats into the workdir's
+    `heartbeats/`; process 0 reads them all, only when it must, and the others read its own. Durations are measured by
+    monotonic clocks, and clocks of two machines are never compared.
 
     Args:
       workdir: of the run, shared by all processes.

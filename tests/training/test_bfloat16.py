@@ -135,7 +135,7 @@ def is_narrow(value: Any) -> bool:
 
 
 def narrow_sums(module: Any) -> list[str]:
-    """PartialStats in half precision: reductions that add, what a loop adds up but for activations, and dense products.
+    """Sums in half precision: reductions that add, what a loop adds up but for activations, and dense products.
 
     Products with batching axes are those of attention, within a sample.
     """
