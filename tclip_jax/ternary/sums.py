@@ -81,14 +81,23 @@ def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _dense_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     narrow = w.astype(x.dtype)
-    return sum_products(x, narrow, ((x.ndim - 1,), (0,))).astype(x.dtype), (x, narrow)
+    return _rounded(sum_products(x, narrow, ((x.ndim - 1,), (0,))), x.dtype), (x, narrow)
 
 
 def _dense_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = kept
     rows, columns = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, gradient.ndim))
-    to_x = sum_products(gradient, w, (columns, tuple(range(1, w.ndim)))).astype(x.dtype)
+    to_x = _rounded(sum_products(gradient, w, (columns, tuple(range(1, w.ndim)))), x.dtype)
     return to_x, jnp.moveaxis(sum_products(gradient, x, (rows, rows)), -1, 0)
 
 
 dense_product.defvjp(_dense_forward, _dense_backward)
+
+
+def _rounded(total: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A float32 product in `dtype`. Where devices share it, each part would else be rounded before they are added."""
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        # XLA computes in bfloat16 what is only read as bfloat16, an all-reduce too; this reads float32.
+        kept = jnp.finfo(dtype)
+        total = jax.lax.reduce_precision(total, kept.nexp, kept.nmant)
+    return total.astype(dtype)

@@ -123,22 +123,22 @@ def test_a_disk_that_is_full_at_the_last_byte_of_a_checkpoint(start: Start, undi
 
 
 @pytest.mark.parametrize(
-    ("fault", "process", "reason"),
+    ("fault", "process", "file", "why", "errno"),
     [
-        ("metrics=5", 0, "[Errno 28] No space left on device: 'metrics.jsonl'"),
-        ("lost=1", 1, "[Errno 5] Input/output error: 'shard 7'"),
-        ("lost=5", 1, "[Errno 5] Input/output error: 'shard 7'"),
-        ("metrics=12", 0, "[Errno 28] No space left on device: 'metrics.jsonl'"),  # of the last step
+        ("metrics=5", 0, "metrics.jsonl", "No space left on device", 28),
+        ("lost=1", 1, "shard 7", "Input/output error", 5),
+        ("lost=5", 1, "shard 7", "Input/output error", 5),
+        ("metrics=12", 0, "metrics.jsonl", "No space left on device", 28),  # of the last step
     ],
 )
 def test_what_fails_on_one_process_ends_all_with_the_reason(
-    fault: str, process: int, reason: str, start: Start, undisturbed: Undisturbed
+    fault: str, process: int, file: str, why: str, errno: int, start: Start, undisturbed: Undisturbed
 ) -> None:
-    run = start("run")
+    run, reason = start("run"), f"[Errno {errno}] {why}: '{file}'"
     run.start(fault)
     assert run.wait() == [2, 2], run.log() + run.log(1)
-    assert f"tclip train: error: {reason}" in run.log(process)
-    assert f"ERROR {reason}" in run.log(process) or fault == "lost=1"
+    assert f"tclip train: error: {file}: {why}" in run.log(process)
+    assert f"{reason}\n" in run.log(process) or fault == "lost=1"  # logged at once
     assert f"tclip train: error: process {process}: {reason}" in run.log(1 - process)
     assert 12 not in run.saved() if fault == "metrics=12" else run.saved() == ([3] if fault != "lost=1" else [])
     run.finish()
