@@ -186,7 +186,7 @@ def test_chunks_are_the_fewest_whatever_the_number_of_rows(rows: int, most: int,
     x = np.arange(2 * rows).reshape(rows, 2)
     parts = ring._split_chunks({"a": x, "mask": np.ones(rows, bool)}, Ring(AXES, most))
     assert parts["a"].shape == (-(-rows // most), chunk, 2) and parts["mask"].sum() == rows
-    np.testing.assert_array_equal(ring._join(parts["a"], rows), x)
+    np.testing.assert_array_equal(ring._join_chunks(parts["a"], rows), x)
 
 
 def test_gathered_every_device_holds_its_rows_of_the_logits_only() -> None:
