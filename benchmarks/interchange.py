@@ -48,7 +48,7 @@ import json, re, sys, time
 import jax
 from tclip_jax.cli import main
 from tclip_jax.interop import export, importing
-from tclip_jax.training import restore
+from tclip_jax.inference import load
 jax.numpy.ones(2).block_until_ready()
 
 def peak():  # resource's figure would begin with the peak of the parent process
@@ -177,7 +177,8 @@ def _write_student(folder: pathlib.Path, config: CLIPConfig) -> tuple[int, dict[
 
 
 def _differ(a: pathlib.Path, b: pathlib.Path) -> int:
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (a, b)]
+    # The model card names the source of the weights, and is of each export's own.
+    files = [{path.name: path.read_bytes() for path in each.iterdir() if path.name != "README.md"} for each in (a, b)]
     return sum(files[0].get(name) != files[1].get(name) for name in files[0].keys() | files[1].keys())
 
 

@@ -172,15 +172,16 @@ class _Memory:
                     self._database.commit()
 
     def close(self) -> None:
-        if self._database:
-            self._database.close()
+        database, self._database = self._database, None
+        if database:
+            database.close()
 
     @contextlib.contextmanager
     def _optional(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
-            self._database = None
+            self.close()
             _say(f"{cache_folder()}/content.sqlite cannot be used, so files are read at every start ({error})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -178,5 +179,5 @@ def test_a_killed_reading_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(content, "_read", lambda path, really=content._read: (read.append(path), really(path))[1])
     list(contents(paths))
     assert read == paths
-    with sqlite3.connect(content.cache_folder() / "content.sqlite") as database:
+    with contextlib.closing(sqlite3.connect(content.cache_folder() / "content.sqlite")) as database:
         assert database.execute("SELECT count(*) FROM content").fetchone() == (3,)
