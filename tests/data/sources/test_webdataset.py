@@ -247,7 +247,7 @@ def test_the_samples_are_webdatasets(tmp_path: pathlib.Path) -> None:
     shards = [str(folder / "test" / f"{i}.tar") for i in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
-        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False))
         gc.collect()
     source = Webdataset(str(folder), "test")
     expected = [(sample["png"], int(sample["cls"])) for sample in samples]
