@@ -25,7 +25,7 @@ from tclip_jax.pages import printable
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or resume a run",
-    "plan": "memory, collectives and time of a run on TPUs that are not there, before it is paid for",
+    "plan": "estimate memory, communication and step time of a run without a TPU",
     "launch": "start a command on several processes: here, on TPU VMs, GKE, SLURM or SkyPilot",
     "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
     "data prepare": "webdataset tars or another source of captions as an ArrayRecord data set of TFDS",

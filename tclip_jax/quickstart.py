@@ -183,18 +183,18 @@ def write_picture(
       correct: whether it was right.
     """
     # Of the last run that has any: others may have other weights.
-    looks = max(
+    snapshots = max(
         ([line for line in lines if "trits" in line] for lines in reversed([*curves.values()])), key=bool, default=[]
     )
-    figure = Figure(figsize=(15, 13 if looks else 9), layout="constrained", dpi=110)
-    heights = (1, 0.8, 1.1) if looks else (1, 1.1)
+    figure = Figure(figsize=(15, 13 if snapshots else 9), layout="constrained", dpi=110)
+    heights = (1, 0.8, 1.1) if snapshots else (1, 1.1)
     top, *middle, bottom = np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights))
     loss, accuracy, trits = top.subplots(1, 3, width_ratios=(1, 1, 1.5))
     plot_curves(loss, curves, "loss/task", "contrastive loss")
     plot_curves(accuracy, curves, "zero_shot_accuracy", "zero-shot accuracy")
     plot_trits(trits, params)
-    if looks:
-        plot_dynamics(middle[0].subplots(1, 5), looks)
+    if snapshots:
+        plot_dynamics(middle[0].subplots(1, 5), snapshots)
     plot_predictions(bottom, images, predicted, correct)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -215,12 +215,12 @@ def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
         axes.legend(frameon=False)
 
 
-def plot_dynamics(axes: npt.NDArray[Any], looks: Sequence[Mapping[str, Any]]) -> None:
+def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]) -> None:
     """How trits moved while one run learned, a line per weight: zeros, flips and drift, saturation, |w| at the end.
 
     Args:
       axes: five of them.
-      looks: lines of metrics.jsonl with "trits", whose values have one entry per layer; their mean is drawn.
+      snapshots: lines of metrics.jsonl with "trits", whose values have one entry per layer; their mean is drawn.
     """
     titles = {
         "zeros": "zeros, %",
@@ -229,13 +229,13 @@ def plot_dynamics(axes: npt.NDArray[Any], looks: Sequence[Mapping[str, Any]]) ->
         "saturated": "latent weights beyond s, %",
     }
     for each, (name, title) in zip(axes, titles.items(), strict=False):
-        for path in looks[-1]["trits"]:
-            points = [(look["step"], 100 * np.mean(look["trits"][path][name])) for look in looks]
+        for path in snapshots[-1]["trits"]:
+            points = [(snapshot["step"], 100 * np.mean(snapshot["trits"][path][name])) for snapshot in snapshots]
             each.plot(*zip(*points, strict=True), label=weight_name(path), marker="o", markersize=3)
         each.set(title=title, xlabel="step")
         each.grid(alpha=0.3)
-    for path, look in looks[-1]["trits"].items():
-        axes[-1].stairs(np.mean(look["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=weight_name(path))
+    for path, snapshot in snapshots[-1]["trits"].items():
+        axes[-1].stairs(np.mean(snapshot["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=weight_name(path))
     axes[-1].set(title="|w| / s at the end, shares", xlabel="|w| / s")
     axes[-1].axvline(0.5, color="grey", linewidth=0.8)  # the threshold of most quantizers
     axes[-1].legend(frameon=False, fontsize=6)

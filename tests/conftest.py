@@ -8,8 +8,7 @@ import importlib.util
 import io
 import os
 import pathlib
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,6 +31,7 @@ from tclip_jax.models.ternary_rules import ATTENTION, MLP, TOKEN_EMBEDDING, Tern
 from tclip_jax.runs.config import base_config
 from tclip_jax.ternary import Quantizer
 from tests.object_store import Bucket
+from tests.tars import write_tar
 
 # Child processes import this tree, whatever is installed.
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
@@ -87,14 +87,6 @@ def encode(seed: int, width: int = 40, height: int = 30) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def write_tar(path: pathlib.Path, members: Iterable[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 @pytest.fixture(autouse=True)

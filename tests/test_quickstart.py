@@ -93,21 +93,21 @@ def test_bars_are_the_shares_of_trits_per_layer() -> None:
 def test_dynamics_are_the_means_over_layers(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
 
-    def look(step: int) -> dict[str, Any]:
+    def snapshot(step: int) -> dict[str, Any]:
         names = ("zeros", "flips", "saturated", "scale", "drift")
         values = {name: rng.random(2).tolist() for name in names} | {"histogram": rng.random((2, 18)).tolist()}
         return {"step": step, "trits": {"image/blocks/mlp/fc1/kernel": values}}
 
-    looks = [look(100), look(200)]
+    snapshots = [snapshot(100), snapshot(200)]
     axes = Figure().subplots(1, 5)
-    plot_dynamics(axes, looks)
+    plot_dynamics(axes, snapshots)
     for each, name in zip(axes, ("zeros", "flips", "drift", "saturated"), strict=False):
-        values = [100 * np.mean(x["trits"]["image/blocks/mlp/fc1/kernel"][name]) for x in looks]
+        values = [100 * np.mean(x["trits"]["image/blocks/mlp/fc1/kernel"][name]) for x in snapshots]
         np.testing.assert_allclose(each.lines[0].get_xydata(), list(zip((100, 200), values, strict=True)))
-    histogram = looks[1]["trits"]["image/blocks/mlp/fc1/kernel"]["histogram"]
+    histogram = snapshots[1]["trits"]["image/blocks/mlp/fc1/kernel"]["histogram"]
     np.testing.assert_allclose(axes[4].patches[0].get_data().values, np.mean(histogram, 0)[:-1])
     assert axes[0].lines[0].get_label() == "image fc1"
-    assert picture(tmp_path / "r.png", curves={"student": [*CURVES["student"], *looks]}).size == (1650, 1430)
+    assert picture(tmp_path / "r.png", curves={"student": [*CURVES["student"], *snapshots]}).size == (1650, 1430)
 
 
 def test_each_image_stands_under_what_was_said_of_it() -> None:

@@ -25,13 +25,13 @@ class Example(NamedTuple):
       thumbnail: a JPEG.
       small: whether it is smaller than it will be shown.
       truth: its class or classes, or one of its captions.
-      said: what the model made of it.
+      predicted: what the model made of it.
     """
 
     thumbnail: bytes
     small: bool
     truth: str
-    said: str
+    predicted: str
 
 
 def examples(predictions: Predictions, source: Source, limit: int) -> list[Example]:
@@ -94,7 +94,7 @@ def _record(predictions: Predictions, row: int, source: Source) -> Record | None
     return record
 
 
-def _example(record: Record, truth: str, said: str) -> Example | None:
+def _example(record: Record, truth: str, predicted: str) -> Example | None:
     try:
         picture = to_pil(record.image).convert("RGB")
     except ValueError:
@@ -103,13 +103,13 @@ def _example(record: Record, truth: str, said: str) -> Example | None:
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
-    return Example(buffer.getvalue(), small, truth[:_LETTERS], said[:_LETTERS])
+    return Example(buffer.getvalue(), small, truth[:_LETTERS], predicted[:_LETTERS])
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:
     """The commonest mistakes of classification: true class, predicted class, how many images."""
-    labels, said = predictions["labels"].astype(np.int64), predictions["top"][:, 0].astype(np.int64)
-    pairs, counts = np.unique(np.stack([labels, said])[:, labels != said], axis=1, return_counts=True)
+    labels, predicted = predictions["labels"].astype(np.int64), predictions["top"][:, 0].astype(np.int64)
+    pairs, counts = np.unique(np.stack([labels, predicted])[:, labels != predicted], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
     return [(classnames[pairs[0, i]], classnames[pairs[1, i]], int(counts[i])) for i in order]
 
@@ -146,7 +146,7 @@ def _spread(count: int, limit: int) -> npt.NDArray[np.intp]:
 
 
 def _words(predictions: Predictions, row: int, record: Record, classnames: Sequence[str]) -> tuple[str, str]:
-    """The truth, and what the model said."""
+    """The truth, and what the model predicted."""
     if "text_rank" in predictions:
         texts = len(predictions["image_rank"])
         return record.captions[0], f"best caption is number {predictions['text_rank'][row] + 1:,} of {texts:,}"

@@ -76,7 +76,7 @@ def _per_cent(value: float | None) -> str:
 
 
 _LEGEND = (
-    "Below an image stands the truth, then what the model said. Mistakes are spread evenly over a data set; of "
+    "Below an image stands the truth, then what the model predicted. Mistakes are spread evenly over a data set; of "
     "retrieval they are the images whose captions rank worst."
 )
 
@@ -112,7 +112,7 @@ def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit
 
 
 def cards(found: Sequence[Example]) -> str:
-    """Images in rows, each above the truth and what the model said."""
+    """Images in rows, each above the truth and what the model predicted."""
     return f'<div class="cards">{"".join(map(_card, found))}</div>'
 
 
@@ -167,7 +167,9 @@ def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) ->
     ]
     tables = [table([["weakest classes", measure, "images"], *weakest])]
     if "top" in predictions:
-        pairs = [[truth, said, f"{count:,}"] for truth, said, count in confusions(predictions, classnames, limit)]
+        pairs = [
+            [truth, predicted, f"{count:,}"] for truth, predicted, count in confusions(predictions, classnames, limit)
+        ]
         tables.append(table([["taken for another: true class", "predicted", "images"], *pairs]))
     return f'<div class="cards">{"".join(tables)}</div>'
 
@@ -175,5 +177,7 @@ def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) ->
 def _card(example: Example) -> str:
     kind = ' class="small"' if example.small else ""
     picture = f'<img{kind} alt="" src="{data_uri(example.thumbnail, "jpeg")}">'
-    words = f'<span class="good">{html.escape(example.truth)}</span><br><span class="bad">{html.escape(example.said)}'
+    words = (
+        f'<span class="good">{html.escape(example.truth)}</span><br><span class="bad">{html.escape(example.predicted)}'
+    )
     return f"<figure>{picture}<figcaption>{words}</span></figcaption></figure>"

@@ -1,4 +1,4 @@
-"""What happens to trits, scales and latent weights in a step: per layer, from two looks at the parameters."""
+"""What happens to trits, scales and latent weights in a step: per layer, from two snapshots of the parameters."""
 
 from __future__ import annotations
 

@@ -221,7 +221,9 @@ class RunConfig:
     teacher: str = key("", "a run's workdir, an artifact or another library's checkpoint; \"\": none")
     inherit: str = key("", "the same of a wider or deeper model, whose layers and channels the student starts from")
     ternary_warmup_steps: int = key(0, "over which weights go from full precision to ternary", ge=0, le=MOST)
-    telemetry_every: int = key(100, "steps between looks at trits, scales and latent weights; 0: none", ge=0, le=MOST)
+    telemetry_every: int = key(
+        100, "steps between snapshots of trits, scales and latent weights; 0: none", ge=0, le=MOST
+    )
     log_every: int = key(
         100, "steps between lines of loss, speed and where the time went in the log; 0: none", ge=0, le=MOST
     )

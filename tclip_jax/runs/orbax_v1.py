@@ -6,7 +6,7 @@ Of Orbax 0.12.8, where it is `orbax.checkpoint.experimental.v1`, it lacks what f
   the saving functions never call it. So the checksums are written after the commit: locally before the folder gets its
   name, as with the API before; on an object store a process that is killed in that moment leaves a step without
   checksums, which is not whole.
-- No `reached_preemption`: a save policy alone knows of preemptions. Ours come from `training/notices.py`.
+- No `reached_preemption`: a save policy alone knows of preemptions. Ours come from `training/preemption.py`.
 - Policies of what to save and keep belong to `training.Checkpointer`, which is the manager of the API before inside and
   takes no callback of ours. What is kept is decided by `runs/policy.py`, for both APIs.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pathlib
 import shutil
-import tarfile
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from tclip_jax.data.images import Preprocess
+from tests.tars import write_tar
 
 TEMPLATES = ("a photo of a {c}.", "{c}", "a bad drawing of the {c}")
 
@@ -34,15 +34,6 @@ def npy(vector: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(vector))
     return buffer.getvalue()
-
-
-def write_tar(path: pathlib.Path, members: Mapping[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def write_export(
@@ -69,7 +60,7 @@ def write_export(
             f"s{i:07}.{kind}": npy(target) if kind == "npy" else text.encode(),
         }
     for number, shard in enumerate(members):
-        write_tar(folder / "test" / f"{number}.tar", shard)
+        write_tar(folder / "test" / f"{number}.tar", shard.items())
     (folder / "test" / "nshards.txt").write_text(f"{shards}\n")
     if kind == "txt":
         (folder / "dataset_type.txt").write_text("retrieval\n")

@@ -131,7 +131,7 @@ PREDICTIONS = {
 def test_mistakes_are_found_by_their_place_in_the_source() -> None:
     found = examples(PREDICTIONS, Pictures(10), 10)
     # Row 1, whose image cannot be read, is passed over.
-    assert [(each.truth, each.said) for each in found] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
+    assert [(each.truth, each.predicted) for each in found] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
     shades = []
     for each in found:
         with Image.open(io.BytesIO(each.thumbnail)) as picture:
@@ -162,7 +162,7 @@ def test_several_labels() -> None:
         "scores": np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]),
     }
     found = examples(predictions, Pictures(4), 5)
-    assert [(each.truth, each.said) for each in found] == [("dog", "cat"), ("none", "cow")]
+    assert [(each.truth, each.predicted) for each in found] == [("dog", "cat"), ("none", "cow")]
     assert weakest_classes(predictions, Pictures.classnames, 9) == [("cat", 0.5, 1), ("dog", 1.0, 2)]
 
 
@@ -184,7 +184,7 @@ def test_retrieval_shows_the_worst(evaluated: Any) -> None:
     _, out, tasks = evaluated
     predictions = read_predictions(out, "flickr8k")
     found = examples(predictions, tasks[2].open()[1], 3)
-    ranks = [int(each.said.split()[4].replace(",", "")) for each in found]
+    ranks = [int(each.predicted.split()[4].replace(",", "")) for each in found]
     assert ranks == [1 + rank for rank in sorted(predictions["text_rank"], reverse=True)[:3]]
 
 
@@ -202,8 +202,8 @@ def test_images_that_changed_stand_on_the_page_of_a_comparison(
     assert main([*arguments, str(tmp_path / "full.html"), "--data", str(tmp_path / "exports")]) == 1
     full = Page((tmp_path / "full.html").read_text())
     assert len(bare.addresses) == 1 < len(full.addresses) <= 15
-    said = [word for word in full.words if word.startswith("A: ") and "; B: " in word]
-    assert len(said) == len(full.addresses) - 1
+    answers = [word for word in full.words if word.startswith("A: ") and "; B: " in word]
+    assert len(answers) == len(full.addresses) - 1
     exports.write(tmp_path / "exports" / "wds_mnist", [0], NAMES, shards=1)
     assert main([*arguments, str(tmp_path / "gone.html"), "--data", str(tmp_path / "exports")]) == 1
     words = Page((tmp_path / "gone.html").read_text()).words
@@ -217,7 +217,7 @@ def test_what_either_model_said_of_an_image_that_changed() -> None:
     second = {name: array[::-1] for name, array in first.items()}
     second["top"] = np.array([[0], [2], [2], [1]])  # of 7, 5, 3, 0
     found = changed(first, second, ["0", "3", "7"], Pictures(10), 7)
-    assert [(each.truth, each.said) for each in found] == [
+    assert [(each.truth, each.predicted) for each in found] == [
         ("cat", "A: cat; B: dog"),
         ("dog", "A: dog; B: cow"),
         ("cat", "A: cow; B: cat"),

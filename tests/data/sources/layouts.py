@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from pyarrow import parquet
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tclip_jax.data.sources import Record
+from tests.tars import write_tar
 
 IMAGES, CAPTIONS = 4, ("a red square", "a cat on a mat", "no dog", "a tall tree")
 
@@ -27,14 +27,6 @@ def png(shade: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4), (shade, 200, 100)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
-
-
-def write_tar(path: pathlib.Path, members: Sequence[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
 
 
 def labelled_folder(root: pathlib.Path, images: list[bytes], captions: Sequence[str]) -> str:
