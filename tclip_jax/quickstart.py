@@ -272,7 +272,7 @@ def plot_predictions(
     """A grid of images, each under the caption it was given: green if right, red if wrong."""
     rows = max(-(-len(images) // columns), 1)
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle("what the ternary student says of test images")
+    figure.suptitle("what the ternary student predicts for test images")
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, caption, right in zip(grid.flat, images, predicted, correct, strict=False):
