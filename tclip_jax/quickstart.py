@@ -26,8 +26,8 @@ from tclip_jax.artifacts.inspection import (
     zero_share,
 )
 from tclip_jax.artifacts.pack import flatten, pack_params
+from tclip_jax.data.eval_batches import to_pil
 from tclip_jax.data.images import preprocess
-from tclip_jax.data.pipeline import to_pil
 from tclip_jax.data.prompts import captions, templates_for
 from tclip_jax.data.sources import Source, open_source
 from tclip_jax.evaluation.encoder import Encoder

@@ -1,12 +1,18 @@
-"""From a source of records to batches of NumPy arrays, the same on any number of hosts and after any restart."""
+"""The training pipeline: a source of records becomes batches, shuffled, augmented and divided among processes.
+
+The global order of rows depends on the source and the seed alone. Process p of P takes rows p, p + P, p + 2P, …, so the
+global batches are the same on any number of processes and workers, and after any restart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from tclip_jax import keys
@@ -15,15 +21,16 @@ from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache, copy_generator
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.iterator import NAME_BYTES, REASON_BYTES, TrainIterator
 from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, described
 from tclip_jax.data.sources.base import Fault
 from tclip_jax.data.sources.remote import retry
 from tclip_jax.data.tokenizer import Tokenizer
 
+Batch = dict[str, np.ndarray]
+
 _MAX_RECORDS = 2**32  # of Grain's shuffle
 _MAX_CAPTION = 2**16  # characters: far more than any context holds
-_evaluated = BadSamples()
+_NAME_BYTES, _REASON_BYTES = 256, 160
 
 
 def train_iterator(
@@ -43,41 +50,44 @@ def train_iterator(
     cache: TeacherCache | None = None,
     bad: BadSamples | None = None,
 ) -> TrainIterator:
-    """Endless shuffled, augmented batches: this process's share of each global batch.
+    """Returns the endless training batches of one process.
 
-    Each batch is a dict of `image` (B, H, W, 3) uint8, `tokens` (B, T) int32, `weight` (B,) float32 and `fault` (B,)
-    int32 with B = batch_size / process_count. A bad sample keeps its place as zeros of weight 0; `fault` says what is
-    wrong with it, as its place in `FAULTS`, and 0 of all others. What cannot be read is tried again before it is bad.
-
-    Row j of process p is row p + j * process_count of the batch a single process would get, down to the augmentation.
-    The state holds a place in the global order alone, so it fits any number of processes and workers.
+    A batch is a dict with B = batch_size / process_count rows: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32,
+    `weight` (B,) float32 and `fault` (B,) int32. A read that fails is retried. A sample that cannot be read is masked:
+    its row is zeros with weight 0, and `fault` is its index in `FAULTS` (0 for good samples).
 
     Args:
-      templates: for labelled sources, as of `templates_for`; each draw takes one at random.
+      source: the records.
+      tokenizer: captions to tokens.
+      preprocess: the size of the images, and their normalisation on the device.
+      augment: a name in `AUGMENTATIONS`.
+      templates: prompts for labelled sources, as `templates_for` takes them; each draw picks one at random.
       batch_size: rows over all processes.
-      seed: of the shuffling, the captions and the augmentations, 0 <= seed < 2**32.
-      workers: processes that prepare batches; 0 for threads in this one. Close the iterator to end them.
-      threads: threads in this process or in every worker, each preparing a batch of its own.
+      seed: seeds shuffling, captions and augmentations; 0 <= seed < 2**32.
+      process_index, process_count: this process, and how many divide a batch.
+      workers: processes that prepare batches; 0 uses threads of this process. Close the iterator to stop them.
+      threads: threads in this process or in every worker; each prepares whole batches.
       prefetch: batches kept ready in this process or in every worker.
-      cache: a teacher's embeddings, which are added to the batch as `teacher_image` and `teacher_text` (B, D) float16;
-        the captions and augmentations are then those that it was made of.
-      bad: lists the bad samples; by default they are logged.
+      cache: teacher embeddings. They join the batch as `teacher_image` and `teacher_text` (B, D) float16, and each row
+        repeats the caption and the augmentation that the teacher encoded.
+      bad: records the masked samples; by default they are logged.
 
     Raises:
       ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, the source has no records or
-        more than 2³², or the cache is of another number of samples.
+        more than 2³², or the cache has another number of samples.
     """
-    _check_shares(batch_size, process_count)
+    if batch_size % process_count:
+        raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
     if augment not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTATIONS)}")
     if not 0 < len(source) <= _MAX_RECORDS:
         raise ValueError(f"the source has {len(source) or 'no'} records: 1 to {_MAX_RECORDS:,} can be shuffled")
     if cache is not None and cache.samples != len(source):
         raise ValueError(f"{cache.folder} is of {cache.samples} samples: the source has {len(source)}")
-    # Only this order (shuffle, random_map, slice) draws the same global batches whatever the number of processes.
+    # Only this order (shuffle, random_map, slice) draws the same global batches for any number of processes.
     return TrainIterator(
         global_order(source, seed).random_map(TrainRow(source, tokenizer, preprocess, augment, templates, cache)),
-        made_of=lambda: keys.recipe(seed=seed, **described(source)),
+        key=lambda: keys.recipe(seed=seed, **described(source)),
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
@@ -88,10 +98,99 @@ def train_iterator(
     )
 
 
-def global_order(source: Source, seed: int) -> grain.MapDataset:
-    """The endless order in which the records of a source are drawn, by their index: epoch after epoch of each part.
+class TrainIterator(Iterator[Batch]):
+    """An endless iterator over one process's rows of each global batch; its state is a position in the global order.
 
-    Nothing as long as the source is ever in memory.
+    The state counts the rows that were yielded, not those prepared ahead. It does not depend on the number of
+    processes or workers, nor on the batch size, so all three may change on resume.
+
+    Args:
+      rows: the global order.
+      key: returns the key of the data (seed and content of the source), which the state carries; called once, when a
+        state is first read or set.
+      batch_size: rows over all processes.
+      process_index, process_count, workers, threads, prefetch: as in `train_iterator`.
+      bad: records the masked samples of this process.
+    """
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        *,
+        key: Callable[[], keys.Recipe],
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        workers: int,
+        threads: int,
+        prefetch: int,
+        bad: BadSamples,
+    ) -> None:
+        self._rows, self._key, self._batch_size = rows, functools.cache(key), batch_size
+        self._process_index, self._process_count = process_index, process_count
+        self._workers, self._options = workers, grain.ReadOptions(threads, max(threads, prefetch))
+        self._bad = bad
+        self._samples = 0
+        self._batches: Iterator[Any] | None = None  # the first `next` starts it, and with it the workers
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._samples += self._batch_size
+        names, reasons = batch.pop("name"), batch.pop("reason")
+        for row in np.flatnonzero(batch["fault"]):
+            name, reason = (bytes(each[row]).decode("utf-8", "replace") for each in (names, reasons))
+            self._bad.add(FAULTS[batch["fault"][row]], name, reason)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the number of rows yielded over all processes and the key of the data, as JSON values."""
+        return {"samples": self._samples, "data": self._key()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to the position of a state.
+
+        Raises:
+          ValueError: the state belongs to other data or another seed, or an older version wrote it.
+        """
+        if not isinstance(state, dict) or "samples" not in state or not isinstance(state.get("data"), dict):
+            raise ValueError(
+                f'the position in the data is {str(state)[:80]}; expected {{"samples": …, "data": {{…}}}}: an older '
+                "version wrote it, without the data's content; start a new run from its weights by config.init"
+            )
+        if differs := keys.difference(state["data"], self._key()):
+            raise ValueError(
+                f"the data are not those of the checkpoint ({differs}): restore them, or start a new run from its "
+                "weights by config.init"
+            )
+        self.close()
+        self._samples = state["samples"]
+
+    def close(self) -> None:
+        """Stops the worker processes."""
+        close: Callable[[], None] | None = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches = None
+
+    def _start(self) -> Iterator[Any]:
+        share = self._rows[self._samples + self._process_index :: self._process_count]
+        dataset = share.batch(self._batch_size // self._process_count).to_iter_dataset(self._options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start otherwise
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(dataset)
+
+
+def global_order(source: Source, seed: int) -> grain.MapDataset:
+    """Returns the endless order in which records are drawn, as indices: each part of a mixture in epochs of its own.
+
+    Memory does not grow with the source.
     """
     orders, start = [], 0
     for number, (_, length) in enumerate(parts := getattr(source, "parts", ((1.0, len(source)),))):
@@ -102,45 +201,8 @@ def global_order(source: Source, seed: int) -> grain.MapDataset:
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [weight for weight, _ in parts]).seed(seed)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    preprocess: Preprocess,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    prefetch: int = 4,
-) -> Iterator[dict[str, Any]]:
-    """Every record once, in order, in batches of one shape: this process's rows of each, which lie side by side.
-
-    Yields dicts of `image` (B, H, W, 3) uint8, `label` (B,) or (B, C) int32 (-1 where there is none), `weight` (B,)
-    float32, `index` (B,) int32, the place in the source, and lists of B: `captions`, each a tuple of strings, and
-    `name`; B is batch_size / process_count. Bad samples are zeros of weight 0; so are the rows that
-    fill up the last batch, whose index is -1.
-
-    Raises:
-      ValueError: `batch_size` is not divisible by `process_count`.
-    """
-    _check_shares(batch_size, process_count)
-    share = batch_size // process_count
-
-    def load(number: int) -> dict[str, Any]:
-        start = number * batch_size + process_index * share
-        rows = [_eval_row(source, i, preprocess) for i in range(start, min(start + share, len(source)))]
-        return _pad_and_stack(rows, preprocess, share)
-
-    batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch))))
-
-
-def _check_shares(batch_size: int, process_count: int) -> None:
-    if batch_size % process_count:
-        raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
-
-
 class TrainRow(grain.transforms.RandomMap):
-    """Turns the index of a record into one row of a batch."""
+    """The transformation of a record's index into a row of a batch."""
 
     def __init__(
         self,
@@ -157,11 +219,11 @@ class TrainRow(grain.transforms.RandomMap):
         self._augment = augment
         self._cache = cache
         templates = prompts.templates_for(source, templates) if source.classnames else ()
-        # One (templates, T) array per class: labelled data is tokenized here and never again.
+        # One (templates, T) array for each class: labelled data is tokenized once, here.
         self._class_tokens = [tokenizer(prompts.captions(name, templates)) for name in source.classnames]
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The row, with one of the caption and augmentations that a teacher has seen if there is a cache."""
+        """Returns a row; with a cache, one whose caption and augmentation the teacher has encoded."""
         if self._cache is None:
             return self.draw(index, rng)
         copy = int(rng.integers(self._cache.copies))
@@ -170,7 +232,7 @@ class TrainRow(grain.transforms.RandomMap):
         return row | {"teacher_image": image, "teacher_text": text}
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """`image`, `tokens`, `weight` and `fault` of a record, and the `name` and `reason` of a bad one as bytes."""
+        """Returns `image`, `tokens`, `weight` and `fault`, and `name` and `reason` of a masked sample as bytes."""
         image, tokens = (
             np.zeros((*self._preprocess.size, 3), np.uint8),
             np.zeros(self._tokenizer.context_length, np.int32),
@@ -187,8 +249,8 @@ class TrainRow(grain.transforms.RandomMap):
             "tokens": tokens,
             "weight": np.float32(not fault),
             "fault": np.int32(fault),
-            "name": np.array(name.encode()[-NAME_BYTES:], f"S{NAME_BYTES}"),
-            "reason": np.array(reason.encode()[:REASON_BYTES], f"S{REASON_BYTES}"),
+            "name": np.array(name.encode()[-_NAME_BYTES:], f"S{_NAME_BYTES}"),
+            "reason": np.array(reason.encode()[:_REASON_BYTES], f"S{_REASON_BYTES}"),
         }
 
     def _view(self, record: Record, rng: np.random.Generator) -> np.ndarray:
@@ -210,59 +272,20 @@ class TrainRow(grain.transforms.RandomMap):
 
 
 def read(source: Source, index: int) -> Record:
-    """`source[index]`, tried again where the system fails to read it.
+    """Returns `source[index]`; retries while the file system or network fails.
 
     Raises:
-      BadSample: there is no such record.
+      BadSample: the record cannot be read.
     """
     return retry(lambda: source[index], f"record {index}", OSError)
 
 
 def has_class(record: Record, source: Source) -> bool:
-    """Whether the label is one of the source's classes, whose name can then stand for captions."""
+    """Whether the label indexes the source's class names, from which captions can be made."""
     return isinstance(record.label, (int, np.integer)) and 0 <= record.label < len(source.classnames)
 
 
 def bad_image(record: Record, error: ValueError) -> BadSample:
-    """The fault of a record whose image cannot be decoded."""
+    """Returns the error for a record whose image cannot be decoded."""
     kind: Fault = "too_many_pixels" if isinstance(error, images.TooManyPixels) else "corrupt_image"
     return BadSample(kind, record.name, str(error))
-
-
-def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, Any]:
-    image, weight, record = np.zeros((*preprocess.size, 3), np.uint8), 0, Record(b"", (), -1, f"record {index}")
-    try:
-        record = read(source, index)
-        image, weight = images.preprocess(to_pil(record.image), preprocess), 1
-    except ValueError as error:
-        bad = error if isinstance(error, BadSample) else bad_image(record, error)
-        _evaluated.add(bad.kind, bad.name, bad.reason)
-    return {
-        "image": image,
-        "label": record.label,
-        "weight": weight,
-        "index": index,
-        "captions": record.captions,
-        "name": record.name,
-    }
-
-
-def _pad_and_stack(rows: list[dict[str, Any]], preprocess: Preprocess, batch_size: int) -> dict[str, Any]:
-    # A record that cannot be read does not say that its label would be a vector.
-    shape = max((np.shape(row["label"]) for row in rows), default=())
-    none, image = np.full(shape, -1), np.zeros((*preprocess.size, 3), np.uint8)
-    fill = {"image": image, "label": -1, "weight": 0, "index": -1, "captions": (), "name": ""}
-    rows = rows + [fill] * (batch_size - len(rows))
-    return {
-        "image": np.stack([row["image"] for row in rows]),
-        "label": np.array([each if np.shape(each := row["label"]) == shape else none for row in rows], np.int32),
-        "weight": np.array([row["weight"] for row in rows], np.float32),
-        "index": np.array([row["index"] for row in rows], np.int32),
-        "captions": [row["captions"] for row in rows],
-        "name": [row["name"] for row in rows],
-    }
-
-
-def to_pil(image: bytes | np.ndarray) -> Image.Image:
-    """The image of a record; raises ValueError where it cannot be decoded."""
-    return images.decode(image) if isinstance(image, bytes) else Image.fromarray(image)

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import tqdm
 from PIL import Image
 
-from tclip_jax.data.pipeline import bad_image, has_class, read, to_pil
+from tclip_jax.data.eval_batches import to_pil
+from tclip_jax.data.pipeline import bad_image, has_class, read
 from tclip_jax.data.sources import BadSample, Record, Source, notes, open_source
 from tclip_jax.data.tokenizer import EOT, Tokenizer
 from tclip_jax.pages import aligned

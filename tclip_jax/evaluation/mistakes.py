@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.pipeline import to_pil
+from tclip_jax.data.eval_batches import to_pil
 from tclip_jax.data.sources import BadSample, Record, Source
 from tclip_jax.evaluation.metrics import average_precision
 from tclip_jax.evaluation.results import Predictions

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.pipeline import eval_batches
+from tclip_jax.data.eval_batches import eval_batches
 from tclip_jax.data.sources import Source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.parallel.agreement import allgather_json

@@ -1,24 +1,59 @@
-"""The batches of a run on its devices, their place in the data, and the bad samples among them."""
+"""The input of a run: its data pipeline, restarted when workers die, and its batches, sent ahead to the devices."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.data.iterator import TrainIterator
-from tclip_jax.data.pipeline import train_iterator
+from tclip_jax.data.pipeline import TrainIterator, train_iterator
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.parallel.agreement import allgather_json, together
-from tclip_jax.parallel.prefetch import DevicePrefetch
+from tclip_jax.parallel.mesh import shard_batch
 from tclip_jax.runs.config import RunConfig
+
+_ATTEMPTS = 3
+
+_logger = logging.getLogger(__name__)
+
+
+def open_input(
+    run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
+) -> tuple[ResumableIterator, BadSamples]:
+    """Returns a run's batches as global arrays, and its record of bad samples. A collective.
+
+    Each process writes a record of its own: bad_samples.jsonl, and bad_samples.p.jsonl for process p > 0.
+
+    Raises:
+      FileNotFoundError, ValueError: the data are missing, do not fit the configuration, or differ between processes.
+    """
+    process = jax.process_index()
+    with together():
+        content = digest(source)
+    digests = allgather_json(content)
+    if differing := next((i for i, each in enumerate(digests) if each != digests[0]), None):
+        raise ValueError(
+            f"{run.data.source}: process {differing} reads other data than process 0 (digest {digests[differing]}, not "
+            f"{digests[0]}); give every process the same readable files (docs/data.md)"
+        )
+    name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
+    bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share, len(source))
+
+    def start() -> DevicePrefetch:
+        rows = train_data(run, source, process_index=process, process_count=jax.process_count(), cache=cache, bad=bad)
+        return DevicePrefetch(rows, mesh)
+
+    return ResumableIterator(start), bad
 
 
 def train_data(
@@ -30,10 +65,10 @@ def train_data(
     cache: TeacherCache | None = None,
     bad: BadSamples | None = None,
 ) -> TrainIterator:
-    """The iterator of a run's batches: this process's share of each, see `train_iterator`; of `source` if it is open.
+    """Returns `train_iterator` of a run's configuration, over `source` or the source that the configuration names.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such data, or it does not fit the configuration.
+      FileNotFoundError, ValueError: the data are missing or do not fit the configuration.
     """
     return train_iterator(
         open_source(run.data.source, run.data.split) if source is None else source,
@@ -51,16 +86,11 @@ def train_data(
     )
 
 
-_ATTEMPTS = 3
-
-_logger = logging.getLogger(__name__)
-
-
 class ResumableIterator:
-    """An endless iterator of batches that starts its workers again, at the same place, when one of them was killed.
+    """An endless iterator of batches that restarts its workers, at the same position, when one of them is killed.
 
     Attributes:
-      position: JSON values that say which batch is next, from one iterator to another.
+      position: the position after the last batch, as JSON values; another iterator over the same data can seek it.
     """
 
     def __init__(self, start: Callable[[], Any]) -> None:
@@ -69,12 +99,12 @@ class ResumableIterator:
         self.position = self._iterator.get_state()
 
     def seek(self, position: Any) -> None:
-        """Goes to a place that was a `position`."""
+        """Moves to a `position`."""
         self._iterator.set_state(position)
         self.position = position
 
     def __next__(self) -> dict[str, Any]:
-        """Raises what reading raises, and RuntimeError when workers are killed three times in a row."""
+        """Returns the next batch; raises RuntimeError when workers are killed three times in a row."""
         for attempt in range(_ATTEMPTS):
             try:
                 batch = next(self._iterator)
@@ -82,7 +112,7 @@ class ResumableIterator:
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error) or attempt == _ATTEMPTS - 1:
                     raise
-                _logger.warning("a process that prepares data was killed: starting it again")
+                _logger.warning("a data worker was killed: restarting the workers")
                 self._iterator.close()
                 self._iterator = self._start()
                 self.seek(self.position)
@@ -90,35 +120,70 @@ class ResumableIterator:
         return batch
 
     def close(self) -> None:
-        """Ends what prepares batches."""
+        """Stops the workers."""
         self._iterator.close()
 
 
-def open_input(
-    run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
-) -> tuple[ResumableIterator, BadSamples]:
-    """The batches of a run from its source as global arrays, and the bad samples, which go to bad_samples.jsonl.
+class HostIterator(Protocol):
+    """Batches of this process's rows, and a state that can be read and set."""
 
-    Every process has a list of its own, that of process p > 0 is bad_samples.p.jsonl. A collective.
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
-    Raises:
-      FileNotFoundError, ValueError: the data are not there, do not fit the configuration, or are not the same on every
-        process.
+
+class DevicePrefetch:
+    """Batches as global arrays; a thread sends the next `depth` while the devices compute.
+
+    The state belongs to the last batch that was yielded, not to those sent ahead.
     """
-    process = jax.process_index()
-    with together():
-        own = digest(source)
-    digests = allgather_json(own)
-    if other := next((i for i, each in enumerate(digests) if each != digests[0]), None):
-        raise ValueError(
-            f"{run.data.source}: process {other} sees other data than process 0 ({digests[other]}, not {digests[0]}); "
-            "make its files those of the others, or readable (docs/data.md)"
-        )
-    name = f"bad_samples.{process}.jsonl" if process else "bad_samples.jsonl"
-    bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share, len(source))
 
-    def start() -> DevicePrefetch:
-        rows = train_data(run, source, process_index=process, process_count=jax.process_count(), cache=cache, bad=bad)
-        return DevicePrefetch(rows, mesh)
+    def __init__(self, iterator: HostIterator, mesh: Mesh, depth: int = 2) -> None:
+        self._iterator, self._mesh, self._depth = iterator, mesh, depth
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+        self._ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        self._state = iterator.get_state()
+        self._error: BaseException | None = None
 
-    return ResumableIterator(start), bad
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        while len(self._ahead) < self._depth:
+            self._ahead.append(self._pool.submit(self._load))
+        batch, self._state = self._ahead.popleft().result()
+        self._ahead.append(self._pool.submit(self._load))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the iterator's state after the last batch that was yielded."""
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Drops the batches sent ahead and sets the iterator's state."""
+        self._drop()
+        self._iterator.set_state(state)
+        self._state, self._error = state, None
+
+    def close(self) -> None:
+        """Stops the thread and closes the iterator."""
+        self._drop()
+        self._pool.shutdown()
+        self._iterator.close()
+
+    def _load(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        if self._error:
+            raise self._error
+        try:
+            batch = shard_batch(next(self._iterator), self._mesh)
+        except BaseException as error:
+            self._error = error  # a failed iterator is not read again
+            raise
+        return batch, self._iterator.get_state()
+
+    def _drop(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        concurrent.futures.wait(self._ahead)
+        self._ahead.clear()

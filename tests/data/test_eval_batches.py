@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tclip_jax.data import images
+from tclip_jax.data.eval_batches import eval_batches
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.pipeline import eval_batches
 from tclip_jax.data.sources import BadSample, Record, open_source
 from tclip_jax.data.tokenizer import Tokenizer
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from tclip_jax.data.embedding_store import copy_generator
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.iterator import Batch, TrainIterator
-from tclip_jax.data.pipeline import TrainRow, global_order, train_iterator
+from tclip_jax.data.pipeline import Batch, TrainIterator, TrainRow, global_order, train_iterator
 from tclip_jax.data.sources import FAULTS, Record, open_source, remote
 from tclip_jax.data.sources.mixture import Mixture
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer

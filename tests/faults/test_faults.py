@@ -148,7 +148,7 @@ def test_what_fails_on_one_process_ends_all_with_the_reason(
 def test_a_process_that_prepares_data_is_killed(start: Start, undisturbed: Undisturbed) -> None:
     run = start("worker", 1)
     run.finish("worker=5", "--config.data.workers=1")
-    assert "a process that prepares data was killed: starting it again" in run.log()
+    assert "a data worker was killed: restarting the workers" in run.log()
     run.assert_same(undisturbed(1))
 
 

@@ -51,7 +51,7 @@ TESTS = {
     "training/step.py": "training/test_step.py",
     "training/objective.py": "training/test_objective.py",
     "training/optimizer.py": "training/test_optimizer.py",
-    "data/pipeline.py": "data/test_pipeline.py data/test_bad_samples.py",
+    "data/pipeline.py": "data/test_pipeline.py data/test_pipeline_position.py data/test_bad_samples.py",
     "ternary/columns.py": "ternary/test_columns.py",
     "ternary/gathering.py": "ternary/test_gathering.py",
     "ternary/matmul.py": "ternary/test_dispatch.py ternary/test_matmul.py",

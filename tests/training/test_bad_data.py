@@ -33,7 +33,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 import json, pathlib, fsspec
 from fsspec.implementations.local import LocalFileSystem
-from tclip_jax.data.iterator import TrainIterator
+from tclip_jax.data.pipeline import TrainIterator
 from tclip_jax.data.sources import remote
 from tclip_jax.training import loop
 from tclip_jax.runs.steps import saved_steps

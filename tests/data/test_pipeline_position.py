@@ -1,4 +1,4 @@
-"""The place in the data goes with the data: that of others is refused, naming what differs."""
+"""A position carries the key of its data: a position in other data is refused, naming what differs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from tclip_jax.data.images import Preprocess
-from tclip_jax.data.iterator import TrainIterator
-from tclip_jax.data.pipeline import train_iterator
+from tclip_jax.data.pipeline import TrainIterator, train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tests.data.sources.layouts import LAYOUTS, Layout, files_of, laid_out
@@ -28,7 +27,7 @@ def iterator(spec: str, **changes: Any) -> TrainIterator:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_place_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.Path) -> None:
+def test_a_position_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.Path) -> None:
     spec = laid_out(layout, tmp_path / "data", (1, 2, 3, 4))
     data = iterator(spec)
     next(data)
@@ -42,11 +41,11 @@ def test_the_place_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.Pa
         (tmp_path / "data" / name).write_bytes((tmp_path / "other" / name).read_bytes())
         os.utime(tmp_path / "data" / name, ns=(status.st_atime_ns, status.st_mtime_ns))
     where = r"parts\.1\.content" if layout.__name__ == "mixture" else "content"
-    with pytest.raises(ValueError, match=rf"not those of the checkpoint \({where}: '\w+', not '\w+'\): give it those"):
+    with pytest.raises(ValueError, match=rf"not those of the checkpoint \({where}: '\w+', not '\w+'\): restore them"):
         iterator(spec).set_state(state)
 
 
-def test_another_seed_and_the_places_of_older_versions_are_refused() -> None:
+def test_another_seed_and_the_positions_of_older_versions_are_refused() -> None:
     data = iterator("digits")
     with pytest.raises(ValueError, match=r"\(seed: 0, not 1\)"):
         iterator("digits", seed=1).set_state(data.get_state())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tclip_jax.parallel.mesh import batch_sharding, make_mesh
-from tclip_jax.parallel.prefetch import DevicePrefetch
+from tclip_jax.training.input import DevicePrefetch
 
 
 class Counter:
