@@ -1,4 +1,4 @@
-"""RandAugment: each operation against torchvision's."""
+"""RandAugment: each operation equals torchvision's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("level", [0, 9, 30])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_each_operation_is_torchvisions(name: str, level: int, sign: int) -> None:
+def test_each_operation_equals_torchvision(name: str, level: int, sign: int) -> None:
     autoaugment = pytest.importorskip("torchvision.transforms.autoaugment")
     image = noise(48, 36)
     theirs = "".join(part.capitalize() for part in name.replace("autocontrast", "auto_contrast").split("_"))
@@ -37,7 +37,7 @@ def test_each_operation_is_torchvisions(name: str, level: int, sign: int) -> Non
 def test_every_operation_is_drawn() -> None:
     image, rng = noise(32, 32), np.random.default_rng(0)
     views = {rand_augment(image, rng, operations=1).tobytes() for _ in range(200)}
-    # Identity once, seven signed operations in two forms, six others.
+    # Every operation gives one view; those with a random sign give two.
     signed = sum(signed for _, signed, _ in OPERATIONS.values())
     assert len(views) == len(OPERATIONS) + signed
     assert rand_augment(image, rng, operations=0) is image

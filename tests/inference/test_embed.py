@@ -73,7 +73,7 @@ def test_one_bad_image_does_not_stop_the_others(
     truncated, broken = embed_images(model, items, store, batch_size=3)
     assert truncated.name == "b/5.png" and truncated.reason == "not a usable image: image file is truncated"
     assert broken.name == "b/broken.png" and broken.reason == (
-        "not a usable image (10 bytes): it begins with b'no picture', as no format that is read does"
+        "not a usable image (10 bytes): no supported format begins with b'no picture'"
     )
     assert write_embeddings(tmp_path / "x.npy", items, store, 12) == len(readable) - 1
     names = json.loads((tmp_path / "x.names.json").read_text())
