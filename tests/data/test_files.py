@@ -12,7 +12,7 @@ from tclip_jax.data.files import SkippedFiles, compression, read_lines, split_li
 
 
 @given(st.text("ab\n\r\x0b\x0c\x1c\x85\u2028\u2029 ", max_size=20))
-def test_lines_are_those_of_open(text: str) -> None:
+def test_lines_equal_those_of_open(text: str) -> None:
     with io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8") as file:
         assert split_lines(text) == [line.removesuffix("\n") for line in file]
 

@@ -156,7 +156,9 @@ def _cached(argument: str, kind: str) -> pathlib.Path:
                 if rows == before:
                     notes.append(f"{path}: no rows")
             if not rows:
-                raise ValueError(notes[-1] + (f"; nor have the other {len(tables) - 1:,} tables" if tables[1:] else ""))
+                raise ValueError(
+                    notes[-1] + (f"; the other {len(tables) - 1:,} tables have none either" if tables[1:] else "")
+                )
             more = [f"and {len(notes) - _MAX_NOTES:,} more notes on the tables"] if len(notes) > _MAX_NOTES else []
             write_atomic(target.with_suffix(".json"), json.dumps([*notes[:_MAX_NOTES], *more]))
     return target

@@ -43,7 +43,7 @@ def test_records_of_several_files(tmp_path: pathlib.Path) -> None:
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
-def test_every_text_is_one_caption_and_what_cannot_be_used_is_named(tmp_path: pathlib.Path) -> None:
+def test_every_text_is_a_caption_and_other_examples_are_bad_samples(tmp_path: pathlib.Path) -> None:
     numbers = tf_example_pb2.Example()
     numbers.features.feature["image"].int64_list.value.extend([1, 2])
     records = [example(text=["two\nlines\u2028".encode(), b"b"], png=[b"x"]), numbers.SerializeToString()]

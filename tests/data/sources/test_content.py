@@ -148,7 +148,7 @@ def test_a_store_without_checksums_is_named_once(
     ]
 
 
-def test_many_files_of_a_store_cost_one_listing(store: type[Store], tmp_path: pathlib.Path) -> None:
+def test_many_files_of_a_store_need_one_listing(store: type[Store], tmp_path: pathlib.Path) -> None:
     urls = [f"stating://{tmp_path}/{i}" for i in range(70)]
     for i in range(69):
         (tmp_path / str(i)).touch()

@@ -144,7 +144,7 @@ def test_upper_case_suffixes_and_nested_folders(tmp_path: pathlib.Path) -> None:
     assert source.notes == []  # type: ignore[attr-defined]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+def test_a_pipe_is_a_bad_sample(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cat").mkdir()
     os.mkfifo(tmp_path / "cat" / "1.png")
     with pytest.raises(BadSample, match=r"1\.png: not a regular file"):
