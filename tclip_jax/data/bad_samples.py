@@ -32,8 +32,8 @@ class BadSamples:
     Args:
       path: the file; None for no file.
       max_share: the largest share of bad samples, 0 to 1, among about the last 10,000 samples.
-      epoch: number of samples in the source. A run stops after as many samples without a usable one, whatever
-        `max_share` is.
+      epoch: number of samples in the source. The run stops after that many samples in a row without a usable one, for
+        any `max_share`.
     """
 
     def __init__(self, path: epath.PathLike | None = None, max_share: float = 1.0, epoch: int | None = None) -> None:

@@ -76,7 +76,8 @@ def is_hidden(name: str) -> bool:
 def walk(root: epath.Path, skipped: SkippedFiles) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
     """Yields a folder and all folders below it, each with the sorted names of its subfolders and of its files.
 
-    Hidden files and folders are skipped. Links to folders are followed, except a link to a folder that contains it.
+    Hidden files and folders are skipped. Links to folders are followed, except a link to a folder that contains the
+    link.
 
     Args:
       root: the first folder.

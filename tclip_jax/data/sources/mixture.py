@@ -26,8 +26,8 @@ def open_mixture(argument: str, split: str) -> Mixture:
 class Mixture:
     """The records of several sources, concatenated; the input pipeline samples them by the weights in `parts`.
 
-    Each source has its own order and epochs: no record is drawn twice before all others of its source. A source with
-    more weight than records repeats sooner. The class names of labelled sources are concatenated.
+    Each source has its own order and epochs: no record is drawn twice before all others of its source. A source with a
+    large weight and few records repeats sooner. The class names of labelled sources are concatenated.
 
     Attributes:
       sources: the sources.
