@@ -1,6 +1,6 @@
-"""Tables and pages for people: aligned text, and HTML that needs and loads nothing else.
+"""Aligned text tables and self-contained HTML pages.
 
-Not by Jinja2: a page is headings, tables and pictures one below the other, which functions put together as well.
+A page is a sequence of headings, tables and pictures, so plain functions suffice and a template engine is not needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ summary {{ cursor: pointer; margin: .5rem 0; }}
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, with names as "data.source"."""
+    """Yield the values of nested mappings with dotted names, such as "data.source"."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{name}.")
@@ -51,27 +51,33 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def page(title: str, body: str) -> str:
-    """A whole page; the title is escaped, the body is HTML."""
+    """Return a complete page; the title is escaped, the body is HTML."""
     return _PAGE.format(title=html.escape(title), body=body)
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A line of text, escaped; `kind` is "verdict good", "verdict bad", "note" or nothing."""
+    """Return a paragraph of escaped text; `kind` is its CSS class: "verdict good", "verdict bad", "note" or ""."""
     return f'<p class="{kind}">{html.escape(text)}</p>'
 
 
 def heading(text: str) -> str:
-    """A heading within a page, escaped."""
+    """Return a heading within the page, escaped."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def details(title: str, body: str) -> str:
-    """A part that opens on a click; the title is escaped, the body is HTML."""
+    """Return a section that opens on a click; the title is escaped, the body is HTML."""
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
 
 
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, marked: Sequence[bool] = ()) -> str:
-    """A table of escaped cells; the first row is its header, and a row is coloured where `marked` says so."""
+    """Return a table of escaped cells.
+
+    Args:
+      rows: the cells.
+      header: whether the first row is a header.
+      marked: whether each row is highlighted; may be shorter than `rows`.
+    """
     lines = []
     for i, row in enumerate(rows):
         tag = "th" if header and i == 0 else "td"
@@ -81,41 +87,41 @@ def table(rows: Sequence[Sequence[str]], *, header: bool = True, marked: Sequenc
 
 
 def plot(figure: Any, alt: str) -> str:
-    """A matplotlib figure as an image within the page."""
+    """Return a matplotlib figure as an embedded PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return f'<img alt="{html.escape(alt)}" src="{data_uri(buffer.getvalue(), "png")}">'
 
 
 def data_uri(image: bytes, kind: str) -> str:
-    """An image within the page; `kind` is png, jpeg or webp."""
+    """Return the data URI of an image file; `kind` is png, jpeg or webp."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns two blanks apart: the first to the left, the others to the right."""
+    """Return lines with columns two spaces apart, the first aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
-# Control characters can move a cursor, and those of direction reorder text: both lie about what stands there. Lone
-# surrogates cannot be written.
+# Control characters move the cursor and direction marks reorder text, so both can falsify the output of a terminal.
+# Lone surrogates cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Text that any terminal and file takes: control characters, and bytes of a name that are no UTF-8, become \\xNN.
+    """Escape control characters and bytes that are not UTF-8 as \\xNN, so that any terminal or file accepts the text.
 
     Args:
       text: a name, or a message that quotes a file.
-      lines: whether line breaks and tabs stay as they are.
+      lines: keep line breaks and tabs.
     """
 
     def escaped(match: re.Match[str]) -> str:
         character = match[0]
         if lines and character in "\n\t":
             return character
-        if "\udc80" <= character <= "\udcff":  # how Python writes a byte of a file name that is no UTF-8
+        if "\udc80" <= character <= "\udcff":  # how Python represents a file name byte that is not UTF-8
             return f"\\x{ord(character) - 0xDC00:02x}"
         return character.encode("unicode_escape", "backslashreplace").decode()
 

@@ -1,3 +1,5 @@
+"""Names and messages are printable."""
+
 from __future__ import annotations
 
 import os
@@ -19,10 +21,10 @@ from tclip_jax.pages import printable
         ("a\u202egnp.b", "a\\u202egnp.b"),
     ],
 )
-def test_names_are_printable_whatever_they_are(text: str, expected: str) -> None:
+def test_control_characters_and_invalid_bytes_are_escaped(text: str, expected: str) -> None:
     assert printable(text) == expected
     assert printable(text).encode()
 
 
-def test_a_message_keeps_its_lines() -> None:
+def test_line_breaks_and_tabs_can_be_kept() -> None:
     assert printable("a\n\tb\r\x1b", lines=True) == "a\n\tb\\r\\x1b"

@@ -43,7 +43,7 @@ def picture(path: pathlib.Path, **changes: Any) -> Image.Image:
 
 def test_report_is_a_whole_png(tmp_path: pathlib.Path) -> None:
     read = picture(tmp_path / "report.png")
-    assert (read.format, read.size) == ("PNG", (1650, 990))
+    assert read.format == "PNG"
     assert len(np.unique(np.asarray(read.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
@@ -59,7 +59,7 @@ def test_report_is_a_whole_png(tmp_path: pathlib.Path) -> None:
     ids=["no accuracies", "no trits", "no images", "dollars"],
 )
 def test_report_of_a_run_that_has_less(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    assert picture(tmp_path / "report.png", **changes).size == (1650, 990)
+    assert picture(tmp_path / "report.png", **changes).format == "PNG"
 
 
 def test_curves_are_the_metrics() -> None:
@@ -107,7 +107,8 @@ def test_dynamics_are_the_means_over_layers(tmp_path: pathlib.Path) -> None:
     histogram = snapshots[1]["trits"]["image/blocks/mlp/fc1/kernel"]["histogram"]
     np.testing.assert_allclose(axes[4].patches[0].get_data().values, np.mean(histogram, 0)[:-1])
     assert axes[0].lines[0].get_label() == "image fc1"
-    assert picture(tmp_path / "r.png", curves={"student": [*CURVES["student"], *snapshots]}).size == (1650, 1430)
+    report = picture(tmp_path / "dynamics.png", curves={"student": [*CURVES["student"], *snapshots]})
+    assert report.height > picture(tmp_path / "report.png").height  # a further row of plots
 
 
 def test_each_image_stands_under_what_was_said_of_it() -> None:

@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     import io
 
     from tclip_jax.evaluation.comparison import compare_results
-    from tclip_jax.evaluation.comparison_report import plot_deltas, to_html, to_json, to_text
-    from tclip_jax.evaluation.flipped import flipped
+    from tclip_jax.evaluation.comparison_report import flipped, plot_deltas, to_html, to_json, to_text
     from tclip_jax.storage import dump_json, write_atomic
 
     if args.data and not args.html:

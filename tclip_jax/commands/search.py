@@ -66,8 +66,7 @@ def _index(args: argparse.Namespace) -> int:
 
 def _query(args: argparse.Namespace) -> int:
     from tclip_jax.inference.load import load_model
-    from tclip_jax.inference.page import results_page
-    from tclip_jax.inference.search import query_index, read_index
+    from tclip_jax.inference.search import query_index, read_index, results_page
     from tclip_jax.pages import printable
     from tclip_jax.storage import write_atomic
 

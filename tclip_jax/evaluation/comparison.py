@@ -1,4 +1,4 @@
-"""Two folders of results, data set by data set: differences, their intervals, and which images changed."""
+"""Compare two folders of results: differences with confidence intervals, and the images whose prediction changed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tclip_jax.keys import Recipe, difference
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """A metric of both sides, fractions 0–1.
+    """A metric of both models, in [0, 1].
 
     Attributes:
-      a, b: the value of either side, on the images that are compared.
-      low, high: of the 95 % interval of b − a over images; NaN where there are no predictions.
+      a, b: the value of either model on the compared images.
+      low, high: 95 % interval of b − a over images; NaN without predictions.
     """
 
     a: float
@@ -40,15 +40,18 @@ class Delta:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-    """Images by what became of them, by their keys, and McNemar's exact p of the two numbers.
+    """The images whose prediction changed between correct and wrong; see `Predicted.correct`.
 
-    Right is: the most probable class is the label; in retrieval, any caption of the image is among its five nearest.
+    Attributes:
+      lost: keys of the images that are correct in A and wrong in B.
+      gained: keys of the images that are wrong in A and correct in B.
+      p: p-value of McNemar's exact test of the two counts.
     """
 
     lost: tuple[str, ...]
@@ -58,16 +61,17 @@ class Flips:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A data set that both folders have.
+    """The comparison of one data set.
 
     Attributes:
-      metric: the one for tables.
-      images: how many are compared; 0 where either side has no predictions.
-      only_a, only_b: how many were left out because the other side has none of their key.
-      deltas: by metric.
-      flips: None of several labels, and without predictions.
-      split, content: of A's data, as `keys.recipe` of an evaluation has them; "" of a result that does not say.
-      checked: whether both results say what made them, so that their data and templates are known to be the same.
+      dataset: name of the data set.
+      metric: the metric that tables show.
+      images: number of compared images; 0 if a side has no predictions.
+      only_a, only_b: number of images left out because the other side does not have them.
+      deltas: the differences by metric.
+      flips: the changed images; None for few-shot and multi-label results, and without predictions.
+      split, content: split and content digest of the data of A; "" if its result does not record them.
+      checked: whether both results record what made them, so that data and templates are known to be equal.
     """
 
     dataset: str
@@ -84,15 +88,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All of it.
+    """The comparison of two folders of results.
 
     Attributes:
       a, b: the folders.
-      models: what was evaluated on either side, as its results name it.
-      rows: in the order of A's names.
-      refused: data sets that could not be compared, and why.
-      mean: of the metrics for tables over all rows; the interval is over the images of every data set.
-      resamples, seed: of the bootstrap.
+      models: names of the evaluated models in A and in B.
+      rows: the compared data sets, sorted by file name in A.
+      refused: the reasons why data sets were not compared, by name.
+      mean: mean of the main metrics over all rows; its interval resamples the images of every data set.
+      resamples, seed: arguments of the bootstrap.
     """
 
     a: str
@@ -108,52 +112,54 @@ class Comparison:
 def compare_results(
     a: epath.PathLike, b: epath.PathLike, *, intersect: bool = False, resamples: int = 2000, seed: int = 0
 ) -> Comparison:
-    """Compares two folders of results; B − A is what B gains.
+    """Compare two folders of results. Differences are B − A.
 
-    A data set is refused, and the others go on, if only one folder has it, if the sides have other images (unless
-    `intersect`, which compares those of both), other labels, class names, templates or another task, or if a metric is
-    not that of the predictions beside it. Without predictions on either side there are differences without intervals.
+    A data set is refused, without stopping the others, if only one folder has it; if images differ and `intersect` is
+    False; if task, labels, class names or templates differ; or if a metric differs from that of its predictions.
+    Results without predictions are compared without intervals.
 
     Args:
-      resamples: of the bootstrap; 2,000 give the ends of a 95 % interval to about a twentieth of its length.
-      seed: of the bootstrap.
+      a, b: folders written by `tclip evaluate --out`.
+      intersect: compare the common images if the images differ.
+      resamples: resamples of the bootstrap. With 2,000, the ends of a 95 % interval vary by about 5 % of its length.
+      seed: seed of the bootstrap.
 
     Raises:
-      FileNotFoundError: a folder that is not there.
-      ValueError: a folder without results or with two of one data set, or a file that is none.
+      FileNotFoundError: a folder does not exist.
+      ValueError: a folder has no results or two results of one data set, or a file is not a result.
     """
-    ours, theirs = _results(a), _results(b)
+    results_a, results_b = _results(a), _results(b)
     rows, samples, refused = [], [], {}
-    names = tqdm.tqdm(dict.fromkeys([*ours, *theirs]), "resampling", unit="set", disable=None, leave=False)
+    names = tqdm.tqdm(dict.fromkeys([*results_a, *results_b]), "resampling", unit="set", disable=None, leave=False)
     for name in names:
-        if name not in ours or name not in theirs:
-            refused[name] = f"only in {a if name in ours else b}"
+        if name not in results_a or name not in results_b:
+            refused[name] = f"only in {a if name in results_a else b}"
             continue
         try:
-            row, differences = _compare(a, b, ours[name], theirs[name], intersect, resamples, seed)
+            row, differences = _compare(a, b, results_a[name], results_b[name], intersect, resamples, seed)
         except ValueError as error:
             refused[name] = str(error)
             continue
         rows.append(row)
         samples.append(differences)
-    models = (_models(ours), _models(theirs))
+    models = (_models(results_a), _models(results_b))
     return Comparison(str(a), str(b), models, tuple(rows), refused, _mean(rows, samples), resamples, seed)
 
 
 def _results(folder: epath.PathLike) -> dict[str, Result]:
     folder = epath.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected what `tclip evaluate --out` wrote")
-    found: dict[str, Result] = {}
+        raise FileNotFoundError(f"{folder}: no such folder; it must be an output folder of `tclip evaluate --out`")
+    results: dict[str, Result] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name != SUMMARY:
             result = read_result(path)
-            if result.dataset in found:
-                raise ValueError(f"{path}: a second result of {result.dataset}: a folder is of one model")
-            found[result.dataset] = result
-    if not found:
-        raise ValueError(f"{folder}: no results (<dataset>.json) in it")
-    return found
+            if result.dataset in results:
+                raise ValueError(f"{path}: a second result of {result.dataset}; a folder must hold those of one model")
+            results[result.dataset] = result
+    if not results:
+        raise ValueError(f"{folder}: it has no results (<dataset>.json)")
+    return results
 
 
 def _models(results: Mapping[str, Result]) -> str:
@@ -169,61 +175,61 @@ def _mean(rows: list[Row], samples: list[npt.NDArray[np.float64]]) -> Delta:
 
 
 def _compare(
-    a: epath.PathLike, b: epath.PathLike, ours: Result, theirs: Result, intersect: bool, resamples: int, seed: int
+    a: epath.PathLike, b: epath.PathLike, result_a: Result, result_b: Result, intersect: bool, resamples: int, seed: int
 ) -> tuple[Row, npt.NDArray[np.float64]]:
-    """The row, and the resampled differences of its metric for tables (none without predictions)."""
-    name = ours.dataset
-    if ours.task != theirs.task:
-        raise ValueError(f"{ours.task} in A, {theirs.task} in B")
-    checked = bool(ours.made_by and theirs.made_by)
-    if checked and (differs := difference(*(_apart_from_the_model(each, intersect) for each in (ours, theirs)))):
+    """Return the row of a data set, and the resampled differences of its main metric (empty without predictions)."""
+    name = result_a.dataset
+    if result_a.task != result_b.task:
+        raise ValueError(f"the task is {result_a.task} in A and {result_b.task} in B")
+    checked = bool(result_a.made_by and result_b.made_by)
+    if checked and (differs := difference(*(_without_model(each, intersect) for each in (result_a, result_b)))):
         raise ValueError(f"A and B differ in more than the model: {differs}")
-    data = ours.made_by.get("data", {})
+    data = result_a.made_by.get("data", {})
     split, content = (str(data.get(key, "")) for key in ("split", "content"))
-    common = [metric for metric in ours.metrics if metric in theirs.metrics and metric != PROBE_C]
+    common = [metric for metric in result_a.metrics if metric in result_b.metrics and metric != PROBE_C]
     main = main_metric(common)
     if not main:
-        raise ValueError("no metric that both sides have")
-    deltas = {metric: Delta(ours.metrics[metric], theirs.metrics[metric]) for metric in common}
+        raise ValueError("A and B have no common metric")
+    deltas = {metric: Delta(result_a.metrics[metric], result_b.metrics[metric]) for metric in common}
     paths = [predictions_path(folder, name) for folder in (a, b)]
     if not all(path.exists() for path in paths):
         return Row(name, main, 0, 0, 0, deltas, None, split, content, checked), np.empty(0)
-    first, second = (Predicted.read(folder, name, result.made_by) for folder, result in ((a, ours), (b, theirs)))
-    for side, result in ((first, ours), (second, theirs)):
+    first, second = (Predicted.read(folder, name, result.made_by) for folder, result in ((a, result_a), (b, result_b)))
+    for side, result in ((first, result_a), (second, result_b)):
         side.check(result.metrics)
     first, second, only = paired(first, second, intersect)
-    found = {
+    samples = {
         metric: first.resampled(second, metric, resamples=resamples, seed=(seed, zlib.crc32(name.encode())))
         for metric in common
-        if first.has(metric) and not math.isnan(ours.metrics[metric])
+        if first.has(metric) and not math.isnan(result_a.metrics[metric])
     }
     if any(only):
-        # What the predictions do not give is of all images of either side.
+        # The metrics in the files cover all images of either side, so only recomputed metrics can be compared.
         deltas = {}
-        if main not in found:
-            raise ValueError(f"{main} cannot be computed on the images of both")
-    for metric, samples in found.items():
-        deltas[metric] = Delta(first.value(metric), second.value(metric), *interval(samples))
+        if main not in samples:
+            raise ValueError(f"{main} cannot be computed on the common images")
+    for metric, differences in samples.items():
+        deltas[metric] = Delta(first.value(metric), second.value(metric), *interval(differences))
     flips = _flips(first, second)
     row = Row(name, main, len(first.keys), only[0], only[1], deltas, flips, split, content, checked)
-    return row, found.get(main, np.empty(0))
+    return row, samples.get(main, np.empty(0))
 
 
-def _apart_from_the_model(result: Result, intersect: bool) -> Recipe:
-    """What made a result, without what may differ between two that are compared."""
+def _without_model(result: Result, intersect: bool) -> Recipe:
+    """Return what made a result, without what may differ between A and B: the model, and the images if `intersect`."""
     data = {key: value for key, value in result.made_by.get("data", {}).items() if key != "content" or not intersect}
     return {**result.made_by, "model": {}, "data": data}
 
 
 def _flips(first: Predicted, second: Predicted) -> Flips | None:
-    if first.right is None or second.right is None:
+    if first.correct is None or second.correct is None:
         return None
-    lost, gained = first.right & ~second.right, ~first.right & second.right
+    lost, gained = first.correct & ~second.correct, ~first.correct & second.correct
     return Flips(tuple(map(str, first.keys[lost])), tuple(map(str, first.keys[gained])), _mcnemar(lost, gained))
 
 
 def _mcnemar(lost: npt.NDArray[np.bool_], gained: npt.NDArray[np.bool_]) -> float:
-    """Exact two-sided p if each change were as likely one way as the other; 1 without a change.
+    """Return the exact two-sided p-value of the hypothesis that both changes are equally likely; 1 without changes.
 
     Source: Q. McNemar, Psychometrika 12, 1947; the exact form of the binomial test.
     """

@@ -1,4 +1,4 @@
-"""A comparison of results as an aligned table, as JSON, and as one HTML page with a plot."""
+"""The report of a comparison: an aligned table, JSON, or an HTML page with a plot and the changed images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import tqdm
+from etils import epath
 from matplotlib.figure import Figure
 
+from tclip_jax.data.sources import open_source
 from tclip_jax.evaluation.comparison import Comparison, Delta, Flips, Row
-from tclip_jax.evaluation.flipped import Pictures
+from tclip_jax.evaluation.mistakes import Example, changed
 from tclip_jax.evaluation.page import cards
+from tclip_jax.evaluation.results import read_predictions
+from tclip_jax.evaluation.suite import DATASETS
+from tclip_jax.evaluation.tasks import SPLIT, check_content
 from tclip_jax.pages import aligned, details, heading, page, paragraph, plot, table
 
 _HEADINGS = ("dataset", "metric", "images", "A %", "B %", "B − A", "95 % interval", "", "lost", "gained", "p")
@@ -22,62 +28,103 @@ _SHORT = {
     "image_retrieval_recall": "image R",
     "text_retrieval_recall": "text R",
 }
-_SHOWN_KEYS = 40
+_MAX_KEYS = 40
+
+
+class Pictures(NamedTuple):
+    """Some changed images of a data set, or the error that prevented reading them.
+
+    Attributes:
+      lost, gained: images that are correct only in A, or only in B.
+      error: the reason why there are no images; "" without an error.
+    """
+
+    lost: tuple[Example, ...]
+    gained: tuple[Example, ...]
+    error: str
+
+
+def flipped(comparison: Comparison, root: epath.PathLike | None, limit: int = 7) -> dict[str, Pictures]:
+    """Read up to `limit` lost and `limit` gained images of every data set with changed predictions.
+
+    Args:
+      comparison: the comparison.
+      root: folder of the webdataset exports, for data sets in `DATASETS`; None to skip these. The name of any other
+        data set is its specification for `open_source`.
+      limit: number of images of either kind.
+    """
+    pictures = {}
+    rows = [(row, row.flips) for row in comparison.rows if row.flips and (row.flips.lost or row.flips.gained)]
+    for row, flips in tqdm.tqdm(rows, "images", unit="set", disable=None, leave=False):
+        name = row.dataset
+        if name in DATASETS and root is None:
+            continue
+        spec = f"wds:{epath.Path(root).expanduser() / DATASETS[name].folder}" if name in DATASETS else name
+        try:
+            source = open_source(spec, row.split or SPLIT)
+            check_content(spec, source, row.content)
+            a, b = (read_predictions(folder, name) for folder in (comparison.a, comparison.b))
+            lost, gained = (tuple(changed(a, b, keys, source, limit)) for keys in (flips.lost, flips.gained))
+            pictures[name] = Pictures(lost, gained, "")
+        except (ValueError, OSError) as error:
+            pictures[name] = Pictures((), (), str(error))
+    return pictures
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The whole comparison as what `dump_json` takes, with every key of the images that changed."""
-    whole = dataclasses.asdict(comparison)
-    for row, found in zip(comparison.rows, whole["rows"], strict=True):
+    """Return the comparison for `dump_json`, with the keys of all changed images."""
+    fields = dataclasses.asdict(comparison)
+    for row, row_fields in zip(comparison.rows, fields["rows"], strict=True):
         for metric, delta in row.deltas.items():
-            found["deltas"][metric] |= {"delta": delta.delta}
-    whole["mean"] |= {"delta": comparison.mean.delta}
-    return whole
+            row_fields["deltas"][metric] |= {"delta": delta.delta}
+    fields["mean"] |= {"delta": comparison.mean.delta}
+    return fields
 
 
 def to_text(comparison: Comparison) -> str:
-    """The table, in per cent and points, then what was refused and left out, and a verdict."""
+    """Return the table in per cent and points, then refused data sets, left out images, and the verdict."""
     lines = [f"A: {comparison.a}: {comparison.models[0]}", f"B: {comparison.b}: {comparison.models[1]}", ""]
     lines += aligned(_table(comparison)) if comparison.rows else []
-    return "\n".join([*lines, "", *_said_aloud(comparison), *verdict(comparison)])
+    return "\n".join([*lines, "", *_notes(comparison), *verdict(comparison)])
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """What was found, in a line or two."""
+    """Return the conclusion in one or two lines."""
     if not comparison.rows:
         return ["nothing was compared"]
     main = [row.deltas[row.metric] for row in comparison.rows]
-    better, worse = (sum(each.clear and (each.delta > 0) is up for each in main) for up in (True, False))
+    better, worse = (sum(each.clear and (each.delta > 0) is positive for each in main) for positive in (True, False))
     mean = comparison.mean
     spread = "" if math.isnan(mean.low) else f" ({100 * mean.low:+.2f} to {100 * mean.high:+.2f})"
     return [
         f"mean of {len(main)}: {100 * mean.a:.2f} % in A, {100 * mean.b:.2f} % in B, {100 * mean.delta:+.2f}{spread}",
-        f"B is clearly better on {better}, clearly worse on {worse}; of 20 equal pairs one looks clear by chance",
+        f"B is clearly better on {better}, clearly worse on {worse}; about 1 of 20 equal pairs looks clear by chance",
     ]
 
 
 def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingProxyType({})) -> str:
-    """One page: verdict, plot of the differences, the table, all metrics, and the images that changed.
+    """Return one self-contained page: verdict, plot of the differences, table, all metrics, and changed images.
 
     Args:
-      pictures: by data set; the keys alone are shown of others.
+      comparison: the comparison.
+      pictures: output of `flipped`. The page shows only the keys of the changed images of other data sets.
     """
     color = ("good" if comparison.mean.delta > 0 else "bad") if comparison.mean.clear else ""
-    said = [paragraph(line, f"verdict {color}") for line in verdict(comparison)]
+    parts = [paragraph(line, f"verdict {color}") for line in verdict(comparison)]
     sides = [["A", comparison.a, comparison.models[0]], ["B", comparison.b, comparison.models[1]]]
-    parts = [*said, table(sides, header=False), *(paragraph(line, "note") for line in _said_aloud(comparison))]
+    parts += [table(sides, header=False), *(paragraph(line, "note") for line in _notes(comparison))]
     if comparison.rows:
         parts += [plot(plot_deltas(comparison), "B − A with its 95 % interval, by data set")]
         marked = [False, *(_worse(row.deltas[row.metric]) for row in comparison.rows), False]
         parts += [heading("Data sets"), table(_table(comparison), marked=marked)]
         parts += [details("All metrics", table(_metrics(comparison)))]
-    changed = [(row.dataset, row.flips) for row in comparison.rows if row.flips]
-    parts += [heading("Images that changed"), *(_changed(*each, pictures) for each in changed)] if changed else []
+    flips = [(row.dataset, row.flips) for row in comparison.rows if row.flips]
+    parts += [heading("Changed images"), *(_changed(*each, pictures) for each in flips)] if flips else []
     parts.append(
         paragraph(
-            f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}; "
-            "lost and gained: images right in A and wrong in B, and the reverse (in retrieval an image is right if a "
-            "caption of its own is among its five nearest); p: McNemar's exact test of the two.",
+            f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}. "
+            "Lost images are correct in A and wrong in B, gained images the reverse. In retrieval, an image is correct "
+            "if one of its captions is among its five nearest captions. p: McNemar's exact test of the two counts.",
             "note",
         )
     )
@@ -85,17 +132,17 @@ def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingPr
 
 
 def plot_deltas(comparison: Comparison) -> Figure:
-    """One dot with its interval per data set, in points, in the order of the differences, and the mean below."""
+    """Plot the difference of each data set with its interval, in points and sorted, and the mean below."""
     rows = sorted(comparison.rows, key=lambda row: row.deltas[row.metric].delta)
     names = [*(row.dataset for row in rows), "mean"]
     deltas = [*(row.deltas[row.metric] for row in rows), comparison.mean]
     figure = Figure(figsize=(11, 1.3 + 0.24 * len(names)), layout="constrained", dpi=110)
     axes = figure.subplots()
-    for place, each in zip([*range(len(rows)), len(rows) + 0.5], deltas, strict=True):
+    for y, each in zip([*range(len(rows)), len(rows) + 0.5], deltas, strict=True):
         color = ("#2a7d3f" if each.delta > 0 else "#c0392b") if each.clear else "#777777"
         if not math.isnan(each.low):
-            axes.plot([100 * each.low, 100 * each.high], [place, place], color=color, linewidth=2, alpha=0.5)
-        axes.plot(100 * each.delta, place, marker="D" if place > len(rows) else "o", color=color, markersize=6)
+            axes.plot([100 * each.low, 100 * each.high], [y, y], color=color, linewidth=2, alpha=0.5)
+        axes.plot(100 * each.delta, y, marker="D" if y > len(rows) else "o", color=color, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks([*range(len(rows)), len(rows) + 0.5], names)
     axes.invert_yaxis()
@@ -141,37 +188,36 @@ def _short(metric: str) -> str:
     return f"{_SHORT.get(name, name)}{at}{k}"
 
 
-def _said_aloud(comparison: Comparison) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
     lines = [f"not compared: {name}: {reason}" for name, reason in comparison.refused.items()]
     lines += [
         f"{row.dataset}: compared on {row.images:,} images; left out {row.only_a:,} only in A, {row.only_b:,} only in B"
         for row in comparison.rows
         if row.only_a or row.only_b
     ]
-    unknown = [row.dataset for row in comparison.rows if not row.checked]
-    if unknown:
-        lines.append(f"a result does not say what made it, so data and templates may differ: {', '.join(unknown)}")
-    bare = [row.dataset for row in comparison.rows if not row.images]
-    return [*lines, f"no predictions, so no intervals: {', '.join(bare)}"] if bare else lines
+    unchecked = [row.dataset for row in comparison.rows if not row.checked]
+    if unchecked:
+        lines.append(f"a result does not record what made it, so data and templates may differ: {', '.join(unchecked)}")
+    without = [row.dataset for row in comparison.rows if not row.images]
+    return [*lines, f"no predictions, so no intervals: {', '.join(without)}"] if without else lines
 
 
 def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures]) -> str:
-    found = pictures.get(name, Pictures((), (), ""))
+    shown = pictures.get(name, Pictures((), (), ""))
     title = f"{name}: {len(flips.lost):,} lost, {len(flips.gained):,} gained"
-    shown = [paragraph(f"no images: {found.why_not}", "note")] if found.why_not else []
-    for what, images in (("lost", found.lost), ("gained", found.gained)):
-        shown += [paragraph(what), cards(images)] if images else []
-    return details(title, "".join([*shown, _keys(flips)]))
+    parts = [paragraph(f"no images: {shown.error}", "note")] if shown.error else []
+    for kind, images in (("lost", shown.lost), ("gained", shown.gained)):
+        parts += [paragraph(kind), cards(images)] if images else []
+    return details(title, "".join([*parts, _keys(flips)]))
 
 
 def _keys(flips: Flips) -> str:
-    rows = [["right in A, wrong in B", "wrong in A, right in B"]]
-    both = (flips.lost[:_SHOWN_KEYS], flips.gained[:_SHOWN_KEYS])
+    rows = [["correct in A, wrong in B", "wrong in A, correct in B"]]
+    both = (flips.lost[:_MAX_KEYS], flips.gained[:_MAX_KEYS])
     for i in range(max(map(len, both))):
         rows.append([keys[i] if i < len(keys) else "" for keys in both])
     more = [
-        f"and {len(keys) - _SHOWN_KEYS:,} more" if len(keys) > _SHOWN_KEYS else ""
-        for keys in (flips.lost, flips.gained)
+        f"and {len(keys) - _MAX_KEYS:,} more" if len(keys) > _MAX_KEYS else "" for keys in (flips.lost, flips.gained)
     ]
     rows += [more] if any(more) else []
     return table(rows)

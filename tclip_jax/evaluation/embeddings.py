@@ -1,10 +1,9 @@
-"""Embeddings of a source with its labels, kept on disk so that they are computed once."""
+"""Embeddings of a labelled source, cached on disk."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +11,21 @@ from etils import epath
 
 from tclip_jax.data.sources import Source
 from tclip_jax.data.sources import digest as data_digest
-from tclip_jax.evaluation.encoder import Encoder
+from tclip_jax.evaluation.encoder import Encoder, Progress, encode_source
 from tclip_jax.evaluation.results import read_arrays
-from tclip_jax.evaluation.rows import encode_rows
 from tclip_jax.evaluation.runner import EVALUATION
 from tclip_jax.keys import digest, recipe
 from tclip_jax.storage import write_atomic
 
 
 class LabelledEmbeddings(NamedTuple):
-    """The images of a source that can be read and have a class.
+    """The N images of a source that are readable and have a class.
 
     Attributes:
-      embeddings: (N, D) float32, normalised.
-      labels: (N,) int32.
-      keys: names of the images (N,).
-      places: of the images in the source (N,) int32.
+      embeddings: L2-normalised (N, D) float32.
+      labels: class indices (N,) int32.
+      keys: image names (N,).
+      places: indices of the images in the source (N,) int32.
     """
 
     embeddings: npt.NDArray[np.float32]
@@ -42,21 +40,24 @@ def labelled_embeddings(
     *,
     weights: str,
     cache: epath.PathLike | None,
-    progress: Callable[[int], Any] = lambda images: None,
+    progress: Progress = lambda images: None,
 ) -> LabelledEmbeddings:
-    """Embeds every image, or reads what an earlier call left in `cache`.
+    """Encode every image of a source, or read its embeddings from the cache.
 
-    A file there is named by the digest of what made it: the model, the content of the data and its class names.
+    The name of a cache file is a digest of the model, the content of the data and the class names.
 
     Args:
-      weights: what tells the weights from others', as `fingerprint` of a model.
-      cache: folder of the files; None to keep none.
+      encoder: the model.
+      source: images with one class each.
+      weights: identity of the weights, such as `fingerprint` of the model.
+      cache: folder of the cache; None to disable it.
+      progress: called with the number of images processed since the last call.
 
     Raises:
-      ValueError: a source without classes or of several labels, in which no image counts, or a broken file.
+      ValueError: the source has no classes, no usable image, or several labels per image; or a cache file is damaged.
     """
     if not source.classnames:
-        raise ValueError("a probe needs labelled images: these have captions")
+        raise ValueError("a probe needs class labels, but the source has captions")
     path = None
     if cache is not None:
         made_by = recipe(
@@ -66,36 +67,38 @@ def labelled_embeddings(
         )
         path = epath.Path(cache) / f"{digest(made_by)}.npz"
         if path.exists():
-            found = _read(path)
+            cached = _read(path)
             progress(len(source))
-            return found
-    rows, embeddings = encode_rows(encoder, source, progress=progress)
-    count = len(source.classnames)
-    good = [
+            return cached
+    records, embeddings = encode_source(encoder, source, progress=progress)
+    classes = len(source.classnames)
+    usable = [
         i
-        for i, (label, readable) in enumerate(zip(rows.labels, rows.readable, strict=True))
-        if readable and isinstance(label, int) and 0 <= label < count
+        for i, (label, readable) in enumerate(zip(records.labels, records.readable, strict=True))
+        if readable and isinstance(label, int) and 0 <= label < classes
     ]
-    if not good:
-        raise ValueError("no image can be read and has one class")
-    labels = np.array([rows.labels[i] for i in good], np.int32)
-    found = LabelledEmbeddings(
-        embeddings[good], labels, np.array([rows.names[i] for i in good]), np.array(good, np.int32)
+    if not usable:
+        raise ValueError("no image is readable and has exactly one class")
+    labelled = LabelledEmbeddings(
+        embeddings[usable],
+        np.array([records.labels[i] for i in usable], np.int32),
+        np.array([records.names[i] for i in usable]),
+        np.array(usable, np.int32),
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.savez(buffer, **found._asdict())
+        np.savez(buffer, **labelled._asdict())
         write_atomic(path, buffer.getvalue())
-    return found
+    return labelled
 
 
 def _read(path: epath.Path) -> LabelledEmbeddings:
     try:
         arrays = read_arrays(io.BytesIO(path.read_bytes()))
-        found = LabelledEmbeddings(*(arrays[name] for name in LabelledEmbeddings._fields))
-        if found.embeddings.ndim != 2 or len({array.shape[:1] for array in found}) > 1:
-            raise ValueError("arrays of other shapes")
+        cached = LabelledEmbeddings(*(arrays[name] for name in LabelledEmbeddings._fields))
+        if cached.embeddings.ndim != 2 or len({array.shape[:1] for array in cached}) > 1:
+            raise ValueError("the shapes of the arrays do not match")
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: not embeddings: {error}; delete it") from None
-    return found
+    return cached

@@ -1,10 +1,10 @@
-"""A model over all devices of all processes, as an evaluation uses it."""
+"""A model on all devices of all processes, and the embeddings of a whole data source."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +12,55 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
+from tclip_jax.data.eval_batches import eval_batches
 from tclip_jax.data.images import Preprocess, normalize
+from tclip_jax.data.sources import Source
 from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, Tokenizer
 from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.keys import recipe
 from tclip_jax.models.clip import CLIP
+from tclip_jax.parallel.agreement import allgather_json
 from tclip_jax.parallel.mesh import make_mesh, shard_batch
 from tclip_jax.parallel.sharding import tree_shardings
 
-_BUCKET = 16  # lengths of token rows are multiples of it, so that few shapes are compiled
+_BUCKET = 16  # token lengths are rounded up to a multiple of this, so that few shapes are compiled
+
+Reduce = Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
+Progress = Callable[[int], Any]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode_images(clip: CLIP, preprocess: Preprocess, params: Any, pixels: jax.Array) -> jax.Array:
     images = normalize(pixels, preprocess.mean, preprocess.std)
-    return _on_every_process(clip.apply({"params": params}, images, method="encode_image"))
+    return _replicated(clip.apply({"params": params}, images, method="encode_image"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_texts(clip: CLIP, params: Any, tokens: jax.Array) -> jax.Array:
-    return _on_every_process(clip.apply({"params": params}, tokens, method="encode_text"))
+    return _replicated(clip.apply({"params": params}, tokens, method="encode_text"))
 
 
-def _on_every_process(embeddings: Any) -> jax.Array:
+def _replicated(embeddings: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(embeddings, PartitionSpec())
 
 
 class Encoder:
-    """Encodes batches of one shape, their rows over the devices; every process gets all embeddings.
+    """Encodes batches of one fixed shape, sharded over all devices. Every process gets all embeddings.
+
+    Args:
+      model: the model; its parameters are placed on the mesh.
+      batch_size: rows over all devices.
+      dtype: of the computation. float32 uses the highest matmul precision, also on a TPU.
+      mesh: the devices; None for all.
 
     Attributes:
-      batch_size: rows over all devices: what was asked for, rounded up to divide over them.
-      dtype: of the computation. In float32 products are computed at the highest precision, also on a TPU.
-      made_by: everything but the weights that decides the embeddings, as of `keys.recipe`.
+      preprocess: the preprocessing of the model.
+      batch_size: the argument, rounded up to a multiple of the number of devices.
+      dtype: the argument.
+      made_by: what determines the embeddings besides the weights, for `keys.recipe`.
+
+    Raises:
+      ValueError: `batch_size` is not positive, or the model's vocabulary is smaller than the tokenizer's.
     """
 
     def __init__(
@@ -58,7 +74,9 @@ class Encoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
         if model.config.text.vocab_size < VOCAB_SIZE:
-            raise ValueError(f"the model knows {model.config.text.vocab_size} tokens: the tokenizer has {VOCAB_SIZE}")
+            raise ValueError(
+                f"the model's vocabulary has {model.config.text.vocab_size} tokens, but the tokenizer has {VOCAB_SIZE}"
+            )
         self.preprocess = model.preprocess
         self.dtype = dtype
         self.made_by = recipe(
@@ -68,32 +86,36 @@ class Encoder:
             context_length=model.config.text.context_length,
         )
         self._mesh = mesh or make_mesh()
-        self.batch_size = self._whole(batch_size)
+        self.batch_size = self._round_up(batch_size)
         self._clip = CLIP(model.config, model.rules, jnp.dtype(dtype))
-        self._params = jax.tree.map(_placed, model.params, tree_shardings(model.params, self._mesh))
+        self._params = jax.tree.map(_place, model.params, tree_shardings(model.params, self._mesh))
         self._text = model.config.text
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> jax.Array:
-        """L2-normalised embeddings (batch_size, D) float32 of this process's rows (b, H, W, 3) and all others'.
+        """Encode a batch of images. The call returns before the devices finish, so the caller can load the next batch.
 
-        Returns before they are computed, so that the next batch can be prepared meanwhile.
+        Args:
+          pixels: the rows of this process (batch_size / processes, H, W, 3).
+
+        Returns:
+          L2-normalised embeddings (batch_size, D) float32 of the rows of all processes.
         """
         return self._run(_encode_images, self.preprocess, batch=pixels)
 
     def texts(self, texts: Sequence[str]) -> Embeddings:
-        """L2-normalised embeddings (N, D) of texts that are the same on every process."""
+        """Return the L2-normalised embeddings (N, D) of texts, which must be the same on every process."""
         tokens = Tokenizer(self._text.context_length)(texts)
         lengths = self._lengths(tokens)
-        rows = min(self.batch_size, self._whole(1 << max(len(texts) - 1, 0).bit_length()))
-        share = rows // jax.process_count()
-        own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        rows = min(self.batch_size, self._round_up(1 << max(len(texts) - 1, 0).bit_length()))
+        local_rows = rows // jax.process_count()
+        local = slice(jax.process_index() * local_rows, (jax.process_index() + 1) * local_rows)
         order = np.argsort(lengths, kind="stable")
         embeddings = []
         for start in range(0, len(texts), rows):
             part = order[start : start + rows]
             batch = np.zeros((rows, lengths[part[-1]]), np.int32)
             batch[: len(part)] = tokens[part, : batch.shape[1]]
-            embeddings.append(np.asarray(self._run(_encode_texts, batch=batch[own]))[: len(part)])
+            embeddings.append(np.asarray(self._run(_encode_texts, batch=batch[local]))[: len(part)])
         return np.concatenate(embeddings)[np.argsort(order)]
 
     def _run(self, encode: Any, *static: Any, batch: npt.NDArray[Any]) -> jax.Array:
@@ -102,19 +124,91 @@ class Encoder:
             return encode(self._clip, *static, self._params, shard_batch({"batch": batch}, self._mesh)["batch"])
 
     def _lengths(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Columns of each row that the tower must see: under a causal mask nothing after the end counts."""
+        """Return how many columns of each row affect its embedding: with a causal mask, those up to the end token."""
         length = self._text.context_length
         if self._text.no_causal_mask or self._text.pool_type != "argmax":
             return np.full(len(tokens), length)
         ends = (tokens == EOT).argmax(axis=1) + 1
         return np.minimum(-(-ends // _BUCKET) * _BUCKET, length)
 
-    def _whole(self, rows: int) -> int:
+    def _round_up(self, rows: int) -> int:
         return -(-rows // self._mesh.size) * self._mesh.size
 
 
-def _placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The parameter on the mesh; from NumPy where it is on one device alone, which another process cannot see."""
+def _place(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
+    # Via NumPy: an array on a single device is not addressable by the other processes.
     return jax.device_put(np.asarray(leaf), sharding)
+
+
+class ImageRecords(NamedTuple):
+    """The metadata of all records of a source, in its order: lists of length N.
+
+    Attributes:
+      names: record names.
+      labels: a class index, or a 0/1 vector over the classes.
+      captions: the captions of each image.
+      readable: whether the image could be decoded.
+    """
+
+    names: list[str]
+    labels: list[Any]
+    captions: list[list[str]]
+    readable: list[bool]
+
+
+def encode_source(
+    encoder: Encoder, source: Source, reduce: Reduce = np.asarray, progress: Progress = lambda images: None
+) -> tuple[ImageRecords, npt.NDArray[Any]]:
+    """Encode every image of a source once, split over all processes, and reduce each batch to save memory.
+
+    Args:
+      encoder: the model.
+      source: the images.
+      reduce: function from embeddings (B, D) float32 to the values (B, …) to keep, such as class predictions.
+      progress: called with the number of images encoded since the last call.
+
+    Returns:
+      The records without their images, and the values (N, …), both on every process. The value of an image that could
+      not be decoded is that of a black image.
+
+    Raises:
+      ValueError: the source is empty, or embeddings are not finite.
+    """
+    if not len(source):
+        raise ValueError("the source has no images")
+    values: list[npt.NDArray[Any]] = []
+    local_records: list[list[Any]] = []
+    pending: jax.Array | None = None
+    for batch in eval_batches(
+        source,
+        preprocess=encoder.preprocess,
+        batch_size=encoder.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        running = encoder.images(batch["image"])
+        # Fetching blocks, so each result is fetched after the next batch is dispatched: the devices are never idle.
+        if pending is not None:
+            values.append(_fetch(pending, reduce))
+            progress(encoder.batch_size)
+        pending = running
+        columns = (*(batch[key].tolist() for key in ("index", "label", "weight")), batch["name"], batch["captions"])
+        local_records += [
+            [index, name, label, captions, weight > 0]
+            for index, label, weight, name, captions in zip(*columns, strict=True)
+        ]
+    assert pending is not None
+    values.append(_fetch(pending, reduce))
+    progress(len(source) - encoder.batch_size * (len(values) - 1))
+    # Rows that pad the last batch have index -1.
+    records = sorted(record for records in allgather_json(local_records) for record in records if record[0] >= 0)
+    return ImageRecords(*map(list, list(zip(*records, strict=True))[1:])), np.concatenate(values)[: len(source)]
+
+
+def _fetch(embeddings: jax.Array, reduce: Reduce) -> npt.NDArray[Any]:
+    host = np.asarray(embeddings)
+    if not np.isfinite(host).all():
+        raise ValueError("the model's embeddings are not finite")
+    return reduce(host)

@@ -1,4 +1,4 @@
-"""What a model got wrong: which images, and which classes it takes for which."""
+"""The mistakes of a model: misclassified images, confused classes, and the classes with the lowest metric."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tclip_jax.data.sources import BadSample, Record, Source
 from tclip_jax.evaluation.metrics import average_precision
 from tclip_jax.evaluation.results import Predictions
 
-_SIDE = 136  # pixels of a thumbnail, as wide as a page shows it
-_LETTERS = 120
+_SIDE = 136  # pixels of a thumbnail: its width on the page
+_MAX_CHARACTERS = 120
 
 
 class Example(NamedTuple):
-    """An image and what to say of it.
+    """An image with its truth and its prediction.
 
     Attributes:
-      thumbnail: a JPEG.
-      small: whether it is smaller than it will be shown.
-      truth: its class or classes, or one of its captions.
-      predicted: what the model made of it.
+      thumbnail: JPEG file.
+      small: whether the image is less than half the size at which the page shows it.
+      truth: the class or classes of the image, or one of its captions.
+      predicted: description of the prediction.
     """
 
     thumbnail: bytes
@@ -35,62 +35,64 @@ class Example(NamedTuple):
 
 
 def examples(predictions: Predictions, source: Source, limit: int) -> list[Example]:
-    """Up to `limit` mistakes, spread evenly over the data set; of retrieval the images whose captions rank worst.
+    """Return up to `limit` mistakes, spread evenly over the data set. Unreadable images are skipped.
 
-    A mistake is a most probable class that is not among the labels. Images that cannot be read are passed over.
+    A mistake is an image whose most probable class is not among its labels. In retrieval, the mistakes are the images
+    whose captions rank worst.
 
     Args:
-      predictions: as `read_predictions` describes them.
-      source: the data that was evaluated.
+      predictions: output of `read_predictions`.
+      source: the evaluated data.
+      limit: number of mistakes.
 
     Raises:
-      ValueError: the source has another image in the place of one of them, or fewer classes.
+      ValueError: the source has fewer classes than the predictions, or another image at an index.
     """
     _check_classes(predictions, source.classnames)
-    found = []
-    for row in map(int, _wrong(predictions, limit)):
+    shown = []
+    for row in map(int, _mistakes(predictions, limit)):
         if record := _record(predictions, row, source):
-            found.append(_example(record, *_words(predictions, row, record, source.classnames)))
-    return [each for each in found if each]
+            shown.append(_example(record, *_describe(predictions, row, record, source.classnames)))
+    return [each for each in shown if each]
 
 
 def changed(first: Predictions, second: Predictions, keys: Sequence[str], source: Source, limit: int) -> list[Example]:
-    """Up to `limit` of the images with these keys, spread evenly, and what either model made of them.
+    """Return up to `limit` of the images with the given keys, spread evenly, with the predictions of both models.
 
     Raises:
-      ValueError: the source has another image in the place of one of them, or fewer classes.
+      ValueError: the source has fewer classes than the predictions, or another image at an index.
     """
     for predictions in (first, second):
         _check_classes(predictions, source.classnames)
-    found = []
+    shown = []
     for key in (keys[i] for i in _spread(len(keys), limit)):
-        here, there = (int(np.flatnonzero(each["keys"] == key)[0]) for each in (first, second))
-        if record := _record(first, here, source):
-            truth, a = _words(first, here, record, source.classnames)
-            _, b = _words(second, there, record, source.classnames)
-            found.append(_example(record, truth, f"A: {a}; B: {b}"))
-    return [each for each in found if each]
+        row_a, row_b = (int(np.flatnonzero(each["keys"] == key)[0]) for each in (first, second))
+        if record := _record(first, row_a, source):
+            truth, a = _describe(first, row_a, record, source.classnames)
+            _, b = _describe(second, row_b, record, source.classnames)
+            shown.append(_example(record, truth, f"A: {a}; B: {b}"))
+    return [each for each in shown if each]
 
 
 def _check_classes(predictions: Predictions, classnames: Sequence[str]) -> None:
     if "scores" in predictions:
         classes = predictions["scores"].shape[1]
     else:
-        named = [predictions[each] for each in ("labels", "top") if each in predictions]
-        classes = 1 + max((int(each.max()) for each in named if each.size), default=-1)
+        indices = [predictions[each] for each in ("labels", "top") if each in predictions]
+        classes = 1 + max((int(each.max()) for each in indices if each.size), default=-1)
     if classes > len(classnames):
-        raise ValueError(f"the predictions are of {classes} classes, and the data now has {len(classnames)}")
+        raise ValueError(f"the predictions have {classes} classes, but the data has {len(classnames)}")
 
 
 def _record(predictions: Predictions, row: int, source: Source) -> Record | None:
-    """The record that a row is of; None where it cannot be read."""
-    place, key = int(predictions["index"][row]), str(predictions["keys"][row])
+    """Return the record of a row; None if it cannot be read."""
+    index, key = int(predictions["index"][row]), str(predictions["keys"][row])
     try:
-        record = source[place] if place < len(source) else None
+        record = source[index] if index < len(source) else None
     except BadSample:
         return None
     if record is None or record.name != key:
-        raise ValueError(f"image {place} is {record.name if record else 'not there'}, not {key}")
+        raise ValueError(f"image {index} is {record.name if record else 'missing'}, not {key}")
     return record
 
 
@@ -103,11 +105,11 @@ def _example(record: Record, truth: str, predicted: str) -> Example | None:
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
-    return Example(buffer.getvalue(), small, truth[:_LETTERS], predicted[:_LETTERS])
+    return Example(buffer.getvalue(), small, truth[:_MAX_CHARACTERS], predicted[:_MAX_CHARACTERS])
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:
-    """The commonest mistakes of classification: true class, predicted class, how many images."""
+    """Return the most frequent confusions of single-label predictions: (true class, predicted class, images)."""
     labels, predicted = predictions["labels"].astype(np.int64), predictions["top"][:, 0].astype(np.int64)
     pairs, counts = np.unique(np.stack([labels, predicted])[:, labels != predicted], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
@@ -115,38 +117,38 @@ def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) 
 
 
 def weakest_classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, float, int]]:
-    """The classes with the least recall, or of several labels average precision: name, fraction 0–1, images of it."""
+    """Return the classes with the lowest recall, or average precision if multi-label: (name, value, images)."""
     labels = predictions["labels"]
     if "scores" in predictions:
         images, values = labels.sum(axis=0).astype(np.int64), average_precision(predictions["scores"], labels)
     else:
         images = np.bincount(labels, minlength=len(classnames))
-        right = np.bincount(labels[labels == predictions["top"][:, 0]], minlength=len(classnames))
-        values = right / np.maximum(images, 1)
+        correct = np.bincount(labels[labels == predictions["top"][:, 0]], minlength=len(classnames))
+        values = correct / np.maximum(images, 1)
     (present,) = np.nonzero(images)
     order = present[np.argsort(values[present], kind="stable")][:limit]
     return [(classnames[i], float(values[i]), int(images[i])) for i in order]
 
 
-def _wrong(predictions: Predictions, limit: int) -> npt.NDArray[np.intp]:
+def _mistakes(predictions: Predictions, limit: int) -> npt.NDArray[np.intp]:
     if "text_rank" in predictions:
         worst = np.argsort(-predictions["text_rank"], kind="stable")[:limit]
         return worst[predictions["text_rank"][worst] > 0]
     if "scores" in predictions:
         top = predictions["scores"].argmax(axis=1)
-        (wrong,) = np.nonzero(predictions["labels"][np.arange(len(top)), top] == 0)
+        (mistakes,) = np.nonzero(predictions["labels"][np.arange(len(top)), top] == 0)
     else:
-        (wrong,) = np.nonzero(predictions["top"][:, 0] != predictions["labels"])
-    return wrong[_spread(len(wrong), limit)]
+        (mistakes,) = np.nonzero(predictions["top"][:, 0] != predictions["labels"])
+    return mistakes[_spread(len(mistakes), limit)]
 
 
 def _spread(count: int, limit: int) -> npt.NDArray[np.intp]:
-    """Up to `limit` of 0 to count − 1, evenly."""
+    """Return up to `limit` indices below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, limit).astype(np.intp)) if count else np.empty(0, np.intp)
 
 
-def _words(predictions: Predictions, row: int, record: Record, classnames: Sequence[str]) -> tuple[str, str]:
-    """The truth, and what the model predicted."""
+def _describe(predictions: Predictions, row: int, record: Record, classnames: Sequence[str]) -> tuple[str, str]:
+    """Return the truth and the prediction in words."""
     if "text_rank" in predictions:
         texts = len(predictions["image_rank"])
         return record.captions[0], f"best caption is number {predictions['text_rank'][row] + 1:,} of {texts:,}"

@@ -1,4 +1,4 @@
-"""An evaluation as a table in per cent, and as one HTML page that needs nothing else."""
+"""The report of an evaluation: a table in per cent, or one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _COLUMNS = {
 }
 _AVERAGES = (
     "mean of acc1 over {} sets (CLIP_benchmark)",
-    "mean over {} sets, of caltech101, fgvc_aircraft, flowers and pets per class (OpenAI, DataComp)",
+    "mean over {} sets, per class for caltech101, fgvc_aircraft, flowers and pets (OpenAI, DataComp)",
 )
 
 
 def report_table(report: Report) -> str:
-    """A line per data set, with the metrics that occur, then both averages, what is partial, and what failed."""
+    """Return a line per data set with its metrics, then both averages, and partial and failed data sets."""
     averages = average_lines(report)
     lines = [*(aligned(table_rows(report)) if report.results else []), *(["", *averages] if averages else [])]
     return "\n".join([*lines, *problem_lines(report)])
 
 
 def table_rows(report: Report) -> list[list[str]]:
-    """The headings, and the cells of each data set."""
+    """Return the cells of the table: a row of headings, then a row per data set."""
     columns = {
         metric: title
         for metric, title in _COLUMNS.items()
@@ -54,14 +54,14 @@ def table_rows(report: Report) -> list[list[str]]:
 
 
 def average_lines(report: Report) -> list[str]:
-    """Both averages in words; nothing with fewer than two classification sets."""
+    """Return a line for each average; no line for fewer than two classification sets."""
     sets = sum("acc1" in result.metrics for result in report.results.values())
     averages = report.averages
     return [f"{_AVERAGES[i].format(sets)}: {averages[name]:.2%}" for i, name in enumerate(AVERAGES) if sets > 1]
 
 
 def problem_lines(report: Report) -> list[str]:
-    """What is partial, and what failed."""
+    """Return a line per partial or failed data set."""
     lines = []
     for name, failed in report.partial.items():
         counts = ", ".join(f"{count:,} x {why}" for why, count in failed.items())
@@ -76,34 +76,34 @@ def _per_cent(value: float | None) -> str:
 
 
 _LEGEND = (
-    "Below an image stands the truth, then what the model predicted. Mistakes are spread evenly over a data set; of "
-    "retrieval they are the images whose captions rank worst."
+    "Below each image are the truth and the prediction. The mistakes are spread evenly over a data set. In retrieval, "
+    "they are the images whose captions rank worst."
 )
 
 
 def write_page(path: epath.PathLike, report: Report, out: epath.PathLike, tasks: Sequence[Task]) -> None:
-    """Writes the page, on the first process alone."""
+    """Write the page on process 0."""
     if jax.process_index() == 0:
         write_atomic(path, to_html(report, out, tasks))
 
 
 def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit: int = 12) -> str:
-    """The page of an evaluation.
+    """Return the page of an evaluation.
 
     Args:
-      out: its folder of results, which has the predictions.
-      tasks: what was evaluated; their data is opened again for the images.
-      limit: mistakes and classes shown of each data set.
+      report: the results.
+      out: folder of the results, which has the predictions.
+      tasks: the evaluated tasks; their data is opened again for the images.
+      limit: number of mistakes and of classes per data set.
     """
     results = list(report.results.values())
-    troubles = problem_lines(report)
     parts = [paragraph(line, "verdict") for line in average_lines(report)]
-    parts += [paragraph(line, "verdict bad") for line in troubles]
+    parts += [paragraph(line, "verdict bad") for line in problem_lines(report)]
     if results:
         partial = [False, *(name in report.partial for name in report.results)]
         parts += [_facts(results), plot(plot_metrics(results), "the main metric of every data set")]
         parts += [heading("Data sets, in per cent"), table(table_rows(report), marked=partial)]
-        parts += [heading("What went wrong"), paragraph(_LEGEND, "note")]
+        parts += [heading("Mistakes"), paragraph(_LEGEND, "note")]
     measured = [task for task in tasks if task.dataset.name in report.results]
     for task in tqdm.tqdm(measured, "report", unit="set", disable=None, leave=False):
         parts.append(_section(report.results[task.dataset.name], out, task, limit))
@@ -111,27 +111,27 @@ def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit
     return page(f"Evaluation of {', '.join(models) or 'nothing'}", "\n".join(parts))
 
 
-def cards(found: Sequence[Example]) -> str:
-    """Images in rows, each above the truth and what the model predicted."""
-    return f'<div class="cards">{"".join(map(_card, found))}</div>'
+def cards(images: Sequence[Example]) -> str:
+    """Return the HTML of images in rows, each with the truth and the prediction below."""
+    return f'<div class="cards">{"".join(map(_card, images))}</div>'
 
 
 def plot_metrics(results: Sequence[Result]) -> Figure:
-    """A bar of the main metric of each data set, in per cent, the best on top."""
+    """Plot the main metric of each data set in per cent, the best one on top."""
     bars = {result.dataset: 100 * _main(result)[1] for result in results if not math.isnan(_main(result)[1])}
     names = sorted(bars, key=lambda name: bars[name])
     figure = Figure(figsize=(11, 1 + 0.22 * len(names)), layout="constrained", dpi=110)
     axes = figure.subplots()
-    drawn = axes.barh(names, [bars[name] for name in names], color="#3b6fb6")
-    axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
-    axes.set(xlim=(0, 105), xlabel="%: acc1, mAP of several labels, image recall@5 of retrieval")
+    container = axes.barh(names, [bars[name] for name in names], color="#3b6fb6")
+    axes.bar_label(container, fmt="%.1f", padding=3, fontsize=8)
+    axes.set(xlim=(0, 105), xlabel="%: acc1; mAP if multi-label; image recall@5 for retrieval")
     axes.margins(y=0.01)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def _main(result: Result) -> tuple[str, float]:
-    """The metric for tables and its value."""
+    """Return the name and the value of the main metric."""
     name = main_metric(result.metrics)
     return name, result.metrics.get(name, math.nan)
 
@@ -151,10 +151,10 @@ def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str
         predictions = read_predictions(out, result.dataset, result.made_by)
         _, source, _ = task.open()
         check_content(result.dataset, source, result.made_by.get("data", {}).get("content", ""))
-        shown = cards(examples(predictions, source, limit))
+        images = cards(examples(predictions, source, limit))
     except (OSError, ValueError) as error:
         return details(title, paragraph(f"no examples: {error}", "note"))
-    return details(title, shown + _classes(predictions, source.classnames, limit))
+    return details(title, images + _classes(predictions, source.classnames, limit))
 
 
 def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> str:
@@ -170,14 +170,13 @@ def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) ->
         pairs = [
             [truth, predicted, f"{count:,}"] for truth, predicted, count in confusions(predictions, classnames, limit)
         ]
-        tables.append(table([["taken for another: true class", "predicted", "images"], *pairs]))
+        tables.append(table([["confusions: true class", "predicted", "images"], *pairs]))
     return f'<div class="cards">{"".join(tables)}</div>'
 
 
 def _card(example: Example) -> str:
     kind = ' class="small"' if example.small else ""
     picture = f'<img{kind} alt="" src="{data_uri(example.thumbnail, "jpeg")}">'
-    words = (
-        f'<span class="good">{html.escape(example.truth)}</span><br><span class="bad">{html.escape(example.predicted)}'
-    )
-    return f"<figure>{picture}<figcaption>{words}</span></figcaption></figure>"
+    truth, predicted = html.escape(example.truth), html.escape(example.predicted)
+    caption = f'<span class="good">{truth}</span><br><span class="bad">{predicted}</span>'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

@@ -1,4 +1,4 @@
-"""The suite of probes: linear and few-shot classifiers on the frozen embeddings of labelled data sets."""
+"""Fit linear and few-shot probes on the embeddings of many data sets."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """A data set, and how to open its split of a name."""
+    """The name of a data set, and a function that opens one of its splits `train` and `test`."""
 
     name: str
     open: Callable[[str], Source]
 
 
 def source_pair(spec: str) -> Pair:
-    """The splits `train` and `test` of a source, written as `open_source` reads it."""
+    """Return the splits of a source; `spec` is a specification for `open_source`."""
     return Pair(spec, functools.partial(open_source, spec))
 
 
 def suite_pairs(root: epath.PathLike, suite: str, download: bool = False) -> list[Pair]:
-    """Those of the webdataset exports of a suite, as `suite_tasks` finds them; `download` fetches both splits."""
+    """Return the splits of the webdataset exports of a suite; see `suite_tasks`. `download` fetches both splits."""
 
     def open_split(folder: epath.Path, dataset: str, split: str) -> Source:
         if download and not (folder / split / SHARD_COUNT).exists():
@@ -75,29 +75,37 @@ def probe(
     seeds: int = 5,
     cache: epath.PathLike | None = None,
 ) -> tuple[list[Result], dict[str, str]]:
-    """Fits the probes of each data set that have no result in `out` yet; the results, and why others have none.
+    """Fit the probes without a result in `out`, and write their results to `<out>/linear_probe` and `<out>/<k>_shot`.
 
-    A result is in `<out>/linear_probe` or `<out>/<k>_shot`, folders that `compare` compares. One that is there is taken
-    if the same made it: the model, both splits by their content, class names, seeds and all else of the protocol.
-    Metrics of few-shot are means over the seeds; `acc1_low` and `acc1_high` are the ends of Student's 95 % interval of
-    that mean. The classes of both splits are matched by name.
+    An existing result is reused if it was made with the same model, content of both splits, class names, seeds and
+    protocol. The classes of both splits are matched by name. Few-shot metrics are means over the seeds; `acc1_low` and
+    `acc1_high` are the ends of Student's 95 % interval of the mean.
 
     Args:
-      weights: as `fingerprint` of the model.
-      seeds: draws of the training images for each number of shots.
-      cache: folder of embeddings, as of `labelled_embeddings`.
+      encoder: the model.
+      pairs: the data sets.
+      model: name of the model in the results.
+      weights: identity of the weights, such as `fingerprint` of the model.
+      out: folder of the results.
+      linear: fit the linear probe.
+      shots: numbers of training images per class of the few-shot probes.
+      seeds: number of draws of the training images of each few-shot probe.
+      cache: folder of the cached embeddings; see `labelled_embeddings`.
+
+    Returns:
+      All results, new and reused, and one error line by data set for those without a result.
 
     Raises:
-      ValueError: several processes, shots or seeds that are not positive, no probe to fit, or a result in `out` that
-        something else made.
+      ValueError: there are several processes, shots or seeds are not positive, there is no probe to fit, or a result in
+        `out` was made with different inputs.
     """
     if jax.process_count() > 1:
-        raise ValueError(f"probes are fitted on one process: there are {jax.process_count()}")
+        raise ValueError(f"probes run on one process, but there are {jax.process_count()}")
     if min(*shots, seeds, 1) < 1:
         raise ValueError(f"shots {list(shots)} and seeds {seeds} must be 1 or more")
     names = [*([LINEAR] if linear else []), *(f"{k}_shot" for k in dict.fromkeys(shots))]
     if not names:
-        raise ValueError("nothing to fit: neither the linear probe nor a number of shots")
+        raise ValueError("nothing to fit: enable the linear probe, or give numbers of shots")
     results, errors = [], {}
     with tqdm.tqdm(unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         for pair in pairs:
@@ -109,28 +117,28 @@ def probe(
                 _logger.warning("%s: no result: %s", pair.name, error)
                 continue
             made_by = {name: _made_by(encoder, weights, pair.name, sources, name, seeds) for name in names}
-            found = {name: find_result(epath.Path(out) / name, pair.name, made_by[name]) for name in names}
-            results += [each for each in found.values() if each]
-            left = [name for name in names if not found[name]]
-            if not left:
+            existing = {name: find_result(epath.Path(out) / name, pair.name, made_by[name]) for name in names}
+            results += [each for each in existing.values() if each]
+            pending = [name for name in names if not existing[name]]
+            if not pending:
                 continue
             try:
                 train, test = (
                     labelled_embeddings(encoder, source, weights=weights, cache=cache, progress=bar.update)
                     for source in sources
                 )
-                labels = _by_name(test.labels, train.labels, sources[1].classnames, sources[0].classnames)
+                labels = _match_classes(test.labels, train.labels, sources[1].classnames, sources[0].classnames)
                 test = test._replace(labels=labels)
-                lost = {
+                unused = {
                     f"{split}: {NOT_USED}": len(source) - len(each.labels)
                     for split, source, each in zip((_TRAIN, SPLIT), sources, (train, test), strict=True)
                 }
                 failed = []
-                for name in left:
+                for name in pending:
                     bar.set_description(f"{pair.name} {name.replace('_', ' ')}")
                     started = time.perf_counter()
                     try:
-                        metrics, predictions = _fitted(name, train, test, seeds)
+                        metrics, predictions = _evaluate(name, train, test, seeds)
                     except ValueError as error:
                         failed.append(f"{name}: {error}")
                         continue
@@ -144,7 +152,7 @@ def probe(
                         versions=versions(),
                         seconds=round(time.perf_counter() - started, 3),
                         samples=len(test.labels),
-                        failed={why: count for why, count in lost.items() if count},
+                        failed={why: count for why, count in unused.items() if count},
                         made_by=made_by[name],
                     )
                     results.append(result)
@@ -159,7 +167,7 @@ def probe(
 
 
 def probe_table(results: Sequence[Result]) -> str:
-    """A line for each data set and probe, in per cent."""
+    """Return a line per data set and probe, in per cent."""
     rows = [["data set", "probe", "images", "acc1", "95 % over seeds", "acc5", "per class", PROBE_C]]
     for result in results:
         metrics = result.metrics
@@ -183,28 +191,31 @@ def _made_by(encoder: Encoder, weights: str, dataset: str, sources: Sequence[Sou
     )
 
 
-def _by_name(
-    labels: npt.NDArray[np.int32], trained: npt.NDArray[np.int32], own: Sequence[str], classes: Sequence[str]
+def _match_classes(
+    labels: npt.NDArray[np.int32],
+    train_labels: npt.NDArray[np.int32],
+    classes: Sequence[str],
+    train_classes: Sequence[str],
 ) -> npt.NDArray[np.int32]:
-    """Labels among the class names `own` as labels among the training split's `classes`.
+    """Convert test labels, indices into `classes`, to indices into `train_classes` by name.
 
     Raises:
-      ValueError: images of a class that was not trained on, or names that are there twice and differ between splits.
+      ValueError: a test image has a class without training images, or the class lists differ and a name is repeated.
     """
-    places = np.arange(len(own), dtype=np.int32)
-    if tuple(own) != tuple(classes):
-        if twice := [name for names in (own, classes) for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"train and test have other classes, of which two are named {twice[0]!r}")
-        index = {name: place for place, name in enumerate(classes)}
-        places = np.array([index.get(name, -1) for name in own], np.int32)
-    found = places[labels]
-    if untrained := dict.fromkeys(own[label] for label in labels[~np.isin(found, trained)]):
+    indices = np.arange(len(classes), dtype=np.int32)
+    if tuple(classes) != tuple(train_classes):
+        if repeated := [name for names in (classes, train_classes) for name, n in Counter(names).items() if n > 1]:
+            raise ValueError(f"train and test have different classes, and two classes are named {repeated[0]!r}")
+        index = {name: i for i, name in enumerate(train_classes)}
+        indices = np.array([index.get(name, -1) for name in classes], np.int32)
+    converted = indices[labels]
+    if untrained := dict.fromkeys(classes[label] for label in labels[~np.isin(converted, train_labels)]):
         names = ", ".join(map(repr, [*untrained][:5])) + (", …" if len(untrained) > 5 else "")
-        raise ValueError(f"test has images of {len(untrained)} classes of which train has none: {names}")
-    return found
+        raise ValueError(f"test has images of {len(untrained)} classes without training images: {names}")
+    return converted
 
 
-def _fitted(
+def _evaluate(
     name: str, train: LabelledEmbeddings, test: LabelledEmbeddings, seeds: int
 ) -> tuple[dict[str, float], Predictions]:
     predictions: Predictions = {"keys": test.keys, "index": test.places, "labels": test.labels}

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON per data set in CLIP_benchmark's schema, the predictions beside it, and a summary."""
+"""Result files: one JSON per data set in the schema of CLIP_benchmark, with the predictions next to it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from tclip_jax.schema import from_mapping
 from tclip_jax.storage import dump_json, write_atomic
 
 SUMMARY = "summary.json"
-PROBE_C = "C"  # among the metrics of a linear probe: the C that was chosen
+PROBE_C = "C"  # a metric of the linear probe: the selected inverse regularisation strength
 _MADE_BY = "made_by"
-_MAX_PREDICTIONS = 1 << 30  # bytes unpacked; the largest of the 41 have 20 MB
+_MAX_PREDICTIONS = 1 << 30  # bytes after decompression; the largest of the 41 data sets has 20 MB
 Predictions = dict[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of a model on a data set; the first six fields are CLIP_benchmark's.
+    """The evaluation result of a model on a data set. The first six fields are those of CLIP_benchmark.
 
     Attributes:
-      dataset: name, as in the table of the suite.
-      model: what was evaluated, as it was named.
-      pretrained: which weights: a hash of them, or the step of a run.
-      task: zeroshot_classification, zeroshot_retrieval, or the name of a further suite's.
-      metrics: fractions 0–1 by name, but for `PROBE_C`; NaN where a metric is not defined.
-      language: of the class names and captions.
-      dtype: of the computation.
-      versions: of the libraries, and the kind of device.
+      dataset: name of the data set, as in `DATASETS`.
+      model: name of the model.
+      pretrained: identity of the weights: a hash, or the step of a run.
+      task: zeroshot_classification, zeroshot_retrieval, linear_probe or <k>_shot.
+      metrics: fractions in [0, 1] by name, except `PROBE_C`; NaN if a metric is undefined.
+      language: language of the class names and captions.
+      dtype: dtype of the computation.
+      versions: versions of the libraries, and the kind and number of devices.
       seconds: wall time.
-      samples: images that count in the metrics.
-      failed: images that do not, by reason.
-      made_by: everything that decides the metrics, as of `keys.recipe`; empty in files of other programs.
+      samples: number of images that the metrics count.
+      failed: number of images that the metrics do not count, by reason.
+      made_by: everything that determines the metrics, from `keys.recipe`; empty in files of other programs.
     """
 
     dataset: str
@@ -59,17 +59,17 @@ class Result:
 
 
 def result_path(out: epath.PathLike, dataset: str) -> epath.Path:
-    """Where the result of a data set lies: `vtab/cifar10` in `vtab-cifar10.json`."""
+    """Return the path of a result: `vtab-cifar10.json` for `vtab/cifar10`."""
     return epath.Path(out) / f"{dataset.replace('/', '-')}.json"
 
 
 def predictions_path(out: epath.PathLike, dataset: str) -> epath.Path:
-    """Where the predictions of a data set lie, beside its result."""
+    """Return the path of the predictions, next to the result."""
     return result_path(out, dataset).with_suffix(".predictions.npz")
 
 
 def write_result(out: epath.PathLike, result: Result, predictions: Predictions) -> None:
-    """Writes `<dataset>.predictions.npz`, then `<dataset>.json`: where the JSON is, both are whole."""
+    """Write `<dataset>.predictions.npz`, then `<dataset>.json`. If the JSON exists, both files are complete."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **predictions, **{_MADE_BY: np.array(digest(result.made_by))})  # type: ignore[arg-type]
     write_atomic(predictions_path(out, result.dataset), buffer.getvalue())
@@ -77,21 +77,21 @@ def write_result(out: epath.PathLike, result: Result, predictions: Predictions) 
 
 
 def read_result(path: epath.PathLike) -> Result:
-    """The result in a JSON file, ours or CLIP_benchmark's.
+    """Read a result from a JSON file of this program or of CLIP_benchmark.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not a result; one line.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a result.
     """
     path = epath.Path(path)
     try:
-        found = json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     known = [field.name for field in dataclasses.fields(Result)]
-    if isinstance(found, dict):  # CLIP_benchmark may add class names and templates
-        found = {name: value for name, value in found.items() if name in known}
-    result = from_mapping(Result, found, str(path))
+    if isinstance(fields, dict):  # CLIP_benchmark may add class names and templates
+        fields = {name: value for name, value in fields.items() if name in known}
+    result = from_mapping(Result, fields, str(path))
     for name, value in result.metrics.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{path}: metric {name} is {value!r}: it must be a number or null")
@@ -100,70 +100,75 @@ def read_result(path: epath.PathLike) -> Result:
 
 
 def find_result(out: epath.PathLike, dataset: str, made_by: Recipe) -> Result | None:
-    """The result of a data set that is in `out` already, or None.
+    """Return the existing result of a data set in `out`, or None.
 
     Raises:
-      ValueError: something else made it, it does not say what, or it is no result.
+      ValueError: the file is not a result, has no `made_by`, or was made with different inputs.
     """
     path = result_path(out, dataset)
     if not path.exists():
         return None
     result = read_result(path)
     if not result.made_by:
-        raise ValueError(f"{path}: it does not say what made it, so it may be of anything: choose another folder")
+        raise ValueError(f"{path}: it does not record what made it (made_by); choose another folder")
     if differs := difference(result.made_by, made_by):
-        raise ValueError(f"{path}: made by something else ({differs}): choose another folder")
+        raise ValueError(f"{path}: made with different inputs ({differs}); choose another folder")
     return result
 
 
 def read_predictions(out: epath.PathLike, dataset: str, made_by: Recipe | None = None) -> Predictions:
-    """The arrays beside a result, one row per image that counts, in the order of the data set.
-
-    Always `keys` (N,), a name for each image that is the same in every run on this data, and `index` (N,), its place in
-    the source. Of classification `labels` (N,) and `top` (N, min(5, C)), the most probable classes, or of few-shot
-    `labels` and `share` (N,), of the draws that were right; of several labels `labels` (N, C) and `scores` (N, C); of
-    retrieval `text_rank` (N,), and for each caption `text_to_image` (M,) (a row of `keys`) and `image_rank` (M,), where
-    rank 0 is first.
+    """Read the predictions of a result: arrays with one row per counted image, in the order of the data set.
 
     Args:
-      made_by: that of the result beside them; None or empty if it has none.
+      out: folder of the result.
+      dataset: name of the data set.
+      made_by: `made_by` of the result; None or empty to skip the check.
+
+    Returns:
+      Arrays by name. All kinds have `keys` (N,), image names that are the same in every run, and `index` (N,), indices
+      in the source. In addition:
+        single-label: `labels` (N,) and `top` (N, min(5, C)), the most probable classes;
+        few-shot: `labels` (N,) and `share` (N,), the fraction of draws with a correct prediction;
+        multi-label: `labels` (N, C) and `scores` (N, C);
+        retrieval: `text_rank` (N,), and per caption `text_to_image` (M,), a row of `keys`, and `image_rank` (M,);
+          rank 0 is first.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not an archive of plain arrays, or something else made them; one line.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not an archive of plain arrays, or belongs to another result.
     """
     path = predictions_path(out, dataset)
     try:
         with path.open("rb") as file:
             size = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
             if size > _MAX_PREDICTIONS:
-                raise ValueError(f"{size:,} bytes, where at most {_MAX_PREDICTIONS:,} are expected")
+                raise ValueError(f"{size:,} bytes, more than {_MAX_PREDICTIONS:,}")
             file.seek(0)
             arrays = read_arrays(file)
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not predictions: {error}") from None
-    theirs = arrays.pop(_MADE_BY, None)
-    if made_by and (theirs is None or str(theirs) != digest(made_by)):
-        raise ValueError(f"{path}: not the predictions of the result beside it: something else made them")
+    stored = arrays.pop(_MADE_BY, None)
+    if made_by and (stored is None or str(stored) != digest(made_by)):
+        raise ValueError(f"{path}: these predictions do not belong to the result next to them (made_by differs)")
     return arrays
 
 
 def read_arrays(file: IO[bytes]) -> dict[str, npt.NDArray[Any]]:
-    """The plain arrays in an .npz file, which is not trusted.
+    """Read the plain arrays of an untrusted .npz file.
 
     Raises:
-      ValueError: another file, or a damaged one.
+      ValueError: the file is damaged or not an archive of plain arrays.
     """
     try:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise ValueError("one array, not an archive of them")
+            raise ValueError("a single array, not an archive of arrays")
         with archive:
             arrays = {name: archive[name] for name in archive.files}
-    # RuntimeError: a member that is encrypted, or compressed as zipfile cannot.
+    # RuntimeError: an encrypted member, or a compression that zipfile does not support.
     except (EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error)) from None
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of any other file
-            raise ValueError(f"{name} is no array")
+        if not isinstance(array, np.ndarray):  # NumPy returns any other member as bytes
+            raise ValueError(f"{name} is not an array")
     return arrays

@@ -1,4 +1,4 @@
-"""A model over many data sets: one after the other, resumable, and a failure of one stops no other."""
+"""Evaluate a model on many data sets. Existing results are reused, and one failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tclip_jax.keys import Recipe, recipe
 from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.storage import dump_json, write_atomic
 
-EVALUATION = 1  # raised with every change of what a metric of the same embeddings is, or an embedding of the same image
+EVALUATION = 1  # version: increment when a metric or the encoding of an image or a text changes
 MISSING = "missing from the export"
 SURPLUS = "more than the reference has"
 AVERAGES = ("acc1", "acc1_or_mean_per_class_recall")
@@ -36,11 +36,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What came of every task, by name and in order.
+    """The results of an evaluation, by data set and in the order of the tasks.
 
     Attributes:
-      results: what was measured, now or earlier; partial where `failed` of a result is not empty.
-      errors: why there is no result, one line each.
+      results: new and reused results. A result is partial if its `failed` is not empty.
+      errors: one line per data set without a result.
     """
 
     results: dict[str, Result]
@@ -48,22 +48,23 @@ class Report:
 
     @property
     def averages(self) -> dict[str, float]:
-        """Over the classification sets that have results: CLIP_benchmark's mean of acc1, and OpenAI's and DataComp's.
+        """Return two means over the classification results: that of CLIP_benchmark, and that of OpenAI and DataComp.
 
-        The latter takes mean_per_class_recall of caltech101, fgvc_aircraft, flowers and pets. Empty without such sets.
+        CLIP_benchmark averages acc1. OpenAI and DataComp average mean_per_class_recall for caltech101, fgvc_aircraft,
+        flowers and pets, else acc1. The dict is empty without classification results.
         """
-        found = [each for each in self.results.values() if "acc1" in each.metrics]
-        if not found:
+        scored = [each for each in self.results.values() if "acc1" in each.metrics]
+        if not scored:
             return {}
-        names = [DATASETS[each.dataset].averaged if each.dataset in DATASETS else "acc1" for each in found]
-        columns = (["acc1"] * len(found), names)
+        averaged = [DATASETS[each.dataset].averaged if each.dataset in DATASETS else "acc1" for each in scored]
+        columns = (["acc1"] * len(scored), averaged)
         return {
-            average: float(np.mean([each.metrics[name] for each, name in zip(found, column, strict=True)]))
+            average: float(np.mean([each.metrics[metric] for each, metric in zip(scored, column, strict=True)]))
             for average, column in zip(AVERAGES, columns, strict=True)
         }
 
     def summary(self, model: str, weights: str, dtype: str) -> dict[str, Any]:
-        """What summary.json holds: in CLIP_benchmark's schema too, so that its table of a folder has a line for it."""
+        """Return the content of summary.json. It follows CLIP_benchmark's schema and becomes a row of its table."""
         return {
             "dataset": "average",
             "model": model,
@@ -81,7 +82,7 @@ class Report:
 
     @property
     def partial(self) -> dict[str, dict[str, int]]:
-        """The results in which images do not count, and why."""
+        """The number of images that are not counted in each partial result, by reason."""
         return {name: result.failed for name, result in self.results.items() if result.failed}
 
 
@@ -94,34 +95,36 @@ def evaluate(
     out: epath.PathLike | None = None,
     title: str = "",
 ) -> Report:
-    """Evaluates each task that has no result in `out` yet, and leaves its files there, and summary.json.
+    """Evaluate every task without a result in `out`, and write its files and summary.json there.
 
-    A result that is there is taken if the same made it: the model, the data by its content, class names, templates and
-    the definitions of the metrics. Its data is opened for that.
+    An existing result is reused if it was made with the same model, data content, class names, templates and metric
+    definitions. This check opens the data.
 
     Args:
-      model: name of the model for the results.
-      weights: what tells its weights from others', as `artifacts.fingerprint`.
-      out: folder of the results; None to keep none.
+      encoder: the model.
+      tasks: the data sets.
+      model: name of the model in the results.
+      weights: identity of the weights, such as `fingerprint` of the model.
+      out: folder of the results; None to write no files.
       title: shown before the progress bar.
 
     Raises:
-      ValueError: `out` has a result that something else made, or a broken one.
+      ValueError: `out` has a result that is damaged or was made with different inputs.
     """
-    results = {} if out is None else _found(out, tasks, encoder, weights)
-    left = [task for task in tasks if task.dataset.name not in results]
+    results = {} if out is None else _existing_results(out, tasks, encoder, weights)
+    pending = [task for task in tasks if task.dataset.name not in results]
     errors: dict[str, str] = {}
     shown = sys.stderr.isatty() and jax.process_index() == 0
-    total = sum(task.dataset.samples for task in left)
+    total = sum(task.dataset.samples for task in pending)
     with tqdm.tqdm(total=total, unit="image", dynamic_ncols=True, disable=not shown, leave=False) as bar:
-        for task in left:
+        for task in pending:
             name = task.dataset.name
             bar.set_description(f"{title} {name}".strip())
             try:
                 result, predictions = _measure(encoder, task, model, weights, bar)
             except (ValueError, OSError) as error:
                 if isinstance(error, OSError) and jax.process_count() > 1:
-                    raise  # on this process alone, in the midst of a data set: the others wait for it, and end with it
+                    raise  # the other processes wait in a collective: this process must fail, not continue
                 errors[name] = str(error)
                 bar.total = (bar.total or 0) - task.dataset.samples
                 if len(tasks) > 1:
@@ -143,7 +146,7 @@ def evaluate(
 
 
 class _Opened(NamedTuple):
-    """A task's data, and what its content is, as `digest` has it."""
+    """The opened data of a task, with the `digest` of its content."""
 
     dataset: Dataset
     source: Source
@@ -157,9 +160,9 @@ class _Opened(NamedTuple):
 
 
 def _made_by(encoder: Encoder, weights: str, split: str, opened: _Opened) -> Recipe:
-    """What decides the metrics of a model on a data set, as results keep it.
+    """Return everything that determines the metrics of a model on a data set.
 
-    The size of batches and the device are left out: they move embeddings by rounding alone. `versions` has them.
+    Batch size and device are not included: they change embeddings only by rounding.
     """
     return recipe(
         evaluation=EVALUATION,
@@ -174,9 +177,9 @@ def _made_by(encoder: Encoder, weights: str, split: str, opened: _Opened) -> Rec
     )
 
 
-def _found(out: epath.PathLike, tasks: Sequence[Task], encoder: Encoder, weights: str) -> dict[str, Result]:
-    """The results that are there already. Processes may see different files: what the first of them sees counts."""
-    found: dict[str, dict[str, Any]] = {}
+def _existing_results(out: epath.PathLike, tasks: Sequence[Task], encoder: Encoder, weights: str) -> dict[str, Result]:
+    """Return the reusable results in `out`, as process 0 reads them: other processes may read other files."""
+    existing: dict[str, dict[str, Any]] = {}
     error = ""
     if jax.process_index() == 0:
         try:
@@ -187,16 +190,16 @@ def _found(out: epath.PathLike, tasks: Sequence[Task], encoder: Encoder, weights
                 try:
                     opened = _Opened.of(task)
                 except (ValueError, OSError):
-                    continue  # said when its turn comes: without its data nobody knows whether a result still holds
+                    continue  # the evaluation reports this error; without its data the result cannot be checked
                 wanted = _made_by(encoder, weights, task.split, opened)
                 if result := find_result(out, task.dataset.name, wanted):
-                    found[task.dataset.name] = dataclasses.asdict(result)
+                    existing[task.dataset.name] = dataclasses.asdict(result)
         except (ValueError, OSError) as caught:
             error = str(caught)
-    found, error = allgather_json([found, error])[0]
+    existing, error = allgather_json([existing, error])[0]
     if error:
         raise ValueError(error)
-    return {name: Result(**each) for name, each in found.items()}
+    return {name: Result(**each) for name, each in existing.items()}
 
 
 def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.tqdm[Any]) -> tuple[Result, Predictions]:
@@ -224,7 +227,7 @@ def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.t
 
 
 def _open_everywhere(task: Task) -> _Opened:
-    """Opens the data; if one process cannot, or they see other data, none goes on."""
+    """Open the data on all processes. Raise on all of them if one cannot open it, or if their data differs."""
     opened, error = None, ""
     try:
         opened = _Opened.of(task)
@@ -233,14 +236,16 @@ def _open_everywhere(task: Task) -> _Opened:
     errors, contents = zip(*allgather_json([error, opened.content if opened else ""]), strict=True)
     if opened is None or any(errors):
         raise ValueError(next(each for each in errors if each))
-    if other := next((i for i, each in enumerate(contents) if each != contents[0]), None):
-        raise ValueError(f"process {other} sees other data than process 0 ({contents[other]}, not {contents[0]})")
+    if process := next((i for i, each in enumerate(contents) if each != contents[0]), None):
+        raise ValueError(
+            f"process {process} reads different data than process 0 ({contents[process]}, not {contents[0]})"
+        )
     return opened
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that results depend on, and the kind and number of devices."""
+    """Return the versions of the libraries that determine results, and the kind and number of devices."""
     names = ("tclip-jax", "jax", "numpy", "Pillow")
     device = jax.devices()[0]
-    where = {"python": platform.python_version(), "device": device.device_kind, "devices": str(jax.device_count())}
-    return {name: metadata.version(name) for name in names} | where
+    machine = {"python": platform.python_version(), "device": device.device_kind, "devices": str(jax.device_count())}
+    return {name: metadata.version(name) for name in names} | machine

@@ -1,7 +1,7 @@
 """Paired bootstrap intervals of the difference between two models on the same images.
 
-Not `scipy.stats.bootstrap`, which draws image by image: one multinomial draw over the distinct rows does the same for
-any number of images.
+`scipy.stats.bootstrap` draws every image of every resample. Here one multinomial draw over the distinct rows gives the
+same distribution at a cost that does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[Any]
-# (weights (B, U), rows (U, F)) -> a figure for each of the B weightings: how often each row was drawn.
+# (weights (B, U), rows (U, F)) -> the metric (B,) of B resamples; a weight is how often the resample has the row.
 Metric = Callable[[Numbers, Numbers], npt.NDArray[np.float64]]
 
-_CHUNK = 1 << 22  # weights held at a time, 32 MiB
+_CHUNK = 1 << 22  # weights in memory at a time: 32 MiB
 
 
 def mean_of(column: int, count: int | None = None) -> Metric:
-    """The mean of a column over the images drawn, or its sum over that of another column, which counts."""
+    """Return the metric: the mean of a column, or its sum divided by the sum of the column `count`."""
 
     def metric(weights: Numbers, rows: Numbers) -> npt.NDArray[np.float64]:
         return weights @ rows[:, column] / (weights.sum(1) if count is None else weights @ rows[:, count])
@@ -29,13 +29,13 @@ def mean_of(column: int, count: int | None = None) -> Metric:
 
 
 def per_class_mean_of(column: int, label: int) -> Metric:
-    """The mean, over the classes (a column of labels) that were drawn, of the mean of a column within the class."""
+    """Return the metric: the mean of a column per class in the column `label`, averaged over the drawn classes."""
 
     def metric(weights: Numbers, rows: Numbers) -> npt.NDArray[np.float64]:
         classes, index = np.unique(rows[:, label], return_inverse=True)
         member = (index[:, None] == np.arange(len(classes))).astype(np.float64)
-        drawn, right = weights @ member, (weights * rows[:, column]) @ member
-        return np.sum(right / np.maximum(drawn, 1), axis=1) / np.count_nonzero(drawn, axis=1)
+        drawn, total = weights @ member, (weights * rows[:, column]) @ member
+        return np.sum(total / np.maximum(drawn, 1), axis=1) / np.count_nonzero(drawn, axis=1)
 
     return metric
 
@@ -43,15 +43,16 @@ def per_class_mean_of(column: int, label: int) -> Metric:
 def bootstrap_differences(
     rows: Numbers, metric_a: Metric, metric_b: Metric, *, resamples: int, seed: int | Sequence[int]
 ) -> npt.NDArray[np.float64]:
-    """B − A of a metric for every resample (resamples,): as many images as there are, drawn with replacement.
+    """Return the difference B − A of a metric in each resample (resamples,).
 
-    Pairs stay together: an image is drawn for both models or for neither. Images whose rows are equal cannot be told
-    apart by a metric, so how often each distinct row is drawn is one multinomial draw, whatever the number of images:
-    the same distribution as that of drawing images.
+    A resample has N images drawn with replacement, the same for both models. Images with equal rows are
+    interchangeable, so a multinomial draw over the distinct rows has the same distribution as drawing images.
 
     Args:
-      rows: what the metrics need of each image, for both models (N, F).
-      seed: of the draws; another for every data set, or their draws would rise and fall together.
+      rows: the values of each image that the metrics read, for both models (N, F).
+      metric_a, metric_b: the metric of either model.
+      resamples: number of resamples.
+      seed: seed of the draws. Use a different one per data set, so that their differences are independent.
 
     Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 6.
     """
@@ -67,11 +68,13 @@ def bootstrap_differences(
 def bootstrap_map_differences(
     scores_a: Numbers, scores_b: Numbers, targets: Numbers, *, resamples: int, seed: int | Sequence[int]
 ) -> npt.NDArray[np.float64]:
-    """The same of mean average precision, which no distinct rows shorten.
+    """As `bootstrap_differences`, for mean average precision, which needs the scores of every image.
 
     Args:
-      scores_a, scores_b: (N, C) of both models.
+      scores_a, scores_b: scores of either model (N, C).
       targets: 1 where an image has a class, else 0 (N, C).
+      resamples: number of resamples.
+      seed: seed of the draws.
     """
     count = len(targets)
     rng = np.random.default_rng(seed)
@@ -83,14 +86,14 @@ def bootstrap_map_differences(
 
 
 def interval(differences: npt.NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval: what the middle `level` of all resamples span."""
+    """Return the percentile interval: the range of the middle `level` of all resamples."""
     tail = (1 - level) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def _weighted_map(scores: Numbers, targets: Numbers, weights: Numbers) -> npt.NDArray[np.float64]:
-    """Mean average precision (B,) where image i occurs weights[:, i] times: each copy of a positive is a positive."""
+    """Return the mean average precision (B,) of resamples in which image i occurs weights[:, i] times."""
     total = np.zeros(len(weights))
     for row, truth in zip(scores.T, np.asarray(targets).T, strict=True):
         order = np.argsort(-row, kind="stable")

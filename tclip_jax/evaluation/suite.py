@@ -1,4 +1,4 @@
-"""The 41 data sets of the paper: CLIP_benchmark's list of webdataset exports, as data."""
+"""Table of the 41 data sets of the paper: the webdataset exports of CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ MAIN_METRIC: dict[Kind, str] = {
 
 
 def main_metric(metrics: Iterable[str]) -> str:
-    """The one for tables among these: that of a kind, else the first, "" of none."""
+    """Return the main metric among `metrics`, else the first one; "" if there are none."""
     metrics = list(metrics)
     return next((metric for metric in (*MAIN_METRIC.values(), *metrics) if metric in metrics), "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One row of the table.
+    """A data set to evaluate.
 
     Attributes:
-      name: CLIP_benchmark's.
-      samples: images of the test set; 0 where no number is expected.
-      classes: 0 for retrieval.
-      tfds: name with configuration, and split, of the TensorFlow Datasets with the same number of samples.
-      kind: what is measured.
+      name: its name in CLIP_benchmark.
+      samples: number of test images; 0 if unknown.
+      classes: number of classes; 0 for retrieval.
+      tfds: (name with configuration, split) of the same data in TensorFlow Datasets; None if it is not there.
+      kind: the kind of evaluation.
       averaged: the metric that OpenAI and DataComp average; CLIP_benchmark averages `main_metric`.
     """
 
@@ -46,22 +46,22 @@ class Dataset:
 
     @property
     def main_metric(self) -> str:
-        """The one number for tables."""
+        """The metric that tables show."""
         return MAIN_METRIC[self.kind]
 
     @property
     def task(self) -> str:
-        """CLIP_benchmark's name of what is done."""
+        """The task name in CLIP_benchmark."""
         return "zeroshot_retrieval" if self.kind == "retrieval" else "zeroshot_classification"
 
     @property
     def stem(self) -> str:
-        """The name as files carry it."""
+        """The name in file names."""
         return self.name.replace("/", "-")
 
     @property
     def folder(self) -> str:
-        """The webdataset export: below the root, and below `clip-benchmark/` on the Hugging Face hub."""
+        """Folder of the webdataset export: in the root, and in `clip-benchmark/` on the Hugging Face hub."""
         return f"wds_{self.stem}"
 
 
@@ -114,7 +114,7 @@ _ROWS = (
 )
 DATASETS: dict[str, Dataset] = {row.name: row for row in _ROWS}
 
-# CLIP_benchmark's collection of the same name: VTAB's 19 tasks, of which sun397 goes by another name.
+# As CLIP_benchmark's collection `vtab`: the 19 tasks of VTAB, with sun397 under its own name.
 _NOT_VTAB = {"vtab/cifar10", "vtab/dsprites_label_y_position"}
 SUITES: dict[str, tuple[str, ...]] = {
     "clip-benchmark-41": tuple(DATASETS),
@@ -125,13 +125,13 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def find_datasets(names: str) -> tuple[Dataset, ...]:
-    """The rows of suites and data sets in a list with commas, each once, in that order.
+    """Return the data sets of a comma-separated list of suites and data sets, in that order and without duplicates.
 
     Raises:
-      ValueError: a name that is neither, with the nearest that is.
+      ValueError: a name is unknown; the message suggests the nearest one.
     """
-    found: dict[str, Dataset] = {}
+    datasets: dict[str, Dataset] = {}
     for name in names.split(","):
         check_keys([name.strip()], [*SUITES, *DATASETS], "the table of suites and data sets")
-        found |= {each: DATASETS[each] for each in SUITES.get(name.strip(), (name.strip(),))}
-    return tuple(found.values())
+        datasets |= {each: DATASETS[each] for each in SUITES.get(name.strip(), (name.strip(),))}
+    return tuple(datasets.values())

@@ -1,4 +1,4 @@
-"""What is to be evaluated, and the data for it, opened when its turn comes."""
+"""Evaluation tasks: a data set, and a function that opens its images when the task starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tclip_jax.data.prompts import get_templates, templates_for
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import CLASSNAMES, DATASET_TYPE, SHARD_COUNT, TEMPLATES, Kind, Webdataset
 from tclip_jax.evaluation.suite import Dataset, find_datasets
-from tclip_jax.evaluation.tfds_source import MAY_DIFFER
+from tclip_jax.evaluation.tfds_source import MAY_DIFFER, TfdsRow
 from tclip_jax.evaluation.zero_shot import Templates
 
 SPLIT = "test"
@@ -23,10 +23,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
-    """A data set, and how to open its images and the templates of its classes; what opening needs is read only then.
+    """A data set to evaluate.
 
-    `open` may refine the data set, and raises FileNotFoundError or ValueError for data that is missing or wrong. Its
-    templates are written out, not a name of them; none of captions.
+    Attributes:
+      dataset: the data set, as far as it is known before its data is opened.
+      open: opens the data and returns the data set, its source, and its templates as a list of captions with `{c}`,
+        which is empty for retrieval. It raises FileNotFoundError or ValueError if data is missing or invalid.
+      split: name of the split.
     """
 
     dataset: Dataset
@@ -37,42 +40,46 @@ class Task(NamedTuple):
 def suite_tasks(
     root: epath.PathLike, suite: str, download: bool = False, tfds: epath.PathLike | None = None
 ) -> list[Task]:
-    """The tasks of a suite over the webdataset exports below `root`, in `<root>/wds_<name with / as ->`.
+    """Return the tasks of a suite over the webdataset exports `<root>/wds_<name>`, where `/` in a name becomes `-`.
 
     Args:
-      download: whether a missing export is fetched from `clip-benchmark/` of the Hugging Face hub.
-      tfds: where TensorFlow Datasets are prepared: the images of a row that they have and whose export has none. Names
-        and templates are still the export's.
+      root: folder of the exports.
+      suite: comma-separated suites and data sets; see `find_datasets`.
+      download: fetch missing exports from `clip-benchmark/` on the Hugging Face hub.
+      tfds: folder of prepared TensorFlow Datasets. They provide the images of a data set whose export has no images;
+        class names and templates still come from the export.
 
     Raises:
-      ValueError: a name that the suites do not have.
-      FileNotFoundError: there is no such folder, and nothing is to be downloaded.
+      ValueError: the suite has an unknown name.
+      FileNotFoundError: `root` does not exist, and `download` is False.
     """
     folder = epath.Path(root).expanduser()
     if not download and not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; it holds exports as wds_mnist, which --download fetches")
+        raise FileNotFoundError(f"{folder}: no such folder; it must hold exports such as wds_mnist (or use --download)")
     return [Task(each, functools.partial(_open_export, each, folder, download, tfds)) for each in find_datasets(suite)]
 
 
 def opened(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with their data open, so that they can be evaluated again and again; raises what opening raises."""
-    found = [(task, task.open()) for task in tasks]
-    return [task._replace(open=lambda data=data: data) for task, data in found]  # type: ignore[misc]
+    """Open the data of all tasks, so that repeated evaluations do not open it again. Raises the errors of `open`."""
+    pairs = [(task, task.open()) for task in tasks]
+    return [task._replace(open=lambda data=data: data) for task, data in pairs]  # type: ignore[misc]
 
 
 def source_task(source: str, split: str = SPLIT, templates: Templates = "") -> Task:
-    """The task of one source, written as `open_source` reads it: what is measured follows from what the source has.
+    """Return the task of a single source. Its data determines the kind of evaluation.
 
     Args:
-      templates: of its classes, as of `get_templates`; "" for those that its data states, as an export does.
+      source: specification for `open_source`.
+      split: name of the split.
+      templates: argument of `get_templates`; "" for the templates of the data.
     """
     return Task(Dataset(source, 0, 0), functools.partial(_open_source, source, split, templates), split)
 
 
 def check_content(name: str, source: Source, content: str) -> None:
-    """Raises ValueError unless a source has the content, as of `digest`, that a result was measured on; "" is any."""
+    """Raise ValueError if the `digest` of a source differs from that of a result; "" skips the check."""
     if content and digest(source) != content:
-        raise ValueError(f"{name}: not the data that was evaluated, or changed since")
+        raise ValueError(f"{name}: the data has changed since the evaluation")
 
 
 def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, Source, tuple[str, ...]]:
@@ -82,13 +89,12 @@ def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, 
     dataset = Dataset(name, 0, 0, kind=kind)
     if kind == "retrieval":
         if templates:
-            raise ValueError(f"{name}: has captions, which are taken as they are: templates are for class names")
+            raise ValueError(f"{name}: has captions, and templates apply only to class names")
         return dataset, source, ()
     used = templates_for(source, templates)
-    whose = "as asked for" if templates else "its own" if getattr(source, "templates", None) else "it states none"
-    _logger.info(
-        "%s: %d templates (%s): %s", name, len(used), whose, ", ".join(map(repr, used[:3])) + "…"[: len(used) // 4]
-    )
+    origin = "from the arguments" if templates else "from the data" if getattr(source, "templates", None) else "default"
+    shown = ", ".join(map(repr, used[:3])) + "…"[: len(used) // 4]
+    _logger.info("%s: %d templates (%s): %s", name, len(used), origin, shown)
     return dataset, source, used
 
 
@@ -105,10 +111,10 @@ def _open_export(
     for note in source.notes:
         _logger.warning("%s", note)
     if source.kind != dataset.kind:
-        raise ValueError(f"{folder}: {DATASET_TYPE} makes it {source.kind}, where {dataset.name} is {dataset.kind}")
+        raise ValueError(f"{folder}: the kind is {source.kind} by {DATASET_TYPE}, but {dataset.name} is {dataset.kind}")
     if len(source.classnames) != dataset.classes:
         raise ValueError(
-            f"{folder / CLASSNAMES}: {len(source.classnames)} names, where {dataset.name} has {dataset.classes}"
+            f"{folder / CLASSNAMES}: {len(source.classnames)} names, but {dataset.name} has {dataset.classes} classes"
         )
     if dataset.kind == "retrieval":
         return dataset, source, ()
@@ -121,22 +127,23 @@ def _open_export(
 def _open_tfds(
     dataset: Dataset, folder: epath.Path, download: bool, data_dir: epath.PathLike
 ) -> tuple[Dataset, Source, tuple[str, ...]]:
-    from tclip_jax.evaluation.tfds_source import TfdsRow
-
     if download and dataset.classes and not all((folder / name).exists() for name in (CLASSNAMES, TEMPLATES)):
         fetch(dataset.folder, folder)
     source = TfdsRow(dataset, data_dir, folder)
     if dataset.name in MAY_DIFFER:
-        _logger.warning("%s: from TFDS, which may hold other images than the webdataset export", dataset.name)
+        _logger.warning("%s: the images of TFDS may differ from those of the webdataset export", dataset.name)
     return dataset, source, get_templates(source.templates) if source.templates else ()
 
 
 def fetch(name: str, folder: epath.Path, split: str | None = None) -> None:
-    """Downloads names and templates of `clip-benchmark/<name>`, and a split; raises FileNotFoundError where that fails.
+    """Download the class names and templates of `clip-benchmark/<name>`, and optionally a split.
 
-    The file that tells that the split is there comes last: a download that was stopped is taken up by the next call.
+    The shard count of the split is downloaded last, so an interrupted download is resumed by the next call.
+
+    Raises:
+      FileNotFoundError: the download failed.
     """
-    # By name: "*.txt" would also match the counts of shards in splits that are not fetched.
+    # Exact names: "*.txt" would also match the shard counts of other splits.
     steps = [[CLASSNAMES, TEMPLATES, DATASET_TYPE]]
     if split:
         steps += [[f"{split}/*.tar"], [f"{split}/{SHARD_COUNT}"]]
@@ -148,7 +155,7 @@ def fetch(name: str, folder: epath.Path, split: str | None = None) -> None:
                 local_dir=str(folder),
                 allow_patterns=patterns,
             )
-    # Its errors are the HTTP library's and its own, and have many lines.
+    # huggingface_hub raises its own errors and those of its HTTP library; only their first line is useful.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"clip-benchmark/{name}: not downloaded: {reason}") from None
+        raise FileNotFoundError(f"clip-benchmark/{name}: download failed: {reason}") from None

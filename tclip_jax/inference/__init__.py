@@ -1,1 +1,1 @@
-"""What a model is used for: embeddings of many images or texts, labels for images, search in a folder of pictures."""
+"""Using a model: embeddings of many images or texts, labels for images, and search in a folder of pictures."""

@@ -1,4 +1,4 @@
-"""Labels for image files: which of some captions fits each."""
+"""Zero-shot labels for image files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from tclip_jax.pages import aligned, printable
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """The probability of each label for an image file, in 0–1 and summing to 1; the most probable label first."""
+    """The label probabilities of an image file.
+
+    Attributes:
+      name: path of the image.
+      labels: probability by label, the most probable first; they sum to 1.
+    """
 
     name: str
     labels: dict[str, float]
@@ -30,15 +35,25 @@ def classify_images(
     templates: str | Sequence[str] = DEFAULT,
     batch_size: int = 64,
 ) -> list[Guess | Failure]:
-    """The softmax over the labels of logit_scale · cosine, for each path in its order, or why there is none.
+    """Classify image files by the softmax of logit_scale · cosine over the labels.
 
-    A label stands for the mean of its captions' embeddings (CLIP, arXiv 2103.00020, section 3.1.4).
+    The embedding of a label is the mean of its caption embeddings (CLIP, arXiv 2103.00020, section 3.1.4).
+
+    Args:
+      model: the model.
+      paths: image files.
+      labels: unique and non-empty labels.
+      templates: argument of `get_templates`.
+      batch_size: images and captions per batch.
+
+    Returns:
+      A `Guess` per path in the same order, or a `Failure` if the image is unusable.
 
     Raises:
-      ValueError: no labels, or one twice; templates that are none.
+      ValueError: labels or templates are invalid.
     """
     if not labels or len(set(labels)) < len(labels) or not all(labels):
-        raise ValueError(f"labels are {', '.join(map(repr, labels)) or 'none'}: each must be there once, and not empty")
+        raise ValueError(f"labels are {', '.join(map(repr, labels)) or 'none'}: they must be unique and not empty")
     texts = [caption for label in labels for caption in captions(label, templates)]
     embeddings = model.encode_text(texts, batch_size=batch_size)
     means = embeddings.reshape(len(labels), -1, model.config.embed_dim).mean(axis=1)
@@ -68,7 +83,7 @@ def _guess(path: str, labels: Sequence[str], logits: np.ndarray) -> Guess:
 
 
 def guess_table(guesses: Sequence[Guess], shown: int = 3) -> str:
-    """A line for each image with its most probable labels, aligned."""
+    """Return an aligned line per image with its most probable labels."""
     cells = []
     for guess in guesses:
         best = list(guess.labels.items())[:shown]

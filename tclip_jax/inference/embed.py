@@ -1,4 +1,4 @@
-"""Embeddings of any number of images or texts, in parts that survive a kill, and the files they are kept in."""
+"""Embed any number of images or texts resumably, and write the embeddings to a file."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ from tclip_jax.keys import digest, recipe
 from tclip_jax.pages import printable
 from tclip_jax.storage import atomic_file, write_atomic
 
-_CHUNK = 4096  # rows that are handed on together
+_CHUNK = 4096  # rows per array in `chunked`
 
 
 class Store:
-    """Embeddings by key. Every `add` is one file, written whole; a file that cannot be read counts as absent."""
+    """Embeddings by key in a folder. Every `add` writes one file atomically; unreadable files are ignored.
+
+    Args:
+      folder: the folder; created by the first `add`.
+      width: width of the embeddings. Files with another width are ignored.
+    """
 
     def __init__(self, folder: epath.PathLike, width: int) -> None:
         self._folder, self._width = epath.Path(folder), width
-        self._where: dict[str, tuple[int, int]] = {}
+        self._locations: dict[str, tuple[int, int]] = {}
         self._next = 0
         names = [path.name for path in self._folder.iterdir()] if self._folder.exists() else []
         for number in sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d+\.npz", name)):
@@ -45,29 +50,29 @@ class Store:
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 continue
             if embeddings.shape == (len(keys), width):
-                self._where |= {str(key): (number, row) for row, key in enumerate(keys)}
-        # Neighbouring keys were mostly added together.
+                self._locations |= {str(key): (number, row) for row, key in enumerate(keys)}
+        # Consecutive keys are mostly in the same file.
         self._part = functools.lru_cache(maxsize=4)(self._read)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._where
+        return key in self._locations
 
     def add(self, keys: Sequence[str], embeddings: Embeddings) -> None:
-        """Keeps a row (N, width) for each key."""
+        """Store the embeddings (N, width) of N keys."""
         buffer = io.BytesIO()
         np.savez(buffer, keys=np.array(keys, np.str_), embeddings=embeddings)
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._folder / f"{self._next:08d}.npz", buffer.getvalue())
-        self._where |= {key: (self._next, row) for row, key in enumerate(keys)}
+        self._locations |= {key: (self._next, row) for row, key in enumerate(keys)}
         self._next += 1
 
     def row(self, key: str) -> Embeddings:
-        """The embedding of a key that is there (width,)."""
-        number, row = self._where[key]
+        """Return the embedding (width,) of an existing key."""
+        number, row = self._locations[key]
         return self._part(number)[1][row]
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Delete the folder."""
         self._folder.rmtree(missing_ok=True)
 
     def _read(self, number: int) -> tuple[npt.NDArray[np.str_], Embeddings]:
@@ -76,7 +81,7 @@ class Store:
 
 
 def chunked(rows: Iterable[Embeddings], width: int) -> Iterator[Embeddings]:
-    """Rows (width,) gathered to arrays of at most some thousand."""
+    """Stack rows (width,) to arrays (n, width) with n up to 4,096."""
     chunk: list[Embeddings] = []
     for row in rows:
         chunk.append(row)
@@ -87,30 +92,31 @@ def chunked(rows: Iterable[Embeddings], width: int) -> Iterator[Embeddings]:
         yield np.stack(chunk).reshape(-1, width)
 
 
-_VERSION = 1  # raised where the same model makes other embeddings of the same image or text
+_VERSION = 1  # increment when the encoding of an image or a text changes
 
 
 def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
-    """The normalised pixels (H, W, 3) that the model takes, of an image file.
+    """Read and preprocess an image file to normalised pixels (H, W, 3).
 
     Raises:
-      ValueError: a file that cannot be read, is no usable image, or is larger than 256 MiB.
+      ValueError: the file is unreadable, not a usable image, or larger than 256 MiB.
     """
     p = model.preprocess
     return normalize(preprocess(decode(read_file(os.fspath(path))), p), p.mean, p.std)
 
 
 def embeddings_mark(model: Model, path: epath.PathLike) -> str:
-    """32 hexadecimal digits of all that decides the embedding of an image or a text: weights, activations, our code.
+    """Return a digest of 32 hexadecimal digits of everything that determines embeddings: weights, activations, version.
 
     Args:
-      path: where the model was loaded from, as of `fingerprint`.
+      model: the model.
+      path: where the model was loaded from; see `fingerprint`.
     """
     return digest(recipe(weights=fingerprint(model, path), activations=model.activations, version=_VERSION))
 
 
 def embed_images(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:
-    """Adds to the store every image that is not in it; what cannot be read is returned with the reason."""
+    """Add every missing image to the store, and return the images that could not be read."""
 
     def encode(pixels: list[npt.NDArray[np.float32]]) -> Embeddings:
         return model.encode_image(np.stack(pixels), batch_size=batch_size)
@@ -119,7 +125,7 @@ def embed_images(model: Model, items: Sequence[Item], store: Store, batch_size: 
 
 
 def embed_texts(model: Model, items: Sequence[Item], store: Store, batch_size: int = 64) -> list[Failure]:
-    """Adds to the store every text that is not in it."""
+    """Add every missing text to the store, and return the failures."""
 
     def encode(texts: list[str]) -> Embeddings:
         return model.encode_text(texts, batch_size=batch_size)
@@ -145,50 +151,50 @@ def _embed(
             return Failure.of(item.name, error)
 
     failures: list[Failure] = []
-    todo = list({item.key: item for item in items if item.key not in store}.values())
-    size = min(batch_size, 1 << max(len(todo) - 1, 0).bit_length())
-    bar = tqdm.tqdm(total=len(items), initial=len(items) - len(todo), unit=unit, disable=None)
+    pending = list({item.key: item for item in items if item.key not in store}.values())
+    size = min(batch_size, 1 << max(len(pending) - 1, 0).bit_length())
+    bar = tqdm.tqdm(total=len(items), initial=len(items) - len(pending), unit=unit, disable=None)
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(todo), size):
-            batch = todo[start : start + size]
+        for start in range(0, len(pending), size):
+            batch = pending[start : start + size]
             prepared = list(pool.map(attempt, batch))
             usable = [(item.key, each) for item, each in zip(batch, prepared, strict=True) if type(each) is not Failure]
             failures += [each for each in prepared if type(each) is Failure]
             if usable:
                 keys, contents = zip(*usable, strict=True)
-                # Filled up, all batches have one shape: it is compiled once, and gives the same bits wherever a row is.
-                filled = [*contents, *contents[-1:] * (size - len(contents))]
-                store.add(keys, encode(filled)[: len(keys)])
+                # Padding gives all batches one shape, so one program encodes them, with the same bits at any position.
+                padded = [*contents, *contents[-1:] * (size - len(contents))]
+                store.add(keys, encode(padded)[: len(keys)])
             bar.update(len(batch))
     return failures
 
 
 def write_embeddings(out: epath.PathLike, items: Iterable[Item], store: Store, width: int) -> int:
-    """Writes the embeddings of all items that the store has, in their order, and returns their number.
+    """Write the embeddings of all items in the store, in the order of the items, and return their number.
 
-    `x.npy` holds float32 (N, width), and `x.names.json` beside it a list of N names; `x.parquet` the columns `name` and
-    `embedding`. Rows are streamed: they need not fit in memory.
+    `x.npy` has float32 (N, width), and `x.names.json` next to it a list of N names. `x.parquet` has the columns `name`
+    and `embedding`. Rows are streamed and need not fit in memory.
 
     Raises:
-      ValueError: another suffix.
+      ValueError: `out` has another suffix.
     """
     out = checked_output(out)
-    kept = [item for item in items if item.key in store]
-    names = [printable(item.name) for item in kept]
-    chunks = chunked((store.row(item.key) for item in kept), width)
+    stored = [item for item in items if item.key in store]
+    names = [printable(item.name) for item in stored]
+    chunks = chunked((store.row(item.key) for item in stored), width)
     with atomic_file(out) as file:
         (_write_npy if out.suffix == ".npy" else _write_parquet)(file, names, chunks, width)
         if out.suffix == ".npy":
-            # When all rows are written, and before they get their name: with them, the output is complete.
+            # After all rows are written and before their file is renamed: if x.npy exists, its names do too.
             write_atomic(out.with_suffix(".names.json"), json.dumps(names, ensure_ascii=False, indent=0) + "\n")
-    return len(kept)
+    return len(stored)
 
 
 def checked_output(out: epath.PathLike) -> epath.Path:
-    """`out` as a path, if its suffix is one of those that can be written.
+    """Return `out` as a path, and check its suffix.
 
     Raises:
-      ValueError: it is not.
+      ValueError: the suffix is not .npy or .parquet.
     """
     out = epath.Path(out)
     if out.suffix not in (".npy", ".parquet"):
@@ -203,7 +209,7 @@ def _write_npy(file: IO[bytes], names: list[str], chunks: Iterable[Embeddings], 
 
 
 def write_npy_header(file: IO[bytes], rows: int, width: int) -> None:
-    """What precedes the bytes of float32 (rows, width) in a .npy file."""
+    """Write the header of a .npy file of float32 (rows, width)."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
     np.lib.format.write_array_header_1_0(file, header)
 

@@ -1,4 +1,4 @@
-"""What is to be embedded: image files and texts, each with a key that changes with its content."""
+"""Inputs to embed: image files and texts, with a key that changes with their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """Something to embed: its name, a key of the model and the content, and where the content is, or the text."""
+    """An input to embed.
+
+    Attributes:
+      name: name of the input in outputs.
+      key: digest of the model and the content.
+      content: path of an image, or the text itself.
+    """
 
     name: str
     key: str
@@ -26,50 +32,53 @@ class Item(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An input that could not be used, and why."""
+    """An unusable input, and the reason."""
 
     name: str
     reason: str
 
     @classmethod
     def of(cls, name: str, error: Exception) -> Failure:
-        """The failure that an exception means, on one line."""
-        if isinstance(error, BadSample):  # its own text begins with the name
+        """Return the failure of an exception, with a reason on one line."""
+        if isinstance(error, BadSample):  # its message starts with the name
             error = error.__cause__ if isinstance(error.__cause__, OSError) else ValueError(error.reason)
         return cls(name, " ".join(str(getattr(error, "strerror", None) or error).split()))
 
 
 def find_images(folder: epath.PathLike) -> list[epath.Path]:
-    """The images in a folder and all below it, in the order of their paths; the log counts what is passed over.
+    """Return the images in a folder and its subfolders, sorted by path. The log counts the skipped files.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it holds no image.
+      FileNotFoundError: the folder does not exist.
+      ValueError: it has no image.
     """
-    folder, passed, found = epath.Path(folder), SkippedFiles(), list[epath.Path]()
+    folder, skipped, images = epath.Path(folder), SkippedFiles(), list[epath.Path]()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    for root, _, files in walk(folder, passed):
+    for root, _, files in walk(folder, skipped):
         for name in files:
-            found.append(root / name) if is_image(name) else passed.add(os.path.join(root, name))
-    if not found:
-        raise ValueError(f"{folder}: no images in it or below{f' ({passed})' if passed.kinds else ''}")
-    if passed.kinds:
-        _logger.warning("%s: %s", folder, passed)
-    return sorted(found, key=os.fspath)
+            images.append(root / name) if is_image(name) else skipped.add(os.path.join(root, name))
+    if not images:
+        raise ValueError(f"{folder}: no images in it or its subfolders{f' ({skipped})' if skipped.kinds else ''}")
+    if skipped.kinds:
+        _logger.warning("%s: %s", folder, skipped)
+    return sorted(images, key=os.fspath)
 
 
 def find_texts(path: epath.PathLike) -> tuple[list[str], int]:
-    """The lines of a text file that are not blank, and how many before the last of them are; the log says so too.
+    """Read the non-blank lines of a text file.
+
+    Returns:
+      The lines, and the number of blank lines before the last one of them, which the log reports too.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8, or has nothing but blank lines; one line that names the file.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not UTF-8, or has only blank lines.
     """
     lines = read_lines(path)
     texts = [line for line in lines if line]
     if not texts:
-        raise ValueError(f"{path}: no line of text in it")
+        raise ValueError(f"{path}: it has no line of text")
     while not lines[-1]:
         lines.pop()
     if left_out := len(lines) - len(texts):
@@ -81,13 +90,16 @@ def find_texts(path: epath.PathLike) -> tuple[list[str], int]:
 def image_items(
     mark: str, paths: Sequence[epath.Path], root: epath.Path | None = None
 ) -> tuple[list[Item], list[Failure]]:
-    """Items of image files, named by their path or, below `root`, from there, and the files that cannot be found.
+    """Return the items of image files, and the files that cannot be found.
 
-    A file is taken to be the same if its path, size, both times of change and inode are: one that was put in its place,
-    or written to, is told even where it has the same size and modification time. On object stores size and time tell.
+    The key of a local file changes with its path, size, modification time, change time and inode, so a replaced or
+    rewritten file is detected even if its size and modification time are the same. On object stores, the key changes
+    with path, size and modification time.
 
     Args:
-      mark: what makes embeddings of them, as of `embeddings_mark`.
+      mark: identity of the model; see `embeddings_mark`.
+      paths: the files.
+      root: names are relative to this folder; None for whole paths.
     """
     items, failures = [], []
     for path in paths:
@@ -102,7 +114,7 @@ def image_items(
 
 
 def text_items(mark: str, texts: Sequence[str]) -> list[Item]:
-    """Items of texts, each its own name."""
+    """Return the items of texts. The name of an item is its text."""
     return [Item(text, _key(mark, "text", text), text) for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""A model from what holds one: an artifact, a run, or a checkpoint of another library."""
+"""Load a model from an artifact, a run, or a checkpoint of another library."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ from tclip_jax.parallel.agreement import together
 
 
 class Stored(NamedTuple):
-    """A model on the host.
+    """A model in host memory.
 
     Attributes:
-      params: packed, or floats, which are NumPy or lazy; those that `rules` name are latent.
-      origin: where it comes from, see `load_known`.
-      figures: what an artifact or a run says was measured of it.
-      provenance: what it says of its making; of another library's checkpoint its origin.
+      config: the shape of both towers.
+      preprocess: the preprocessing.
+      params: packed tensors, or NumPy or lazy floats. Floats that match `rules` are latent weights.
+      rules: the ternary rules of latent weights; empty for a packed or full-precision model.
+      origin: source and content digest; see `load_known`.
+      figures: metrics that the artifact or run records.
+      provenance: how the artifact or run was made; for a checkpoint of another library its origin.
     """
 
     config: CLIPConfig
@@ -44,27 +47,34 @@ class Stored(NamedTuple):
 
 
 def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model]:
-    """A step of a run, see `split_step`, and its model: latent weights over `mesh`, the rules that make them ternary.
+    """Load a step of a run.
+
+    Args:
+      path: workdir of a run, optionally with a step; see `split_step`.
+      mesh: the mesh of the parameters.
+
+    Returns:
+      The step, and the model with latent weights and ternary rules.
 
     Raises:
-      FileNotFoundError: `path` is no run.
-      ValueError: the step is not there, or broken.
+      FileNotFoundError: `path` is not a run.
+      ValueError: the step does not exist or is damaged.
     """
-    from tclip_jax.runs.read import read_weights  # Orbax, which an artifact needs not
+    from tclip_jax.runs.read import read_weights  # imports Orbax, which artifacts do not need
 
     step, run, params = read_weights(path, mesh)
     return step, Model(run.model, run.preprocess, params, run.rules)
 
 
 def load_stored(path: epath.PathLike) -> Stored:
-    """As `load_model`, for what writes weights or starts from them: those of another library are read when needed."""
+    """As `load_model`, in host memory and for writing or initialising weights. Foreign weights are read lazily."""
     if (epath.Path(path) / MANIFEST).exists():
         with together():
             artifact = read_artifact(path, jax.device_put)
-        params = jax.device_get(artifact.params)  # on a CPU the same memory
+        params = jax.device_get(artifact.params)  # no copy on a CPU
         origin, manifest = _artifact_origin(path, artifact.manifest), artifact.manifest
-        made = (manifest.get("figures", {}), manifest.get("provenance", {}))
-        return Stored(artifact.config, artifact.preprocess, params, (), origin, *made)
+        recorded = (manifest.get("figures", {}), manifest.get("provenance", {}))
+        return Stored(artifact.config, artifact.preprocess, params, (), origin, *recorded)
     if is_checkpoint(path):
         with together():
             checkpoint = open_checkpoint(path)
@@ -80,7 +90,7 @@ def load_stored(path: epath.PathLike) -> Stored:
 
 
 def load_packed(path: epath.PathLike) -> Stored:
-    """As `load_stored`, what its rules name being packed; each latent weight is dropped when that is done."""
+    """As `load_stored`, with latent weights packed. Each latent weight is freed once it is packed."""
     config, preprocess, params, rules, *about = load_stored(path)
     if rules:
         leaves, packed = flatten(params), dict[str, Any]()
@@ -93,17 +103,17 @@ def load_packed(path: epath.PathLike) -> Stored:
 
 
 def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None) -> Model:
-    """The model of an artifact, its trits as they are stored; of a run's workdir; or of another library's checkpoint.
+    """Load the model of an artifact, a run, or a checkpoint of another library. Artifacts keep their stored packing.
 
     Args:
-      path: a folder with tclip.json; with a run's config.json, or that as of `split_step`; or what `open_checkpoint`
-        opens.
-      mesh: for the latent weights of a run.
-      like: as of `open_checkpoint`, for a file that does not say which model it is.
+      path: folder of an artifact (with tclip.json); workdir of a run (with config.json), optionally with a step, see
+        `split_step`; or a checkpoint for `open_checkpoint`.
+      mesh: the mesh of the latent weights of a run.
+      like: argument of `open_checkpoint`, for a file that does not identify its model.
 
     Raises:
       FileNotFoundError: `path` is none of these.
-      ValueError: it is broken; one line naming the file and what was expected.
+      ValueError: the model is damaged; the message names the file and what was expected.
     """
     return load_known(path, mesh, like=like)[0]
 
@@ -111,11 +121,12 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | No
 def load_known(
     path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None
 ) -> tuple[Model, dict[str, Any]]:
-    """As `load_model`, with where the model comes from.
+    """As `load_model`, and return the origin of the model.
 
     Returns:
-      The model, and {"source": `path`, "content": a digest of its weights and configuration as they are stored}, of a
-      run with its "step". Artifact, run and checkpoint of the same weights differ.
+      The model and its origin: "source", which is `path`, and "content", a digest of the stored weights and
+      configuration, and for a run its "step". The digests of an artifact, a run and a checkpoint of the same weights
+      differ.
     """
     if (epath.Path(path) / MANIFEST).exists():
         with together():
@@ -134,14 +145,14 @@ def load_known(
 
 
 def _artifact_origin(path: epath.PathLike, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    made_of = {key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")}
-    return {"source": str(path), "content": keys.digest(made_of)}
+    content = {key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")}
+    return {"source": str(path), "content": keys.digest(content)}
 
 
 def _file_origin(path: epath.PathLike, checkpoint: Checkpoint) -> dict[str, Any]:
-    made_of = keys.recipe(
+    content = keys.recipe(
         model=checkpoint.config,
         preprocess=checkpoint.preprocess,
         files=list(contents(str(file) for file in checkpoint.files)),
     )
-    return {"source": str(path), "content": keys.digest(made_of)}
+    return {"source": str(path), "content": keys.digest(content)}

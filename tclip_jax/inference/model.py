@@ -1,4 +1,4 @@
-"""A CLIP to use: images and texts in, embeddings out, and a fingerprint of what they depend on."""
+"""A CLIP model for inference, and the fingerprint of everything that determines its embeddings."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ Embeddings = npt.NDArray[np.float32]
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _forward(model: CLIP, params: Any, batch: jax.Array, method: str) -> Any:
-    # The parameters are an argument: captured, they would be copied into the program as constants.
+    # Captured parameters would be compiled into the program as constants, so they are an argument.
     return model.apply({"params": params}, batch, method=method)
 
 
 def _return_freed_memory() -> None:
-    """Gives the system back what was freed: glibc keeps more of it than a packed model takes, for later."""
+    """Return freed memory to the system: glibc retains more than the size of a packed model."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache
 def _return_memory_of_compiling(model: CLIP, shape: tuple[int, ...], method: str) -> None:
-    """As `_return_freed_memory`, once for each program."""
+    """Call `_return_freed_memory` once per compiled program."""
     _return_freed_memory()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """Parameters with all that is needed to apply them; models of one shape share their compiled encoders.
+    """Parameters with everything needed to apply them. Models of the same shape share their compiled encoders.
 
     Attributes:
       config: the shape of both towers.
-      preprocess: how an image becomes the model's input.
-      params: parameter tree, packed (`PackedTensor` or `TernaryTensor` leaves) or latent floats; on the default device.
-      rules: which latent floats are to be fake-quantized; none of a packed model.
+      preprocess: the preprocessing of images.
+      params: parameter tree on the default device, packed (`PackedTensor` or `TernaryTensor` leaves) or latent floats.
+      rules: the ternary rules that fake-quantize latent floats; empty for a packed model.
     """
 
     config: CLIPConfig
@@ -68,7 +68,7 @@ class Model:
     rules: TernaryRules = ()
 
     def __post_init__(self) -> None:
-        # What is on devices stays: those of other processes cannot be put anywhere.
+        # Arrays stay on their devices: those of other processes are not addressable.
         placed = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), self.params)
         object.__setattr__(self, "params", placed)
 
@@ -76,48 +76,55 @@ class Model:
     def load(
         cls, folder: epath.PathLike, *, implementation: str | None = None, activations: Activations = "A16"
     ) -> Model:
-        """The model of an artifact, packed for this device as by `repacked`.
+        """Load an artifact, packed for this device; for the arguments see `repacked`.
 
         Raises:
-          ArtifactError: a folder that is not a whole artifact.
-          ValueError: an implementation that cannot run here.
+          ArtifactError: the folder is not a complete artifact.
+          ValueError: the implementation cannot run on this device.
         """
         pack = functools.partial(repack_leaf, implementation=implementation, activations=activations)
-        # Leaf by leaf: all trits at once, a byte each, are three times what the packed model takes.
+        # Leaf by leaf: all trits as one byte each would take three times the memory of the packed model.
         artifact = read_artifact(folder, lambda leaf: jax.device_put(pack(leaf)))
         _return_freed_memory()
-        # Its rules stay behind: what they made is packed, and a stranger's regexes are not run.
+        # The rules are dropped: the weights are packed already, and untrusted regexes must not run.
         return cls(artifact.config, artifact.preprocess, artifact.params)
 
     def repacked(self, *, implementation: str | None = None, activations: Activations = "A16") -> Model:
-        """The same model with its trits in the bytes that this device multiplies by; others stay as they are.
+        """Return the model with its ternary weights packed for this device; other parameters do not change.
 
         Args:
-          implementation: of the ternary product, see `tclip_jax.ternary.kernels`; None: the best for this device.
-          activations: "A16" gives the embeddings of the fake-quantized model; "A8" rounds the activations of each token
-            to int8, which is faster and moves embeddings by about 1e-3 in cosine.
+          implementation: kernel of the ternary matmul, see `tclip_jax.ternary.kernels`; None for the best one here.
+          activations: "A16" gives the embeddings of the fake-quantized model. "A8" rounds the activations of each token
+            to int8, which is faster and changes embeddings by about 1e-3 in cosine.
         """
         params = repack_params(self.params, implementation=implementation, activations=activations)
         return dataclasses.replace(self, params=params)
 
     @property
     def activations(self) -> Activations:
-        """How packed weights are multiplied; "A16", as they are, of weights that are not packed."""
+        """The activations of the packed weights; "A16" without packed weights."""
         leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, PackedTensor))
         return "A8" if any(isinstance(leaf, PackedTensor) and leaf.activations == "A8" for leaf in leaves) else "A16"
 
     @property
     def logit_scale(self) -> float:
-        """exp of the parameter: what cosine similarities are multiplied by before the softmax."""
+        """The factor of cosine similarities before the softmax: the exponential of the parameter `logit_scale`."""
         return math.exp(self.params["logit_scale"])
 
     def encode_image(
         self, images: Image.Image | Sequence[Image.Image] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
     ) -> Embeddings:
-        """L2-normalised embeddings (N, embed_dim) float32 of PIL images, or of normalised float pixels (N, H, W, 3).
+        """Encode images in batches.
+
+        Args:
+          images: PIL images, or normalised float pixels (N, H, W, 3).
+          batch_size: images per batch.
+
+        Returns:
+          L2-normalised embeddings (N, embed_dim) float32.
 
         Raises:
-          ValueError: an array that is not of that shape and kind.
+          ValueError: an array has another shape or dtype, or `batch_size` is not positive.
         """
         if isinstance(images, np.ndarray | jax.Array):
             pixels = self._checked_pixels(images)
@@ -128,10 +135,17 @@ class Model:
     def encode_text(
         self, texts: str | Sequence[str] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
     ) -> Embeddings:
-        """L2-normalised embeddings (N, embed_dim) float32 of texts, or of integer tokens (N, context_length).
+        """Encode texts in batches.
+
+        Args:
+          texts: strings, or integer tokens (N, context_length).
+          batch_size: texts per batch.
+
+        Returns:
+          L2-normalised embeddings (N, embed_dim) float32.
 
         Raises:
-          ValueError: tokens that are not of that shape and kind, or not in the model's vocabulary.
+          ValueError: tokens have another shape or dtype or are not in the vocabulary, or `batch_size` is not positive.
         """
         raw = texts if isinstance(texts, np.ndarray | jax.Array) else Tokenizer(self.config.text.context_length)(texts)
         tokens = self._checked_tokens(raw)
@@ -140,7 +154,7 @@ class Model:
     def _batched(
         self, method: str, count: int, batch_size: int, load: Callable[[slice], npt.NDArray[Any]]
     ) -> Embeddings:
-        """Encodes `count` inputs in batches padded to `batch_size`, or for fewer inputs to the next power of two."""
+        """Encode `count` inputs in batches padded to `batch_size`, or for fewer inputs to the next power of two."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
         size = min(batch_size, 1 << max(count - 1, 0).bit_length())
@@ -170,16 +184,18 @@ class Model:
             raise ValueError(f"tokens are {texts.dtype} {texts.shape}: they must be integers (N, {length})")
         tokens = np.asarray(texts)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}: the model's are 0 to {vocabulary - 1}")
+            raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}: the vocabulary is 0 to {vocabulary - 1}")
         return tokens.astype(np.int32)
 
 
 def fingerprint(model: Model, path: epath.PathLike) -> str:
-    """32 hexadecimal digits that change with anything that changes embeddings: parameters, rules, preprocessing.
+    """Return 32 hexadecimal digits that change with everything that determines embeddings.
 
-    Those of an artifact follow from its checksums, and are the same on every device and for every way of packing.
+    These are parameters, rules, configuration and preprocessing. The fingerprint of an artifact is computed from its
+    checksums, so it is the same on every device and for every packing.
 
     Args:
+      model: the model.
       path: where the model was loaded from.
     """
     manifest = epath.Path(path) / MANIFEST

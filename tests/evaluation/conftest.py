@@ -1,4 +1,4 @@
-"""Webdataset exports written by hand, and a stand-in for a model that needs no compiling."""
+"""Webdataset exports, and a fake encoder that needs no compilation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATES = ("a photo of a {c}.", "{c}", "a bad drawing of the {c}")
 
 
 def picture(number: int, suffix: str = "png") -> bytes:
-    """An image file of a size and content of its own."""
+    """Return an image file whose size and content depend on `number`."""
     pixels = np.random.default_rng(number).integers(0, 256, (9 + number % 5, 12, 3), np.uint8)
     buffer = io.BytesIO()
     options = {"lossless": True} if suffix == "webp" else {}
@@ -46,10 +46,11 @@ def write_export(
     shards: int = 2,
     images: Mapping[int, bytes] | None = None,
 ) -> pathlib.Path:
-    """A folder as `clip_benchmark_export_wds` leaves it; the target of a sample is a class, a vector or captions.
+    """Write a folder in the format of `clip_benchmark_export_wds`.
 
     Args:
-      images: bytes in place of the pictures of some samples.
+      targets: the target of each sample: a class, a 0/1 vector or captions.
+      images: replacement image files by sample index.
     """
     members: list[dict[str, bytes]] = [{} for _ in range(shards)]
     kind = {int: "cls", list: "txt", np.ndarray: "npy"}[type(targets[0])]
@@ -73,27 +74,34 @@ def write_export(
 
 
 class Direct:
-    """Stands for an encoder: a text has an embedding drawn from its bytes, an image from its pixels' sums."""
+    """A fake encoder whose embeddings are random, with a seed from the bytes of the text or image.
+
+    Attributes:
+      encoded: all texts that were encoded.
+
+    Args:
+      table: text embeddings by text; the embedding of an image is then its mean colour.
+    """
 
     preprocess = Preprocess(4)
     dtype = "float32"
 
     def __init__(self, batch_size: int = 8, table: Mapping[str, Sequence[float]] | None = None) -> None:
         self.batch_size, self._table = batch_size, table
-        self.asked: list[str] = []
+        self.encoded: list[str] = []
 
     @property
     def made_by(self) -> dict[str, Any]:
         return {"dtype": self.dtype}
 
     def texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        self.asked += texts
+        self.encoded += texts
         if self._table is not None:
             return _units(np.array([self._table[text] for text in texts]))
         return _units(np.array([np.random.default_rng([*text.encode(), 1]).normal(size=6) for text in texts]))
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        assert pixels.shape[0] == self.batch_size and pixels.dtype == np.uint8, "batches are of one shape"
+        assert pixels.shape[0] == self.batch_size and pixels.dtype == np.uint8, "batches have one shape"
         if self._table is not None:
             return _units(pixels.mean(axis=(1, 2)))
         return _units(np.array([np.random.default_rng(each.ravel()).normal(size=6) for each in pixels]))
@@ -104,19 +112,19 @@ def _units(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 
 class Hub:
-    """Stands for `huggingface_hub.snapshot_download`: the exports below a folder, by the hub's own matching of names.
+    """A fake `huggingface_hub.snapshot_download` of the exports in a folder, with the hub's own matching of patterns.
 
     Attributes:
-      asked: the names of what was asked for, without repetitions.
-      stop_at: the file whose download fails.
+      requested: the requested repositories, without duplicates.
+      stop_at: name of the file whose download fails.
     """
 
     def __init__(self, root: pathlib.Path) -> None:
-        self.root, self.asked, self.stop_at = root, list[str](), ""
+        self.root, self.requested, self.stop_at = root, list[str](), ""
 
     def __call__(self, repo_id: str, *, repo_type: str, local_dir: str, allow_patterns: list[str]) -> None:
         assert repo_type == "dataset"
-        self.asked = [*dict.fromkeys([*self.asked, repo_id])]
+        self.requested = [*dict.fromkeys([*self.requested, repo_id])]
         there = self.root / repo_id.removeprefix("clip-benchmark/")
         if not there.exists():
             raise OSError("Repository not found\nand more lines")
@@ -133,15 +141,15 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """A hub whose exports are in `tmp_path / "hub"`."""
-    stands_in = Hub(tmp_path / "hub")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", stands_in)
-    return stands_in
+    """A fake hub with the exports in `tmp_path / "hub"`."""
+    fake = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
+    return fake
 
 
 @pytest.fixture
 def exports() -> types.SimpleNamespace:
-    """The functions and classes above: a test cannot import them."""
+    """The functions and classes above, as a fixture."""
     return types.SimpleNamespace(
         write=write_export, write_tar=write_tar, picture=picture, npy=npy, Direct=Direct, TEMPLATES=TEMPLATES
     )

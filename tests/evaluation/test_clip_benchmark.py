@@ -1,4 +1,4 @@
-"""All 41 data sets against CLIP_benchmark itself: its metrics, and its evaluation of the exported model in PyTorch."""
+"""All 41 data sets against CLIP_benchmark: its metrics, and its evaluation of the exported model in PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 pytestmark = [
     pytest.mark.torch,
-    # webdataset leaves files open, which are found by `gc.collect` below.
+    # webdataset leaves files open; `gc.collect` below reports them.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -40,19 +40,19 @@ IMAGES = 26
 
 
 class Theirs:
-    """The exported model as CLIP_benchmark loads and runs it, in float32."""
+    """The exported model, loaded and evaluated by CLIP_benchmark in float32."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         import open_clip
         import torch
         from clip_benchmark.metrics import zeroshot_classification
 
-        torch.set_num_threads(1)  # tiny products: its threads would wait for each other
+        torch.set_num_threads(1)  # threads only slow down tiny matrix products
         name = f"local-dir:{folder}"
         self.model, _, self.transform = open_clip.create_model_and_transforms(name)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.model.eval()
-        # Their accuracy() makes a number of an array (1,), which NumPy 2.4 refuses.
+        # accuracy() of CLIP_benchmark calls float on an array (1,), which NumPy 2.4 refuses.
         zeroshot_classification.float = lambda x: x.item() if isinstance(x, np.ndarray) else float(x)
 
     def __call__(self, dataset: str, folder: pathlib.Path, batch_size: int = 7) -> dict[str, float]:
@@ -66,14 +66,14 @@ class Theirs:
             data = build_dataset(f"wds/{dataset}", str(folder), self.transform, "test", task=task)
             loader = torch.utils.data.DataLoader(data.batched(batch_size), batch_size=None, num_workers=0)
             if task == "zeroshot_retrieval":
-                found = zeroshot_retrieval.evaluate(
+                metrics = zeroshot_retrieval.evaluate(
                     self.model, loader, self.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
                 )
             else:
-                found = zeroshot_classification.evaluate(
+                metrics = zeroshot_classification.evaluate(
                     self.model, loader, self.tokenizer, data.classes, data.templates, "cpu", amp=False
                 )
-        return found
+        return metrics
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ def targets_of(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_every_data_set_has_their_metrics(
+def test_every_data_set_has_the_metrics_of_clip_benchmark(
     name: str, both: tuple[Encoder, Theirs], exports: types.SimpleNamespace, tmp_path: pathlib.Path
 ) -> None:
     row = DATASETS[name]
     suffix = ("webp", "png", "jpg")[len(name) % 3]
     templates = exports.TEMPLATES[: 1 if row.classes > 150 else 3]
-    # One class of closest_object_distance has an empty name in fact.
+    # As in closest_object_distance, one class name is empty.
     names = [f"thing {i}" if i != 3 else "" for i in range(row.classes)]
     folder = exports.write(tmp_path / row.folder, targets_of(name), names, templates, suffix=suffix)
     ours = evaluate(both[0], suite_tasks(tmp_path, name), model="m").results[name]
@@ -116,18 +116,18 @@ def test_every_data_set_has_their_metrics(
 def test_one_export_is_scored_with_its_own_templates(
     both: tuple[Encoder, Theirs], exports: types.SimpleNamespace, tmp_path: pathlib.Path
 ) -> None:
-    """As a source of its own, as a row of a suite, and by CLIP_benchmark: one number; other templates, another."""
+    """A single source, a suite and CLIP_benchmark give the same metrics; other templates give different ones."""
     names, labels = [f"thing {i}" for i in range(10)], targets_of("mnist")
     folder = exports.write(tmp_path / "wds_mnist", labels, names, ("a bad drawing of {c}, 1874", "the {c}'s shadow"))
     theirs = both[1]("mnist", folder)
-    own = evaluate(both[0], [source_task(f"wds:{folder}")], model="m").results[f"wds:{folder}"]
+    single = evaluate(both[0], [source_task(f"wds:{folder}")], model="m").results[f"wds:{folder}"]
     row = evaluate(both[0], suite_tasks(tmp_path, "mnist"), model="m").results["mnist"]
     simple = evaluate(both[0], [source_task(f"wds:{folder}", "test", "simple")], model="m").results[f"wds:{folder}"]
-    assert own.metrics == row.metrics == pytest.approx(theirs, abs=1e-6)
-    assert simple.metrics != own.metrics
+    assert single.metrics == row.metrics == pytest.approx(theirs, abs=1e-6)
+    assert simple.metrics != single.metrics
 
 
-def test_metrics_on_the_same_arrays(both: tuple[Encoder, Theirs]) -> None:
+def test_metrics_equal_on_the_same_arrays(both: tuple[Encoder, Theirs]) -> None:
     import torch
     from clip_benchmark.metrics import zeroshot_classification as theirs
     from sklearn.metrics import balanced_accuracy_score
@@ -154,7 +154,7 @@ def test_metrics_on_the_same_arrays(both: tuple[Encoder, Theirs]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_cifar10_to_the_last_image(
+def test_cifar10_agrees_to_the_last_image(
     both: tuple[Encoder, Theirs], exports: types.SimpleNamespace, tmp_path: pathlib.Path, shared_data: pathlib.Path
 ) -> None:
     files, labels = {}, []
@@ -163,7 +163,7 @@ def test_cifar10_to_the_last_image(
             if member.isfile() and member.name.startswith("test/"):
                 files[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
     classes = sorted({name.split("/")[1] for name in files})
-    order = sorted(files, key=lambda name: name.rpartition("/")[2])  # the classes mixed
+    order = sorted(files, key=lambda name: name.rpartition("/")[2])  # mixes the classes
     labels = [classes.index(name.split("/")[1]) for name in order]
     folder = exports.write(
         tmp_path / "wds_vtab-cifar10",

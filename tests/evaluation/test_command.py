@@ -1,4 +1,4 @@
-"""`tclip evaluate` from outside: both of its forms, its exit codes, and the page about it."""
+"""`tclip evaluate`: single sources, suites, exit codes, and its documentation."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "artifact"
 
 
-def test_one_source_and_any_model(artifact: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_source_and_every_kind_of_model(artifact: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--data", "digits", "--split", "test", "--templates", "digits"]
     assert main(["evaluate", str(artifact), *command]) == 0
     header, row, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["data", "set", "images", "acc1"] and row.split()[:2] == ["digits", "397"]
-    found = []
+    reports = []
     for model in (artifact, artifact.parent / "export"):
         assert main(["evaluate", str(model), *command, "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert f"{100 * found[0]['metrics']['acc1']:.2f}" in row
-    assert found[0]["datasets"] == found[1]["datasets"] and found[0]["model"] == str(artifact)
+        reports.append(json.loads(capsys.readouterr().out))
+    assert f"{100 * reports[0]['metrics']['acc1']:.2f}" in row
+    assert reports[0]["datasets"] == reports[1]["datasets"] and reports[0]["model"] == str(artifact)
     assert main(["evaluate", str(artifact), "--data", "digits", "--templates", "digitz"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.splitlines()[-1].startswith("tclip evaluate: error: templates 'digitz'")
 
 
-def test_templates_of_ones_own_and_options_that_mean_nothing(
+def test_templates_and_options_that_do_not_apply(
     artifact: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
@@ -69,13 +69,13 @@ def test_templates_of_ones_own_and_options_that_mean_nothing(
         captured = capsys.readouterr()
         return code, captured.out, captured.err.splitlines()[-1] if captured.err else ""
 
-    own, named, alone = (
+    default, named, listed = (
         json.loads(run(*options)[1])["datasets"]
         for options in ([], ["--templates", "digits"], ["--templates", *TEMPLATES["digits"]])
     )
-    assert own == named == alone, "the digits' own, by name, and one by one"
+    assert default == named == listed, "the templates of the data, by name, and written out"
     assert run("--templates", "number {c}, {c}!")[0] == 0
-    assert caplog.messages[-1] == "digits: 1 templates (as asked for): 'number {c}, {c}!'"
+    assert caplog.messages[-1] == "digits: 1 templates (from the arguments): 'number {c}, {c}!'"
     assert run("--templates", "a {c}", "digits")[::2] == (
         2,
         "tclip evaluate: error: template 'digits' has no {c} for the class name",
@@ -92,7 +92,7 @@ def test_templates_of_ones_own_and_options_that_mean_nothing(
         assert (code, out) == (2, "") and error.startswith(f"tclip evaluate: error: {message}")
 
 
-def test_another_split_or_other_templates_are_not_the_old_numbers(
+def test_results_of_another_split_or_other_templates_are_refused(
     artifact: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = ["evaluate", str(artifact), "--data", "digits", "--out", str(tmp_path)]
@@ -136,7 +136,7 @@ def test_a_suite_and_its_exit_codes(
     assert "PARTIAL  mnist: 1 x unreadable image" in capsys.readouterr().out
     assert run("mnist,stl10", "two", "--dtype", "bfloat16") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "two/mnist.json: made by something else (model.dtype: 'float32', not 'bfloat16'): choose another" in line
+    assert "two/mnist.json: made with different inputs (model.dtype: 'float32', not 'bfloat16'); choose another" in line
     exports.write(tmp_path / "data" / "wds_renderedsst2", [0, 1], ["bad", "good"])
     capsys.readouterr()
     assert run("renderedsst2", "four", "--json") == 3
@@ -145,7 +145,7 @@ def test_a_suite_and_its_exit_codes(
     assert run("minst", "three") == 2 and not (tmp_path / "three").exists()
 
 
-def test_the_page_has_the_table_of_the_suite() -> None:
+def test_the_documentation_lists_every_data_set() -> None:
     text = PAGE.read_text()
     rows = re.findall(r"^\| (\d+) \| (\S+) \| ([\d,]+) \| (\S+) \| (.*) \|$", text, re.MULTILINE)
     of_kind = {

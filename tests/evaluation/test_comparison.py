@@ -1,9 +1,8 @@
-"""Two folders of results: what is compared and refused, the numbers, and every form of the report."""
+"""Comparisons of two folders of results: numbers, refusals, and every form of the report."""
 
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import math
 import pathlib
@@ -21,6 +20,7 @@ from tclip_jax.evaluation.metrics import mean_average_precision
 from tclip_jax.evaluation.paired import Predicted
 from tclip_jax.evaluation.results import Result, read_predictions, read_result, write_result
 from tclip_jax.evaluation.retrieval import retrieval_ranks, retrieval_recall
+from tests.pages import Page
 
 N, CLASSES = 400, 10
 KS = (1, 5)
@@ -33,7 +33,7 @@ def write(folder: pathlib.Path, dataset: str, metrics: dict[str, Any], predictio
 
 
 def classified(folder: pathlib.Path, dataset: str, accuracy: float, seed: int = 0, rows: Any = slice(None)) -> None:
-    """Labels are the same whatever the model, and the images in an order of the model's own."""
+    """Write predictions with the same labels for every seed, and the images in an order that depends on the seed."""
     labels = np.random.default_rng(9).integers(0, CLASSES, N).astype(np.int32)
     rng = np.random.default_rng(seed)
     top = np.stack([rng.permutation(CLASSES)[:5] for _ in range(N)]).astype(np.int32)
@@ -46,8 +46,8 @@ def classified(folder: pathlib.Path, dataset: str, accuracy: float, seed: int = 
         "labels": labels[order],
         "top": top[order],
     }
-    found = Predicted(predictions["keys"], {"labels": labels[order], "top": top[order]})
-    metrics = {name: found.value(name) for name in ("acc1", "acc5", "mean_per_class_recall")}
+    predicted = Predicted(predictions["keys"], {"labels": labels[order], "top": top[order]})
+    metrics = {name: predicted.value(name) for name in ("acc1", "acc5", "mean_per_class_recall")}
     write(folder, dataset, metrics, predictions)
 
 
@@ -78,7 +78,7 @@ def labelled(folder: pathlib.Path, noise: float) -> None:
 
 @pytest.fixture
 def folders(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """`a`, and `b`, which is better at mnist, as good at cars, and worse at the rest."""
+    """Results `a` and `b`: b is better on mnist, equal on cars, and worse on the rest."""
     a, b = tmp_path / "a", tmp_path / "b"
     for folder, accuracy, noise, seed in ((a, 0.5, 0.8, 1), (b, 0.8, 1.2, 2)):
         classified(folder, "mnist", accuracy, seed)
@@ -89,7 +89,7 @@ def folders(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def binomial(lost: int, gained: int) -> float:
-    """Twice the binomial tail of the smaller number, at most 1, in whole numbers."""
+    """Return twice the binomial tail of the smaller count, at most 1, in integer arithmetic."""
     changed = lost + gained
     return min(1.0, 2 * sum(math.comb(changed, i) for i in range(min(lost, gained) + 1)) / 2**changed)
 
@@ -103,9 +103,9 @@ def test_p_is_mcnemars_exact_one(lost: int, gained: int) -> None:
 
 
 def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
-    found = compare_results(*folders, resamples=500)
-    rows = {row.dataset: row for row in found.rows}
-    assert list(rows) == ["cars", "flickr8k", "mnist", "voc2007_multilabel"] and not found.refused
+    compared = compare_results(*folders, resamples=500)
+    rows = {row.dataset: row for row in compared.rows}
+    assert list(rows) == ["cars", "flickr8k", "mnist", "voc2007_multilabel"] and not compared.refused
 
     sides = [read_predictions(folder, "mnist") for folder in folders]
     right = [dict(zip(side["keys"], side["top"][:, 0] == side["labels"], strict=True)) for side in sides]
@@ -131,12 +131,12 @@ def test_numbers(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     assert rows["voc2007_multilabel"].flips is None
     assert rows["voc2007_multilabel"].deltas["mean_average_precision"].high < 0
 
-    main_deltas = [row.deltas[row.metric].delta for row in found.rows]
-    assert found.mean.delta == pytest.approx(np.mean(main_deltas)) and found.mean.low < found.mean.delta
-    assert compare_results(*folders, resamples=500) == found != compare_results(*folders, resamples=500, seed=1)
+    main_deltas = [row.deltas[row.metric].delta for row in compared.rows]
+    assert compared.mean.delta == pytest.approx(np.mean(main_deltas)) and compared.mean.low < compared.mean.delta
+    assert compare_results(*folders, resamples=500) == compared != compare_results(*folders, resamples=500, seed=1)
 
 
-def test_other_images_are_refused_by_name_or_intersected_aloud(
+def test_different_images_are_refused_or_intersected(
     folders: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = folders
@@ -144,16 +144,18 @@ def test_other_images_are_refused_by_name_or_intersected_aloud(
     arguments = ["evaluate", "compare", str(a), str(b), "--resamples", "200"]
     assert main(arguments) == 1
     shown = capsys.readouterr().out
-    assert "not compared: mnist: 30 images only in A, 0 only in B; --intersect compares the 370 of both\n" in shown
+    assert (
+        "not compared: mnist: 30 images only in A, 0 only in B; --intersect compares the 370 common images\n" in shown
+    )
     assert main([*arguments, "--intersect"]) == 0
     assert "mnist: compared on 370 images; left out 30 only in A, 0 only in B\n" in capsys.readouterr().out
     row = next(row for row in compare_results(a, b, intersect=True, resamples=100).rows if row.dataset == "mnist")
     side = read_predictions(a, "mnist")
-    kept = side["index"] >= 30
-    assert row.deltas["acc1"].a == np.mean((side["top"][:, 0] == side["labels"])[kept])
+    common = side["index"] >= 30
+    assert row.deltas["acc1"].a == np.mean((side["top"][:, 0] == side["labels"])[common])
 
 
-def test_what_the_predictions_do_not_give_is_not_said_of_a_part_of_the_images(tmp_path: pathlib.Path) -> None:
+def test_metrics_without_predictions_are_not_compared_on_common_images(tmp_path: pathlib.Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for folder, images in ((a, N), (b, N - 30)):
         share = np.random.default_rng(images).integers(0, 6, images) / 5
@@ -165,14 +167,14 @@ def test_what_the_predictions_do_not_give_is_not_said_of_a_part_of_the_images(tm
     for folder in (a, b):
         predictions = read_predictions(folder, "mnist")
         write(folder, "mnist", {"acc5": 0.9}, predictions, "4_shot")
-    refused = {"mnist": "acc5 cannot be computed on the images of both"}
+    refused = {"mnist": "acc5 cannot be computed on the common images"}
     assert compare_results(a, b, intersect=True, resamples=100).refused == refused
 
 
-def test_a_folder_of_two_models_is_refused(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_two_results_of_one_data_set_are_refused(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     (folders[1] / "mnist_other_model.json").write_text((folders[1] / "mnist.json").read_text())
     with pytest.raises(
-        ValueError, match=r"mnist_other_model\.json: a second result of mnist: a folder is of one model$"
+        ValueError, match=r"mnist_other_model\.json: a second result of mnist; a folder must hold those of one model$"
     ):
         compare_results(*folders, resamples=100)
 
@@ -184,13 +186,21 @@ def predictions_of(folder: pathlib.Path, dataset: str, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("dataset", "change", "reason"),
     [
-        ("mnist", lambda p: {"keys": p["keys"][:-1]}, "labels is int32 (400,), for 399 keys"),
-        ("mnist", lambda p: {"keys": np.repeat(p["keys"][:1], N)}, "keys are not one name for each image"),
-        ("mnist", lambda p: {"keys": np.arange(N)}, "keys are not one name for each image"),
-        ("mnist", lambda p: {"top": p["top"][:, 0]}, "top is int32 (400,), for 400 keys"),
-        ("mnist", lambda p: {"top": np.zeros_like(p["top"])}, "by the predictions beside it"),
-        ("mnist", lambda p: {n: (p[n] + 1) % 10 for n in ("labels", "top")}, "400 images have other labels in A than"),
-        ("flickr8k", lambda p: {"keys": np.char.add("x", p["keys"])}, "60 images only in A, 60 only in B; ranks are"),
+        ("mnist", lambda p: {"keys": p["keys"][:-1]}, "labels is int32 (400,), but there are 399 keys"),
+        ("mnist", lambda p: {"keys": np.repeat(p["keys"][:1], N)}, "keys must be unique strings, one per image"),
+        ("mnist", lambda p: {"keys": np.arange(N)}, "keys must be unique strings, one per image"),
+        ("mnist", lambda p: {"top": p["top"][:, 0]}, "top is int32 (400,), but there are 400 keys"),
+        ("mnist", lambda p: {"top": np.zeros_like(p["top"])}, "by its predictions"),
+        (
+            "mnist",
+            lambda p: {n: (p[n] + 1) % 10 for n in ("labels", "top")},
+            "400 images have different labels in A and B",
+        ),
+        (
+            "flickr8k",
+            lambda p: {"keys": np.char.add("x", p["keys"])},
+            "60 images only in A, 60 only in B; retrieval ranks all",
+        ),
         ("flickr8k", lambda p: {"text_to_image": p["text_to_image"] + 60}, "not the predictions of an evaluation"),
         ("flickr8k", lambda p: {"text_to_image": p["text_to_image"] / 2}, "not the predictions of an evaluation"),
         ("voc2007_multilabel", lambda p: {"scores": p["scores"][:, :3]}, "scores are (400, 3), labels (400, 10)"),
@@ -201,17 +211,17 @@ def test_predictions_that_cannot_be_compared_are_refused(
 ) -> None:
     a, b = folders
     predictions_of(b, dataset, **change(read_predictions(b, dataset)))
-    found = compare_results(a, b, intersect=True, resamples=100)
-    assert list(found.refused) == [dataset] and reason in found.refused[dataset]
-    assert len(found.rows) == 3
+    compared = compare_results(a, b, intersect=True, resamples=100)
+    assert list(compared.refused) == [dataset] and reason in compared.refused[dataset]
+    assert len(compared.rows) == 3
 
 
-def test_a_pickle_is_not_opened(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_a_pickle_is_not_loaded(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     predictions_of(folders[1], "mnist", keys=np.array([{"a": 1}] * N, object))
     assert "Object arrays cannot be loaded" in compare_results(*folders, resamples=100).refused["mnist"]
 
 
-def test_a_data_set_in_one_folder_and_one_of_another_task_are_refused(
+def test_a_data_set_in_one_folder_and_a_different_task_are_refused(
     folders: tuple[pathlib.Path, pathlib.Path],
 ) -> None:
     a, b = folders
@@ -220,27 +230,27 @@ def test_a_data_set_in_one_folder_and_one_of_another_task_are_refused(
     (b / "mnist.json").write_text(json.dumps(saved | {"task": "linear_probe"}))
     assert compare_results(a, b, resamples=100).refused == {
         "cars": f"only in {a}",
-        "mnist": "zeroshot_classification in A, linear_probe in B",
+        "mnist": "the task is zeroshot_classification in A and linear_probe in B",
     }
 
 
 def test_results_of_clip_benchmark_have_differences_without_intervals(
     folders: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    found = {"dataset": "mnist", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification"}
-    found |= {"metrics": {"acc1": 0.25, "acc5": float("nan"), "mean_per_class_recall": 0.5}, "language": "en"}
-    (theirs / "mnist.json").write_text(json.dumps(found))
-    assert main(["evaluate", "compare", str(folders[0]), str(theirs)]) == 1
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fields = {"dataset": "mnist", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification"}
+    fields |= {"metrics": {"acc1": 0.25, "acc5": float("nan"), "mean_per_class_recall": 0.5}, "language": "en"}
+    (folder / "mnist.json").write_text(json.dumps(fields))
+    assert main(["evaluate", "compare", str(folders[0]), str(folder)]) == 1
     shown = capsys.readouterr().out
     assert "no predictions, so no intervals: mnist" in shown and "ViT-B-32 (openai)" in shown
-    assert main(["evaluate", "compare", str(theirs), str(theirs), "--json"]) == 0
+    assert main(["evaluate", "compare", str(folder), str(folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rows"][0]["deltas"]["acc5"] == {"a": None, "b": None, "low": None, "high": None, "delta": None}
 
 
-def test_results_of_other_data_or_templates_are_no_pair(
+def test_results_of_different_data_or_templates_are_refused(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_by = {
@@ -266,17 +276,17 @@ def test_results_of_other_data_or_templates_are_no_pair(
         ({"data": made_by["data"] | {"classes": ["y", "x"]}}, "data.classes: ['x', 'y'], not ['y', 'x']"),  # type: ignore[operator]
         ({"evaluation": 2}, "evaluation: 1, not 2"),
     ):
-        found = compare_results(tmp_path / "a", written("b", **changes), resamples=100)
-        assert found.refused == {"mnist": f"A and B differ in more than the model: {message}"} and not found.rows
+        compared = compare_results(tmp_path / "a", written("b", **changes), resamples=100)
+        assert compared.refused == {"mnist": f"A and B differ in more than the model: {message}"} and not compared.rows
     common = compare_results(tmp_path / "a", written("b", data=made_by["data"] | {"content": "cd"}), intersect=True)  # type: ignore[operator]
-    assert common.rows[0].images == N, "what --intersect is for: other images"
+    assert common.rows[0].images == N, "--intersect allows different images"
     (row,) = compare_results(
         tmp_path / "a", written("b", model={"weights": "w", "dtype": "bfloat16"}), resamples=100
     ).rows
     assert row.checked and (row.split, row.content) == ("test", "ab")
     classified(tmp_path / "b", "mnist", 0.5)
     assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert "a result does not say what made it, so data and templates may differ: mnist" in capsys.readouterr().out
+    assert "a result does not record what made it, so data and templates may differ: mnist" in capsys.readouterr().out
 
 
 def test_exit_code_of_a_drop(folders: tuple[pathlib.Path, pathlib.Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,31 +297,14 @@ def test_exit_code_of_a_drop(folders: tuple[pathlib.Path, pathlib.Path], capsys:
     assert main([*arguments[:-1], "5"]) == 2
 
 
-def test_table_is_aligned_and_says_what_is_clear(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+def test_table_is_aligned_and_marks_clear_differences(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
     lines = to_text(compare_results(*folders, resamples=200)).splitlines()
     assert lines[0] == f"A: {folders[0]}: a (abc)"
     table = lines[3 : lines.index("", 3)]
     assert [line.split()[0] for line in table] == ["dataset", "cars", "flickr8k", "mnist", "voc2007_multilabel", "mean"]
-    places = {line.index(mark) for line in table[1:-1] for mark in ("better", " worse") if mark in line}
-    assert len(places) == 1, "one column"
+    columns = {line.index(mark) for line in table[1:-1] for mark in ("better", " worse") if mark in line}
+    assert len(columns) == 1
     assert lines[-1].startswith("B is clearly better on 1, clearly worse on 2;")
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would load, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("link", "script", "iframe", "b")
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
@@ -319,18 +312,19 @@ def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, path
         keys = read_predictions(folder, "mnist")["keys"]
         predictions_of(folder, "mnist", keys=np.char.add("<b>", keys))
     page = Page(to_html(compare_results(*folders, resamples=200)))
-    assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/png;base64,iVBOR")
+    (plot,) = page.pictures()
+    assert plot.format == "PNG"
     assert "<b>s0000" in page.words or "<b>s0001" in page.words or "<b>s0002" in page.words
 
 
 def test_plot_shows_every_difference_in_order(
     folders: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compare_results(*folders, resamples=200)
-    (axes,) = plot_deltas(found).axes
+    compared = compare_results(*folders, resamples=200)
+    (axes,) = plot_deltas(compared).axes
     dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in "oD"]
-    expected = sorted(100 * row.deltas[row.metric].delta for row in found.rows)
-    np.testing.assert_allclose(dots, [*expected, 100 * found.mean.delta])
+    expected = sorted(100 * row.deltas[row.metric].delta for row in compared.rows)
+    np.testing.assert_allclose(dots, [*expected, 100 * compared.mean.delta])
     assert [label.get_text() for label in axes.get_yticklabels()][-2:] == ["mnist", "mean"]
     arguments = ["evaluate", "compare", *map(str, folders), "--resamples", "100"]
     assert main([*arguments, "--plot", str(tmp_path / "p.png"), "--html", str(tmp_path / "p.html")]) == 0

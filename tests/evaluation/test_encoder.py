@@ -1,4 +1,4 @@
-"""The encoder of evaluations against the plain model: padding, shapes, devices, and two processes."""
+"""The encoder against the plain model: padding, shapes, devices, and two processes."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def pixels(rows: int) -> npt.NDArray[np.uint8]:
 
 @pytest.fixture(autouse=True)
 def fast_compilation() -> Iterator[None]:
-    """Compiling is nearly all of these tests' time."""
+    """Disable optimizations: these tests spend nearly all their time compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_batches_divide_over_the_devices() -> None:
-    sizes = [Encoder(model(), batch_size=asked).batch_size for asked in (1, 8, 9, 128)]
+def test_batch_size_is_a_multiple_of_the_devices() -> None:
+    sizes = [Encoder(model(), batch_size=rows).batch_size for rows in (1, 8, 9, 128)]
     assert sizes == [8, 8, 16, 128] and jax.device_count() == 8
 
 
-def test_embeddings_are_the_models() -> None:
+def test_embeddings_equal_the_plain_model() -> None:
     plain, encoder = model(), Encoder(model(), batch_size=5)
     images = pixels(8)
     expected = plain.encode_image(normalize(images, plain.preprocess.mean, plain.preprocess.std))
@@ -61,7 +61,7 @@ def test_embeddings_are_the_models() -> None:
         np.testing.assert_allclose(encoder.texts(texts), plain.encode_text(texts), atol=1e-6)
 
 
-def test_short_texts_are_not_computed_to_the_full_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_texts_are_encoded_at_a_short_length(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     run = Encoder._run
 
@@ -74,13 +74,13 @@ def test_short_texts_are_not_computed_to_the_full_length(monkeypatch: pytest.Mon
     assert shapes == [(8, 16), (8, 16), (8, 40)]
 
 
-def test_without_a_causal_mask_padding_counts() -> None:
+def test_texts_keep_their_padding_without_a_causal_mask() -> None:
     text = TextConfig(context_length=40, width=8, heads=1, layers=1, no_causal_mask=True)
     plain = model(CLIPConfig(8, VISION, text))
     np.testing.assert_allclose(Encoder(plain).texts(TEXTS), plain.encode_text(TEXTS), atol=1e-6)
 
 
-def test_any_mesh_and_dtype() -> None:
+def test_every_mesh_and_dtype() -> None:
     images = pixels(8)
     expected = np.asarray(Encoder(model(), batch_size=8, mesh=make_mesh(devices=jax.devices()[:1])).images(images))
     sharded = Encoder(model(), batch_size=8, mesh=make_mesh(2, 4))
@@ -89,11 +89,11 @@ def test_any_mesh_and_dtype() -> None:
     assert half.dtype == np.float32 and 1e-5 < abs(half - expected).max() < 0.05
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 0: it must be 1 or more"):
         Encoder(model(), batch_size=0)
     small = CLIPConfig(8, VISION, TextConfig(context_length=8, vocab_size=100, width=8, heads=1, layers=1))
-    with pytest.raises(ValueError, match="the model knows 100 tokens: the tokenizer has 49408"):
+    with pytest.raises(ValueError, match="the model's vocabulary has 100 tokens, but the tokenizer has 49408"):
         Encoder(model(small))
 
 
@@ -127,7 +127,7 @@ assert set(report.errors) == {"mnist"} and len(report.results) == 3
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_files_of_one(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+def test_two_processes_write_the_files_of_one(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     labels = [int(label) for label in rng.integers(0, 10, 29)]  # the last batch has five rows of eight
     write = exports.write
@@ -135,7 +135,7 @@ def test_two_processes_give_the_files_of_one(exports: types.SimpleNamespace, tmp
     write(tmp_path / "wds_voc2007_multilabel", [*rng.integers(0, 2, (9, 20))], [f"c{i}" for i in range(20)])
     write(tmp_path / "wds_flickr8k", [[f"é {i}", f"b {i}"][: 1 + i % 2] for i in range(17)])
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "flickr8k.json").write_text("{}")  # the second process's own folder: no one looks at it
+    (tmp_path / "other" / "flickr8k.json").write_text("{}")  # the output folder of process 1, which is never read
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
@@ -145,8 +145,8 @@ def test_two_processes_give_the_files_of_one(exports: types.SimpleNamespace, tmp
         for arguments, out in ((["0", port], "two"), (["1", port], "other"), (["0", "0"], "one"))
     ]
     for process in processes:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-2000:]
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-2000:]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )

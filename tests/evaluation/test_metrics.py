@@ -19,7 +19,7 @@ from tclip_jax.evaluation.metrics import (
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(1, 40))
-def test_classification_is_sklearns(seed: int, classes: int, rows: int) -> None:
+def test_classification_equals_scikit_learn(seed: int, classes: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = (
         rng.normal(size=(rows, classes)),
@@ -36,12 +36,12 @@ def test_classification_is_sklearns(seed: int, classes: int, rows: int) -> None:
 
 
 @hypothesis.given(st.lists(st.lists(st.integers(-2, 2), min_size=4, max_size=4), min_size=1, max_size=8))
-def test_of_equal_logits_the_lower_class_comes_first(rows: list[list[int]]) -> None:
+def test_the_lower_class_of_equal_logits_comes_first(rows: list[list[int]]) -> None:
     expected = [sorted(range(4), key=lambda c, row=row: (-row[c], c)) for row in rows]  # type: ignore[misc]
     logits = np.array(rows, np.float32)
     for k in range(1, 7):
         assert top_k(logits, k).tolist() == [each[:k] for each in expected]
-    assert logits.tolist() == rows, "the argument is left alone"
+    assert logits.tolist() == rows, "the argument is not modified"
 
 
 def test_average_precision_is_the_mean_precision_at_the_positives() -> None:
@@ -50,15 +50,15 @@ def test_average_precision_is_the_mean_precision_at_the_positives() -> None:
     expected = [(1 + 2 / 3) / 2, (1 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2]
     np.testing.assert_allclose(average_precision(scores, targets), expected, rtol=1e-15)
     assert mean_average_precision(scores, targets) == pytest.approx(np.mean(expected))
-    assert average_precision(scores, targets * [0, 1, 1])[0] == 0, "a class without positives counts as 0"
+    assert average_precision(scores, targets * [0, 1, 1])[0] == 0, "0 without positives"
 
 
-def test_without_rows_there_is_no_number() -> None:
-    nothing, labels = np.empty((0, 3)), np.empty(0, int)
+def test_metrics_of_no_rows_are_nan() -> None:
+    empty, labels = np.empty((0, 3)), np.empty(0, int)
     values = [
-        top_k_accuracy(nothing, labels, 1),
-        hit_rate(nothing, labels),
+        top_k_accuracy(empty, labels, 1),
+        hit_rate(empty, labels),
         mean_per_class_recall(labels, labels),
-        mean_average_precision(nothing, nothing),
+        mean_average_precision(empty, empty),
     ]
     assert np.isnan(values).all()

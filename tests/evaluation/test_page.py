@@ -1,9 +1,7 @@
-"""The page of an evaluation: whole, escaped, loading nothing, with the mistakes that were made."""
+"""The page of an evaluation: complete, escaped, self-contained, and with the mistakes of the model."""
 
 from __future__ import annotations
 
-import base64
-import html.parser
 import io
 import pathlib
 import types
@@ -17,36 +15,20 @@ from tclip_jax.cli import main
 from tclip_jax.data.sources import BadSample, Record
 from tclip_jax.data.sources.webdataset import Webdataset
 from tclip_jax.evaluation.comparison import compare_results
-from tclip_jax.evaluation.flipped import flipped
+from tclip_jax.evaluation.comparison_report import flipped
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
 from tclip_jax.evaluation.page import plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task, suite_tasks
+from tests.pages import Page
 
 NAMES = ["<b>zero</b>", *(f"digit {i}" for i in range(1, 10))]
 
 
-class Page(html.parser.HTMLParser):
-    """What a browser would load, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("link", "script", "iframe", "b")
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 @pytest.fixture
 def evaluated(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> Any:
-    """The report, folder and tasks of three small exports, of which one has a broken image, and one that is missing."""
+    """The report, folder and tasks of three small exports, one with a broken image, and of a missing export."""
     root, out = tmp_path / "exports", tmp_path / "out"
     exports.write(root / "wds_mnist", [i % 10 for i in range(40)], NAMES, images={3: b"broken"})
     vectors = [np.eye(20, dtype=np.int64)[i % 20] for i in range(20)]
@@ -56,7 +38,7 @@ def evaluated(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> Any:
     return evaluate(exports.Direct(), tasks, model="model & co", out=out), out, tasks
 
 
-def test_the_page_shows_what_was_measured_and_loads_nothing(evaluated: Any) -> None:
+def test_the_page_shows_the_results_and_loads_nothing(evaluated: Any) -> None:
     report, out, tasks = evaluated
     text = to_html(report, out, tasks, limit=4)
     page = Page(text)
@@ -68,22 +50,20 @@ def test_the_page_shows_what_was_measured_and_loads_nothing(evaluated: Any) -> N
     kinds = [address.partition(",")[0] for address in page.addresses]
     assert kinds[0] == "data:image/png;base64" and set(kinds[1:]) == {"data:image/jpeg;base64"}
     assert 3 <= len(kinds[1:]) <= 12
-    for address in page.addresses:
-        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
-            picture.load()
+    assert len(page.pictures()) == len(kinds)
 
 
-def test_data_that_is_gone_or_another_leaves_the_numbers(evaluated: Any, exports: types.SimpleNamespace) -> None:
+def test_missing_or_changed_data_removes_only_the_examples(evaluated: Any, exports: types.SimpleNamespace) -> None:
     report, out, tasks = evaluated
     (out / "mnist.predictions.npz").unlink()
     exports.write(tasks[1].open()[1]._folder, [np.eye(20, dtype=np.int64)[0]], [str(i) for i in range(20)], shards=1)
     (tasks[2].open()[1]._folder / "test" / "nshards.txt").unlink()
     words = Page(to_html(report, out, tasks)).words
     assert sum(word.startswith("no examples: ") for word in words) == 3
-    assert any(word.endswith(": not the data that was evaluated, or changed since") for word in words)
+    assert any(word.endswith(": the data has changed since the evaluation") for word in words)
 
 
-def test_images_that_cannot_be_read_again_leave_the_numbers(evaluated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_data_removes_only_the_examples(evaluated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def unmounted(self: Webdataset, index: int) -> Record:
         raise OSError("Stale file handle")
 
@@ -92,7 +72,7 @@ def test_images_that_cannot_be_read_again_leave_the_numbers(evaluated: Any, monk
     assert sum(word == "no examples: Stale file handle" for word in words) == 3 and "39" in words
 
 
-def test_the_plot_has_every_main_metric() -> None:
+def test_the_plot_shows_every_main_metric() -> None:
     results = [
         Result("a", "m", "w", "t", {"acc1": 0.25, "acc5": 0.5}),
         Result("b", "m", "w", "t", {"mean_average_precision": 0.75}),
@@ -128,14 +108,14 @@ PREDICTIONS = {
 }
 
 
-def test_mistakes_are_found_by_their_place_in_the_source() -> None:
-    found = examples(PREDICTIONS, Pictures(10), 10)
-    # Row 1, whose image cannot be read, is passed over.
-    assert [(each.truth, each.predicted) for each in found] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
+def test_mistakes_are_read_by_their_index_in_the_source() -> None:
+    shown = examples(PREDICTIONS, Pictures(10), 10)
+    # The image of row 1 is unreadable.
+    assert [(each.truth, each.predicted) for each in shown] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
     shades = []
-    for each in found:
+    for each in shown:
         with Image.open(io.BytesIO(each.thumbnail)) as picture:
-            assert picture.size == (91, 136) and not each.small
+            assert picture.width < picture.height and not each.small  # as the image of 200 by 300
             shades.append(round(np.asarray(picture).mean() / 10))
     assert shades == [3, 7, 9]
     assert len(examples(PREDICTIONS, Pictures(10), 1)) == 0 and len(examples(PREDICTIONS, Pictures(10), 2)) == 1
@@ -154,21 +134,21 @@ def test_confusions_and_weakest_classes() -> None:
     ]
 
 
-def test_several_labels() -> None:
+def test_multi_label_mistakes() -> None:
     predictions = {
         "keys": np.array(["0", "1", "3"]),
         "index": np.array([0, 1, 3]),
         "labels": np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0]]),
         "scores": np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]),
     }
-    found = examples(predictions, Pictures(4), 5)
-    assert [(each.truth, each.predicted) for each in found] == [("dog", "cat"), ("none", "cow")]
+    shown = examples(predictions, Pictures(4), 5)
+    assert [(each.truth, each.predicted) for each in shown] == [("dog", "cat"), ("none", "cow")]
     assert weakest_classes(predictions, Pictures.classnames, 9) == [("cat", 0.5, 1), ("dog", 1.0, 2)]
 
 
-def test_nothing_wrong_and_nothing_measured(evaluated: Any, tmp_path: pathlib.Path) -> None:
-    right = {"index": np.arange(2), "labels": np.array([0, 1]), "top": np.array([[0], [1]])}
-    assert examples(right, Pictures(2), 5) == [] == confusions(right, Pictures.classnames, 5)
+def test_no_mistakes_and_no_results(evaluated: Any, tmp_path: pathlib.Path) -> None:
+    correct = {"index": np.arange(2), "labels": np.array([0, 1]), "top": np.array([[0], [1]])}
+    assert examples(correct, Pictures(2), 5) == [] == confusions(correct, Pictures.classnames, 5)
     report = type(evaluated[0])({}, {"cars": "no such folder"})
     assert "Evaluation of nothing" in Page(to_html(report, tmp_path, ())).words
 
@@ -180,15 +160,15 @@ def test_a_page_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) 
     )
 
 
-def test_retrieval_shows_the_worst(evaluated: Any) -> None:
+def test_retrieval_shows_the_worst_ranks(evaluated: Any) -> None:
     _, out, tasks = evaluated
     predictions = read_predictions(out, "flickr8k")
-    found = examples(predictions, tasks[2].open()[1], 3)
-    ranks = [int(each.predicted.split()[4].replace(",", "")) for each in found]
+    shown = examples(predictions, tasks[2].open()[1], 3)
+    ranks = [int(each.predicted.split()[4].replace(",", "")) for each in shown]
     assert ranks == [1 + rank for rank in sorted(predictions["text_rank"], reverse=True)[:3]]
 
 
-def test_images_that_changed_stand_on_the_page_of_a_comparison(
+def test_the_page_of_a_comparison_shows_changed_images(
     evaluated: Any, tmp_path: pathlib.Path, exports: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, tasks = evaluated
@@ -207,46 +187,44 @@ def test_images_that_changed_stand_on_the_page_of_a_comparison(
     exports.write(tmp_path / "exports" / "wds_mnist", [0], NAMES, shards=1)
     assert main([*arguments, str(tmp_path / "gone.html"), "--data", str(tmp_path / "exports")]) == 1
     words = Page((tmp_path / "gone.html").read_text()).words
-    assert any(word.endswith("wds_mnist: not the data that was evaluated, or changed since") for word in words)
+    assert any(word.endswith("wds_mnist: the data has changed since the evaluation") for word in words)
 
 
-def test_what_either_model_said_of_an_image_that_changed() -> None:
+def test_a_changed_image_has_both_predictions() -> None:
     keys = np.array(["0", "3", "5", "7"])
     first = {"keys": keys, "index": np.array([0, 3, 5, 7]), "labels": np.array([0, 1, 2, 0])}
     first["top"] = np.array([[0], [1], [0], [2]])
     second = {name: array[::-1] for name, array in first.items()}
     second["top"] = np.array([[0], [2], [2], [1]])  # of 7, 5, 3, 0
-    found = changed(first, second, ["0", "3", "7"], Pictures(10), 7)
-    assert [(each.truth, each.predicted) for each in found] == [
+    shown = changed(first, second, ["0", "3", "7"], Pictures(10), 7)
+    assert [(each.truth, each.predicted) for each in shown] == [
         ("cat", "A: cat; B: dog"),
         ("dog", "A: dog; B: cow"),
         ("cat", "A: cow; B: cat"),
     ]
-    with pytest.raises(ValueError, match=r"^image 7 is not there, not 7$"):
+    with pytest.raises(ValueError, match=r"^image 7 is missing, not 7$"):
         changed(first, second, ["7"], Pictures(5), 7)
     second["top"] = np.array([[0], [3], [2], [1]])
-    with pytest.raises(ValueError, match=r"^the predictions are of 4 classes, and the data now has 3$"):
+    with pytest.raises(ValueError, match=r"^the predictions have 4 classes, but the data has 3$"):
         changed(first, second, ["3"], Pictures(10), 7)
 
 
-def test_data_that_has_fewer_classes_than_the_predictions() -> None:
-    where = {"keys": np.array(["0"]), "index": np.array([0])}
-    for several in (False, True):
-        own = {"labels": np.ones((1, 4)), "scores": np.ones((1, 4))}
-        one = {"labels": np.array([3]), "top": np.array([[0]])}
-        with pytest.raises(ValueError, match=r"^the predictions are of 4 classes, and the data now has 3$"):
-            examples(where | (own if several else one), Pictures(10), 7)
+def test_data_with_fewer_classes_than_the_predictions_is_refused() -> None:
+    names = {"keys": np.array(["0"]), "index": np.array([0])}
+    single = {"labels": np.array([3]), "top": np.array([[0]])}
+    multi = {"labels": np.ones((1, 4)), "scores": np.ones((1, 4))}
+    for arrays in (single, multi):
+        with pytest.raises(ValueError, match=r"^the predictions have 4 classes, but the data has 3$"):
+            examples(names | arrays, Pictures(10), 7)
 
 
-def test_images_that_changed_are_those_of_the_split_that_was_evaluated(
-    exports: types.SimpleNamespace, tmp_path: pathlib.Path
-) -> None:
+def test_changed_images_come_from_the_evaluated_split(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
     class Reversed(exports.Direct):  # type: ignore[misc, name-defined]
         def texts(self, texts: Any) -> Any:
             return super().texts(texts)[::-1]
 
     for encoder, side in ((exports.Direct(), "a"), (Reversed(), "b")):
         evaluate(encoder, [source_task("digits", "train", "none")], model=side, out=tmp_path / side)
-    found = compare_results(tmp_path / "a", tmp_path / "b", resamples=100)
-    pictures = flipped(found, None)["digits"]
-    assert found.rows[0].split == "train" and pictures.why_not == "" and pictures.lost + pictures.gained
+    compared = compare_results(tmp_path / "a", tmp_path / "b", resamples=100)
+    pictures = flipped(compared, None)["digits"]
+    assert compared.rows[0].split == "train" and pictures.error == "" and pictures.lost + pictures.gained

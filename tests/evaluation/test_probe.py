@@ -1,4 +1,4 @@
-"""Probes against scikit-learn called directly, the search of C, the cache, and the command."""
+"""Probes against scikit-learn, the search for C, the cache of embeddings, and `tclip evaluate probe`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DIGITS = {split: open_source("digits", split) for split in ("train", "test")}
 
 
 def pixels(split: str) -> tuple[Any, Any]:
-    """Digits as unit vectors of their pixels."""
+    """Return the digits as unit vectors of their pixels, and their labels."""
     records = [DIGITS[split][i] for i in range(len(DIGITS[split]))]
     rows = np.stack([record.image[..., 0].ravel() for record in records]).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), np.array([record.label for record in records])
@@ -43,46 +43,46 @@ def pixels(split: str) -> tuple[Any, Any]:
 
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep of three strengths instead of 97."""
+    """Use three strengths instead of 97."""
     monkeypatch.setattr(probe_module, "STRENGTHS", np.array([0.1, 1.0, 10.0]))
     monkeypatch.setattr(probe_module, "_COARSE", 1)
 
 
-def test_linear_probe_on_digits_is_scikit_learns(coarse: None) -> None:
+def test_the_linear_probe_equals_scikit_learn(coarse: None) -> None:
     (train, labels), (test, truth) = pixels("train"), pixels("test")
-    found = linear_probe(train, labels, test, seed=3)
+    fit = linear_probe(train, labels, test, seed=3)
 
     rng = np.random.default_rng(3)
     order = [rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     held = np.concatenate([each[: round(len(each) / 5)] for each in order])
-    kept = np.setdiff1d(np.arange(len(labels)), held)
+    rest = np.setdiff1d(np.arange(len(labels)), held)
     scores = {}
     for c in (0.1, 1.0, 10.0):
-        model = LogisticRegression(C=c, max_iter=1000).fit(train[kept], labels[kept])
+        model = LogisticRegression(C=c, max_iter=1000).fit(train[rest], labels[rest])
         scores[c] = model.score(train[held], labels[held])
-    assert found.c == max(scores, key=scores.__getitem__)
-    plain = LogisticRegression(C=found.c, max_iter=1000).fit(train, labels)
-    np.testing.assert_array_equal(found.top[:, 0], plain.predict(test))
+    assert fit.c == max(scores, key=scores.__getitem__)
+    plain = LogisticRegression(C=fit.c, max_iter=1000).fit(train, labels)
+    np.testing.assert_array_equal(fit.top[:, 0], plain.predict(test))
     best = np.argsort(-plain.predict_proba(test), axis=1)[:, :5]
-    assert np.mean(found.top == best) > 0.999 and found.top.dtype == np.int32
-    assert np.mean(found.top[:, 0] == truth) > 0.9
+    assert np.mean(fit.top == best) > 0.999 and fit.top.dtype == np.int32
+    assert np.mean(fit.top[:, 0] == truth) > 0.9
 
 
-def test_few_shot_draws_that_many_of_every_class(coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_shot_draws_equally_from_every_class(coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (train, labels), (test, truth) = pixels("train"), pixels("test")
     fitted, plain = [], probe_module._fit
     monkeypatch.setattr(probe_module, "_fit", lambda x, y, c: fitted.append((x, y)) or plain(x, y, c))
     chosen, choose = [], probe_module._choose
-    monkeypatch.setattr(probe_module, "_choose", lambda *given: chosen.append(given) or choose(*given))
+    monkeypatch.setattr(probe_module, "_choose", lambda *arguments: chosen.append(arguments) or choose(*arguments))
     accuracies = []
     for shots, seed in ((1, 0), (8, 0), (8, 1)):
-        found = few_shot(train, labels, test, shots=shots, seed=seed)
+        fit = few_shot(train, labels, test, shots=shots, seed=seed)
         rows, classes = fitted[-1]
         assert np.bincount(classes).tolist() == [shots] * 10
-        _, _, others, of_others = chosen[-1]
-        assert np.bincount(of_others).tolist() == [min(shots, 4)] * 10
-        assert not {row.tobytes() for row in rows} & {row.tobytes() for row in others}
-        accuracies.append(np.mean(found.top[:, 0] == truth))
+        _, _, held_out, truth_held_out = chosen[-1]
+        assert np.bincount(truth_held_out).tolist() == [min(shots, 4)] * 10
+        assert not {row.tobytes() for row in rows} & {row.tobytes() for row in held_out}
+        accuracies.append(np.mean(fit.top[:, 0] == truth))
     assert accuracies[0] < min(accuracies[1:]) and accuracies[1] != accuracies[2]
     again = few_shot(train, labels, test, shots=8, seed=1)
     assert np.mean(again.top[:, 0] == truth) == accuracies[2]
@@ -90,25 +90,25 @@ def test_few_shot_draws_that_many_of_every_class(coarse: None, monkeypatch: pyte
 
 @pytest.mark.parametrize("peak", [0, 1, 31, 50, 96])
 def test_search_finds_a_single_peak_in_few_steps(peak: int) -> None:
-    asked: list[int] = []
-    assert search(lambda i: asked.append(i) or -abs(i - peak), 97, 16) == peak
-    assert len(set(asked)) == len(asked) <= 15
-    assert search(lambda i: 0.0, 97, 16) == 0, "of equal ones the strongest regularisation"
+    scored: list[int] = []
+    assert search(lambda i: scored.append(i) or -abs(i - peak), 97, 16) == peak
+    assert len(set(scored)) == len(scored) <= 15
+    assert search(lambda i: 0.0, 97, 16) == 0, "ties select the strongest regularisation"
 
 
-def test_strengths_are_clips() -> None:
+def test_strengths_are_those_of_clip() -> None:
     assert len(STRENGTHS) == 97 and STRENGTHS[0] == 1e-6 and STRENGTHS[-1] == 1e6
     np.testing.assert_allclose(np.diff(np.log10(STRENGTHS)), 1 / 8, atol=1e-12)
 
 
-def test_two_classes_and_classes_that_were_not_trained_on(coarse: None) -> None:
+def test_a_probe_of_two_classes(coarse: None) -> None:
     (train, labels), (test, _) = pixels("train"), pixels("test")
     two = np.isin(labels, (3, 7))
-    found = linear_probe(train[two], labels[two], test)
-    assert found.top.shape == (len(test), 2) and set(found.top.ravel()) == {3, 7}
+    fit = linear_probe(train[two], labels[two], test)
+    assert fit.top.shape == (len(test), 2) and set(fit.top.ravel()) == {3, 7}
 
 
-def test_interval_of_the_mean_is_students() -> None:
+def test_t_interval_equals_scipy() -> None:
     values = [0.5, 0.6, 0.55, 0.7]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert t_interval(values) == pytest.approx((expected.low, expected.high), rel=1e-12)
@@ -119,9 +119,9 @@ def test_interval_of_the_mean_is_students() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, y: linear_probe(x, y * 0, x), "^the training images are of 1 class: a probe needs two$"),
+        (lambda x, y: linear_probe(x, y * 0, x), "^the training images have 1 class: a probe needs at least 2$"),
         (lambda x, y: few_shot(x, y, x, shots=4, seed=0), "^class 0 has 3 training images, fewer than 4 shots$"),
-        (lambda x, y: few_shot(x, y, x, shots=3, seed=0), "^no training image is left to choose the regularisation"),
+        (lambda x, y: few_shot(x, y, x, shots=3, seed=0), "^no training image is left to select the regularisation"),
         (lambda x, y: linear_probe(x[:2], np.array([0, 1]), x), "^no training image is left"),
     ],
 )
@@ -137,12 +137,12 @@ def test_embeddings_are_computed_once(
     folder = exports.write(tmp_path / "data", labels, ["a", "b", "c"], images={1: b"broken"})
     source = open_source(f"wds:{folder}", "test")
     first = labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
-    assert first.labels.tolist() == [0, 2, 1] and first.places.tolist() == [0, 2, 3], "7 is no class"
+    assert first.labels.tolist() == [0, 2, 1] and first.places.tolist() == [0, 2, 3], "7 is out of range"
     assert first.embeddings.dtype == np.float32 and first.embeddings.shape == (3, 6)
     assert [key[-5:] for key in first.keys] == ["00000", "00002", "00003"]
 
-    calls, plain = [], embeddings_module.encode_rows
-    monkeypatch.setattr(embeddings_module, "encode_rows", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    calls, plain = [], embeddings_module.encode_source
+    monkeypatch.setattr(embeddings_module, "encode_source", lambda *a, **k: calls.append(1) or plain(*a, **k))
     again = labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     assert not calls and all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     other = exports.Direct()
@@ -157,7 +157,7 @@ def test_embeddings_are_computed_once(
     assert len(calls) == 5 and len(list((tmp_path / "cache").iterdir())) == 5
 
 
-def test_a_record_that_cannot_be_read_is_left_out(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> None:
+def test_an_unreadable_record_is_left_out(tmp_path: pathlib.Path, exports: types.SimpleNamespace) -> None:
     class Partial:
         classnames = ("a", "b")
 
@@ -169,10 +169,10 @@ def test_a_record_that_cannot_be_read_is_left_out(tmp_path: pathlib.Path, export
                 raise BadSample("unreadable", "3", "the disk is gone")
             return Record(np.full((4, 4, 3), 40 * index, np.uint8), (), index % 2, str(index))
 
-    found = labelled_embeddings(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
-    assert found.keys.tolist() == ["0", "1", "2"]
+    labelled = labelled_embeddings(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
+    assert labelled.keys.tolist() == ["0", "1", "2"]
     again = labelled_embeddings(exports.Direct(), Partial(), weights="w", cache=tmp_path / "cache")
-    np.testing.assert_array_equal(again.embeddings, found.embeddings)
+    np.testing.assert_array_equal(again.embeddings, labelled.embeddings)
 
 
 def saved(save: Any, *arrays: Any, **named: Any) -> bytes:
@@ -195,7 +195,7 @@ SCALARS = dict.fromkeys(LabelledEmbeddings._fields, np.float32(0)) | {"embedding
     ],
     ids=["empty", "half", "one array", "a pickle", "scalars"],
 )
-def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes) -> None:
+def test_a_damaged_cache_is_refused(tmp_path: pathlib.Path, exports: types.SimpleNamespace, content: bytes) -> None:
     source = open_source(f"wds:{exports.write(tmp_path / 'data', [0, 1], ['a', 'b'])}", "test")
     labelled_embeddings(exports.Direct(), source, weights="w", cache=tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
@@ -205,7 +205,7 @@ def test_a_broken_cache_is_named(tmp_path: pathlib.Path, exports: types.SimpleNa
 
 
 def split_export(exports: types.SimpleNamespace, folder: pathlib.Path, per_class: int) -> None:
-    """An export with a training split: its members are those of a second one."""
+    """Write an export with a training split, taken from a second export."""
     names = ["a", "b", "c"]
     other = exports.write(folder.with_name("other"), [i % 3 for i in range(3 * per_class)], names)
     exports.write(folder, [i % 3 for i in range(9)], names, images={0: b"broken"})
@@ -218,9 +218,9 @@ def test_a_suite_of_probes_resumes_and_compares(
     split_export(exports, tmp_path / "wds_mnist", 6)
     exports.write(tmp_path / "wds_cars", [0, 1], ["a", "b"])
     pairs = suite_pairs(tmp_path, "mnist,cars,flickr8k")
-    given: Any = {"weights": "w", "shots": (1, 2), "seeds": 3, "cache": tmp_path / "cache"}
+    options: Any = {"weights": "w", "shots": (1, 2), "seeds": 3, "cache": tmp_path / "cache"}
     for side in ("a", "b"):
-        results, errors = probe(exports.Direct(), pairs, model=side, out=tmp_path / side, **given)
+        results, errors = probe(exports.Direct(), pairs, model=side, out=tmp_path / side, **options)
     assert [(each.task, each.samples) for each in results] == [("linear_probe", 8), ("1_shot", 8), ("2_shot", 8)]
     assert list(errors) == ["cars", "flickr8k"] and "wds_cars/train/nshards.txt: no such file" in errors["cars"]
     assert results[0].failed == {"test: unreadable or without a class": 1}
@@ -235,19 +235,19 @@ def test_a_suite_of_probes_resumes_and_compares(
     )
 
     monkeypatch.setattr("tclip_jax.evaluation.probe_suite.labelled_embeddings", None)
-    again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **given)
+    again, _ = probe(exports.Direct(), pairs[:1], model="b", out=tmp_path / "b", **options)
     assert [each.task for each in again] == ["linear_probe", "1_shot", "2_shot"]
-    with pytest.raises(ValueError, match=r"mnist\.json: made by something else \(model\.weights: 'w', not 'v'\)"):
-        probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(given | {"weights": "v"}))
+    with pytest.raises(ValueError, match=r"mnist\.json: made with different inputs \(model\.weights: 'w', not 'v'\)"):
+        probe(exports.Direct(), pairs, model="b", out=tmp_path / "b", **(options | {"weights": "v"}))
 
     for name in ("linear_probe", "1_shot"):
-        found = compare_results(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
-        assert not found.refused and found.rows[0].deltas["acc1"].delta == 0 and found.rows[0].metric == "acc1"
-        assert "C" not in found.rows[0].deltas, "it is no fraction"
+        compared = compare_results(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
+        assert not compared.refused and compared.rows[0].deltas["acc1"].delta == 0 and compared.rows[0].metric == "acc1"
+        assert "C" not in compared.rows[0].deltas, "C is not a fraction"
 
 
 class Classes:
-    """Images of one colour a class, which any probe tells apart: six of each of the names in `shown`."""
+    """Six single-colour images of each class in `shown`, which any probe can separate."""
 
     def __init__(self, names: tuple[str, ...], shown: tuple[str, ...]) -> None:
         self.classnames, self._shown, self.digest = names, shown, f"{names} {shown}"
@@ -266,10 +266,10 @@ class Classes:
     ("names", "shown", "expected"),
     [
         (("a", "b", "c"), ("a", "b", "c"), 1.0),
-        (("a", "c"), ("a", "c"), 1.0),  # by index every image of c would be wrong: 50 %
-        (("c", "b", "a"), ("a", "b", "c"), 1.0),  # as many, in another order
+        (("a", "c"), ("a", "c"), 1.0),  # matching by index would classify every c wrongly
+        (("c", "b", "a"), ("a", "b", "c"), 1.0),  # the same number of classes in another order
         (("z", "a", "b", "c"), ("a", "b"), 1.0),  # a class without images
-        (("a", "b", "z"), ("a", "b"), 1.0),  # as many, one of them another
+        (("a", "b", "z"), ("a", "b"), 1.0),  # the same number of classes, one of them different
     ],
 )
 def test_classes_of_two_splits_are_matched_by_name(
@@ -277,8 +277,8 @@ def test_classes_of_two_splits_are_matched_by_name(
 ) -> None:
     splits = {"train": Classes(("a", "b", "c"), ("a", "b", "c")), "test": Classes(names, shown)}
     encoder: Any = Colours()
-    given: Any = {"model": "m", "weights": "w", "shots": (1, 2), "seeds": 2}
-    results, errors = probe(encoder, [Pair("colours", splits.__getitem__)], out=tmp_path, **given)
+    options: Any = {"model": "m", "weights": "w", "shots": (1, 2), "seeds": 2}
+    results, errors = probe(encoder, [Pair("colours", splits.__getitem__)], out=tmp_path, **options)
     assert not errors and [each.metrics["acc1"] for each in results] == [expected] * 3
     assert [each.metrics["mean_per_class_recall"] for each in results] == [expected] * 3
     assert results[0].made_by["data"]["test_classes"] == list(names)
@@ -287,8 +287,8 @@ def test_classes_of_two_splits_are_matched_by_name(
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (("a", "b"), ("a", "c"), r"test has images of 1 classes of which train has none: 'c'"),
-        (("a", "b", "c"), ("b", "a", "a"), r"train and test have other classes, of which two are named 'a'"),
+        (("a", "b"), ("a", "c"), r"test has images of 1 classes without training images: 'c'"),
+        (("a", "b", "c"), ("b", "a", "a"), r"train and test have different classes, and two classes are named 'a'"),
     ],
 )
 def test_classes_that_cannot_be_matched_are_refused(
@@ -303,7 +303,7 @@ def test_classes_that_cannot_be_matched_are_refused(
 
 
 @pytest.mark.parametrize("change", ["seeds", "train", "protocol"])
-def test_a_probe_is_taken_only_where_the_same_made_it(
+def test_a_result_is_reused_only_if_the_same_inputs_made_it(
     change: str, tmp_path: pathlib.Path, coarse: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits = {"train": Classes(("a", "b"), ("a", "b")), "test": Classes(("a", "b"), ("a", "b"))}
@@ -313,7 +313,7 @@ def test_a_probe_is_taken_only_where_the_same_made_it(
         pairs = [Pair("x", splits.__getitem__)]
         return probe(encoder, pairs, model="m", weights="w", out=tmp_path, shots=shots, seeds=seeds)
 
-    assert len(run(2, (1, 2))[0]) == 3 and len(run(3, ())[0]) == 1, "the linear probe draws nothing"
+    assert len(run(2, (1, 2))[0]) == 3 and len(run(3, ())[0]) == 1, "the linear probe has no seeds"
     if change == "train":
         splits["train"] = Classes(("a", "b", "c"), ("a", "b", "c"))
     if change == "protocol":
@@ -324,13 +324,13 @@ def test_a_probe_is_taken_only_where_the_same_made_it(
         "protocol": r"task\.protocol\.strengths: ",
     }
     with pytest.raises(
-        ValueError, match=rf"x\.json: made by something else \({differs[change]}.*choose another folder"
+        ValueError, match=rf"x\.json: made with different inputs \({differs[change]}.*choose another folder"
     ):
         run(3 if change == "seeds" else 2, (1, 2))
 
 
 class Colours:
-    """Stands for an encoder whose embedding is the mean colour."""
+    """A fake encoder whose embedding is the mean colour."""
 
     preprocess, dtype, batch_size = Preprocess(4), "float32", 8
     made_by = types.MappingProxyType({"dtype": "float32"})
@@ -340,12 +340,12 @@ class Colours:
         return (colours / np.linalg.norm(colours, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_a_probe_that_cannot_be_fitted_stops_no_other(
+def test_a_failed_probe_does_not_stop_the_others(
     tmp_path: pathlib.Path, exports: types.SimpleNamespace, coarse: None
 ) -> None:
     split_export(exports, tmp_path / "wds_mnist", 6)
-    pairs, given = suite_pairs(tmp_path, "mnist"), {"weights": "w", "out": tmp_path / "out"}
-    results, errors = probe(exports.Direct(), pairs, model="m", linear=False, shots=(50, 1, 60), seeds=1, **given)
+    pairs, options = suite_pairs(tmp_path, "mnist"), {"weights": "w", "out": tmp_path / "out"}
+    results, errors = probe(exports.Direct(), pairs, model="m", linear=False, shots=(50, 1, 60), seeds=1, **options)
     assert [each.task for each in results] == ["1_shot"]
     first, _, second = errors["mnist"].partition("; 60_shot: ")
     assert re.match(r"50_shot: class 0 has \d training images, fewer than 50 shots$", first) and "60 shots" in second
@@ -383,9 +383,9 @@ def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFix
     assert main([*arguments[:4], "folder:/nowhere", *arguments[5:]]) == 2
 
 
-def test_classes_keep_their_order_where_probabilities_are_zero() -> None:
+def test_classes_are_ordered_also_if_probabilities_underflow() -> None:
     (train, labels), (test, _) = pixels("train"), pixels("test")
     plain = LogisticRegression(C=10.0, max_iter=1000).fit(train, labels)
-    found = probe_module._classify(plain, 1e4 * test)
+    top = probe_module._classify(plain, 1e4 * test)
     assert (plain.predict_proba(1e4 * test) == 0).any()
-    np.testing.assert_array_equal(found, np.argsort(-plain.decision_function(1e4 * test), axis=1)[:, :5])
+    np.testing.assert_array_equal(top, np.argsort(-plain.decision_function(1e4 * test), axis=1)[:, :5])

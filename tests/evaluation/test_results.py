@@ -1,4 +1,4 @@
-"""What is no result, or no predictions, is named in one line."""
+"""Files that are not results or predictions are refused with one line that names them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tclip_jax.evaluation.results import read_predictions, read_result
         ('{"dataset":"x","model":"m","pretrained":"","task":"t","metrics":{"acc1":"high"}}', "metric acc1 is 'high'"),
     ],
 )
-def test_what_is_no_result(tmp_path: pathlib.Path, content: str, message: str) -> None:
+def test_files_that_are_not_results_are_refused(tmp_path: pathlib.Path, content: str, message: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         read_result(tmp_path / "x.json")
     assert str(error.value).startswith(f"{tmp_path}/x.json")
 
 
-def test_damaged_predictions_are_named(tmp_path: pathlib.Path) -> None:
+def test_damaged_predictions_are_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.predictions.npz"
     np.savez_compressed(path, keys=np.random.default_rng(0).random(1000))
     whole = path.read_bytes()
@@ -37,7 +37,7 @@ def test_damaged_predictions_are_named(tmp_path: pathlib.Path) -> None:
             read_predictions(tmp_path, "x")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("labels", b"no array")
-    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions: labels is no array$"):
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions: labels is not an array$"):
         read_predictions(tmp_path, "x")
 
 
@@ -48,13 +48,13 @@ def test_predictions_are_never_unpickled(tmp_path: pathlib.Path, monkeypatch: py
     (tmp_path / "x.predictions.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
         read_predictions(tmp_path, "x")
-    lie = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }\n"
+    false_shape = b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }\n"
     with zipfile.ZipFile(tmp_path / "x.predictions.npz", "w") as archive:
-        archive.writestr("keys.npy", lie)
+        archive.writestr("keys.npy", false_shape)
     with pytest.raises(ValueError, match=r"x\.predictions\.npz: not predictions"):
         read_predictions(tmp_path, "x")
     monkeypatch.setattr("tclip_jax.evaluation.results._MAX_PREDICTIONS", 10)
-    with pytest.raises(ValueError, match="bytes, where at most 10 are expected"):
+    with pytest.raises(ValueError, match=r"bytes, more than 10$"):
         read_predictions(tmp_path, "x")
     with pytest.raises(FileNotFoundError):
         read_predictions(tmp_path, "y")

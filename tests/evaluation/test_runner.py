@@ -1,4 +1,4 @@
-"""Suites from beginning to end: what is left on disk, what is done again, and what a failure stops."""
+"""Evaluation of suites: the files, reuse of results, and failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = 24
 
 @pytest.fixture(autouse=True)
 def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table for exports of 24 images, so that they are whole."""
+    """Set the expected number of images of all data sets to that of the exports of these tests."""
     for name, row in suite.DATASETS.items():
         monkeypatch.setitem(suite.DATASETS, name, dataclasses.replace(row, samples=IMAGES))
 
@@ -47,12 +47,12 @@ def test_results_of_all_kinds(exports: types.SimpleNamespace, root: pathlib.Path
     report = evaluate(exports.Direct(), suite_tasks(root, NAMES), model="a model", weights="0123", out=tmp_path / "out")
     assert report.errors == {} and report.partial == {} and [*report.results] == NAMES.split(",")
     for name, result in report.results.items():
-        found = read_result(tmp_path / "out" / f"{name.replace('/', '-')}.json")
-        assert dataclasses.replace(found, metrics={}) == dataclasses.replace(result, metrics={})
-        assert found.metrics == pytest.approx(result.metrics, nan_ok=True, abs=0)
-        assert (found.dataset, found.model, found.pretrained, found.language) == (name, "a model", "0123", "en")
-        assert found.samples == IMAGES and found.seconds > 0 and found.dtype == "float32"
-        assert {"jax", "tclip-jax", "numpy", "device", "devices"} <= set(found.versions)
+        stored = read_result(tmp_path / "out" / f"{name.replace('/', '-')}.json")
+        assert dataclasses.replace(stored, metrics={}) == dataclasses.replace(result, metrics={})
+        assert stored.metrics == pytest.approx(result.metrics, nan_ok=True, abs=0)
+        assert (stored.dataset, stored.model, stored.pretrained, stored.language) == (name, "a model", "0123", "en")
+        assert stored.samples == IMAGES and stored.seconds > 0 and stored.dtype == "float32"
+        assert {"jax", "tclip-jax", "numpy", "device", "devices"} <= set(stored.versions)
         arrays = read_predictions(tmp_path / "out", name)
         assert arrays["keys"].dtype.kind == "U" and len(set(arrays["keys"])) == IMAGES
     arrays = read_predictions(tmp_path / "out", "vtab/cifar10")
@@ -73,7 +73,7 @@ def test_results_of_all_kinds(exports: types.SimpleNamespace, root: pathlib.Path
     assert summary["failed"] == summary["partial"] == {} and set(summary["datasets"]) == set(NAMES.split(","))
 
 
-def test_what_is_there_is_not_measured_again(
+def test_existing_results_are_not_evaluated_again(
     exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -92,13 +92,13 @@ def test_what_is_there_is_not_measured_again(
         "vtab-cifar10.json",
         "vtab-pets.json",
     ]
-    # A crash between its two files leaves predictions without a result: measured again.
+    # A crash between the two files leaves predictions without a result, which are evaluated again.
     (out / "flickr8k.predictions.npz").write_bytes(b"half")
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
     model = exports.Direct()
     report = evaluate(model, suite_tasks(root, NAMES), model="m", weights="w", out=out)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.json") if path.name in before} == before
-    assert "a photo of a c36." not in model.asked, "pets is not asked for again"
+    assert "a photo of a c36." not in model.encoded, "pets is not encoded again"
     for name in NAMES.split(","):
         assert report.results[name].metrics == pytest.approx(whole.results[name].metrics, nan_ok=True, abs=0)
         for key, array in read_predictions(tmp_path / "whole", name).items():
@@ -109,7 +109,7 @@ def test_what_is_there_is_not_measured_again(
         evaluate(exports.Direct(), suite_tasks(root, NAMES), model="m", weights="w", out=out)
 
 
-def test_a_result_is_taken_only_where_the_same_made_it(
+def test_a_result_is_reused_only_if_the_same_inputs_made_it(
     exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     export, out = root / "wds_renderedsst2", tmp_path / "out"
@@ -118,46 +118,48 @@ def test_a_result_is_taken_only_where_the_same_made_it(
     first = evaluate(exports.Direct(), [task], model="m", weights="w", out=out).results[name]
     model = exports.Direct()
     again = evaluate(model, [task], model="m", weights="w", out=out).results[name]
-    assert model.asked == [] and again.metrics == pytest.approx(first.metrics, nan_ok=True, abs=0)
+    assert model.encoded == [] and again.metrics == pytest.approx(first.metrics, nan_ok=True, abs=0)
     assert read_result(out / f"{name.replace('/', '-')}.json").made_by == first.made_by == again.made_by
 
     def refused(message: str, task: Any = task, weights: str = "w", dtype: str = "float32") -> None:
         other = exports.Direct()
         other.dtype = dtype
-        with pytest.raises(ValueError, match=rf"wds_renderedsst2\.json: {message}.*: choose another folder$"):
+        with pytest.raises(ValueError, match=rf"wds_renderedsst2\.json: {message}.*; choose another folder$"):
             evaluate(other, [task], model="m", weights=weights, out=out)
-        assert other.asked == []
+        assert other.encoded == []
 
-    refused(r"made by something else \(model\.weights: 'w', not 'v'\)", weights="v")
-    refused(r"made by something else \(model\.dtype: 'float32', not 'bfloat16'\)", dtype="bfloat16")
+    refused(r"made with different inputs \(model\.weights: 'w', not 'v'\)", weights="v")
+    refused(r"made with different inputs \(model\.dtype: 'float32', not 'bfloat16'\)", dtype="bfloat16")
     refused(
-        r"made by something else \(task\.templates: \['a photo of a \{c\}\.'.*, not \['\{c\}'\]\)",
+        r"made with different inputs \(task\.templates: \['a photo of a \{c\}\.'.*, not \['\{c\}'\]\)",
         source_task(name, "val", "none"),
     )
     exports.write(export, [1 - i % 2 for i in range(IMAGES)], ["c0", "c1"])
-    refused(r"made by something else \(.*data\.split: 'val', not 'test'\)", source_task(name, "test"))
+    refused(r"made with different inputs \(.*data\.split: 'val', not 'test'\)", source_task(name, "test"))
     exports.write(root / "other", [i % 2 for i in range(IMAGES)], ["c0", "c1"], images={7: exports.picture(99)})
     (export / "val").rename(export / "old")
     (root / "other" / "test").rename(export / "val")
-    refused(r"made by something else \(data\.content: '24:\w+', not '24:\w+'\)")
+    refused(r"made with different inputs \(data\.content: '24:\w+', not '24:\w+'\)")
     (export / "val").rename(export / "swapped")
     (export / "old").rename(export / "val")
     (export / "classnames.txt").write_text("c1\nc0\n")
-    refused(r"made by something else \(.*data\.classes: \['c0', 'c1'\], not \['c1', 'c0'\].*\)")
+    refused(r"made with different inputs \(.*data\.classes: \['c0', 'c1'\], not \['c1', 'c0'\].*\)")
     path = out / f"{name.replace('/', '-')}.json"
     old = json.loads(path.read_text())
     del old["made_by"]
     path.write_text(json.dumps(old))
-    refused("it does not say what made it, so it may be of anything")
+    refused("it does not record what made it")
 
 
-def test_processes_that_see_other_data_measure_nothing(
+def test_processes_with_different_data_are_refused(
     exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "allgather_json", lambda told: [told, [told[0], "12:ab"]])
+    monkeypatch.setattr(runner, "allgather_json", lambda value: [value, [value[0], "12:ab"]])
     report = evaluate(exports.Direct(), suite_tasks(root, "renderedsst2"), model="m")
     assert not report.results
-    assert re.fullmatch(r"process 1 sees other data than process 0 \(12:ab, not 24:.*\)", report.errors["renderedsst2"])
+    assert re.fullmatch(
+        r"process 1 reads different data than process 0 \(12:ab, not 24:.*\)", report.errors["renderedsst2"]
+    )
 
 
 def test_predictions_of_another_result_are_refused(tmp_path: pathlib.Path) -> None:
@@ -168,27 +170,26 @@ def test_predictions_of_another_result_are_refused(tmp_path: pathlib.Path) -> No
         write_result(tmp_path / folder, result, {"keys": np.array(["0"])})
         assert [*read_predictions(tmp_path / folder, "x", made_by)] == ["keys"]
     (tmp_path / "a" / "x.predictions.npz").rename(tmp_path / "b" / "x.predictions.npz")
-    with pytest.raises(ValueError, match=r"x\.predictions\.npz: not the predictions of the result beside it"):
+    with pytest.raises(ValueError, match=r"x\.predictions\.npz: these predictions do not belong to the result"):
         read_predictions(tmp_path / "b", "x", read_result(tmp_path / "b" / "x.json").made_by)
 
 
-def test_templates_given_win_over_those_of_the_data(
+def test_templates_come_from_the_arguments_then_the_data_then_the_default(
     exports: types.SimpleNamespace, root: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is asked of the text tower is what the data states, whoever asks."""
     caplog.set_level("INFO")
     export = f"wds:{root}/wds_renderedsst2"
-    for spec, templates, first, said in (
-        (export, "", "a photo of a c0.", "3 templates (its own): 'a photo of a {c}.', '{c}', "),
-        (export, "none", "c0", "1 templates (as asked for): '{c}'"),
-        ("digits", "", "a handwritten digit zero.", "7 templates (its own)"),
-        (f"folder:{root}/classes", "", "a photo of a cat.", "1 templates (it states none): 'a photo of a {c}.'"),
+    for spec, templates, first, message in (
+        (export, "", "a photo of a c0.", "3 templates (from the data): 'a photo of a {c}.', '{c}', "),
+        (export, "none", "c0", "1 templates (from the arguments): '{c}'"),
+        ("digits", "", "a handwritten digit zero.", "7 templates (from the data)"),
+        (f"folder:{root}/classes", "", "a photo of a cat.", "1 templates (default): 'a photo of a {c}.'"),
     ):
         (root / "classes" / "cat").mkdir(parents=True, exist_ok=True)
         (root / "classes" / "cat" / "0.png").write_bytes(exports.picture(0))
         model = exports.Direct()
         assert not evaluate(model, [source_task(spec, "test", templates)], model="m").errors
-        assert model.asked[0] == first and said in caplog.messages[-1]
+        assert model.encoded[0] == first and message in caplog.messages[-1]
     (root / "wds_renderedsst2" / "zeroshot_classification_templates.txt").unlink()
     (error,) = evaluate(exports.Direct(), [source_task(export)], model="m").errors.values()
     assert error.endswith(
@@ -197,10 +198,10 @@ def test_templates_given_win_over_those_of_the_data(
     (error,) = evaluate(
         exports.Direct(), [source_task(f"wds:{root}/wds_flickr8k", "test", "none")], model="m"
     ).errors.values()
-    assert error.endswith("wds_flickr8k: has captions, which are taken as they are: templates are for class names")
+    assert error.endswith("wds_flickr8k: has captions, and templates apply only to class names")
 
 
-def test_a_failure_stops_no_other(
+def test_a_failure_does_not_stop_the_others(
     exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [
@@ -224,14 +225,14 @@ def test_a_failure_stops_no_other(
     report = evaluate(exports.Direct(), suite_tasks(root, ",".join(names)), model="m", out=tmp_path / "out")
     assert report.errors == {
         "mnist": f"{root}/wds_mnist: no such folder; expected a webdataset export of CLIP_benchmark",
-        "vtab/cifar10": f"{root}/wds_vtab-cifar10/classnames.txt: 2 names, where vtab/cifar10 has 10",
+        "vtab/cifar10": f"{root}/wds_vtab-cifar10/classnames.txt: 2 names, but vtab/cifar10 has 10 classes",
         "renderedsst2": f"{root}/wds_renderedsst2/zeroshot_classification_templates.txt: "
         "template 'a photo.' has no {c} for the class name",
-        "voc2007_multilabel": f"{root}/wds_voc2007_multilabel: dataset_type.txt makes it classification, "
-        "where voc2007_multilabel is multilabel",
+        "voc2007_multilabel": f"{root}/wds_voc2007_multilabel: the kind is classification by dataset_type.txt, "
+        "but voc2007_multilabel is multilabel",
         "flickr8k": f"{root}/wds_flickr8k/test/1.tar: not a complete tar file: "
         "'s0000013.png' does not lie within the file",
-        "flickr30k": f"no image counts: {IMAGES} x no caption",
+        "flickr30k": f"no usable image: {IMAGES} x no caption",
     }
     assert report.partial == {
         "vtab/pets": {"unreadable image": 1, "label missing or out of range": 1, "missing from the export": 19},
@@ -243,10 +244,10 @@ def test_a_failure_stops_no_other(
     assert not (tmp_path / "out" / "mnist.json").exists() and "mnist: no result: " in caplog.text
     table = report_table(report)
     assert "PARTIAL  vtab/pets: 1 x unreadable image, 1 x label missing or out of range, 19 x missing" in table
-    assert f"FAILED   flickr30k: no image counts: {IMAGES} x no caption" in table
+    assert f"FAILED   flickr30k: no usable image: {IMAGES} x no caption" in table
 
 
-def test_one_source(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_single_sources(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for name, metric in (
         ("vtab-cifar10", "acc1"),
         ("voc2007_multilabel", "mean_average_precision"),
@@ -263,20 +264,20 @@ def test_one_source(exports: types.SimpleNamespace, root: pathlib.Path, tmp_path
         suite_tasks(root, "imagenet2k")
 
 
-def test_download_fetches_what_is_missing(exports: types.SimpleNamespace, root: pathlib.Path, hub: Any) -> None:
+def test_download_fetches_missing_exports(exports: types.SimpleNamespace, root: pathlib.Path, hub: Any) -> None:
     exports.write(hub.root / "wds_stl10", [i % 10 for i in range(IMAGES)], [f"c{i}" for i in range(10)])
     tasks = suite_tasks(root, "stl10,mnist,vtab/cifar10", download=True)
     hub.stop_at = "test/1.tar"
     stopped = evaluate(exports.Direct(), tasks[:1], model="m")
-    assert stopped.errors == {"stl10": "clip-benchmark/wds_stl10: not downloaded: Connection reset"}
+    assert stopped.errors == {"stl10": "clip-benchmark/wds_stl10: download failed: Connection reset"}
     hub.stop_at = ""
     report = evaluate(exports.Direct(), tasks, model="m")
-    assert hub.asked == ["clip-benchmark/wds_stl10", "clip-benchmark/wds_mnist"]
-    assert report.errors == {"mnist": "clip-benchmark/wds_mnist: not downloaded: Repository not found"}
+    assert hub.requested == ["clip-benchmark/wds_stl10", "clip-benchmark/wds_mnist"]
+    assert report.errors == {"mnist": "clip-benchmark/wds_mnist: download failed: Repository not found"}
     assert set(report.results) == {"stl10", "vtab/cifar10"}
 
 
-def test_the_bar_counts_every_image(
+def test_the_progress_bar_counts_every_image(
     exports: types.SimpleNamespace, root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars = []
@@ -319,7 +320,7 @@ def test_table_and_averages() -> None:
         "mnist      12,345  50.00     –      25.00",
         "",
         "mean of acc1 over 2 sets (CLIP_benchmark): 50.00%",
-        "mean over 2 sets, of caltech101, fgvc_aircraft, flowers and pets per class (OpenAI, DataComp): 37.50%",
+        "mean over 2 sets, per class for caltech101, fgvc_aircraft, flowers and pets (OpenAI, DataComp): 37.50%",
         "PARTIAL  mnist: 1,234 x unreadable image",
         "FAILED   stl10: no such folder",
     ]
@@ -327,9 +328,9 @@ def test_table_and_averages() -> None:
 
 
 @pytest.mark.torch
-# It leaves files open.
+# CLIP_benchmark leaves files open.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_clip_benchmark_makes_its_table_of_ours_and_we_read_its_results(tmp_path: pathlib.Path) -> None:
+def test_clip_benchmark_reads_our_results_and_we_read_its_results(tmp_path: pathlib.Path) -> None:
     import csv
 
     from clip_benchmark import cli
@@ -338,14 +339,14 @@ def test_clip_benchmark_makes_its_table_of_ours_and_we_read_its_results(tmp_path
     write_result(tmp_path, Result("vtab/pets", "model", "w", "zeroshot_classification", metrics), {})
     summary = Report({"vtab/pets": read_result(tmp_path / "vtab-pets.json")}, {}).summary("model", "w", "float32")
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    theirs = {
+    fields = {
         "dataset": "wds/x",
         "model": "ViT",
         "pretrained": "p",
         "task": "zeroshot_classification",
         "language": "en",
     }
-    (tmp_path / "x.json").write_text(json.dumps(theirs | {"metrics": metrics, "classnames": ["a"]}))
+    (tmp_path / "x.json").write_text(json.dumps(fields | {"metrics": metrics, "classnames": ["a"]}))
     cli.main_build(types.SimpleNamespace(files=[str(tmp_path)], output=str(tmp_path / "table.csv")))
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = {row["dataset"]: row for row in csv.DictReader(file)}

@@ -1,4 +1,4 @@
-"""Intervals and p-values against SciPy, and against drawing images one resample at a time."""
+"""Bootstrap intervals against SciPy, and against drawing the images of each resample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def per_class(right: Any, labels: Any) -> float:
 
 
 def assert_same_distribution(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> None:
-    """Means, spreads and ends agree within five standard errors of either sample."""
+    """Assert that mean, standard deviation and quantiles agree within five standard errors."""
     spread = theirs.std()
     error = spread * math.sqrt(2 / min(len(ours), len(theirs)))
     assert abs(ours.mean() - theirs.mean()) < 5 * error
@@ -44,7 +44,7 @@ def assert_same_distribution(ours: npt.NDArray[np.float64], theirs: npt.NDArray[
         assert abs(np.quantile(ours, end) - np.quantile(theirs, end)) < 5 * 2 * error
 
 
-def test_accuracy_is_resampled_as_images_are() -> None:
+def test_the_multinomial_bootstrap_of_accuracy_equals_drawing_images() -> None:
     rows = np.stack([RIGHT_A, RIGHT_B], axis=1)
     ours = bootstrap_differences(rows, mean_of(0), mean_of(1), resamples=4000, seed=0)
     theirs = (RIGHT_B[draws()].astype(float) - RIGHT_A[draws()]).mean(axis=1)
@@ -52,7 +52,7 @@ def test_accuracy_is_resampled_as_images_are() -> None:
     assert_same_distribution(ours, theirs)
 
 
-def test_interval_is_scipys() -> None:
+def test_interval_equals_scipy() -> None:
     rows = np.stack([RIGHT_A, RIGHT_B], axis=1)
     ours = interval(bootstrap_differences(rows, mean_of(0), mean_of(1), resamples=20_000, seed=0))
     theirs = scipy.stats.bootstrap(
@@ -63,12 +63,12 @@ def test_interval_is_scipys() -> None:
         n_resamples=20_000,
         rng=np.random.default_rng(1),
     ).confidence_interval
-    # The ends are whole images: two of them apart at most.
+    # The ends are multiples of 1/N; two multiples are tolerated.
     assert ours == pytest.approx((theirs.low, theirs.high), abs=2.01 / N)
 
 
-def test_interval_leaves_out_two_and_a_half_percent_at_either_end() -> None:
-    """Of 100,001 equally spaced numbers each quantile is one of them: an interval of 90 % would end at ±0.9."""
+def test_interval_excludes_two_and_a_half_percent_at_either_end() -> None:
+    """Of 100,001 equally spaced numbers, each quantile is known exactly."""
     spaced = np.random.default_rng(0).permutation(np.linspace(-1, 1, 100_001))
     assert interval(spaced) == pytest.approx((-0.95, 0.95), abs=1e-9)
     assert interval(spaced, 0.9) == pytest.approx((-0.9, 0.9), abs=1e-9)
@@ -76,7 +76,7 @@ def test_interval_leaves_out_two_and_a_half_percent_at_either_end() -> None:
     assert interval(normal) == pytest.approx(scipy.stats.norm.interval(0.95), abs=1e-3)
 
 
-def test_per_class_mean_is_resampled_as_images_are() -> None:
+def test_the_multinomial_bootstrap_of_class_means_equals_drawing_images() -> None:
     rows = np.stack([LABELS, RIGHT_A, RIGHT_B], axis=1)
     ours = bootstrap_differences(rows, per_class_mean_of(1, 0), per_class_mean_of(2, 0), resamples=3000, seed=0)
     drawn = draws(3000)
@@ -97,10 +97,10 @@ def test_captions_are_drawn_with_their_image() -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_mean_average_precision_of_a_resample_is_that_of_its_images(copies: int) -> None:
+def test_mean_average_precision_of_a_resample_equals_that_of_its_images(copies: int) -> None:
     rng = np.random.default_rng(2)
     targets = rng.random((80, 4)) < 0.3
-    targets[:, 3] = False  # a class nobody has
+    targets[:, 3] = False  # a class without positives
     scores = rng.normal(size=(80, 4)) + targets
     weights = rng.multinomial(80 * copies, np.full(80, 1 / 80), 6)
     ours = statistics._weighted_map(scores, targets, weights)
@@ -124,7 +124,7 @@ def test_mean_average_precision_differences_are_seeded_and_paired() -> None:
     assert not bootstrap_map_differences(a, a, targets, resamples=50, seed=4).any()
 
 
-def test_chunks_change_nothing_but_the_order_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.stack([LABELS, RIGHT_A, RIGHT_B], axis=1)
     metrics = per_class_mean_of(1, 0), per_class_mean_of(2, 0)
     whole = bootstrap_differences(rows, *metrics, resamples=100, seed=0)

@@ -1,4 +1,4 @@
-"""The table of the 41 data sets."""
+"""The table of the 41 data sets against CLIP_benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tclip_jax.evaluation.suite import DATASETS, SUITES, find_datasets
 
 
-def test_there_are_41() -> None:
+def test_suites_have_the_right_size() -> None:
     kinds = [row.kind for row in DATASETS.values()]
     assert [kinds.count(kind) for kind in ("classification", "multilabel", "retrieval")] == [37, 1, 3]
     assert {name: len(suite) for name, suite in SUITES.items()} == {
@@ -24,19 +24,19 @@ def test_there_are_41() -> None:
 
 
 @pytest.mark.torch
-def test_names_and_suites_are_clip_benchmarks() -> None:
+def test_names_and_suites_equal_clip_benchmark() -> None:
     from clip_benchmark.datasets.builder import dataset_collection
 
     assert set(SUITES["vtab"]) == set(dataset_collection["vtab"])
     assert set(SUITES["retrieval"]) == set(dataset_collection["retrieval"])
     theirs = {*dataset_collection["vtab+"], *dataset_collection["retrieval"]}
-    # These two are among the exports and in no collection.
+    # These two exports are in no collection.
     assert set(DATASETS) - theirs == {"imagenet-o", "vtab/dsprites_label_y_position"} and theirs <= set(DATASETS)
     assert set(SUITES["imagenet"]) == {"imagenet1k", "imagenet-o", *dataset_collection["imagenet_robustness"]}
 
 
 @pytest.mark.torch
-def test_classes_are_as_many_as_clip_benchmark_names() -> None:
+def test_numbers_of_classes_equal_clip_benchmark() -> None:
     import importlib.resources
     import json
 

@@ -1,4 +1,4 @@
-"""Labels of every row that TFDS has, on dicts shaped like its examples and on ArrayRecord files written by it."""
+"""Labels of every data set that TFDS has, on dicts like its examples and on ArrayRecord files that it wrote."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tclip_jax.evaluation.imagenet_subsets import IMAGENET_A, IMAGENET_R
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.suite import DATASETS, Dataset
 from tclip_jax.evaluation.tasks import suite_tasks
-from tclip_jax.evaluation.tfds_source import MAY_DIFFER, TfdsRow, clevr_distance, kitti_distance, samples
+from tclip_jax.evaluation.tfds_source import (
+    IMAGENET_A,
+    IMAGENET_R,
+    MAY_DIFFER,
+    TfdsRow,
+    clevr_distance,
+    kitti_distance,
+    samples,
+)
 
 VOC = ("aeroplane", "bicycle", "bird", "boat")
 KITTI = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
@@ -34,7 +41,7 @@ RGB = np.arange(20 * 30 * 3, dtype=np.uint16).astype(np.uint8).reshape(20, 30, 3
 
 
 def vtab_bin(distance: float, thresholds: Sequence[float]) -> int:
-    """VTAB's words: the last threshold that is under the distance."""
+    """Return the last threshold below the distance, as VTAB defines bins."""
     return int(np.max(np.where(np.array(thresholds) - distance < 0)))
 
 
@@ -48,12 +55,12 @@ def test_clevr_distance(distance: float) -> None:
 @pytest.mark.parametrize(
     ("types", "distances", "label"),
     [
-        ([3, 0], [1.0, 8.0], 0),  # the pedestrian is closer, and no vehicle
+        ([3, 0], [1.0, 8.0], 0),  # the closer object is a pedestrian
         ([0, 1], [30.0, 8.01], 1),
         ([2, 7], [20.0, 2.0], 1),
         ([1], [20.01], 2),
         ([0], [-2.0], 0),
-        ([6, 5], [3.0, 4.0], 3),  # a tram is none
+        ([6, 5], [3.0, 4.0], 3),  # a tram is not a vehicle
         ([], [], 3),
     ],
 )
@@ -75,7 +82,7 @@ def test_imagenet_subsets() -> None:
 
 @pytest.mark.torch
 def test_imagenet_subsets_are_clip_benchmarks() -> None:
-    """Its lists of WordNet ids, and TFDS's list of all 1,000 in the order of its labels."""
+    """CLIP_benchmark lists WordNet ids; TFDS lists the ids of all 1,000 classes by label."""
     import ast
     import inspect
 
@@ -93,12 +100,12 @@ def test_imagenet_subsets_are_clip_benchmarks() -> None:
         assert [everything[label] for label in classes] == sorted(ast.literal_eval(assigned[name]))
 
 
-def test_every_row_that_may_differ_is_one_of_tfds() -> None:
+def test_data_sets_that_may_differ_are_in_tfds() -> None:
     assert all(DATASETS[name].tfds for name in MAY_DIFFER)
 
 
 def prepare(data_dir: pathlib.Path, row: Dataset, features: dict[str, Any], examples: list[dict[str, Any]]) -> None:
-    """Writes the examples as TFDS would, under the name, configuration and split of the row."""
+    """Write the examples with TFDS, under the name, configuration and split of the data set."""
     full, split = row.tfds
     title, _, configuration = full.partition("/")
 
@@ -120,7 +127,7 @@ def prepare(data_dir: pathlib.Path, row: Dataset, features: dict[str, Any], exam
 
 
 def opened(tmp_path: pathlib.Path, name: str, features: dict[str, Any], examples: list[dict[str, Any]]) -> TfdsRow:
-    """The row over prepared examples, with as many class names as the row has."""
+    """Open prepared examples, with the right number of class names."""
     row = DATASETS[name]
     prepare(tmp_path / "tfds", row, features, examples)
     if row.classes:
@@ -177,7 +184,7 @@ def test_labels(tmp_path: pathlib.Path, name: str, features: Any, example: dict[
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_rows_keep_their_label(name: str) -> None:
+def test_other_data_sets_keep_the_label_of_tfds(name: str) -> None:
     assert samples(name, {"image": b"x", "label": np.int64(4)}, 10) == [(b"x", 4, ())]
 
 
@@ -191,7 +198,7 @@ def test_dsprites(tmp_path: pathlib.Path, attribute: str) -> None:
     }
     examples = [{"image": io.BytesIO(png(bits)), f"label_{attribute}": 31} for _ in range(20)]
     source = opened(tmp_path, name, features, examples)
-    assert len(source) == 2, "the last tenth"
+    assert len(source) == 2, "the split is the last tenth"
     assert source[1].label == 31
     np.testing.assert_array_equal(source[1].image, np.repeat(255 * bits[..., None], 3, axis=-1))
 
@@ -206,7 +213,7 @@ def test_smallnorb(tmp_path: pathlib.Path, attribute: str, label: int) -> None:
     examples = [{"image": io.BytesIO(png(GREY)), f"label_{attribute}": label} for _ in range(4)]
     source = opened(tmp_path, name, features, examples)
     assert len(source) == 2 and source[0].label == label
-    assert source[0].image == png(GREY), "grey, and spread to three channels when it is decoded"
+    assert source[0].image == png(GREY), "decoding converts grey to three channels"
 
 
 BOXES = [(2, 3, 12, 25, 1), (0, 0, 20, 30, 3), (5, 5, 6, 9, 1)]  # top, left, bottom, right, class
@@ -217,7 +224,7 @@ def voc_example() -> dict[str, Any]:
     return {"image": image(), "objects": objects, "labels": [1, 3]}
 
 
-def test_voc2007_is_cut_into_its_objects(tmp_path: pathlib.Path) -> None:
+def test_voc2007_has_a_sample_per_object(tmp_path: pathlib.Path) -> None:
     features = {**IMAGE, "objects": OBJECTS["voc"]}
     empty = {"image": image(), "objects": []}
     examples = [{k: v for k, v in voc_example().items() if k != "labels"}, empty]
@@ -244,14 +251,16 @@ def test_coco_captions(tmp_path: pathlib.Path) -> None:
     assert source[0].captions == ("ein Café", "b", "c", "d", "e", "f") and source[0].label == -1
 
 
-def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"^gtsrb: TensorFlow Datasets have no such data; use its webdataset export$"):
+def test_errors_name_what_is_missing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"^gtsrb: not in TensorFlow Datasets; use its webdataset export$"):
         TfdsRow(DATASETS["gtsrb"], tmp_path, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"classnames\.txt: no such file: TFDS has the images, its webdataset"):
+    with pytest.raises(
+        FileNotFoundError, match=r"classnames\.txt: no such file; TFDS provides only the images, the web"
+    ):
         TfdsRow(DATASETS["mnist"], tmp_path, tmp_path)
     (tmp_path / "classnames.txt").write_text("one\ntwo")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}")
-    with pytest.raises(ValueError, match=r"classnames\.txt: 2 names, where mnist has 10$"):
+    with pytest.raises(ValueError, match=r"classnames\.txt: 2 names, but mnist has 10 classes$"):
         TfdsRow(DATASETS["mnist"], tmp_path, tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"^tfds:coco_captions/2014: not prepared in .*prepare it with `tfds bu"
@@ -259,7 +268,7 @@ def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
         TfdsRow(DATASETS["mscoco_captions"], tmp_path, tmp_path)
 
 
-def test_a_suite_takes_tfds_where_the_export_has_no_images(
+def test_a_suite_reads_tfds_if_the_export_has_no_images(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, exports: Any, hub: Any
 ) -> None:
     name = "vtab/smallnorb_label_azimuth"
@@ -274,15 +283,15 @@ def test_a_suite_takes_tfds_where_the_export_has_no_images(
     (task,) = suite_tasks(tmp_path, name, tfds=tmp_path / "tfds")
     report = evaluate(exports.Direct(), [task], model="m")
     assert report.results[name].samples == 10 and not report.errors
-    assert f"{name}: from TFDS, which may hold other images than the webdataset export" in caplog.messages
+    assert f"{name}: the images of TFDS may differ from those of the webdataset export" in caplog.messages
     (refused,) = suite_tasks(tmp_path, name)
     with pytest.raises(FileNotFoundError):
         refused.open()
 
-    # Only names and templates are downloaded: the export is still without images.
+    # The download fetches only names and templates, no images.
     exports.write(hub.root / folder.name, [0], [f"at {20 * i}" for i in range(18)], shards=1)
     (folder / "classnames.txt").unlink()
     for _ in range(2):
         (task,) = suite_tasks(tmp_path, name, download=True, tfds=tmp_path / "tfds")
         assert len(task.open()[1]) == 10
-    assert [path.name for path in (folder / "test").iterdir()] == ["0.tar"], "as it was"
+    assert [path.name for path in (folder / "test").iterdir()] == ["0.tar"]

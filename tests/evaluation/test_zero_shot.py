@@ -1,4 +1,4 @@
-"""Zero-shot evaluation against a plain float64 rendering of it, one class, caption and image at a time."""
+"""Zero-shot evaluation against a plain float64 implementation, one class, caption and image at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Pictures:
-    """Records of colours, some of them no images."""
+    """Records of single-colour images, some of them unreadable."""
 
     def __init__(
         self, classnames: Sequence[str], colours: Sequence[int | None], labels: Sequence[int | npt.NDArray[np.int32]]
@@ -41,7 +41,7 @@ def unit(x: Floats) -> Floats:
 
 
 def plain_logits(exports: types.SimpleNamespace, source: object, names: Sequence[str]) -> Floats:
-    """100 · cosine of each image of a source to each class, from the definition."""
+    """Return 100 · cosine of every image and class, from the definition."""
     model = exports.Direct(batch_size=1)
     classes = []
     for name in names:
@@ -55,7 +55,7 @@ def plain_logits(exports: types.SimpleNamespace, source: object, names: Sequence
     return np.array(rows)
 
 
-def test_classification_is_that_of_a_plain_rendering(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+def test_classification_equals_the_plain_implementation(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
     names = [f"thing {i}" for i in range(7)]
     labels = [i * 3 % 7 for i in range(30)]
     source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', labels, names, suffix='jpg')}", "test")
@@ -64,18 +64,20 @@ def test_classification_is_that_of_a_plain_rendering(exports: types.SimpleNamesp
     logits = plain_logits(exports, source, names)
     order = [sorted(range(7), key=lambda c, row=row: -row[c]) for row in logits]  # type: ignore[misc]
     assert outcome.predictions["top"].tolist() == [each[:5] for each in order]
-    right = [each[0] == label for each, label in zip(order, labels, strict=True)]
-    assert outcome.metrics["acc1"] == pytest.approx(np.mean(right))
+    correct = [each[0] == label for each, label in zip(order, labels, strict=True)]
+    assert outcome.metrics["acc1"] == pytest.approx(np.mean(correct))
     assert outcome.metrics["acc5"] == pytest.approx(
         np.mean([label in each[:5] for each, label in zip(order, labels, strict=True)])
     )
-    per_class = [np.mean([r for r, label in zip(right, labels, strict=True) if label == c]) for c in range(7)]
+    per_class = [np.mean([hit for hit, label in zip(correct, labels, strict=True) if label == c]) for c in range(7)]
     assert outcome.metrics["mean_per_class_recall"] == pytest.approx(np.mean(per_class))
     assert outcome.predictions["labels"].tolist() == labels and outcome.predictions["index"].tolist() == [*range(30)]
     assert outcome.predictions["keys"][16] == "wds_x/test/1.tar/s0000016" and outcome.failed == {}
 
 
-def test_several_labels_are_scored_by_all_similarities(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+def test_multi_label_classification_equals_the_plain_implementation(
+    exports: types.SimpleNamespace, tmp_path: pathlib.Path
+) -> None:
     names = ["cat", "dog", "tree frog"]
     vectors = [np.array(v) for v in np.random.default_rng(0).integers(0, 2, (11, 3))]
     source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', vectors, names)}", "test")
@@ -91,14 +93,14 @@ def test_several_labels_are_scored_by_all_similarities(exports: types.SimpleName
     assert outcome.metrics == {"mean_average_precision": pytest.approx(np.mean(precisions))}
 
 
-def test_retrieval_of_images_with_one_caption_or_more(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
+def test_retrieval_of_images_with_several_captions(exports: types.SimpleNamespace, tmp_path: pathlib.Path) -> None:
     texts = [[f"caption {i} {j}" for j in range(1 + i % 3)] for i in range(13)]
     source = open_source(f"wds:{exports.write(tmp_path / 'wds_x', texts)}", "test")
     outcome = retrieve(exports.Direct(5), source)
     model = exports.Direct(1)
     images = [model.images(preprocess(decode(source[i].image), model.preprocess)[None])[0] for i in range(13)]
-    owners = [i for i, own in enumerate(texts) for _ in own]
-    scores = np.array([[model.texts([text])[0] @ image for image in images] for own in texts for text in own])
+    owners = [i for i, captions in enumerate(texts) for _ in captions]
+    scores = np.array([[model.texts([text])[0] @ image for image in images] for captions in texts for text in captions])
     for k in (1, 5, 10):
         of_caption = [
             owner in sorted(range(13), key=lambda i: -row[i])[:k] for owner, row in zip(owners, scores, strict=True)
@@ -112,13 +114,13 @@ def test_retrieval_of_images_with_one_caption_or_more(exports: types.SimpleNames
     assert len(outcome.predictions["image_rank"]) == len(owners) and len(outcome.predictions["text_rank"]) == 13
 
 
-def test_a_class_is_the_normalised_mean_over_its_captions(exports: types.SimpleNamespace) -> None:
+def test_a_class_embedding_is_the_normalised_mean_of_its_captions(exports: types.SimpleNamespace) -> None:
     model = exports.Direct(table={"a": (1.0, 0.0), "an a": (0.0, 1.0), "b": (0.6, 0.8), "an b": (0.6, 0.8)})
     rows = class_embeddings(model, ["a", "b"], ["{c}", "an {c}"])
     np.testing.assert_allclose(rows, [[2**-0.5, 2**-0.5], [0.6, 0.8]], rtol=1e-6)
 
 
-def test_classes_are_embedded_in_parts(exports: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_are_embedded_in_chunks(exports: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"c{i}" for i in range(10)]
     whole = class_embeddings(exports.Direct(), names, exports.TEMPLATES)
     monkeypatch.setattr("tclip_jax.evaluation.zero_shot._CHUNK", 12)
@@ -126,7 +128,7 @@ def test_classes_are_embedded_in_parts(exports: types.SimpleNamespace, monkeypat
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 128])
-def test_what_does_not_count_is_counted_and_left_out_in_place(exports: types.SimpleNamespace, batch_size: int) -> None:
+def test_unusable_images_are_left_out_and_counted(exports: types.SimpleNamespace, batch_size: int) -> None:
     model = exports.Direct(batch_size, {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
     source = Pictures(["red", "blue"], [0, None, 2, 0, 2, 2, None], [0, 1, 1, 2, 0, 1, -1])
     outcome = classify(model, source, "none")
@@ -138,7 +140,7 @@ def test_what_does_not_count_is_counted_and_left_out_in_place(exports: types.Sim
     assert outcome.metrics["mean_per_class_recall"] == 0.75
 
 
-def test_images_without_captions_and_bad_vectors_do_not_count(
+def test_images_without_captions_or_valid_labels_are_left_out(
     exports: types.SimpleNamespace, tmp_path: pathlib.Path
 ) -> None:
     texts = [["a"], [""], [" ", ""], ["b", "c"]]
@@ -151,13 +153,13 @@ def test_images_without_captions_and_bad_vectors_do_not_count(
     assert outcome.failed == {"label missing or out of range": 3} and outcome.predictions["index"].tolist() == [0, 4]
 
 
-def test_what_is_refused(exports: types.SimpleNamespace) -> None:
+def test_sources_that_cannot_be_evaluated_are_refused(exports: types.SimpleNamespace) -> None:
     model = exports.Direct(2, {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
-    with pytest.raises(ValueError, match=r"^no image counts: 2 x unreadable image, 1 x label missing or out of range$"):
+    with pytest.raises(ValueError, match=r"^no usable image: 2 x unreadable image, 1 x label missing or out of range$"):
         classify(model, Pictures(["red", "blue"], [None, 0, None], [0, 5, 1]), "none")
-    with pytest.raises(ValueError, match=r"^zero-shot classification needs a labelled source: this one has captions$"):
+    with pytest.raises(ValueError, match=r"^zero-shot classification needs class names, but the source has captions$"):
         classify(model, Pictures([], [0], [-1]), "none")
-    with pytest.raises(ValueError, match=r"^there are no images$"):
+    with pytest.raises(ValueError, match=r"^the source has no images$"):
         classify(model, Pictures(["red"], [], []), "none")
     broken = exports.Direct(2, {"red": (float("nan"), 0.0, 0.0), "blue": (0.0, 0.0, 1.0)})
     broken.images = lambda pixels: np.full((2, 3), np.nan, np.float32)

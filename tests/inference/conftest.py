@@ -1,4 +1,4 @@
-"""One small model, and a folder of pictures of which one is broken."""
+"""A small model, and a folder of pictures, one of them damaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Random weights of which none is left at 0 or 1."""
+    """An artifact with random weights, none of them at its initial 0 or 1."""
     vision = VisionConfig(image_size=(16, 16), patch_size=8, width=16, layers=1, head_width=8)
     config = CLIPConfig(12, vision, TextConfig(context_length=12, width=16, heads=2, layers=1))
     rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def model(artifact: pathlib.Path) -> Model:
 
 @pytest.fixture
 def pictures(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Seven pictures in two folders, a broken one, and files that are none."""
+    """Seven pictures in two folders, a damaged one, and other files."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "pictures"
     (folder / "b").mkdir(parents=True)
@@ -51,5 +51,5 @@ def pictures(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture
 def readable(pictures: pathlib.Path) -> list[epath.Path]:
-    """Those that can be read, in the order of their paths."""
+    """The readable pictures, sorted by path."""
     return [epath.Path(path) for path in sorted(pictures.rglob("[0-6].*")) if ".hidden" not in path.parts]

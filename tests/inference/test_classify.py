@@ -1,3 +1,5 @@
+"""Zero-shot labels for image files."""
+
 from __future__ import annotations
 
 import json
@@ -28,7 +30,7 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(model: Model, readable:
         assert [guess.labels[label] for label in LABELS] == pytest.approx(row, abs=1e-5)
 
 
-def test_failures_keep_their_place(model: Model, pictures: pathlib.Path) -> None:
+def test_outcomes_are_in_the_order_of_the_paths(model: Model, pictures: pathlib.Path) -> None:
     paths = [str(pictures / name) for name in ("absent.png", "0.png", "b/broken.png", "0.png")]
     outcomes = classify_images(model, paths, LABELS, batch_size=2)
     assert [type(outcome) for outcome in outcomes] == [Failure, Guess, Failure, Guess]
@@ -37,8 +39,8 @@ def test_failures_keep_their_place(model: Model, pictures: pathlib.Path) -> None
 
 
 @pytest.mark.parametrize("labels", [[], ["cat", "cat"], ["cat", ""]])
-def test_labels_are_there_once(model: Model, labels: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^labels are .*: each must be there once, and not empty"):
+def test_invalid_labels_are_refused(model: Model, labels: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^labels are .*: they must be unique and not empty"):
         classify_images(model, [], labels)
 
 
@@ -56,10 +58,10 @@ def test_the_command(
     assert captured.out.startswith(f"{good}  ") and captured.out.count("\n") == 1 and captured.out.count("%") == 2
     assert captured.err.startswith(f"{bad}: not a usable image") and captured.err.count("\n") == 1
     (tmp_path / "labels").write_text("cat\n\ndog\nbird\n")
-    given = ["classify", str(artifact), good, bad, "--labels-file", str(tmp_path / "labels"), "--json"]
-    assert main([*given, "--templates", "{c}", "the {c}"]) == 1
-    found, failed = json.loads(capsys.readouterr().out)
-    assert set(found["labels"]) == {"cat", "dog", "bird"} and sum(found["labels"].values()) == pytest.approx(1)
-    assert failed["image"] == bad and failed["error"].startswith("not a usable image")
-    assert main([*given, "--templates", "opnai"]) == 2
+    arguments = ["classify", str(artifact), good, bad, "--labels-file", str(tmp_path / "labels"), "--json"]
+    assert main([*arguments, "--templates", "{c}", "the {c}"]) == 1
+    guess, failure = json.loads(capsys.readouterr().out)
+    assert set(guess["labels"]) == {"cat", "dog", "bird"} and sum(guess["labels"].values()) == pytest.approx(1)
+    assert failure["image"] == bad and failure["error"].startswith("not a usable image")
+    assert main([*arguments, "--templates", "opnai"]) == 2
     assert "no such name; use openai" in capsys.readouterr().err

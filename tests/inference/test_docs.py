@@ -1,4 +1,4 @@
-"""Every command of docs/inference.md does what the page says, on a small model in the quick start's place."""
+"""Every command and program of docs/inference.md runs, with a small model in place of the quick start's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_command_of_the_page_runs(
             continue
         words = [each for word in shlex.split(command)[1:] for each in (sorted(glob.glob(word)) or [word])]
         codes.append(main(words))
-    assert codes == [0] * (len(codes) - 1) + [1]  # the last one meets a bad picture
+    assert codes == [0] * (len(codes) - 1) + [1]  # the last command reads a bad picture
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(code, {})
     assert {"artifact.png", "captions.parquet", "three.html"} < set(glob.glob("*"))

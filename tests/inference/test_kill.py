@@ -1,4 +1,4 @@
-"""A killed `tclip embed` and `tclip search index`: what was done is there, and is not done again."""
+"""A killed `tclip embed` or `tclip search index` resumes with its partial work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT = 400
 
 @pytest.mark.faults
 @pytest.mark.parametrize("command", ["embed", "index"])
-def test_what_a_killed_process_had_done_is_kept(
+def test_a_killed_command_is_resumed(
     command: str,
     artifact: pathlib.Path,
     pictures: pathlib.Path,
@@ -32,11 +32,11 @@ def test_what_a_killed_process_had_done_is_kept(
     folder.mkdir()
     for i in range(COUNT):
         (folder / f"{i:03d}.png").write_bytes(picture)
-    given = ["embed", str(artifact), "--images", str(folder)]
+    arguments = ["embed", str(artifact), "--images", str(folder)]
     if command == "index":
-        given = ["search", "index", str(artifact), str(folder)]
-    given += ["--out", str(out), "--batch-size", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "tclip_jax", *given], stderr=subprocess.DEVNULL)
+        arguments = ["search", "index", str(artifact), str(folder)]
+    arguments += ["--out", str(out), "--batch-size", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "tclip_jax", *arguments], stderr=subprocess.DEVNULL)
     partial = tmp_path / "out.npy.partial"
     while len(list(partial.glob("*.npz"))) < 5:
         assert process.poll() is None
@@ -54,7 +54,7 @@ def test_what_a_killed_process_had_done_is_kept(
         return original(self, images, **options)
 
     monkeypatch.setattr(Model, "encode_image", count)
-    assert main(given) == 0
+    assert main(arguments) == 0
     assert sum(encoded) == COUNT - done and not partial.exists()
     embeddings = np.load(out if command == "embed" else out / "embeddings.npy")
     assert embeddings.shape == (COUNT, 12) and np.ptp(embeddings, axis=0).max() < 1e-6

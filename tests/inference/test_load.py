@@ -1,4 +1,4 @@
-"""A step of a run by its name: the newest, the best, a number, the average of the weights."""
+"""Loading a step of a run: the newest, the best, a number, or the average of the weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_best_step_also_over_a_restart(
+def test_a_run_keeps_its_best_step_over_a_restart(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saved by evaluation; and where a run ended between a checkpoint and its evaluation, that is made up for."""
+    """An interruption between a checkpoint and its evaluation is made up for after the restart."""
     accuracies = {2: 0.3, 4: 0.8, 6: 0.1, 8: 0.2}
     evaluated: list[int] = []
 
@@ -63,16 +63,16 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["zero_shot_accuracy"]) for line in lines if "loss" not in line] == [*accuracies.items()]
     data = tmp_path / "run" / "checkpoints" / "8" / "data"
-    for place, said in (
+    for metadata, message in (
         ('{"next_index": 3}', "is {'next_index': 3} where"),
         ("{", "Expecting"),
         (None, "No such file"),
     ):
-        (data / "metadata").write_text(place) if place else (data / "metadata").unlink()
-        write_checksums(epath.Path(data.parent))  # so that it is whole, and wrong
-        with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{said}"):
+        (data / "metadata").write_text(metadata) if metadata else (data / "metadata").unlink()
+        write_checksums(epath.Path(data.parent))  # the checksums are right, the content is not
+        with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{message}"):
             loop.train(config, tmp_path / "run")
-    # Any command can name the best, or a step; a folder of that name comes first.
+    # A path can name the best step or a number; an existing folder of that name takes precedence.
     assert [load_run(f"{tmp_path}/run{which}")[0] for which in ("", "@best", "@4", "@8")] == [8, 4, 4, 8]
     best, fourth = (load_model(f"{tmp_path}/run@{which}").params for which in ("best", "4"))
     jax.tree.map(np.testing.assert_array_equal, best, fourth)
@@ -97,7 +97,7 @@ def test_the_average_of_a_step_can_be_named(
     )
     jax.tree.map(np.testing.assert_array_equal, average, newest)
     jax.tree.map(
-        # Of n updates Σ dⁿ⁻ⁱ wᵢ / Σ dⁿ⁻ⁱ: that of two has d + d² of the weights of three.
+        # The average of n steps is Σ dⁿ⁻ⁱ wᵢ / Σ dⁿ⁻ⁱ, so that of two has weight d + d² in that of three.
         lambda old, new, now: np.testing.assert_allclose(now, (0.3125 * old + new) / 1.3125, rtol=1e-5, atol=1e-7),
         before,
         third,
@@ -118,29 +118,29 @@ def test_the_average_of_a_step_can_be_named(
     assert "run: an older version trained it, whose averages lean towards the initial weights" in caplog.text
 
 
-SAID = "checkpoints/3 has no checksums.json: it was not copied to its end"
+INCOMPLETE = "checkpoints/3 has no checksums.json: it was not copied to its end"
 
 
-MADE: dict[str, pathlib.Path] = {}
+TRAINED: dict[str, pathlib.Path] = {}
 
 
 @pytest.fixture
 def cut_short(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
-    """A run with the whole steps 1 and 2, and a copy of step 2 as step 3, which ended before its checksums."""
+    """A run with the complete steps 1 and 2, and as step 3 an incomplete copy of step 2 without checksums."""
     config.steps = 2
     config.checkpoint.update({"every": 1, "keep": 2})
-    if not MADE:  # trained once
-        MADE["run"] = tmp_path_factory.mktemp("made") / "run"
-        loop.train(config, MADE["run"])
-    shutil.copytree(MADE["run"], tmp_path / "run")
+    if not TRAINED:  # trained once
+        TRAINED["run"] = tmp_path_factory.mktemp("made") / "run"
+        loop.train(config, TRAINED["run"])
+    shutil.copytree(TRAINED["run"], tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "2", steps / "3", ignore=shutil.ignore_patterns("checksums.json"))
     return tmp_path / "run"
 
 
-def test_whoever_reads_a_run_takes_the_newest_whole_step_and_says_so(
+def test_every_reader_takes_the_newest_complete_step_and_logs_it(
     cut_short: pathlib.Path,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
@@ -149,7 +149,7 @@ def test_whoever_reads_a_run_takes_the_newest_whole_step_and_says_so(
     run = str(cut_short)
 
     def took_step_2() -> bool:
-        lines = [line for line in caplog.messages if SAID in line]
+        lines = [line for line in caplog.messages if INCOMPLETE in line]
         caplog.clear()
         return bool(lines) and all(line.endswith("reading step 2 instead") for line in lines)
 
@@ -161,38 +161,40 @@ def test_whoever_reads_a_run_takes_the_newest_whole_step_and_says_so(
     assert main(["evaluate", run, "--data", "digits"]) == 0 and took_step_2()
     jax.tree.map(np.testing.assert_array_equal, tclip_jax.load(run).params, load_model(f"{run}@2").params)
     assert took_step_2()
-    # The step itself is refused, and where none is whole everybody says so in one line.
+    # The incomplete step itself is refused, and so is a run without complete steps.
     assert main(["pack", f"{run}@3", "--out", f"{tmp_path}/never"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("tclip pack: error: ") and SAID in line and not (tmp_path / "never").exists()
+    assert line.startswith("tclip pack: error: ") and INCOMPLETE in line and not (tmp_path / "never").exists()
     for step in (1, 2):
         (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
-    with pytest.raises(CheckpointError, match=rf"{SAID}.*; .*2 has no commit_success.txt.*; .*1 has no commit_success"):
+    with pytest.raises(
+        CheckpointError, match=rf"{INCOMPLETE}.*; .*2 has no commit_success.txt.*; .*1 has no commit_success"
+    ):
         tclip_jax.load(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["init", "teacher", "inherit"])
-def test_a_run_that_starts_from_another_takes_its_newest_whole_step(
+def test_a_run_starts_from_the_newest_complete_step_of_another(
     key: str, cut_short: pathlib.Path, config: ml_collections.ConfigDict, caplog: pytest.LogCaptureFixture
 ) -> None:
     config[key], config.loss.crd = str(cut_short), float(key == "teacher")
     loop.train(config, cut_short.parent / key)
-    assert any(SAID in line and line.endswith("reading step 2 instead") for line in caplog.messages)
+    assert any(INCOMPLETE in line and line.endswith("reading step 2 instead") for line in caplog.messages)
     for step in (1, 2):
         (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
-    with pytest.raises(CheckpointError, match=SAID):
+    with pytest.raises(CheckpointError, match=INCOMPLETE):
         loop.train(config, cut_short.parent / f"{key} again")
 
 
-def test_the_best_is_the_best_whole_one(cut_short: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_best_step_is_the_best_complete_one(cut_short: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     lines: list[dict[str, Any]] = [{"step": step, "zero_shot_accuracy": step / 10} for step in (1, 2, 3)]
     (cut_short / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert load_run(f"{cut_short}@best")[0] == 2 and "3 has no checksums.json" in caplog.text
     assert load_run(cut_short)[0] == 2
 
 
-def test_training_goes_on_from_the_whole_step(
+def test_training_resumes_from_the_newest_complete_step(
     cut_short: pathlib.Path, config: ml_collections.ConfigDict, caplog: pytest.LogCaptureFixture
 ) -> None:
     config.steps = 4
@@ -212,5 +214,5 @@ def test_an_artifact_is_loaded_without_orbax_and_training(artifact: pathlib.Path
         "import sys, tclip_jax; tclip_jax.load(sys.argv[1]).encode_text('a cat'); "
         "print(*(name for name in sys.modules if name.startswith(('orbax', 'tclip_jax.runs', 'tclip_jax.training'))))"
     )
-    given = [sys.executable, "-c", program, str(artifact)]
-    assert subprocess.run(given, check=True, capture_output=True, text=True).stdout.split() == []
+    command = [sys.executable, "-c", program, str(artifact)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == []

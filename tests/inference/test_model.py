@@ -1,5 +1,8 @@
+"""Inference models: packing, batches, inputs, and the fingerprint."""
+
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -12,7 +15,7 @@ from tclip_jax.artifacts import write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data import images
 from tclip_jax.data.images import Preprocess
-from tclip_jax.inference.model import Model, _forward
+from tclip_jax.inference.model import Model, _forward, fingerprint
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
@@ -35,7 +38,7 @@ def fake_quantized(model_config: CLIPConfig, preprocess: Preprocess, latent: Tre
     return Model(model_config, preprocess, latent, rules)
 
 
-def test_packed_and_fake_quantized_models_agree_to_the_bit(packed_model: Model, fake_quantized: Model) -> None:
+def test_packed_and_fake_quantized_models_agree_bit_exactly(packed_model: Model, fake_quantized: Model) -> None:
     np.testing.assert_array_equal(packed_model.encode_image(PIXELS), fake_quantized.encode_image(PIXELS))
     np.testing.assert_array_equal(packed_model.encode_text(TOKENS), fake_quantized.encode_text(TOKENS))
 
@@ -54,11 +57,14 @@ def test_repacked_models_equal_the_fake_quantized_one(
     for method, inputs in (("encode_image", PIXELS), ("encode_text", TOKENS)):
         expected = getattr(fake_quantized, method)(inputs)
         np.testing.assert_allclose(getattr(repacked, method)(inputs), expected, rtol=0, atol=1e-5)
-        found = getattr(rounded, method)(inputs)
-        assert np.abs(found - expected).max() > 0 and (found * expected).sum(axis=1).min() >= 0.999
+        approximate = getattr(rounded, method)(inputs)
+        assert np.abs(approximate - expected).max() > 0
+        assert (approximate * expected).sum(axis=1).min() >= 0.999
 
 
-def test_rules_matter(model_config: CLIPConfig, preprocess: Preprocess, latent: Tree, fake_quantized: Model) -> None:
+def test_rules_change_the_embeddings(
+    model_config: CLIPConfig, preprocess: Preprocess, latent: Tree, fake_quantized: Model
+) -> None:
     unquantized = Model(model_config, preprocess, latent)
     assert np.abs(unquantized.encode_image(PIXELS) - fake_quantized.encode_image(PIXELS)).max() > 0.01
 
@@ -79,11 +85,11 @@ def test_a_loaded_model_equals_the_written_one(
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_embeddings_do_not_depend_on_batches(packed_model: Model, count: int, batch_size: int) -> None:
-    found = packed_model.encode_image(PIXELS[:count], batch_size=batch_size)
-    assert found.shape == (count, 8)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(found, packed_model.encode_image(PIXELS)[:count], atol=1e-6)
+    image = packed_model.encode_image(PIXELS[:count], batch_size=batch_size)
+    assert image.shape == (count, 8)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(image, packed_model.encode_image(PIXELS)[:count], atol=1e-6)
     text = packed_model.encode_text(TOKENS[:count], batch_size=batch_size)
     np.testing.assert_allclose(text, packed_model.encode_text(TOKENS)[:count], atol=1e-6)
 
@@ -110,7 +116,7 @@ def test_parameters_are_arguments_of_the_program(packed_model: Model) -> None:
     assert sum(np.size(constant) for constant in program.consts) < parameters / 100
 
 
-def test_pictures_are_prepared_as_the_model_asks(packed_model: Model) -> None:
+def test_pictures_are_preprocessed_for_the_model(packed_model: Model) -> None:
     pictures = [Image.fromarray(RNG.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(3)]
     pixels = np.stack([images.preprocess(picture, packed_model.preprocess) for picture in pictures])
     expected = packed_model.encode_image(images.normalize(pixels, images.OPENAI_MEAN, images.OPENAI_STD))
@@ -131,33 +137,66 @@ def test_texts_are_tokenized(model_config: CLIPConfig, preprocess: Preprocess, l
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("argument", "message"),
     [
         (np.zeros((1, 16, 16, 3), np.uint8), r"images are uint8 \(1, 16, 16, 3\): they must be normalised floats"),
         (np.zeros((16, 16, 3)), r"images are float64 \(16, 16, 3\): .* \(N, 16, 16, 3\)"),
         (np.zeros((1, 3, 16, 16)), r"images are float64 \(1, 3, 16, 16\)"),
     ],
 )
-def test_arrays_that_are_not_images_are_refused(packed_model: Model, given: Any, message: str) -> None:
+def test_arrays_that_are_not_images_are_refused(packed_model: Model, argument: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        packed_model.encode_image(given)
+        packed_model.encode_image(argument)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("argument", "message"),
     [
         (np.zeros((1, 6)), r"tokens are float64 \(1, 6\): they must be integers \(N, 6\)"),
         (np.zeros((1, 5), int), r"tokens are int64 \(1, 5\)"),
-        (np.full((1, 6), 50), "tokens are 50 to 50: the model's are 0 to 49"),
+        (np.full((1, 6), 50), "tokens are 50 to 50: the vocabulary is 0 to 49"),
         (np.full((1, 6), -1), "tokens are -1 to -1"),
-        ("a dog", "tokens are 0 to 49407: the model's are 0 to 49"),
+        ("a dog", "tokens are 0 to 49407: the vocabulary is 0 to 49"),
     ],
 )
-def test_what_is_not_tokens_of_the_model_is_refused(packed_model: Model, given: Any, message: str) -> None:
+def test_invalid_tokens_are_refused(packed_model: Model, argument: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        packed_model.encode_text(given)
+        packed_model.encode_text(argument)
 
 
 def test_batch_size_is_positive(packed_model: Model) -> None:
     with pytest.raises(ValueError, match=r"^batch_size is 0: it must be 1 or more"):
         packed_model.encode_text(TOKENS, batch_size=0)
+
+
+def test_the_fingerprint_of_a_run_changes_with_everything_that_changes_embeddings(
+    model_config: CLIPConfig, preprocess: Preprocess, latent: Tree, rules: TernaryRules, tmp_path: pathlib.Path
+) -> None:
+    model = Model(model_config, preprocess, latent, rules)
+    leaves, structure = jax.tree.flatten(latent)
+    leaves[3] = leaves[3] + 1e-3
+    models = [
+        model,
+        dataclasses.replace(model, rules=rules[:2]),
+        dataclasses.replace(model, preprocess=Preprocess(16, resize_mode="squash")),
+        dataclasses.replace(model, config=dataclasses.replace(model_config, quick_gelu=True)),
+        dataclasses.replace(model, params=jax.tree.unflatten(structure, leaves)),
+    ]
+    assert len({fingerprint(each, tmp_path) for each in models}) == 5
+    assert fingerprint(Model(model_config, preprocess, latent, rules), tmp_path / "elsewhere") == fingerprint(
+        model, tmp_path
+    )
+
+
+def test_the_fingerprint_of_an_artifact_does_not_depend_on_the_packing(
+    model_config: CLIPConfig, preprocess: Preprocess, packed: Tree, rules: TernaryRules, tmp_path: pathlib.Path
+) -> None:
+    def write(name: str, **changed: Any) -> str:
+        fields = {"config": model_config, "preprocess": preprocess, "params": packed, "rules": rules} | changed
+        write_artifact(tmp_path / name, **fields)
+        return fingerprint(Model(model_config, preprocess, {}), tmp_path / name)
+
+    mark = write("a")
+    assert write("b", figures={"top1": 0.5}, rules=()) == mark
+    assert write("c", preprocess=Preprocess(16, resize_mode="squash")) != mark
+    assert write("d", rest_dtype="float32") != mark

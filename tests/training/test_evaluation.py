@@ -12,7 +12,7 @@ from tclip_jax.runs.config import EvalConfig
 from tclip_jax.training import evaluation
 from tclip_jax.training.evaluation import Evaluation, EvaluationError
 
-LOST = {"digits": "no image counts: 99 x unreadable image"}
+LOST = {"digits": "no usable image: 99 x unreadable image"}
 
 
 def result(**failed: int) -> Result:
@@ -39,7 +39,9 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *reports: Report) -> list[di
 def test_where_nothing_can_be_read_the_first_evaluation_ends_the_run(
     name: str, suffix: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EvaluationError, match=rf"^{where}: no result at the first evaluation: digits: no image") as end:
+    with pytest.raises(
+        EvaluationError, match=rf"^{where}: no result at the first evaluation: digits: no usable"
+    ) as end:
         run(monkeypatch, name, Report({}, LOST))
     assert end.value.metrics == {"evaluations_failed": 1.0, f"evaluations_failed{suffix}": 1.0}
 
@@ -51,8 +53,8 @@ def test_later_the_third_time_in_a_row_does(monkeypatch: pytest.MonkeyPatch, cap
         {"zero_shot_accuracy": 0.5} if good else {"evaluations_failed": 1.0} for good in (1, 0, 0, 1, 0, 0)
     ]
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert errors == ["config.eval: no result: digits: no image counts: 99 x unreadable image"] * 4
-    with pytest.raises(EvaluationError, match=r"^config\.eval: no result 3 times in a row: digits: no image counts"):
+    assert errors == ["config.eval: no result: digits: no usable image: 99 x unreadable image"] * 4
+    with pytest.raises(EvaluationError, match=r"^config\.eval: no result 3 times in a row: digits: no usable image"):
         run(monkeypatch, "", GOOD, lost, lost, lost)
 
 

@@ -223,7 +223,7 @@ def test_an_evaluation_that_can_read_nothing_ends_the_run(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no image")
     config.eval.update({"source": f"folder:{tmp_path}/data", "templates": "simple", "every": 1})
-    message = r"config\.eval: no result at the first evaluation: .*no image counts: 4 x unreadable image"
+    message = r"config\.eval: no result at the first evaluation: .*no usable image: 4 x unreadable image"
     with pytest.raises(ValueError, match=message):
         loop.train(config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
