@@ -26,7 +26,7 @@ from tensorboardX.summary import histogram_raw, scalar
 
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.models.trits import HISTOGRAM_EDGES
-from tclip_jax.parallel.agreement import Failure, raised_by_all
+from tclip_jax.parallel.agreement import FirstError, raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.storage import dump_json, is_local, write_atomic
@@ -95,7 +95,7 @@ class Telemetry:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self.failure = Failure()
+        self.failure = FirstError()
         self._first = jax.process_index() == 0
         if not self._first:
             return
@@ -118,11 +118,11 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self._first:
             return
-        with self.failure.kept():
+        with self.failure.captured():
             self._flush()
-        with self.failure.kept():
+        with self.failure.captured():
             self._events.close()
-        with self.failure.kept():
+        with self.failure.captured():
             self._bar.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
@@ -139,7 +139,7 @@ class Telemetry:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
         scalars = {name: value for name, value in scalars.items() if value or not name.startswith("bad/")}
-        with self.failure.kept():
+        with self.failure.captured():
             self._append({"step": step} | scalars)
             for name, value in scalars.items():
                 if math.isfinite(value):
@@ -159,7 +159,7 @@ class Telemetry:
             path: {name: np.round(np.float64(value), 6).tolist() for name, value in each.items()}
             for path, each in values.items()
         }
-        with self.failure.kept():
+        with self.failure.captured():
             self._append({"step": step, "trits": rounded})
             for path, each in values.items():
                 for name in ("zeros", "flips", "scale", "drift", "saturated"):
@@ -170,7 +170,7 @@ class Telemetry:
         """Waits until all that was written is in metrics.jsonl, and on a local disk."""
         if not self._active:
             return
-        with self.failure.kept():
+        with self.failure.captured():
             self._events.flush()
             if is_local(self._path):
                 with self._path.open("a") as file:

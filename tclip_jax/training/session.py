@@ -21,7 +21,7 @@ from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import trit_metrics, trit_snapshot
-from tclip_jax.parallel.agreement import Agreement, Failure, allgather_json, together
+from tclip_jax.parallel.agreement import Agreement, FirstError, allgather_json, together
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
@@ -168,7 +168,7 @@ class Session:
     def next_batch(self, step: int, before: Any) -> Any:
         """The batch of a step; `before` is that of the step before, None at first."""
         self._watchdog.step(step)
-        with self.failure.kept():
+        with self.failure.captured():
             self._trace.before(step)
         with self._timer.during("data"):
             return _next_batch(self._ready.data, before, self.failure)
@@ -191,7 +191,7 @@ class Session:
     def record(self, step: int, metrics: Any, state: TrainState) -> None:
         """Writes the metrics of the step before, and takes those of this one."""
         self._metrics.flush()
-        with self.failure.kept():
+        with self.failure.captured():
             self._trace.after(step, metrics)
         rates = self._throughput.metrics(self._timer.take())
         self._metrics.add(step, metrics | {"learning_rate": self._schedule(step - 1)} | rates)
@@ -249,7 +249,7 @@ def _load_teacher(
     return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 
-def _next_batch(data: ResumableIterator, before: Any, failure: Failure) -> Any:
+def _next_batch(data: ResumableIterator, before: Any, failure: FirstError) -> Any:
     """The next batch; of several processes, on one that fails, the batch before.
 
     With it the process takes part in a step that is not saved: all processes raise the failure first. Without a batch
@@ -263,7 +263,7 @@ def _next_batch(data: ResumableIterator, before: Any, failure: Failure) -> Any:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        failure.keep(error)
+        failure.store(error)
         return before
 
 

@@ -14,7 +14,7 @@ import ml_collections
 import pytest
 
 from tclip_jax.parallel import agreement as failures
-from tclip_jax.parallel.agreement import Failure
+from tclip_jax.parallel.agreement import FirstError
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import loop, session
 from tclip_jax.training.input import ResumableIterator
@@ -192,7 +192,7 @@ def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pyte
         raise OSError("the store is away")
 
     data: Any = broken()
-    failure = Failure()
+    failure = FirstError()
     batch = session._next_batch(data, None, failure)
     with pytest.raises(OSError, match="away"):  # alone there is nobody to wait for
         session._next_batch(data, batch, failure)
@@ -203,7 +203,7 @@ def test_a_process_that_has_no_batch_takes_part_until_all_know(monkeypatch: pyte
     # The first of all batches cannot be replaced: all raise what one process met.
     monkeypatch.setattr(failures, "allgather_json", lambda line: [line, "shard 7 is gone"])
     with pytest.raises(StopIteration):
-        session._next_batch(data, None, Failure())
+        session._next_batch(data, None, FirstError())
     monkeypatch.setattr(session, "next", lambda data: "a batch", raising=False)
     with pytest.raises(failures.FailedElsewhere, match="process 1: shard 7 is gone"):
-        session._next_batch(data, None, Failure())
+        session._next_batch(data, None, FirstError())
