@@ -78,7 +78,7 @@ def flip(path: pathlib.Path) -> None:
     ("harm", "part", "processes", "said"),
     [
         (truncate, "params", 1, "bytes instead of"),
-        (flip, "training", 2, "is damaged: its bytes are not those that were written"),
+        (flip, "training", 2, "is damaged: its checksum differs"),
         (pathlib.Path.unlink, "data", 1, "is missing"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(start: Start, undistu
     run.start("small=6")
     assert run.wait() == [2]
     (line,) = [line for line in run.log().splitlines() if line.startswith("tclip train: error")]
-    assert "checkpoints/6: the checkpoint could not be written, that of step 3 is whole: " in line
+    assert "checkpoints/6: the checkpoint could not be written; step 3 is whole: " in line
     assert "File too large" in line
     assert run.saved() == [3]
     run.finish()
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_the_last_byte_of_a_checkpoint(start: Start, undi
     run.start("full=6")
     assert run.children[0].wait(300) == 2
     run.end()  # as a launcher does
-    assert "that of step 3 is whole: [Errno 28] No space left on device" in run.log()
+    assert "step 3 is whole: [Errno 28] No space left on device" in run.log()
     assert run.saved() == [3]
     run.finish()
     run.assert_same(undisturbed(2))

@@ -134,7 +134,7 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     ):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(changed)
-        with pytest.raises(CheckpointError, match=said + r".*; change that back, or start a new run"):
+        with pytest.raises(CheckpointError, match=said + r".*; undo the change, or start a new run"):
             loop.train(other, tmp_path / "run")
     image = tmp_path / "data" / "cat" / "1.png"
     was = image.read_bytes()
