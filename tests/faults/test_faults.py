@@ -34,7 +34,7 @@ def test_a_notice_to_one_process_saves_the_same_step_on_all(
     assert run.wait() == [75] * processes, run.log()
     (step,) = run.saved()
     assert 3 <= step < 12 and run.steps() == list(range(1, step + 1))
-    assert f"asked to stop: step {step} is saved" in run.log()
+    assert f"stopping after a signal: step {step} is saved" in run.log()
     run.finish("", rarely)
     run.assert_same(undisturbed(processes))
 
@@ -174,7 +174,11 @@ def test_what_is_not_finite_is_skipped_and_ends_a_run_that_has_nothing_else(star
     run = start("nan", 1)
     run.start("nan=3", "--config.max_skipped_steps=3")
     assert run.wait() == [2] and run.steps() == [1, 2, 3]
-    assert "error: step 3: " in run.log() and "loss is nan" in run.log() and "last of 3 steps in a row" in run.log()
+    assert (
+        "error: step 3: " in run.log()
+        and "loss is nan" in run.log()
+        and "last of 3 skipped steps in a row" in run.log()
+    )
     assert [(line["loss"], line["skipped_steps"]) for line in run.metrics()] == [(None, 1.0)] * 3
     run.finish("nan=2", "--config.max_skipped_steps=3")
     assert [line["skipped_steps"] for line in run.metrics()] == [1.0] * 2 + [0.0] * 10

@@ -40,7 +40,7 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
         def is_due(self, step: int, steps: int) -> bool:
             return step % 2 == 0
 
-        def is_among(self, names: Any) -> bool:
+        def has_metrics(self, names: Any) -> bool:
             return "zero_shot_accuracy" in names
 
         def __call__(self, model: Any, mesh: Any) -> dict[str, float]:

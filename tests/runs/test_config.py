@@ -88,7 +88,10 @@ def test_round_trip_through_json() -> None:
             {"evals": ({"source": "digits"},)},
             r"config.evals has the names \[''\]: each evaluation needs a different name",
         ),
-        ({"evals": ({"name": "a", "source": "digits"}, {"name": "a", "source": "digits"})}, "each evaluation needs a different name"),
+        (
+            {"evals": ({"name": "a", "source": "digits"}, {"name": "a", "source": "digits"})},
+            "each evaluation needs a different name",
+        ),
         ({"evals": ({"name": "a"},)}, "config.evals: each evaluation needs a source"),
         ({"evals": ({"name": "a", "source": "digits", "every": 0},)}, r"config.evals\[0\].every is 0"),
         ({"preprocess__size": (16, 16)}, r"\(16, 16\) is not the model's image size \(32, 32\)"),

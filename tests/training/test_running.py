@@ -83,9 +83,9 @@ def test_only_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture)
     good, bad = {"loss": 1.0, "skipped_steps": 0.0}, {"loss": float("inf"), "skipped_steps": 1.0}
     for step, metrics in enumerate((bad, good, bad, good, bad), 1):
         logger.add(step, metrics)
-    assert "step 3: loss is inf; it changes nothing" in caplog.text and "step 5" not in caplog.text
+    assert "step 3: loss is inf; the step is skipped" in caplog.text and "step 5" not in caplog.text
     logger.add(6, bad)
-    with pytest.raises(ValueError, match="step 6: loss is inf; this is the last of 2 steps in a row"):
+    with pytest.raises(ValueError, match="step 6: loss is inf; this is the last of 2 skipped steps in a row"):
         logger.flush()
 
 
@@ -95,10 +95,10 @@ def test_batches_without_a_usable_sample_in_a_row_end_a_run(caplog: pytest.LogCa
     for step in (1, 2):
         logger.add(step, {"loss": 0.0, "skipped_steps": 1.0})
     logger.flush()
-    assert "step 1: its batch has no usable sample; it changes nothing" in caplog.text
+    assert "step 1: its batch has no usable sample; the step is skipped" in caplog.text
     logger.add(3, {"loss": 0.0, "skipped_steps": 1.0})
     with pytest.raises(
-        ValueError, match=r"step 3: its batch has no usable .* last of 3 steps .* see bad_samples\.jsonl"
+        ValueError, match=r"step 3: its batch has no usable .* last of 3 skipped steps .* see bad_samples\.jsonl"
     ):
         logger.flush()
 
@@ -154,7 +154,7 @@ def test_a_notice_ends_a_run_with_all_saved_and_a_trace(
         loop.train(config, tmp_path / "run")
     assert stopped.value.code == RESTART
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]
-    assert steps == list(range(1, 6)) and f"asked to stop: step {steps[-1]} is saved" in caplog.text
+    assert steps == list(range(1, 6)) and f"stopping after a signal: step {steps[-1]} is saved" in caplog.text
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1])]
     assert "step 2/8: loss " in caplog.text and "compile " in caplog.text
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
@@ -167,7 +167,7 @@ def test_a_best_metric_that_nobody_measures_is_named_with_its_nearest() -> None:
     logger = MetricsLogger(quiet, quiet, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
     logger.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
     logger.check_measured("digits/acc1")
-    message = r"best_metric: 'digits/acc' is not measured, so keep_best keeps nothing: .* such as digits/acc1"
+    message = r"best_metric: 'digits/acc' is not measured, so keep_best has no effect: .* such as digits/acc1"
     with pytest.raises(ValueError, match=message):
         logger.check_measured("digits/acc")
 

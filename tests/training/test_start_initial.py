@@ -137,11 +137,11 @@ def without_zeros(packed: Params) -> Params:
     ("changed", "message"),
     [
         ({"init": "nowhere"}, r"nowhere/config\.json: no such file"),
-        ({"model.quick_gelu": True}, "config.init .*artifact: its model quick_gelu is False, that of the run True"),
-        ({"model.vision_cfg.layers": 2}, "its model vision.layers is 1, that of the run 2"),
+        ({"model.quick_gelu": True}, "config.init .*artifact: its model quick_gelu is False, the run's is True"),
+        ({"model.vision_cfg.layers": 2}, "its model vision.layers is 1, the run's is 2"),
         (
             {"preprocess.mean": (0.5, 0.5, 0.5)},
-            r"its preprocess mean is \(0\.48.*, that of the run \(0\.5, 0\.5, 0\.5\)",
+            r"its preprocess mean is \(0\.48.*, the run's is \(0\.5, 0\.5, 0\.5\)",
         ),
         (
             {"ternary": "Q-FFN"},

@@ -144,7 +144,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
 
     cached.data.augment = "none"
     with pytest.raises(
-        ValueError, match=r"the teacher saw something else \(augment: 'affine', not 'none'\): make another"
+        ValueError, match=r"the teacher's inputs differ \(augment: 'affine', not 'none'\): make another"
     ):
         loop.train(cached, tmp_path / "other")
     cached.data.augment = "affine"
@@ -208,7 +208,7 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     image.write_bytes(was)
     assert not (tmp_path / "student").exists()
     config.data.templates = ("the {c}",)
-    with pytest.raises(ValueError, match=r"saw something else \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
+    with pytest.raises(ValueError, match=r"inputs differ \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
         open_cache(run_config(config), open_source(config.data.source, "train"))
 
     # Another teacher in the same place, and the manifest of an older version.

@@ -13,7 +13,7 @@ import pytest
 
 from tclip_jax.training import watchdog
 from tclip_jax.training.timing import StepTimer
-from tclip_jax.training.watchdog import Heartbeat, Watchdog, described, slowest
+from tclip_jax.training.watchdog import Heartbeat, Watchdog, slowest, stall_report
 
 
 def beat(step: int, phase: str = "step", silent: float = 0.0) -> Heartbeat:
@@ -36,11 +36,11 @@ def test_who_is_behind(beats: list[Heartbeat], behind: tuple[int, ...]) -> None:
 
 def test_one_line_says_it() -> None:
     beats = {0: beat(9), 1: beat(8, "data"), 2: beat(9, silent=50)}
-    assert described(beats, (1,), 40) == (
+    assert stall_report(beats, (1,), 40) == (
         "process 1 (host, process 7) is in step 8, waiting for data for 60 s; the others are in step 9"
     )
-    assert "waiting for the devices for 110 s, not heard of for 50 s" in described(beats, (2,), 40)
-    assert described(dict(enumerate([beat(9)] * 10)), tuple(range(10)), 40).endswith("; 2 more")
+    assert "waiting for the devices for 110 s, no heartbeat for 50 s" in stall_report(beats, (2,), 40)
+    assert stall_report(dict(enumerate([beat(9)] * 10)), tuple(range(10)), 40).endswith("; 2 more")
 
 
 def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
