@@ -1,4 +1,4 @@
-"""Start and end of a run of several processes: a rendezvous before jax's own, and exits that wait for nobody.
+"""Start and end of a run of several processes: a rendezvous before jax's own, and exits that do not wait for others.
 
 Hand-written, because jax's rendezvous ends a process with SIGABRT when it times out, and does not name who is missing.
 """

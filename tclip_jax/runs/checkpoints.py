@@ -68,7 +68,7 @@ class Checkpoints:
     Args:
       folder: `checkpoints/` of the run.
       config: when to save, and which steps to keep.
-      whole: the result of `whole_steps`; all other steps are renamed or removed. None: no step is.
+      whole: the result of `whole_steps`; all other steps are renamed or removed. None: no step is renamed.
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig, whole: Sequence[int] | None = None) -> None:

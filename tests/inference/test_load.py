@@ -64,13 +64,13 @@ def test_a_run_keeps_its_best_step_also_over_a_restart(
     assert [(line["step"], line["zero_shot_accuracy"]) for line in lines if "loss" not in line] == [*accuracies.items()]
     data = tmp_path / "run" / "checkpoints" / "8" / "data"
     for place, said in (
-        ('{"next_index": 3}', "is {'next_index': 3} where"),
+        ('{"next_index": 3}', "is {'next_index': 3}; expected"),
         ("{", "Expecting"),
         (None, "No such file"),
     ):
         (data / "metadata").write_text(place) if place else (data / "metadata").unlink()
         write_checksums(epath.Path(data.parent))  # so that it is whole, and wrong
-        with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{said}"):
+        with pytest.raises(CheckpointError, match=rf"8/data/metadata: damaged, or not a checkpoint of .*{said}"):
             loop.train(config, tmp_path / "run")
     # Any command can name the best, or a step; a folder of that name comes first.
     assert [load_run(f"{tmp_path}/run{which}")[0] for which in ("", "@best", "@4", "@8")] == [8, 4, 4, 8]
