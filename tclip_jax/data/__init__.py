@@ -1,1 +1,1 @@
-"""What goes into a model: captions as tokens, images as pixels, augmentations, prompts, and their sources."""
+"""Model inputs: sources of records, captions as tokens, images as pixels, augmentations, and batches of these."""

@@ -1,4 +1,4 @@
-"""Random views of an image for training, RandAugment among them; every draw comes from the generator given."""
+"""Random augmentations of training images. The caller's generator makes every random draw."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from tclip_jax.data.images import Preprocess, load, preprocess
 
+Box = tuple[int, int, int, int]
+Color = tuple[int, int, int]
 Operation = Callable[[Image.Image, float], Image.Image]
+Augmentation = Callable[[Image.Image, np.random.Generator, Preprocess], npt.NDArray[np.uint8]]
+
+# Version of the augmentations, part of the key of teacher caches. Increase it when an augmentation gives other pixels
+# for the same draws.
+DRAWS = 1
 
 _LEVELS = 31
+_ONE_READ = 1 << 24  # bytes that Pillow passes to its decoder at once, for data in memory
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int = 2, magnitude: int = 9) -> Image.Image:
-    """Returns the RGB image after `operations` of OPERATIONS, drawn with replacement, at `magnitude` of 0 to 30.
+    """Applies RandAugment (Cubuk et al., arXiv 1909.13719) to an RGB image.
 
-    The draws and strengths are those of torchvision's RandAugment, with nearest interpolation and black outside; that
-    one needs PyTorch, and draws from its global generator.
-    Source: Cubuk et al., "RandAugment", arXiv 1909.13719.
+    The draws and strengths are those of torchvision's RandAugment with nearest-neighbour interpolation and black fill.
+    torchvision's implementation needs PyTorch and draws from PyTorch's global generator.
+
+    Args:
+      image: RGB.
+      rng: makes the random draws.
+      operations: number of operations, drawn from OPERATIONS with replacement.
+      magnitude: strength of every operation, 0 to 30.
     """
     for _ in range(operations):
         name = _NAMES[rng.integers(len(_NAMES))]
@@ -80,7 +93,7 @@ def _solarize(image: Image.Image, amount: float) -> Image.Image:
     return ImageOps.solarize(image, math.ceil(amount))
 
 
-# name -> (operation, whether its amount has a random sign, its amount by strength 0 to 1).
+# name -> (operation, whether its amount has a random sign, the amount for a strength of 0 to 1).
 OPERATIONS: dict[str, tuple[Operation, bool, Callable[[float, Image.Image], float]]] = {
     "identity": (lambda image, _: image, False, lambda share, image: 0),
     "shear_x": (_shear_x, True, lambda share, image: 0.3 * share),
@@ -100,26 +113,22 @@ OPERATIONS: dict[str, tuple[Operation, bool, Callable[[float, Image.Image], floa
 _NAMES = tuple(OPERATIONS)
 
 
-Box = tuple[int, int, int, int]
-Color = tuple[int, int, int]
-# Raised by whoever changes what an augmentation makes of the same draws: caches of a teacher are then made anew.
-DRAWS = 1
-_ONE_READ = 1 << 24  # bytes that Pillow hands to its decoder at once, of data that are in memory
-Augmentation = Callable[[Image.Image, np.random.Generator, Preprocess], npt.NDArray[np.uint8]]
-
-
 def affine(
     image: Image.Image, degrees: float, shift: tuple[float, float], zoom: float, fill: Color | None = None
 ) -> Image.Image:
-    """Returns the RGB image turned counter-clockwise and enlarged about its centre, then shifted right and down.
+    """Rotates and zooms an image about its centre, then shifts it, in one bilinear resampling; returns RGB.
 
-    `shift` is in pixels (x, y). There is one bilinear resampling; what comes from outside the image is `fill`, by
-    default the colour of its top left pixel.
+    Args:
+      image: any mode.
+      degrees: rotation, counter-clockwise.
+      shift: (right, down) in pixels.
+      zoom: magnification.
+      fill: colour of pixels from outside the image; None for the colour of its top left pixel.
     """
     image = image.convert("RGB")
     x, y = image.width / 2, image.height / 2
-    # Pillow asks where each output pixel comes from, which is the inverse of the motion. It also cuts values off to
-    # uint8, so that a cosine of 6e-17 at a right angle would darken pixels by one.
+    # Pillow's matrix maps output pixels to input pixels: the inverse of the motion. Pillow truncates values to uint8,
+    # so a cosine of 6e-17 at a right angle would darken pixels by one.
     cos, sin = (round(f(math.radians(degrees)), 15) / zoom for f in (math.cos, math.sin))
     to_x, to_y = x + shift[0], y + shift[1]
     matrix = (cos, -sin, x - cos * to_x + sin * to_y, sin, cos, y - sin * to_x - cos * to_y)
@@ -135,7 +144,16 @@ def random_affine(
     zoom: float = 0.15,
     fill: Color | None = None,
 ) -> Image.Image:
-    """Returns `affine` of an angle in ±degrees, a shift in ±translate of each side, a zoom in 1/(1+zoom) to 1+zoom."""
+    """Applies `affine` with uniform random parameters; the zoom is log-uniform.
+
+    Args:
+      image: any mode.
+      rng: makes the random draws.
+      degrees: the largest rotation in both directions.
+      translate: the largest shift in both directions, as a fraction of the image's width and height.
+      zoom: bounds the magnification to 1 / (1 + zoom) … 1 + zoom.
+      fill: as in `affine`.
+    """
     angle, right, down, log_zoom = rng.uniform(-1, 1, 4)
     shift = (right * translate * image.width, down * translate * image.height)
     return affine(image, angle * degrees, shift, (1 + zoom) ** log_zoom, fill)
@@ -144,10 +162,16 @@ def random_affine(
 def random_crop_box(
     rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Returns (left, top, right, bottom) in an image of `size` (width, height), drawn as torchvision draws it.
+    """Draws a crop box in an image, as torchvision's RandomResizedCrop does.
 
-    `scale` bounds the share of the area, `ratio` bounds width / height (log-uniform). After ten boxes that do not fit
-    it is the largest centred box whose ratio is within bounds.
+    Args:
+      rng: makes the random draws.
+      size: (width, height) of the image.
+      scale: bounds of the box's fraction of the image area.
+      ratio: bounds of width / height, which is log-uniform.
+
+    Returns:
+      (left, top, right, bottom). If ten boxes do not fit: the largest centred box with a ratio within the bounds.
     """
     width, height = size
     for _ in range(10):
@@ -169,11 +193,20 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """Returns a random box of the image, bicubic at `size` (height, width), RGB: CLIP's training transform.
+    """Crops a random box and resizes it with bicubic interpolation: CLIP's training transform.
 
-    Where a side of the box is at least twice as long as of `size`, pixels are first averaged by twos, threes, …, and a
-    JPEG whose pixels are not read yet is read at 1/2, 1/4 or 1/8 of its size. That is up to four times as fast, and the
-    same but for a slightly different low-pass filter.
+    If a side of the box is at least twice as long as its target, pixels are first averaged by an integer factor. If
+    both sides are, a JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size. This is up to four times
+    as fast; the low-pass filter then differs slightly from torchvision's.
+
+    Args:
+      image: any mode; a JPEG from `open_lazily` must not be loaded yet.
+      rng: makes the random draws.
+      size: (height, width) of the result.
+      scale, ratio: as in `random_crop_box`.
+
+    Returns:
+      An RGB image.
     """
     box = random_crop_box(rng, image.size, scale, ratio)
     full, (left, top, right, bottom) = image.size, box
@@ -181,7 +214,7 @@ def random_resized_crop(
         image.draft(None, (-(-full[0] * size[1] // (right - left)), -(-full[1] * size[0] // (bottom - top))))
         image.decodermaxblock = _ONE_READ
     image = load(image)
-    if image.mode not in ("RGB", "L"):  # as open_clip's loader of tars does, before any resampling
+    if image.mode not in ("RGB", "L"):  # before resampling, as in open_clip's loader of tars
         image = image.convert("RGB")
     if right - left < 2 * size[1] and bottom - top < 2 * size[0]:
         return image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
@@ -198,10 +231,20 @@ def random_erasing(
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
 ) -> npt.NDArray[np.uint8]:
-    """Returns a copy of (H, W, 3) in which, with `probability`, a random box has the colour `fill`.
+    """Fills a random box with a colour (Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896).
 
-    `scale` bounds the share of the area, `ratio` height / width (log-uniform); after ten boxes that do not fit there is
-    none. Source: Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896, drawn as torchvision draws it.
+    The draws are those of torchvision's RandomErasing.
+
+    Args:
+      pixels: (H, W, 3).
+      rng: makes the random draws.
+      fill: the colour.
+      probability: of erasing a box.
+      scale: bounds of the box's fraction of the image area.
+      ratio: bounds of height / width, which is log-uniform.
+
+    Returns:
+      A copy of `pixels`. If ten boxes do not fit, nothing is erased.
     """
     erased = pixels.copy()
     if rng.random() >= probability:
@@ -223,7 +266,7 @@ def _none(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.ND
 
 
 def _affine(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.NDArray[np.uint8]:
-    # At the model's size: the cost does not depend on the source, and small images turn smoothly.
+    # After resizing: the cost does not depend on the source, and rotations of small images are smooth.
     return np.asarray(random_affine(Image.fromarray(preprocess(load(image), p)), rng))
 
 
@@ -236,16 +279,16 @@ def _wide_crop(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> n
 
 
 def _strong(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.NDArray[np.uint8]:
-    fill = np.round(np.array(p.mean) * 255).astype(np.uint8)  # zero once the pixels are normalised
+    fill = np.round(np.array(p.mean) * 255).astype(np.uint8)  # zero after normalisation
     view = rand_augment(random_resized_crop(image, rng, p.size, scale=(0.08, 1.0)), rng)
     return random_erasing(np.asarray(view), rng, fill)
 
 
-# What a recipe may name: each gives pixels (height, width, 3) uint8 at the preprocessing's size.
+# The values of config.data.augment. Each function returns (height, width, 3) uint8 pixels of the preprocessing's size.
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": _none,
     "affine": _affine,
-    "random_resized_crop": _random_resized_crop,  # 0.9 to 1 of the area: CLIP's, open_clip's and CLIP-KD's
+    "random_resized_crop": _random_resized_crop,  # 0.9 to 1 of the area, as in CLIP, open_clip and CLIP-KD
     "wide_crop": _wide_crop,  # 0.4 to 1 of the area
-    "strong": _strong,  # 0.08 to 1 of the area, RandAugment and random erasing: for reinforced training (MobileCLIP)
+    "strong": _strong,  # 0.08 to 1 of the area, RandAugment, random erasing; for reinforced training (MobileCLIP)
 }

@@ -1,4 +1,4 @@
-"""Which samples of a run were bad, and when there are too many of them."""
+"""The bad samples of a run: a list of their names, and a limit on their share."""
 
 from __future__ import annotations
 
@@ -16,128 +16,135 @@ from tclip_jax.storage import is_local, write_atomic
 
 _logger = logging.getLogger(__name__)
 
-_LISTED = 10_000  # more names say nothing more, and memory must not grow with the run
-_SHOWN = 10  # warned of by name; then their number, at every doubling
-_WINDOW = 10_000  # samples over which the share is taken
-_FEWEST = 1_000  # samples before their share is judged, but at the end of a run
+_MAX_LISTED = 10_000  # names; memory must not grow with the run
+_MAX_WARNINGS = 10  # that name a sample; later warnings give the count each time it doubles
+_WINDOW = 10_000  # samples over which the share is computed
+_MIN_SAMPLES = 1_000  # samples before the first check of the share; the end of a run checks any number
 
 
 class BadSamples:
-    """The first 10,000 bad samples, each once, in a file of lines {"name", "kind", "reason"}; the first 10 as warnings.
+    """Lists the bad samples of one process and stops a run that has too many.
 
-    A file that is there already is appended to. On an object store the file is written at every doubling and at last.
+    The list is a file of lines {"name", "kind", "reason"}, one for each of the first 10,000 bad samples. An existing
+    file is appended to. On an object store the file is written each time the count doubles, and by `write`. Warnings
+    name the first 10 samples.
 
     Args:
-      path: of the file; None for none.
-      max_share: of about the last 10,000 samples, 0 to 1: more bad ones stop a run.
-      epoch: samples of the source; so many without a single usable one stop a run, whatever `max_share` is.
+      path: the file; None for no file.
+      max_share: the largest share of bad samples, 0 to 1, among about the last 10,000 samples.
+      epoch: number of samples in the source. The run stops after that many samples in a row without a usable one, for
+        any `max_share`.
     """
 
     def __init__(self, path: epath.PathLike | None = None, max_share: float = 1.0, epoch: int | None = None) -> None:
         self.path, self._max_share, self._epoch = path and epath.Path(path), max_share, epoch
-        self._lines: dict[str, str] = {}
-        self._listed: Counter[str] = Counter()
-        self._cut = False  # by a crash, within a line, which the next line must not continue
+        self._lines: dict[str, str] = {}  # by name
+        self._listed: Counter[str] = Counter()  # by kind
+        self._truncated = False  # the last line is incomplete after a crash; no line may be appended to it
         if self.path and self.path.exists():
-            *whole, cut = self.path.read_text().split("\n")
-            self._lines = {json.loads(line)["name"]: line for line in whole}
-            self._listed.update(json.loads(line)["kind"] for line in whole)
-            self._cut = bool(cut)
-        self._warned, self._next = 0, 2 * _SHOWN
+            *lines, rest = self.path.read_text().split("\n")
+            self._lines = {json.loads(line)["name"]: line for line in lines}
+            self._listed.update(json.loads(line)["kind"] for line in lines)
+            self._truncated = bool(rest)
+        self._warnings, self._next_count = 0, 2 * _MAX_WARNINGS
         self._lock = threading.Lock()
-        self._seen = 0.0
-        self._kinds: dict[str, float] = {}
-        self._whole: Counter[str] = Counter()
-        self._samples = self._without = 0  # all, and the last of them, in batches without a usable one
+        self._window_samples = 0.0
+        self._window_bad: dict[str, float] = {}  # by kind
+        self._total_samples = 0
+        self._total_bad: Counter[str] = Counter()  # by kind
+        self._unusable = 0  # samples since the last batch with a usable one
 
     def add(self, kind: str, name: str, reason: str) -> None:
-        """Lists a sample, unless it was listed before."""
+        """Lists a sample, unless its name is listed already."""
         with self._lock:
-            if name in self._lines or len(self._lines) >= _LISTED:
+            if name in self._lines or len(self._lines) >= _MAX_LISTED:
                 return
             self._lines[name] = json.dumps({"name": name, "kind": kind, "reason": reason})
             self._listed[kind] += 1
             self._warn(name, reason)
             if not self.path:
                 return
-            if self._cut:
+            if self._truncated:
                 self.write()
             elif is_local(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
                     file.write(self._lines[name] + "\n")
-            elif len(self._lines).bit_count() == 1:
+            elif len(self._lines).bit_count() == 1:  # the count is a power of two
                 self.write()
 
     def _warn(self, name: str, reason: str) -> None:
-        self._warned += 1
-        if self._warned <= _SHOWN:
-            _logger.warning("%s: %s; the sample counts with weight 0", name, reason)
-        elif self._warned == self._next:
-            self._next *= 2
-            kinds = _counted(self._listed)
-            _logger.warning("%d bad samples so far (%s)%s", self._listed.total(), kinds, self._where())
+        self._warnings += 1
+        if self._warnings <= _MAX_WARNINGS:
+            _logger.warning("%s: %s; the sample is masked (weight 0)", name, reason)
+        elif self._warnings == self._next_count:
+            self._next_count *= 2
+            kinds = _format(self._listed)
+            _logger.warning("%d bad samples so far (%s)%s", self._listed.total(), kinds, self._location())
 
     def write(self) -> None:
-        """Writes the whole file."""
-        self._cut = False
+        """Writes the whole list to the file."""
+        self._truncated = False
         if self.path and self._lines:
             write_atomic(self.path, "".join(line + "\n" for line in self._lines.values()))
 
     def check(self, metrics: Mapping[str, Any], samples: int) -> None:
-        """Judges a step that had `samples` samples over all processes, by its metrics `bad/<kind>`.
+        """Counts the bad samples of a step and checks their share.
 
-        Every process must call this with every step, and all will stop at the same one.
+        Every process must call this after every step. All processes then stop at the same step.
+
+        Args:
+          metrics: the metrics of the step; `bad/<kind>` are counts over all processes.
+          samples: the number of samples of the step over all processes.
 
         Raises:
-          ValueError: of about the last 10,000 samples more than `max_share` were bad, or of a whole epoch all.
+          ValueError: more than `max_share` of about the last 10,000 samples, or all samples of an epoch, are bad.
         """
         counts = {kind: float(metrics[f"bad/{kind}"]) for kind in FAULTS[1:]}
-        keep = 0.5 if self._seen > _WINDOW else 1.0
-        self._kinds = {kind: keep * self._kinds.get(kind, 0) + count for kind, count in counts.items()}
-        self._seen = keep * self._seen + samples
-        self._whole.update({kind: int(count) for kind, count in counts.items()})
-        self._samples += samples
-        self._without = self._without + samples if sum(counts.values()) >= samples else 0
-        if self._epoch is not None and self._without >= self._epoch:
-            self._stop(
-                f"of the last {self._without} samples, a whole epoch, not one can be used ({_counted(self._kinds)})"
-            )
-        if self._seen >= _FEWEST:
-            self._judge("the last", sum(self._kinds.values()), self._seen, _counted(self._kinds))
+        decay = 0.5 if self._window_samples > _WINDOW else 1.0
+        self._window_bad = {kind: decay * self._window_bad.get(kind, 0) + count for kind, count in counts.items()}
+        self._window_samples = decay * self._window_samples + samples
+        self.resume(counts, samples)
+        self._unusable = self._unusable + samples if sum(counts.values()) >= samples else 0
+        if self._epoch is not None and self._unusable >= self._epoch:
+            kinds = _format(self._window_bad)
+            self._stop(f"none of the last {self._unusable} samples, a whole epoch, is usable ({kinds})")
+        if self._window_samples >= _MIN_SAMPLES:
+            self._check_share("the last", self._window_bad, self._window_samples)
 
     def resume(self, counts: Mapping[str, float], samples: int) -> None:
-        """Counts for `finish` the bad samples, by kind, of the steps before those that `check` will be told of."""
-        self._whole.update({kind: int(count) for kind, count in counts.items()})
-        self._samples += samples
+        """Adds the bad samples of earlier steps, by kind, to the totals that `finish` checks."""
+        self._total_bad.update({kind: int(count) for kind, count in counts.items()})
+        self._total_samples += samples
 
     def finish(self) -> None:
-        """Judges a whole run at its end, be it ever so short, and logs how many of its samples were bad.
+        """Checks the share over the whole run, however short, and logs it.
 
         Raises:
-          ValueError: more than `max_share` were bad, or all.
+          ValueError: more than `max_share` of the samples, or all of them, are bad.
         """
-        bad, kinds = self._whole.total(), _counted(self._whole)
+        bad, kinds = self._total_bad.total(), _format(self._total_bad)
         if not bad:
             return
-        if bad >= self._samples:
-            self._stop(f"of all {self._samples} samples not one can be used ({kinds})")
-        self._judge("all", bad, self._samples, kinds)
-        _logger.warning("%d of %d samples were bad (%s)%s", bad, self._samples, kinds, self._where())
+        if bad >= self._total_samples:
+            self._stop(f"none of all {self._total_samples} samples is usable ({kinds})")
+        self._check_share("all", self._total_bad, self._total_samples)
+        _logger.warning("%d of %d samples were bad (%s)%s", bad, self._total_samples, kinds, self._location())
 
-    def _judge(self, which: str, bad: float, samples: float, kinds: str) -> None:
-        if bad > self._max_share * samples:
-            more = f"more than config.data.max_bad_share = {self._max_share}"
-            self._stop(f"{bad:.0f} of {which} {samples:.0f} samples are bad ({kinds}), {more}")
+    def _check_share(self, which: str, bad: Mapping[str, float], samples: float) -> None:
+        count = sum(bad.values())
+        if count > self._max_share * samples:
+            limit = f"more than config.data.max_bad_share = {self._max_share}"
+            self._stop(f"{count:.0f} of {which} {samples:.0f} samples are bad ({_format(bad)}), {limit}")
 
-    def _stop(self, why: str) -> NoReturn:
+    def _stop(self, reason: str) -> NoReturn:
         self.write()
-        shown = "".join(f"\n  {line}" for line in list(self._lines.values())[-_SHOWN:])
-        raise ValueError(f"{why}{self._where()}{shown}")
+        examples = "".join(f"\n  {line}" for line in list(self._lines.values())[-_MAX_WARNINGS:])
+        raise ValueError(f"{reason}{self._location()}{examples}")
 
-    def _where(self) -> str:
+    def _location(self) -> str:
         return f", listed in {self.path}" if self.path else ""
 
 
-def _counted(kinds: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {count:.0f}" for kind, count in kinds.items() if count)
+def _format(counts: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {count:.0f}" for kind, count in counts.items() if count)

@@ -1,8 +1,9 @@
-"""A teacher's embeddings of a data set, computed once for several augmentations of each sample: the store.
+"""A cache of a teacher's embeddings of a data set, for several augmentations of each sample.
 
-The folder holds cache.json and files 00000.npy, 00001.npy, … of float16 (rows, 2, D): the embeddings of images and of
-texts. Row copy · samples + index is of that sample with the caption and augmentation that `copy_generator` draws.
-Beside each lies 00000.crc32 of little-endian uint32 (rows,): the CRC-32 of each row's bytes, compared when it is read.
+The folder contains cache.json and the files 00000.npy, 00001.npy, …: float16 (rows, 2, D), the embeddings of images and
+of texts. Row copy · samples + index belongs to sample `index` with the caption and augmentation that `copy_generator`
+draws. Each file has a file of checksums, such as 00000.crc32: little-endian uint32 (rows,), the CRC-32 of each row's
+bytes. `TeacherCache.read` compares them.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ Embeddings = npt.NDArray[np.float16]
 
 
 def copy_generator(seed: int, index: int, copy: int) -> np.random.Generator:
-    """What draws the caption and the augmentation of one copy of a sample."""
+    """Returns the generator that draws the caption and the augmentation of one copy of a sample."""
     return np.random.default_rng((seed, index, copy))
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherCache:
-    """What cache.json says, and the embeddings beside it.
+    """A cache folder: the fields of cache.json, and access to the embeddings.
 
     Attributes:
-      folder: local, or gs:// and its like.
-      teacher: where the teacher was loaded from.
-      source: the data, as it was named.
-      embed_dim: its D.
-      logit_scale: exp of its parameter.
-      samples: records of the source.
-      copies: augmentations of each.
-      seed: of all draws.
-      file_rows: rows in every file but the last.
-      made_by: what decides the embeddings, beside the seed: contents of the teacher and of the data, templates,
+      folder: a local path or a URL such as gs://….
+      teacher: the path or name from which the teacher was loaded.
+      source: the specification of the data source.
+      embed_dim: D, the size of an embedding.
+      logit_scale: the teacher's scale of the logits, the exponential of its parameter.
+      samples: number of records in the source.
+      copies: number of augmentations of each record.
+      seed: seed of all draws.
+      file_rows: rows in every file except the last.
+      made_by: what the embeddings depend on, besides the seed: contents of the teacher and of the data, templates,
         augmentation, preprocessing, tokens.
     """
 
@@ -65,11 +66,11 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: epath.PathLike) -> TeacherCache:
-        """Reads and checks cache.json, and that every file is there and of its size.
+        """Reads cache.json and checks that every file exists and has the right size.
 
         Raises:
-          FileNotFoundError: there is no cache, or a part of it is missing.
-          ValueError: it is broken, or a file is cut short.
+          FileNotFoundError: cache.json or another file is missing.
+          ValueError: cache.json is invalid, or a file has another size.
         """
         path = epath.Path(folder) / MANIFEST
         if not path.exists():
@@ -80,7 +81,7 @@ class TeacherCache:
             raise ValueError(f"{path}: not JSON: {error}") from None
         if isinstance(fields, dict) and "made_by" not in fields and "inputs" in fields:
             raise ValueError(
-                f"{path}: an older version wrote it, which kept no content of its data: make it in a new folder"
+                f"{path}: an older version wrote it, without the content of its data: make the cache in a new folder"
             )
         cache = from_mapping(cls, {**fields, "folder": str(folder)} if isinstance(fields, dict) else fields, str(path))
         if min(cache.embed_dim, cache.samples, cache.copies, cache.file_rows) < 1:
@@ -90,70 +91,75 @@ class TeacherCache:
         return cache
 
     def check(self, file: int) -> None:
-        """Raises FileNotFoundError for a file that is not there, ValueError for one that has another size."""
-        shape, remedy = self._shape(file), "`tclip teacher-cache` again resumes where it stopped"
-        whole = len(_header(shape)) + 2 * math.prod(shape)
-        for path, kind, wanted in (
-            (self.path(file), f"float16 {shape}", whole),
+        """Checks that a file of embeddings and its checksums exist and have the right size.
+
+        Raises:
+          FileNotFoundError: a file is missing.
+          ValueError: a file has another size.
+        """
+        shape, remedy = self._shape(file), "run `tclip teacher-cache` again, which resumes"
+        length = len(_header(shape)) + 2 * math.prod(shape)
+        for path, kind, expected in (
+            (self.path(file), f"float16 {shape}", length),
             (self._sums_path(file), f"uint32 {shape[:1]}", 4 * shape[0]),
         ):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: no such file; {remedy}")
-            if (size := path.stat().length) != wanted:
-                raise ValueError(f"{path}: {size:,} bytes: a whole file of {kind} has {wanted:,}; {remedy}")
+            if (size := path.stat().length) != expected:
+                raise ValueError(f"{path}: {size:,} bytes: a complete file of {kind} has {expected:,}; {remedy}")
 
     def write_manifest(self) -> None:
-        """Writes cache.json, or finds it as it would write it.
+        """Writes cache.json, or checks that an existing one is equal.
 
         Raises:
-          ValueError: the folder holds another cache.
+          ValueError: the folder contains another cache.
         """
         path = epath.Path(self.folder) / MANIFEST
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "folder"}
         text = json.dumps(fields, indent=2) + "\n"
         if path.exists():
-            was, now = json.loads(path.read_text()), json.loads(text)
-            places = ("teacher", "source")  # may be others, if what lies there is the same
-            if differs := keys.difference(*({k: v for k, v in each.items() if k not in places} for each in (was, now))):
-                raise ValueError(f"{path}: this cache is another one ({differs}): choose another folder")
+            manifests = json.loads(path.read_text()), json.loads(text)
+            paths = ("teacher", "source")  # these may differ; `made_by` has the digests of their contents
+            if differs := keys.difference(*({k: v for k, v in each.items() if k not in paths} for each in manifests)):
+                raise ValueError(f"{path}: the folder contains another cache ({differs}): choose another folder")
             return
         epath.Path(self.folder).mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Of the teacher that a run learns from: where it was, and a digest of all that decides the embeddings."""
+        """The teacher's source, and a digest of everything that the embeddings depend on; for the record of a run."""
         made_by = {**self.made_by, "seed": self.seed, "copies": self.copies}
         return {"source": self.teacher, "content": keys.digest(made_by)}
 
     @property
     def files(self) -> int:
-        """How many files of embeddings there are."""
+        """Number of files of embeddings."""
         return -(-self.samples * self.copies // self.file_rows)
 
     def path(self, file: int) -> epath.Path:
-        """Where a file of embeddings lies."""
+        """Returns the path of a file of embeddings."""
         return epath.Path(self.folder) / f"{file:05}.npy"
 
     def rows_of(self, file: int) -> range:
-        """The rows of the whole cache that a file holds."""
+        """Returns the rows of the cache that a file contains."""
         return range(file * self.file_rows, min((file + 1) * self.file_rows, self.samples * self.copies))
 
     def write(self, file: int, embeddings: Embeddings) -> None:
-        """Writes one file (rows, 2, D) and its checksums, whole or not at all."""
+        """Writes a file of embeddings (rows, 2, D) and its checksums, each atomically."""
         buffer = io.BytesIO()
         np.save(buffer, embeddings, allow_pickle=False)
         sums = np.array([zlib.crc32(row.tobytes()) for row in embeddings], "<u4")
         write_atomic(self._sums_path(file), sums.tobytes())
         write_atomic(self.path(file), buffer.getvalue())
-        for kept in (_fetch, _check_header, _sums):
-            kept.cache_clear()
+        for cached in (_fetch, _check_header, _sums):
+            cached.cache_clear()
 
     def read(self, index: int, copy: int) -> Embeddings:
-        """The embeddings (2, D) of one copy of a sample: of its image and of its text.
+        """Returns the embeddings (2, D) of the image and the text of one copy of a sample.
 
         Raises:
-          ValueError: the file is damaged, or has become another since the cache was opened.
+          ValueError: the file is damaged, or was changed after the cache was opened.
         """
         file, row = divmod(copy * self.samples + index, self.file_rows)
         path, header = str(self.path(file)), _header(self._shape(file))
@@ -161,9 +167,10 @@ class TeacherCache:
         _check_header(path, header)
         data = _read(path, len(header) + row * size, size)
         if len(data) < size:
-            raise ValueError(f"{path}: row {row} is not there: the file was cut short after it was opened")
+            raise ValueError(f"{path}: row {row} is missing: the file was truncated after it was opened")
         if zlib.crc32(data) != _sums(str(self._sums_path(file)))[row]:
-            raise ValueError(f"{path}: row {row} is damaged: remove this file, and `tclip teacher-cache` makes it anew")
+            remedy = "remove this file and run `tclip teacher-cache`, which makes it again"
+            raise ValueError(f"{path}: row {row} is damaged: {remedy}")
         return np.frombuffer(data, "<f2").reshape(2, self.embed_dim)
 
     def _sums_path(self, file: int) -> epath.Path:
@@ -175,7 +182,7 @@ class TeacherCache:
 
 @functools.cache
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What np.save writes before the values."""
+    """Returns the bytes that np.save writes before the values."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
@@ -184,17 +191,17 @@ def _header(shape: tuple[int, ...]) -> bytes:
 @functools.cache
 def _check_header(path: str, header: bytes) -> None:
     if _read(path, 0, len(header)) != header:
-        raise ValueError(f"{path}: not a whole file of embeddings: it does not begin as NumPy begins one of its shape")
+        raise ValueError(f"{path}: not a file of embeddings of the expected shape: the NumPy header differs")
 
 
 @functools.lru_cache(maxsize=4096)
 def _sums(path: str) -> npt.NDArray[np.uint32]:
-    """The checksums of a file's rows."""
+    """Returns the checksums of a file's rows."""
     return np.frombuffer(epath.Path(path).read_bytes(), "<u4")
 
 
 def _read(path: str, start: int, size: int) -> bytes:
-    # Not by a memory map: a file that is cut short while mapped ends the process by a signal.
+    # Not with a memory map: if a mapped file is truncated, a signal ends the process.
     if not is_local(epath.Path(path)):
         return _fetch(path)[start : start + size]
     descriptor = os.open(path, os.O_RDONLY)
@@ -206,5 +213,5 @@ def _read(path: str, start: int, size: int) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _fetch(path: str) -> bytes:
-    """A whole file of an object store."""
+    """Reads a file from an object store."""
     return epath.Path(path).read_bytes()

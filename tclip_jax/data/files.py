@@ -1,4 +1,4 @@
-"""Files as people hand them over: the folders they lie in, the lines of a text, and a count of what is passed over."""
+"""Folders and text files from users: walking a folder, reading lines, and counting the files that are skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tclip_jax.storage import is_local
 
 _MAX_KINDS = 20
 _MAX_TEXT = 1 << 30  # bytes
-# First bytes of compressed files, and what unpacks them.
+# First bytes of compressed files -> the format and the command that unpacks it.
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gzip -dk"),
     b"\xfd7zXZ\0": ("xz", "xz -dk"),
@@ -29,18 +29,23 @@ _COMPRESSED = {
 
 
 @dataclasses.dataclass
-class PassedOver:
-    """Files that belong to no sample: how many of each kind, and the first of them."""
+class SkippedFiles:
+    """A count of the files that belong to no sample.
+
+    Attributes:
+      kinds: the number of files of each kind, which is a suffix or a description.
+      first: name of the first file.
+    """
 
     kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     first: str = ""
 
     def add(self, name: str, kind: str = "") -> None:
-        """Counts a file, by its suffix unless `kind` says what it is."""
+        """Counts a file, by default under its suffix."""
         self.update({kind or suffix(name) or "without a suffix": 1}, printable(name))
 
     def update(self, kinds: dict[str, int], first: str) -> None:
-        """Adds what was passed over elsewhere."""
+        """Adds the fields of another count. After 20 kinds, new kinds count as "others"."""
         self.first = self.first or first
         for kind, count in kinds.items():
             kind = kind if kind in self.kinds or len(self.kinds) < _MAX_KINDS else "others"
@@ -48,53 +53,58 @@ class PassedOver:
 
     def __str__(self) -> str:
         count = sum(self.kinds.values())
-        often = sorted(self.kinds.items(), key=lambda each: (-each[1], each[0]))
-        kinds = ", ".join(f"{number:,} {printable(kind)[:40]}" for kind, number in often)
-        return f"{count:,} file{'s' * (count > 1)} passed over: {kinds}; first {self.first[:200]}" if count else ""
+        by_count = sorted(self.kinds.items(), key=lambda item: (-item[1], item[0]))
+        kinds = ", ".join(f"{number:,} {printable(kind)[:40]}" for kind, number in by_count)
+        return f"{count:,} file{'s' * (count > 1)} skipped: {kinds}; first {self.first[:200]}" if count else ""
 
 
 def suffix(name: str) -> str:
-    """The suffix of a file name in small letters, with its dot; "" of none."""
+    """Returns the suffix of a file name in lower case with its dot, or ""."""
     return os.path.splitext(name)[1].lower()
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image."""
+    """Whether a file name has an image suffix."""
     return suffix(name) in SUFFIXES
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is the system's own: .DS_Store, ._x.jpg, __MACOSX."""
+    """Whether a file or folder belongs to the operating system, such as .DS_Store, ._x.jpg and __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def walk(root: epath.Path, passed: PassedOver) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
-    """A folder and every one below it, with the names of the folders and files in each; hidden ones are passed over.
+def walk(root: epath.Path, skipped: SkippedFiles) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
+    """Yields a folder and all folders below it, each with the sorted names of its subfolders and of its files.
 
-    Links to folders are followed, but for those to a folder that they lie in.
+    Hidden files and folders are skipped. Links to folders are followed, except a link to a folder that contains the
+    link.
+
+    Args:
+      root: the first folder.
+      skipped: counts what is skipped.
 
     Raises:
-      OSError: a folder that cannot be read.
+      OSError: a folder cannot be read.
     """
     local = is_local(root)
-    found = os.walk(root, onerror=_raise, followlinks=True) if local else root.walk(on_error=_raise)
-    for folder, folders, files in found:
+    tree = os.walk(root, onerror=_raise, followlinks=True) if local else root.walk(on_error=_raise)
+    for folder, folders, files in tree:
         for name in sorted(files):
             if is_hidden(name):
-                passed.add(os.path.join(folder, name), "hidden")
+                skipped.add(os.path.join(folder, name), "hidden")
         folders.sort()
         for name in list(folders):
             path = os.path.join(folder, name)
-            above = local and os.path.islink(path) and _is_above(path)
-            if above or is_hidden(name):
-                passed.add(path, "link to a folder above" if above else "hidden folder")
-                folders.remove(name)  # in place: the walk then leaves it out, and keeps to the order
+            is_loop = local and os.path.islink(path) and _links_to_parent(path)
+            if is_loop or is_hidden(name):
+                skipped.add(path, "link to a parent folder" if is_loop else "hidden folder")
+                folders.remove(name)  # in place, so that the walk does not enter it
         yield epath.Path(folder), list(folders), sorted(name for name in files if not is_hidden(name))
 
 
-def _is_above(link: str) -> bool:
-    target, place = (pathlib.Path(os.path.realpath(path)) for path in (link, os.path.dirname(link)))
-    return target == place or target in place.parents
+def _links_to_parent(link: str) -> bool:
+    target, folder = (pathlib.Path(os.path.realpath(path)) for path in (link, os.path.dirname(link)))
+    return target == folder or target in folder.parents
 
 
 def _raise(error: OSError) -> Any:
@@ -102,26 +112,26 @@ def _raise(error: OSError) -> Any:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, as open() splits them: at \\n, \\r\\n and \\r.
+    """Splits a text into lines at \\n, \\r\\n and \\r, as open() does.
 
-    `str.splitlines` splits at U+2028, \\x0b, \\x0c, \\x85 and more, which stand within captions.
+    `str.splitlines` also splits at U+2028, \\x0b, \\x0c, \\x85 and others, which occur inside captions.
     """
     lines = re.split("\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 
 
 def read_lines(path: epath.PathLike, max_bytes: int = _MAX_TEXT) -> list[str]:
-    """The lines of a UTF-8 file, blank ones too, without white space around them.
+    """Reads the lines of a UTF-8 file, blank lines included, and strips white space from each.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8, or has more than `max_bytes`; one line that names the file.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not UTF-8, or larger than `max_bytes`. The message is one line and names the file.
     """
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir() or (is_local(path) and not os.path.isfile(path)):
-        raise ValueError(f"{path}: no file of text")
+        raise ValueError(f"{path}: not a text file")
     if (size := path.stat().length) > max_bytes:
         raise ValueError(f"{path}: {size:,} bytes, where at most {max_bytes:,} are expected")
     try:
@@ -131,15 +141,16 @@ def read_lines(path: epath.PathLike, max_bytes: int = _MAX_TEXT) -> list[str]:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 bytes as text, without a byte-order mark.
+    """Decodes UTF-8 bytes and removes a byte-order mark.
 
     Raises:
-      ValueError: they are not UTF-8; the line where they are not, and what they may be.
+      ValueError: the bytes are not UTF-8. The message names the line and the likely format.
     """
     try:
         text = data.decode("utf-8-sig")
         if "\0" in text:
-            raise ValueError(f"line {len(split_lines(text.partition(chr(0))[0] + '.'))} has a NUL byte: no text")
+            line = len(split_lines(text.partition("\0")[0] + "."))
+            raise ValueError(f"line {line} has a NUL byte: not a text file")
         return text
     except UnicodeDecodeError as error:
         line = len(split_lines(data[: error.start].decode("utf-8", "replace") + "."))
@@ -148,14 +159,14 @@ def decode_text(data: bytes) -> str:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError("it is UTF-16: convert it to UTF-8 (iconv -f utf-16 -t utf-8)") from None
         if b"\0" in data:
-            raise ValueError("it has NUL bytes: no text") from None
+            raise ValueError("it has NUL bytes: not a text file") from None
         raise ValueError(
-            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): in Latin-1? Convert it to UTF-8 "
+            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): if it is Latin-1, convert it to UTF-8 "
             "(iconv -f latin1 -t utf-8)"
         ) from None
 
 
 def compression(head: bytes) -> str:
-    """How a file that begins so is compressed, and what unpacks it; "" if it is not."""
-    found = next((names for magic, names in _COMPRESSED.items() if head.startswith(magic)), None)
-    return f"{found[0]}: unpack it first ({found[1]})" if found else ""
+    """Returns the compression format of a file with these first bytes and how to unpack it; "" if not compressed."""
+    names = next((names for magic, names in _COMPRESSED.items() if head.startswith(magic)), None)
+    return f"{names[0]}: unpack it first ({names[1]})" if names else ""

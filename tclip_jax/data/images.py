@@ -1,4 +1,4 @@
-"""Images to pixels, the same pixels as open_clip's: decode, resize, crop, normalise."""
+"""Images to pixels: decode, resize, crop, normalise. The pixels equal open_clip's."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF_MEAN = (0.5, 0.5, 0.5)
 HALF_STD = (0.5, 0.5, 0.5)
 
-# Twice Pillow's own warning level, where Pillow refuses too.
+# Twice the size at which Pillow warns; Pillow refuses larger images too.
 MAX_PIXELS = 178_956_970
 
-# Pillow draws EPS and WMF by other programs, opens whatever lies within IPTC, and knows the others by name alone.
-_NOT_READ = ("EPS", "WMF", "IPTC", "MPEG", "BUFR", "GRIB", "HDF5")
+# Pillow renders EPS and WMF with other programs, IPTC may contain any format, and the others are only identified.
+_UNSUPPORTED = ("EPS", "WMF", "IPTC", "MPEG", "BUFR", "GRIB", "HDF5")
 Image.preinit()
 Image.init()
-# In Pillow's order, so that a file is what Image.open takes it for. MPO is JPEG with more pictures behind the first.
-_FORMATS = tuple(name for name in Image.ID if name in Image.registered_extensions().values() and name not in _NOT_READ)
+# In Pillow's order, so that a file is identified as Image.open identifies it. MPO is JPEG with several pictures.
+_FORMATS = tuple(
+    name for name in Image.ID if name in Image.registered_extensions().values() and name not in _UNSUPPORTED
+)
 SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name in (*_FORMATS, "MPO")
-)  # with their dot, in small letters
+)  # in lower case, with the dot
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
 
@@ -40,11 +42,17 @@ Array = TypeVar("Array", npt.NDArray[Any], jax.Array)
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Preprocess:
-    """What open_clip's `preprocess_cfg` says: how an image becomes the (height, width, 3) pixels of a model.
+    """How an image becomes the (height, width, 3) pixels of a model: open_clip's `preprocess_cfg`.
 
-    `size` is (height, width), or one number for both. `resize_mode` says which side reaches `size`: the "shortest"
-    (then the centre is cropped), the "longest" (then zeros are padded), or both, which distorts ("squash"). `mean` and
-    `std` are those of RGB values in 0–1. Raises ValueError for what open_clip does not know either.
+    Attributes:
+      size: (height, width) in pixels; the constructor also takes one number for both.
+      mean, std: mean and standard deviation of the R, G and B values in 0–1.
+      interpolation: "bicubic" or "bilinear".
+      resize_mode: "shortest" resizes the shortest side to `size` and crops the centre; "longest" resizes the longest
+        side and pads with zeros; "squash" resizes both sides and changes the aspect ratio.
+
+    Raises:
+      ValueError: a value that open_clip does not support either.
     """
 
     size: tuple[int, int]
@@ -77,27 +85,31 @@ class Preprocess:
 
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], image_size: int | Sequence[int] = 224) -> Self:
-        """Reads a `preprocess_cfg`; `image_size`, the model's, stands in for a size it does not name."""
-        filled = cfg.get("fill_color") and cfg.get("resize_mode") == "longest"  # the others fill nothing
-        if cfg.get("mode") not in (None, "RGB") or filled:
+        """Reads a `preprocess_cfg`; a missing size defaults to the model's `image_size`."""
+        padded = cfg.get("fill_color") and cfg.get("resize_mode") == "longest"  # the other modes do not pad
+        if cfg.get("mode") not in (None, "RGB") or padded:
             raise ValueError(
                 "preprocess_cfg: only mode 'RGB' is supported, and with resize_mode 'longest' fill_color 0"
             )
         known = {field.name: cfg[field.name] for field in dataclasses.fields(cls) if cfg.get(field.name) is not None}
-        # open_clip draws at random only while training.
+        # open_clip draws it at random only in training.
         if known.get("interpolation") == "random":
             known["interpolation"] = "bicubic"
         return cls(**{"size": image_size, **known})
 
     def to_open_clip(self) -> dict[str, Any]:
-        """Returns the `preprocess_cfg` of open_clip_config.json."""
+        """Returns the `preprocess_cfg` for open_clip_config.json."""
         return {"mode": "RGB", **dataclasses.asdict(self), "fill_color": 0}
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """Returns the preprocessor_config.json of transformers' CLIPImageProcessor.
+        """Returns the preprocessor_config.json for transformers' CLIPImageProcessor.
 
-        Its crop rounds down where open_clip's rounds to even, so pixels can lie one row or column apart.
-        Raises ValueError for what that class cannot do: "longest", and "shortest" to a size that is not square.
+        CLIPImageProcessor rounds the start of the crop down and open_clip rounds it to even, so the pixels may be
+        shifted by one row or column.
+
+        Raises:
+          ValueError: CLIPImageProcessor does not support `resize_mode` "longest", or "shortest" with a `size` that is
+            not square.
         """
         height, width = self.size
         if self.resize_mode == "longest" or (self.resize_mode == "shortest" and height != width):
@@ -120,77 +132,84 @@ class Preprocess:
 
 
 def _tuple(values: Any, kind: type) -> tuple[Any, ...]:
-    """The values of a list, a tuple or an array; none unless all are of that kind."""
-    listed = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
-    return tuple(values) if listed and all(isinstance(value, kind) for value in values) else ()
+    """Returns the values of a list, tuple or array as a tuple; an empty one if any value is not of that kind."""
+    is_list = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+    return tuple(values) if is_list and all(isinstance(value, kind) for value in values) else ()
 
 
 class TooManyPixels(ValueError):
-    """An image that would take too much memory."""
+    """An image with more pixels than allowed."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns the decoded image in its own mode, as stored (EXIF orientation is left alone, as open_clip leaves it).
+    """Decodes an image and keeps its mode. EXIF orientation is ignored, as in open_clip.
 
-    Of an animation it is the first frame. Grey of 16 bits becomes grey of 8, where open_clip clips it to white. Raises
-    ValueError, and nothing else, for what is no whole image of a format that Pillow decodes by itself, for pixels of 32
-    bits and, before they are allocated, for an image of more than `max_pixels`.
+    An animation gives its first frame. 16-bit grey becomes 8-bit grey; open_clip clips it to white.
+
+    Raises:
+      ValueError: the data is not a complete image in a format that Pillow decodes by itself, or has 32-bit pixels. No
+        other exception is raised.
+      TooManyPixels: the image has more than `max_pixels`. The header is checked before pixels are allocated.
     """
     return load(open_lazily(data, max_pixels=max_pixels))
 
 
 def open_lazily(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns the image with its header read and its pixels not; `load` reads them. Raises as `decode` does."""
+    """Reads the header of an image; `load` then decodes the pixels. Raises the errors of `decode`."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"not a usable image ({len(data)} bytes): {error}") from None
-    # A broken file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, MemoryError.
+    # Pillow raises many types for a broken file: OSError, SyntaxError, struct.error, EOFError, MemoryError.
     except Exception as error:
-        # Pillow's own words for this name an object in memory.
-        reason = _why_not(data) if isinstance(error, UnidentifiedImageError) else error
+        # Pillow's own message names the BytesIO object.
+        reason = _why_unidentified(data) if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"not a usable image ({len(data)} bytes): {reason}") from error
     if not 0 < image.width * image.height <= max_pixels:
-        size = f"{image.width}x{image.height} pixels, where 1 to {max_pixels} are allowed"
+        size = f"{image.width}x{image.height} pixels; 1 to {max_pixels} are allowed"
         raise TooManyPixels(f"not a usable image ({len(data)} bytes): {size}")
     return image
 
 
-def _why_not(data: bytes) -> str:
-    """Why Pillow does not take the bytes for an image."""
-    known = next((name for name in _NOT_READ if (accepts := Image.OPEN[name][1]) and accepts(data[:16])), None)
+def _why_unidentified(data: bytes) -> str:
+    """Returns why Pillow does not identify the bytes as an image."""
+    known = next((name for name in _UNSUPPORTED if (accepts := Image.OPEN[name][1]) and accepts(data[:16])), None)
     if known:
-        return f"{known}, which is not read"
-    return f"it begins with {data[:12]!r}, as no format that is read does" if data else "it is empty"
+        return f"the format {known} is not supported"
+    return f"no supported format begins with {data[:12]!r}" if data else "it is empty"
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Returns the image with its pixels read. Raises as `decode` does."""
+    """Decodes the pixels of an opened image. Raises the errors of `decode`."""
     try:
         image.load()
     except Exception as error:
         raise ValueError(f"not a usable image: {error}") from error
     if image.mode == "P":
-        image.info.pop("transparency", None)  # it changes no colour, and Pillow warns of it
-    # A PGM of 16 bits has pixels of 32, scaled to the range of 16.
+        image.info.pop("transparency", None)  # it changes no colour, and Pillow warns about it
+    # Pillow reads a 16-bit PGM as 32-bit pixels with 16-bit values.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey.format = image.format
         return grey
     if image.mode in ("I", "F"):
-        raise ValueError(f"not a usable image: pixels of 32 bits (mode {image.mode}), whose range nothing tells")
+        raise ValueError(f"not a usable image: 32-bit pixels (mode {image.mode}), whose range is not known")
     return image
 
 
 def preprocess(image: Image.Image, p: Preprocess) -> npt.NDArray[np.uint8]:
-    """Returns pixels (height, width, 3) uint8, read-only: what open_clip's evaluation transform sees before ToTensor.
+    """Resizes and crops an image: the steps of open_clip's evaluation transform before ToTensor.
 
-    Raises ValueError for an image so thin that it has no pixels at that size, or more than MAX_PIXELS.
+    Returns:
+      The pixels (height, width, 3) uint8; a read-only array.
+
+    Raises:
+      ValueError: the image is so thin that resizing it gives no pixels, or more than MAX_PIXELS.
     """
     height, width = _resized(image.height, image.width, p)
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(f"an image of {image.width}x{image.height} cannot be resized to {width}x{height} pixels")
-    # open_clip resizes to a rectangle by a call that leaves the interpolation at its default.
+    # For a size that is not square, open_clip's call uses the default interpolation.
     rectangle = p.resize_mode == "shortest" and p.size[0] != p.size[1]
     image = image.resize((width, height), _RESAMPLING["bicubic" if rectangle else p.interpolation])
     top, left = _crop_start(height, p.size[0]), _crop_start(width, p.size[1])
@@ -199,12 +218,17 @@ def preprocess(image: Image.Image, p: Preprocess) -> npt.NDArray[np.uint8]:
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Returns (images / 255 − mean) / std as float32 for pixels (..., 3) of NumPy or JAX."""
+    """Returns (images / 255 − mean) / std in float32.
+
+    Args:
+      images: pixels (..., 3) in 0–255, a NumPy or JAX array.
+      mean, std: of the R, G and B values in 0–1.
+    """
     return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _resized(height: int, width: int, p: Preprocess) -> tuple[int, int]:
-    """Returns the size before the crop, with the rounding of torchvision (one size for both) or timm."""
+    """Returns the size before the crop, rounded as in torchvision (square sizes) or timm."""
     if p.resize_mode == "squash":
         return p.size
     if p.resize_mode == "shortest" and p.size[0] == p.size[1]:
@@ -216,5 +240,5 @@ def _resized(height: int, width: int, p: Preprocess) -> tuple[int, int]:
 
 
 def _crop_start(length: int, target: int) -> int:
-    """Returns where a centred crop starts; negative where it pads, and then Pillow fills with zeros."""
+    """Returns where a centred crop starts. A negative start pads: Pillow then fills with zeros."""
     return round((length - target) / 2) if length >= target else -((target - length) // 2)

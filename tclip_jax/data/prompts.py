@@ -1,11 +1,11 @@
-"""Caption templates for classes: `{c}` stands for the class name."""
+"""Caption templates for class names. A template contains `{c}`, which is replaced by the class name."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 
-DEFAULT = "simple"  # of labelled data that states no templates
+DEFAULT = "simple"  # for labelled data without templates of its own
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "none": ("{c}",),
@@ -127,9 +127,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns the templates of a name in TEMPLATES, one template, or the list given once each member holds `{c}`.
+    """Returns templates.
 
-    Raises ValueError for an unknown name (with the nearest known ones), an empty list, a template without `{c}`.
+    Args:
+      templates: a name in TEMPLATES, one template, or a list of templates.
+
+    Raises:
+      ValueError: the name is unknown (the message gives the nearest names), the list is empty, or a template has no
+        `{c}`.
     """
     if isinstance(templates, str) and "{c}" in templates:
         return (templates,)
@@ -139,36 +144,37 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"templates {templates!r}: no such name; use {' or '.join(near)}, or captions with {{c}}")
         return TEMPLATES[templates]
     if not templates:
-        raise ValueError("no templates given")
+        raise ValueError("the list of templates is empty")
     for template in templates:
         if "{c}" not in template:
             raise ValueError(f"template {template!r} has no {{c}} for the class name")
     return tuple(templates)
 
 
-def templates_for(source: object, given: str | Sequence[str] = "") -> tuple[str, ...]:
-    """The templates for the classes of a source: those given, else those that its data states, else DEFAULT.
+def templates_for(source: object, templates: str | Sequence[str] = "") -> tuple[str, ...]:
+    """Returns the templates for the classes of a source: `templates`, else the source's own, else DEFAULT.
 
     Args:
-      source: as of `open_source`; one whose data states templates has them as `templates`.
-      given: as of `get_templates`; "" or empty if none are.
+      source: a `Source`; its own templates are its attribute `templates`.
+      templates: as in `get_templates`, or empty.
 
     Raises:
-      FileNotFoundError, ValueError: templates that are missing from the data, or that are none.
+      FileNotFoundError: the source's file of templates is missing.
+      ValueError: as in `get_templates`.
     """
-    if given:
-        return get_templates(given)
-    stated = getattr(source, "templates", None)
-    return get_templates(DEFAULT if stated is None else stated)
+    if templates:
+        return get_templates(templates)
+    own = getattr(source, "templates", None)
+    return get_templates(DEFAULT if own is None else own)
 
 
 def parse_templates(words: Sequence[str]) -> tuple[str, ...]:
-    """The templates that a command line names: one name in TEMPLATES, or captions with `{c}`; none of no words."""
+    """Returns the templates of a command line: one name in TEMPLATES, or templates; () for no words."""
     if not words:
         return ()
     return get_templates(words[0] if len(words) == 1 else words)
 
 
 def captions(classname: str, templates: str | Sequence[str]) -> list[str]:
-    """Returns one caption per template, which are a name in TEMPLATES or a list."""
+    """Returns one caption per template; `templates` is as in `get_templates`."""
     return [template.replace("{c}", classname) for template in get_templates(templates)]

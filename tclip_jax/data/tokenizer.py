@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer: captions to token ids, the same ids as open_clip's."""
+"""CLIP's byte-pair tokenizer: captions to token ids, equal to open_clip's."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Turns captions into the ids that open_clip's tokenizer gives, `context_length` of them per caption.
+    """Converts captions to the token ids of open_clip's tokenizer.
 
-    One rule differs: a literal `<start_of_text>` or `<end_of_text>` in a caption is ordinary text here, so that no
-    caption can end itself early. Raises ValueError for a `context_length` without room for the two special tokens.
+    One rule differs: `<start_of_text>` and `<end_of_text>` in a caption are ordinary text here, so a caption cannot end
+    early.
+
+    Attributes:
+      context_length: number of ids per caption, at least 2: the start and the end token.
     """
 
     context_length: int = 77
@@ -43,7 +46,7 @@ class Tokenizer:
             raise ValueError(f"context_length {self.context_length} has no room for start and end token; use 2 or more")
 
     def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
-        """Returns ids (N, context_length) int32: SOT, the caption, EOT, zeros; a long caption is cut and keeps EOT."""
+        """Returns ids (N, context_length) int32: SOT, the caption, EOT, zeros. It truncates long captions."""
         captions = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
         ids = np.zeros((len(captions), self.context_length), np.int32)
         ids[:, 0] = SOT
@@ -54,7 +57,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the cleaned caption that the ids of one row spell, up to its EOT."""
+        """Returns the cleaned caption of one row of ids, up to EOT."""
         caption = []
         for token in map(int, ids):
             if token == EOT:
@@ -64,9 +67,10 @@ class Tokenizer:
         return _byte_pair_encoder().decode(caption).replace(_WORD_END, " ").strip()
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes the files from which transformers' CLIPTokenizer, its fast form and AutoTokenizer load.
+        """Writes the files that transformers' CLIPTokenizer, CLIPTokenizerFast and AutoTokenizer load.
 
-        Their ids equal ours wherever cleaning (ftfy, HTML entities) changes nothing; they pad with EOT, not with zeros.
+        Their ids equal those of this class for captions that `clean` (ftfy, HTML entities) does not change, except
+        that they pad with EOT, not with zeros.
         """
         special = {"bos_token": SOT_TOKEN, "eos_token": EOT_TOKEN, "unk_token": EOT_TOKEN, "pad_token": EOT_TOKEN}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
@@ -84,17 +88,17 @@ class Tokenizer:
 
 @functools.cache
 def vocabulary_files() -> dict[str, str]:
-    """vocab.json and merges.txt, as transformers reads them: the vocabulary that every model here has."""
+    """Returns the text of vocab.json and merges.txt, as transformers reads them; all models share this vocabulary."""
     vocab, merges = _vocabulary()
     lines = ["#version: 0.2", *map(" ".join, merges)]
     return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines) + "\n"}
 
 
 def is_vocabulary(name: str, text: str) -> bool:
-    """Whether a vocab.json or merges.txt, in whatever form, states the vocabulary of `vocabulary_files`.
+    """Whether the text of a vocab.json or merges.txt, in any formatting, has the vocabulary of `vocabulary_files`.
 
     Raises:
-      ValueError: vocab.json is not JSON.
+      ValueError: the text of vocab.json is not JSON.
     """
     if name == "vocab.json":
         return bool(json.loads(text) == _vocabulary()[0])
@@ -102,18 +106,18 @@ def is_vocabulary(name: str, text: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """Returns the caption as CLIP reads it: mojibake and HTML entities repaired, spaces collapsed, lower case."""
+    """Cleans a caption as CLIP does: repairs mojibake and HTML entities, collapses white space, lowers the case."""
     # Web captions are often escaped twice.
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 @functools.cache
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Returns token -> id and the merges in order of rank, as GPT-2 and CLIP number them."""
+    """Returns token -> id, and the merges by rank, numbered as in GPT-2 and CLIP."""
     table = gzip.decompress((resources.files(__package__) / _MERGES_FILE).read_bytes()).decode().split("\n")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    # The file holds more merges than CLIP uses, under a line that names its version.
+    # The first line is a version. The file has more merges than CLIP uses.
     rows = [row.split() for row in table[1 : VOCAB_SIZE - 2 * len(alphabet) - 1]]
     merges = [(left, right) for left, right in rows]
     words = [left + right for left, right in merges]
@@ -123,7 +127,7 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 @functools.cache
 def _byte_pair_encoder() -> tokenizers.Tokenizer:
-    """Returns the encoder of cleaned text; cached per process, so that a Tokenizer pickles as one integer."""
+    """Returns the encoder for cleaned text. It is cached per process, so a Tokenizer pickles as one integer."""
     vocab, merges = _vocabulary()
     encoder = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=_WORD_END, unk_token=EOT_TOKEN))
     words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
@@ -134,7 +138,7 @@ def _byte_pair_encoder() -> tokenizers.Tokenizer:
 
 
 def _standalone_encoder() -> tokenizers.Tokenizer:
-    """Returns a copy that lower-cases and adds the special tokens itself, for libraries that read only its file."""
+    """Returns a copy that also lower-cases and adds the special tokens, for libraries that read only tokenizer.json."""
     encoder = tokenizers.Tokenizer.from_str(_byte_pair_encoder().to_str())
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from tclip_jax.data.files import PassedOver, is_image, read_lines, walk
+from tclip_jax.data.files import SkippedFiles, is_image, read_lines, walk
 from tclip_jax.data.sources import BadSample
 from tclip_jax.storage import is_local
 
@@ -46,7 +46,7 @@ def find_images(folder: epath.PathLike) -> list[epath.Path]:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no image.
     """
-    folder, passed, found = epath.Path(folder), PassedOver(), list[epath.Path]()
+    folder, passed, found = epath.Path(folder), SkippedFiles(), list[epath.Path]()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     for root, _, files in walk(folder, passed):

@@ -1,4 +1,4 @@
-"""Random views: geometry against NumPy, draws against torchvision."""
+"""Random augmentations: geometry against NumPy, crops and RandAugment against torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from PIL import Image
 
 from tclip_jax.data.augment import (
     AUGMENTATIONS,
+    OPERATIONS,
     affine,
+    rand_augment,
     random_affine,
     random_crop_box,
     random_erasing,
@@ -27,7 +29,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_each_is_deterministic_by_seed(name: str, mode: str) -> None:
+def test_the_seed_determines_every_augmentation(name: str, mode: str) -> None:
     image, p = noise(41, 30).convert(mode), Preprocess((24, 28))
     first, again, other = (AUGMENTATIONS[name](image, np.random.default_rng(seed), p) for seed in (3, 3, 4))
     assert first.shape == (24, 28, 3) and first.dtype == np.uint8
@@ -57,7 +59,7 @@ def test_right_angles_equal_rot90(quarter_turns: int) -> None:
 
 @settings(deadline=None)
 @given(right=st.integers(-5, 5), down=st.integers(-5, 5))
-def test_a_shift_moves_the_pixels_and_fills_the_rest(right: int, down: int) -> None:
+def test_a_shift_moves_the_pixels_and_fills_the_border(right: int, down: int) -> None:
     image, fill = noise(9, 7), (1, 2, 3)
     padded = np.full((7 + 10, 9 + 10, 3), fill, np.uint8)
     padded[5:12, 5:14] = np.asarray(image)
@@ -69,18 +71,18 @@ def test_zoom_two_is_the_bilinear_enlargement_of_the_centre() -> None:
     image = noise(8, 8)
     whole = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR), np.int32)
     zoomed = np.asarray(affine(image, 0, (0, 0), 2), np.int32)
-    assert np.abs(zoomed - whole[4:12, 4:12]).max() <= 1  # Pillow's two ways of rounding
+    assert np.abs(zoomed - whole[4:12, 4:12]).max() <= 1  # Pillow rounds in two ways
 
 
-def test_what_comes_from_outside_has_the_corner_colour() -> None:
+def test_the_default_fill_is_the_corner_colour() -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[0, 0] = 7, 8, 9
     shifted = np.asarray(affine(Image.fromarray(pixels), 0, (8, 0), 1))
     assert (shifted == (7, 8, 9)).all()
 
 
-def test_strengths_bound_the_motion() -> None:
-    # One white pixel in the centre: where it lands is the shift.
+def test_the_parameters_bound_the_shift() -> None:
+    # The shift is the new position of one white pixel at the centre.
     pixels = np.zeros((41, 41, 3), np.uint8)
     pixels[20, 20] = 255
     rng = np.random.default_rng(0)
@@ -100,14 +102,14 @@ def test_strengths_bound_the_motion() -> None:
     low=st.floats(0.05, 1.0),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_crop_boxes_lie_inside_and_keep_their_bounds(width: int, height: int, low: float, seed: int) -> None:
+def test_crop_boxes_lie_inside_the_image_and_the_bounds(width: int, height: int, low: float, seed: int) -> None:
     left, top, right, bottom = random_crop_box(np.random.default_rng(seed), (width, height), (low, 1.0), (0.75, 4 / 3))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     w, h = right - left, bottom - top
     assert 0.75 * (h - 0.5) - 0.5 <= w <= 4 / 3 * (h + 0.5) + 0.5  # each side is rounded to whole pixels
 
 
-def test_crop_boxes_cover_scale_and_place() -> None:
+def test_crop_boxes_cover_all_scales_and_positions() -> None:
     rng = np.random.default_rng(0)
     boxes = np.array([random_crop_box(rng, (1000, 1000), (0.2, 0.6), (0.75, 4 / 3)) for _ in range(2000)])
     share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 1e6
@@ -117,14 +119,14 @@ def test_crop_boxes_cover_scale_and_place() -> None:
 
 
 @pytest.mark.parametrize(("size", "box"), [((100, 10), (43, 0, 56, 10)), ((10, 100), (0, 43, 10, 56))])
-def test_an_image_too_long_falls_back_to_its_centre(size: tuple[int, int], box: tuple[int, ...]) -> None:
+def test_too_long_images_give_a_centred_box(size: tuple[int, int], box: tuple[int, ...]) -> None:
     assert random_crop_box(np.random.default_rng(0), size, (0.9, 1.0), (0.75, 4 / 3)) == box
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
 def test_resized_crop_equals_torchvision(mode: str) -> None:
-    """Of the RGB image that open_clip's loader of tars hands on: webdataset's `decode("pilrgb")`."""
+    """torchvision crops an RGB image here, because open_clip's loader of tars decodes with webdataset's "pilrgb"."""
     transforms = pytest.importorskip("torchvision.transforms")
     image, scale, ratio = noise(61, 47).convert(mode), (0.3, 1.0), (0.75, 4 / 3)
     for seed in range(10):
@@ -139,7 +141,7 @@ def test_resized_crop_equals_torchvision(mode: str) -> None:
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("width", "height"), [(1600, 1600), (700, 480), (480, 480)])
-def test_an_image_is_read_and_shrunk_no_larger_than_needed(width: int, height: int, file_format: str) -> None:
+def test_large_images_are_decoded_and_averaged_at_a_smaller_size(width: int, height: int, file_format: str) -> None:
     buffer = io.BytesIO()
     noise(25, 25).resize((width, height), Image.Resampling.BICUBIC).save(buffer, file_format)
     lazy, whole = open_lazily(buffer.getvalue()), load(open_lazily(buffer.getvalue()))
@@ -148,7 +150,7 @@ def test_an_image_is_read_and_shrunk_no_larger_than_needed(width: int, height: i
     expected = np.asarray(whole.crop(box).resize((300, 300), Image.Resampling.BICUBIC), np.float64)
     assert lazy.size == ((400, 400) if width == 1600 and file_format == "JPEG" else whole.size)
     error = np.abs(ours - expected)
-    assert error.mean() < 1  # of 255; exactly the same where no side is twice as long
+    assert error.mean() < 1  # of 255; exactly equal if no side is twice as long
     assert (error == 0).all() == (width == 480)
 
 
@@ -167,7 +169,41 @@ def test_erasing_fills_one_box_within_bounds(height: int, width: int, seed: int)
         assert 0.3 * (w - 0.5) <= h + 0.5 and h - 0.5 <= 3.3 * (w + 0.5)
 
 
-def test_erasing_has_its_probability() -> None:
+def test_erasing_happens_with_the_given_probability() -> None:
     pixels, rng = np.zeros((32, 32, 3), np.uint8), np.random.default_rng(0)
     erased = sum(random_erasing(pixels, rng, 255, probability=0.25).any() for _ in range(1000))
     assert 200 <= erased <= 300
+
+
+def smooth_noise(width: int, height: int) -> Image.Image:
+    smooth = np.random.default_rng(0).integers(30, 220, (height // 4, width // 4, 3), np.uint8)
+    return Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("level", [0, 9, 30])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_each_operation_equals_torchvision(name: str, level: int, sign: int) -> None:
+    autoaugment = pytest.importorskip("torchvision.transforms.autoaugment")
+    image = smooth_noise(48, 36)
+    theirs = "".join(part.capitalize() for part in name.replace("autocontrast", "auto_contrast").split("_"))
+    magnitudes, has_sign = autoaugment.RandAugment()._augmentation_space(31, (image.height, image.width))[theirs]
+    operation, signed, strength = OPERATIONS[name]
+    assert signed == has_sign
+    magnitude = float(magnitudes[level] if magnitudes.ndim else 0)
+    amount = strength(level / 30, image)
+    assert amount == pytest.approx(magnitude, rel=1e-6)
+    sign = sign if signed else 1
+    nearest = autoaugment.InterpolationMode.NEAREST
+    expected = np.asarray(autoaugment._apply_op(image, theirs, sign * magnitude, nearest, None))
+    np.testing.assert_array_equal(np.asarray(operation(image, sign * amount)), expected)
+
+
+def test_every_operation_is_drawn() -> None:
+    image, rng = smooth_noise(32, 32), np.random.default_rng(0)
+    views = {rand_augment(image, rng, operations=1).tobytes() for _ in range(200)}
+    # Every operation gives one view; those with a random sign give two.
+    signed = sum(signed for _, signed, _ in OPERATIONS.values())
+    assert len(views) == len(OPERATIONS) + signed
+    assert rand_augment(image, rng, operations=0) is image

@@ -15,7 +15,7 @@ def metrics(**counts: float) -> dict[str, float]:
     return {f"bad/{kind}": counts.get(kind, 0.0) for kind in FAULTS[1:]}
 
 
-def test_each_sample_is_listed_once_and_the_list_is_gone_on_with(
+def test_each_sample_is_listed_once_and_an_existing_list_is_appended_to(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run" / "bad.jsonl"
@@ -23,8 +23,8 @@ def test_each_sample_is_listed_once_and_the_list_is_gone_on_with(
         for name in ("a", "b", "a"):
             BadSamples(path).add("no_image", name, "why")
     assert [record.getMessage() for record in caplog.records] == [
-        "a: why; the sample counts with weight 0",
-        "b: why; the sample counts with weight 0",
+        "a: why; the sample is masked (weight 0)",
+        "b: why; the sample is masked (weight 0)",
     ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"name": name, "kind": "no_image", "reason": "why"} for name in "ab"
@@ -35,25 +35,25 @@ def test_each_sample_is_listed_once_and_the_list_is_gone_on_with(
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b", "d", "e"]
 
 
-def test_the_list_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(bad_samples, "_LISTED", 3)
+def test_the_length_of_the_list_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(bad_samples, "_MAX_LISTED", 3)
     bad = BadSamples(tmp_path / "bad.jsonl")
     for i in range(10):
         bad.add("no_image", str(i), "why")
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 3
 
 
-def test_too_many_stop_the_run_with_the_list(tmp_path: pathlib.Path) -> None:
+def test_too_many_bad_samples_stop_the_run_and_are_listed(tmp_path: pathlib.Path) -> None:
     bad = BadSamples(tmp_path / "bad.jsonl", max_share=0.1)
     bad.add("no_image", "the sample", "why")
     for _ in range(9):
-        bad.check(metrics(no_image=50), 100)  # too few to judge
+        bad.check(metrics(no_image=50), 100)  # too few samples for a check
     with pytest.raises(ValueError, match=r"^500 of the last 1000 samples are bad \(no_image 500\), more than") as error:
         bad.check(metrics(no_image=50), 100)
     assert f'listed in {tmp_path}/bad.jsonl\n  {{"name": "the sample"' in str(error.value)
 
 
-def test_a_share_within_bounds_goes_on_and_the_past_is_forgotten() -> None:
+def test_the_share_is_that_of_recent_samples() -> None:
     bad = BadSamples(None, max_share=0.1)
     for _ in range(1000):
         bad.check(metrics(no_caption=10), 100)
@@ -63,17 +63,17 @@ def test_a_share_within_bounds_goes_on_and_the_past_is_forgotten() -> None:
             assert step < 20
 
 
-def test_after_the_first_few_only_their_number_is_told(
+def test_after_the_first_few_warnings_only_counts_are_logged(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = BadSamples(tmp_path / "bad.jsonl")
     with caplog.at_level(logging.WARNING):
         for i in range(85):
             bad.add("no_image" if i % 4 else "no_caption", f"sample {i}", "why")
-    said = [record.getMessage() for record in caplog.records]
-    assert said[:10] == [f"sample {i}: why; the sample counts with weight 0" for i in range(10)]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[:10] == [f"sample {i}: why; the sample is masked (weight 0)" for i in range(10)]
     counts = [(20, 5, 15), (40, 10, 30), (80, 20, 60)]
-    assert said[10:] == [
+    assert messages[10:] == [
         f"{total} bad samples so far (no_caption {a}, no_image {b}), listed in {tmp_path}/bad.jsonl"
         for total, a, b in counts
     ]
@@ -85,18 +85,16 @@ def test_a_run_without_a_usable_sample_stops_after_an_epoch_or_at_its_end(max_sh
     bad = BadSamples(None, max_share, epoch=30)
     for _ in range(3):
         bad.check(metrics(no_image=8), 8)
-    with pytest.raises(
-        ValueError, match=r"^of the last 32 samples, a whole epoch, not one can be used \(no_image 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"^none of the last 32 samples, a whole epoch, is usable \(no_image 32\)"):
         bad.check(metrics(no_image=8), 8)
     short = BadSamples(None, max_share, epoch=100)
     short.check(metrics(no_image=8), 8)
-    with pytest.raises(ValueError, match=r"^of all 8 samples not one can be used \(no_image 8\)"):
+    with pytest.raises(ValueError, match=r"^none of all 8 samples is usable \(no_image 8\)"):
         short.finish()
     one = BadSamples(None, max_share, epoch=24)
-    for count in (8, 8, 7, 8, 8):  # one usable one in between
+    for count in (8, 8, 7, 8, 8):  # the third batch has a usable sample
         one.check(metrics(no_image=count), 8)
-    with pytest.raises(ValueError, match="not one can be used"):
+    with pytest.raises(ValueError, match="none of the last"):
         one.check(metrics(no_image=8), 8)
 
 
@@ -116,7 +114,7 @@ def test_a_share_over_the_limit_stops_a_short_run_at_its_end(caplog: pytest.LogC
     assert not caplog.text
 
 
-def test_at_the_end_of_a_resumed_run_all_its_steps_count() -> None:
+def test_a_resumed_run_counts_its_earlier_steps_at_the_end() -> None:
     resumed = BadSamples(None, max_share=0.1)
     resumed.resume({"no_image": 1.0}, 90)
     resumed.check(metrics(no_image=2), 10)

@@ -1,8 +1,7 @@
-"""Batches of an evaluation: in order, padded, shared by processes in blocks."""
+"""Batches for evaluation: in order, padded, and divided among processes in blocks."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -13,33 +12,12 @@ from tclip_jax.data import images
 from tclip_jax.data.eval_batches import eval_batches
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import BadSample, Record, open_source
-from tclip_jax.data.tokenizer import Tokenizer
+from tests.data.records import Records, labelled, png
 
-TOKENIZER = Tokenizer(context_length=12)
 PREPROCESS = Preprocess(8)
-CLASSNAMES = ("cat", "dog")
 
 
-class Records(list[Record]):
-    """A source in memory."""
-
-    classnames: tuple[str, ...] = ()
-
-
-def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, shade, shade)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def labelled(count: int) -> Records:
-    """Images of one shade each, which is their index, and label index % 2."""
-    source = Records(Record(png(i), (), i % 2, f"shade {i}") for i in range(count))
-    source.classnames = CLASSNAMES
-    return source
-
-
-def test_evaluation_is_in_order_and_padded() -> None:
+def test_records_are_in_order_and_the_last_batch_is_padded() -> None:
     source = open_source("digits", "test")
     batches = list(eval_batches(source, preprocess=Preprocess(16), batch_size=150))
 
@@ -56,9 +34,9 @@ def test_evaluation_is_in_order_and_padded() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_the_evaluation_in_blocks(count: int) -> None:
+def test_processes_divide_a_batch_in_blocks(count: int) -> None:
     source = labelled(21)
-    found: list[int] = []
+    indices: list[int] = []
     shares = [
         list(eval_batches(source, preprocess=PREPROCESS, batch_size=8, process_index=i, process_count=count))
         for i in range(count)
@@ -66,21 +44,21 @@ def test_processes_share_the_evaluation_in_blocks(count: int) -> None:
     assert [len(batches) for batches in shares] == [3] * count
     for batches in zip(*shares, strict=True):
         assert all(batch["image"].shape[0] == len(batch["name"]) == 8 // count for batch in batches)
-        found += [index for batch in batches for index in batch["index"].tolist()]
-    assert found == [*range(21), -1, -1, -1]
+        indices += [index for batch in batches for index in batch["index"].tolist()]
+    assert indices == [*range(21), -1, -1, -1]
 
 
-def test_evaluation_of_several_labels_pads_with_none_of_them() -> None:
+def test_padding_of_label_vectors_is_minus_one() -> None:
     vector = np.array([0, 1, 1], np.int32)
     (batch,) = eval_batches(Records([Record(png(9), (), vector, "x")]), preprocess=PREPROCESS, batch_size=2)
     assert batch["label"].tolist() == [[0, 1, 1], [-1, -1, -1]] and batch["name"] == ["x", ""]
 
 
-def test_a_record_of_several_labels_that_cannot_be_read_has_none_of_them() -> None:
+def test_the_label_vector_of_an_unreadable_record_is_minus_one() -> None:
     class Unreadable(Records):
         def __getitem__(self, index: Any) -> Any:
             if index == 0:
-                raise BadSample("unreadable", "x", "the disk is gone")
+                raise BadSample("unreadable", "x", "the disk failed")
             return super().__getitem__(index)
 
     source = Unreadable(Record(png(9), (), np.array([0, 1, 1], np.int32), "y") for _ in range(2))
@@ -88,12 +66,12 @@ def test_a_record_of_several_labels_that_cannot_be_read_has_none_of_them() -> No
     assert batch["label"].tolist() == [[-1, -1, -1], [0, 1, 1], [-1, -1, -1]] and batch["weight"].tolist() == [0, 1, 0]
 
 
-def test_an_evaluation_that_would_leave_rows_out_is_refused() -> None:
+def test_a_batch_that_processes_cannot_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="global batch 10 is not divisible by 4 processes"):
         eval_batches(labelled(2), preprocess=PREPROCESS, batch_size=10, process_count=4)
 
 
-def test_evaluation_of_captions_keeps_them_all() -> None:
+def test_all_captions_are_kept() -> None:
     source = Records([Record(png(9), ("a", "b"), -1, "pair"), Record(b"broken", ("c",), -1, "broken in evaluation")])
     (batch,) = eval_batches(source, preprocess=PREPROCESS, batch_size=3)
     assert batch["captions"] == [("a", "b"), ("c",), ()]

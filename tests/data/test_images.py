@@ -65,14 +65,14 @@ def test_pixels_equal_open_clip(size: int | tuple[int, int], interpolation: str,
 @pytest.mark.torch
 @settings(deadline=None, max_examples=100)
 @given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.integers(1, 70))
-def test_any_size_equals_open_clip_to_the_last_step(width: int, height: int, size: int) -> None:
+def test_normalized_pixels_of_any_size_equal_open_clip(width: int, height: int, size: int) -> None:
     transform = pytest.importorskip("open_clip.transform")
     image, p = noise("RGB", width, height), Preprocess(size)
     expected = transform.image_transform(size, False)(image).numpy().transpose(1, 2, 0)
     np.testing.assert_array_equal(images.normalize(images.preprocess(image, p), p.mean, p.std), expected)
 
 
-def test_an_image_of_the_right_size_is_left_alone() -> None:
+def test_an_image_of_the_right_size_is_not_changed() -> None:
     image = noise("RGB", 20, 12)
     pixels = images.preprocess(image, Preprocess((12, 20)))
     assert pixels.dtype == np.uint8
@@ -85,7 +85,7 @@ def test_longest_pads_with_zeros() -> None:
 
 
 @pytest.mark.parametrize(("size", "resize_mode"), [((90_000_000, 1), "shortest"), ((1000, 1), "longest")])
-def test_refuses_images_too_thin(size: tuple[int, int], resize_mode: str) -> None:
+def test_too_thin_images_are_refused(size: tuple[int, int], resize_mode: str) -> None:
     image = Image.new("1", size)
     with pytest.raises(ValueError, match=f"an image of {size[0]}x1 cannot be resized to"):
         images.preprocess(image, Preprocess(8, resize_mode=resize_mode))
@@ -116,17 +116,17 @@ def test_decode_reads_as_pillow_does(file_format: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP", "AVIF", "MPO"])
-def test_of_many_pictures_it_is_the_first(file_format: str) -> None:
+def test_an_animation_gives_its_first_frame(file_format: str) -> None:
     buffer, (first, second) = io.BytesIO(), (noise("RGB", 32, 32), noise("RGB", 33, 32).crop((0, 0, 32, 32)))
     first.save(buffer, file_format, save_all=True, append_images=[second])
     expected = Image.open(io.BytesIO(buffer.getvalue()))
     assert expected.n_frames == 2  # type: ignore[attr-defined]
     expected.seek(0)
-    found = images.decode(buffer.getvalue()).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected.convert("RGB")))
+    decoded = images.decode(buffer.getvalue()).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(expected.convert("RGB")))
 
 
-def test_suffixes_are_those_of_what_can_be_decoded() -> None:
+def test_suffixes_are_those_of_the_supported_formats() -> None:
     torchvision = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     assert torchvision | {".gif", ".avif", ".jp2", ".mpo", ".tga", ".ico", ".psd"} <= images.SUFFIXES
     assert (
@@ -145,14 +145,14 @@ def test_a_pgm_of_16_bits_keeps_its_upper_8() -> None:
     ("data", "reason"),
     [
         (b"", "it is empty"),
-        (b"<html>not found</html>", "it begins with b'<html>not fo', as no format that is read does"),
-        (b"\x1b[31m", r"it begins with b'\x1b[31m', as"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS, which is not read"),
-        (b"\xd7\xcd\xc6\x9a" + bytes(40), "WMF, which is not read"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5, which is not read"),
+        (b"<html>not found</html>", "no supported format begins with b'<html>not fo'"),
+        (b"\x1b[31m", r"no supported format begins with b'\x1b[31m'"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "the format EPS is not supported"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(40), "the format WMF is not supported"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "the format HDF5 is not supported"),
     ],
 )
-def test_why_something_is_no_image(data: bytes, reason: str) -> None:
+def test_the_error_says_why_data_is_not_an_image(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"not a usable image ({len(data)} bytes): {reason}")):
         images.decode(data)
 
@@ -164,7 +164,7 @@ def test_grey_of_16_bits_keeps_its_upper_8_and_its_format() -> None:
     np.testing.assert_array_equal(np.asarray(image), np.asarray(grey) >> 8)
 
 
-def test_decode_leaves_exif_orientation_alone() -> None:
+def test_decode_ignores_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     buffer = io.BytesIO()
@@ -173,7 +173,7 @@ def test_decode_leaves_exif_orientation_alone() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_decode_refuses_what_is_no_image(data: bytes) -> None:
+def test_decode_refuses_other_data(data: bytes) -> None:
     with pytest.raises(ValueError, match=f"not a usable image \\({len(data)} bytes\\)"):
         images.decode(data)
 
@@ -200,11 +200,11 @@ def test_decode_refuses_a_bomb_by_its_header(width: int, height: int) -> None:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(ValueError, match=r"pixels.*exceeds limit|10000x5000 pixels, where 1 to 1000000 are allowed"):
+    with pytest.raises(ValueError, match=r"pixels.*exceeds limit|10000x5000 pixels; 1 to 1000000 are allowed"):
         images.decode(bomb, max_pixels=1_000_000)
 
 
-def test_normalize_in_float64_and_in_jax() -> None:
+def test_normalize_equals_float64_and_takes_jax_arrays() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
     expected = (pixels / 255.0 - np.array(images.OPENAI_MEAN)) / np.array(images.OPENAI_STD)
     in_numpy = images.normalize(pixels, images.OPENAI_MEAN, images.OPENAI_STD)
@@ -225,7 +225,7 @@ def test_open_clip_config_round_trip() -> None:
 
 
 @pytest.mark.torch
-def test_open_clip_knows_every_key() -> None:
+def test_open_clip_accepts_every_key() -> None:
     transform = pytest.importorskip("open_clip.transform")
     cfg = transform.PreprocessCfg(**Preprocess(224).to_open_clip())
     assert cfg == transform.PreprocessCfg(size=(224, 224))
@@ -238,7 +238,7 @@ def test_hugging_face_config_gives_the_same_pixels(interpolation: str, resize_mo
     transformers = pytest.importorskip("transformers")
     p = Preprocess(32, images.HALF_MEAN, images.HALF_STD, interpolation, resize_mode)
     processor = transformers.CLIPImageProcessorPil(**p.to_hugging_face())
-    for width, height in [(32, 32), (64, 64), (48, 32), (33, 77)]:  # where both centre the crop alike
+    for width, height in [(32, 32), (64, 64), (48, 32), (33, 77)]:  # sizes at which both crop the same pixels
         image = noise("RGB", width, height)
         theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         ours = images.normalize(images.preprocess(image, p), p.mean, p.std)
@@ -246,7 +246,7 @@ def test_hugging_face_config_gives_the_same_pixels(interpolation: str, resize_mo
 
 
 @pytest.mark.parametrize(("size", "resize_mode"), [(32, "longest"), ((32, 48), "shortest")])
-def test_hugging_face_config_refuses_what_it_cannot_say(size: int | tuple[int, int], resize_mode: str) -> None:
+def test_hugging_face_config_refuses_unsupported_modes(size: int | tuple[int, int], resize_mode: str) -> None:
     with pytest.raises(ValueError, match=f"no resize_mode '{resize_mode}'"):
         Preprocess(size, resize_mode=resize_mode).to_hugging_face()
 
@@ -281,7 +281,7 @@ def test_from_open_clip_refuses_a_fill_colour() -> None:
 
 @pytest.mark.parametrize("field", ["size", "mean", "std", "interpolation", "resize_mode"])
 @pytest.mark.parametrize("value", ["\x1b[31m\n\u2028", [0] * 5000, "x" * 5000])
-def test_a_value_that_cannot_be_is_one_short_line(field: str, value: object) -> None:
+def test_the_error_of_an_invalid_value_is_one_short_line(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field.split('_')[0]}|image size") as raised:
         Preprocess(**{"size": 32, field: value})
     assert str(raised.value).isprintable() and len(str(raised.value)) < 400

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import collections
-import io
 import json
 import logging
 import pathlib
@@ -11,7 +10,6 @@ from typing import Any
 import grain
 import numpy as np
 import pytest
-from PIL import Image
 
 from tclip_jax.data.embedding_store import copy_generator
 from tclip_jax.data.images import Preprocess
@@ -19,30 +17,11 @@ from tclip_jax.data.pipeline import Batch, TrainIterator, TrainRow, global_order
 from tclip_jax.data.sources import FAULTS, Record, open_source, remote
 from tclip_jax.data.sources.mixture import Mixture
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
+from tests.data.records import CLASSNAMES, Records, labelled, png
 
 TOKENIZER = Tokenizer(context_length=12)
 PREPROCESS = Preprocess(8)
-CLASSNAMES = ("cat", "dog")
 TEMPLATES = ("a photo of a {c}.", "the {c}")
-
-
-class Records(list[Record]):
-    """A source in memory."""
-
-    classnames: tuple[str, ...] = ()
-
-
-def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, shade, shade)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def labelled(count: int) -> Records:
-    """Images of one shade each, which is their index, and label index % 2."""
-    source = Records(Record(png(i), (), i % 2, f"shade {i}") for i in range(count))
-    source.classnames = CLASSNAMES
-    return source
 
 
 def iterate(source: Any, **changes: Any) -> TrainIterator:
@@ -72,7 +51,7 @@ def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
             np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_batch_of_labelled_data() -> None:
+def test_batches_of_labelled_data() -> None:
     batch = next(iterate(labelled(6), preprocess=Preprocess((10, 6)), batch_size=5))
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "image": ((5, 10, 6, 3), "uint8"),
@@ -95,32 +74,28 @@ def test_every_template_and_every_caption_is_drawn() -> None:
     assert sorted(np.unique(drawn, axis=0).tolist()) == sorted(TOKENIZER(["red", "green"]).tolist())
 
 
-def test_labelled_data_is_captioned_by_its_own_templates_unless_others_are_given() -> None:
+def test_the_templates_argument_overrides_those_of_the_data() -> None:
     source = labelled(4)
-    stated = Records(source)
-    stated.classnames, stated.templates = source.classnames, ("{c}: stated", "stated {c}")  # type: ignore[attr-defined]
-    for data, given, expected in (
-        (
-            stated,
-            "",
-            [f"{name}: stated" for name in source.classnames] + [f"stated {name}" for name in source.classnames],
-        ),
-        (stated, ("given {c}",), [f"given {name}" for name in source.classnames]),
+    templated = Records(source)
+    templated.classnames, templated.templates = source.classnames, ("{c}: its", "its {c}")  # type: ignore[attr-defined]
+    for data, templates, expected in (
+        (templated, "", [f"{name}: its" for name in source.classnames] + [f"its {name}" for name in source.classnames]),
+        (templated, ("the {c}",), [f"the {name}" for name in source.classnames]),
         (source, "", [f"a photo of a {name}." for name in source.classnames]),
     ):
-        batches = take(iterate(data, templates=given, batch_size=4), 8)
+        batches = take(iterate(data, templates=templates, batch_size=4), 8)
         rows = {tuple(row) for batch in batches for row in batch["tokens"].tolist()}
         assert rows == {tuple(row) for row in TOKENIZER(expected).tolist()}
 
 
-def test_an_epoch_holds_every_record_once_and_the_next_one_in_another_order() -> None:
-    seen = shades(take(iterate(labelled(12)), 6))
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
-    assert seen[:12] != seen[12:]
+def test_every_epoch_has_every_record_once_in_a_new_order() -> None:
+    drawn = shades(take(iterate(labelled(12)), 6))
+    assert sorted(drawn[:12]) == sorted(drawn[12:]) == list(range(12))
+    assert drawn[:12] != drawn[12:]
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_batches_of_one(process_count: int) -> None:
+def test_processes_divide_the_batches_of_one_process(process_count: int) -> None:
     source = open_source("digits", "train")
     arguments = {"augment": "affine", "batch_size": 8, "preprocess": Preprocess(16)}
     whole = take(iterate(source, **arguments), 3)
@@ -132,7 +107,7 @@ def test_processes_share_the_batches_of_one(process_count: int) -> None:
         assert_same(part, [{key: value[p::process_count] for key, value in batch.items()} for batch in whole])
 
 
-def test_seed_decides_everything() -> None:
+def test_the_seed_determines_every_draw() -> None:
     source = open_source("digits", "train")
     first, again, other = (take(iterate(source, augment="affine", seed=seed), 2) for seed in (1, 1, 2))
     assert_same(first, again)
@@ -140,7 +115,7 @@ def test_seed_decides_everything() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_restored_iterator_continues_exactly(threads: int) -> None:
+def test_a_restored_iterator_continues_exactly(threads: int) -> None:
     source = open_source("digits", "train")
     iterator = iterate(source, augment="random_resized_crop", threads=threads, prefetch=threads)
     take(iterator, 3)
@@ -152,7 +127,7 @@ def test_restored_iterator_continues_exactly(threads: int) -> None:
     assert_same(take(restored, 3), expected)
 
 
-def test_state_fits_another_number_of_processes() -> None:
+def test_a_state_can_be_set_with_another_number_of_processes() -> None:
     source = open_source("digits", "train")
     iterator = iterate(source)
     take(iterator, 3)
@@ -163,7 +138,7 @@ def test_state_fits_another_number_of_processes() -> None:
 
 def test_every_state_continues_exactly() -> None:
     class Batches:
-        """Six batches of an epoch and a half, as Grain's check of checkpoints wants them."""
+        """Six batches, an epoch and a half, as an iterable with states for Grain's check."""
 
         def __iter__(self) -> Any:
             iterator = iterate(labelled(16), augment="strong")
@@ -184,7 +159,7 @@ def test_every_state_continues_exactly() -> None:
     grain.experimental.assert_equal_output_after_checkpoint(Batches())
 
 
-def test_the_global_order_goes_on_with_any_number_of_processes_workers_and_rows() -> None:
+def test_the_global_order_does_not_depend_on_processes_and_batch_size() -> None:
     source = open_source("digits", "train")
     whole = take(iterate(source, augment="affine", batch_size=8), 6)
     state: Any = None
@@ -199,7 +174,7 @@ def test_the_global_order_goes_on_with_any_number_of_processes_workers_and_rows(
             parts, expected = [next(share) for share in shares], whole.pop(0)
             assert_same(parts, [{key: value[p::count] for key, value in expected.items()} for p in range(count)])
         states = {json.dumps(share.get_state()) for share in shares}
-        assert len(states) == 1  # what one process saves is the state of all
+        assert len(states) == 1  # the state of one process is valid for all
         state = states.pop()
     halves = iterate(source, augment="affine", batch_size=4)
     halves.set_state(json.loads(state))
@@ -212,7 +187,7 @@ def test_worker_processes_give_the_same_batches_and_state() -> None:
     try:
         assert_same(take(iterator, 3), expected[:3])
         state = iterator.get_state()
-        assert state["samples"] == 12  # yielded, whatever was prepared ahead
+        assert state["samples"] == 12  # the rows that were yielded, not those prepared ahead
     finally:
         iterator.close()
     restored = iterate(source)
@@ -231,7 +206,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_record_keeps_its_place_and_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_record_keeps_its_row_and_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
     good = labelled(3)
     broken = Records([*good[:2], BAD[name]])
     broken.classnames = CLASSNAMES
@@ -247,7 +222,7 @@ def test_bad_record_keeps_its_place_and_is_logged_once(name: str, caplog: pytest
     assert [record.getMessage().startswith(f"{name}: ") for record in caplog.records] == [True]
 
 
-def test_an_error_in_reading_is_tried_again_and_then_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reads_are_retried_and_then_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0, 0.0))
     attempts = collections.Counter[int]()
 
@@ -257,7 +232,7 @@ def test_an_error_in_reading_is_tried_again_and_then_counted(monkeypatch: pytest
         def __getitem__(self, index: Any) -> Any:
             attempts[index] += 1
             if index == 0 or attempts[index] < 3:
-                raise OSError("the disk is gone")
+                raise OSError("the disk failed")
             return super().__getitem__(index)
 
     batch = next(iterate(Unreliable(labelled(4)), threads=0))
@@ -265,7 +240,7 @@ def test_an_error_in_reading_is_tried_again_and_then_counted(monkeypatch: pytest
     assert batch["weight"].tolist() == (~bad).tolist() and bad.sum() == 1 and set(attempts.values()) == {3}
 
 
-def test_an_error_of_the_program_is_raised() -> None:
+def test_other_errors_are_raised() -> None:
     class Broken(Records):
         def __getitem__(self, index: Any) -> Any:
             raise KeyError("a bug")
@@ -275,7 +250,7 @@ def test_an_error_of_the_program_is_raised() -> None:
 
 
 class Cached:
-    """A teacher that says of each sample its number and the copy."""
+    """A teacher cache whose embeddings are the index of the sample and the copy."""
 
     folder, samples, copies, seed = "cached", 6, 3, 11
 
@@ -283,7 +258,7 @@ class Cached:
         return np.full(4, index, np.float16), np.full(3, copy, np.float16)
 
 
-def test_a_teachers_embeddings_come_with_the_sample_and_the_view_that_it_has_seen() -> None:
+def test_cached_embeddings_come_with_the_image_and_caption_that_the_teacher_encoded() -> None:
     source = labelled(6)
     batches = take(iterate(source, cache=Cached(), augment="affine"), 9)
     row = TrainRow(source, TOKENIZER, PREPROCESS, "affine", TEMPLATES)
@@ -292,33 +267,33 @@ def test_a_teachers_embeddings_come_with_the_sample_and_the_view_that_it_has_see
         assert batch["teacher_image"].dtype == batch["teacher_text"].dtype == np.float16
         for i in range(4):
             index, copy = int(batch["teacher_image"][i, 0]), int(batch["teacher_text"][i, 0])
-            seen = row.draw(index, copy_generator(Cached.seed, index, copy))
-            np.testing.assert_array_equal(batch["image"][i], seen["image"])
-            np.testing.assert_array_equal(batch["tokens"][i], seen["tokens"])
+            encoded = row.draw(index, copy_generator(Cached.seed, index, copy))
+            np.testing.assert_array_equal(batch["image"][i], encoded["image"])
+            np.testing.assert_array_equal(batch["tokens"][i], encoded["tokens"])
             copies.add((index, copy))
     assert len(copies) > 12 and {copy for _, copy in copies} == {0, 1, 2}
     for count in (5, 7):
         with pytest.raises(ValueError, match=f"^cached is of 6 samples: the source has {count}$"):
             iterate(labelled(count), cache=Cached())
     many = Cached()
-    many.samples = 300  # an int of which Python keeps no single copy
+    many.samples = 300  # Python does not intern integers above 256
     iterate(Records(labelled(6)[:1] * 300), cache=many)
 
 
 @pytest.mark.parametrize("seed", [0, 3, 5, 2**32 - 1])
-def test_each_part_is_shuffled_with_a_seed_of_its_own(seed: int) -> None:
-    """Of part i that is `seed` + i, below 2³²: a run that is resumed draws what it would have drawn."""
+def test_each_part_of_a_mixture_is_shuffled_with_its_own_seed(seed: int) -> None:
+    """The seed of part i is (seed + i) mod 2³². A resumed run depends on this rule."""
     counts = (5, 4, 7)
     order = global_order(Mixture((1, 1, 1), [labelled(count) for count in counts]), seed)
     drawn, start = np.array([order[i] for i in range(60)]), 0
     for i, count in enumerate(counts):
-        own = drawn[(start <= drawn) & (drawn < start + count)] - start
+        part = drawn[(start <= drawn) & (drawn < start + count)] - start
         alone = grain.MapDataset.range(count).seed((seed + i) % 2**32).shuffle().repeat()
-        assert len(own) == 20 and list(own) == [alone[j] for j in range(20)]
+        assert len(part) == 20 and list(part) == [alone[j] for j in range(20)]
         start += count
 
 
-def test_a_mixture_keeps_its_proportions_and_each_part_its_epochs() -> None:
+def test_a_mixture_follows_its_weights_and_each_part_has_its_epochs() -> None:
     parts = [labelled(12), labelled(4)]
     mixture = Mixture((3, 1), parts)
     order = global_order(mixture, 5)
@@ -346,7 +321,7 @@ def test_a_mixture_keeps_its_proportions_and_each_part_its_epochs() -> None:
         ({"source": Records()}, "the source has no records"),
     ],
 )
-def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         iterate(**({"source": labelled(2)} | changes))
 
@@ -355,8 +330,8 @@ def test_real_images_and_captions(tmp_path: pathlib.Path, shared_data: pathlib.P
     import tarfile
 
     with tarfile.open(shared_data / "emoji" / "noto.tar") as tar:
-        wanted = [member for member in tar if member.name.endswith((".png", ".txt"))][:24]
-        tar.extractall(tmp_path, wanted, filter="data")
+        members = [member for member in tar if member.name.endswith((".png", ".txt"))][:24]
+        tar.extractall(tmp_path, members, filter="data")
     source = open_source(f"folder:{tmp_path}", "train")
 
     batch = next(iterate(source, preprocess=Preprocess(32), augment="random_resized_crop", batch_size=12))

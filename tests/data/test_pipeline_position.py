@@ -1,4 +1,4 @@
-"""A position carries the key of its data: a position in other data is refused, naming what differs."""
+"""The state of an iterator has the key of its data; a state of other data is refused, and the error names why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def iterator(spec: str, **changes: Any) -> TrainIterator:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_position_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.Path) -> None:
+def test_a_state_of_other_data_is_refused(layout: Layout, tmp_path: pathlib.Path) -> None:
     spec = laid_out(layout, tmp_path / "data", (1, 2, 3, 4))
     data = iterator(spec)
     next(data)
@@ -35,17 +35,17 @@ def test_a_position_in_other_data_is_refused(layout: Layout, tmp_path: pathlib.P
     shutil.copytree(tmp_path / "data", tmp_path / "copy")
     iterator(spec.replace("/data", "/copy"), batch_size=2).set_state(state)
 
-    # The images of others under the same names, of the same size, and with the old times.
+    # Replace every image by another one with the same name, size and times.
     laid_out(layout, tmp_path / "other", (5, 6, 7, 8), ("a red triang", "a dog on a mat", "no cat", "a tall free"))
     for name, status in files_of(tmp_path / "data").items():
         (tmp_path / "data" / name).write_bytes((tmp_path / "other" / name).read_bytes())
         os.utime(tmp_path / "data" / name, ns=(status.st_atime_ns, status.st_mtime_ns))
-    where = r"parts\.1\.content" if layout.__name__ == "mixture" else "content"
-    with pytest.raises(ValueError, match=rf"not those of the checkpoint \({where}: '\w+', not '\w+'\): restore them"):
+    key = r"parts\.1\.content" if layout.__name__ == "mixture" else "content"
+    with pytest.raises(ValueError, match=rf"not those of the checkpoint \({key}: '\w+', not '\w+'\): restore them"):
         iterator(spec).set_state(state)
 
 
-def test_another_seed_and_the_positions_of_older_versions_are_refused() -> None:
+def test_states_of_another_seed_and_of_older_versions_are_refused() -> None:
     data = iterator("digits")
     with pytest.raises(ValueError, match=r"\(seed: 0, not 1\)"):
         iterator("digits", seed=1).set_state(data.get_state())

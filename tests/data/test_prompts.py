@@ -1,4 +1,4 @@
-"""Templates and the captions they make."""
+"""Templates and their captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tclip_jax.data.prompts import DEFAULT, TEMPLATES, captions, get_templates, 
 
 
 @pytest.mark.parametrize(("name", "count"), [("openai", 80), ("cifar10", 18), ("simple", 1), ("none", 1)])
-def test_counts(name: str, count: int) -> None:
+def test_each_set_has_the_published_number_of_templates(name: str, count: int) -> None:
     assert len(set(TEMPLATES[name])) == len(TEMPLATES[name]) == count
 
 
@@ -48,15 +48,15 @@ def test_captions_take_class_names_literally() -> None:
         ("opennai", "templates 'opennai': no such name; use openai"),
         ("zzz", "use none or simple or digits or cifar10 or openai"),
         (["a photo of {c}", "a photo of {}"], "template 'a photo of {}' has no {c}"),
-        ([], "no templates given"),
+        ([], "the list of templates is empty"),
     ],
 )
-def test_refuses(templates: str | list[str], message: str) -> None:
+def test_invalid_templates_are_refused(templates: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_templates(templates)
 
 
-def test_words_of_a_command_line() -> None:
+def test_templates_of_a_command_line() -> None:
     assert parse_templates(["digits"]) == TEMPLATES["digits"]
     assert parse_templates(["a {c}"]) == get_templates("a {c}") == ("a {c}",)
     assert parse_templates(["a {c}", "{c}"]) == ("a {c}", "{c}") and parse_templates([]) == ()
@@ -65,9 +65,9 @@ def test_words_of_a_command_line() -> None:
             parse_templates(words)
 
 
-def test_what_is_given_wins_then_what_the_data_states() -> None:
-    stated = types.SimpleNamespace(templates=("its {c}",))
-    assert templates_for(stated) == ("its {c}",) and templates_for(stated, "none") == ("{c}",)
+def test_the_argument_overrides_the_templates_of_the_data() -> None:
+    source = types.SimpleNamespace(templates=("its {c}",))
+    assert templates_for(source) == ("its {c}",) and templates_for(source, "none") == ("{c}",)
     assert templates_for(types.SimpleNamespace()) == TEMPLATES[DEFAULT] == templates_for(object(), "simple")
-    with pytest.raises(ValueError, match="no templates given"):
+    with pytest.raises(ValueError, match="the list of templates is empty"):
         templates_for(types.SimpleNamespace(templates=()))

@@ -1,4 +1,4 @@
-"""Captions to ids: equal to open_clip's, and from the saved files to transformers'."""
+"""Token ids equal open_clip's, and those of transformers with the saved files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_vocabulary_ends_with_the_special_tokens() -> None:
 
 @settings(deadline=None)
 @given(texts=st.lists(ASSIGNED, max_size=4), context_length=st.integers(2, 20))
-def test_every_row_is_sot_caption_eot_zeros(texts: list[str], context_length: int) -> None:
+def test_rows_are_sot_caption_eot_zeros(texts: list[str], context_length: int) -> None:
     ids = tk.Tokenizer(context_length)(texts)
     assert ids.shape == (len(texts), context_length)
     for row in ids:
@@ -85,7 +85,7 @@ def test_every_row_is_sot_caption_eot_zeros(texts: list[str], context_length: in
 @pytest.mark.parametrize(
     "injection", ["<start_of_text>", "<end_of_text>", "<|startoftext|>", "<|endoftext|>", "&lt;end_of_text&gt;"]
 )
-def test_a_caption_cannot_end_itself(injection: str) -> None:
+def test_a_caption_cannot_end_early(injection: str) -> None:
     row = tk.Tokenizer()(f"a cat {injection} a dog")[0]
     assert (row == tk.EOT).sum() == 1 and (row == tk.SOT).sum() == 1
     assert tk.Tokenizer().decode(row).endswith("a dog")
@@ -95,22 +95,22 @@ def test_a_caption_cannot_end_itself(injection: str) -> None:
     ("text", "decoded"),
     [("A photo  of a cat", "a photo of a cat"), ("Ünï 日本 👍", "ünï 日本 👍"), ("", ""), ("hi!", "hi !")],
 )
-def test_decode_spells_the_cleaned_caption(text: str, decoded: str) -> None:
+def test_decode_returns_the_cleaned_caption(text: str, decoded: str) -> None:
     tokenizer = tk.Tokenizer()
     assert tokenizer.decode(tokenizer(text)[0]) == decoded
 
 
-def test_pickles_as_its_context_length_alone() -> None:
+def test_a_tokenizer_pickles_as_its_context_length() -> None:
     data = pickle.dumps(tk.Tokenizer(12))
     assert len(data) < 200 and pickle.loads(data) == tk.Tokenizer(12)
 
 
-def test_refuses_a_context_without_room() -> None:
+def test_too_short_contexts_are_refused() -> None:
     with pytest.raises(ValueError, match="context_length 1 has no room"):
         tk.Tokenizer(1)
 
 
-def test_save_writes_what_it_says(tmp_path: Path) -> None:
+def test_save_writes_all_files_and_the_context_length(tmp_path: Path) -> None:
     tk.Tokenizer(24).save(tmp_path / "new")
     files = {path.name for path in (tmp_path / "new").iterdir()}
     configs = {"tokenizer_config.json", "special_tokens_map.json"}
@@ -128,5 +128,5 @@ def test_transformers_reads_the_saved_folder(tmp_path: Path, loader: str) -> Non
     theirs = getattr(transformers, loader).from_pretrained(tmp_path)
     assert theirs.model_max_length == 24 and theirs.vocab_size == tk.VOCAB_SIZE
     batch = theirs(PLAIN, padding="max_length", truncation=True, return_tensors="np")
-    # Its padding is EOT, which the mask takes away.
+    # transformers pads with EOT; the mask removes it.
     np.testing.assert_array_equal(batch["input_ids"] * batch["attention_mask"], tokenizer(PLAIN))

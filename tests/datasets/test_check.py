@@ -27,14 +27,14 @@ def test_what_was_planted_is_found(
     assert (found["captions"]["0"], found["captions"]["1"]) == (1, 1)
     # Start, "cat" and end are three tokens; of seven captions one has 40 · 3.
     assert found["tokens"]["0"] == 3 and found["tokens"]["1"] == 122 and found["cut_share"] == 1 / 7
-    assert found["notes"] == [f"{tars}/00000.tar and 3 more: 1 file passed over: 1 .json; first 000012.json"]
+    assert found["notes"] == [f"{tars}/00000.tar and 3 more: 1 file skipped: 1 .json; first 000012.json"]
     # The image of 000013 is that of 000000.
     assert found["duplicates"] == 1 and found["duplicate_examples"] == [[0, 6]]
 
     assert cli.main(command) == 1
     said = capsys.readouterr().out
     assert "broken: corrupt_image" in said and "captions cut at 20 tokens" in said and "\n  0, 6" in said
-    assert f"\nPassed over:\n  {tars}/00000.tar and 3 more: 1 file passed over" in said
+    assert f"\nPassed over:\n  {tars}/00000.tar and 3 more: 1 file skipped" in said
     assert cli.main(["data", "check", "--data", f"wds:{tars}/00000.tar", "--workers", "1"]) == 0
 
 

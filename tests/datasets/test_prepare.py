@@ -39,7 +39,7 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
     assert outcome.dropped == DROPPED and outcome.samples - outcome.kept == 4 and outcome.kept == GOOD
     assert {kind for kind, _ in outcome.examples} == set(DROPPED)
     assert any("00001.tar/000011: not a usable image" in reason for _, reason in outcome.examples)
-    assert outcome.notes == [f"{tars}/00001.tar: 1 file passed over: 1 .json; first 000012.json"]
+    assert outcome.notes == [f"{tars}/00001.tar: 1 file skipped: 1 .json; first 000012.json"]
 
     records = tfds.builder_from_directory(target.folder).as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}

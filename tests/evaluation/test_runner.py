@@ -192,7 +192,7 @@ def test_templates_given_win_over_those_of_the_data(
     (root / "wds_renderedsst2" / "zeroshot_classification_templates.txt").unlink()
     (error,) = evaluate(exports.Direct(), [source_task(export)], model="m").errors.values()
     assert error.endswith(
-        "zeroshot_classification_templates.txt: no such file, which a webdataset export of CLIP_benchmark has"
+        "zeroshot_classification_templates.txt: no such file; a webdataset export of CLIP_benchmark has one"
     )
     (error,) = evaluate(
         exports.Direct(), [source_task(f"wds:{root}/wds_flickr8k", "test", "none")], model="m"
@@ -223,13 +223,13 @@ def test_a_failure_stops_no_other(
     exports.write(root / "wds_flickr30k", [[""]] * IMAGES)
     report = evaluate(exports.Direct(), suite_tasks(root, ",".join(names)), model="m", out=tmp_path / "out")
     assert report.errors == {
-        "mnist": f"{root}/wds_mnist: no such folder; it holds a webdataset export of CLIP_benchmark",
+        "mnist": f"{root}/wds_mnist: no such folder; expected a webdataset export of CLIP_benchmark",
         "vtab/cifar10": f"{root}/wds_vtab-cifar10/classnames.txt: 2 names, where vtab/cifar10 has 10",
         "renderedsst2": f"{root}/wds_renderedsst2/zeroshot_classification_templates.txt: "
         "template 'a photo.' has no {c} for the class name",
         "voc2007_multilabel": f"{root}/wds_voc2007_multilabel: dataset_type.txt makes it classification, "
         "where voc2007_multilabel is multilabel",
-        "flickr8k": f"{root}/wds_flickr8k/test/1.tar: not a whole tar file: "
+        "flickr8k": f"{root}/wds_flickr8k/test/1.tar: not a complete tar file: "
         "'s0000013.png' does not lie within the file",
         "flickr30k": f"no image counts: {IMAGES} x no caption",
     }

@@ -73,7 +73,7 @@ def test_one_bad_image_does_not_stop_the_others(
     truncated, broken = embed_images(model, items, store, batch_size=3)
     assert truncated.name == "b/5.png" and truncated.reason == "not a usable image: image file is truncated"
     assert broken.name == "b/broken.png" and broken.reason == (
-        "not a usable image (10 bytes): it begins with b'no picture', as no format that is read does"
+        "not a usable image (10 bytes): no supported format begins with b'no picture'"
     )
     assert write_embeddings(tmp_path / "x.npy", items, store, 12) == len(readable) - 1
     names = json.loads((tmp_path / "x.names.json").read_text())
@@ -129,7 +129,7 @@ def test_the_command(
     captured = capsys.readouterr()
     assert captured.out == f"{out}: 7 embeddings of 12 float32, 1 left out\n"
     passed, failed = captured.err.splitlines()
-    assert f"{pictures}: 2 files passed over: 1 .txt, 1 hidden folder; first {pictures}/.hidden" in passed
+    assert f"{pictures}: 2 files skipped: 1 .txt, 1 hidden folder; first {pictures}/.hidden" in passed
     assert failed.startswith(f"{pictures}/b/broken.png: not a usable image")
     np.testing.assert_allclose(np.load(out), model.encode_image([Image.open(path) for path in readable]), atol=1e-6)
     assert not (tmp_path / "x.npy.partial").exists()
@@ -161,12 +161,15 @@ def test_the_command_goes_on_where_it_stopped(
         (["--images", "broken.png", "--out", "x.npy"], "nothing to embed: none of 1 inputs can be used"),
         (["--texts", "absent", "--out", "x.npy"], "absent: no such file"),
         (["--texts", "empty", "--out", "x.npy"], "empty: no line of text in it"),
-        (["--texts", "latin", "--out", "x.npy"], "latin: line 2 is not UTF-8 (byte 0xe9): in Latin-1? Convert it"),
-        (["--texts", "text.png", "--out", "x.npy"], "text.png: it has NUL bytes: no text"),
-        (["--texts", ".", "--out", "x.npy"], ".: no file of text"),
+        (
+            ["--texts", "latin", "--out", "x.npy"],
+            "latin: line 2 is not UTF-8 (byte 0xe9): if it is Latin-1, convert it",
+        ),
+        (["--texts", "text.png", "--out", "x.npy"], "text.png: it has NUL bytes: not a text file"),
+        (["--texts", ".", "--out", "x.npy"], ".: not a text file"),
         (
             ["--images", "folder", "--out", "x.npy"],
-            "folder: no images in it or below (1 file passed over: 1 .xyz; first",
+            "folder: no images in it or below (1 file skipped: 1 .xyz; first",
         ),
     ],
 )

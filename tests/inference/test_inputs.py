@@ -63,7 +63,7 @@ def test_every_format_is_found_and_the_rest_is_counted(
     found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
     assert found == ["a.BMP", "b.tif", "c.ppm", "d.avif", "e/f.jp2", "my.png/j.gif"]
     assert caplog.messages == [
-        f"{tmp_path}: 4 files passed over: 2 hidden, 1 .xyz, 1 without a suffix; first {tmp_path}/._k.jpg"
+        f"{tmp_path}: 4 files skipped: 2 hidden, 1 .xyz, 1 without a suffix; first {tmp_path}/._k.jpg"
     ]
 
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax.losses import contrastive
 from tclip_jax.losses.ring import Operand, positives_of
-from tclip_jax.losses.statistics import compare, compare_rows
+from tclip_jax.losses.statistics import compare, compare_rows, masked_rows
 
 BATCH, WIDTH = 8, 6
 BIAS = -10.0
@@ -181,6 +181,11 @@ def test_token_rows_of_other_lengths_are_not_compared() -> None:
 def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="compared with a bias"):
         sigmoid_loss(unit_vectors(0), unit_vectors(1), 1.0, bias=None)
+
+
+def test_masked_rows_are_zeros_in_float32() -> None:
+    rows = masked_rows(jnp.full((2, 3), jnp.nan, jnp.bfloat16).at[0].set(2), jnp.array([1.0, 0.0]))
+    np.testing.assert_array_equal(rows, np.array([[2, 2, 2], [0, 0, 0]], np.float32), strict=True)
 
 
 def test_repeated_captions_count_as_found() -> None:

@@ -51,10 +51,12 @@ TESTS = {
     "training/step.py": "training/test_step.py",
     "training/objective.py": "training/test_objective.py",
     "training/optimizer.py": "training/test_optimizer.py",
+    "data/eval_batches.py": "data/test_eval_batches.py",
     "data/pipeline.py": "data/test_pipeline.py data/test_pipeline_position.py data/test_bad_samples.py",
     "ternary/columns.py": "ternary/test_columns.py",
     "ternary/gathering.py": "ternary/test_gathering.py",
     "ternary/matmul.py": "ternary/test_dispatch.py ternary/test_matmul.py",
+    "ternary/tensor.py": "ternary/test_dispatch.py ternary/test_matmul.py",
     "ternary/packing.py": "ternary/test_packing.py ternary/test_packing_rows.py",
     "ternary/*.py": "ternary/test_quantizers.py ternary/test_matmul.py",
     "ternary/kernels/layout.py": "ternary/kernels/test_layout_word_order.py ternary/kernels/test_layout_k_axis.py"

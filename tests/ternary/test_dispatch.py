@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tclip_jax.ternary import TernaryTensor, choose, matmul, repack, ternary_matmul
 from tclip_jax.ternary.kernels import NAMES, PREFERRED, kernel, native_cpu
+from tclip_jax.ternary.tensor import traced_device
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,14 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "traced_device", lambda: ("some accelerator", "cuneiform"))
     assert choose((768, 3072), 256) == "reference"
+
+
+def test_the_device_is_that_of_the_default_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, *_), kinds = jax.devices("cpu"), jax.devices
+    monkeypatch.setattr(jax, "devices", lambda platform=None: kinds(platform)[:1])
+    for default in (None, "cpu", first):
+        with jax.default_device(default):
+            assert traced_device() == (first.device_kind, "cpu")
 
 
 @pytest.mark.parametrize(

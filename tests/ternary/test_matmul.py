@@ -27,6 +27,7 @@ from tclip_jax.ternary import (
     ternary_matmul,
 )
 from tclip_jax.ternary.kernels import kernel, native_cpu
+from tclip_jax.ternary.kernels.reference import quantize_activations
 
 needs_library = pytest.mark.skipif(not native_cpu.instruction_sets(), reason="the native library was not built")
 IMPLEMENTATIONS = ["reference", "xla_int8", pytest.param("native_cpu", marks=needs_library)]
@@ -180,6 +181,8 @@ def test_rows_stay_sharded_over_a_mesh_and_sharded_weights_are_gathered(implemen
                 )
                 found = product(sharded, spread)
                 assert found.sharding.is_equivalent_to(sharded.sharding, 2)
+                if axis == PartitionSpec():  # nothing to gather, the rows of x neither
+                    assert "all-gather" not in product.lower(sharded, spread).compile().as_text()
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -190,6 +193,19 @@ def test_trits_are_multiplied_as_in_training_to_the_bit(group: Any) -> None:
     packed = ternarize(w, quantizer)
     np.testing.assert_array_equal(ternary_matmul(x, packed), x @ fake_quantize(w, quantizer))
     assert_close(ternary_matmul(x[0], packed, implementation="xla_int8"), np.float64(x[0]), dense(packed))
+
+
+@pytest.mark.parametrize(("rows", "integers"), [(31, False), (32, True)])
+def test_xla_multiplies_integers_from_32_rows_on(rows: int, integers: bool) -> None:
+    x, w = draw(rows, 64, 8, 32)
+    packed = kernel("xla_int8").pack(w)
+    program = str(jax.make_jaxpr(lambda x: ternary_matmul(x, packed, activations="A8"))(x))
+    assert ("preferred_element_type=int32" in program) is integers
+
+
+def test_activations_of_zeros_have_a_level_above_zero() -> None:
+    rounded, level = quantize_activations(jnp.zeros((2, 8)))
+    assert not rounded.any() and (level == np.float32(2.0**-100) / 127).all()
 
 
 def instruction_sets() -> list[Any]:

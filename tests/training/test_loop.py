@@ -205,7 +205,7 @@ def test_a_short_run_without_a_usable_sample_fails(
     write_tar(tmp_path / "0.tar", b"\xff\xd8\xff no image", 40)
     config.data.update({"source": f"wds:{tmp_path}/0.tar", "max_bad_share": 1.0})
     config.steps = 2
-    with pytest.raises(ValueError, match=r"^of all 16 samples not one can be used \(corrupt_image 16\), listed in"):
+    with pytest.raises(ValueError, match=r"^none of all 16 samples is usable \(corrupt_image 16\), listed in"):
         loop.train(config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert [(line["step"], line["skipped_steps"], line["bad/corrupt_image"]) for line in lines] == [

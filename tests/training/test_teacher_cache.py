@@ -110,14 +110,14 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
 
     # Whole files are unchanged, and missing ones are written again with the same bytes.
     (folder / "00001.npy").rename(tmp_path / "was.npy")
-    with pytest.raises(FileNotFoundError, match=r"00001\.npy: no such file; `tclip teacher-cache` again"):
+    with pytest.raises(FileNotFoundError, match=r"00001\.npy: no such file; run `tclip teacher-cache` again"):
         open_cache(run)
     first = (folder / "00000.npy").stat().st_mtime_ns
     again = write_cache(folder, run, str(tmp_path / "teacher"), **SIZES)
     assert (folder / "00001.npy").read_bytes() == (tmp_path / "was.npy").read_bytes() and again == cache
     assert (folder / "00000.npy").stat().st_mtime_ns == first
     with pytest.raises(
-        ValueError, match=r"cache\.json: this cache is another one \(copies: 2, not 3\): choose another"
+        ValueError, match=r"cache\.json: the folder contains another cache \(copies: 2, not 3\): choose another"
     ):
         write_cache(folder, run, str(tmp_path / "teacher"), copies=3, file_rows=1000)
 
@@ -152,21 +152,21 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     whole = (broken / "00000.npy").read_bytes()
     (broken / "00000.npy").write_bytes(whole[:-1])
     with pytest.raises(
-        ValueError, match=r"00000\.npy: 64,127 bytes: a whole file .* has 64,128; `tclip teacher-cache`"
+        ValueError, match=r"00000\.npy: 64,127 bytes: a complete file .* has 64,128; run `tclip teacher-cache`"
     ):
         TeacherCache.open(broken)
     assert write_cache(broken, run, str(tmp_path / "teacher"), **SIZES).read(999, 0).shape == (2, 16)
     assert (broken / "00000.npy").read_bytes() == whole
     (broken / "00001.npy").write_bytes(b"x" * 64_128)
     opened = TeacherCache.open(broken)
-    with pytest.raises(ValueError, match=r"00001\.npy: not a whole file of embeddings"):
+    with pytest.raises(ValueError, match=r"00001\.npy: not a file of embeddings of the expected shape"):
         opened.read(1, 1)
     (broken / "00000.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert TeacherCache.open(broken).read(998, 0).shape == (2, 16)
-    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is damaged: remove this file, and `tclip teacher"):
+    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is damaged: remove this file and run `tclip teacher"):
         opened.read(999, 0)
     os.truncate(broken / "00000.npy", 64_100)  # reading a truncated memory map would raise SIGBUS
-    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is not there: the file was cut short"):
+    with pytest.raises(ValueError, match=r"00000\.npy: row 999 is missing: the file was truncated"):
         opened.read(999, 0)
     (folder / MANIFEST).write_text(json.dumps({"teacher": "x"}))
     with pytest.raises(ValueError, match=r"cache\.json lacks 'source'"):
@@ -222,7 +222,7 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     old = json.loads((cache / MANIFEST).read_text())
     old["inputs"] = old.pop("made_by")
     (cache / MANIFEST).write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r"cache\.json: an older version wrote it.*make it in a new folder"):
+    with pytest.raises(ValueError, match=r"cache\.json: an older version wrote it.*make the cache in a new folder"):
         TeacherCache.open(cache)
 
 
@@ -269,7 +269,7 @@ def test_two_processes_killed_and_started_again_give_the_files_of_one(
         process.kill()
         process.communicate()
     assert 0 < len(list(two.glob("*.npy"))) < 28
-    with pytest.raises(FileNotFoundError, match="again resumes where it stopped"):
+    with pytest.raises(FileNotFoundError, match="again, which resumes"):
         TeacherCache.open(two)
     first = {path: path.stat().st_mtime_ns for path in two.glob("*.npy")}
 

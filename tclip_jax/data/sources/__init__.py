@@ -14,7 +14,7 @@ __all__ = ["FAULTS", "BadSample", "Record", "Source", "check_split", "described"
 
 _logger = logging.getLogger(__name__)
 
-# kind -> (how to write it, "module:name" to call with what follows the colon and the split); imported when asked for.
+# kind -> (usage, "module:function" to call with the argument after the colon and the split); imported on first use.
 _KINDS = {
     "arrayrecord": ("arrayrecord:<files>", "tclip_jax.data.sources.array_record:open_files"),
     "csv": ("csv:<files>", "tclip_jax.data.sources.table:open_csv"),
@@ -23,22 +23,22 @@ _KINDS = {
     "mixture": ("mixture:<weight>*<source>+…", "tclip_jax.data.sources.mixture:open_mixture"),
     "parquet": ("parquet:<files>", "tclip_jax.data.sources.table:open_parquet"),
     "tfds": ("tfds:<name>[@<data_dir>]", "tclip_jax.data.sources.tfds:Tfds"),
-    "wds": ("wds:<tars or folder>", "tclip_jax.data.sources.tars:open_webdataset"),
+    "wds": ("wds:<tars or folder>", "tclip_jax.data.sources.webdataset:open_webdataset"),
 }
 
 
 def open_source(spec: str, split: str) -> Source:
-    """Opens the data named by `spec`, a kind and what that kind needs to find it, and logs what it passes over.
+    """Opens a data source and logs its notes.
 
     Args:
       spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]`, `wds:<tars or folder>`, `arrayrecord:<files>`,
-        `csv:<files>`, `parquet:<files>` or `mixture:<weight>*<source>+…`; tars and files are named with braces, globs
-        and `::` between patterns.
-      split: `train`, `test`, ..., as the kind of source defines them; tars, files and tables have none.
+        `csv:<files>`, `parquet:<files>` or `mixture:<weight>*<source>+…`. Patterns of tars and files may use braces,
+        globs, and `::` between patterns.
+      split: `train`, `test`, … as the kind of source defines them. Tars, files and tables ignore it.
 
     Raises:
-      ValueError: unknown kind, unknown split, data of another layout than the kind reads, or no sample in them.
-      FileNotFoundError: the data is not where `spec` says.
+      ValueError: the kind or the split is unknown, the data has another layout, or there are no samples.
+      FileNotFoundError: the data does not exist.
     """
     kind, _, argument = spec.partition(":")
     if kind not in _KINDS:
@@ -48,8 +48,8 @@ def open_source(spec: str, split: str) -> Source:
     module, _, name = _KINDS[kind][1].partition(":")
     source = getattr(importlib.import_module(module), name)(argument, split)
     if not len(source):
-        raise ValueError(f"{spec}: there is no sample in it" + (f" ({split})" if kind in ("tfds", "wds") else ""))
-    # The parts of a mixture are opened here too, and workers open what the process that started them has opened.
+        raise ValueError(f"{spec}: the source has no samples" + (f" ({split})" if kind in ("tfds", "wds") else ""))
+    # Each note is logged once: the sources of a mixture are opened here too, and worker processes open them again.
     if not hasattr(source, "parts") and multiprocessing.parent_process() is None:
         for note in notes(source):
             _logger.warning("%s", note)
@@ -57,10 +57,10 @@ def open_source(spec: str, split: str) -> Source:
 
 
 def check_split(spec: str, split: str) -> None:
-    """Refuses a split that somebody asks for where a source would pass it over.
+    """Refuses an explicit split that a source would ignore.
 
     Raises:
-      ValueError: files, tars and tables have no splits; a folder without a sub-folder of that name.
+      ValueError: the source is of files, tars or tables, which have no splits, or a folder has no such subfolder.
     """
     kind, _, argument = spec.partition(":")
     if kind == "mixture":

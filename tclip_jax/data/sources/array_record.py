@@ -10,35 +10,36 @@ from typing import Any
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tclip_jax.data.sources.base import FAULTS, BadSample, Record, decode_caption
+from tclip_jax.data.sources.base import FAULTS, OPEN_CLIP_ORDER, BadSample, Record, decode_caption
 from tclip_jax.data.sources.patterns import find_files, is_remote
-from tclip_jax.data.sources.remote import change, retry
+from tclip_jax.data.sources.remote import retry, size_and_mtime
 from tclip_jax.data.sources.shard_index import Scan, ShardIndex, open_index
-from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER
 
 _IMAGE_KEYS = ("image", "image/encoded", *OPEN_CLIP_ORDER)
 _CAPTION_KEYS = ("caption", "captions", "text", "texts", "txt", "caption/text", "captions/text", "texts/text")
-_OPEN_FILES = 256  # each holds its chunks' offsets: a few kB
+_OPEN_FILES = 256  # readers kept open; each holds the offsets of its chunks, a few kB
 
 
 def open_files(pattern: str, split: str) -> ArrayRecord:
-    """The records of the files that a pattern names; they have no splits.
+    """Opens the files of a pattern; `split` is ignored.
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: a URL, which ArrayRecord's reader cannot open.
+      ValueError: the pattern is a URL, which ArrayRecord's reader cannot open.
     """
     if is_remote(pattern):
-        raise ValueError(f"arrayrecord:{pattern}: its reader opens local paths alone; mount the bucket (gcsfuse)")
+        raise ValueError(
+            f"arrayrecord:{pattern}: ArrayRecord's reader opens only local paths; mount the bucket (gcsfuse)"
+        )
     return ArrayRecord(open_index("arrayrecord", find_files(pattern), scan))
 
 
 class ArrayRecord:
-    """Every record of some files: an Example with an encoded image and its captions, each a value of its own.
+    """The records of some files: each an Example with an encoded image and its captions.
 
-    The image is the feature `image`, `image/encoded`, `jpg`, `png`, `jpeg` or `webp`; the captions are `caption`,
-    `captions`, `text`, `texts` or `txt`, of which there may be several. Of each file only its number of records
-    is kept. For data that TFDS has prepared `tfds:<name>` says more: which split, and the names of the classes.
+    The image is the feature `image`, `image/encoded`, `jpg`, `png`, `jpeg` or `webp`. The captions are the values of
+    the feature `caption`, `captions`, `text`, `texts` or `txt`. The index stores only the number of records per file.
+    For data that TFDS prepared, `tfds:<name>` also has the splits and the class names.
     """
 
     classnames: tuple[str, ...] = ()
@@ -48,28 +49,28 @@ class ArrayRecord:
 
     @property
     def digest(self) -> str:
-        """Of the contents of the files."""
+        """Digest of the contents of the files."""
         return self._index.digest
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Record:
-        shard, place = self._index.locate(index)
+        shard, row = self._index.locate(index)
         path = self._index.shards[shard]
-        name = f"{path}/{place}"
-        data = retry(lambda: _read(path, place, self._index.stamps[shard]), name)
+        name = f"{path}/{row}"
+        data = retry(lambda: _read(path, row, self._index.stamps[shard]), name)
         try:
             features = tf_example_pb2.Example.FromString(data).features.feature
-        except Exception as error:  # protobuf's own DecodeError, whose place differs between its versions
+        except Exception as error:  # protobuf's DecodeError, whose module differs between versions
             raise BadSample("corrupt_record", name, f"not a tf.train.Example ({error})") from None
         images, captions = (_first(features, keys) for keys in (_IMAGE_KEYS, _CAPTION_KEYS))
         if not images:
-            names = ", ".join(sorted(features)) or "nothing"
-            raise BadSample("no_image", name, f"no bytes called {' or '.join(_IMAGE_KEYS)} in an Example with {names}")
+            reason = f"no bytes in any of the features {', '.join(_IMAGE_KEYS)}; the Example has "
+            raise BadSample("no_image", name, reason + (", ".join(sorted(features)) or "no features"))
         if len(images) > 1:
             raise BadSample("corrupt_record", name, f"{len(images)} images in one Example")
-        return Record(images[0], tuple(decode_caption(each, name) for each in captions), -1, name)
+        return Record(images[0], tuple(decode_caption(caption, name) for caption in captions), -1, name)
 
 
 def _first(features: Any, keys: tuple[str, ...]) -> list[bytes]:
@@ -77,10 +78,10 @@ def _first(features: Any, keys: tuple[str, ...]) -> list[bytes]:
 
 
 def scan(path: str) -> Scan:
-    """The number of records of one file, from its footer.
+    """Reads the number of records of a file from its footer.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
     """
     size = pathlib.Path(path).stat().st_size
     if not size:
@@ -92,18 +93,18 @@ def scan(path: str) -> Scan:
     return Scan(size, records) if records else Scan(size, 1, FAULTS.index("empty_shard"))
 
 
-def _read(path: str, place: int, stamp: str) -> bytes:
+def _read(path: str, row: int, stamp: str) -> bytes:
     try:
-        (data,) = _indexed_reader(path, stamp).read([place])
+        (data,) = _indexed_reader(path, stamp).read([row])
     except RuntimeError as error:
-        raise BadSample("corrupt_record", f"{path}/{place}", f"ArrayRecord cannot read it ({error})") from None
+        raise BadSample("corrupt_record", f"{path}/{row}", f"ArrayRecord cannot read it ({error})") from None
     return data
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _indexed_reader(path: str, stamp: str) -> Any:
-    if not stamp.startswith(change(os.stat(path))):
-        raise BadSample("broken_shard", path, "the file was changed after it was indexed: start again")
+    if not stamp.startswith(size_and_mtime(os.stat(path))):
+        raise BadSample("broken_shard", path, "the file was changed after it was indexed: restart")
     return _reader(path)
 
 

@@ -1,4 +1,4 @@
-"""What every kind of data source yields: records at random access, or the reason why there is none."""
+"""The interface of a data source: records at random access, errors for bad samples, and a digest of the content."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ Fault = Literal[
     "empty_shard",
     "unreadable",
 ]
-# What can be wrong with a sample: the code in a batch is the place in this list.
+# The kinds of fault. A batch has the index in this list.
 FAULTS = ("none", *get_args(Fault))
-# An image, or with its caption what they span of a tar: strangers name the files, and one may have no end.
+# Bounds an image file, and what an image and its caption span of a tar. A path in a table may name an endless file.
 MAX_SAMPLE_BYTES = 1 << 28
+# If a sample has several images, open_clip's training uses the first of these suffixes.
+OPEN_CLIP_ORDER = ("jpg", "png", "jpeg", "webp")
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. It keeps its place in the order of the source and counts with weight 0.
+    """A sample that cannot be used. It keeps its position in the source and is masked.
 
     Attributes:
-      kind: one of FAULTS but "none".
-      name: of the sample: its path or key.
+      kind: one of FAULTS, except "none".
+      name: path or key of the sample.
       reason: one line.
     """
 
@@ -52,10 +54,10 @@ class Record:
     """One image with its captions or its label.
 
     Attributes:
-      image: encoded bytes (PNG, JPEG, WebP), or pixels (H, W, 3) uint8.
-      captions: every caption of the image; empty for labelled data.
-      label: index into the source's `classnames`, or for images of several classes a 0/1 vector over them (C,) int32;
-        -1 where there is none.
+      image: encoded bytes (PNG, JPEG, WebP, …), or pixels (H, W, 3) uint8.
+      captions: all captions of the image; empty for labelled data.
+      label: index into the source's `classnames`; for images of several classes a 0/1 vector (classes,) int32; -1 for
+        no label.
       name: path or key, for logs.
     """
 
@@ -66,17 +68,21 @@ class Record:
 
 
 class Source(Protocol):
-    """Random access to `len(source)` records; safe to read from several threads and to pickle for worker processes.
+    """Random access to `len(source)` records.
 
-    `source[index]` raises `BadSample` where there is no record to give. A source may have a `digest`, which differs
-    where its records do and is the same wherever the data lies, and is cheaper than reading all of them; `notes`, lines
-    that say what it passes over; `parts`, the weight and the length of each of the sources that it is a mixture of; and
-    `templates`, the captions of a class that its data states, None where it states none.
+    A source can be read from several threads and can be pickled for worker processes. `source[index]` raises
+    `BadSample` for a sample that cannot be used. Optional attributes:
+
+      digest: a string that changes with the records, does not depend on their path, and costs less than reading all
+        records.
+      notes: lines about skipped files and likely mistakes in the data.
+      parts: of a mixture: the weight and the length of each source.
+      templates: the data's own caption templates, or None.
     """
 
     @property
     def classnames(self) -> tuple[str, ...]:
-        """Names of the classes in the order of the labels; empty for captioned data."""
+        """Names of the classes, indexed by label; empty for captioned data."""
         ...
 
     def __len__(self) -> int: ...
@@ -85,22 +91,24 @@ class Source(Protocol):
 
 
 def digest(source: Source) -> str:
-    """What the data is: its number of records, and a digest that changes with any image, caption and label.
+    """Returns the number of records and a digest that changes with any image, caption and label.
 
-    Equal on every host and for a copy in another place. docs/data.md says how it is told and what it costs.
+    The digest is equal on every host and for a copy at another path. docs/data.md describes how it is computed and what
+    it costs.
     """
     return f"{len(source)}:{source.digest if hasattr(source, 'digest') else _records_digest(source)}"
 
 
 def described(source: Source) -> dict[str, Any]:
-    """`digest` in parts: {"samples", "content"}, and of a mixture {"parts"} of all its sources, numbered."""
-    parts = getattr(source, "sources", ())
-    if parts:
+    """Returns `digest` as {"samples", "content"}; for a mixture {"samples", "parts"}, with one entry per source."""
+    sources = getattr(source, "sources", ())
+    if sources:
         weights = [weight for weight, _ in source.parts]  # type: ignore[attr-defined]
         return {
             "samples": len(source),
             "parts": {
-                str(i): {"weight": w, **described(each)} for i, (w, each) in enumerate(zip(weights, parts, strict=True))
+                str(i): {"weight": weight, **described(part)}
+                for i, (weight, part) in enumerate(zip(weights, sources, strict=True))
             },
         }
     samples, _, content = digest(source).partition(":")
@@ -108,31 +116,35 @@ def described(source: Source) -> dict[str, Any]:
 
 
 def _records_digest(source: Source) -> str:
-    """Of records that are read one by one."""
-    found = hashlib.blake2b("\n".join(source.classnames).encode(), digest_size=16)
+    """Returns a digest of all records, for a source without `digest`."""
+    total = hashlib.blake2b("\n".join(source.classnames).encode(), digest_size=16)
     for index in range(len(source)):
         try:
             record = source[index]
         except (BadSample, OSError) as error:
-            found.update(f"bad {error.kind if isinstance(error, BadSample) else 'unreadable'}\n".encode())
+            total.update(f"bad {error.kind if isinstance(error, BadSample) else 'unreadable'}\n".encode())
             continue
         image = record.image if isinstance(record.image, bytes) else record.image.tobytes()
-        about = (len(image), np.shape(record.image), np.asarray(record.label).tolist(), record.captions)
-        found.update(f"{about!r}\n".encode("utf-8", "surrogateescape"))
-        found.update(image)
-    return found.hexdigest()
+        header = (len(image), np.shape(record.image), np.asarray(record.label).tolist(), record.captions)
+        total.update(f"{header!r}\n".encode("utf-8", "surrogateescape"))
+        total.update(image)
+    return total.hexdigest()
 
 
 def notes(source: Source) -> list[str]:
-    """What a source passes over or takes for granted: lines for the log, the first time that it is opened."""
+    """Returns the source's notes for the log: skipped files, and likely mistakes in the data."""
     return list(getattr(source, "notes", ()))
 
 
 def decode_caption(data: bytes, name: str) -> str:
-    """A caption, of one line or more.
+    """Decodes a caption, which may have several lines, from UTF-8.
+
+    Args:
+      data: the bytes.
+      name: name of the sample, for the error.
 
     Raises:
-      BadSample: it is not UTF-8.
+      BadSample: the caption is not UTF-8.
     """
     try:
         return data.decode("utf-8-sig").strip()
@@ -141,5 +153,5 @@ def decode_caption(data: bytes, name: str) -> str:
 
 
 def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
-    """The lines of a caption file that are not blank; raises as `decode_caption` does."""
+    """Decodes a file with one caption per line and drops blank lines. Raises as `decode_caption`."""
     return tuple(line.strip() for line in split_lines(decode_caption(data, name)) if line.strip())

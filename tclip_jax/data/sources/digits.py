@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn carries: real images without a download."""
+"""The 1,797 handwritten digits in scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NUM_TRAIN = 1400
 
 
 class Digits:
-    """scikit-learn's `load_digits`: 1,400 images in `train`, the other 397 in `test`, (8, 8, 3) uint8 each.
+    """scikit-learn's `load_digits`: 1,400 images in `train` and 397 in `test`, each (8, 8, 3) uint8.
 
-    The split orders the images by the multiplicative hash of their index, which spreads writers and classes over both
-    parts and depends on no random number generator.
+    The images are ordered by the multiplicative hash of their index and then split. The order spreads writers and
+    classes over both splits and needs no random number generator.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
@@ -27,7 +27,7 @@ class Digits:
 
     def __init__(self, argument: str, split: str) -> None:
         if argument:
-            raise ValueError(f"digits:{argument}: the digits take no argument, write 'digits'")
+            raise ValueError(f"digits:{argument}: digits takes no argument; write 'digits'")
         if split not in ("train", "test"):
             raise ValueError(f"digits: no split {split!r}; it has train, test")
         images, labels = _load()
@@ -43,7 +43,7 @@ class Digits:
 
 @functools.cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 8, 8, 3) uint8 and labels (1797,) in the order of the split."""
+    """Returns images (1797, 8, 8, 3) uint8 and labels (1797,) in the order before the split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""Several sources at once, in given proportions."""
+"""Several sources, sampled in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _PLUS = re.compile(r"\+(?=(?:\d+\.?\d*|\.\d+)\*[a-z]+(?::|\+|$))")
 
 
 def open_mixture(argument: str, split: str) -> Mixture:
-    """The mixture of the sources in `0.7*wds:…+0.3*csv:…`."""
+    """Opens the sources in `0.7*wds:…+0.3*csv:…`."""
     weights, specs = zip(*parse(argument), strict=True)
     return Mixture(weights, [open_source(spec, split) for spec in specs])
 
 
 class Mixture:
-    """The records of several sources one after the other, to be drawn in the proportions of `parts`.
+    """The records of several sources, concatenated; the input pipeline samples them by the weights in `parts`.
 
-    Each source keeps an order and epochs of its own: what has more weight than records starts again sooner, and no
-    record is drawn twice before all others of its source were. The classes of labelled sources are put in a row.
+    Each source has its own order and epochs: no record is drawn twice before all others of its source. A source with a
+    large weight and few records repeats sooner. The class names of labelled sources are concatenated.
 
     Attributes:
-      sources: those.
-      parts: weight and length of each source; the weights add up to 1.
+      sources: the sources.
+      parts: weight and length of each source; the weights sum to 1.
     """
 
     def __init__(self, weights: Sequence[float], sources: Sequence[Source]) -> None:
@@ -45,21 +45,21 @@ class Mixture:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the shares and the contents of the sources."""
-        shares = [share for share, _ in self.parts]
-        return combined(f"{share}*{digest(source)}" for share, source in zip(shares, self.sources, strict=True))
+        """Digest of the weights and the contents of the sources."""
+        weights = [weight for weight, _ in self.parts]
+        return combined(f"{weight}*{digest(source)}" for weight, source in zip(weights, self.sources, strict=True))
 
     @property
     def templates(self) -> tuple[str, ...] | None:
-        """What all labelled parts state alike, or None.
+        """The templates of the labelled sources, or None.
 
         Raises:
-          ValueError: they differ.
+          ValueError: the labelled sources have different templates.
         """
-        stated = {getattr(source, "templates", None) for source in self.sources if source.classnames}
-        if len(stated) > 1:
-            raise ValueError("the parts of the mixture state other templates than each other: say which are to be used")
-        return next(iter(stated), None)
+        templates = {getattr(source, "templates", None) for source in self.sources if source.classnames}
+        if len(templates) > 1:
+            raise ValueError("the sources of the mixture have different templates: specify the templates to use")
+        return next(iter(templates), None)
 
     def __len__(self) -> int:
         return self._stops[-1]
@@ -70,16 +70,16 @@ class Mixture:
         if not self.sources[part].classnames:
             return record
         if not isinstance(record.label, int):
-            raise ValueError(f"{record.name}: images of several classes cannot be mixed with others")
+            raise ValueError(f"{record.name}: a mixture cannot have images with several classes")
         valid = 0 <= record.label < len(self.sources[part].classnames)
         return dataclasses.replace(record, label=record.label + self._first_label[part] if valid else -1)
 
 
 def parse(argument: str) -> list[tuple[float, str]]:
-    """The weights and specs in `0.7*wds:…+0.3*csv:…`; a `+` parts only where a weight and a `*` follow.
+    """Returns the weights and specs in `0.7*wds:…+0.3*csv:…`. A `+` separates parts only before a weight and a `*`.
 
     Raises:
-      ValueError: a part without a weight above 0.
+      ValueError: a part has no weight above 0.
     """
     parts = []
     for part in _PLUS.split(argument):

@@ -20,11 +20,10 @@ from pyarrow import parquet
 
 from tclip_jax import keys
 from tclip_jax.data.files import compression
-from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, BadSample, Record
+from tclip_jax.data.sources.base import MAX_SAMPLE_BYTES, OPEN_CLIP_ORDER, BadSample, Record
 from tclip_jax.data.sources.content import combined, contents, stamps
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.data.sources.remote import open_file, read_file
-from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER
 from tclip_jax.pages import printable
 from tclip_jax.storage import atomic_file, cache_folder, write_atomic
 
@@ -36,37 +35,35 @@ _IMAGE_COLUMNS = (
 _CAPTION_COLUMNS = ("title", "caption", "text", "captions", "texts", "txt")
 
 _MAX_LINE = 1 << 24  # characters
-_CSV_ROWS, _PARQUET_ROWS = 1 << 13, 1 << 8  # that are in memory together; a row of Parquet may hold an image
+_CSV_ROWS, _PARQUET_ROWS = 1 << 13, 1 << 8  # in memory at a time; a row of Parquet may contain an image
 _MAX_NOTES = 10
 _TEXT, _TEXTS = pa.large_binary(), pa.large_list(pa.large_binary())
-# The path of an image or, as data sets of the Hugging Face hub have it, its bytes, and then a path is only its name.
+# A row has the path of an image, or its bytes as on the Hugging Face hub; the path is then only a name.
 _SCHEMA = pa.schema([("path", _TEXT), ("bytes", _TEXT), ("captions", _TEXTS)])
 
 
 def open_csv(argument: str, split: str) -> Table:
-    """The rows of CSV or TSV files; they have no splits."""
+    """Opens the rows of CSV or TSV files; `split` is ignored."""
     return Table(_cached(argument, "csv"))
 
 
 def open_parquet(argument: str, split: str) -> Table:
-    """The rows of Parquet files; they have no splits."""
+    """Opens the rows of Parquet files; `split` is ignored."""
     return Table(_cached(argument, "parquet"))
 
 
 class Table:
-    """A row of a table is a sample: the path or URL of an image, and its caption.
+    """The rows of tables: each is a sample with the path or URL of an image, and its caption.
 
-    In Parquet it may be the image itself, as bytes or as the Hugging Face hub's struct of `bytes` and `path`, and a
-    list of captions. The columns are the first of `filepath`, `image`, `path`, `file`, `file_name`, `filename`,
-    `image_path`, `url`, `img`, `jpg`, `png`, `jpeg`, `webp` and of `title`, `caption`, `text`, `captions`, `texts`,
-    `txt` that there are, or what `?image=…&caption=…` after the path names. A path that is not absolute is read from
-    the folder of its table. Both columns are copied into the cache folder once, and mapped from there: a table takes
-    no memory, in no worker. `notes` says which lines of a CSV file are blank or go on in the next.
+    A Parquet file may contain the images, as bytes or as the Hugging Face hub's struct of `bytes` and `path`, and lists
+    of captions. The columns are the first that exists of `filepath`, `image`, `path`, `file`, `file_name`, `filename`,
+    `image_path`, `url`, `img`, `jpg`, `png`, `jpeg`, `webp`, and of `title`, `caption`, `text`, `captions`, `texts`,
+    `txt`; `?image=COLUMN&caption=COLUMN` after the path selects others. Relative paths of images start at the folder of
+    the table. Both columns are copied into an Arrow file in the cache folder once. The file is memory-mapped, so a
+    table takes no memory in any process. `notes` counts blank lines and rows of several lines in CSV files.
 
-    Raises:
-      FileNotFoundError: no such table.
-      ValueError: a table without rows, without these columns, with other things in them, or that cannot be parsed;
-        one line with the line or the column.
+    Args:
+      path: the Arrow file; its notes are in the .json file beside it.
     """
 
     classnames: tuple[str, ...] = ()
@@ -85,7 +82,7 @@ class Table:
         name = printable((path or b"").decode("utf-8", "replace"))
         name = f"row {index}" if not name else f"{name} (row {index})" if data is not None else name
         if not (data or path):
-            raise BadSample("no_image", name, "its row has none")
+            raise BadSample("no_image", name, "the row has no image")
         if data and len(data) > MAX_SAMPLE_BYTES:
             raise BadSample("too_large", name, f"{len(data):,} bytes, more than {MAX_SAMPLE_BYTES:,}")
         texts = tuple(_decode(text, name) for text in captions or () if text)
@@ -97,14 +94,16 @@ class Table:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of captions and of the contents of images, in the order of the rows; of no path."""
+        """Digest of the captions and the contents of the images, in the order of the rows; paths are not included."""
         batches = self._rows.to_batches()
         rows = (
             row for batch in batches for row in zip(batch[0].to_pylist(), batch[1].is_null().to_pylist(), strict=True)
         )
         files = contents((os.fsdecode(path or b"") for path, is_file in rows if is_file), max_bytes=MAX_SAMPLE_BYTES)
-        inside = (data for batch in batches for data in batch[1].to_pylist())
-        images = (next(files) if data is None else hashlib.blake2b(data, digest_size=16).hexdigest() for data in inside)
+        embedded = (data for batch in batches for data in batch[1].to_pylist())
+        images = (
+            next(files) if data is None else hashlib.blake2b(data, digest_size=16).hexdigest() for data in embedded
+        )
         captions = (row or [] for batch in batches for row in batch[2].to_pylist())
         return combined(
             part for image, row in zip(images, captions, strict=True) for part in (image, *map(_as_text, row), "")
@@ -112,7 +111,7 @@ class Table:
 
     @functools.cached_property
     def notes(self) -> list[str]:
-        """What the tables have that is not read, or looks like a mistake."""
+        """Lines about parts of the tables that are not used, and likely mistakes."""
         return json.loads(self._path.with_suffix(".json").read_text())
 
     @functools.cached_property
@@ -133,10 +132,16 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _cached(argument: str, kind: str) -> pathlib.Path:
-    """The Arrow file of both columns of the tables, with the notes beside it, made now if it is not there."""
-    pattern, chosen = _options(argument)
+    """Returns the Arrow file of tables; writes it and the notes beside it if it does not exist.
+
+    Raises:
+      FileNotFoundError: a table does not exist.
+      ValueError: a table has no rows, lacks a column, has columns of other types, or cannot be parsed. The message is
+        one line and names the table and the line or the column.
+    """
+    pattern, selected = _options(argument)
     tables = find_files(pattern)
-    made_by = {"kind": kind, "columns": chosen, "tables": tables, "stamps": stamps(tables), "schema": str(_SCHEMA)}
+    made_by = {"kind": kind, "columns": selected, "tables": tables, "stamps": stamps(tables), "schema": str(_SCHEMA)}
     key = keys.digest(made_by)
     target = cache_folder() / "tables" / f"{key}.arrow"
     if not target.exists():
@@ -145,60 +150,62 @@ def _cached(argument: str, kind: str) -> pathlib.Path:
         with atomic_file(target) as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for path in tables:
                 before = rows
-                for batch in _batches(path, kind, chosen, notes):
+                for batch in _batches(path, kind, selected, notes):
                     writer.write_batch(batch)
                     rows += len(batch)
                 if rows == before:
                     notes.append(f"{path}: no rows")
             if not rows:
-                raise ValueError(notes[-1] + (f", as of the other {len(tables) - 1:,} tables" if tables[1:] else ""))
-            more = [f"and {len(notes) - _MAX_NOTES:,} lines more of this kind"] if len(notes) > _MAX_NOTES else []
+                raise ValueError(
+                    notes[-1] + (f"; the other {len(tables) - 1:,} tables have none either" if tables[1:] else "")
+                )
+            more = [f"and {len(notes) - _MAX_NOTES:,} more notes on the tables"] if len(notes) > _MAX_NOTES else []
             write_atomic(target.with_suffix(".json"), json.dumps([*notes[:_MAX_NOTES], *more]))
     return target
 
 
 def _options(argument: str) -> tuple[str, dict[str, str]]:
-    """The pattern, and the columns that a `?image=…&caption=…` after it names."""
+    """Returns the pattern, and the columns in `?image=…&caption=…` after it."""
     pattern, _, options = argument.partition("?")
-    chosen = {}
+    selected = {}
     for option in options.split("&") if options else ():
         key, _, column = option.partition("=")
         if key not in ("image", "caption") or not column:
             raise ValueError(f"{argument}: {option!r} is neither image=COLUMN nor caption=COLUMN")
-        chosen[key] = column
-    return pattern, chosen
+        selected[key] = column
+    return pattern, selected
 
 
-def _batches(path: str, kind: str, chosen: dict[str, str], notes: list[str]) -> Iterator[pa.RecordBatch]:
-    folder, told = path.rpartition("/")[0].encode(), list[str]()
+def _batches(path: str, kind: str, selected: dict[str, str], notes: list[str]) -> Iterator[pa.RecordBatch]:
+    folder, table_notes = path.rpartition("/")[0].encode(), list[str]()
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(open_file(path))
-            if packed := compression(file.read(8)):
-                raise ValueError(f"compressed with {packed}")
+            if name := compression(file.read(8)):
+                raise ValueError(f"compressed with {name}")
             file.seek(0)
             if kind == "csv":  # every byte is one character
                 file = stack.enter_context(io.TextIOWrapper(file, encoding="latin-1", newline=""))
-            for images, inside, captions in (_csv if kind == "csv" else _parquet)(file, chosen, told):
-                here = [
-                    name if data is not None or not name or _is_absolute(name) else b"/".join((folder, name))
-                    for name, data in zip(images, inside, strict=True)
+            for names, images, captions in (_csv if kind == "csv" else _parquet)(file, selected, table_notes):
+                paths = [
+                    name if image is not None or not name or _is_absolute(name) else b"/".join((folder, name))
+                    for name, image in zip(names, images, strict=True)
                 ]
-                columns = (here, inside, [each if isinstance(each, list) else [each] for each in captions])
+                columns = (paths, images, [each if isinstance(each, list) else [each] for each in captions])
                 arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
                 yield pa.record_batch(arrays, _SCHEMA)
     except (ValueError, csv.Error, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the file system; Arrow's own errors about a damaged file are OSErrors without a number
+            raise  # an error of the file system; Arrow's errors about a damaged file are OSErrors without a number
         raise ValueError(f"{path}: {printable(' '.join(str(error).split()))[:300]}") from None
-    notes += [f"{path}: {note}" for note in told]
+    notes += [f"{path}: {note}" for note in table_notes]
 
 
 class _Lines(Iterator[str]):
-    """The lines of a table, ended by \\n, \\r\\n or \\r.
+    """Iterates over the lines of a table, which end with \\n, \\r\\n or \\r.
 
     Attributes:
-      ended: whether another line was asked for after the last.
+      ended: whether `next` was called after the last line.
     """
 
     def __init__(self, text: IO[str]) -> None:
@@ -213,23 +220,23 @@ class _Lines(Iterator[str]):
         if self._number == 1 and line[:2] in ("\xff\xfe", "\xfe\xff"):
             raise ValueError("it is UTF-16: convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
         if len(line) == _MAX_LINE or "\0" in line or (self._number == 1 and re.search(r"[\x01-\x08\x0e-\x1f]", line)):
-            what = f"has {_MAX_LINE:,} characters or more" if len(line) == _MAX_LINE else "has control characters"
-            raise ValueError(f"line {self._number} {what}: no table of text")
+            reason = f"has {_MAX_LINE:,} characters or more" if len(line) == _MAX_LINE else "has control characters"
+            raise ValueError(f"line {self._number} {reason}: not a table of text")
         return line.removeprefix("\xef\xbb\xbf") if self._number == 1 else line
 
 
-_Columns = tuple[list[Any], list[Any], list[Any]]
+_Columns = tuple[list[Any], list[Any], list[Any]]  # paths, images, captions
 
 
-def _csv(text: IO[str], chosen: dict[str, str], notes: list[str]) -> Iterator[_Columns]:
-    """Columns as bytes: a caption that is not UTF-8 costs its row, not the table."""
+def _csv(text: IO[str], selected: dict[str, str], notes: list[str]) -> Iterator[_Columns]:
+    """Yields the columns as bytes, so that a caption that is not UTF-8 makes its row bad, not the table."""
     lines = _Lines(text)
     if not (header := next(lines, "")):
         raise ValueError("an empty file")
     reader = csv.reader(itertools.chain([header], lines), delimiter="\t" if "\t" in header else ",")
     names = next(reader, [])
-    image, caption = (names.index(name) for name in _columns(names, chosen, notes))
-    images, captions, blank, several = list[bytes](), list[bytes](), list[int](), list[int]()
+    image, caption = (names.index(name) for name in _columns(names, selected, notes))
+    images, captions, blank, multiline = list[bytes](), list[bytes](), list[int](), list[int]()
     while True:
         start = reader.line_num + 1
         try:
@@ -241,14 +248,14 @@ def _csv(text: IO[str], chosen: dict[str, str], notes: list[str]) -> Iterator[_C
         if row is None:
             break
         if lines.ended:
-            raise ValueError(f"line {start}: a quote that opens there is not closed before the end of the table")
+            raise ValueError(f"line {start}: the quote that opens there is never closed")
         if len(row) < 2 and not "".join(row).strip():
             blank.append(start)
             continue
         if len(row) != len(names):
-            raise ValueError(f"line {start}: {len(row)} columns, where the header has {len(names)}")
+            raise ValueError(f"line {start}: {len(row)} columns; the header has {len(names)}")
         if reader.line_num > start:
-            several.append(start)
+            multiline.append(start)
         images.append(row[image].encode("latin-1"))
         captions.append(row[caption].encode("latin-1"))
         if len(images) == _CSV_ROWS:
@@ -257,35 +264,35 @@ def _csv(text: IO[str], chosen: dict[str, str], notes: list[str]) -> Iterator[_C
     if images:
         yield images, [None] * len(images), captions
     if blank:
-        notes.append(f"blank lines passed over: {len(blank):,}; first line {blank[0]}")
-    if several:
+        notes.append(f"blank lines skipped: {len(blank):,}; first line {blank[0]}")
+    if multiline:
         notes.append(
-            f"rows that go on in the next line, with a caption of several lines or a quote that is closed rows later: "
-            f"{len(several):,}; first line {several[0]}"
+            "rows that continue on the next line (a caption with line breaks, or a quote that is closed rows later): "
+            f"{len(multiline):,}; first line {multiline[0]}"
         )
 
 
-def _parquet(file: IO[bytes], chosen: dict[str, str], notes: list[str]) -> Iterator[_Columns]:
+def _parquet(file: IO[bytes], selected: dict[str, str], notes: list[str]) -> Iterator[_Columns]:
     table = parquet.ParquetFile(file)
     schema = table.schema_arrow
-    image, caption = _columns(schema.names, chosen, notes)
-    kind, inside = schema.field(image).type, False
+    image, caption = _columns(schema.names, selected, notes)
+    kind, embedded = schema.field(image).type, False
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     struct = "bytes" in fields and _is_bytes(fields["bytes"]) and _is_text(fields.get("path", pa.string()))
-    if not (struct or _is_text(kind) or (inside := _is_bytes(kind))):
-        raise ValueError(f"column {image!r} is {kind}: an image is a path, its bytes, or a struct of bytes and path")
+    if not (struct or _is_text(kind) or (embedded := _is_bytes(kind))):
+        raise ValueError(f"column {image!r} is {kind}: expected paths, bytes, or a struct of bytes and path")
     texts = schema.field(caption).type
     if not (_is_text(_item(texts)) or _is_bytes(_item(texts))):
-        raise ValueError(f"column {caption!r} is {texts}: a caption is text, or a list of texts")
+        raise ValueError(f"column {caption!r} is {texts}: expected texts or lists of texts")
     for batch in table.iter_batches(_PARQUET_ROWS, columns=[image, caption]):
-        found = batch.column(image)
-        rows = found.to_pylist() if struct else found.cast(_TEXT).to_pylist()
-        nothing = [None] * len(rows)
+        values = batch.column(image)
+        rows = values.to_pylist() if struct else values.cast(_TEXT).to_pylist()
+        none = [None] * len(rows)
         if struct:
             paths = [row and row.get("path") and row["path"].encode() for row in rows]
             data = [row and (row["bytes"] or None) for row in rows]
         else:
-            paths, data = (nothing, rows) if inside else (rows, nothing)
+            paths, data = (none, rows) if embedded else (rows, none)
         yield paths, data, batch.column(caption).cast(_TEXTS if _item(texts) != texts else _TEXT).to_pylist()
 
 
@@ -303,20 +310,24 @@ def _item(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if lists else kind
 
 
-def _columns(names: Sequence[str], chosen: dict[str, str], notes: list[str]) -> list[str]:
-    found = []
+def _columns(names: Sequence[str], selected: dict[str, str], notes: list[str]) -> list[str]:
+    """Returns the names of the image column and of the caption column."""
+    result = []
     for key, known in (("image", _IMAGE_COLUMNS), ("caption", _CAPTION_COLUMNS)):
-        wanted = (chosen[key],) if key in chosen else known
-        there = [name for name in wanted if name in names]
-        if not there:
-            shown = ", ".join(names)[:100]
-            raise ValueError(f"no column {' or '.join(wanted)} among {shown}; name it with ?{key}=COLUMN")
-        if names.count(there[0]) > 1:
-            raise ValueError(f"{names.count(there[0])} columns are called {there[0]!r}")
-        if others := there[1:]:
-            notes.append(f"{key}s are of column {there[0]!r}, not of {', '.join(others)}; ?{key}=COLUMN names another")
-        found.append(there[0])
-    return found
+        candidates = (selected[key],) if key in selected else known
+        matches = [name for name in candidates if name in names]
+        if not matches:
+            columns = ", ".join(names)[:100]
+            raise ValueError(f"no column {' or '.join(candidates)} among {columns}; select one with ?{key}=COLUMN")
+        first, *others = matches
+        if names.count(first) > 1:
+            raise ValueError(f"{names.count(first)} columns have the name {first!r}")
+        if others:
+            notes.append(
+                f"{key}s are read from column {first!r}, not {', '.join(others)}; ?{key}=COLUMN selects another"
+            )
+        result.append(first)
+    return result
 
 
 def _is_absolute(path: bytes) -> bool:

@@ -1,47 +1,54 @@
-"""Webdataset tars of images and captions, as img2dataset writes them, at random access."""
+"""Tars of images and captions, as img2dataset writes them for webdataset, at random access.
+
+`members` reads the headers of any tar; exports of CLIP_benchmark (webdataset.py) use it too.
+"""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import io
 import itertools
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.data.files import PassedOver, compression
-from tclip_jax.data.sources.base import FAULTS, MAX_SAMPLE_BYTES, BadSample, Fault, Record, Source, decode_caption
-from tclip_jax.data.sources.patterns import find_files
+from tclip_jax.data.files import SkippedFiles, compression, is_hidden
+from tclip_jax.data.images import SUFFIXES
+from tclip_jax.data.sources.base import (
+    FAULTS,
+    MAX_SAMPLE_BYTES,
+    OPEN_CLIP_ORDER,
+    BadSample,
+    Fault,
+    Record,
+    decode_caption,
+)
 from tclip_jax.data.sources.remote import open_file, read_range, retry
-from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex, open_index
-from tclip_jax.data.sources.tar import OPEN_CLIP_ORDER, Member, first_key, image_of, members, pass_over_rest
-from tclip_jax.data.sources.webdataset import Webdataset
+from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex
 
+_METADATA = re.compile(r"__[^/]*__($|/)")
 _REASONS: dict[Fault, str] = {
-    "no_image": f"no {', '.join(OPEN_CLIP_ORDER)} beside the caption, or an empty one",
-    "no_caption": "no txt beside the image, or an empty one",
-    "duplicate_key": "its key, or one of its files, is there twice",
-    "unsafe_name": "its name leads out of the folder",
-    "too_large": f"its image and caption, with what lies between them, have more than {MAX_SAMPLE_BYTES:,} bytes",
+    "no_image": f"no image ({', '.join(OPEN_CLIP_ORDER)} or another format), or an empty one",
+    "no_caption": "no caption (txt), or an empty one",
+    "duplicate_key": "its key, or one of its files, occurs twice",
+    "unsafe_name": "its name points outside the folder",
+    "too_large": f"its image and caption span more than {MAX_SAMPLE_BYTES:,} bytes of the tar",
 }
 
 
-_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|txz|tbz2?|tzst|zip|7z)$", re.IGNORECASE)
-
-
 class Tars:
-    """The samples of many tars: an image and a `.txt` with its caption, side by side under one key.
+    """The samples of many tars: an image and a `.txt` with its caption, next to each other under one key.
 
-    They are those that open_clip trains on: the first of jpg, png, jpeg and webp, or else another image, and the whole
-    text as one caption.
+    The samples are those of open_clip's training: the image is the first of jpg, png, jpeg and webp, or an image of
+    another format, and the whole text is one caption.
 
-    The headers are read once, into an index in the cache folder; a sample is then one read, also from a remote store,
-    and what has been read from there is kept. A sample without its image or caption, of a key that was there before, or
-    of a name that leads out of a folder is a bad one, and so is the one that stands for the rest of a damaged shard.
+    The headers are read once, into an index in the cache folder. A sample is then one read. Samples of remote stores
+    are cached. A sample is bad if its image or caption is missing, its key occurred before, or its name points outside
+    the folder. One more bad sample stands for the rest of a damaged shard.
     """
 
     classnames: tuple[str, ...] = ()
@@ -51,15 +58,15 @@ class Tars:
 
     @property
     def digest(self) -> str:
-        """Of the contents of the tars."""
+        """Digest of the contents of the tars."""
         return self._index.digest
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Record:
-        shard, place = self._index.locate(index)
-        path, name = self._index.shards[shard], f"{self._index.shards[shard]}/{place}"
+        shard, row = self._index.locate(index)
+        path, name = self._index.shards[shard], f"{self._index.shards[shard]}/{row}"
         start, image, image_size, text, text_size, fault, _ = self._index.sample(index).item()
         kind: Any = FAULTS[fault] if fault else "no_image" if not image_size else "no_caption"
         if fault or not (image_size and text_size):
@@ -69,29 +76,17 @@ class Tars:
         try:
             name = f"{path}/{first_key(data)}"
         except tarfile.TarError as error:
-            raise BadSample("broken_shard", name, f"the shard is not the one that was indexed: {error}") from None
+            raise BadSample("broken_shard", name, f"the shard differs from its index: {error}") from None
         caption = decode_caption(data[text : text + text_size], name)
         return Record(data[image : image + image_size], (caption,) if caption else (), -1, name)
 
 
-def open_webdataset(argument: str, split: str) -> Source:
-    """The tars of a pattern with braces, globs and `::`, local or of URLs, or the split of an export in a folder.
-
-    Raises:
-      FileNotFoundError: a tar or the folder is not there.
-      ValueError: no tar can be read, one is compressed, or the folder is no export.
-    """
-    if _TAR.search(argument) or glob.has_magic(argument) or "{" in argument:
-        return Tars(open_index("tar", find_files(argument), scan))
-    return Webdataset(argument, split)
-
-
 def scan(path: str) -> Scan:
-    """Where the samples of one tar lie.
+    """Finds the samples of a tar.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is compressed.
+      FileNotFoundError: the file does not exist.
+      ValueError: the tar is compressed.
     """
     try:
         return retry(lambda: _scan(path), path)
@@ -104,51 +99,154 @@ def scan(path: str) -> Scan:
 
 
 def _scan(path: str) -> Scan:
-    found, passed = list[Member](), PassedOver()
+    files, skipped = list[Member](), SkippedFiles()
     fault: Fault | None = None
     with open_file(path) as file:
         size = file.seek(0, io.SEEK_END)
         try:
-            for member in members(file, passed):
-                found.append(member)
+            for member in members(file, skipped):
+                files.append(member)
         except tarfile.TarError:
             file.seek(0)
-            if packed := compression(file.read(8)):
-                raise BadSample("broken_shard", path, f"compressed with {packed}") from None
+            if name := compression(file.read(8)):
+                raise BadSample("broken_shard", path, f"compressed with {name}") from None
             fault = "broken_shard" if size else "empty_shard"
-    rows = list(_samples(found, passed))
+    rows = list(_samples(files, skipped))
     if not rows and fault is None:
         fault = "empty_shard"
     if fault:
         rows.append(np.zeros((), SAMPLE))
-    return Scan(size, len(rows), FAULTS.index(fault) if fault else 0, np.array(rows, SAMPLE), passed)
+    return Scan(size, len(rows), FAULTS.index(fault) if fault else 0, np.array(rows, SAMPLE), skipped)
 
 
-def _samples(found: Sequence[Member], passed: PassedOver) -> Iterator[npt.NDArray[np.void]]:
-    """The SAMPLE of every run of files with one key; a file that a run has already begins another."""
-    seen: set[str] = set()
-    for key, run in itertools.groupby(found, lambda member: member.key):
+def _samples(files: Sequence[Member], skipped: SkippedFiles) -> Iterator[npt.NDArray[np.void]]:
+    """Yields a SAMPLE for each run of files with one key. A repeated suffix within a run starts another sample."""
+    keys: set[str] = set()
+    for key, run in itertools.groupby(files, lambda member: member.key):
         samples: list[dict[str, Member]] = [{}]
         for member in run:
             if member.suffix in samples[-1]:
                 samples.append({})
             samples[-1][member.suffix] = member
-        for files in samples:
-            image, text = image_of(files, OPEN_CLIP_ORDER), files.get("txt")
-            pass_over_rest(files, (image, text), passed)
-            yield _sample(image, text, "unsafe_name" if _leads_out(key) else "duplicate_key" if key in seen else None)
-            seen.add(key)
-
-
-def _leads_out(key: str) -> bool:
-    return key.startswith("/") or ".." in key.split("/")
+        unsafe = key.startswith("/") or ".." in key.split("/")
+        for by_suffix in samples:
+            image, text = select_image(by_suffix, OPEN_CLIP_ORDER), by_suffix.get("txt")
+            skip_unused(by_suffix, (image, text), skipped)
+            yield _sample(image, text, "unsafe_name" if unsafe else "duplicate_key" if key in keys else None)
+            keys.add(key)
 
 
 def _sample(image: Member | None, text: Member | None, fault: Fault | None) -> npt.NDArray[np.void]:
-    wanted = [member for member in (image, text) if member]
-    start = min((member.header for member in wanted), default=0)
-    too_large = max((member.stop for member in wanted), default=0) - start > MAX_SAMPLE_BYTES
+    files = [member for member in (image, text) if member]
+    start = min((member.header for member in files), default=0)
+    too_large = max((member.stop for member in files), default=0) - start > MAX_SAMPLE_BYTES
     if fault or too_large:
         return np.array((start, 0, 0, 0, 0, FAULTS.index(fault or "too_large"), b""), SAMPLE)
     spans = [(member.start - start, member.stop - member.start) if member else (0, 0) for member in (image, text)]
     return np.array((start, *spans[0], *spans[1], 0, b""), SAMPLE)
+
+
+class Member(NamedTuple):
+    """A file in a tar.
+
+    Attributes:
+      key: its name up to the first dot of the file name; the files of a sample have one key.
+      suffix: the rest of its name in lower case, without the dot.
+      header: byte at which its header starts.
+      start, stop: its bytes [start, stop).
+    """
+
+    key: str
+    suffix: str
+    header: int
+    start: int
+    stop: int
+
+
+def members(file: IO[bytes], skipped: SkippedFiles) -> Iterator[Member]:
+    """Yields the files of a tar that have a key and a suffix, in order. Nothing in a header is trusted.
+
+    Args:
+      file: the open tar.
+      skipped: counts all other files; folders are not counted.
+
+    Raises:
+      tarfile.TarError: the tar is truncated or damaged; raised after the last complete member.
+    """
+    size, end = file.seek(0, io.SEEK_END), 0
+    file.seek(0)
+    with _only_tar_errors(), tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            start, stop = member.offset_data, member.offset_data + member.size
+            # A false size may point beyond the file, or backwards, which would never end.
+            if not end <= start <= stop <= size:
+                raise tarfile.TarError(f"{member.name[:80]!r} does not lie within the file")
+            end = stop
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
+            name = split_name(member.name)
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                skipped.add(member.name, "link, device or sparse file")
+            elif _METADATA.match(member.name):
+                skipped.add(member.name, "webdataset metadata (__…__)")
+            # webdataset reads the ._x.jpg that macOS adds next to x.jpg as another sample, which splits x in two.
+            elif is_hidden(member.name.rpartition("/")[2]) or "__MACOSX" in member.name.split("/"):
+                skipped.add(member.name, "hidden")
+            elif not name:
+                skipped.add(member.name, "without a suffix")
+            else:
+                yield Member(name[0], name[1].lower(), member.offset, start, stop)
+        file.seek(tar.offset)
+        # tarfile reads a damaged header as the end of the tar.
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.TarError(f"damaged header at byte {tar.offset}")
+
+
+def select_image(files: Mapping[str, Member], order: Sequence[str]) -> Member | None:
+    """Returns the image among the files of a sample, by suffix: the first in `order`, else any image format."""
+    others = (suffix for suffix in sorted(files) if f".{suffix}" in SUFFIXES)
+    return next((files[suffix] for suffix in (*order, *others) if suffix in files), None)
+
+
+def skip_unused(files: Mapping[str, Member], used: Sequence[Member | None], skipped: SkippedFiles) -> None:
+    """Counts the files of a sample that are not used."""
+    for member in files.values():
+        if member not in used:
+            skipped.add(f"{member.key}.{member.suffix}", f".{member.suffix}")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Splits the name of a member into key and suffix as webdataset does: at the first dot after the last slash.
+
+    Returns None for a file that belongs to no sample. webdataset's pattern `((?:.*/|)[^.]+)[.]([^/]*)` is equivalent,
+    but takes quadratic time, and a header may have a name of a million characters.
+    """
+    dot = name.find(".", name.rfind("/") + 1)
+    rooted = f"/{name[:dot]}"
+    if dot < 0 or "/" not in rooted[rooted.rfind(".") + 1 : -1]:
+        return None
+    return name[:dot], name[dot + 1 :]
+
+
+def first_key(data: bytes) -> str:
+    """Returns the key of the member whose header starts `data`. Characters that are not UTF-8 are replaced.
+
+    Raises:
+      tarfile.TarError: `data` does not start with the header of a file of a sample.
+    """
+    file = io.BytesIO(data)
+    with _only_tar_errors(), tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        member = tar.next()
+    if member is None or not (name := split_name(member.name)):
+        raise tarfile.TarError("no file of a sample starts there")
+    return name[0]
+
+
+@contextlib.contextmanager
+def _only_tar_errors() -> Iterator[None]:
+    """Converts the errors of tarfile for a number in a header that is invalid, or too large for memory."""
+    try:
+        yield
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise tarfile.TarError(f"damaged header ({type(error).__name__}: {error})") from None

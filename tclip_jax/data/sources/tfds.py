@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared as ArrayRecord, read at random access without TensorFlow."""
+"""Data sets that TensorFlow Datasets prepared as ArrayRecord, at random access and without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CAPTION_FEATURES = ("caption", "captions", "text", "texts")
 class Tfds:
     """A prepared data set, `<name>[/config][:version][@<data_dir>]`; `split` may be a slice such as `train[:10%]`.
 
-    Labelled if it has the features `image` and `label` (a ClassLabel); captioned if it has `image` and a text feature
-    called `caption`, `captions`, `text` or `texts` (a Text, a Sequence of Text, or of dicts with a `text`). Images
-    stay encoded. The data is found by its files alone, so the code that prepared it is not needed.
+    The data is labelled if it has the features `image` and `label` (a ClassLabel). It is captioned if it has `image`
+    and a feature `caption`, `captions`, `text` or `texts`: a Text, or a Sequence of Text or of dicts with a `text`.
+    Images stay encoded. Only the files are read; the code that prepared them is not needed.
     """
 
     classnames: tuple[str, ...]
@@ -34,13 +34,13 @@ class Tfds:
         self.classnames = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
         self._captions = next((key for key in _CAPTION_FEATURES if key in features and not self.classnames), None)
         if "image" not in features or not (self.classnames or self._captions):
-            wanted = f"image and a ClassLabel label, or image and one of {', '.join(_CAPTION_FEATURES)}"
-            raise ValueError(f"tfds:{name}: has the features {', '.join(sorted(features))}; needs {wanted}")
+            needed = f"image and a ClassLabel label, or image and one of {', '.join(_CAPTION_FEATURES)}"
+            raise ValueError(f"tfds:{name}: has the features {', '.join(sorted(features))}; needs {needed}")
         self._name, self._info, self._split = f"{name}/{split}", builder.info, split
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the contents of the record files, which records of each are read, and the names of the classes."""
+        """Digest of the contents of the record files, the records that are read of each, and the class names."""
         return combined([*self.classnames, self._captions or "", *record_contents(self._info, self._split)])
 
     def __len__(self) -> int:
@@ -55,21 +55,29 @@ class Tfds:
 
 
 def open_prepared(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
-    """The builder of a prepared data set and the records of a split, whose images stay encoded.
+    """Opens a prepared data set.
+
+    Args:
+      name: `<name>[/config][:version]`.
+      split: name or slice of a split.
+      data_dir: folder of prepared data sets; "" for the default of TFDS.
+
+    Returns:
+      The builder, and the records of the split; images stay encoded.
 
     Raises:
-      FileNotFoundError: it is not prepared in `data_dir`, or "" for the usual place; or a file is not there.
-      ValueError: it is prepared otherwise or damaged, or has no such split; one line.
+      FileNotFoundError: the data set is not prepared in `data_dir`, or a file is missing.
+      ValueError: the data set has another file format, is damaged, or has no such split. The message is one line.
     """
-    where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    there = f" --data_dir={data_dir}" if data_dir else ""
-    remedy = f"prepare it with `tfds build {name} --file_format=array_record{there}`"
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    option = f" --data_dir={data_dir}" if data_dir else ""
+    remedy = f"prepare it with `tfds build {name} --file_format=array_record{option}`"
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
-        raise FileNotFoundError(f"tfds:{name}: not prepared in {where}; {remedy}") from None
-    # A malformed name, the same data set in several places, a copy without or with a half dataset_info.json: TFDS
-    # raises its own kinds of errors, and explains at length.
+        raise FileNotFoundError(f"tfds:{name}: not prepared in {folder}; {remedy}") from None
+    # TFDS raises its own types, with long messages: for an invalid name, a data set in several folders, a missing or
+    # damaged dataset_info.json.
     except Exception as error:
         raise ValueError(f"tfds:{name}: {str(error).partition(chr(10))[0]}") from None
     features = builder.info.features.items()
@@ -90,29 +98,34 @@ def open_prepared(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
 
 
 def read_record(records: Any, index: int, name: str) -> dict[str, Any]:
-    """One of the records that `open_prepared` gives.
+    """Reads one of the records that `open_prepared` returns.
+
+    Args:
+      records: the records.
+      index: index of the record.
+      name: name of the sample, for the error.
 
     Raises:
-      BadSample: it cannot be read.
+      BadSample: the record cannot be read.
     """
     try:
         record = records[index]
-        if any(value is None for value in record.values()):  # what comes of a file that ends within its records
-            raise ValueError("nothing is there: its file was cut short")
+        if any(value is None for value in record.values()):  # the file ends before this record
+            raise ValueError("no data: its file is truncated")
     except (RuntimeError, ValueError) as error:
         raise BadSample("corrupt_record", name, f"ArrayRecord cannot read it ({error})") from None
     return record
 
 
 def record_contents(info: tfds.core.DatasetInfo, split: str) -> list[str]:
-    """Which records a split reads of each of its files, and the contents of these."""
+    """Returns the range of records that a split reads of each file, and the digests of the files."""
     parts = info.splits[split].file_instructions
     spans = [f"{part.skip}+{part.take} of {part.examples_in_shard}" for part in parts]
     return [*spans, *contents([os.fspath(part.filename) for part in parts], total=len(parts))]
 
 
 def _texts(value: Any, name: str) -> Iterator[str]:
-    """Every text in a decoded feature, which is bytes, a sequence of them, or a dict that has them as `text`."""
+    """Yields the texts of a decoded feature: bytes, a sequence of bytes, or dicts with bytes as `text`."""
     if isinstance(value, bytes):
         yield decode_caption(value, name)
         return

@@ -1,8 +1,9 @@
-"""Webdataset exports of CLIP_benchmark, tar files at random access: the form in which the evaluation data is shared."""
+"""The sources of `wds:`: tars of images and captions, and the exports of CLIP_benchmark, the usual evaluation data."""
 
 from __future__ import annotations
 
 import functools
+import glob
 import io
 import itertools
 import re
@@ -13,10 +14,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from tclip_jax.data.files import PassedOver, compression, is_hidden, read_lines, split_lines
-from tclip_jax.data.sources.base import Record, decode_caption
+from tclip_jax.data.files import SkippedFiles, compression, is_hidden, read_lines, split_lines
+from tclip_jax.data.sources.base import Record, Source, decode_caption
 from tclip_jax.data.sources.content import combined, contents
-from tclip_jax.data.sources.tar import CLIP_BENCHMARK_ORDER, Member, image_of, members, pass_over_rest
+from tclip_jax.data.sources.patterns import find_files
+from tclip_jax.data.sources.shard_index import open_index
+from tclip_jax.data.sources.tars import Member, Tars, members, scan, select_image, skip_unused
 from tclip_jax.pages import printable
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -24,8 +27,23 @@ Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 DATASET_TYPE, SHARD_COUNT = "dataset_type.txt", "nshards.txt"
 
+# If a sample has several images, exports of CLIP_benchmark use the first of these suffixes.
+_IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
 _TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-_MAX_TEXT = 1 << 24  # bytes of a text file beside the shards; the largest list of class names has 20 kB
+_MAX_TEXT = 1 << 24  # bytes of a text file of an export; the largest list of class names has 20 kB
+_TAR = re.compile(r"\.(tar(\.\w+)?|tgz|txz|tbz2?|tzst|zip|7z)$", re.IGNORECASE)
+
+
+def open_webdataset(argument: str, split: str) -> Source:
+    """Opens the tars of a pattern (braces, globs, `::`, paths or URLs), or a split of an export in a folder.
+
+    Raises:
+      FileNotFoundError: a tar or the folder does not exist.
+      ValueError: no tar can be read, a tar is compressed, or the folder is not an export.
+    """
+    if _TAR.search(argument) or glob.has_magic(argument) or "{" in argument:
+        return Tars(open_index("tar", find_files(argument), scan))
+    return Webdataset(argument, split)
 
 
 class _Sample(NamedTuple):
@@ -36,20 +54,22 @@ class _Sample(NamedTuple):
 
 
 class Webdataset:
-    """`<folder>/<split>/{nshards.txt,0.tar,1.tar,…}`, with what is in `<folder>` beside them.
+    """An export of CLIP_benchmark: `<folder>/<split>/{nshards.txt,0.tar,1.tar,…}` and text files in `<folder>`.
 
-    A sample is a run of members with one key: an image with a `.cls` (a class), an `.npy` (a 0/1 vector over the
-    classes) or a `.txt` (captions, one per line), as `dataset_type.txt` says: absent, `multilabel`, `retrieval`. Class
-    names are the lines of `classnames.txt`; one may be empty. The tar headers are read once; records are read when
-    asked for. A sample without an image has no bytes, one without a whole target has label −1 or no captions.
+    A sample is a run of members with one key: an image and its target. `dataset_type.txt` selects the target: `.cls`, a
+    class, if the file does not exist; `.npy`, a 0/1 vector over the classes, for `multilabel`; `.txt`, one caption per
+    line, for `retrieval`. The lines of `classnames.txt` are the class names; a line may be blank. The tar headers are
+    read once, and records when they are used. A sample without an image has empty bytes. A sample without a valid
+    target has label −1, or no captions.
 
     Attributes:
       kind: classification, multilabel or retrieval.
-      classnames: of the labels; empty for captions.
+      classnames: the class names; empty for retrieval.
 
     Raises:
-      FileNotFoundError: no such folder, or a file is missing.
-      ValueError: a shard that is no whole tar file, or a text file that cannot be right; one line naming it.
+      FileNotFoundError: the folder or a file does not exist.
+      ValueError: a shard is not a complete tar file, or a text file is invalid. The message is one line and names the
+        file.
     """
 
     classnames: tuple[str, ...]
@@ -58,13 +78,11 @@ class Webdataset:
         self._folder = epath.Path(argument).expanduser()
         self._split = split
         if self._folder.exists() and not self._folder.is_dir():
-            raise ValueError(
-                f"{self._folder}: a file, where an export of CLIP_benchmark, a folder, or tars are expected"
-            )
+            raise ValueError(f"{self._folder}: a file; expected tars, or the folder of an export of CLIP_benchmark")
         if not self._folder.is_dir():
-            raise FileNotFoundError(f"{self._folder}: no such folder; it holds a webdataset export of CLIP_benchmark")
+            raise FileNotFoundError(f"{self._folder}: no such folder; expected a webdataset export of CLIP_benchmark")
         if not (self._folder / split).is_dir() and any(path.name.endswith(".tar") for path in self._folder.iterdir()):
-            raise ValueError(f"{self._folder}: a folder of tars, and no export: write wds:{self._folder}/*.tar")
+            raise ValueError(f"{self._folder}: a folder of tars, not an export: write wds:{self._folder}/*.tar")
         count_file = self._folder / split / SHARD_COUNT
         count = " ".join(_read_lines(count_file)).strip()
         if not re.fullmatch(r"[1-9]\d{0,5}", count):
@@ -75,24 +93,25 @@ class Webdataset:
             raise ValueError(f"{type_file}: {kind[:40]!r} is not one of {', '.join(_TARGET_SUFFIXES)}")
         self.kind: Kind = kind
         self.classnames = () if self.kind == "retrieval" else self._lines(CLASSNAMES)
-        self._count, passed = int(count), PassedOver()
-        self._samples = [sample for shard in range(self._count) for sample in self._index(shard, passed)]
+        self._count, skipped = int(count), SkippedFiles()
+        self._samples = [sample for shard in range(self._count) for sample in self._index(shard, skipped)]
         shards = {f"{shard}.tar" for shard in range(self._count)}
         for path in sorted((self._folder / split).iterdir()):
             if path.name not in (*shards, SHARD_COUNT) and not is_hidden(path.name):
-                passed.add(path.name, f"of more shards than {SHARD_COUNT} says" if path.suffix == ".tar" else "")
-        self.notes = [f"{self._folder}/{split}: {passed}"] if passed.kinds else []
+                skipped.add(path.name, f"shard not counted in {SHARD_COUNT}" if path.suffix == ".tar" else "")
+        self.notes = [f"{self._folder}/{split}: {skipped}"] if skipped.kinds else []
         if "" in self.classnames:
-            self.notes.append(f"{self._folder / CLASSNAMES}: line {self.classnames.index('') + 1} names no class")
+            line = self.classnames.index("") + 1
+            self.notes.append(f"{self._folder / CLASSNAMES}: line {line} is blank, so its class has no name")
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The captions of a class, with `{c}` for its name: the lines of zeroshot_classification_templates.txt."""
+        """The caption templates, with `{c}` for the class name: the lines of zeroshot_classification_templates.txt."""
         return self._lines(TEMPLATES)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the contents of the tars and the templates, and the kind and names of the classes."""
+        """Digest of the contents of the tars and the templates, the kind, and the class names."""
         files = [*map(self._shard, range(self._count)), self._folder / TEMPLATES]
         return combined([self.kind, *self.classnames, *contents(map(str, files), total=len(files))])
 
@@ -101,18 +120,19 @@ class Webdataset:
 
     def __getitem__(self, index: int) -> Record:
         shard, key, image, target = self._samples[index]
-        wanted = [member for member in (image, target) if member]
-        start = min((member.start for member in wanted), default=0)
-        # The members of a sample lie side by side: one read fetches them, which counts on object stores.
+        files = [member for member in (image, target) if member]
+        start = min((member.start for member in files), default=0)
+        # The members of a sample are adjacent: one read fetches them, which matters on object stores.
         with self._shard(shard).open("rb") as file:
             file.seek(start)
-            data = file.read(max((member.stop for member in wanted), default=0) - start)
-        pixels, found = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
+            data = file.read(max((member.stop for member in files), default=0) - start)
+        pixels, label = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
         name = printable(f"{self._folder.name}/{self._split}/{shard}.tar/{key}")
         if self.kind == "retrieval":
-            return Record(pixels, tuple(split_lines(decode_caption(found, name))), -1, name)
-        label = _multi_hot(found, len(self.classnames)) if self.kind == "multilabel" else _integer(found)
-        return Record(pixels, (), label, name)
+            return Record(pixels, tuple(split_lines(decode_caption(label, name))), -1, name)
+        if self.kind == "multilabel":
+            return Record(pixels, (), _multi_hot(label, len(self.classnames)), name)
+        return Record(pixels, (), _class_index(label), name)
 
     def _shard(self, number: int) -> epath.Path:
         return self._folder / self._split / f"{number}.tar"
@@ -120,53 +140,53 @@ class Webdataset:
     def _lines(self, name: str) -> tuple[str, ...]:
         return tuple(_read_lines(self._folder / name))
 
-    def _index(self, shard: int, passed: PassedOver) -> Iterator[_Sample]:
+    def _index(self, shard: int, skipped: SkippedFiles) -> Iterator[_Sample]:
         path = self._shard(shard)
-        for key, group in itertools.groupby(_members(path, passed), lambda member: member.key):
+        for key, run in itertools.groupby(_members(path, skipped), lambda member: member.key):
             files: dict[str, Member] = {}
-            for member in group:
+            for member in run:
                 if member.suffix in files:
-                    raise ValueError(f"{path}: {key}.{member.suffix} is there twice")
+                    raise ValueError(f"{path}: {key}.{member.suffix} occurs twice")
                 files[member.suffix] = member
-            image, target = image_of(files, CLIP_BENCHMARK_ORDER), files.get(_TARGET_SUFFIXES[self.kind])
-            pass_over_rest(files, (image, target), passed)
+            image, target = select_image(files, _IMAGE_ORDER), files.get(_TARGET_SUFFIXES[self.kind])
+            skip_unused(files, (image, target), skipped)
             yield _Sample(shard, key, image, target)
 
 
-def _members(path: epath.Path, passed: PassedOver) -> Iterator[Member]:
+def _members(path: epath.Path, skipped: SkippedFiles) -> Iterator[Member]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file, which {SHARD_COUNT} beside it counts")
+        raise FileNotFoundError(f"{path}: no such file, although {SHARD_COUNT} counts it")
     with path.open("rb") as file:
         try:
-            yield from members(file, passed)
+            yield from members(file, skipped)
         except tarfile.TarError as error:
             file.seek(0)
-            if packed := compression(file.read(8)):
-                raise ValueError(f"{path}: compressed with {packed}") from None
-            raise ValueError(f"{path}: not a whole tar file: {error}") from None
+            if name := compression(file.read(8)):
+                raise ValueError(f"{path}: compressed with {name}") from None
+            raise ValueError(f"{path}: not a complete tar file: {error}") from None
 
 
 def _read_lines(path: epath.Path) -> list[str]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file, which a webdataset export of CLIP_benchmark has")
+        raise FileNotFoundError(f"{path}: no such file; a webdataset export of CLIP_benchmark has one")
     return read_lines(path, _MAX_TEXT)
 
 
-def _integer(text: bytes) -> int:
+def _class_index(text: bytes) -> int:
     return int(text) if re.fullmatch(rb"\s*\d{1,9}\s*", text) else -1
 
 
 def _multi_hot(data: bytes, classes: int) -> np.ndarray:
-    """The vector (classes,) int32 in an .npy file; −1 everywhere if there is none of 0 and 1 of that length."""
-    nothing = np.full(classes, -1, np.int32)
+    """Returns the vector (classes,) int32 of an .npy file; −1 everywhere unless it has this shape and only 0 and 1."""
+    invalid = np.full(classes, -1, np.int32)
     file = io.BytesIO(data)
     try:
         if np.lib.format.read_magic(file) != (1, 0):
-            return nothing
+            return invalid
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         if shape != (classes,) or dtype.kind not in "biuf":
-            return nothing
+            return invalid
         vector = np.frombuffer(data, dtype, classes, file.tell())
-    except Exception:  # from a broken header also a TokenError, a MemoryError and more
-        return nothing
-    return vector.astype(np.int32) if np.isin(vector, (0, 1)).all() else nothing
+    except Exception:  # a damaged header raises many types, such as TokenError and MemoryError
+        return invalid
+    return vector.astype(np.int32) if np.isin(vector, (0, 1)).all() else invalid

@@ -1,4 +1,4 @@
-"""The same four images and captions in every form that a source reads."""
+"""The same four images and captions in every layout that a source reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES, CAPTIONS = 4, ("a red square", "a cat on a mat", "no dog", "a tall tree"
 
 
 def png(shade: int) -> bytes:
-    """All of one length, whatever the shade."""
+    """Returns an image whose file size does not depend on the shade."""
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4), (shade, 200, 100)).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
@@ -121,7 +121,7 @@ def mixture(root: pathlib.Path, images: list[bytes], captions: Sequence[str]) ->
 
 
 def shade_of(record: Record) -> int:
-    """Of the image."""
+    """Returns the shade of a record's image."""
     assert isinstance(record.image, bytes)
     return int(np.asarray(Image.open(io.BytesIO(record.image)))[0, 0, 0])
 

@@ -43,7 +43,7 @@ def test_records_of_several_files(tmp_path: pathlib.Path) -> None:
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
-def test_every_text_is_one_caption_and_what_cannot_be_used_is_named(tmp_path: pathlib.Path) -> None:
+def test_every_text_is_a_caption_and_other_examples_are_bad_samples(tmp_path: pathlib.Path) -> None:
     numbers = tf_example_pb2.Example()
     numbers.features.feature["image"].int64_list.value.extend([1, 2])
     records = [example(text=["two\nlines\u2028".encode(), b"b"], png=[b"x"]), numbers.SerializeToString()]
@@ -51,7 +51,9 @@ def test_every_text_is_one_caption_and_what_cannot_be_used_is_named(tmp_path: pa
     write(tmp_path / "0.array_record", records)
     source = open_source(f"arrayrecord:{tmp_path}/0.array_record", "train")
     assert source[0].captions == ("two\nlines", "b") and source[3].image == b"z"
-    with pytest.raises(BadSample, match=r"/1: no bytes called image or image/encoded or .* in an Example with image$"):
+    with pytest.raises(
+        BadSample, match=r"/1: no bytes in any of the features image, image/encoded, .*; the Example has image$"
+    ):
         source[1]
     with pytest.raises(BadSample, match=r"/2: 2 images in one Example$"):
         source[2]
@@ -69,19 +71,19 @@ def test_damaged_files(tmp_path: pathlib.Path) -> None:
     assert [kind(source, i) for i in (40, 41, 42)] == ["broken_shard", "empty_shard", "broken_shard"]
 
 
-def test_a_file_that_has_changed_is_not_taken_for_the_one_that_was_indexed(tmp_path: pathlib.Path) -> None:
+def test_a_file_that_changed_after_indexing_is_not_read(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "0.array_record"
     write(path, [example(image=[bytes(9)], caption=[b"a"])] * 4)
     first = open_source(f"arrayrecord:{path}", "train")
     write(path, [example(image=[os.urandom(100_000)], caption=[b"another"])] * 5)
-    with pytest.raises(BadSample, match=r"0\.array_record: the file was changed after it was indexed: start again"):
+    with pytest.raises(BadSample, match=r"0\.array_record: the file was changed after it was indexed: restart"):
         first[0]
     second = open_source(f"arrayrecord:{path}", "train")
     assert second[4].captions == ("another",) and len(second) == 5
 
 
-def test_what_is_refused(tmp_path: pathlib.Path) -> None:
+def test_missing_files_and_urls_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.array_record"):
         open_source(f"arrayrecord:{tmp_path}/none.array_record", "train")
-    with pytest.raises(ValueError, match="its reader opens local paths alone"):
+    with pytest.raises(ValueError, match="ArrayRecord's reader opens only local paths"):
         open_source("arrayrecord:gs://bucket/*.array_record", "train")

@@ -1,4 +1,4 @@
-"""What data is: another digest for any other byte, the same one for a copy."""
+"""The digest of data changes with any byte and is equal for a copy."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ from tests.data.sources.layouts import (
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_swapped_files_of_equal_names_sizes_and_times_are_other_data(layout: Layout, tmp_path: pathlib.Path) -> None:
+def test_replaced_files_of_equal_names_sizes_and_times_change_the_digest(
+    layout: Layout, tmp_path: pathlib.Path
+) -> None:
     spec = laid_out(layout, tmp_path / "data", (1, 2, 3, 4))
     source = open_source(spec, "train")
-    before, was = digest(source), files_of(tmp_path / "data")
+    before, original = digest(source), files_of(tmp_path / "data")
     assert digest(open_source(spec, "train")) == digest(pickle.loads(pickle.dumps(source))) == before
 
-    # What differs is one shade in one image, or one letter in one caption; the files take the places of the others.
+    # One shade of one image, or one letter of one caption, differs; the new files replace the others.
     changed: list[tuple[tuple[int, ...], Sequence[str]]] = [((1, 2, 3, 5), CAPTIONS)]
     if layout not in UNCAPTIONED:
         changed.append(((1, 2, 3, 4), (*CAPTIONS[:3], "a tall free")))
-    found = {before}
+    digests = {before}
     for number, (shades, captions) in enumerate(changed):
-        other = tmp_path / f"other{number}"
-        laid_out(layout, other, shades, captions)
-        assert files_of(other).keys() == was.keys()
-        for name, status in was.items():
-            assert (other / name).stat().st_size == status.st_size, name
-            (tmp_path / "data" / name).write_bytes((other / name).read_bytes())
+        new = tmp_path / f"new{number}"
+        laid_out(layout, new, shades, captions)
+        assert files_of(new).keys() == original.keys()
+        for name, status in original.items():
+            assert (new / name).stat().st_size == status.st_size, name
+            (tmp_path / "data" / name).write_bytes((new / name).read_bytes())
             os.utime(tmp_path / "data" / name, ns=(status.st_atime_ns, status.st_mtime_ns))
-        found.add(digest(open_source(spec, "train")))
-    assert len(found) == 1 + len(changed)
+        digests.add(digest(open_source(spec, "train")))
+    assert len(digests) == 1 + len(changed)
 
-    # What is read is what is there now, and the first data again are the first data.
+    # The restored files have the first digest, and their records are read.
     laid_out(layout, tmp_path / "again", (1, 2, 3, 4))
-    for name in was:
+    for name in original:
         (tmp_path / "data" / name).write_bytes((tmp_path / "again" / name).read_bytes())
     again = open_source(spec, "train")
     assert digest(again) == before
@@ -60,9 +62,7 @@ def test_swapped_files_of_equal_names_sizes_and_times_are_other_data(layout: Lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_copy_in_another_place_is_the_same_data(
-    layout: Layout, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_has_the_same_digest(layout: Layout, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = laid_out(layout, tmp_path / "data", (1, 2, 3, 4))
     before = digest(open_source(spec, "train"))
     shutil.copytree(tmp_path / "data", tmp_path / "elsewhere" / "copy")
@@ -71,12 +71,12 @@ def test_a_copy_in_another_place_is_the_same_data(
     assert digest(open_source(spec.replace("/data", "/elsewhere/copy"), "train")) == before
 
 
-def test_a_class_by_another_name_a_slice_and_another_order_are_other_data(tmp_path: pathlib.Path) -> None:
+def test_class_names_slices_and_order_change_the_digest(tmp_path: pathlib.Path) -> None:
     spec = laid_out(labelled_folder, tmp_path / "folder", (1, 2, 3, 4))
     before = digest(open_source(spec, "train"))
     (tmp_path / "folder" / "train" / "cat").rename(tmp_path / "folder" / "train" / "cow")
     renamed = digest(open_source(spec, "train"))
-    (tmp_path / "folder" / "train" / "ant").mkdir()  # an empty class moves the labels of the others
+    (tmp_path / "folder" / "train" / "ant").mkdir()  # an empty class shifts the labels of the others
     assert len({before, renamed, digest(open_source(spec, "train"))}) == 3
 
     spec = laid_out(prepared, tmp_path / "tfds", (1, 2, 3, 4))
@@ -90,8 +90,8 @@ def test_a_class_by_another_name_a_slice_and_another_order_are_other_data(tmp_pa
     assert len({digest(open_source(f"mixture:{weight}*digits+1*digits", "train")) for weight in (1, 2)}) == 2
 
 
-def test_a_source_of_any_other_kind_is_told_by_its_records() -> None:
-    class Own:
+def test_the_digest_of_a_custom_source_is_of_its_records() -> None:
+    class Custom:
         classnames = ("cat", "dog")
 
         def __init__(self, *records: Record | None) -> None:
@@ -117,6 +117,6 @@ def test_a_source_of_any_other_kind_is_told_by_its_records() -> None:
         Record(pixels, (), np.array([0, 1]), "x"),
         None,
     ]
-    sources: list[Source] = [Own(record) for record in records]
+    sources: list[Source] = [Custom(record) for record in records]
     assert len({digest(source) for source in sources}) == len(records)
-    assert digest(Own(records[0])) == digest(Own(Record(b"image", ("a", "b"), 0, "another name")))
+    assert digest(Custom(records[0])) == digest(Custom(Record(b"image", ("a", "b"), 0, "another name")))

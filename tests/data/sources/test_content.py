@@ -1,4 +1,4 @@
-"""What files hold: read once, known again, and told by their store where they are remote."""
+"""Digests of files: each local file is read once; remote files are identified by their store."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_file_is_read_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(content, "_read", lambda path, really=content._read: (read.append(path), really(path))[1])
     expected = [hashlib.blake2b(pathlib.Path(path).read_bytes(), digest_size=16).hexdigest() for path in paths]
 
-    # What was written just now may be written again within the same tick of the clock, so it is not remembered.
+    # A file written just now may be written again within the same clock tick, so its digest is not stored.
     assert list(contents([*paths, paths[0]])) == [*expected, expected[0]] and sorted(read) == sorted(paths)
     assert list(contents(paths)) == expected and len(read) == 6
     monkeypatch.setattr(content, "_RECENT_NS", 0)
     assert list(contents(paths)) == expected and len(read) == 9
     assert list(contents(paths)) == expected and len(read) == 9
 
-    # A file in the place of another, with its size and times, has another inode and another time of change.
+    # A file that replaces another with the same size and times has another inode and another ctime.
     (tmp_path / "new").write_bytes(b"x" * os.path.getsize(paths[0]))
     os.utime(tmp_path / "new", ns=(0, os.stat(paths[0]).st_mtime_ns))
     (tmp_path / "new").replace(paths[0])
@@ -47,7 +47,7 @@ def test_a_file_is_read_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("broken", [b"no database" * 100, None])
-def test_without_its_memory_files_are_read_again(
+def test_without_the_database_files_are_read_again(
     tmp_path: pathlib.Path,
     own_cache: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -60,16 +60,16 @@ def test_without_its_memory_files_are_read_again(
     else:
         (tmp_path / "file").touch()
         monkeypatch.setenv("TCLIP_CACHE_DIR", str(tmp_path / "file" / "folder"))
-    content._said.clear()
+    content._warnings.clear()
     for _ in range(2):
         assert list(contents([str(tmp_path / "a")])) == [hashlib.blake2b(b"a", digest_size=16).hexdigest()]
-    assert len(caplog.messages) == 1 and "content.sqlite cannot be used, so files are read" in caplog.text
+    assert len(caplog.messages) == 1 and "content.sqlite cannot be used, so every start reads all files" in caplog.text
 
 
-def test_what_is_no_file_is_never_waited_for(tmp_path: pathlib.Path) -> None:
+def test_pipes_and_large_files_are_not_read(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with open(tmp_path / "large", "wb") as file:
-        file.truncate(1 << 40)  # a hole: reading it would take an hour
+        file.truncate(1 << 40)  # a sparse file: reading it would take an hour
     names = ("pipe", "", "nothing", "pipe/x", "large")
     assert list(contents([str(tmp_path / name) for name in names], max_bytes=1 << 28)) == [
         *("no regular file", "no regular file", "missing", "missing"),
@@ -78,7 +78,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: pathlib.Path) -> None:
 
 
 class Store(LocalFileSystem):
-    """Local files behind URLs, with what is stated of them."""
+    """Local files behind URLs, with metadata that a test sets."""
 
     protocol = "stating"
     stated: dict[str, Any] = {}  # noqa: RUF012
@@ -90,15 +90,15 @@ class Store(LocalFileSystem):
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         self.asked.append(path)
-        found = super().info(path, **options)
-        return {"name": path, "size": found["size"], "type": found["type"], **self.stated}
+        status = super().info(path, **options)
+        return {"name": path, "size": status["size"], "type": status["type"], **self.stated}
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Store]]:
     fsspec.register_implementation("stating", Store, clobber=True)
     monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0,))
-    content._said.clear()
+    content._warnings.clear()
     remote.mirror.cache_clear()
     Store.stated, Store.asked = {}, []
     yield Store
@@ -116,19 +116,19 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Store]]:
         ({"generation": "1"}, {"generation": "2"}),
     ],
 )
-def test_a_remote_file_is_known_by_the_checksum_of_its_store(
+def test_the_checksum_of_its_store_identifies_a_remote_file(
     store: type[Store], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, first: Any, second: Any
 ) -> None:
     spec = laid_out(tars, tmp_path, (1, 2, 3, 4)).replace("wds:", "wds:stating://")
     store.stated = first
     before = open_source(spec, "train")
-    told, image = digest(before), before[0].image
+    digest_before, image = digest(before), before[0].image
     laid_out(tars, tmp_path, (9, 2, 3, 4))
-    # Nothing is read of a file of which the store says the same; of another one no copy and no index is used.
-    assert digest(open_source(spec, "train")) == told and open_source(spec, "train")[0].image == image
+    # With an equal checksum no file is read; with another one neither the cached samples nor the index are used.
+    assert digest(open_source(spec, "train")) == digest_before and open_source(spec, "train")[0].image == image
     store.stated = second
     after = open_source(spec, "train")
-    assert digest(after) != told and shade_of(after[0]) == 9
+    assert digest(after) != digest_before and shade_of(after[0]) == 9
     assert not caplog.messages
 
 
@@ -136,28 +136,28 @@ def test_a_store_without_checksums_is_named_once(
     store: type[Store], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = laid_out(tars, tmp_path, (1, 2, 3, 4)).replace("wds:", "wds:stating://")
-    found = []
+    digests = []
     for stated in ({"mtime": 1.0}, {"mtime": 2.0}, {}):
         store.stated = stated
-        found.append(digest(open_source(spec, "train")))
-    assert len(set(found)) == 3
+        digests.append(digest(open_source(spec, "train")))
+    assert len(set(digests)) == 3
     assert caplog.messages == [
-        f"stating:// states no checksum of its files: they are known by size{known}, so one that is replaced by "
-        "another of the same goes unnoticed"
-        for known in (" and time", "")
+        f"stating:// gives no checksums: files are identified by {known}, so replacing a file by one with the same "
+        f"{known} is not detected"
+        for known in ("size and time", "size")
     ]
 
 
-def test_many_files_of_a_store_cost_one_listing(store: type[Store], tmp_path: pathlib.Path) -> None:
+def test_many_files_of_a_store_need_one_listing(store: type[Store], tmp_path: pathlib.Path) -> None:
     urls = [f"stating://{tmp_path}/{i}" for i in range(70)]
     for i in range(69):
         (tmp_path / str(i)).touch()
     store.stated = {"md5": "x"}
-    found = stamps(urls)
-    assert found == ["md5 x 0"] * 69 + ["missing"] and store.asked.count(f"{tmp_path}/3") <= 1
+    result = stamps(urls)
+    assert result == ["md5 x 0"] * 69 + ["missing"] and store.asked.count(f"{tmp_path}/3") <= 1
 
 
-def test_a_killed_reading_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_read_resumes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(tmp_path / str(i)) for i in range(3)]
     for path in paths:
         pathlib.Path(path).write_text(path)

@@ -8,7 +8,7 @@ from tclip_jax.data.sources import open_source
 
 
 @pytest.mark.parametrize(("split", "part"), [("train", slice(None, 1400)), ("test", slice(1400, None))])
-def test_split_is_the_fixed_order_of_sklearn_digits(split: str, part: slice) -> None:
+def test_splits_are_a_fixed_order_of_sklearns_digits(split: str, part: slice) -> None:
     digits = load_digits()
     order = sorted(range(1797), key=lambda i: i * 2654435761 % 2**32)[part]
 
@@ -23,7 +23,7 @@ def test_split_is_the_fixed_order_of_sklearn_digits(split: str, part: slice) -> 
         assert (record.label, record.captions) == (digits.target[order[row]], ())
 
 
-def test_both_splits_hold_every_class() -> None:
+def test_both_splits_have_every_class() -> None:
     for split, fewest, most in (("train", 120, 150), ("test", 30, 55)):
         source = open_source("digits", split)
         counts = np.bincount([source[i].label for i in range(len(source))], minlength=len(source.classnames))
@@ -40,10 +40,10 @@ def test_classnames_and_names() -> None:
     ("spec", "split", "message"),
     [
         ("digits", "validation", "no split 'validation'; it has train, test"),
-        ("digits:8x8", "train", "digits:8x8: the digits take no argument"),
+        ("digits:8x8", "train", "digits:8x8: digits takes no argument"),
         ("imagenet", "train", r"unknown data source 'imagenet': write one of arrayrecord:<files>, csv:<files>, digits"),
     ],
 )
-def test_wrong_spec(spec: str, split: str, message: str) -> None:
+def test_invalid_specs_are_refused(spec: str, split: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_source(spec, split)

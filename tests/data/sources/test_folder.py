@@ -16,7 +16,7 @@ def write(root: pathlib.Path, files: dict[str, str]) -> None:
         path.write_bytes(content.encode())
 
 
-def test_labelled_split_is_sorted(tmp_path: pathlib.Path) -> None:
+def test_labelled_images_are_sorted_by_class(tmp_path: pathlib.Path) -> None:
     write(
         tmp_path,
         {
@@ -39,14 +39,14 @@ def test_labelled_split_is_sorted(tmp_path: pathlib.Path) -> None:
     assert all(source[i].captions == () for i in range(len(source)))
 
 
-def test_folder_without_splits_serves_any_split(tmp_path: pathlib.Path) -> None:
+def test_a_folder_without_splits_serves_any_split(tmp_path: pathlib.Path) -> None:
     write(tmp_path, {"cat/1.png": "c", "dog/1.png": "d"})
     for split in ("train", "test"):
         assert [r.image for r in open_source(f"folder:{tmp_path}", split)] == [b"c", b"d"]
 
 
 @pytest.mark.parametrize("nested", ["", "00000/"])
-def test_captioned(tmp_path: pathlib.Path, nested: str) -> None:
+def test_captions_are_the_lines_of_the_text_file(tmp_path: pathlib.Path, nested: str) -> None:
     write(
         tmp_path,
         {
@@ -62,7 +62,7 @@ def test_captioned(tmp_path: pathlib.Path, nested: str) -> None:
     assert [source[0].label, source[1].label] == [-1, -1]
 
 
-def test_what_is_not_utf8(tmp_path: pathlib.Path) -> None:
+def test_names_and_captions_that_are_not_utf8(tmp_path: pathlib.Path) -> None:
     for name in (b"a\xe9", b"b"):
         (tmp_path / os.fsdecode(name + b".jpg")).write_bytes(b"image")
         (tmp_path / os.fsdecode(name + b".txt")).write_bytes(b"caf\xe9" if name == b"b" else b"a cat")
@@ -72,44 +72,44 @@ def test_what_is_not_utf8(tmp_path: pathlib.Path) -> None:
         source[1]
 
 
-def test_files_are_read_when_asked_for(tmp_path: pathlib.Path) -> None:
+def test_images_are_read_with_their_record(tmp_path: pathlib.Path) -> None:
     write(tmp_path, {"cat/1.png": "before"})
     source = pickle.loads(pickle.dumps(open_source(f"folder:{tmp_path}", "train")))
     write(tmp_path, {"cat/1.png": "after"})
     assert source[0].image == b"after"
 
 
-def test_missing_folder(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(looked for it and for .*nowhere/train\)"):
+def test_a_missing_folder_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(tried .*nowhere and .*nowhere/train\)"):
         open_source(f"folder:{tmp_path / 'nowhere'}", "train")
 
 
-def test_missing_split_is_not_read_as_classes(tmp_path: pathlib.Path) -> None:
+def test_split_folders_are_not_read_as_classes(tmp_path: pathlib.Path) -> None:
     write(tmp_path, {"train/cat/1.png": "", "val/cat/1.png": ""})
     with pytest.raises(ValueError, match=r"no split 'test'; it has train, val"):
         open_source(f"folder:{tmp_path}", "test")
 
 
 @pytest.mark.parametrize("files", [{"train/notes.md": ""}, {"train/1.png": "neither class nor caption"}])
-def test_nothing_to_read(tmp_path: pathlib.Path, files: dict[str, str]) -> None:
+def test_a_folder_without_samples_is_refused(tmp_path: pathlib.Path, files: dict[str, str]) -> None:
     write(tmp_path, files)
     with pytest.raises(ValueError, match=r"train: found neither <class>/<image> nor <image> with a \.txt beside it"):
         open_source(f"folder:{tmp_path}", "train")
 
 
 def image_folder(root: pathlib.Path) -> list[tuple[str, int]]:
-    """The rule of torchvision 0.28 (`make_dataset` in datasets/folder.py), but for hidden files."""
+    """Reimplements torchvision 0.28 (`make_dataset` in datasets/folder.py), except for hidden files."""
     suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-    found = []
+    images = []
     for label, name in enumerate(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())):
         for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
             for file in sorted(files):
                 if file.lower().endswith(suffixes) and not file.startswith("."):
-                    found.append((os.path.join(folder, file), label))
-    return found
+                    images.append((os.path.join(folder, file), label))
+    return images
 
 
-def test_class_folders_are_those_of_torchvision(tmp_path: pathlib.Path) -> None:
+def test_class_folders_equal_torchvision(tmp_path: pathlib.Path) -> None:
     names = ["a.BMP", "b.tif", "c.ppm", "d.pgm", "e.JPG", "f/g.png", "f/h/i.webp", "f-1/j.tiff", "é \n.jpeg", "k.l.png"]
     root = tmp_path / "set"
     write(root, {f"{name}/{file}": file for name in ("cat", "my.png", "train_a") for file in names})
@@ -123,29 +123,29 @@ def test_class_folders_are_those_of_torchvision(tmp_path: pathlib.Path) -> None:
     labels = [source[i].label for i in range(len(source))]
     assert [(source[i].name.replace("\\n", "\n"), label) for i, label in enumerate(labels)] == expected
     assert source.notes == [  # type: ignore[attr-defined]
-        f"{root}: 6 files passed over: 2 hidden, 1 .txt without an image of its name, 1 .xyz, "
+        f"{root}: 6 files skipped: 2 hidden, 1 .txt without an image, 1 .xyz, "
         f"1 image outside the class folders, 1 without a suffix; first {root}/cat/._a.BMP",
         f"{root}: 1 of 4 class folders without an image: dog",
     ]
 
 
-def test_a_link_to_a_folder_above_has_an_end(tmp_path: pathlib.Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: pathlib.Path) -> None:
     write(tmp_path, {"cat/1.png": "c"})
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
     source = open_source(f"folder:{tmp_path}", "train")
     assert len(source) == 1
-    assert "1 file passed over: 1 link to a folder above; first" in source.notes[0]  # type: ignore[attr-defined]
+    assert "1 file skipped: 1 link to a parent folder; first" in source.notes[0]  # type: ignore[attr-defined]
 
 
-def test_captions_in_capitals_and_deep_folders(tmp_path: pathlib.Path) -> None:
+def test_upper_case_suffixes_and_nested_folders(tmp_path: pathlib.Path) -> None:
     write(tmp_path, {"a.JPG": "A", "a.TXT": "one\x0b\u2028\x85two\rthree", "x/y/b.gif": "B", "x/y/b.txt": "four"})
     source = open_source(f"folder:{tmp_path}", "train")
     assert [source[i].captions for i in range(2)] == [("one\x0b\u2028\x85two", "three"), ("four",)]
     assert source.notes == []  # type: ignore[attr-defined]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+def test_a_pipe_is_a_bad_sample(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cat").mkdir()
     os.mkfifo(tmp_path / "cat" / "1.png")
-    with pytest.raises(BadSample, match=r"1\.png: no regular file"):
+    with pytest.raises(BadSample, match=r"1\.png: not a regular file"):
         open_source(f"folder:{tmp_path}", "train")[0]

@@ -1,4 +1,4 @@
-"""Braces, against the library that webdataset expands them with."""
+"""Patterns of file names: braces equal those of braceexpand, the library that webdataset uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATTERNS = st.lists(st.one_of(st.text("ab/.-", max_size=3), RANGES, LISTS), max_
 
 @pytest.mark.torch
 @given(PATTERNS)
-def test_braces_expand_as_webdatasets_do(pattern: str) -> None:
+def test_braces_equal_braceexpand(pattern: str) -> None:
     braceexpand = pytest.importorskip("braceexpand")
     assert expand_braces(pattern) == list(braceexpand.braceexpand(pattern))
 
@@ -52,9 +52,9 @@ def test_files_of_several_patterns(tmp_path: pathlib.Path, monkeypatch: pytest.M
     for name in ("b.tar", "a.tar", "x"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    found = find_files(f"{tmp_path}/*.tar::{{0..1}}.tar::memory://m/{{a,b}}.tar")
+    files = find_files(f"{tmp_path}/*.tar::{{0..1}}.tar::memory://m/{{a,b}}.tar")
     here = os.getcwd()
     names = ["a.tar", "b.tar", "0.tar", "1.tar"]
-    assert found == [*(f"{here}/{name}" for name in names), "memory://m/a.tar", "memory://m/b.tar"]
+    assert files == [*(f"{here}/{name}" for name in names), "memory://m/a.tar", "memory://m/b.tar"]
     with pytest.raises(FileNotFoundError, match=r"none\*: no file matches"):
         find_files(f"{tmp_path}/none*")

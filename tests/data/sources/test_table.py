@@ -13,17 +13,17 @@ from tclip_jax.data.sources import BadSample, Source, open_source
 
 
 def faults(source: Source) -> list[str]:
-    found = []
+    result = []
     for i in range(len(source)):
         try:
-            found.append(source[i].captions[0] if source[i].captions else "")
+            result.append(source[i].captions[0] if source[i].captions else "")
         except BadSample as error:
-            found.append(f"! {error.kind}")
-    return found
+            result.append(f"! {error.kind}")
+    return result
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t"])
-def test_rows_of_csv_and_what_is_wrong_with_them(tmp_path: pathlib.Path, delimiter: str) -> None:
+def test_rows_of_csv_and_their_faults(tmp_path: pathlib.Path, delimiter: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"A")
     rows = [b"id,filepath,title", b'1,images/a.png,"two, or\nthree"', b"2,,x", b"3,gone.png,x", b"4,images/a.png,\xff"]
@@ -37,18 +37,18 @@ def test_rows_of_csv_and_what_is_wrong_with_them(tmp_path: pathlib.Path, delimit
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
 
-def test_paths_that_have_no_end_are_not_read(tmp_path: pathlib.Path) -> None:
+def test_endless_and_too_large_files_are_not_read(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with open(tmp_path / "vast.png", "wb") as file:
         file.truncate((1 << 28) + 1)
     (tmp_path / "t.csv").write_text("filepath,title\n/dev/zero,a\npipe,b\nvast.png,c\nvast.png/a,d\n")
     source = open_source(f"csv:{tmp_path / 't.csv'}", "train")
     assert faults(source) == ["! unreadable", "! unreadable", "! too_large", "! no_image"]
-    with pytest.raises(BadSample, match=r"/dev/zero: no regular file$"):
+    with pytest.raises(BadSample, match=r"/dev/zero: not a regular file$"):
         source[0]
 
 
-def test_parquet_has_lists_of_captions_and_chosen_columns(tmp_path: pathlib.Path) -> None:
+def test_parquet_with_lists_of_captions_and_selected_columns(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
     for i in range(2):
         table = pa.table({"where": ["a.png", "a.png"], "texts": [["a", "b"], None], "image": [f"{i}", "x"]})
@@ -58,7 +58,7 @@ def test_parquet_has_lists_of_captions_and_chosen_columns(tmp_path: pathlib.Path
     assert open_source(f"parquet:{tmp_path}/0.parquet?image=where&caption=image", "train")[1].captions == ("x",)
 
 
-def test_a_table_that_changes_is_read_again(tmp_path: pathlib.Path) -> None:
+def test_a_changed_table_is_read_again(tmp_path: pathlib.Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("image,caption\na,b\n")
     first = open_source(f"csv:{table}", "train")
@@ -70,51 +70,55 @@ def test_a_table_that_changes_is_read_again(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("text", "spec", "message"),
     [
-        ("a,caption\n", "", r"t\.csv: no column filepath or image or .* among a, caption; name it with \?image=COLUMN"),
-        ("image,a\n", "", r"t\.csv: no column title or caption .* name it with \?caption=COLUMN"),
+        (
+            "a,caption\n",
+            "",
+            r"t\.csv: no column filepath or image or .* among a, caption; select one with \?image=COLUMN",
+        ),
+        ("image,a\n", "", r"t\.csv: no column title or caption .* select one with \?caption=COLUMN"),
         ("image,a\n", "?caption=b", r"t\.csv: no column b among image, a"),
-        ("image,caption\na,b\nc\n", "", r"t\.csv: line 3: 1 columns, where the header has 2$"),
-        ("image,caption\na,b,c\n", "", r"t\.csv: line 2: 3 columns, where the header has 2$"),
+        ("image,caption\na,b\nc\n", "", r"t\.csv: line 3: 1 columns; the header has 2$"),
+        ("image,caption\na,b,c\n", "", r"t\.csv: line 2: 3 columns; the header has 2$"),
         ("", "", r"t\.csv: an empty file$"),
         ("image,caption\n", "", r"t\.csv: no rows$"),
         ("image,caption\n\n \n", "", r"t\.csv: no rows$"),
-        ("image,caption,caption\na,b,c\n", "", r"t\.csv: 2 columns are called 'caption'$"),
-        ("image,caption\na,b\0c\n", "", r"t\.csv: line 2 has control characters: no table of text$"),
-        ("\x1bPNG\n", "", r"t\.csv: line 1 has control characters: no table of text$"),
+        ("image,caption,caption\na,b,c\n", "", r"t\.csv: 2 columns have the name 'caption'$"),
+        ("image,caption\na,b\0c\n", "", r"t\.csv: line 2 has control characters: not a table of text$"),
+        ("\x1bPNG\n", "", r"t\.csv: line 1 has control characters: not a table of text$"),
         (
             'image,caption\na,b\nc,"d\ne,f\ng,h\n',
             "",
-            r"t\.csv: line 3: a quote that opens there is not closed before the end of the table$",
+            r"t\.csv: line 3: the quote that opens there is never closed$",
         ),
         (f'image,caption\na,"{"b" * 131_073}\n', "", r"t\.csv: line 2: field larger .* a quote that opens in line 2"),
         ("image,caption,alt\n", "?captions=alt", r"t\.csv\?captions=alt: 'captions=alt' is neither image=COLUMN"),
         ("image,caption\n", "?image=", r"'image=' is neither image=COLUMN nor caption=COLUMN"),
     ],
 )
-def test_what_is_refused(tmp_path: pathlib.Path, text: str, spec: str, message: str) -> None:
+def test_invalid_csv_tables_are_refused(tmp_path: pathlib.Path, text: str, spec: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_source(f"csv:{tmp_path}/t.csv{spec}", "train")
 
 
-def test_no_table(tmp_path: pathlib.Path) -> None:
+def test_missing_and_unreadable_tables_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         open_source(f"csv:{tmp_path}/none.csv", "train")
     (tmp_path / "t.parquet").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"t\.parquet: .*[Pp]arquet"):
         open_source(f"parquet:{tmp_path}/t.parquet", "train")
-    for data, what in (
+    for data, message in (
         (gzip.compress(b"image,caption\na,b\n"), "compressed with gzip"),
         ("a,b\n".encode("utf-16"), "UTF-16"),
     ):
         (tmp_path / "t.csv").write_bytes(data)
-        with pytest.raises(ValueError, match=rf"t\.csv: .*{what}"):
+        with pytest.raises(ValueError, match=rf"t\.csv: .*{message}"):
             open_source(f"csv:{tmp_path}/t.csv", "train")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_rows_are_those_of_pandas(tmp_path: pathlib.Path, end: str, mark: str) -> None:
+def test_rows_equal_pandas(tmp_path: pathlib.Path, end: str, mark: str) -> None:
     pandas = pytest.importorskip("pandas")
     (tmp_path / "a.png").write_bytes(b"A")
     lines = [
@@ -129,7 +133,7 @@ def test_rows_are_those_of_pandas(tmp_path: pathlib.Path, end: str, mark: str) -
     source = open_source(f"csv:{tmp_path}/t.csv", "train")
     expected = pandas.read_csv(tmp_path / "t.csv", encoding="utf-8-sig")["title"].tolist()
     assert [source[i].captions[0] for i in range(len(source))] == expected and len(expected) == 6
-    assert source.notes == [f"{tmp_path}/t.csv: blank lines passed over: 1; first line 3"]  # type: ignore[attr-defined]
+    assert source.notes == [f"{tmp_path}/t.csv: blank lines skipped: 1; first line 3"]  # type: ignore[attr-defined]
 
 
 def test_rows_of_several_lines_are_counted(tmp_path: pathlib.Path) -> None:
@@ -138,9 +142,9 @@ def test_rows_of_several_lines_are_counted(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.csv").write_text('filepath,title\na.png,x\na.png,"y\na.png,z\na.png,w"\na.png,v\n')
     source = open_source(f"csv:{tmp_path}/t.csv", "train")
     assert [source[i].captions[0] for i in range(3)] == pandas.read_csv(tmp_path / "t.csv")["title"].tolist()
-    note = "rows that go on in the next line, with a caption of several lines or a quote that is closed rows later: 1"
+    note = "rows that continue on the next line (a caption with line breaks, or a quote that is closed rows later): 1"
     assert source.notes == [f"{tmp_path}/t.csv: {note}; first line 3"]  # type: ignore[attr-defined]
-    # What is known of the table is there also where it is not read again, and of several tables.
+    # The notes are the same when the cached table is opened, and cover several tables.
     (tmp_path / "empty.csv").write_text("filepath,title\n")
     for _ in range(2):
         both = open_source(f"csv:{tmp_path}/{{empty,t}}.csv", "train")
@@ -170,7 +174,7 @@ HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         (pa.array([b"a", b"b", b"c"]), [("a",), ("b",), ("c",)]),
     ],
 )
-def test_parquet_with_images_inside_and_captions_of_any_kind(
+def test_parquet_with_embedded_images_and_captions_of_any_type(
     tmp_path: pathlib.Path,
     images: pa.Array,
     expected: list[bytes | None],
@@ -193,28 +197,30 @@ def test_parquet_with_images_inside_and_captions_of_any_kind(
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("text", pa.array([3]), r"t\.parquet: column 'text' is int64: a caption is text, or a list of texts$"),
-        ("text", pa.array([[3]]), r"column 'text' is list<.*int64>: a caption is text"),
-        ("text", pa.array([{"raw": "a"}]), r"column 'text' is struct<raw: string>: a caption is text"),
-        ("image", pa.array([3]), r"column 'image' is int64: an image is a path, its bytes, or a struct"),
-        ("image", pa.array([["a.png"]]), r"column 'image' is list<.*string>: an image is a path"),
-        ("image", pa.array([{"path": "a.png"}]), r"column 'image' is struct<path: string>: an image is a path"),
+        ("text", pa.array([3]), r"t\.parquet: column 'text' is int64: expected texts or lists of texts$"),
+        ("text", pa.array([[3]]), r"column 'text' is list<.*int64>: expected texts"),
+        ("text", pa.array([{"raw": "a"}]), r"column 'text' is struct<raw: string>: expected texts"),
+        ("image", pa.array([3]), r"column 'image' is int64: expected paths, bytes, or a struct"),
+        ("image", pa.array([["a.png"]]), r"column 'image' is list<.*string>: expected paths"),
+        ("image", pa.array([{"path": "a.png"}]), r"column 'image' is struct<path: string>: expected paths"),
         ("image", pa.array([], pa.string()), r"t\.parquet: no rows$"),
     ],
 )
-def test_columns_of_other_types_are_named(tmp_path: pathlib.Path, column: str, values: pa.Array, message: str) -> None:
+def test_columns_of_other_types_are_refused(
+    tmp_path: pathlib.Path, column: str, values: pa.Array, message: str
+) -> None:
     good = {"image": pa.array(["a.png"] * len(values)), "text": pa.array(["a"] * len(values))}
     parquet.write_table(pa.table(good | {column: values}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=message):
         open_source(f"parquet:{tmp_path}/t.parquet", "train")
 
 
-def test_which_of_several_columns_is_said(tmp_path: pathlib.Path) -> None:
+def test_the_notes_name_the_column_in_use(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.png").write_bytes(b"A")
     (tmp_path / "t.csv").write_text("caption,filepath,title\nb,a.png,c\n")
     source = open_source(f"csv:{tmp_path}/t.csv", "train")
-    assert source[0].captions == ("c",)  # as open_clip takes it
-    note = "captions are of column 'title', not of caption; ?caption=COLUMN names another"
+    assert source[0].captions == ("c",)  # as in open_clip
+    note = "captions are read from column 'title', not caption; ?caption=COLUMN selects another"
     assert source.notes == [f"{tmp_path}/t.csv: {note}"]  # type: ignore[attr-defined]
     other = open_source(f"csv:{tmp_path}/t.csv?caption=caption", "train")
     assert other[0].captions == ("b",) and other.notes == []  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def label_zero(index: int) -> dict[str, Any]:
 
 
 def prepare(data_dir: pathlib.Path, features: dict[str, Any], row: Callable[[int], dict[str, Any]]) -> None:
-    """Writes the data set `tiny` with the splits train and test; images as BytesIO, which need no TensorFlow."""
+    """Writes the data set `tiny` with splits train and test. Images are BytesIO, so TensorFlow is not needed."""
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = "tiny"
@@ -49,7 +49,7 @@ def prepare(data_dir: pathlib.Path, features: dict[str, Any], row: Callable[[int
     Tiny(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
-def test_labelled(tmp_path: pathlib.Path) -> None:
+def test_labelled_data(tmp_path: pathlib.Path) -> None:
     features = {**LABELLED, "image/filename": TEXT}
     prepare(tmp_path, features, lambda i: {"label": i % 2, "image/filename": f"{i}.png"})
 
@@ -70,7 +70,7 @@ def test_labelled(tmp_path: pathlib.Path) -> None:
         ("captions", tfds.features.Sequence(TEXT), [], ()),
     ],
 )
-def test_captioned(tmp_path: pathlib.Path, feature: str, spec: Any, value: Any, captions: tuple[str, ...]) -> None:
+def test_captioned_data(tmp_path: pathlib.Path, feature: str, spec: Any, value: Any, captions: tuple[str, ...]) -> None:
     prepare(tmp_path, {"image": IMAGE, feature: spec}, lambda i: {feature: value})
     source = open_source(f"tfds:tiny@{tmp_path}", "train")
     assert source.classnames == () and source[0].label == -1
@@ -78,7 +78,7 @@ def test_captioned(tmp_path: pathlib.Path, feature: str, spec: Any, value: Any, 
     assert {source[i].image for i in range(len(source))} == {png(i) for i in range(ROWS)}
 
 
-def test_a_damaged_record_costs_itself(tmp_path: pathlib.Path) -> None:
+def test_a_damaged_record_is_one_bad_sample(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, LABELLED, label_zero)
     (file,) = tmp_path.rglob("tiny-train.array_record*")
     data = bytearray(file.read_bytes())
@@ -90,13 +90,13 @@ def test_a_damaged_record_costs_itself(tmp_path: pathlib.Path) -> None:
     assert error.value.kind == "corrupt_record" and all(source[i].label == 0 for i in range(1, ROWS))
 
 
-def test_not_prepared(tmp_path: pathlib.Path) -> None:
+def test_data_that_is_not_prepared_is_refused(tmp_path: pathlib.Path) -> None:
     message = rf"^tfds:a/b: not prepared in {tmp_path}; prepare it with `tfds build a/b --file_format=array_record "
     with pytest.raises(FileNotFoundError, match=message):
         open_source(f"tfds:a/b@{tmp_path}", "train")
 
 
-def test_prepared_without_random_access(tmp_path: pathlib.Path) -> None:
+def test_file_formats_without_random_access_are_refused(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, LABELLED, label_zero)
     info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
@@ -104,18 +104,18 @@ def test_prepared_without_random_access(tmp_path: pathlib.Path) -> None:
         open_source(f"tfds:tiny@{tmp_path}", "train")
 
 
-def test_malformed_name(tmp_path: pathlib.Path) -> None:
+def test_an_invalid_name_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"^tfds:no name: Parsing builder name string no name failed\.$"):
         open_source(f"tfds:no name@{tmp_path}", "train")
 
 
-def test_unknown_split(tmp_path: pathlib.Path) -> None:
+def test_an_unknown_split_is_refused(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, LABELLED, label_zero)
     with pytest.raises(ValueError, match=r"^tfds:tiny: no split 'val'; it has train, test$"):
         open_source(f"tfds:tiny@{tmp_path}", "val")
 
 
-def test_neither_label_nor_captions(tmp_path: pathlib.Path) -> None:
+def test_data_without_labels_and_captions_is_refused(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, {**LABELLED, "label": tfds.features.Scalar(np.int64)}, label_zero)
     with pytest.raises(ValueError, match=r"^tfds:tiny: has the features image, label; needs image and a ClassLabel"):
         open_source(f"tfds:tiny@{tmp_path}", "train")
@@ -126,7 +126,7 @@ def first_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("harm", "error", "said"),
+    ("damage", "error", "message"),
     [
         (
             lambda folder: first_file(folder).unlink(),
@@ -145,18 +145,18 @@ def first_file(folder: pathlib.Path) -> pathlib.Path:
         ),
     ],
 )
-def test_a_copy_that_is_not_complete_is_refused(
-    harm: Callable[[pathlib.Path], object], error: type[Exception], said: str, tmp_path: pathlib.Path
+def test_an_incomplete_copy_is_refused(
+    damage: Callable[[pathlib.Path], object], error: type[Exception], message: str, tmp_path: pathlib.Path
 ) -> None:
     prepare(tmp_path, LABELLED, label_zero)
-    harm(tmp_path)
-    with pytest.raises(error, match=said):
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
         open_source(f"tfds:tiny@{tmp_path}", "train")
     if error is FileNotFoundError:
         assert len(open_source(f"tfds:tiny@{tmp_path}", "test")) == ROWS
 
 
-def test_a_file_that_was_cut_short_costs_its_records(tmp_path: pathlib.Path) -> None:
+def test_the_records_of_a_truncated_file_are_bad_samples(tmp_path: pathlib.Path) -> None:
     prepare(tmp_path, LABELLED, label_zero)
     file = first_file(tmp_path)
     source = open_source(f"tfds:tiny@{tmp_path}", "train")

@@ -1,4 +1,4 @@
-"""Webdataset exports: what is read of whole ones, and what of damaged and hostile ones."""
+"""Exports of CLIP_benchmark: complete, damaged and hostile exports."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ import pytest
 
 from tclip_jax.data.sources import BadSample, open_source
 from tclip_jax.data.sources.webdataset import Webdataset
+from tests.tars import write_tar
 
 
 def write(folder: pathlib.Path, *shards: Mapping[str, bytes], **texts: str) -> pathlib.Path:
     (folder / "test").mkdir(parents=True)
     for number, members in enumerate(shards):
-        with tarfile.open(folder / "test" / f"{number}.tar", "w") as tar:
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        write_tar(folder / "test" / f"{number}.tar", members.items())
     (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
@@ -49,18 +46,18 @@ def test_labelled_samples_in_the_order_of_the_shards(tmp_path: pathlib.Path) -> 
     source = Webdataset(str(folder), "test")
     assert source.kind == "classification" and source.classnames == ("snow leopard", "", "cat")
     assert source.templates == ("a {c}.", "the {c}")
-    found = [source[i] for i in range(len(source))]
-    assert [(r.image, r.label, r.name) for r in found] == [
+    records = [source[i] for i in range(len(source))]
+    assert [(r.image, r.label, r.name) for r in records] == [
         (b"0", 2, "wds_x/test/0.tar/s0"),
         (b"1", 0, "wds_x/test/0.tar/s1"),
-        (b"", -1, "wds_x/test/1.tar/a/b"),  # its suffix is c.jpg
-        (b"4", 1, "wds_x/test/1.tar/dir/x"),  # jpg goes before jpeg
+        (b"", -1, "wds_x/test/1.tar/a/b"),  # the suffix is c.jpg
+        (b"4", 1, "wds_x/test/1.tar/dir/x"),  # jpg is preferred to jpeg
     ]
     again = pickle.loads(pickle.dumps(source))
-    assert again[1].image == b"1" and all(record.captions == () for record in found)
+    assert again[1].image == b"1" and all(record.captions == () for record in records)
 
 
-def test_captions_are_the_lines(tmp_path: pathlib.Path) -> None:
+def test_captions_are_the_lines_of_the_text(tmp_path: pathlib.Path) -> None:
     members = {
         "0.png": b"",
         "0.txt": "a café\nb\u2028\x0b \r\n\nc".encode(),
@@ -75,7 +72,7 @@ def test_captions_are_the_lines(tmp_path: pathlib.Path) -> None:
         source[2]
 
 
-def test_what_is_passed_over_is_counted(tmp_path: pathlib.Path) -> None:
+def test_skipped_files_are_counted(tmp_path: pathlib.Path) -> None:
     members = {
         "0.png": b"",
         "0.jpg": b"",
@@ -89,14 +86,14 @@ def test_what_is_passed_over_is_counted(tmp_path: pathlib.Path) -> None:
     (folder / "test" / "1.tar").write_bytes(b"of a later export")
     source = Webdataset(str(folder), "test")
     assert len(source) == 1 and source.notes == [
-        f"{folder}/test: 6 files passed over: 2 hidden, 1 .jpg, 1 .json, 1 of more shards than nshards.txt says, "
+        f"{folder}/test: 6 files skipped: 2 hidden, 1 .jpg, 1 .json, 1 shard not counted in nshards.txt, "
         "1 without a suffix; first ._0.png",
-        f"{folder}/classnames.txt: line 2 names no class",
+        f"{folder}/classnames.txt: line 2 is blank, so its class has no name",
     ]
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
-def test_a_compressed_shard_is_named_so(tmp_path: pathlib.Path, kind: str) -> None:
+def test_compressed_shards_are_refused(tmp_path: pathlib.Path, kind: str) -> None:
     folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")
     shard = folder / "test" / "0.tar"
     pack = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind]
@@ -108,17 +105,15 @@ def test_a_compressed_shard_is_named_so(tmp_path: pathlib.Path, kind: str) -> No
     shard.rename(tmp_path / f"0.tar.{kind}")
     with pytest.raises(ValueError, match=rf"0\.tar\.{kind}: compressed with"):
         open_source(f"wds:{tmp_path}/0.tar.{kind}", "test")
-    with pytest.raises(FileNotFoundError, match=r"0\.tar: no such file, which nshards\.txt beside it counts"):
+    with pytest.raises(FileNotFoundError, match=r"0\.tar: no such file, although nshards\.txt counts it"):
         Webdataset(str(folder), "test")
 
 
-def test_a_folder_of_tars_is_no_export(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"train/nshards\.txt: no such file, which a webdataset export of CLIP_b"
-    ):
+def test_a_folder_of_tars_is_not_an_export(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train/nshards\.txt: no such file; a webdataset export of CLIP_b"):
         open_source(f"wds:{tmp_path}", "train")
     (tmp_path / "0.tar").touch()
-    with pytest.raises(ValueError, match=r"a folder of tars, and no export: write wds:.*/\*\.tar"):
+    with pytest.raises(ValueError, match=r"a folder of tars, not an export: write wds:.*/\*\.tar"):
         open_source(f"wds:{tmp_path}", "train")
 
 
@@ -141,17 +136,15 @@ def test_a_folder_of_tars_is_no_export(tmp_path: pathlib.Path) -> None:
         (b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999,), }\n", None),
     ],
 )
-def test_vectors_are_read_without_believing_their_headers(
-    tmp_path: pathlib.Path, data: bytes, label: list[int] | None
-) -> None:
+def test_the_headers_of_vectors_are_not_trusted(tmp_path: pathlib.Path, data: bytes, label: list[int] | None) -> None:
     folder = write(tmp_path / "x", {"0.png": b"", "0.npy": data}, dataset_type="multilabel", classnames="a\nb\nc\n")
-    found = Webdataset(str(folder), "test")[0].label
-    assert isinstance(found, np.ndarray) and found.dtype == np.int32
-    assert found.tolist() == (label or [-1, -1, -1])
+    vector = Webdataset(str(folder), "test")[0].label
+    assert isinstance(vector, np.ndarray) and vector.dtype == np.int32
+    assert vector.tolist() == (label or [-1, -1, -1])
 
 
 @pytest.mark.parametrize("text", [b"", b"-1", b"1.0", b"cat", b"9" * 5000, b"1 2", "١".encode()])
-def test_what_is_no_class_is_minus_one(tmp_path: pathlib.Path, text: bytes) -> None:
+def test_an_invalid_class_becomes_minus_one(tmp_path: pathlib.Path, text: bytes) -> None:
     folder = write(tmp_path / "x", {"0.png": b"", "0.cls": text}, classnames="a\n")
     assert Webdataset(str(folder), "test")[0].label == -1
 
@@ -180,12 +173,12 @@ def damage(kind: str, folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("cut within a file", "not a whole tar file"),
-        ("cut within a header", "not a whole tar file"),
+        ("cut within a file", "not a complete tar file"),
+        ("cut within a header", "not a complete tar file"),
         ("damaged second header", "damaged header at byte 1536"),
         ("size beyond the file", "'0.png' does not lie within the file"),
-        ("size below zero", "not a whole tar file"),
-        ("no tar", "not a whole tar file"),
+        ("size below zero", "not a complete tar file"),
+        ("no tar", "not a complete tar file"),
     ],
 )
 def test_damaged_shards_are_refused(tmp_path: pathlib.Path, kind: str, message: str) -> None:
@@ -199,7 +192,7 @@ def test_damaged_shards_are_refused(tmp_path: pathlib.Path, kind: str, message: 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda f: (f / "test" / "0.tar").unlink(), FileNotFoundError, r"test/0\.tar: no such file, which nshards"),
+        (lambda f: (f / "test" / "0.tar").unlink(), FileNotFoundError, r"test/0\.tar: no such file, although nshards"),
         (lambda f: (f / "test" / "nshards.txt").unlink(), FileNotFoundError, r"nshards\.txt: no such file"),
         (lambda f: (f / "test" / "nshards.txt").write_text("-1"), ValueError, "'-1' is not a number of shards"),
         (lambda f: (f / "test" / "nshards.txt").write_text("9" * 99), ValueError, "is not a number of shards"),
@@ -213,7 +206,7 @@ def test_damaged_shards_are_refused(tmp_path: pathlib.Path, kind: str, message: 
         (lambda f: (f / "dataset_type.txt").write_text("video"), ValueError, "'video' is not one of classification"),
     ],
 )
-def test_what_is_missing_or_wrong_is_named(
+def test_missing_and_invalid_files_are_named(
     tmp_path: pathlib.Path, change: object, error: type[Exception], message: str
 ) -> None:
     folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")
@@ -222,20 +215,20 @@ def test_what_is_missing_or_wrong_is_named(
         Webdataset(str(folder), "test")
 
 
-def test_other_refusals(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; it holds a webdataset export"):
+def test_missing_folders_and_repeated_members_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; expected a webdataset export"):
         open_source(f"wds:{tmp_path}/nowhere", "test")
     folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0", "0.PNG": b""}, classnames="a\n")
-    with pytest.raises(ValueError, match=r"0\.tar: 0\.png is there twice"):
+    with pytest.raises(ValueError, match=r"0\.tar: 0\.png occurs twice"):
         Webdataset(str(folder), "test")
-    whole = Webdataset(str(write(tmp_path / "y", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")), "test")
+    source = Webdataset(str(write(tmp_path / "y", {"0.png": b"", "0.cls": b"0"}, classnames="a\n")), "test")
     with pytest.raises(FileNotFoundError, match=r"zeroshot_classification_templates\.txt: no such file"):
-        _ = whole.templates
+        _ = source.templates
 
 
 @pytest.mark.torch
-def test_the_samples_are_webdatasets(tmp_path: pathlib.Path) -> None:
-    """Written by the library that CLIP_benchmark writes with, and read by both."""
+def test_samples_equal_webdataset(tmp_path: pathlib.Path) -> None:
+    """webdataset, which CLIP_benchmark uses, writes the tars; it and this package read them."""
     webdataset = pytest.importorskip("webdataset")
     folder = write(tmp_path / "x", classnames="".join(f"{i}\n" for i in range(5)))
     for shard in range(2):
@@ -246,7 +239,7 @@ def test_the_samples_are_webdatasets(tmp_path: pathlib.Path) -> None:
     (folder / "test" / "nshards.txt").write_text("2")
     shards = [str(folder / "test" / f"{i}.tar") for i in range(2)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset does not close files
         samples = list(webdataset.WebDataset(shards, shardshuffle=False))
         gc.collect()
     source = Webdataset(str(folder), "test")

@@ -28,6 +28,10 @@ def test_the_last_block_is_nearly_full() -> None:
     assert (m, n) == (416, 768)  # 4 · 416 = 1664, where blocks of 512 would take 2048
 
 
+def test_float32_blocks_stay_small_enough_to_compile() -> None:
+    assert block_sizes(DEVICES["TPU v5 lite"], 1000, 768, 257 * 128, 4, 4) == (128, 256)
+
+
 def test_refuses_a_k_that_cannot_fit() -> None:
     with pytest.raises(ValueError, match=r"K of 131072 does not fit the 16 MiB"):
         block_sizes(SMALLEST, 8, 131_072, 128, 2, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -37,6 +38,22 @@ def test_words_are_the_documented_ones() -> None:
 def test_weights_round_trip(shape: tuple[int, int, int, int]) -> None:
     w = weight(*shape[1:])
     np.testing.assert_array_equal(mosaic_gpu.unpack(mosaic_gpu.pack(w)), w.dequantize())
+
+
+def test_layers_are_packed_as_each_by_itself() -> None:
+    first = weight(300, 64, 100)
+    layers = [first, dataclasses.replace(first, trits=-first.trits, scale=2 * first.scale)]
+    stacked = mosaic_gpu.pack(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+    for i, layer in enumerate(map(mosaic_gpu.pack, layers)):
+        np.testing.assert_array_equal(stacked.data[i], layer.data)
+        np.testing.assert_array_equal(stacked.scale[i], layer.scale)
+
+
+@pytest.mark.parametrize(("rows", "block"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (100, 64)])
+def test_few_rows_take_narrow_blocks(rows: int, block: int) -> None:
+    matmul = functools.partial(mosaic_gpu.matmul, activations="A16")
+    program = jax.make_jaxpr(matmul)(jnp.ones((rows, 256), jnp.bfloat16), mosaic_gpu.pack(weight(256, 64, 256)))
+    assert f"f32[64,{-(-rows // block) * block}]" in str(program)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from tclip_jax.ternary.kernels import layout as k_axis
 from tclip_jax.ternary.kernels import mosaic_tpu, mosaic_tpu_int8
@@ -84,6 +85,26 @@ def test_bf16_activations_lose_nothing_before_the_result_is_rounded(shape: tuple
         interpret=True,
     )[:, :columns]
     assert relative_error(result, np.asarray(x, np.float64) @ dense(w)) < 1e-6
+
+
+def test_a_block_holds_all_of_k_for_some_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[Any] = []
+
+    def record(kernel: Any, **options: Any) -> Any:
+        specs = [*options["in_specs"], options["out_specs"]]
+        blocks.extend((spec.block_shape, spec.index_map(2, 1)) for spec in specs)
+        return call(kernel, **options)
+
+    call = pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", record)
+    multiply(mosaic_tpu, jnp.ones((520, 300), jnp.bfloat16), weight(300, 640, 100), "A16")
+    # Three groups of 100 are padded to 128: K is 384, which 24 rows of words hold.
+    assert blocks == [
+        ((288, 384), (1, 0)),
+        ((24, 640), (0, 2)),
+        ((3, 640), (0, 2)),
+        ((288, 640), (1, 2)),
+    ]
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
