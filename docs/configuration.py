@@ -15,10 +15,10 @@ from tclip_jax.ternary import Quantizer
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
-Every key of a run, with its type, default and bounds. `python docs/configuration.py` makes this page from the
-declarations in [config.py](../tclip_jax/runs/config.py) and [sections.py](../tclip_jax/runs/config.py). A
-recipe changes them, and `--config.loss.crd=2.0` on the command line changes them again. A key that is unknown, of
-another type or out of its bounds is refused before anything is written. Numbers are finite.
+Every key of a run, with its type, default and bounds. `python docs/configuration.py` generates this page from the
+declarations in [config.py](../tclip_jax/runs/config.py). A recipe sets keys, and the command line overrides them:
+`--config.loss.crd=2.0`. A key that is unknown, has the wrong type or is out of bounds is refused before anything is
+written. Numbers are finite.
 """
 POWERS = {str(2**31 - 1): "2³¹ − 1", str(2**32): "2³²"}
 

@@ -1,7 +1,7 @@
-"""What people write, checked against declarations: a wrong key, type or bound is named, with what would be right.
+"""Checks of configurations and command lines against declarations; errors name the key and its valid values.
 
-A declaration is a field of a frozen dataclass: `rate: float = key(1e-3, "the peak", gt=0)`. Its bounds are enforced
-from there, and the documentation's table is made from there.
+A declaration is a field of a frozen dataclass: `rate: float = key(1e-3, "peak learning rate", gt=0)`. Its bounds are
+enforced, and the configuration table of the documentation is generated from it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MOST = 2**31 - 1  # steps, rows and the like are int32 on devices
+MOST = 2**31 - 1  # counts of steps and rows are int32 on devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The numbers that are taken: finite, and from `ge` or above `gt`, to `le` or below `lt`; or one of `also`."""
+    """An interval of finite numbers with ends `ge` (≥) or `gt` (>) and `le` (≤) or `lt` (<), and the numbers `also`."""
 
     ge: float | None = None
     gt: float | None = None
@@ -47,7 +47,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a declaration says beside name, type and default."""
+    """The part of a declaration beside name, type and default: see `key`."""
 
     doc: str
     bounds: Bounds
@@ -55,41 +55,41 @@ class Key:
 
 
 def key(default: Any = dataclasses.MISSING, doc: str = "", *, written: Any = None, **bounds: Any) -> Any:
-    """A field of a dataclass that people fill.
+    """Declares a dataclass field as a key of a configuration.
 
     Args:
-      default: the value where nothing is written; left out, the key is required.
+      default: the value if the key is absent; without it the key is required.
       doc: one phrase with the unit, for the documentation.
-      written: the default as people write it, where the field holds what was made of it.
-      bounds: `ge`, `gt`, `le`, `lt`, `also` of `Bounds`: of a number, and of every number in a tuple.
+      written: the default in the form of a configuration file, if the field holds a converted value.
+      bounds: `ge`, `gt`, `le`, `lt`, `also` of `Bounds`, for a number or every number in a tuple.
     """
     return dataclasses.field(default=default, metadata={"key": Key(doc, Bounds(**bounds), written)})
 
 
 def key_of(field: dataclasses.Field[Any]) -> Key:
-    """The declaration of a field; of one without, no text, and any finite number."""
+    """Returns the declaration of a field; for a plain field an empty text and no bounds but finite."""
     return field.metadata.get("key", Key("", Bounds()))
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Every key of a declaration with its default, as people write it."""
-    found: dict[str, Any] = {}
+    """Returns every key of a declaration with its default, in the form of a configuration file."""
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         written = key_of(field).written
         value = field.default if written is None else written
-        found[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
-    return found
+        values[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
+    return values
 
 
 def number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]:
-    """The `type` of an argument of the command line: an int or float within `Bounds`, else one line that says which."""
+    """Returns an argparse `type` that parses an int or float and checks its `Bounds`."""
     allowed = Bounds(**bounds)
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}: it must be {allowed}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_INDEFINITE[kind]}: it must be {allowed}") from None
         if value not in allowed:
             raise argparse.ArgumentTypeError(f"{text} is out of bounds: it must be {allowed}")
         return value
@@ -97,33 +97,34 @@ def number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]
     return parse
 
 
-count = number(int, ge=1)  # of images, steps, processes
+count = number(int, ge=1)  # the type of counts: images, steps, processes
+_INDEFINITE = {int: "an int", float: "a float"}
 
 
 def plain(text: object, limit: int = 80) -> str:
-    """What a stranger's file says, as a part of a one-line error: cut, and quoted where it cannot be printed."""
-    found = str(text)[: limit + 1]
-    cut = found if len(found) <= limit else f"{found[: limit - 1]}…"
+    """Returns text of an untrusted file for a one-line error: cut to `limit` characters, escaped if not printable."""
+    start = str(text)[: limit + 1]
+    cut = start if len(start) <= limit else f"{start[: limit - 1]}…"
     return cut if cut.isprintable() else repr(cut)
 
 
-def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Raises ValueError for the first given key that is not valid, naming the nearest that is."""
+def check_keys(names: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Raises ValueError for the first of `names` that is not in `valid`; the error suggests the nearest valid name."""
     valid = list(valid)
-    for each in given:
-        if each not in valid:
-            near = difflib.get_close_matches(str(each), valid, 1, 0.0)
-            raise ValueError(f"{where} has no {each!r:.80}" + (f": the nearest is {near[0]!r}" if near else ""))
+    for name in names:
+        if name not in valid:
+            near = difflib.get_close_matches(str(name), valid, 1, 0.0)
+            raise ValueError(f"{where} has no {name!r:.80}" + (f": the nearest is {near[0]!r}" if near else ""))
 
 
 def check_names(
-    found: Collection[str], expected: Collection[str], what: str, error: type[ValueError] = ValueError
+    names: Collection[str], expected: Collection[str], what: str, error: type[ValueError] = ValueError
 ) -> None:
-    """Raises `error`, naming the first names that are missing and unexpected, unless both hold the same."""
-    wrong = {"missing": set(expected) - set(found), "unexpected": set(found) - set(expected)}
-    if any(wrong.values()):
-        named = "; ".join(f"{kind} {_first_of(names)}" for kind, names in wrong.items() if names)
-        raise error(f"{what} does not fit the model: {named}")
+    """Raises `error` unless both collections hold the same names; it lists the first missing and unexpected ones."""
+    mismatches = {"missing": set(expected) - set(names), "unexpected": set(names) - set(expected)}
+    if any(mismatches.values()):
+        listed = "; ".join(f"{kind} {_first_of(group)}" for kind, group in mismatches.items() if group)
+        raise error(f"{what} does not fit the model: {listed}")
 
 
 def _first_of(names: Collection[str], count: int = 5) -> str:
@@ -131,26 +132,31 @@ def _first_of(names: Collection[str], count: int = 5) -> str:
     return ", ".join(map(plain, sorted(names)[:count])) + more
 
 
-def from_mapping(cls: type[T], given: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls`; `where` names the mapping in errors.
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Returns the dataclass `cls` with these values, checked.
+
+    Args:
+      cls: the dataclass that declares the keys.
+      values: by key.
+      where: the name of the mapping in errors, such as "config.data".
 
     Raises:
-      ValueError: no mapping, an unknown or missing key, a value of another type than the field's or out of its bounds,
-        or one that `cls` itself refuses.
+      ValueError: `values` is no mapping, a key is unknown or missing, a value has the wrong type or is out of bounds,
+        or `cls` refuses it.
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where} is {given!r:.80}: it must be a mapping with the keys of {cls.__name__}")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r:.80}: it must be a mapping with the keys of {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    check_keys(given, fields, where)
+    check_keys(values, fields, where)
     for name, field in fields.items():
-        if name not in given and field.default is field.default_factory is dataclasses.MISSING:
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks {name!r}")
-    check_values(cls, given, where)
-    return cls(**given)
+    check_values(cls, values, where)
+    return cls(**values)
 
 
 def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for the first value of another type than the field of `cls`, or out of its bounds."""
+    """Raises ValueError for the first value that does not have the type and bounds of its field in `cls`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name not in values:
@@ -163,7 +169,7 @@ def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def describe(hint: Any) -> str:
-    """The type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
+    """Returns a type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
@@ -183,15 +189,15 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             return False
-        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(each) == len(value) and all(map(_matches, value, each))
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(hints) == len(value) and all(map(_matches, value, hints))
     return hint is Any or isinstance(value, origin or hint)
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The number that a value is, or the numbers in a tuple."""
+    """Yields the numbers in a value: itself, or those in nested tuples."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _numbers(each)
+        for item in value:
+            yield from _numbers(item)

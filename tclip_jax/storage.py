@@ -1,4 +1,7 @@
-"""Files and folders that are there whole or not at all, on local disks and on object stores; JSON; the cache folder."""
+"""Atomic writes of files and folders on local disks and object stores; JSON; the cache folder.
+
+Hand-written: etils writes in place, and fsspec's transactions neither sync to disk nor replace folders.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,20 @@ _logger = logging.getLogger(__name__)
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether renaming is atomic there: true for a local path, false for gs:// and its like."""
+    """Whether `path` is on a local file system, where a rename is atomic; false for gs:// and other URIs."""
     return "://" not in os.fspath(path)
 
 
 def cache_folder() -> pathlib.Path:
-    """Where what can be made again lies on this machine (indices, copies of remote data, compiled plans).
+    """Returns this machine's folder of indices, copies of remote data and compiled plans; it can be deleted.
 
-    It is TCLIP_CACHE_DIR, by default ~/.cache/tclip_jax.
+    TCLIP_CACHE_DIR sets it; the default is ~/.cache/tclip_jax.
     """
     return pathlib.Path(os.environ.get("TCLIP_CACHE_DIR") or "~/.cache/tclip_jax").expanduser()
 
 
 def dump_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """JSON and a line break, in one line without `indent`; NaN and infinity, which JSON does not have, are null."""
+    """Returns `content` as JSON with a final newline; one line if `indent` is None. NaN and infinity become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
 
 
@@ -46,17 +49,21 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes one file so that readers and crashes find the old content or the new, never a part of it."""
+    """Writes one file atomically: readers get the old content or the new, also after a crash."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yields an open file that becomes `path` when the block ends, whole, and nothing if it raises.
+    """Yields an open binary file that becomes `path` when the block ends; if the block raises, `path` is unchanged.
 
-    It is written under another name beside `path`, and renamed: until that is done the old file is there. Object stores
-    too show what is renamed only when it is complete; what is half written they may show when it is closed.
+    The data go to a temporary name beside `path`, which is then renamed. Object stores need this too: closing a file
+    after a failed upload can publish a part of it, but a copy appears only when it is complete.
+
+    Raises:
+      FileNotFoundError: the local folder of `path` does not exist.
+      OSError: the file cannot be written; the old file is unchanged.
     """
     path = epath.Path(path)
     _check_parent(path)
@@ -68,7 +75,7 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
             _sync(building)
         building.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # of what went wrong first there is more to say
+        with contextlib.suppress(OSError):  # the first error tells more
             building.unlink(missing_ok=True)
         raise
     if is_local(path):
@@ -77,7 +84,7 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
-    """As `atomic_file`, for writers that must open the file themselves: yields the name of a local one."""
+    """Yields the name of a local file that becomes `path`: `atomic_file` for libraries that open files by name."""
     path = epath.Path(path)
     _check_parent(path)
     if is_local(path):
@@ -95,24 +102,29 @@ def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         name = os.path.join(folder, path.name)
         yield name
-        with open(name, "rb") as file, atomic_file(path) as there:
-            shutil.copyfileobj(file, there)
+        with open(name, "rb") as file, atomic_file(path) as target:
+            shutil.copyfileobj(file, target)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[epath.Path]:
-    """Yields an empty folder to fill, which becomes `path` when the block ends and is removed if it raises.
+    """Yields an empty folder that becomes `path` when the block ends; if the block raises, the folder is removed.
 
-    It is filled beside `path` and renamed, and only then is an overwritten one removed. An object store renames by
-    copying: who is killed in that moment leaves what was overwritten whole as `<path>.old-…`, and a reader tells a copy
-    that is not complete by the checksums in the folder.
+    The folder has a temporary name beside `path` until it is renamed; the folder that it replaces is removed last.
+    Object stores rename by copying. A process that is killed during this copy leaves the old folder whole as
+    `<path>.old-…` and the new one incomplete, which readers detect by the checksums in it.
+
+    Args:
+      path: the final folder.
+      overwrite: replace an existing folder.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.
+      OSError: the folder cannot be written; the message names the old one if it is not at `path`.
     """
     path = epath.Path(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another folder, or --overwrite it")
+        raise FileExistsError(f"{path} exists: choose another folder or pass --overwrite")
     building = _beside(path, "tmp")
     try:
         building.mkdir(parents=True, exist_ok=True)
@@ -127,7 +139,7 @@ def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[
 
 
 def _swap(new: epath.Path, path: epath.Path) -> None:
-    """Renames `new` to `path`; what was there stays whole beside it until that is done."""
+    """Renames `new` to `path`; the old folder at `path` stays whole beside it until then."""
     if not path.exists():
         new.rename(path)
     else:
@@ -139,18 +151,18 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
             try:
                 _put_back(old, path, before)
             except OSError:
-                raise OSError(f"{path}: {error}; what was there is whole in {old}") from error
+                raise OSError(f"{path}: {error}; the old folder is whole in {old}") from error
             raise
         try:
             old.rmtree()
         except OSError as error:
-            _logger.warning("%s: what was overwritten could not be removed: %s", old, error)
+            _logger.warning("%s: cannot remove this overwritten folder: %s", old, error)
     if is_local(path):
         _sync(path.parent)
 
 
 def _put_back(old: epath.Path, path: epath.Path, before: dict[str, int]) -> None:
-    """Undoes half a `_swap`: `path` or `old` is whole, since an object store copies all before it removes the first."""
+    """Undoes half a `_swap`. `path` or `old` is whole: an object store copies all files before it removes the first."""
     if path.exists() and _lengths(path) == before:
         old.rmtree(missing_ok=True)
     elif old.exists():
@@ -159,7 +171,7 @@ def _put_back(old: epath.Path, path: epath.Path, before: dict[str, int]) -> None
 
 
 def _lengths(folder: epath.Path) -> dict[str, int]:
-    """Of all files in a folder and below it, by name."""
+    """Returns the bytes of every file below `folder`, by relative path; 0 for an empty folder."""
     lengths: dict[str, int] = {}
     for path in folder.iterdir():
         below = {f"{path.name}/{name}": size for name, size in _lengths(path).items()} if path.is_dir() else {}
@@ -172,19 +184,19 @@ def _check_parent(path: epath.Path) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder, so {path.name} cannot be written there")
 
 
-def _beside(path: epath.Path, why: str) -> epath.Path:
-    return path.parent / f"{path.name}.{why}-{secrets.token_hex(4)}"
+def _beside(path: epath.Path, kind: str) -> epath.Path:
+    return path.parent / f"{path.name}.{kind}-{secrets.token_hex(4)}"
 
 
 def sync_tree(folder: epath.Path) -> None:
-    """Waits until a local folder and all below it are on disk."""
+    """Flushes a local folder and everything below it to disk (fsync)."""
     for path in folder.iterdir():
         sync_tree(path) if path.is_dir() else _sync(path)
     _sync(folder)
 
 
 def _sync(path: epath.Path) -> None:
-    """Waits until the file, or the folder's list of names, is on disk."""
+    """Flushes a file, or the names in a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

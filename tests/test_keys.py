@@ -1,4 +1,4 @@
-"""Recipes of what is kept: equal ones have one digest, and what differs is named."""
+"""Recipes: equal recipes have equal digests, and differences are named."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _RECIPES = st.dictionaries(st.text(min_size=1, max_size=3), _VALUES, max_size=4)
 
 
 @given(_RECIPES, _RECIPES)
-def test_a_difference_and_another_digest_go_together(kept: dict, wanted: dict) -> None:
-    assert (difference(kept, wanted) == "") == (digest(kept) == digest(wanted))
-    assert difference(kept, kept) == ""
-    assert digest(dict(reversed(kept.items()))) == digest(kept)
+def test_recipes_differ_exactly_when_their_digests_do(stored: dict, wanted: dict) -> None:
+    assert (difference(stored, wanted) == "") == (digest(stored) == digest(wanted))
+    assert difference(stored, stored) == ""
+    assert digest(dict(reversed(stored.items()))) == digest(stored)
 
 
-def test_what_differs_is_named_with_both_values() -> None:
-    kept = recipe(split="test", seeds=(0, 1), data={"samples": 3, "content": "aa"})
+def test_a_difference_shows_both_values() -> None:
+    stored = recipe(split="test", seeds=(0, 1), data={"samples": 3, "content": "aa"})
     wanted = recipe(split="train", seeds=[0, 1], data={"samples": 3, "content": "bb"}, shots=4)
-    assert difference(kept, wanted) == (
+    assert difference(stored, wanted) == (
         "data.content: 'aa', not 'bb'; split: 'test', not 'train'; shots: nothing, not 4"
     )
 
 
-def test_numbers_of_another_type_differ() -> None:
+def test_equal_numbers_of_different_types_differ() -> None:
     assert difference({"x": 1}, {"x": True}) == "x: 1, not True"
     assert digest({"x": 1}) != digest({"x": 1.0})
 
 
-def test_dataclasses_are_mappings() -> None:
+def test_dataclasses_become_mappings() -> None:
     @dataclasses.dataclass
     class Point:
         x: int
@@ -47,6 +47,6 @@ def test_dataclasses_are_mappings() -> None:
     assert recipe(at=Point(1, (2, 3))) == {"at": {"x": 1, "y": [2, 3]}}
 
 
-def test_what_json_cannot_hold_is_refused() -> None:
-    with pytest.raises(TypeError, match="is a object: a recipe holds what JSON holds"):
+def test_a_value_that_is_not_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="has type object: a recipe holds JSON values"):
         recipe(x=object())

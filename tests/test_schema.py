@@ -1,4 +1,4 @@
-"""Mappings become dataclasses, or an error that names the key and what would be right."""
+"""Mappings become dataclasses; errors name the key and its valid values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VALUES = st.fixed_dictionaries(
 
 
 @given(VALUES)
-def test_every_value_of_the_right_types_is_kept(values: dict[str, Any]) -> None:
+def test_values_of_the_right_types_are_unchanged(values: dict[str, Any]) -> None:
     settings = from_mapping(Settings, values, "settings")
     defaults = dataclasses.asdict(Settings(0))
     assert dataclasses.asdict(settings) == defaults | values
@@ -67,18 +67,20 @@ def test_every_value_of_the_right_types_is_kept(values: dict[str, Any]) -> None:
         (3, "settings is 3: it must be a mapping with the keys of Settings"),
     ],
 )
-def test_a_wrong_mapping_is_one_line_that_says_what_is_right(values: Mapping[str, Any], message: str) -> None:
+def test_the_error_of_an_invalid_mapping_is_one_line_with_the_valid_values(
+    values: Mapping[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError) as error:
         from_mapping(Settings, values, "settings")
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_a_list_is_a_tuple_of_any_length_or_of_the_one_given() -> None:
+def test_a_list_counts_as_a_tuple_of_any_or_a_fixed_length() -> None:
     settings = from_mapping(Settings, {"steps": 1, "size": [4, 5], "names": []}, "settings")
     assert list(settings.size) == [4, 5] and list(settings.names) == []
 
 
-def test_check_keys_names_the_first_wrong_key_and_the_nearest() -> None:
+def test_check_keys_names_the_first_unknown_key_and_the_nearest_valid_one() -> None:
     check_keys([], [], "nothing")
     check_keys(["a", "b"], iter("abc"), "letters")
     with pytest.raises(ValueError, match=r"^the table has no 'stepz': the nearest is 'steps'$"):
@@ -89,11 +91,11 @@ def test_check_keys_names_the_first_wrong_key_and_the_nearest() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-    share: float = key(0.5, "of all", ge=0, le=1)
-    rate: float = key(1.0, "of the optimizer", gt=0)
-    decay: float = key(0.9, "of an average", ge=0, lt=1)
-    devices: int = key(-1, "along an axis", ge=1, also=(-1,))
-    steps: tuple[int, ...] = key((), "of a trace", ge=1)
+    share: float = key(0.5, "a fraction", ge=0, le=1)
+    rate: float = key(1.0, "learning rate", gt=0)
+    decay: float = key(0.9, "decay of an average", ge=0, lt=1)
+    devices: int = key(-1, "devices along an axis", ge=1, also=(-1,))
+    steps: tuple[int, ...] = key((), "steps of a trace", ge=1)
     plain: float = 0.0
 
 
@@ -113,37 +115,37 @@ class Bounded:
         ({"plain": 10**400}, f"x.plain is {10**400}: it must be finite"),
     ],
 )
-def test_a_number_out_of_bounds_is_refused_with_its_bounds(values: dict[str, Any], message: str) -> None:
+def test_the_error_of_a_number_out_of_bounds_names_the_bounds(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         from_mapping(Bounded, values, "x")
     assert str(error.value) == message
 
 
-def test_the_ends_of_bounds_are_taken_or_not_as_declared() -> None:
+def test_closed_ends_of_bounds_are_accepted() -> None:
     values = {"share": 0, "rate": 1e-300, "decay": 0.999, "devices": -1, "steps": (1, 2), "plain": -1e300}
     assert dataclasses.asdict(from_mapping(Bounded, values, "x")) == values
     assert from_mapping(Bounded, {"share": 1, "devices": 1}, "x").share == 1
 
 
-def test_defaults_are_what_people_write_and_a_copy_of_it() -> None:
+def test_defaults_have_the_form_of_a_configuration_and_are_copies() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Outer:
         inner: Bounded = key(Bounded())
         model: Bounded = key(doc="a preset", written={"name": ["tiny"]})
 
-    found = defaults(Outer)
-    assert found == {"inner": dataclasses.asdict(Bounded()), "model": {"name": ["tiny"]}}
-    found["model"]["name"].append("changed")
+    values = defaults(Outer)
+    assert values == {"inner": dataclasses.asdict(Bounded()), "model": {"name": ["tiny"]}}
+    values["model"]["name"].append("changed")
     assert defaults(Outer)["model"] == {"name": ["tiny"]}
 
 
-def test_a_number_of_the_command_line() -> None:
+def test_a_number_on_the_command_line_is_parsed_and_checked() -> None:
     parse = number(int, ge=1, lt=8)
     assert parse("1") == 1 and parse("7") == 7
     for text, message in [
         ("0", "0 is out of bounds: it must be at least 1 and below 8"),
         ("8", "8 is out"),
-        ("x", "'x' is no int"),
+        ("x", "'x' is not an int"),
     ]:
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             parse(text)
@@ -152,7 +154,7 @@ def test_a_number_of_the_command_line() -> None:
     assert str(Bounds(gt=0, le=2)) == "above 0 and at most 2"
 
 
-def test_only_a_few_of_many_names_are_listed() -> None:
+def test_check_names_lists_the_first_five_names() -> None:
     check_names(["b", "a"], ("a", "b"), "this")
     with pytest.raises(
         ValueError, match=r"^this does not fit the model: missing a, b, c, d, e and 3 more; unexpected z$"

@@ -1,4 +1,4 @@
-"""Whole or not at all: on a local disk, and on what stands for an object store."""
+"""Atomic writes on a local disk and on a simulated object store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.object_store import Bucket, Failure
 
 @pytest.fixture(params=["local", "gs"])
 def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> epath.Path:
-    """Runs a test on both: an empty folder."""
+    """An empty folder, once on a local disk and once in a bucket."""
     if request.param == "local":
         return epath.Path(tmp_path)
     request.getfixturevalue("bucket")
@@ -28,7 +28,7 @@ def names(place: epath.Path) -> list[str]:
     return sorted(path.name for path in place.iterdir())
 
 
-def test_the_cache_folder_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_the_environment_sets_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TCLIP_CACHE_DIR", "~/there")
     assert storage.cache_folder() == tmp_path / "there"
@@ -37,7 +37,7 @@ def test_the_cache_folder_is_that_of_the_environment(monkeypatch: pytest.MonkeyP
         assert storage.cache_folder() == tmp_path / ".cache" / "tclip_jax"
 
 
-def test_json_has_no_number_that_is_not_finite() -> None:
+def test_json_has_null_for_numbers_that_are_not_finite() -> None:
     text = storage.dump_json({"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1.5)}], "d": "NaN"}, indent=None)
     assert text.endswith("}\n") and text.count("\n") == 1
     assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, {"c": [None, 1.5]}], "d": "NaN"}
@@ -66,7 +66,7 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_of_a_folder_that_is_missing_names_it(tmp_path: pathlib.Path) -> None:
+def test_the_error_of_a_missing_folder_names_it(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "none" / "file"
     for atomic in (storage.atomic_file, storage.atomic_local_file):
         with pytest.raises(FileNotFoundError, match="none: no such folder, so file"), atomic(path):
@@ -81,7 +81,7 @@ def test_atomic_folder_appears_when_the_block_ends(place: epath.Path) -> None:
     assert (target / "file").read_text() == "content" and names(target.parent) == ["folder"]
 
 
-def test_a_folder_in_a_folder_is_moved_too(tmp_path: pathlib.Path) -> None:
+def test_atomic_folder_moves_nested_folders(tmp_path: pathlib.Path) -> None:
     for text in ("old", "new"):
         with storage.atomic_folder(tmp_path / "folder", overwrite=True) as building:
             (building / "inner").mkdir()
@@ -98,7 +98,7 @@ def test_atomic_folder_leaves_nothing_when_the_block_raises(place: epath.Path, e
     assert names(place) == []
 
 
-def test_atomic_folder_refuses_what_exists_unless_told(place: epath.Path) -> None:
+def test_atomic_folder_refuses_an_existing_folder_without_overwrite(place: epath.Path) -> None:
     target = place / "folder"
     target.mkdir()
     (target / "old").write_text("old")
@@ -109,8 +109,8 @@ def test_atomic_folder_refuses_what_exists_unless_told(place: epath.Path) -> Non
     assert names(target) == ["new"] and names(place) == ["folder"]
 
 
-def test_a_failed_upload_never_costs_the_older_file(bucket: type[Bucket]) -> None:
-    """At its start, in its middle, at its end, when it is closed, and when it gets its name."""
+def test_a_failed_upload_leaves_the_old_file(bucket: type[Bucket]) -> None:
+    """The upload fails when it is opened, at each of its writes, when it is closed, and when it is renamed."""
     path = epath.Path("gs://bucket/file")
     storage.write_atomic(path, "old")
     for operation, number in (("open", 1), ("write", 1), ("write", 2), ("write", 3), ("close", 1), ("copy", 1)):
@@ -122,8 +122,8 @@ def test_a_failed_upload_never_costs_the_older_file(bucket: type[Bucket]) -> Non
         assert path.read_text() == "old" and names(epath.Path("gs://bucket")) == ["file"], operation
 
 
-def test_a_failed_upload_never_costs_the_older_folder(bucket: type[Bucket]) -> None:
-    """Two files: every operation fails once, and where all fail from there on the message says where the old one is."""
+def test_a_failed_upload_leaves_the_old_folder(bucket: type[Bucket]) -> None:
+    """Each operation on two files fails once; if all later ones fail too, the message says where the old folder is."""
     place, folder = epath.Path("gs://bucket"), epath.Path("gs://bucket/folder")
     outcomes: list[str] = []
     for always_after in (False, True):
@@ -132,25 +132,27 @@ def test_a_failed_upload_never_costs_the_older_folder(bucket: type[Bucket]) -> N
                 bucket.store.clear()
                 for name in ("a", "b"):
                     storage.write_atomic(folder / name, f"old {name}")
-                bucket.failing, said = Failure(operation, number, always_after=always_after), ""
+                bucket.failing, message = Failure(operation, number, always_after=always_after), ""
                 try:
                     with storage.atomic_folder(folder, overwrite=True) as building:
                         for name in ("a", "b"):
                             (building / name).write_text(f"newer {name}")
                 except OSError as error:
-                    said = str(error)
+                    message = str(error)
                 bucket.failing = lambda operation, path: None
-                _, _, elsewhere = said.partition("is whole in ")
-                found = {name: (epath.Path(elsewhere or folder) / name).read_text() for name in ("a", "b")}
-                assert found in ({"a": "old a", "b": "old b"}, {"a": "newer a", "b": "newer b"}), (operation, number)
+                _, _, elsewhere = message.partition("is whole in ")
+                texts = {name: (epath.Path(elsewhere or folder) / name).read_text() for name in ("a", "b")}
+                assert texts in ({"a": "old a", "b": "old b"}, {"a": "newer a", "b": "newer b"}), (operation, number)
                 outcomes.append(elsewhere)
                 if not always_after and operation != "remove":
-                    assert names(place) == ["folder"] and found["a"] == "old a", (operation, number)
+                    assert names(place) == ["folder"] and texts["a"] == "old a", (operation, number)
     assert any(outcomes) and not all(outcomes)
 
 
-def test_a_full_disk_and_a_failed_rename_cost_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel refuses what is longer than 64 bytes, as a full disk does; then the rename fails."""
+def test_a_full_disk_and_a_failed_rename_leave_the_old_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of 64 bytes for a file stands for a full disk; then the rename fails."""
     path = epath.Path(tmp_path) / "file"
     storage.write_atomic(path, "old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -185,19 +187,19 @@ def test_overwriting_keeps_the_old_folder_when_the_block_raises(tmp_path: pathli
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_overwriting_puts_the_old_folder_back_when_the_swap_fails(
+def test_overwriting_restores_the_old_folder_when_the_swap_fails(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with storage.atomic_folder(tmp_path / "folder") as building:
         (building / "file").write_text("old")
     rename = type(building).rename
 
-    def fail_on_the_new_one(path: epath.Path, target: epath.Path) -> epath.Path:
+    def fail_for_the_new_folder(path: epath.Path, target: epath.Path) -> epath.Path:
         if ".tmp-" in path.name:
             raise OSError("disk gone")
         return rename(path, target)
 
-    monkeypatch.setattr(type(building), "rename", fail_on_the_new_one)
+    monkeypatch.setattr(type(building), "rename", fail_for_the_new_folder)
     with pytest.raises(OSError, match="disk gone"), storage.atomic_folder(tmp_path / "folder", overwrite=True):
         pass
     assert (tmp_path / "folder" / "file").read_text() == "old"

@@ -1,1 +1,1 @@
-"""The device mesh, and which parameter is sharded over which of its axes."""
+"""Device mesh, parameter sharding, and the processes of a run."""

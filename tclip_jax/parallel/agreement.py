@@ -1,4 +1,4 @@
-"""What all processes of a run know together: values, errors, and what any of them asks for."""
+"""Collectives on the host: JSON values, errors and stop requests that all processes of a run share."""
 
 from __future__ import annotations
 
@@ -14,38 +14,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+_RAISED_BY_ALL = "(raised by all processes)"
+
+_logger = logging.getLogger(__name__)
+
 
 def allgather_json(value: Any) -> list[Any]:
-    """The JSON value of each process, in their order, on all of them.
+    """Returns the JSON value of every process, by process index, on all processes.
 
-    A collective: every process must call it, as often as the others and in the same order.
+    A collective: every process must call it equally often and in the same order.
     """
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(data)))
-    # A power of two: each new shape is compiled.
+    # jax compiles a gather for each shape: powers of two keep the shapes few.
     padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: len(data)] = data
-    everyone = multihost_utils.process_allgather(padded)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
-
-
-_logger = logging.getLogger(__name__)
-
-
-_EVERYWHERE = "(raised by all processes)"
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def agreed(error: Exception) -> Exception:
-    """Notes that all processes raise this error, or one for it, at the same place: `distributed` then ends in order."""
-    error.add_note(_EVERYWHERE)
+    """Marks an error that all processes raise at the same place, so that `distributed` shuts down in order."""
+    error.add_note(_RAISED_BY_ALL)
     return error
 
 
 @contextlib.contextmanager
 def raised_by_all() -> Iterator[None]:
-    """A block whose errors every process raises, since all judge by the same numbers."""
+    """Marks the errors of a block that every process runs with the same values, and so raises alike."""
     try:
         yield
     except Exception as error:
@@ -54,42 +52,42 @@ def raised_by_all() -> Iterator[None]:
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether `agreed` was told of it."""
-    return _EVERYWHERE in getattr(error, "__notes__", ())
+    """Whether `agreed` has marked the error."""
+    return _RAISED_BY_ALL in getattr(error, "__notes__", ())
 
 
 class FailedElsewhere(ValueError):
-    """What another process raised."""
+    """The error of another process, with its index and message."""
 
 
-class Failure:
-    """The first error of this process, kept until all processes raise it together.
+class FirstError:
+    """The first error of this process, stored until all processes raise it together.
 
     Attributes:
-      error: None as long as nothing failed.
+      error: the error, or None.
     """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Logs and keeps what the block raises."""
+    def captured(self) -> Iterator[None]:
+        """Logs and stores an error of the block instead of raising it."""
         try:
             yield
         except Exception as error:
-            self.keep(error)
+            self.store(error)
 
-    def keep(self, error: Exception) -> None:
-        """Logs and keeps an error, unless there was one before."""
+    def store(self, error: Exception) -> None:
+        """Logs and stores `error`, unless an error is stored already."""
         if self.error is None:
             self.error = error
             _logger.error("%s", _line(error))
 
     def raise_everywhere(self) -> None:
-        """Raises on every process if any has failed: there what it kept, elsewhere `FailedElsewhere`.
+        """Raises on every process if any process has stored an error: its own, or `FailedElsewhere`.
 
-        A collective: every process must call it, as often as the others and in the same order.
+        A collective: every process must call it equally often and in the same order.
         """
         lines = allgather_json(_line(self.error) if self.error else "")
         if self.error:
@@ -101,8 +99,8 @@ class Failure:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that holds no collective: what one process raises in it, all raise at its end. A collective itself."""
-    failure = Failure()
+    """Runs a block without collectives; if it raises on one process, all processes raise at its end. A collective."""
+    failure = FirstError()
     try:
         yield
     except Exception as error:
@@ -118,29 +116,33 @@ def _line(error: Exception) -> str:
 
 
 class Agreement:
-    """Element-wise maximum over processes of a few integers, returned one call late so that no host blocks.
+    """Element-wise maximum of a few integers over processes, returned one call late so that no host blocks.
 
-    The reduction runs on the devices behind the step that was dispatched before it, and is done by the next call. A
-    single process delays its answer in the same way, so that a run behaves alike on any number of processes.
+    The devices reduce the values after the step that was dispatched last, and have finished by the next call. A single
+    process gets its result one call late too: a run behaves alike on any number of processes.
+
+    Args:
+      mesh: the devices of all processes.
+      count: how many integers each call takes.
     """
 
     def __init__(self, mesh: Mesh, count: int) -> None:
         self._count = count
-        self._answer: jax.Array | tuple[int, ...] = (0,) * count
-        flat = Mesh(mesh.devices.reshape(-1), ("everyone",))
-        self._sharding = NamedSharding(flat, PartitionSpec("everyone"))
-        self._largest = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, PartitionSpec()))
+        self._result: jax.Array | tuple[int, ...] = (0,) * count
+        flat = Mesh(mesh.devices.reshape(-1), ("device",))
+        self._sharding = NamedSharding(flat, PartitionSpec("device"))
+        self._maximum = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, PartitionSpec()))
 
     def all_hosts_max(self, values: Sequence[int]) -> tuple[int, ...]:
         """Contributes `values` (int32) and returns the maximum of the previous call's values; zeros at first.
 
-        A collective: every process must call it, as often as the others and in the same order.
+        A collective: every process must call it equally often and in the same order.
         """
-        answer = tuple(int(each) for each in np.asarray(self._answer))
+        result = tuple(int(value) for value in np.asarray(self._result))
         if jax.process_count() == 1:
-            self._answer = tuple(values)
+            self._result = tuple(values)
         else:
             rows = np.tile(np.array(values, np.int32), (jax.local_device_count(), 1))
             shape = (jax.device_count(), self._count)
-            self._answer = self._largest(jax.make_array_from_process_local_data(self._sharding, rows, shape))
-        return answer
+            self._result = self._maximum(jax.make_array_from_process_local_data(self._sharding, rows, shape))
+        return result

@@ -1,6 +1,6 @@
-"""Several processes as one run: they wait for each other by name, and leave without waiting for who cannot come.
+"""Start and end of a run of several processes: a rendezvous before jax's own, and exits that do not wait for others.
 
-jax's own wait ends a process by a signal when it has lasted too long, without a word on who was missing.
+Hand-written, because jax's rendezvous ends a process with SIGABRT when it times out, and does not name who is missing.
 """
 
 from __future__ import annotations
@@ -25,137 +25,31 @@ import jax
 from tclip_jax.parallel.agreement import is_agreed
 from tclip_jax.parallel.processes import Processes, find_processes
 
-_ANSWER = 5.0  # seconds in which who is there answers
-
-
-class LostProcess(OSError):
-    """Another process did not come, or is gone: worth another try."""
-
-    exit_code = 69  # EX_UNAVAILABLE
-
-
-def meet(processes: Processes, timeout: float, versions: str) -> None:
-    """Waits until all processes have connected to process 0, which listens only for that time.
-
-    Args:
-      timeout: seconds after which it is given up.
-      versions: of software; all processes must have the same.
-
-    Raises:
-      LostProcess: not all came in time; one line with the address, who was there, and what to check.
-      ValueError: another process has another count or other versions.
-    """
-    hello = {"tclip": versions, "count": processes.count, "index": processes.index}
-    deadline = time.monotonic() + timeout
-    state = (_listen if processes.index == 0 else _ask)(processes, hello, deadline)
-    if state:
-        raise LostProcess(
-            f"process {processes.index} of {processes.count} ({processes.launcher}) waited {timeout:.0f} s at "
-            f"{processes.coordinator}: {state}; TCLIP_START_TIMEOUT=SECONDS waits longer"
-        )
-
-
-def _listen(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
-    """Counts who comes until everyone has heard that all are there; what was wrong if the time is over before."""
-    missing, unaware = set(range(1, processes.count)), set(range(1, processes.count))
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    port = int(processes.coordinator.rpartition(":")[2])
-    with socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024) as server:
-        while unaware:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                there = f"{processes.count - len(missing)} of {processes.count} were there"
-                return f"{there}, not {_named(missing or unaware)}: see their logs, and whether they reach this address"
-            with connection:
-                said = _receive(connection)
-                if "tclip" not in said or not isinstance(said.get("index"), int):
-                    continue  # a stranger
-                wrong = _contradiction(said, hello)
-                missing.discard(said["index"])
-                try:
-                    _send(connection, {"error": wrong} if wrong else {"missing": sorted(missing)})
-                except OSError:
-                    continue  # it is gone, or asks again
-            if wrong:
-                raise ValueError(wrong)
-            if not missing:
-                unaware.discard(said["index"])
-    return ""
-
-
-def _ask(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
-    """Asks process 0 until all are there; what was wrong if the time is over before."""
-    host, _, port = processes.coordinator.rpartition(":")
-    while True:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
-                _send(connection, hello)
-                answer = _receive(connection)
-        except OSError as error:
-            state = f"process 0 does not answer ({error}): see its log, and whether this host reaches that port"
-        else:
-            if "error" in answer:
-                raise ValueError(answer["error"])
-            if "missing" not in answer:
-                state = "what answers is not process 0 of this run, or not yet: another program may have the port"
-            elif answer["missing"]:
-                state = f"process 0 was there, and missed {_named(answer['missing'])}: see their logs"
-            else:
-                return ""
-        if time.monotonic() > deadline:
-            return state
-        time.sleep(0.2)
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _receive(connection: socket.socket) -> dict[str, Any]:
-    """A line of JSON; {} if none comes, or another thing."""
-    try:
-        connection.settimeout(_ANSWER)
-        with connection.makefile("rb") as file:
-            said = json.loads(file.readline(1 << 16))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _contradiction(said: dict[str, Any], own: dict[str, Any]) -> str:
-    """What two processes of one run cannot both say."""
-    for key, what in (("count", "{} processes"), ("tclip", "{}")):
-        if said.get(key) != own[key]:
-            others, ours = what.format(said.get(key)), what.format(own[key])
-            return f"process {said['index']} has {others}, process 0 has {ours}: it must be the same everywhere"
-    return ""
-
-
-def _named(indices: Collection[int]) -> str:
-    """'processes 3, 7, 9, ...'"""
-    first = ", ".join(map(str, sorted(indices)[:8]))
-    return f"process{'es' if len(indices) > 1 else ''} {first}{', ...' if len(indices) > 8 else ''}"
-
-
-_LOST = r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
-_BY_WHAT = r"Gloo|NCCL|heartbeat|[Cc]oordination|[Pp]eer|Socket closed"
+_ANSWER_SECONDS = 5.0  # to wait for the answer of a peer that is connected
+# The errors of collectives whose peer has ended: a status code, and the library that reports it.
+_LOST_CODE = r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+_LOST_SOURCE = r"Gloo|NCCL|heartbeat|[Cc]oordination|[Pp]eer|Socket closed"
 
 _logger = logging.getLogger(__name__)
 
 
+class LostProcess(OSError):
+    """Another process did not connect, or ended. A restart may help."""
+
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
+
+
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Connects this process with the others of its run for a block; does nothing where it is the only one.
+    """Connects the processes of a run for a block; does nothing for a single process.
 
-    Must be entered before jax looks for devices. After an error in the block the program ends without waiting for the
-    others, who may be waiting for this one: they are told by their connections. One that all raise is waited for.
+    Enter it before jax initializes its devices. If the block raises an error that all processes raise, they shut down
+    together. After any other error the program exits without waiting, since the other processes may wait for this
+    one; they notice by their broken connections.
 
     Raises:
-      LostProcess: the others did not come in time, or one went away during the block.
-      ValueError: the environment contradicts itself, or the processes have different versions.
+      LostProcess: another process did not connect in time, or ended during the block.
+      ValueError: environment variables contradict each other, or the processes have different versions.
     """
     processes = find_processes()
     if processes is None:
@@ -166,7 +60,7 @@ def distributed() -> Iterator[None]:
     if processes.index == 0:
         _logger.info("waiting for %d processes (%s) at %s", processes.count, processes.launcher, processes.coordinator)
     meet(processes, _start_timeout(), versions)
-    # It would take SIGTERM, and with it end nothing that does not ask jax at every step.
+    # The service would catch SIGTERM, and only programs that poll jax at every step would then stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         processes.coordinator,
@@ -178,14 +72,14 @@ def distributed() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        jax.distributed.shutdown()  # decided together
+        jax.distributed.shutdown()  # all processes exit together
         raise
     except BaseException as error:
         if is_agreed(error):
             jax.distributed.shutdown()
             raise
         lost = _lost(error)
-        # jax's own way out waits for the others, and ends in a signal when they do not come.
+        # At exit jax would wait for the other processes, and abort when they do not come.
         atexit.register(_leave, exit_code(lost or error))
         if lost:
             raise lost from error
@@ -193,13 +87,125 @@ def distributed() -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def local_gpus(processes: Processes, environ: Mapping[str, str] = os.environ) -> list[int] | None:
-    """The GPUs of this process, as indices into those it sees; None for all of them.
+def meet(processes: Processes, timeout: float, versions: str) -> None:
+    """Waits until all processes have connected to process 0, which listens at the coordinator's port meanwhile.
 
-    A launcher lets the processes of a host see either all its GPUs, and then each takes its share, or one GPU each.
+    Args:
+      processes: the run, as this process knows it.
+      timeout: seconds to wait.
+      versions: software versions, which must be equal on all processes.
 
     Raises:
-      ValueError: the GPUs of the host do not divide over its processes.
+      LostProcess: a process did not connect in time; the message has the address, the missing processes and what to
+        check.
+      ValueError: another process has a different process count or different versions.
+    """
+    hello = {"tclip": versions, "count": processes.count, "index": processes.index}
+    deadline = time.monotonic() + timeout
+    problem = (_listen if processes.index == 0 else _connect)(processes, hello, deadline)
+    if problem:
+        raise LostProcess(
+            f"process {processes.index} of {processes.count} ({processes.launcher}) waited {timeout:.0f} s at "
+            f"{processes.coordinator}: {problem}; TCLIP_START_TIMEOUT=SECONDS waits longer"
+        )
+
+
+def _listen(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
+    """Accepts connections until every process knows that all have connected; returns the problem at the deadline."""
+    missing, unaware = set(range(1, processes.count)), set(range(1, processes.count))
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    port = int(processes.coordinator.rpartition(":")[2])
+    with socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024) as server:
+        while unaware:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                connected = f"{processes.count - len(missing)} of {processes.count} processes connected"
+                return (
+                    f"{connected}, not {_named(missing or unaware)}: check their logs, and whether they can reach "
+                    "this address"
+                )
+            with connection:
+                message = _receive(connection)
+                if "tclip" not in message or not isinstance(message.get("index"), int):
+                    continue  # not a process of tclip
+                mismatch = _mismatch(message, hello)
+                missing.discard(message["index"])
+                try:
+                    _send(connection, {"error": mismatch} if mismatch else {"missing": sorted(missing)})
+                except OSError:
+                    continue  # the peer connects again, or has ended
+            if mismatch:
+                raise ValueError(mismatch)
+            if not missing:
+                unaware.discard(message["index"])
+    return ""
+
+
+def _connect(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
+    """Asks process 0 repeatedly until all have connected; returns the problem at the deadline."""
+    host, _, port = processes.coordinator.rpartition(":")
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
+                _send(connection, hello)
+                answer = _receive(connection)
+        except OSError as error:
+            problem = f"process 0 does not answer ({error}): check its log, and whether this host can reach that port"
+        else:
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            if "missing" not in answer:
+                problem = "the answer is not from process 0 of this run: another program may use the port"
+            elif answer["missing"]:
+                problem = f"process 0 answers, but not {_named(answer['missing'])}: check their logs"
+            else:
+                return ""
+        if time.monotonic() > deadline:
+            return problem
+        time.sleep(0.2)
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """Returns a JSON object sent as one line; {} if the peer sends something else or nothing."""
+    try:
+        connection.settimeout(_ANSWER_SECONDS)
+        with connection.makefile("rb") as file:
+            message = json.loads(file.readline(1 << 16))
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _mismatch(message: dict[str, Any], hello: dict[str, Any]) -> str:
+    """Returns how a peer's message contradicts that of process 0; "" if both belong to one run."""
+    for key, text in (("count", "{} processes"), ("tclip", "{}")):
+        if message.get(key) != hello[key]:
+            theirs, ours = text.format(message.get(key)), text.format(hello[key])
+            return f"process {message['index']} has {theirs}, process 0 has {ours}: all processes must have the same"
+    return ""
+
+
+def _named(indices: Collection[int]) -> str:
+    """Returns 'processes 3, 7, 9, ...'."""
+    first = ", ".join(map(str, sorted(indices)[:8]))
+    return f"process{'es' if len(indices) > 1 else ''} {first}{', ...' if len(indices) > 8 else ''}"
+
+
+def local_gpus(processes: Processes, environ: Mapping[str, str] = os.environ) -> list[int] | None:
+    """Returns the GPUs that this process uses, as indices into the visible ones; None for all of them.
+
+    Launchers make either all GPUs of a host visible to each of its processes, which then divide them, or one GPU to
+    each process.
+
+    Raises:
+      ValueError: the number of GPUs is not divisible by the number of processes of the host.
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     gpus = sum(1 for _ in pathlib.Path("/dev").glob("nvidia[0-9]*")) if visible is None else len(visible.split(","))
@@ -214,21 +220,22 @@ def local_gpus(processes: Processes, environ: Mapping[str, str] = os.environ) ->
 
 
 def exit_code(error: BaseException) -> int:
-    """Of a program that the error ends: its own, 130 after Ctrl-C, 2 for what is told in a line, else 1."""
+    """Returns the exit code for an error: its `exit_code`, 130 after Ctrl-C, 2 for ValueError and OSError, else 1."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
 
 
 def _lost(error: BaseException) -> LostProcess | None:
-    """What a collective raises, as ValueError or RuntimeError, when a process that takes part in it is gone."""
+    """Returns `LostProcess` for the error of a collective whose peer has ended, otherwise None."""
     text = str(error)
-    if isinstance(error, (ValueError, RuntimeError)) and re.match(_LOST, text) and re.search(_BY_WHAT, text):
-        return LostProcess(f"another process is gone, see its log: {text.splitlines()[0][:300]}")
+    if isinstance(error, (ValueError, RuntimeError)) and re.match(_LOST_CODE, text) and re.search(_LOST_SOURCE, text):
+        return LostProcess(f"another process has ended (see its log): {text.splitlines()[0][:300]}")
     return None
 
 
 def _leave(code: int) -> None:
+    """Exits at once; jax's exit handlers, registered before this one, do not run."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
@@ -239,5 +246,5 @@ def _leave(code: int) -> None:
 def _start_timeout() -> float:
     value = os.environ.get("TCLIP_START_TIMEOUT", "300")
     if not value.isdecimal():
-        raise ValueError(f"TCLIP_START_TIMEOUT is {value!r}: it must be whole seconds")
+        raise ValueError(f"TCLIP_START_TIMEOUT is {value!r}: it must be a whole number of seconds")
     return float(value)

@@ -1,4 +1,4 @@
-"""The mesh of devices and the sharding of a batch over it."""
+"""The device mesh, and the sharding of batches and activations over it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-# `data` and `fsdp` share the rows of activations; the devices along `tensor` share the products of the same rows.
+# `data` and `fsdp` shard the rows of activations; `tensor` shards the matrix products of the same rows.
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
 def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1) -> tuple[int, int, int]:
-    """The sizes of `AXES` over so many devices; one of them may be −1, the rest. The data axis runs over slices.
+    """Returns the sizes of `AXES`.
+
+    Args:
+      devices: number of devices.
+      data: size of the axis `data`, which spans the slices. One of `data`, `fsdp` and `tensor` may be −1: the remaining
+        devices.
+      fsdp: size of the axis `fsdp`.
+      tensor: size of the axis `tensor`.
+      slices: number of TPU slices.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or slices do not divide the data axis.
+      ValueError: the product of the sizes is not the number of devices, or `data` is not divisible by `slices`.
     """
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1 and all(size > 0 or size == -1 for size in sizes):
@@ -41,27 +49,30 @@ def make_mesh(
     slices: int = -1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes `data`, `fsdp` and `tensor` over all devices; one of their sizes may be −1, the rest.
+    """Returns a mesh with axes `data`, `fsdp` and `tensor`, of type Auto.
 
-    Axes are Auto: Linen constraints assert under jax's default of Explicit axes.
+    Linen's sharding constraints fail on axes of type Explicit, jax's default.
 
     Args:
-      slices: parts that a slower network connects, of which each holds a part of the data axis: slices of TPUs; where
-        devices do not say theirs, processes. −1: as many as the devices say.
+      data: see `mesh_sizes`, also for `fsdp` and `tensor`.
+      slices: groups of devices with a slower network between them; `data` spans them. These are TPU slices, or
+        processes if the devices have no slice index. −1: as many as the devices belong to.
       devices: default jax.devices().
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices, or another number of slices than there are.
+      ValueError: the product of the sizes is not the number of devices, or the number of slices does not match them.
     """
     devices = jax.devices() if devices is None else devices
-    found = len({getattr(device, "slice_index", 0) for device in devices})
+    device_slices = len({getattr(device, "slice_index", 0) for device in devices})
     processes = len({device.process_index for device in devices})
-    by_process = found == 1 and slices == processes
-    if slices not in (-1, found) and not by_process:
-        raise ValueError(f"mesh slices={slices}: the devices are of {found} slices and {processes} processes")
-    slices = found if slices == -1 else slices
+    by_process = device_slices == 1 and slices == processes
+    if slices not in (-1, device_slices) and not by_process:
+        raise ValueError(
+            f"mesh slices={slices}: the devices belong to {device_slices} slices and {processes} processes"
+        )
+    slices = device_slices if slices == -1 else slices
     sizes = mesh_sizes(len(devices), data, fsdp, tensor, slices)
-    # Splitting a torus' axis lets every shape that multiplies to the devices be a mesh.
+    # Without splitting the axes of a TPU torus, many mesh shapes are impossible.
     split: dict[str, Any] = {"allow_split_physical_axes": True}
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, **split)
@@ -72,20 +83,20 @@ def make_mesh(
 
 
 def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """The mesh of devices that are not there: it has sizes, and shardings can be asked of it."""
+    """Returns a mesh without devices, for computing shardings; see `mesh_sizes`."""
     return AbstractMesh(mesh_sizes(devices, data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices, those along `tensor` too: each process reads its own, wherever its devices lie."""
+    """Returns the sharding of a batch: rows over all axes. With `tensor` among them, processes load distinct rows."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from each process's own rows.
+    """Returns global arrays of the rows that each process holds.
 
     Raises:
-      ValueError: the rows do not divide over the devices.
+      ValueError: the number of global rows is not divisible by the number of devices.
     """
     rows, sharding = next(iter(batch.values())).shape[0] * jax.process_count(), batch_sharding(mesh)
     if rows % mesh.size:
@@ -94,31 +105,31 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def mesh_in_force() -> AbstractMesh | None:
-    """The mesh of jax.set_mesh if it is one of ours."""
+    """Returns the mesh of `jax.set_mesh` if it has `AXES`, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
 def constrain(x: Any, *spec: str | tuple[str, ...] | None) -> Any:
-    """Keeps an array's axes over these of the mesh in force, and those not given whole; without a mesh, `x` itself."""
+    """Constrains the first axes of `x` to these mesh axes and replicates the others; a no-op without a mesh."""
     return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def constrain_batch(x: Any, *rest: str | None) -> Any:
-    """Keeps the first axis of an activation over `data` and `fsdp`, and the others over those given, if any.
+    """Constrains the first axis of an activation to `data` and `fsdp`, and the others to `rest`.
 
-    Without it GSPMD reshards activations instead of gathering weights when parameters are sharded over `fsdp`.
+    Without the constraint, GSPMD reshards activations instead of gathering weights that are sharded over `fsdp`.
     """
     return constrain(x, BATCH_AXES, *rest)
 
 
 def constrain_replicated(x: Any) -> Any:
-    """Keeps every array of a tree whole on each device of the mesh in force, so that each process can read it."""
+    """Constrains all arrays of a tree to be replicated, so that each process can read them; a no-op without a mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def describe_run(mesh: Mesh, batch_size: int) -> tuple[str, ...]:
-    """What the first lines of a run's log say: the process, the mesh, and the batch."""
+    """Returns the first lines of a run's log: process, mesh and batch."""
     first, processes = mesh.devices.flat[0], jax.process_count()
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return (

@@ -1,4 +1,4 @@
-"""One table from parameter path to PartitionSpec."""
+"""Parameter sharding: one table from parameter path to PartitionSpec."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tclip_jax.parallel.mesh import mesh_in_force
 
 P = PartitionSpec
 
-# First match wins. FSDP shards the output axis, so that no shard cuts through a group of weights that share a scale.
-# `tensor` is Megatron's (arXiv 1909.08053): the first product of a pair is split by outputs, the second by inputs, and
-# there shards must be whole groups. It comes before `fsdp`, so that gathering over `fsdp` gives a device what it needs.
-# A device needs the same heads of q, k and v, which are not beside each other: all of qkv is gathered.
-# A path may have more before it (the optimizer's moments carry the parameters' paths).
+# The first rule that matches the end of a path applies; optimizer moments have longer paths that end alike.
+# FSDP shards the output axis, so that no shard splits a group of weights that share a scale.
+# `tensor` follows Megatron-LM (arXiv 1909.08053): the first matrix of a pair is split along its outputs, the second
+# along its inputs, where shards are whole groups. It precedes `fsdp`, so that an all-gather over `fsdp` yields the
+# shard that a device multiplies. qkv is gathered whole, since the columns of a head's q, k and v are not adjacent.
 _OUTPUT = ("tensor", "fsdp")
 RULES: tuple[tuple[str, PartitionSpec, PartitionSpec], ...] = (
-    # path, where it is stored, where a product uses it
+    # path, spec of the stored parameter, spec for its matrix product
     (r"blocks/attention/qkv/kernel(_scale)?", P(None, None, _OUTPUT), P()),
     (r"blocks/mlp/fc1/kernel(_scale)?", P(None, None, _OUTPUT), P(None, None, "tensor")),
     (r"blocks/(attention/out|mlp/fc2)/kernel(_scale)?", P(None, "tensor", "fsdp"), P(None, "tensor", None)),
@@ -32,23 +32,23 @@ RULES: tuple[tuple[str, PartitionSpec, PartitionSpec], ...] = (
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """'image/blocks/mlp/fc1/kernel' from the key path of jax.tree_util."""
+    """Returns a key path of jax.tree_util as a string: 'image/blocks/mlp/fc1/kernel'."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The first matching rule of the table, without mesh axes of size 1.
+    """Returns the spec of a stored parameter: the first matching rule of `RULES`, without mesh axes of size 1.
 
-    An axis that its mesh axes do not divide is sharded over the last of them that do, or not at all.
+    If an array axis is not divisible by all of its mesh axes, it is sharded over the last of them that divide it.
     """
     return _fitting(_rule(path)[0], shape, mesh)
 
 
 def matrix_specs(path: str, shape: tuple[int, ...]) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """How the matrix (K, N) of a parameter, one layer of stacked ones, is sharded over the mesh in force.
+    """Returns how a matrix (K, N), one layer of a stacked parameter, is sharded over the mesh of `jax.set_mesh`.
 
     Returns:
-      Where it is stored and where a product uses it; None without a mesh, or where each device has all of it.
+      The specs for storage and for the matrix product; None without a mesh, or if the matrix is replicated.
     """
     mesh = mesh_in_force()
     if mesh is None:
@@ -68,15 +68,15 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
 def _dividing(
     names: str | tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh
 ) -> str | tuple[str, ...] | None:
-    kept: tuple[str, ...] = ()
+    dividing: tuple[str, ...] = ()
     for name in reversed((names,) if isinstance(names, str) else names or ()):
         if mesh.shape[name] > 1 and size % mesh.shape[name] == 0:
-            kept, size = (name, *kept), size // mesh.shape[name]
-    return kept if len(kept) > 1 else kept[0] if kept else None
+            dividing, size = (name, *dividing), size // mesh.shape[name]
+    return dividing if len(dividing) > 1 else dividing[0] if dividing else None
 
 
 def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The NamedSharding of every leaf of a tree of arrays or shapes."""
+    """Returns the NamedSharding of every leaf of a tree of arrays or shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_of(path), leaf.shape, mesh)), tree
     )

@@ -1,1 +1,1 @@
-"""A run on disk: its checkpoints, and which of them are whole."""
+"""A run on disk: configuration, checkpoints, history and metrics."""

@@ -1,4 +1,4 @@
-"""Checkpoints of trees of arrays and of the place in the data: when they are saved, which are kept, always whole."""
+"""Checkpoints of the training state and the data position: when to save, which to keep, how to restore."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ from tclip_jax.storage import is_local
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state and the data's position are saved (always at the end and on a stop), and which are kept."""
+    """When to save checkpoints, and which to keep. The last step, and the step of a preemption, are always saved."""
 
-    every: int = key(1000, "steps", ge=1, le=MOST)
-    every_minutes: float = key(0.0, "and when that long has passed since the last was saved; 0: by steps alone", ge=0)
-    keep: int = key(2, "the newest", ge=1, le=MOST)
-    keep_best: int = key(0, "and the best ones by `best_metric`; every evaluated step is then saved", ge=0, le=MOST)
-    best_metric: str = key("zero_shot_accuracy", "a name of metrics.jsonl")
-    best_mode: Literal["max", "min"] = key("max", "which values of `best_metric` are the best")
+    every: int = key(1000, "steps between checkpoints", ge=1, le=MOST)
+    every_minutes: float = key(0.0, "also save when the last checkpoint is so many minutes old; 0: by steps only", ge=0)
+    keep: int = key(2, "newest checkpoints to keep", ge=1, le=MOST)
+    keep_best: int = key(0, "best checkpoints to keep, by best_metric; saves every evaluated step", ge=0, le=MOST)
+    best_metric: str = key("zero_shot_accuracy", "a name in metrics.jsonl")
+    best_mode: Literal["max", "min"] = key("max", "whether the largest or the smallest best_metric is the best")
 
 
 def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """The newest steps and the best, as many of each as the configuration says."""
+    """Returns the steps to keep: the `config.keep` newest and the `config.keep_best` best."""
     best = ranked(steps, scores, config)
     return {*sorted(steps)[-config.keep :], *best[max(0, len(best) - config.keep_best) :]}
 
 
 def ranked(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> list[int]:
-    """The steps that have a score, the best last; of equals the newer is better."""
+    """Returns the steps that have a score, the best last; of equal scores, the newer step is better."""
     sign = 1 if config.best_mode == "max" else -1
     return [step for _, step in sorted((sign * scores[step], step) for step in steps if step in scores)]
 
 
-# Seconds that processes wait for each other while saving. Orbax counts them by the wall clock, which may be set; a
-# process that is gone is noticed by JAX's own heartbeats.
-_PATIENCE = 24 * 3600
-_UNFINISHED = re.compile(r"\d+\.(orbax.*|deleted)")  # names of folders that are written or deleted
+# Seconds that processes wait for each other while saving. The timeout is long, because Orbax measures it by the wall
+# clock, which may jump; jax's heartbeats detect a lost process.
+_TIMEOUT_SECONDS = 24 * 3600
+_UNFINISHED = re.compile(r"\d+\.(orbax.*|deleted)")  # folders that were being written or deleted
 
 _logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: a sub-folder per saved step, of its trees and of `data`.
+    """The folder `checkpoints/` of a run, with a sub-folder per step for the trees of arrays and the data position.
 
-    Each tree, such as `params`, can be read by itself. A checkpoint counts as one when all is written, with its
-    checksums.
-
-    A context manager: leaving it waits for writing in the background. Every process of a run calls the same methods.
+    Each tree, such as `params`, can be read separately. A step counts as saved once all files and their checksums are
+    written. A context manager: its exit waits for background writes. Every process of a run calls the same methods.
 
     Args:
-      whole: the steps that are whole, as `whole_steps` found them; all others are set aside.
+      folder: `checkpoints/` of the run.
+      config: when to save, and which steps to keep.
+      whole: the result of `whole_steps`; all other steps are renamed or removed. None: no step is renamed.
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig, whole: Sequence[int] | None = None) -> None:
@@ -76,8 +76,8 @@ class Checkpoints:
         self._scores: dict[int, float] = {}
         self._saving, self._position, self._saved_at = 0, dict[str, Any](), time.monotonic()
         self._unfinished: Exception | None = None
-        self._steps: list[int] = decided(lambda: self._start(whole))  # those that are whole
-        self._writer = _orbax().Writer(self._finish, _PATIENCE)
+        self._steps: list[int] = decided(lambda: self._start(whole))  # the whole ones
+        self._writer = _orbax().Writer(self._finish, _TIMEOUT_SECONDS)
         self._deleting = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
@@ -91,15 +91,20 @@ class Checkpoints:
             self._writer.close()
 
     def is_due(self, step: int, *, late: bool = False) -> bool:
-        """Whether the state after `step` steps is to be saved; `late` is what `is_late` said a step ago."""
+        """Whether to save the state after `step` steps; `late` is the result of `is_late` one step ago."""
         return step % self._config.every == 0 or (late and step > self._saving + 1)
 
     def is_late(self) -> bool:
-        """Whether it is to be saved by the time that has passed. Clocks differ: processes must agree on it."""
+        """Whether `config.every_minutes` have passed since the last save. Processes must agree, since clocks differ."""
         return 0 < 60 * self._config.every_minutes <= time.monotonic() - self._saved_at
 
     def save(self, step: int, trees: Mapping[str, Any], position: Mapping[str, Any]) -> None:
-        """Saves, in the background, the trees of arrays after `step` steps, by their names, and the data's position.
+        """Starts to save a step in the background, after the save before it has finished.
+
+        Args:
+          step: the number of steps done.
+          trees: trees of arrays, by name.
+          position: the data iterator's position, as JSON values.
 
         Raises:
           CheckpointError: the checkpoint before this one could not be written.
@@ -112,7 +117,7 @@ class Checkpoints:
             self._writer.save(self._folder / str(step), trees)
 
     def wait(self) -> None:
-        """Until what is being saved is whole; raises CheckpointError if it cannot be."""
+        """Waits until the background save has finished; raises CheckpointError if it failed."""
         with self._written():
             self._writer.wait()
         if self._saving and self._saving not in self._steps:
@@ -124,10 +129,10 @@ class Checkpoints:
             self._steps = sorted(kept(self._steps, self._scores, self._config))
 
     def restore(self, abstract: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The newest trees, in the shapes and shardings of `abstract`; None if nothing was saved.
+        """Returns the trees of the newest step, in the shapes and shardings of `abstract`; None if there is no step.
 
         Raises:
-          CheckpointError: the checkpoint is broken, or not of this configuration.
+          CheckpointError: the checkpoint is damaged, or of another configuration.
         """
         if not self._steps:
             return None
@@ -139,13 +144,13 @@ class Checkpoints:
         return restored
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Remembers the metric that decides which checkpoints are best, if it is among `metrics` of `step`."""
+        """Stores the value of `config.best_metric` at a step, if `metrics` has it and it is finite."""
         value = metrics.get(self._config.best_metric)
         if value is not None and math.isfinite(value):
             self._scores[step] = value
 
     def _start(self, whole: Sequence[int] | None) -> list[int]:
-        """On process 0: removes what a start before this one left unfinished; the steps that are whole."""
+        """On process 0, removes the unfinished files of earlier starts; returns the whole steps."""
         if whole is not None:
             set_aside(self._folder, whole)
         if self._folder.is_dir():
@@ -156,18 +161,18 @@ class Checkpoints:
         return saved_steps(self._folder)
 
     def _finish(self, folder: epath.Path) -> None:
-        """On process 0, when all is written by all processes."""
+        """Writes the data position and the checksums, on process 0, after all processes have written their arrays."""
         try:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such folder: it was removed while it was written")
             (folder / "data").mkdir(exist_ok=True)
             (folder / "data" / "metadata").write_text(json.dumps(self._position))
             write_checksums(folder)
-        except Exception as error:  # raised here, whatever it is, the other processes would wait for this one
+        except Exception as error:  # an error raised here would leave the other processes waiting for this one
             self._unfinished = error
 
     def _delete(self, steps: Sequence[int]) -> None:
-        """Removes steps so that one that is half removed does not look like one that is damaged."""
+        """Removes steps. Each is first marked as deleted: a half-removed step must not look like a damaged one."""
         for step in steps:
             folder = self._folder / str(step)
             try:
@@ -177,47 +182,49 @@ class Checkpoints:
                     (folder / COMMITTED).unlink()
                 folder.rmtree()
             except OSError as error:
-                _logger.warning("%s: an old checkpoint could not be removed: %s", folder, error)
+                _logger.warning("%s: cannot remove this old checkpoint: %s", folder, error)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """Turns an error of writing into one CheckpointError, and gives back the space of what is not whole."""
+        """Turns any error of a save into one CheckpointError, and removes the incomplete checkpoint."""
         try:
             yield
             if self._unfinished:
                 raise self._unfinished
         except Exception as error:
-            # What the system said stands at the end of a long chain, and after it lines of C++.
+            # The system's message is the last in a long chain of messages, before a list of C++ source locations.
             reason = " ".join(str(error).partition(" [source locations")[0].split())[-300:]
         else:
             return
-        _collect_unheard()
+        _collect_silently()
         failed, self._saving, self._unfinished = self._saving, 0, None
         if jax.process_index() == 0:
-            # What other threads are still writing is removed by the next start.
+            # Other threads may still write files; the next start removes them.
             with contextlib.suppress(OSError):
                 for path in (*self._folder.glob(f"{failed}.orbax*"), self._folder / str(failed)):
                     path.rmtree(missing_ok=True)
-        before = f"that of step {self._steps[-1]} is whole" if self._steps else "there is none before it"
-        raise CheckpointError(f"{self._folder / str(failed)}: the checkpoint could not be written, {before}: {reason}")
+        whole = f"step {self._steps[-1]} is whole" if self._steps else "no earlier step is saved"
+        raise CheckpointError(f"{self._folder / str(failed)}: the checkpoint could not be written; {whole}: {reason}")
 
 
 def check_checkpoint(
     folder: epath.PathLike, step: int, abstract: Mapping[str, Any], seek: Callable[[Any], None], changed: str = ""
 ) -> None:
-    """Whether a run can be resumed from a step, without reading its arrays or writing anything.
+    """Checks that a run can be resumed from a step, without reading arrays or writing files.
 
     Args:
-      abstract: the trees that it needs.
-      seek: is told the position in the data that was saved; raises ValueError if it cannot go there.
-      changed: what has changed in the configuration, for the error.
+      folder: `checkpoints/` of the run.
+      step: the step to resume.
+      abstract: the trees that the run needs, with their shapes.
+      seek: moves the data iterator to the saved position; raises ValueError if the data differ.
+      changed: the changes of the configuration, for the error.
 
     Raises:
-      CheckpointError: it lacks a part, or is of other data.
+      CheckpointError: a tree is missing or has another shape, or the data differ.
     """
     saved = _absolute(folder) / str(step)
-    with _explained(place := saved / "data" / "metadata"):
-        seek(json.loads(place.read_text()))
+    with _explained(position := saved / "data" / "metadata"):
+        seek(json.loads(position.read_text()))
     for name, tree in abstract.items():
         reason = f"it has no {name}"
         if (saved / name).exists():
@@ -230,35 +237,34 @@ def check_checkpoint(
                 reason = f"its {name}/{error}"
         since = f" since {changed}" if changed else ""
         raise CheckpointError(
-            f"{saved}: cannot be resumed{since}: {reason}; change that back, or start a new run from its"
-            " weights by config.init"
+            f"{saved}: cannot be resumed{since}: {reason}; undo the change, or start a new run from its weights with"
+            " config.init"
         )
 
 
 def load_params(
     folder: epath.PathLike, abstract: Any, steps: Sequence[int] | None = None, *, average: bool = False
 ) -> tuple[int, Any]:
-    """The newest whole step in `folder` and its parameters, as the tree of shapes `abstract` says.
-
-    Nothing else is read. The log says which steps are passed over and why. A collective.
+    """Returns a whole step in `folder` and its parameters; logs why other steps are skipped. A collective.
 
     Args:
-      steps: the first of these that is whole, and no other.
-      average: the average of the parameters.
+      folder: `checkpoints/` of a run.
+      abstract: the tree of shapes, dtypes and shardings of the parameters.
+      steps: steps in the order of preference; None for all, the newest first.
+      average: read the moving average of the parameters instead.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it does not hold these parameters.
+      CheckpointError: no step is whole, or it does not have these parameters.
     """
     folder, item = _absolute(folder), "average" if average else "params"
-    there = decided(lambda: all_steps(folder))
-    if steps is not None and not {*steps} <= {*there}:
-        named = ", ".join(map(str, there)) or "none is"
-        raise CheckpointError(f"{folder}: no step {steps[0]} is saved there: {named}")
-    step = first_whole(folder, there[::-1] if steps is None else steps, f"{item}/")
+    saved = decided(lambda: all_steps(folder))
+    if steps is not None and not {*steps} <= {*saved}:
+        raise CheckpointError(f"{folder}: no step {steps[0]}; saved steps: {', '.join(map(str, saved)) or 'none'}")
+    step = first_whole(folder, saved[::-1] if steps is None else steps, f"{item}/")
     newest = folder / str(step) / item
     if average and not newest.exists():
-        raise CheckpointError(f"{newest.parent}: no average is there: config.optimizer.ema_decay keeps one")
-    # One large array at a time, since each is there twice while it is read; the limit must exceed the largest.
+        raise CheckpointError(f"{newest.parent}: no average: config.optimizer.ema_decay > 0 stores one")
+    # The limit, just above the largest array, saves memory: Orbax holds two copies of an array while it reads it.
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with _explained(newest):
         _check_shapes(_orbax().read_shapes(newest), abstract)
@@ -266,7 +272,7 @@ def load_params(
 
 
 def _orbax() -> Any:
-    """The module that knows Orbax; both write the same files."""
+    """Returns the module of the Orbax API that TCLIP_ORBAX selects; both write the same format."""
     if (chosen := os.environ.get("TCLIP_ORBAX", "v0")) not in ("v0", "v1"):
         raise ValueError(f"TCLIP_ORBAX is {chosen!r}: it must be v0 or v1")
     from tclip_jax.runs import orbax_v0, orbax_v1
@@ -274,24 +280,24 @@ def _orbax() -> Any:
     return orbax_v1 if chosen == "v1" else orbax_v0
 
 
-def _check_shapes(found: Mapping[str, tuple[int, ...]], abstract: Any, whose: str = "the model's") -> None:
-    """Names what differs before anything is read: where Orbax fails, it leaves the reading of other arrays undone."""
+def _check_shapes(stored: Mapping[str, tuple[int, ...]], abstract: Any, whose: str = "the model's") -> None:
+    """Raises ValueError for the first array whose shape differs; a failure in Orbax would leave reads unfinished."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     expected = {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
-    for path in sorted(found.keys() | expected.keys()):
-        if found.get(path) != expected.get(path):
-            raise ValueError(f"{path} has shape {found.get(path)}, {whose} is {expected.get(path)}")
+    for path in sorted(stored.keys() | expected.keys()):
+        if stored.get(path) != expected.get(path):
+            raise ValueError(f"{path} has shape {stored.get(path)}, {whose} is {expected.get(path)}")
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
-    """Orbax refuses relative paths, and only when it writes."""
+    """Returns an absolute path; Orbax refuses relative ones, but only when it writes."""
     path = epath.Path(folder)
     return path.resolve() if is_local(path) else path
 
 
 @contextlib.contextmanager
 def _explained(folder: epath.Path) -> Iterator[None]:
-    """Turns what Orbax raises into one CheckpointError."""
+    """Turns the errors of Orbax into one CheckpointError."""
     reason: str | None = None
     try:
         yield
@@ -299,16 +305,12 @@ def _explained(folder: epath.Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
     if reason is None:
         return
-    _collect_unheard()
-    raise CheckpointError(f"{folder}: not a checkpoint of this configuration, or a broken one: {reason}")
+    _collect_silently()
+    raise CheckpointError(f"{folder}: damaged, or not a checkpoint of this configuration: {reason}")
 
 
-def _collect_unheard() -> None:
-    """Collects what a failure of Orbax left behind.
-
-    It closes its event loop over the readers and writers of the other arrays. Each complains when it is collected, on
-    stderr and long after: they are collected here, unheard.
-    """
+def _collect_silently() -> None:
+    """Collects the unfinished coroutines that a failure of Orbax leaves, which would print to stderr later."""
     hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
     sys.unraisablehook, asyncio_log.disabled = (lambda _: None), True
     try:

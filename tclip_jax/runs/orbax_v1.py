@@ -1,14 +1,14 @@
-"""Trees of arrays on disk by Orbax's v1 API, which version 1.0 will have at top level; `TCLIP_ORBAX=v1` selects it.
+"""Trees of arrays on disk through Orbax's v1 API; `TCLIP_ORBAX=v1` selects it.
 
-Of Orbax 0.12.8, where it is `orbax.checkpoint.experimental.v1`, it lacks what follows:
+In Orbax 0.12.8 this API is `orbax.checkpoint.experimental.v1`; version 1.0 will have it at top level. Its limits:
 
-- No call between "all processes have written" and the commit. `AsyncOptions.post_finalization_callback` is there, and
-  the saving functions never call it. So the checksums are written after the commit: locally before the folder gets its
-  name, as with the API before; on an object store a process that is killed in that moment leaves a step without
-  checksums, which is not whole.
-- No `reached_preemption`: a save policy alone knows of preemptions. Ours come from `training/preemption.py`.
-- Policies of what to save and keep belong to `training.Checkpointer`, which is the manager of the API before inside and
-  takes no callback of ours. What is kept is decided by `runs/policy.py`, for both APIs.
+- It calls no function between the last write and the commit: the saving functions ignore
+  `AsyncOptions.post_finalization_callback`. The checksums are therefore written after Orbax's commit. On a local disk
+  the folder still has a temporary name then, as with the first API. On an object store, a process that is killed in
+  between leaves a step without checksums, which does not count as whole.
+- It has no `reached_preemption`; `training/preemption.py` handles the signals.
+- Its policies of what to save and keep need `training.Checkpointer`, which wraps the first API's manager and accepts no
+  callback. `Checkpoints` applies `CheckpointConfig` for both APIs.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from tclip_jax.storage import is_local
 
 
 class Writer:
-    """As `orbax_v0.Writer`; on an object store the folder has its name when `finish` is called."""
+    """As `orbax_v0.Writer`, but on an object store the folder has its final name before `finish` is called."""
 
-    def __init__(self, finish: Callable[[epath.Path], None], patience: int) -> None:
-        self._finish, self._patience = finish, patience
+    def __init__(self, finish: Callable[[epath.Path], None], timeout: int) -> None:
+        self._finish, self._timeout = finish, timeout
         self._thread, self._pending = ThreadPoolExecutor(1), Future[None]()
         self._pending.set_result(None)
 
     def save(self, folder: epath.Path, trees: Mapping[str, Any]) -> None:
-        """Starts to write each tree into the sub-folder of its name; waits for what is being written."""
+        """Waits for the previous save, then starts to write each tree into the sub-folder of its name."""
         self.wait()
-        # Named as what Orbax is writing: a start after this one removes it.
+        # The next start removes folders with such names.
         building = folder.parent / f"{folder.name}.orbax-v1" if is_local(folder) else folder
         context = ocp.Context()
-        context.async_options.timeout_secs = self._patience
+        context.async_options.timeout_secs = self._timeout
         with context:
             response = ocp.save_checkpointables_async(building, dict(trees))
         self._pending = self._thread.submit(self._complete, response, building, folder)
 
     def wait(self) -> None:
-        """Until all is written; raises what went wrong."""
+        """Waits until the save has finished; raises its error."""
         pending, self._pending = self._pending, Future[None]()
         self._pending.set_result(None)
         pending.result()
 
     def close(self) -> None:
+        """Stops the background thread."""
         self._thread.shutdown()
 
     def _complete(self, response: Any, building: epath.Path, folder: epath.Path) -> None:
@@ -62,7 +63,7 @@ class Writer:
 
 
 def read_tree(folder: epath.Path, abstract: Any, limit: int | None = None) -> Any:
-    """As `orbax_v0.read_tree`, whose checkpoints it reads too."""
+    """As `orbax_v0.read_tree`; reads the checkpoints of both APIs."""
     context = ocp.Context()
     context.memory_options.read_concurrent_bytes = limit
     with context:

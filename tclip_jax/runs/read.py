@@ -1,4 +1,4 @@
-"""The weights of a run: which step of it, and where they come from."""
+"""The weights of a run: selecting a step, reading it, and identifying its content."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tclip_jax.runs.steps import all_steps
 _logger = logging.getLogger(__name__)
 
 
-class Place(NamedTuple):
-    """Where a run's weights are.
+class StepPath(NamedTuple):
+    """A step of a run.
 
     Attributes:
-      step: "best" of the saved ones, a number, or "", the newest.
-      average: of the weights (`config.optimizer.ema_decay`), not these.
+      workdir: of the run.
+      step: a number, "best" for the best saved step, or "" for the newest.
+      average: whether to read the moving average of the weights (`config.optimizer.ema_decay`) instead of the weights.
     """
 
     workdir: epath.Path
@@ -38,17 +39,17 @@ class Place(NamedTuple):
     average: bool = False
 
 
-def split_step(path: epath.PathLike) -> Place:
-    """Of "runs/a", "runs/a@best", "runs/a@1200", "runs/a@average", "runs/a@best-average" or "runs/a@1200-average"."""
-    found = re.fullmatch(r"(.+)@(?:(best|\d+)(-average)?|(average))", str(path), re.DOTALL)
-    if not found or epath.Path(path).exists():
-        return Place(epath.Path(path))
-    workdir, step, *average = found.groups()
-    return Place(epath.Path(workdir), step or "", any(average))
+def split_step(path: epath.PathLike) -> StepPath:
+    """Parses "runs/a", "runs/a@best", "runs/a@1200", "runs/a@average", "runs/a@best-average", "runs/a@1200-average"."""
+    match = re.fullmatch(r"(.+)@(?:(best|\d+)(-average)?|(average))", str(path), re.DOTALL)
+    if not match or epath.Path(path).exists():
+        return StepPath(epath.Path(path))
+    workdir, step, *average = match.groups()
+    return StepPath(epath.Path(workdir), step or "", any(average))
 
 
 class Weights(NamedTuple):
-    """The latent weights of one step of a run."""
+    """The latent weights of one step of a run, and the run's configuration."""
 
     step: int
     config: RunConfig
@@ -56,11 +57,15 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: epath.PathLike, mesh: Mesh | None = None) -> Weights:
-    """The weights of a step of a run, see `split_step`, over `mesh`, or on one device. A collective.
+    """Returns the weights of a step of a run. A collective.
+
+    Args:
+      path: a workdir and an optional step, see `split_step`.
+      mesh: the devices over which the weights are sharded; None for a single device.
 
     Raises:
-      FileNotFoundError: `path` is no run.
-      ValueError: the step is not there, or broken.
+      FileNotFoundError: `path` is not a run.
+      ValueError: the step does not exist, or is damaged.
     """
     workdir, step, average = split_step(path)
     with together():
@@ -68,32 +73,32 @@ def read_weights(path: epath.PathLike, mesh: Mesh | None = None) -> Weights:
     shapes = param_shapes(run.model, run.rules)
     shardings = tree_shardings(shapes, mesh or make_mesh(devices=jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    wanted = _best_steps(workdir, run.checkpoint) if step == "best" else [int(step)] if step else None
-    found, params = load_params(workdir / "checkpoints", abstract, wanted, average=average)
+    steps = _best_steps(workdir, run.checkpoint) if step == "best" else [int(step)] if step else None
+    number, params = load_params(workdir / "checkpoints", abstract, steps, average=average)
     if average and not (workdir / HISTORY).exists():
         _logger.warning("%s: an older version trained it, whose averages lean towards the initial weights", workdir)
-    return Weights(found, run, params)
+    return Weights(number, run, params)
 
 
 def weights_origin(path: epath.PathLike, step: int) -> dict[str, Any]:
-    """{"source", "step", "content"} of the weights that `read_weights` found at `path`."""
+    """Returns {"source", "step", "content"} of the weights that `read_weights` read; "content" is a digest."""
     workdir, _, average = split_step(path)
     folder, config = workdir / "checkpoints" / str(step) / ("average" if average else "params"), read_config(workdir)
     files = {name: str(file) for name, file in files_below(folder).items()}
-    made_of = keys.recipe(
+    made_by = keys.recipe(
         model=config.model,
         preprocess=config.preprocess,
         rules=config.rules,
         files=dict(zip(files, contents(files.values()), strict=True)),
     )
-    return {"source": str(path), "step": step, "content": keys.digest(made_of)}
+    return {"source": str(path), "step": step, "content": keys.digest(made_by)}
 
 
 def _best_steps(workdir: epath.Path, config: CheckpointConfig) -> list[int]:
-    """The best first."""
+    """Returns the saved steps that have the metric, the best first."""
     metric, steps = config.best_metric, all_steps(workdir / "checkpoints")
     scores = {line["step"]: line[metric] for line in read_metrics(workdir) if line.get(metric) is not None}
     best = ranked(steps, scores, config)
     if not best:
-        raise CheckpointError(f"{workdir}: metrics.jsonl has {metric} of none of the saved steps {steps}")
+        raise CheckpointError(f"{workdir}: metrics.jsonl has no {metric} for the saved steps {steps}")
     return best[::-1]

@@ -1,10 +1,10 @@
-"""What a run was made of, start by start: config.json says it of now, history.jsonl of every step before.
+"""The record of a run: config.json is its current configuration, history.jsonl has what made every step.
 
-    history.jsonl   a line for the first start, and for each later one at which something had changed:
-                    {"step": done before it, "changed": {key: [old, new]}, "config": resolved, "data", "teacher",
-                    "init", "software"}
+    history.jsonl   a line for the first start, and for each later start that changed something:
+                    {"step": done before the start, "changed": {key: [old, new]}, "config": resolved, "data",
+                    "teacher", "init", "software"}
 
-Nothing is written of a start that is refused, and lines of steps that a restart does again are dropped.
+A refused start writes nothing. When a restart repeats steps, their lines are dropped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Changes = dict[str, list[Any]]
 
 
 def read_history(workdir: epath.PathLike) -> list[Record]:
-    """The lines of history.jsonl, the oldest first; of an older run without it what config.json says.
+    """Returns the lines of history.jsonl, the oldest first; for an older run without it, one line of config.json.
 
     Raises:
-      ValueError: a file that is not JSON.
+      ValueError: the file is not JSON.
     """
     workdir = epath.Path(workdir)
     for name in (HISTORY, CONFIG):
@@ -47,39 +47,39 @@ def read_history(workdir: epath.PathLike) -> list[Record]:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    """Returns the lines of metrics.jsonl, without a last line that a crash has truncated."""
     path = epath.Path(workdir) / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in whole]
 
 
 def record_at(history: Iterable[Record], step: int) -> Record:
-    """What the steps up to `step` ended with."""
+    """Returns the record of the start that made `step`; {} if the history is empty."""
     return next((line for line in reversed(list(history)) if line["step"] < step or not line["step"]), {})
 
 
-def changes(kept: Any, wanted: Any, path: str = "") -> Changes:
-    """What differs, key by key, as [old, new]; 1 and 1.0 are the same, and what `kept` does not know is none."""
-    if isinstance(kept, Mapping) and isinstance(wanted, Mapping):
-        found: Changes = {}
-        for name in wanted:
-            if name in kept:
-                found |= changes(kept[name], wanted[name], f"{path}.{name}" if path else name)
-        return found
-    return {} if kept == wanted and isinstance(kept, bool) == isinstance(wanted, bool) else {path: [kept, wanted]}
+def changes(old: Any, new: Any, path: str = "") -> Changes:
+    """Returns the values that differ, as {key: [old, new]}. 1 equals 1.0; keys that `old` lacks are ignored."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        changed: Changes = {}
+        for name in new:
+            if name in old:
+                changed |= changes(old[name], new[name], f"{path}.{name}" if path else name)
+        return changed
+    return {} if old == new and isinstance(old, bool) == isinstance(new, bool) else {path: [old, new]}
 
 
-def in_words(changed: Changes, under: Collection[str] = ("",)) -> str:
-    """ "loss.crd 1 → 3, steps 80 → 90"; of keys that begin so."""
+def in_words(changed: Changes, prefixes: Collection[str] = ("",)) -> str:
+    """Returns "loss.crd 1 → 3, steps 80 → 90" for the keys that start with one of `prefixes`."""
     return ", ".join(
         f"{key} {_short(old)} → {_short(new)}"
         for key, (old, new) in changed.items()
-        if any(key.startswith(each) for each in under)
+        if any(key.startswith(prefix) for prefix in prefixes)
     )
 
 
 def write_record(workdir: epath.PathLike, record: Record, step: int, changed: Changes) -> None:
-    """Writes config.json, and a line of history.jsonl if there is something new to say from `step` on."""
+    """Writes config.json, and appends to history.jsonl if the start at `step` is the first or changed something."""
     workdir = epath.Path(workdir)
     lines = [line for line in read_history(workdir) if line["step"] < step] if step else []
     if changed or not lines or not (workdir / HISTORY).exists():
@@ -90,17 +90,17 @@ def write_record(workdir: epath.PathLike, record: Record, step: int, changed: Ch
 
 @functools.cache
 def software() -> dict[str, str]:
-    """The version of this package, and the commit where it runs from a checkout or was installed from one."""
+    """Returns the versions of this package and of jax, and the git commit if it is known."""
     distribution = importlib.metadata.distribution("tclip-jax")
-    found = {"tclip_jax": distribution.version, "jax": importlib.metadata.version("jax")}
+    versions = {"tclip_jax": distribution.version, "jax": importlib.metadata.version("jax")}
     installed = json.loads(distribution.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
-    commit = _checked_out(pathlib.Path(__file__).resolve().parents[2]) or installed
-    return found | ({"commit": commit} if commit else {})
+    commit = _git_commit(pathlib.Path(__file__).resolve().parents[2]) or installed
+    return versions | ({"commit": commit} if commit else {})
 
 
-def _checked_out(folder: pathlib.Path) -> str | None:
-    """The commit of a checkout, with "-dirty" where its files are others; None of what is no checkout of this."""
-    # A folder of installed packages may lie within somebody else's checkout.
+def _git_commit(folder: pathlib.Path) -> str | None:
+    """Returns the commit of a git checkout, with "-dirty" if files are modified; None if `folder` is not its root."""
+    # A folder of installed packages may be inside the checkout of another project.
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -116,13 +116,13 @@ def _short(value: Any) -> str:
 
 
 def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False) -> dict[str, Any]:
-    """Where the weights of a step come from, from history.jsonl and metrics.jsonl of the run.
+    """Returns the provenance of the weights of a step, from history.jsonl and metrics.jsonl.
 
     Returns:
-      "step", and "average" where it is that of the weights; "data" ("source", "split", "samples", "content"); "teacher"
-      and "init" ("source", "content", of a run its "step"), where there are any; "software" that trained it; "changed",
-      the keys that were changed on the way, by the step after which they were; "metrics", the losses of the step. What
-      an older version did not keep is absent.
+      A mapping with "step"; "average", if the weights are the moving average; "data" ("source", "split", "samples",
+      "content"); "teacher" and "init", if there are any ("source", "content", and for a run "step"); "software";
+      "changed", the changed keys by the step after which they changed; "metrics", the losses of the step. Values that
+      an older version did not record are absent.
     """
     history = [line for line in read_history(workdir) if line["step"] < step or not line["step"]]
     record = record_at(history, step)
@@ -139,7 +139,7 @@ def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False)
 
 
 def run_figures(workdir: epath.PathLike, step: int, *, average: bool = False) -> dict[str, float]:
-    """What evaluations measured of exactly these weights: of the step, or of the average at it."""
+    """Returns the evaluation metrics of a step's weights, or of their moving average."""
     lines = [line for line in _metrics(workdir, step) if "loss" not in line]
     values = {name: value for line in lines for name, value in line.items() if name != "step" and value is not None}
     suffix = "_of_average"

@@ -1,4 +1,4 @@
-"""The steps that a run has saved: which of them are whole, and which one is meant."""
+"""The saved steps of a run: which of them are whole, and which one is read or resumed."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ _logger = logging.getLogger(__name__)
 
 
 def all_steps(folder: epath.PathLike) -> list[int]:
-    """The steps that `folder` has sub-folders of, in order, whole or not; none if there is no such folder."""
+    """Returns the steps with a sub-folder in `folder`, ascending, whole or not; [] if `folder` does not exist."""
     folder = epath.Path(folder)
     names = [path.name for path in (folder.iterdir() if folder.is_dir() else ())]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
 
 
 def saved_steps(folder: epath.PathLike) -> list[int]:
-    """Those whose files are all there in their lengths; their contents are compared when they are read."""
+    """Returns the steps whose files all exist with the right lengths; reading a step compares the contents too."""
     folder = epath.Path(folder)
     return [step for step in all_steps(folder) if not damage(folder / str(step), contents=False)]
 
 
 def whole_steps(folder: epath.PathLike) -> list[int]:
-    """As `saved_steps`, the newest being one whose files are what was written: what training resumes from.
+    """Returns `saved_steps` without newer steps whose contents are damaged: training resumes from the last one.
 
-    Changes nothing; `set_aside` removes the others. A collective: process 0 decides.
+    The files are unchanged; `set_aside` renames the damaged steps. A collective: process 0 decides.
 
     Raises:
-      CheckpointError: none is whole, and to start anew would be to lose a run.
+      CheckpointError: steps exist, but none is whole. Starting again would overwrite the run.
     """
     return decided(lambda: _whole_steps(epath.Path(folder)))
 
 
 def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
-    """Renames the steps that are not `whole` to `<step>.damaged`, as the log says; removes what was never finished."""
+    """Renames the steps that are not in `whole` to `<step>.damaged`, and removes unfinished ones; logs both."""
     folder = epath.Path(folder)
     for step in sorted({*all_steps(folder)} - {*whole}, reverse=True):
         saved, aside = folder / str(step), folder / f"{step}.damaged"
         if _is_unfinished(saved):
-            _logger.warning("%s was not finished: it is removed", saved)
+            _logger.warning("%s: removing this unfinished checkpoint", saved)
             saved.rmtree()
             continue
         why = damage(saved)
@@ -57,34 +57,40 @@ def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
 
 
 def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") -> int:
-    """The first of `steps` whose files, those of the sub-folder `part`, are what was written.
+    """Returns the first whole step of `steps`; logs why earlier ones are not whole. A collective: process 0 decides.
 
-    The log says which are passed over and why. A collective: process 0 decides.
+    Args:
+      folder: the checkpoints of a run.
+      steps: in the order of preference.
+      part: check only this sub-folder, written with a final "/".
 
     Raises:
-      CheckpointError: none is.
+      CheckpointError: no step is whole.
     """
     folder = epath.Path(folder)
 
     def decide() -> int:
-        said: list[str] = []
+        damages: list[str] = []
         for step in steps:
             if not (why := damage(folder / str(step), part)):
-                for each in said:
-                    _logger.error("%s: reading step %d instead", each, step)
+                for line in damages:
+                    _logger.error("%s: reading step %d instead", line, step)
                 return step
-            said.append(why)
+            damages.append(why)
         raise CheckpointError(
-            "; ".join(said) or f"{folder}: no checkpoint there; expected a folder written by `tclip train`"
+            "; ".join(damages) or f"{folder}: no checkpoint; expected a folder written by `tclip train`"
         )
 
     return decided(decide)
 
 
 def decided(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on process 0, or the error that it raises there, on every process. A collective.
+    """Returns on every process the result of `decide` on process 0, or raises its error there. A collective.
 
-    Files that one machine sees another may not see yet: what depends on them is decided by one.
+    Decisions about files belong to one process: a file that one machine has written may not be visible to another yet.
+
+    Raises:
+      CheckpointError: `decide` raised ValueError or OSError.
     """
     outcome: dict[str, Any] = {}
     if jax.process_index() == 0:
@@ -99,7 +105,7 @@ def decided(decide: Callable[[], Any]) -> Any:
 
 
 def _is_unfinished(saved: epath.Path) -> bool:
-    """Whether a step of an object store, where it has its name from the beginning, was never written to its end."""
+    """Whether a step on an object store lacks its commit file; there, a step has its final name while it is written."""
     return not is_local(saved) and not (saved / COMMITTED).exists()
 
 
@@ -111,5 +117,5 @@ def _whole_steps(folder: epath.Path) -> list[int]:
         broken[steps.pop()] = why
     if broken and not steps:
         why = "; ".join(broken[step] for step in sorted(broken, reverse=True))
-        raise CheckpointError(f"{folder}: no step is whole: {why}; to start anew, remove that folder")
+        raise CheckpointError(f"{folder}: no step is whole: {why}; to start again, remove that folder")
     return steps

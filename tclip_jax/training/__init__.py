@@ -1,1 +1,1 @@
-"""Training: one configuration, one state, one step, one loop."""
+"""Training: input, state, objective, step, loop, metrics, evaluation and stall detection."""

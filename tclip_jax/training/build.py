@@ -1,4 +1,4 @@
-"""What a run trains with on a mesh: student, optimizer, state and jitted step; with arrays, or with shapes alone."""
+"""Student, optimizer, state and jitted step of a run on a mesh, with arrays or with shapes alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tclip_jax.training.step import make_train_step
 
 
 class Architecture(NamedTuple):
-    """A model without its weights; `rules` name those that are latent."""
+    """A model without its weights; `rules` selects the ternary ones."""
 
     config: CLIPConfig
     preprocess: Preprocess
@@ -37,7 +37,7 @@ class Architecture(NamedTuple):
 
 
 def check_batch(run: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a global batch that does not divide over the devices, and there into microbatches."""
+    """Raises ValueError if the global batch is not divisible by the devices, or a device's rows by the microbatches."""
     if run.data.batch_size % mesh.size:
         raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
     rows, parts = run.data.batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES), run.data.microbatches
@@ -50,15 +50,15 @@ def check_batch(run: RunConfig, mesh: Mesh) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A run on a mesh; its methods are called under `jax.set_mesh(mesh)`.
+    """A run on a mesh. Call its methods under `jax.set_mesh(mesh)`.
 
     Attributes:
       run: the configuration.
-      mesh: of devices, which need not be there if only shapes are asked for.
-      teacher: a model that runs in the step, or the cache that its embeddings are read from, or None.
+      mesh: the devices; shapes and compilation also work with devices that this machine does not have.
+      teacher: a model that runs in the step, a cache of its embeddings, or None.
 
     Raises:
-      ValueError: a teacher that cannot see the student's batches.
+      ValueError: the teacher does not fit the student, see `check_teacher`.
     """
 
     run: RunConfig
@@ -71,14 +71,16 @@ class Build:
 
     @functools.cached_property
     def student(self) -> CLIP:
+        """The model that is trained."""
         return CLIP(self.run.model, self.run.rules, jnp.dtype(self.run.dtype), self.run.remat)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of all parameters."""
         return make_optimizer(self.run.optimizer, self.run.steps)
 
     def init_state(self, start: Any = None) -> TrainState:
-        """A fresh state, of the model's parameters `start` where they are given."""
+        """Returns the state at step 0, from the model's parameters `start` or random ones."""
         teacher, averaged = self.teacher, self.run.optimizer.ema_decay > 0
         shape = teacher.embed_dim if isinstance(teacher, TeacherCache) else teacher.config if teacher else None
         return init_state(
@@ -87,19 +89,19 @@ class Build:
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
-        """The state as jax.ShapeDtypeStruct leaves with their shardings."""
+        """The state, with jax.ShapeDtypeStruct leaves that have shardings."""
         return self._sharded(jax.eval_shape(self.init_state))
 
     @functools.cached_property
     def teacher_shapes(self) -> Any:
-        """The same of the teacher's parameters, float32; None where no teacher runs in the step."""
+        """The teacher's float32 parameters as shapes with shardings; None if no teacher runs in the step."""
         if self.teacher is None or isinstance(self.teacher, TeacherCache):
             return None
         return self._sharded(param_shapes(self.teacher.config, self.teacher.rules))
 
     @functools.cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The same of a batch, as `data.pipeline` makes it."""
+        """A batch of `data.pipeline` as shapes with shardings."""
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "image": ((*self.run.model.vision.image_size, 3), np.uint8),
             "tokens": ((self.run.model.text.context_length,), np.int32),
@@ -115,9 +117,10 @@ class Build:
         }
 
     def jitted_step(self, state: TrainState) -> Any:
-        """jax.jit of (state, batch, teacher's parameters) -> (state, metrics), which takes the state's memory.
+        """Returns the jitted step (state, batch, teacher's parameters) -> (state, metrics), which donates the state.
 
-        `state` says what is sharded how, and may be shapes.
+        Args:
+          state: arrays or shapes, for the shardings of the result.
         """
         step = make_train_step(
             Encoders(self.student, self.run.preprocess.mean, self.run.preprocess.std),

@@ -1,4 +1,4 @@
-"""Evaluation inside training: the evaluation of `tclip evaluate`, every n steps."""
+"""Evaluation during training, with the tasks and metrics of `tclip evaluate`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from tclip_jax.inference.model import Model
 from tclip_jax.runs.config import EvalConfig
 
 FAILED = "evaluations_failed"
-MAX_FAILURES = 3  # in a row, and then the run stops
+MAX_FAILURES = 3  # failed evaluations in a row that stop the run
 
 _logger = logging.getLogger(__name__)
 
 
 class EvaluationError(ValueError):
-    """An evaluation that fails again and again; has what there is of `metrics`."""
+    """An evaluation failed at its first call, or repeatedly.
+
+    Attributes:
+      metrics: the metrics of the data sets that did not fail, and the counts of failures.
+    """
 
     def __init__(self, message: str, metrics: dict[str, float]) -> None:
         super().__init__(message)
@@ -30,7 +34,7 @@ class EvaluationError(ValueError):
 
 
 class Evaluation:
-    """An entry of the configuration with its data open; raises what opening it raises."""
+    """One evaluation of the configuration; opens its data, and raises the error of opening them."""
 
     def __init__(self, config: EvalConfig) -> None:
         self._config = config
@@ -42,53 +46,59 @@ class Evaluation:
         )
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether it is to be run after `step` of `steps` steps."""
+        """Whether to evaluate after `step` of `steps` steps."""
         return step % self._config.every == 0 or step == steps
 
-    def is_among(self, names: Iterable[str]) -> bool:
-        """Whether metrics of these names are, some of them, what this evaluation measures."""
+    def has_metrics(self, names: Iterable[str]) -> bool:
+        """Whether one of these metric names belongs to this evaluation."""
         prefix = f"{self._config.name or 'eval'}/"
         return any(
             name.startswith(prefix) or (name == "zero_shot_accuracy" and not self._config.name) for name in names
         )
 
     def __call__(self, model: Model, mesh: Mesh) -> dict[str, float]:
-        """The metrics of the model, in float32, by `<name>/<metric>`, of a suite `<name>/<data set>/<metric>`.
+        """Returns the metrics of a model, evaluated in float32.
 
-        Without a name that is zero_shot_accuracy alone, where there is one. `evaluations_failed` counts the data sets
-        that have no result, and `images_failed` the images that do not count; they are there where they are not 0.
+        Args:
+          model: the model.
+          mesh: the devices that encode.
+
+        Returns:
+          `<name>/<metric>`, for a suite `<name>/<data set>/<metric>`; without a name, only zero_shot_accuracy if the
+          evaluation has it. `evaluations_failed` counts the data sets without a result and `images_failed` the images
+          that are excluded, if there are any.
 
         Raises:
-          EvaluationError: there never was a result, or a data set had none for the third time in a row.
+          EvaluationError: no evaluation so far had a result, or a data set failed `MAX_FAILURES` times in a row.
         """
         encoder = Encoder(model, batch_size=self._config.batch_size, mesh=mesh)
         report = evaluate(encoder, self._tasks, model="", title=self._config.name)
         metrics = self._measured(report)
-        which = f"/{self._config.name}" if self._config.name else ""
+        suffix = f"/{self._config.name}" if self._config.name else ""
         if failed := sum(sum(counts.values()) for counts in report.partial.values()):
-            metrics[f"images_failed{which}"] = float(failed)
+            metrics[f"images_failed{suffix}"] = float(failed)
         self._succeeded |= bool(report.results)
         if not report.errors:
             self._failures = 0
-            self._say(report)
+            self._warn_of_excluded(report)
             return metrics
-        metrics |= {FAILED: float(len(report.errors)), f"{FAILED}{which}": float(len(report.errors))}
+        metrics |= {FAILED: float(len(report.errors)), f"{FAILED}{suffix}": float(len(report.errors))}
         self._failures += 1
         why = "; ".join(f"{name}: {reason}" for name, reason in report.errors.items())
-        where = f"config.evals {self._config.name}" if self._config.name else "config.eval"
+        key = f"config.evals {self._config.name}" if self._config.name else "config.eval"
         if not self._succeeded or self._failures >= MAX_FAILURES:
             times = f"{self._failures} times in a row" if self._succeeded else "at the first evaluation"
-            raise EvaluationError(f"{where}: no result {times}: {why}", metrics)
+            raise EvaluationError(f"{key}: no result {times}: {why}", metrics)
         if jax.process_index() == 0:
-            _logger.error("%s: no result: %s", where, why)
-        self._say(report)
+            _logger.error("%s: no result: %s", key, why)
+        self._warn_of_excluded(report)
         return metrics
 
-    def _say(self, report: Report) -> None:
+    def _warn_of_excluded(self, report: Report) -> None:
         if jax.process_index() == 0:
             for name, counts in report.partial.items():
                 reasons = ", ".join(f"{count:,} x {reason}" for reason, count in counts.items())
-                _logger.warning("evaluation of %s: images do not count: %s", name, reasons)
+                _logger.warning("evaluation of %s: excluded images: %s", name, reasons)
 
     def _measured(self, report: Report) -> dict[str, float]:
         if not self._config.name and report.averages:

@@ -1,4 +1,4 @@
-"""The training loop: one for full precision and ternary, with and without a teacher, on one device or many."""
+"""The training loop, for full-precision and ternary models, with and without a teacher, on one device or many."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from tclip_jax.training.session import Session, prepare
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
     """Trains to `config.steps`, resuming from the newest whole checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: config.json (resolved), history.jsonl (what was changed when it was resumed), checkpoints/,
-    metrics.jsonl, tensorboard/, bad_samples.jsonl where there were any, and of several processes heartbeats/. What
-    metrics.jsonl says of a step is there before the step's checkpoint is. A start that is refused writes nothing.
+    Writes to `workdir`: config.json (resolved), history.jsonl (changes at each restart), checkpoints/, metrics.jsonl,
+    tensorboard/, bad_samples.jsonl if there are bad samples, and heartbeats/ with several processes. The metrics of a
+    step are written before its checkpoint. A refused start writes nothing.
+
+    Args:
+      config: a recipe's configuration, see `tclip_jax.runs.config`.
+      workdir: a local folder or a gs:// path, the same for all processes.
 
     Returns:
-      The trained model, its weights latent.
+      The trained model, with latent weights.
 
     Raises:
-      ValueError: an impossible configuration, a workdir that holds another model's run, a checkpoint that cannot be
-        written, `max_skipped_steps` steps in a row that changed nothing, too many bad samples, or evaluations that fail
-        again and again. Of several processes all raise what one did.
-      Stopped: it was asked to stop, on any process, and is saved.
+      FileNotFoundError: data, a teacher or initial weights do not exist.
+      ValueError: the configuration is invalid, `workdir` holds a run of another model, a checkpoint cannot be written,
+        too many steps in a row were skipped, too many samples are bad, or evaluations fail repeatedly. With several
+        processes, all raise the error of one.
+      Stopped: a process received SIGTERM or SIGINT; the state is saved.
     """
     prepared = prepare(config, workdir)
     run = prepared.run

@@ -1,10 +1,10 @@
-"""The metrics of every step: a bar, metrics.jsonl, TensorBoard and, if wanted, Weights & Biases; on process 0 alone."""
+"""The metrics of every step on process 0: progress bar, metrics.jsonl, TensorBoard and optional Weights & Biases."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
+import importlib
 import logging
 import math
 import os
@@ -26,17 +26,19 @@ from tensorboardX.summary import histogram_raw, scalar
 
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.models.trits import HISTOGRAM_EDGES
-from tclip_jax.parallel.agreement import Failure, raised_by_all
+from tclip_jax.parallel.agreement import FirstError, raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.storage import dump_json, is_local, write_atomic
 from tclip_jax.training.timing import Throughput
 
-_FLUSH_SECONDS = 120.0  # an object store gets the whole file at each flush
+_FLUSH_SECONDS = 120.0  # each flush rewrites the whole file on an object store
+
+_logger = logging.getLogger(__name__)
 
 
 class EventFile:
-    """A file of scalars and histograms; what older files of the folder say of `first_step` and later is hidden."""
+    """A TensorBoard file; in its folder, it hides the events of older files at `first_step` and later."""
 
     def __init__(self, folder: epath.PathLike, first_step: int) -> None:
         directory_check(os.fspath(folder))
@@ -53,7 +55,7 @@ class EventFile:
         self._add(Event(summary=histogram_raw(name, **parts)), step)
 
     def flush(self) -> None:
-        """Waits until all that was added is in the file."""
+        """Writes all added events to the file."""
         self._file.flush()
         self._flushed = time.monotonic()
 
@@ -69,19 +71,27 @@ class EventFile:
 
 
 class Telemetry:
-    """A context manager that shows and writes scalars by step.
+    """A context manager that writes the metrics of a run; on other processes than 0 it does nothing.
 
-    It runs on process 0 alone, so what fails is not raised there but kept in `failure`, and nothing more is written:
-    the caller raises it on all processes. Who does not gets it on leaving.
+    An error of writing, such as a full disk, is stored in `failure`, and nothing more is written. The caller raises it
+    on all processes; otherwise the exit of the context raises it.
 
-    On resuming, what was written of steps that will be done again is dropped from metrics.jsonl and hidden in
-    TensorBoard, so that each step is there once. What is not a finite number is null in metrics.jsonl.
+    When a run is resumed, repeated steps are removed from metrics.jsonl and hidden in TensorBoard, so that each step
+    appears once. In metrics.jsonl, numbers that are not finite are null.
+
+    Args:
+      workdir: of the run.
+      first_step: the step that is resumed, 0 for a new run.
+      steps: of the whole run.
+      title: of the progress bar and the Weights & Biases run.
+      wandb_project: "" for none.
+      config: the configuration, for Weights & Biases.
 
     Attributes:
-      failure: the first error, a disk that is full or a store that is away.
+      failure: the first error of writing.
 
     Raises:
-      ValueError: `wandb_project` is given and wandb is not installed.
+      ValueError: `wandb_project` is set and wandb is not installed.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class Telemetry:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self.failure = Failure()
+        self.failure = FirstError()
         self._first = jax.process_index() == 0
         if not self._first:
             return
@@ -118,11 +128,11 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self._first:
             return
-        with self.failure.kept():
+        with self.failure.captured():
             self._flush()
-        with self.failure.kept():
+        with self.failure.captured():
             self._events.close()
-        with self.failure.kept():
+        with self.failure.captured():
             self._bar.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
@@ -134,12 +144,12 @@ class Telemetry:
         return self._first and self.failure.error is None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records the scalars of `step` and moves the bar there; of `bad/…` those that are not 0."""
+        """Writes the scalars of `step`, without zeros of `bad/…`, and advances the progress bar."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
         scalars = {name: value for name, value in scalars.items() if value or not name.startswith("bad/")}
-        with self.failure.kept():
+        with self.failure.captured():
             self._append({"step": step} | scalars)
             for name, value in scalars.items():
                 if math.isfinite(value):
@@ -151,7 +161,7 @@ class Telemetry:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
 
     def write_trits(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records `trit_metrics` of `step`: a line {"step", "trits"}, and means over layers in TensorBoard."""
+        """Writes `trit_metrics` of `step`: a line {"step", "trits"}, and means over layers to TensorBoard."""
         if not self._active:
             return
         values = {path: {name: np.asarray(value) for name, value in each.items()} for path, each in metrics.items()}
@@ -159,7 +169,7 @@ class Telemetry:
             path: {name: np.round(np.float64(value), 6).tolist() for name, value in each.items()}
             for path, each in values.items()
         }
-        with self.failure.kept():
+        with self.failure.captured():
             self._append({"step": step, "trits": rounded})
             for path, each in values.items():
                 for name in ("zeros", "flips", "scale", "drift", "saturated"):
@@ -167,10 +177,10 @@ class Telemetry:
                 self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
 
     def sync(self) -> None:
-        """Waits until all that was written is in metrics.jsonl, and on a local disk."""
+        """Writes all lines to metrics.jsonl, and flushes a local file to disk (fsync)."""
         if not self._active:
             return
-        with self.failure.kept():
+        with self.failure.captured():
             self._events.flush()
             if is_local(self._path):
                 with self._path.open("a") as file:
@@ -179,7 +189,7 @@ class Telemetry:
                 self._flush()
 
     def _write_histogram(self, name: str, shares: npt.NDArray[np.floating], step: int) -> None:
-        """Of |w| / s; the last bin, which has no end, is drawn as wide as the others."""
+        """Adds a histogram of |w| / s; its last bin, which is unbounded, is drawn as wide as the others."""
         width = HISTOGRAM_EDGES[1]
         limits = [*HISTOGRAM_EDGES[1:], HISTOGRAM_EDGES[-1] + width]
         centres = np.array(limits) - width / 2
@@ -196,7 +206,7 @@ class Telemetry:
         )
 
     def _append(self, values: dict[str, Any]) -> None:
-        """A local file grows line by line; an object store gets the whole when synced and at every thousandth line."""
+        """Appends a line to a local file; an object store gets the whole file at every 1,000th line and in `sync`."""
         line = dump_json(values, indent=None)
         self._lines.append(line)
         if is_local(self._path):
@@ -210,33 +220,37 @@ class Telemetry:
 
 
 def check_telemetry(wandb_project: str) -> None:
-    """Raises ValueError where Weights & Biases is asked for and not installed, before a run has begun."""
-    if wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"config.wandb_project is {wandb_project!r}: it needs wandb (pip install wandb)")
+    """Raises ValueError if `wandb_project` is set and wandb is not installed."""
+    if wandb_project:
+        _import_wandb(wandb_project)
+
+
+def _import_wandb(project: str) -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(f"config.wandb_project is {project!r}: it needs wandb (pip install wandb)") from None
 
 
 def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mapping[str, Any] | None) -> Any:
-    """A run of Weights & Biases, resumed from the same workdir."""
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError:
-        raise ValueError(f"config.wandb_project is {project!r}: it needs wandb (pip install wandb)") from None
-    same = hashlib.sha256(os.fspath(epath.Path(workdir).resolve()).encode()).hexdigest()[:12]
-    return wandb.init(project=project, name=title, id=same, resume="allow", config=dict(config or {}))
-
-
-_logger = logging.getLogger(__name__)
+    """Starts the Weights & Biases run of a workdir, or resumes it."""
+    run_id = hashlib.sha256(os.fspath(epath.Path(workdir).resolve()).encode()).hexdigest()[:12]
+    wandb = _import_wandb(project)
+    return wandb.init(project=project, name=title, id=run_id, resume="allow", config=dict(config or {}))
 
 
 class MetricsLogger:
-    """Writes the metrics of a step when it is given those of the next, so that no device is kept waiting.
+    """Writes the metrics of a step when those of the next step arrive, so that the devices never wait for the host.
 
     Args:
+      telemetry: writes the metrics.
+      checkpoints: get the scores that decide which steps are best.
+      throughput: makes the log lines.
       steps: of the whole run.
-      bad: judges the bad samples of each step.
-      batch_size: samples of each step.
-      max_skipped: steps in a row that change nothing, after which the run is given up: their loss or gradient is not
-        finite, or their batch has no usable sample.
+      max_skipped: skipped steps in a row that stop the run. A step is skipped if its loss or gradient is not finite, or
+        its batch has no usable sample.
+      bad: checks the fraction of bad samples.
+      batch_size: samples per step.
     """
 
     def __init__(
@@ -257,16 +271,16 @@ class MetricsLogger:
         self._names: set[str] = set()
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes what `step` will have measured, and writes what is pending.
+        """Writes the pending metrics, and stores those of `step`, which the devices may still compute.
 
         Raises:
-          ValueError: too many steps in a row changed nothing, or too many samples were bad.
+          ValueError: too many steps in a row were skipped, or too many samples are bad.
         """
         self.flush()
         self._pending = {step: metrics}
 
     def flush(self) -> None:
-        """Waits for what is pending, and writes it; raises as `add`."""
+        """Waits for the pending metrics and writes them; raises the errors of `add`."""
         pending, self._pending = self._pending, {}
         for step, metrics in pending.items():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -277,44 +291,44 @@ class MetricsLogger:
             with raised_by_all():
                 if self._bad:
                     self._bad.check(values, self._batch_size)
-                self._judge(step, values)
+                self._check_skipped(step, values)
 
     def finish(self) -> None:
-        """As `flush`, after the last step of a run, whose bad samples are judged as a whole."""
+        """As `flush`, after the last step of a run; also checks the bad samples of a short run."""
         self.flush()
         with raised_by_all():
             if self._bad:
                 self._bad.finish()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes at once what is known already."""
+        """Writes metrics whose values are known at once."""
         self._telemetry.write(step, metrics)
         self._checkpoints.score(step, metrics)
         self._names |= metrics.keys()
 
     def check_measured(self, metric: str) -> None:
-        """Raises ValueError if `metric` was in none of the metrics, so that no step can be the best by it."""
+        """Raises ValueError if no step had `metric`, by which the best step is chosen."""
         if metric in self._names:
             return
         near = difflib.get_close_matches(metric, self._names, 3, 0.3)
         raise ValueError(
-            f"config.checkpoint.best_metric: {metric!r} is not measured, so keep_best keeps nothing: choose a name of"
+            f"config.checkpoint.best_metric: {metric!r} is not measured, so keep_best has no effect: choose a name in"
             f" metrics.jsonl, such as {', '.join(near) or 'loss'}"
         )
 
-    def _judge(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _check_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         if not metrics["skipped_steps"]:
             self._skipped = 0
             return
         self._skipped += 1
-        wrong = " and ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
-        instead = "lower config.optimizer.learning_rate or set clip_norm, and run the same command"
-        if not wrong:
-            wrong, instead = "its batch has no usable sample", "see bad_samples.jsonl for the reasons"
+        reason = " and ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+        advice = "lower config.optimizer.learning_rate or set clip_norm, and run the same command"
+        if not reason:
+            reason, advice = "its batch has no usable sample", "see bad_samples.jsonl for the reasons"
         if self._skipped >= self._max_skipped:
             raise ValueError(
-                f"step {step}: {wrong}; this is the last of {self._skipped} steps in a row that changed nothing"
-                f" (config.max_skipped_steps): {instead}"
+                f"step {step}: {reason}; this is the last of {self._skipped} skipped steps in a row"
+                f" (config.max_skipped_steps): {advice}"
             )
         if jax.process_index() == 0:
-            _logger.warning("step %d: %s; it changes nothing", step, wrong)
+            _logger.warning("step %d: %s; the step is skipped", step, reason)

@@ -1,4 +1,4 @@
-"""The loss of a batch: both towers encode it, and the weighted terms of the loss are added up."""
+"""The objective: encode a batch with both models, and add up the weighted losses of the registry."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from tclip_jax.runs.config import LossConfig
 def init_heads(
     key: jax.Array, student: CLIPConfig, teacher: CLIPConfig | int | None, loss: LossConfig
 ) -> dict[str, Any]:
-    """What the terms of the loss with a weight ask for, and nothing else: weight decay would shrink it.
+    """Returns the learned parameters of the losses whose weight is not 0; weight decay would shrink any others.
 
     Args:
-      key: for the projections.
-      student: its shape.
-      teacher: its shape, its embed_dim where only its embeddings are known, or None for none.
-      loss: the terms.
+      key: PRNG key of the projections.
+      student: the student's configuration.
+      teacher: the teacher's configuration, its embed_dim if only its embeddings are known, or None.
+      loss: weights and options of the losses.
 
     Returns:
-      `image`, `text`: projections of embeddings to the teacher's width, for icl and fd; `icl_scale`: ICL's scale, which
-      starts at 2.659; `hidden`: for each tower a projection of hidden states; `sigmoid_bias`: SigLIP's, from −10.
+      `image` and `text`: projections of embeddings to the teacher's width, for icl and fd. `icl_scale`: ICL's logit
+      scale, initially 2.659. `hidden`: a projection of hidden states for each tower. `sigmoid_bias`: the bias of
+      SigLIP's loss, initially −10.
     """
     heads: dict[str, Any] = {}
     if loss.sigmoid:
@@ -73,21 +74,27 @@ Metrics = dict[str, jax.Array]
 
 
 def same_depth(layer: int, depth: int, teacher_depth: int) -> int:
-    """The teacher's layer at the relative depth of a student's layer; the last of one is the last of the other."""
+    """Returns the teacher's layer at the relative depth of a student's layer; the last layer maps to the last."""
     return -(-(layer % depth + 1) * teacher_depth // depth) - 1
 
 
 def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
-    """Of each tower, which tokens count: bool (B, T) of texts, (B, 1) of images, whose tokens all do or none."""
+    """Returns the mask of valid tokens for each tower: bool (B, T) for texts, (B, 1) for images."""
     tokens, mask = batch["tokens"], (batch["weight"] > 0)[:, None]
-    # What stands after the end of a text has no meaning.
+    # Tokens after the end of a text are padding.
     return {"image": mask, "text": mask & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
 
 
 def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch) -> Metrics:
-    """The losses of hidden states, each the mean over layers and towers.
+    """Returns the losses of hidden states and relations, each the mean over layers and towers.
 
-    `batch` may be some rows of `whole`, of which `tokens` and `weight` are read: the results of its parts add up.
+    Args:
+      heads: learned parameters, see `init_heads`.
+      batch: some rows of `whole`, or all; the losses of disjoint parts add up to the loss of the whole.
+      student: the student's states, by tower and kind.
+      teacher: the teacher's states.
+      loss: weights and options of the losses.
+      whole: the batch; only `tokens` and `weight` are read.
     """
     kinds: dict[str, Need] = {name: LOSSES[name].needs[0] for name in loss.weights if LOSSES[name].of_layers}
     values: dict[str, list[jax.Array]] = {name: [] for name in kinds}
@@ -107,7 +114,7 @@ def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, los
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """A model with the pixel statistics it was trained with: those of teacher and student may differ."""
+    """A model and its pixel mean and standard deviation, which may differ between student and teacher."""
 
     model: CLIP
     mean: tuple[float, ...]
@@ -116,7 +123,7 @@ class Encoders:
     def __call__(
         self, params: Any, batch: Batch, loss: LossConfig | None = None
     ) -> tuple[jax.Array, jax.Array, States]:
-        """Embeddings of a batch's uint8 images and of its tokens, and the states that `loss` compares."""
+        """Returns the embeddings (B, D) of a batch's uint8 images and tokens, and the states that `loss` compares."""
         pixels = normalize(batch["image"], self.mean, self.std)
         if loss is None or not loss.states:
             image, text, _ = self.model.apply({"params": params}, pixels, batch["tokens"])  # type: ignore[misc]
@@ -128,7 +135,7 @@ class Encoders:
 
 
 class Embeddings(NamedTuple):
-    """Embeddings (B, D) of a batch's images and texts, and a teacher's of both where there is one."""
+    """The student's embeddings (B, D) of images and texts, and those of the teacher if there is one."""
 
     image: jax.Array
     text: jax.Array
@@ -137,11 +144,11 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a student is trained for: `encode` applies the towers to any rows of a batch, `loss` is of all of them.
+    """The objective in two parts, as gradient caching needs them: `encode` for parts of a batch, `loss` for the whole.
 
     Attributes:
       student: the model that is trained.
-      teacher: runs beside it; or is the scale of one whose embeddings come with the batch; or None.
+      teacher: a model that runs in the step, the logit scale of a teacher whose embeddings are in the batch, or None.
       config: weights and options of the losses.
     """
 
@@ -152,11 +159,14 @@ class Objective:
     def encode(
         self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, quant_lambda: jax.Array | None = None
     ) -> tuple[Embeddings, Metrics]:
-        """Embeddings, and the losses of hidden states: those of parts of a batch add up to the whole's.
+        """Returns the embeddings of some rows, and their part of the losses of hidden states.
 
         Args:
+          params: the student's parameters `clip`, and `heads`.
+          teacher_params: of a teacher that runs in the step, or None.
           batch: some rows of `whole`, or all.
-          quant_lambda: λ of w_eff = λ · ŵ + (1 − λ) · w, the blend of quantized and latent weights; None for 1.
+          whole: the batch.
+          quant_lambda: the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
         """
         clip = params["clip"]
         if quant_lambda is not None:
@@ -174,7 +184,15 @@ class Objective:
     def loss(
         self, params: Any, teacher_params: Any, batch: Batch, embeddings: Embeddings, of_layers: Metrics
     ) -> tuple[jax.Array, Metrics]:
-        """The weighted sum of the losses that have a weight, and each."""
+        """Returns the weighted sum of the losses, and the metrics: each loss unweighted, and `batch_accuracy`.
+
+        Args:
+          params: the student's parameters `clip`, and `heads`.
+          teacher_params: of a teacher that runs in the step, or None.
+          batch: the whole batch.
+          embeddings: of the whole batch.
+          of_layers: the losses of hidden states, see `layer_losses`.
+        """
         image, text, teacher = embeddings
         config, heads, losses = self.config, params.get("heads", {}), dict(of_layers)
         masks: dict[str, Any] = {
@@ -201,7 +219,7 @@ class Objective:
 
 
 def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) -> None:
-    """Raises ValueError for a teacher that cannot see the student's batches, or whose states cannot be compared."""
+    """Raises ValueError if the teacher cannot encode the student's batches, or their states cannot be compared."""
     ours, theirs = student.vision.image_size, teacher.vision.image_size
     if ours != theirs:
         sizes = f"{theirs}, the student's {ours}"

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and what of it differs between groups of parameters."""
+"""AdamW, its learning rate schedule and parameter groups, the quantization blend, and the moving average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tclip_jax.runs.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of a step: linear from 0 over the warmup, a half cosine down to the recovery's, then that."""
+    """Returns the schedule: linear warmup from 0, cosine decay to the recovery learning rate, then that rate."""
     end = config.recovery_learning_rate
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, steps - config.recovery_steps, end
@@ -24,16 +24,19 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
-    """The blend λ of a step in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on; None for 1."""
+    """Returns the schedule of the blend λ in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on.
+
+    None for λ = 1 throughout, if `steps` is 0.
+    """
     if not steps:
         return None
     return lambda step: jnp.where(step < steps, step / jnp.float32(steps), 1.0)
 
 
 def decays(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks: matrices, not vectors, scalars and learned scales.
+    """Returns a tree with True for the leaves with weight decay: matrices, but not vectors, scalars or learned scales.
 
-    A layer axis does not count.
+    The leading layer axis of stacked blocks is not counted.
     """
 
     def decay(key_path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -44,29 +47,30 @@ def decays(params: Any) -> Any:
 
 
 def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) -> Any:
-    """The exponential moving average of parameters, with no weight on what they were before the first update.
+    """Returns the exponential moving average of the parameters after every update; initial parameters have no weight.
 
-    After n updates it is Σᵢ dⁿ⁻ⁱ wᵢ / Σᵢ dⁿ⁻ⁱ over the parameters wᵢ after update i = 1 … n, as that of
-    `optax.ema(decay, debias=True)`, and after the first update the parameters themselves.
+    After n updates it is Σᵢ dⁿ⁻ⁱ wᵢ / Σᵢ dⁿ⁻ⁱ, where wᵢ are the parameters after update i = 1 … n, as in
+    `optax.ema(decay, debias=True)`. After the first update it equals the parameters.
 
     Args:
-      average: that of n − 1 updates; of none any tree.
+      average: the average after n − 1 updates; any tree if n is 1.
       params: wₙ, float32 as the average.
       decay: d, 0 < d < 1.
       updates: n, an int32 scalar.
     """
-    # 1 − dⁿ loses half its digits where d is near 1, so not by subtraction.
+    # The subtraction 1 − dⁿ would lose half its digits for d near 1; expm1 does not.
     share = (1 - decay) / -jnp.expm1(updates * jnp.float32(math.log(decay)))
     return jax.tree.map(lambda old, new: jnp.where(updates > 1, old + share * (new - old), new), average, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW (arXiv 1711.05101), after clipping of the global norm where one is given.
+    """Returns AdamW (arXiv 1711.05101), with clipping of the gradient's global norm if `config.clip_norm` is set.
 
-    Its `update` takes `step`, the steps done, by which the schedule goes. The count in its state is that of updates.
+    Its `update` takes `step`, the number of steps done, which the schedule follows. The count in its state is the
+    number of updates, without skipped steps.
 
     Raises:
-      ValueError: when it is applied: a group's regex that is none, or matches no parameter.
+      ValueError: in `update`, if a group's regex is the first match of no parameter.
     """
 
     def decay(updates: Any, params: Any) -> Any:
@@ -80,7 +84,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     schedule = learning_rate_schedule(config, steps)
     return optax.chain(
-        # Something stands there in any case, so that a run can begin to clip when it is resumed.
+        # With or without clipping, the chain has as many elements, so that a resumed run can change it.
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay),
@@ -89,7 +93,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _groups(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
-    """For each parameter the factor of its learning rate, and its weight decay."""
+    """Returns a tree of learning rate factors, and a tree of weight decays."""
     unused = {pattern for pattern, _ in config.groups}
 
     def changes(key_path: tuple[Any, ...], decayed: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Preemption and Ctrl-C: SIGTERM and SIGINT let a run save its state before it ends."""
+"""Preemption and Ctrl-C: after SIGTERM or SIGINT a run saves its state before it exits."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-# Exit codes by what was asked for. Launchers start a run again on the first (EX_TEMPFAIL of sysexits.h), and not on the
-# second, which a shell gives to what Ctrl-C ended.
+# Exit codes after SIGTERM and SIGINT. Launchers restart a run after the first (EX_TEMPFAIL of sysexits.h), and not
+# after the second, which is the shell's exit code for Ctrl-C.
 RESTART, INTERRUPTED = 75, 130
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop, and is saved; ends the process with a code of this module."""
+    """A run has stopped after a signal, and its state is saved. Exits with a code of this module."""
 
 
 class PreemptionHandler:
     """A context manager in which SIGTERM and SIGINT set `code` instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt. Outside the main thread Python allows no handlers, and none is set.
+    A second SIGINT raises KeyboardInterrupt. In another thread than the main one, where Python allows no handlers, it
+    does nothing.
 
     Attributes:
-      code: exit code to end with; 0 while no signal has come.
+      code: the exit code for the last signal; 0 without a signal.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class PreemptionHandler:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # Installed after jax.distributed's own handler of SIGTERM, this one takes its place.
+            # These handlers replace that of jax.distributed, which was installed before.
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -42,7 +43,7 @@ class PreemptionHandler:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Sets the code and does nothing else: a handler may interrupt anything."""
+        """Sets the code, and does nothing else: a signal may interrupt any operation."""
         if number == signal.SIGINT and self.code == INTERRUPTED:
             raise KeyboardInterrupt
         self.code = max(self.code, RESTART if number == signal.SIGTERM else INTERRUPTED)

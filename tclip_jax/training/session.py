@@ -1,4 +1,4 @@
-"""A run under way: what the loop uses, checked before anything is written and opened in order."""
+"""The session of a run: everything that the training loop uses, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import trit_metrics, trit_snapshot
-from tclip_jax.parallel.agreement import Agreement, Failure, allgather_json, together
+from tclip_jax.parallel.agreement import Agreement, FirstError, allgather_json, together
 from tclip_jax.parallel.mesh import describe_run, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
@@ -45,11 +45,21 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Prepared:
-    """A run of which everything is open and checked, and nothing is written.
+    """A run whose parts are all open and checked, and that has written nothing.
 
     Attributes:
-      whole: steps with a whole checkpoint; the newest is resumed.
-      start: parameters to start from, in place of random ones; dropped once the state has a copy.
+      run: the checked configuration.
+      config: the configuration as the caller passed it, for the records.
+      workdir: of the run.
+      mesh: the devices.
+      data: batches as global arrays.
+      bad: the record of bad samples.
+      build: student, optimizer and step.
+      teacher_params: sharded parameters of a teacher that runs in the step, or None.
+      evaluations: with their data open.
+      whole: the whole checkpoints' steps, of which the newest is resumed.
+      start: initial parameters, or None for random ones; dropped when the state has copied them.
+      resume: the comparison with earlier starts.
     """
 
     run: RunConfig
@@ -67,12 +77,12 @@ class Prepared:
 
     @property
     def first_step(self) -> int:
-        """The step that is resumed, 0 for none."""
+        """The step to resume; 0 for a new run."""
         return max(self.whole, default=0)
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepared:
-    """Checks a run whole and opens what it needs; a collective. Raises as `loop.train`."""
+    """Checks a run and opens its data, teacher and evaluations. A collective. Raises the errors of `loop.train`."""
     run, workdir = run_config(config), epath.Path(workdir)
     if run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", run.compile_cache)
@@ -84,16 +94,16 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
         source = open_source(run.data.source, run.data.split)
         cache = open_cache(run, source) if run.data.teacher_cache else None
     data, bad = open_input(run, source, workdir, mesh, cache)
-    teacher, teacher_params, taught_by = _load_teacher(run, cache, mesh)
+    teacher, teacher_params, teacher_origin = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
     with together():
         evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
         check_telemetry(run.wandb_project)
     whole = whole_steps(workdir / "checkpoints")
     first = max(whole, default=0)
-    start, began_with = start_params(run, mesh) if not first else (None, None)
-    trained_on = {"source": run.data.source, "split": run.data.split, **described(source)}
-    resume = Resume(config, workdir, first, data=trained_on, teacher=taught_by, init=began_with)
+    start, init_origin = start_params(run, mesh) if not first else (None, None)
+    data_origin = {"source": run.data.source, "split": run.data.split, **described(source)}
+    resume = Resume(config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin)
     if first:
         changed = in_words(resume.changed, ("loss", "optimizer", "teacher", "data.teacher_cache"))
         with jax.set_mesh(mesh):
@@ -102,28 +112,28 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
 
 
 class Session:
-    """What the loop does at a step besides the step; a context manager. Every process calls the same methods.
+    """What the training loop does around each step; a context manager. Every process calls the same methods.
 
     Attributes:
       failure: the first error of this process outside the step, which all processes raise together.
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._ready, self._run, self._timer = prepared, prepared.run, StepTimer()
+        self._prepared, self._run, self._timer = prepared, prepared.run, StepTimer()
         self._schedule = learning_rate_schedule(self._run.optimizer, self._run.steps)
-        self._before: Any = {}
+        self._snapshot: Any = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        ready, run, enter = self._ready, self._run, self._stack.enter_context
+        prepared, run, enter = self._prepared, self._run, self._stack.enter_context
         with contextlib.ExitStack() as undo:
             undo.push(self._stack)
-            enter(jax.set_mesh(ready.mesh))
-            enter(contextlib.closing(ready.data))
+            enter(jax.set_mesh(prepared.mesh))
+            enter(contextlib.closing(prepared.data))
             self._preemption = enter(PreemptionHandler())
-            self._checkpoints = enter(Checkpoints(ready.workdir / "checkpoints", run.checkpoint, ready.whole))
-            self._watchdog = enter(Watchdog(ready.workdir, self._timer, run.stall_minutes, leave=run.stall_exit))
-            self._trace = enter(Trace(ready.workdir, run.profile_steps))
+            self._checkpoints = enter(Checkpoints(prepared.workdir / "checkpoints", run.checkpoint, prepared.whole))
+            self._watchdog = enter(Watchdog(prepared.workdir, self._timer, run.stall_minutes, leave=run.stall_exit))
+            self._trace = enter(Trace(prepared.workdir, run.profile_steps))
             undo.pop_all()
         return self
 
@@ -133,107 +143,114 @@ class Session:
         return self._stack.__exit__(kind, error, at)
 
     def restore(self) -> TrainState:
-        """The newest checkpoint's state or a fresh one, after which metrics are written and missed evaluations made."""
-        ready, run = self._ready, self._run
+        """Opens the metrics, records the start, runs missed evaluations, and returns the state.
+
+        The state is that of the newest checkpoint, or the initial state.
+        """
+        prepared, run = self._prepared, self._run
         with self._timer.during("compile"):
-            restored = self._checkpoints.restore(ready.build.state_shapes.trees())
-            state = TrainState.of_trees(restored) if restored else ready.build.init_state(ready.start)
-            ready.start = None
-            self._step_function = ready.build.jitted_step(state)
-        wandb = {"wandb_project": run.wandb_project, "config": ready.config.to_dict()}
-        title = ready.workdir.name
+            restored = self._checkpoints.restore(prepared.build.state_shapes.trees())
+            state = TrainState.of_trees(restored) if restored else prepared.build.init_state(prepared.start)
+            prepared.start = None
+            self._step_function = prepared.build.jitted_step(state)
+        workdir, first = prepared.workdir, prepared.first_step
+        wandb = {"wandb_project": run.wandb_project, "config": prepared.config.to_dict()}
         with together():
-            telemetry = Telemetry(ready.workdir, first_step=ready.first_step, steps=run.steps, title=title, **wandb)
+            telemetry = Telemetry(workdir, first_step=first, steps=run.steps, title=workdir.name, **wandb)
         self._telemetry = self._stack.enter_context(telemetry)
         self.failure = telemetry.failure
         with together():
-            ready.resume.begin()
-        throughput = Throughput(run.data.batch_size, _flops(ready.build), ready.mesh.devices.flat, run.log_every)
+            prepared.resume.begin()
+        throughput = Throughput(run.data.batch_size, _flops(prepared.build), prepared.mesh.devices.flat, run.log_every)
         self._metrics = MetricsLogger(
             telemetry,
             self._checkpoints,
             throughput,
             steps=run.steps,
             max_skipped=run.max_skipped_steps,
-            bad=ready.bad,
+            bad=prepared.bad,
             batch_size=run.data.batch_size,
         )
-        self._throughput, self._agreement = throughput, Agreement(ready.mesh, 3)
-        written = _written_before(ready.workdir, ready.first_step, self._checkpoints, ready.bad, run.data.batch_size)
+        self._throughput, self._agreement = throughput, Agreement(prepared.mesh, 3)
+        written = _read_written(workdir, first, self._checkpoints, prepared.bad, run.data.batch_size)
         # A run may have ended between a checkpoint and the evaluation of its step.
-        missed = [each for each in self.due(ready.first_step) if ready.first_step and not each.is_among(written)]
-        _evaluate(missed, self._metrics, ready.first_step, ready.build, state, self._timer)
+        missed = [each for each in self.due(first) if first and not each.has_metrics(written)]
+        _evaluate(missed, self._metrics, first, prepared.build, state, self._timer)
         return state
 
-    def next_batch(self, step: int, before: Any) -> Any:
-        """The batch of a step; `before` is that of the step before, None at first."""
+    def next_batch(self, step: int, previous: Any) -> Any:
+        """Returns the batch of a step; `previous` is the batch of the step before, None at first."""
         self._watchdog.step(step)
-        with self.failure.kept():
+        with self.failure.captured():
             self._trace.before(step)
         with self._timer.during("data"):
-            return _next_batch(self._ready.data, before, self.failure)
+            return _next_batch(self._prepared.data, previous, self.failure)
 
     def train_step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """Dispatches `training.step`: the next state and the metrics, which are not waited for."""
-        if self._looks(step):
-            self._before = trit_snapshot(state.params["clip"], self._run.rules)
-        with self._timer.during("step" if step > self._ready.first_step + 1 else "compile"):
-            return self._step_function(state, batch, self._ready.teacher_params)
+        """Dispatches the jitted step; returns the next state and the metrics without waiting for them."""
+        if self._is_snapshot_due(step):
+            self._snapshot = trit_snapshot(state.params["clip"], self._run.rules)
+        with self._timer.during("step" if step > self._prepared.first_step + 1 else "compile"):
+            return self._step_function(state, batch, self._prepared.teacher_params)
 
     def agree(self) -> tuple[int, bool]:
-        """The code with which all processes stop, 0 for none, and whether a checkpoint is late; raises what failed."""
-        asked = (self._preemption.code, self._checkpoints.is_late(), self.failure.error is not None)
-        stop, late, failed = self._agreement.all_hosts_max(asked)
+        """Returns the exit code with which all processes stop (0: none does), and whether a time-based save is due.
+
+        Raises:
+          Exception: a process has failed; its error is raised everywhere.
+        """
+        requests = (self._preemption.code, self._checkpoints.is_late(), self.failure.error is not None)
+        stop, late, failed = self._agreement.all_hosts_max(requests)
         if failed:
             self.failure.raise_everywhere()
         return stop, bool(late)
 
     def record(self, step: int, metrics: Any, state: TrainState) -> None:
-        """Writes the metrics of the step before, and takes those of this one."""
+        """Writes the metrics of the previous step, and stores those of this step until they are computed."""
         self._metrics.flush()
-        with self.failure.kept():
+        with self.failure.captured():
             self._trace.after(step, metrics)
         rates = self._throughput.metrics(self._timer.take())
         self._metrics.add(step, metrics | {"learning_rate": self._schedule(step - 1)} | rates)
-        if self._looks(step):
-            self._telemetry.write_trits(step, trit_metrics(self._before, state.params["clip"], self._run.rules))
-            self._before = {}
+        if self._is_snapshot_due(step):
+            self._telemetry.write_trits(step, trit_metrics(self._snapshot, state.params["clip"], self._run.rules))
+            self._snapshot = {}
 
     def due(self, step: int) -> list[Evaluation]:
-        """The evaluations of a step."""
-        return [each for each in self._ready.evaluations if each.is_due(step, self._run.steps)]
+        """Returns the evaluations that are due after a step."""
+        return [each for each in self._prepared.evaluations if each.is_due(step, self._run.steps)]
 
     def is_save_due(self, step: int, *, late: bool) -> bool:
-        """Whether the state after a step is saved: by its number, by time, as the last, or as one that is evaluated."""
+        """Whether to save the state after a step: by step number, by time, at the end, or for `keep_best`."""
         evaluated = self._run.checkpoint.keep_best and self.due(step)
         return self._checkpoints.is_due(step, late=late) or bool(evaluated) or step == self._run.steps
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves in the background, when all metrics up to the step are written."""
+        """Writes all metrics up to a step, then starts to save its state in the background."""
         self._metrics.finish() if step == self._run.steps else self._metrics.flush()
         self._telemetry.sync()
         self.failure.raise_everywhere()
         with self._timer.during("checkpoint"):
-            self._checkpoints.save(step, state.trees(), self._ready.data.position)
+            self._checkpoints.save(step, state.trees(), self._prepared.data.position)
 
     def stop(self, step: int, code: int) -> NoReturn:
-        """Raises Stopped when the step that was saved is whole."""
+        """Waits until the saved step is whole, then raises `Stopped`."""
         self._checkpoints.wait()
         if jax.process_index() == 0:
-            _logger.warning("asked to stop: step %d is saved, and the same command resumes it", step)
+            _logger.warning("stopping after a signal: step %d is saved; run the same command to resume", step)
         raise Stopped(code)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluations that are due."""
-        due, ready = self.due(step), self._ready
+        """Runs the evaluations that are due after a step."""
+        due, prepared = self.due(step), self._prepared
         if due:
             self._metrics.flush()
-            _evaluate(due, self._metrics, step, ready.build, state, self._timer)
-        everything = len(due) == len(ready.evaluations) > 0
-        if self._run.checkpoint.keep_best and (step == self._run.steps or everything):
+            _evaluate(due, self._metrics, step, prepared.build, state, self._timer)
+        all_done = len(due) == len(prepared.evaluations) > 0
+        if self._run.checkpoint.keep_best and (step == self._run.steps or all_done):
             self._metrics.check_measured(self._run.checkpoint.best_metric)
 
-    def _looks(self, step: int) -> bool:
+    def _is_snapshot_due(self, step: int) -> bool:
         every = self._run.telemetry_every
         return bool(self._run.rules) and every > 0 and step % every == 0
 
@@ -241,7 +258,7 @@ class Session:
 def _load_teacher(
     run: RunConfig, cache: TeacherCache | None, mesh: Mesh
 ) -> tuple[Architecture | None, Any, dict[str, Any] | None]:
-    """The teacher that runs in the step, its parameters over `mesh`, of which no other copy is kept, and its origin."""
+    """Returns the teacher that runs in the step, its parameters over `mesh`, and its origin, also of a cache."""
     if not run.teacher:
         return None, None, cache.origin if cache else None
     teacher, origin = load_known(run.teacher, mesh)
@@ -249,13 +266,13 @@ def _load_teacher(
     return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 
-def _next_batch(data: ResumableIterator, before: Any, failure: Failure) -> Any:
-    """The next batch; of several processes, on one that fails, the batch before.
+def _next_batch(data: ResumableIterator, previous: Any, failure: FirstError) -> Any:
+    """Returns the next batch; on a process of several whose data fail, the previous batch.
 
-    With it the process takes part in a step that is not saved: all processes raise the failure first. Without a batch
-    before they raise it here.
+    That process then takes part in one more step, which is not saved, before all processes raise its error. If there is
+    no previous batch, all processes raise the error here.
     """
-    if before is None:
+    if previous is None:
         with together():
             return next(data)
     try:
@@ -263,8 +280,8 @@ def _next_batch(data: ResumableIterator, before: Any, failure: Failure) -> Any:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        failure.keep(error)
-        return before
+        failure.store(error)
+        return previous
 
 
 def _evaluate(
@@ -275,15 +292,15 @@ def _evaluate(
     state: TrainState,
     timer: StepTimer,
 ) -> None:
-    """Of the weights and of their average, which is made ternary again and whose metrics end in `_of_average`."""
+    """Evaluates the weights and their moving average, whose metrics have the suffix `_of_average`."""
     run = build.run
     for each in evaluations:
         with timer.during("evaluate"):
             try:
                 metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
                 if state.average is not None and FAILED not in metrics:
-                    of_average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
-                    metrics |= {f"{name}_of_average": value for name, value in of_average.items()}
+                    average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
+                    metrics |= {f"{name}_of_average": value for name, value in average.items()}
             except EvaluationError as error:
                 logger.write(step, error.metrics)
                 raise
@@ -291,19 +308,20 @@ def _evaluate(
 
 
 def _flops(build: Build) -> int:
-    """Of the model, per pair."""
+    """Returns the model FLOPs per image-text pair."""
     teacher = build.teacher
     return train_flops(
         build.run.model, None if teacher is None or isinstance(teacher, TeacherCache) else teacher.config
     )
 
 
-def _written_before(
+def _read_written(
     workdir: epath.Path, step: int, checkpoints: Checkpoints, bad: BadSamples, batch_size: int
 ) -> list[str]:
-    """Names of what metrics.jsonl has of `step`.
+    """Reads metrics.jsonl to restore the scores of `checkpoints` and the counts of `bad`.
 
-    Tells `checkpoints` what it has of the steps that are saved, and `bad` of the bad samples of all steps.
+    Returns:
+      The names of the metrics of `step`.
     """
     lines: list[dict[str, Any]] = []
     counts: dict[str, float] = dict.fromkeys(FAULTS[1:], 0.0)

@@ -1,4 +1,4 @@
-"""Where training starts: other weights, or its own checkpoint, and what may have changed since."""
+"""The start of a run: initial weights, or a checkpoint and the changes of the configuration that it allows."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from tclip_jax.ternary import TernaryTensor
 
 
 def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
-    """What `config.init` or `config.inherit` gives a run, over `mesh`, and its origin; None where neither is set.
+    """Returns the initial parameters by `config.init` or `config.inherit`, over `mesh`, and their origin.
 
-    Raises what `initial_weights`, `load_model` and `inherit_params` raise.
+    Both are None if neither key is set. Raises the errors of `initial_weights`, `load_known` and `inherit_params`.
     """
     if run.init:
         source = load_stored(run.init)
@@ -58,17 +58,21 @@ def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None
 
 
 def initial_weights(run: RunConfig, source: Stored | None = None) -> dict[str, Any]:
-    """The latent float32 weights (NumPy) that `config.init` gives a run; `source` if it is loaded already.
+    """Returns the latent float32 weights (NumPy) that `config.init` selects.
 
-    Float weights are latent weights, those of another run included. Ternary ones, also where a foreign checkpoint holds
-    them as floats that are exactly scale · trit, are treated as `config.init_scales` says: "keep" finds latent weights
-    that give the same trits and scales in the first step, to the bit; "recompute" takes scale · trit for the latent
-    weights, from which the quantizer makes its own scales (and, where 2/k of a group or more are nonzero, only zeros).
+    Float weights, also those of a run, become latent weights unchanged. Ternary weights, also those that a foreign
+    checkpoint stores as floats equal to scale · trit, depend on `config.init_scales`. "keep" finds latent weights that
+    give bit-identical trits and scales in the first step. "recompute" takes scale · trit as latent weights, from which
+    the quantizer computes new scales; a group in which at least 2/k of the weights are nonzero then becomes all zeros.
+
+    Args:
+      run: the configuration.
+      source: the loaded source, if it is loaded already.
 
     Raises:
-      FileNotFoundError: no such source.
-      ValueError: a model of another shape, activation or pixel statistics; ternary weights that the rules of the run do
-        not reproduce, naming the first and why; one line.
+      FileNotFoundError: the source does not exist.
+      ValueError: the source has another shape, activation or pixel statistics, or ternary weights that the rules of the
+        run cannot reproduce; the error names the first.
     """
     source = load_stored(run.init) if source is None else source
     _check_same(run, source)
@@ -83,23 +87,24 @@ def initial_weights(run: RunConfig, source: Stored | None = None) -> dict[str, A
             raise ValueError(f"config.init {run.init}: {error}; {fit}") from None
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(run.model, run.rules)).items()}
     leaves = {path: _floats(leaf) for path, leaf in flatten(params).items()}
-    # Learned scales stay where the rules ask for the same; the patch embedding is a matrix only while it is ternary.
-    kept = {path: leaf for path, leaf in leaves.items() if leaf.size == math.prod(shapes.get(path, (0,)))}
-    reshaped = {path: leaf.reshape(shapes[path]) for path, leaf in kept.items()}
+    # Learned scales are dropped if the run has none of the same size. A ternary patch embedding is stored as a matrix.
+    matching = {path: leaf for path, leaf in leaves.items() if leaf.size == math.prod(shapes.get(path, (0,)))}
+    reshaped = {path: leaf.reshape(shapes[path]) for path, leaf in matching.items()}
     return with_learned_scales(unflatten_dict(reshaped, sep="/"), run.rules)
 
 
 def _check_same(run: RunConfig, source: Stored) -> None:
+    """Raises ValueError for the first difference of the models or their pixel statistics."""
     pixels = (("mean", source.preprocess.mean, run.preprocess.mean), ("std", source.preprocess.std, run.preprocess.std))
     theirs, ours = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (source.config, run.model))
     model = [(f"model {option}", theirs[option], ours[option]) for option in theirs]
     for option, its, wanted in (*model, *((f"preprocess {name}", its, wanted) for name, its, wanted in pixels)):
         if its != wanted:
-            raise ValueError(f"config.init {run.init}: its {option} is {its}, that of the run {wanted}")
+            raise ValueError(f"config.init {run.init}: its {option} is {its}, the run's is {wanted}")
 
 
 def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
-    """With `TernaryTensor` for the floats that have a rule and are exactly scale · trit."""
+    """Returns `params` with a `TernaryTensor` for every float weight that has a rule and equals scale · trit."""
     leaves = flatten(params)
     for path in TERNARIZABLE:
         if find_quantizer(path, rules) and not isinstance(leaves[path], TernaryTensor):
@@ -112,28 +117,36 @@ def _floats(leaf: Any) -> Any:
     return np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
 
 
+# Keys that must not change in a run.
 _FIXED = ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit")
-# Keys that no weight depends on, but for the rounding of sums in another order.
+# Keys that do not change the weights, except by rounding of sums in another order.
 _FREE = (
     *("mesh.", "checkpoint.", "eval.", "evals", "remat", "telemetry_every", "log_every", "max_skipped_steps"),
     *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "software."),
     *("data.workers", "data.microbatches", "data.max_bad_share"),
 )
-_PLACES = ("teacher.source", "data.source", "data.teacher_cache")  # of what is known by its content
+_PATHS = ("teacher.source", "data.source", "data.teacher_cache")  # their contents are compared instead
 
 _logger = logging.getLogger(__name__)
 
 
 class Resume:
-    """A start of a run, compared with what is in its workdir; a collective. Nothing is written before `begin`.
+    """The changes of a start since earlier starts in the workdir. A collective; only `begin` writes files.
 
     Args:
-      step: of the checkpoint that is resumed, 0 for none.
-      data: {"source", "split", "samples", "content"} of what it trains on.
-      teacher, init: {"source", "content", …} of the weights that it learns and starts from, or None.
+      config: the configuration.
+      workdir: of the run.
+      step: the step that is resumed, 0 for a new run.
+      data: {"source", "split", "samples", "content"} of the training data.
+      teacher: {"source", "content", …} of the teacher, or None.
+      init: {"source", "content", …} of the initial weights, or None.
+
+    Attributes:
+      changed: the changed keys, as {key: [old, new]}.
 
     Raises:
-      ValueError: a key has changed that may not, or one that decides the weights although all steps are done.
+      ValueError: a key that must not change has changed, or all steps are done and a key that affects the weights has
+        changed.
     """
 
     def __init__(
@@ -154,7 +167,7 @@ class Resume:
         self.changed: Changes = decided(lambda: self._compare(resolved))
 
     def begin(self) -> None:
-        """Writes config.json and history.jsonl, on process 0, and logs what has changed."""
+        """Writes config.json and history.jsonl and logs the changes, on process 0."""
         if jax.process_index() == 0:
             for key, values in self.changed.items():
                 _logger.info("%s from step %d", in_words({key: values}), self._step)
@@ -164,35 +177,35 @@ class Resume:
         history, path = read_history(self._workdir), self._workdir / CONFIG
         if not history:
             return {}
-        kept = record_at(history, self._step)
-        was = _complete(kept["config"])
-        if fixed := changes({key: was[key] for key in _FIXED}, {key: resolved[key] for key in _FIXED}):
+        previous = record_at(history, self._step)
+        before = _with_defaults(previous["config"])
+        if fixed := changes({key: before[key] for key in _FIXED}, {key: resolved[key] for key in _FIXED}):
             key, (old, new) = next(iter(fixed.items()))
             raise ValueError(f"{path}: this run has config.{key} = {old}, not {new}: choose another workdir")
         if not self._step:
             return {}
         if self._record["init"] is None:
-            self._record["init"] = kept.get("init")
-        parts = {name: kept.get(name) for name in ("data", "teacher", "software") if kept.get(name)}
-        changed = changes(_named(was, parts), _named(resolved, self._record))
+            self._record["init"] = previous.get("init")
+        parts = {name: previous.get(name) for name in ("data", "teacher", "software") if previous.get(name)}
+        changed = changes(_merged(before, parts), _merged(resolved, self._record))
         steps = resolved["steps"]
         if self._step > steps:
             raise ValueError(f"{path}: this run has done {self._step} steps, more than config.steps = {steps}")
-        deciding = {
+        affecting = {
             key: values
             for key, values in changed.items()
-            if not key.startswith(_FREE) and not (key in _PLACES and all(values))
+            if not key.startswith(_FREE) and not (key in _PATHS and all(values))
         }
-        if self._step == steps and deciding:
+        if self._step == steps and affecting:
             raise ValueError(
-                f"{path}: this run has done all its {steps} steps with other values: {in_words(deciding)}; raise"
-                " config.steps to train on with these, or choose another workdir"
+                f"{path}: this run has done all its {steps} steps with other values: {in_words(affecting)}; raise"
+                " config.steps to continue with the new values, or choose another workdir"
             )
         return changed
 
 
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of the keys that are newer than the run."""
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a stored configuration with the defaults of keys that did not exist when it was written."""
     base = json.loads(base_config().to_json())
     whole = ("model", "preprocess", "quantizer")
     return {
@@ -203,8 +216,8 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(config: dict[str, Any], record: Record) -> dict[str, Any]:
-    """One mapping of everything: `teacher.source` is the key of the configuration, `teacher.content` its weights."""
+def _merged(config: dict[str, Any], record: Record) -> dict[str, Any]:
+    """Returns the configuration and the record as one mapping, with both under `data` and `teacher`."""
     data = {**config["data"], **{key: each for key, each in (record.get("data") or {}).items() if key != "source"}}
     teacher = {"source": config["teacher"], "content": (record.get("teacher") or {}).get("content")}
     return {**config, "data": data, "teacher": teacher, "software": record.get("software") or {}}

@@ -1,4 +1,4 @@
-"""The state of training: everything that a step changes."""
+"""The training state: everything that a step updates."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tclip_jax.training.objective import init_heads
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Invariant: a function of the configuration and `step` steps of data, nothing else.
+    """The training state. The configuration and the data of `step` steps determine it.
 
     Attributes:
-      step: int32 scalar, steps done.
-      params: `clip`, the model's tree of latent float32 weights, and `heads`, which are dropped after training.
-      optimizer: optax's state, moments shaped and sharded like the parameters; its count is that of updates, which is
-        `step` without the steps that were skipped.
+      step: int32 scalar, the number of steps done.
+      params: `clip`, the model's latent float32 weights, and `heads`, the distillation heads, which only training uses.
+      optimizer: optax's state. Moments have the shapes and shardings of the parameters; the count is the number of
+        updates, which is `step` without the skipped steps.
       average: exponential moving average of `clip` (`optimizer.moving_average`), or None.
     """
 
@@ -35,7 +35,7 @@ class TrainState(flax.struct.PyTreeNode):
     average: Any = None
 
     def trees(self) -> dict[str, Any]:
-        """What a checkpoint holds, each by itself: the model, its average if there is one, and the rest."""
+        """Returns the trees of a checkpoint: `params` of the model, `average` if there is one, and `training`."""
         heads = {name: tree for name, tree in self.params.items() if name != "clip"}
         average = {} if self.average is None else {"average": self.average}
         rest = {"step": self.step, "heads": heads, "optimizer": self.optimizer}
@@ -43,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def of_trees(cls, trees: Mapping[str, Any]) -> TrainState:
-        """The inverse of `trees`."""
+        """Returns the state of these trees; the inverse of `trees`."""
         training = trees["training"]
         params = {"clip": trees["params"]} | training["heads"]
         return cls(training["step"], params, training["optimizer"], trees.get("average"))
@@ -60,13 +60,17 @@ def init_state(
     average: bool = False,
     start: Any = None,
 ) -> TrainState:
-    """A fresh state, each array made in its own sharding.
+    """Returns the state at step 0; each array is created in its own sharding.
 
     Args:
-      teacher: its shape, its embed_dim where only its embeddings are known, None for training without one.
-      loss: decides about heads.
-      average: whether to keep one of the parameters.
-      start: the model's parameters, in place of freshly drawn ones.
+      model: the model.
+      optimizer: of all parameters.
+      seed: of the random parameters.
+      teacher: the teacher's configuration, its embed_dim if only its embeddings are known, or None.
+      mesh: the devices.
+      loss: the losses, which decide about distillation heads.
+      average: whether the state has a moving average of the parameters.
+      start: the model's parameters, in place of random ones.
     """
 
     def init(key: jax.Array, start: Any) -> TrainState:

@@ -1,4 +1,4 @@
-"""One step of training, pure: state and batch in, state and metrics out."""
+"""The training step, a pure function: (state, batch) -> (state, metrics)."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def make_train_step(
     ema_decay: float = 0.0,
     microbatches: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """The function (state, batch, teacher's parameters or None) -> (next state, metrics); float32 scalars.
+    """Returns the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
-    A step whose loss or gradient is not finite, or whose batch has no usable sample, changes nothing but the step's
-    number; `skipped_steps` is then 1, otherwise 0.
+    If the loss or the gradient is not finite, or the batch has no usable sample, the step is skipped: only the step
+    number changes, and the metric `skipped_steps` is 1 instead of 0.
 
     Args:
       student: the model that is trained.
-      teacher: runs in the step; or the scale of a teacher whose embeddings come with the batch; or None.
-      optimizer: of all parameters, as of `make_optimizer`.
-      loss: weights of its terms.
-      blend: from the step to λ of w_eff = λ · ŵ + (1 − λ) · w, the share of quantized weights; None for 1.
-      ema_decay: of the state's average, where it has one.
-      microbatches: parts of a batch whose activations exist one after the other; the step does not depend on it.
+      teacher: a model that runs in the step, the logit scale of a teacher whose embeddings are in the batch, or None.
+      optimizer: of all parameters, see `make_optimizer`.
+      loss: weights and options of the losses.
+      blend: maps the step to the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
+      ema_decay: decay of the moving average, if the state has one.
+      microbatches: parts into which a batch is split to save memory; the result does not depend on it.
     """
 
     objective = Objective(student, teacher, loss)
@@ -81,5 +81,5 @@ def make_train_step(
 
 
 def keep_if(changes: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or `old` with the step of `new`: by it the schedules go on."""
+    """Returns `new` if `changes`, otherwise `old` with the step of `new`, which the schedules follow."""
     return jax.tree.map(lambda a, b: jnp.where(changes, a, b), new, old).replace(step=new.step)

@@ -1,4 +1,4 @@
-"""Fills a store of a teacher's embeddings, and checks that one fits a run."""
+"""The teacher cache: computes a teacher's embeddings of the training data, and checks that a cache fits a run."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
 
-_THREADS = 4  # that decode while the devices are busy; as many batches are kept ready
+_THREADS = 4  # threads that decode images, and batches that are prefetched
 
 
 def write_cache(
     folder: epath.PathLike, run: RunConfig, teacher: str, *, copies: int, batch_size: int = 128, file_rows: int = 4096
 ) -> TeacherCache:
-    """Embeds every sample of `run.data` `copies` times, resuming where an earlier call stopped.
+    """Embeds every sample of `run.data` `copies` times, resuming where an earlier call stopped. A collective.
 
-    In memory are a few batches of images and one file of embeddings. Of several processes each fills files of its own
-    on its own devices; they must see the same folder, and wait for each other after every file.
+    A few batches of images and one file of embeddings are in memory at a time. With several processes, each writes
+    different files from its own devices. They share the folder, and wait for each other after every file.
 
     Args:
-      folder: of the cache, new or begun.
-      run: whose data, preprocessing, context length and seed decide what the teacher sees.
-      teacher: as of `load_model`.
+      folder: the cache, new or incomplete.
+      run: its data, augmentation, preprocessing, context length and seed determine the teacher's inputs.
+      teacher: a run, an artifact or a foreign checkpoint, see `load_model`.
       copies: augmentations of each sample, at least 1.
-      batch_size: images that the teacher sees at once.
-      file_rows: embeddings in a file.
+      batch_size: images that the teacher encodes at a time.
+      file_rows: embeddings per file.
 
     Raises:
-      ValueError: a teacher that cannot see the run's images or texts, or a folder that holds another cache.
+      ValueError: the teacher does not fit the run's images or texts, or the folder holds another cache.
     """
     if copies < 1:
         raise ValueError(f"copies is {copies}: it must be at least 1")
@@ -72,37 +72,42 @@ def write_cache(
         keys.recipe(teacher=origin["content"], **describe_inputs(run, source)),
     )
     cache.write_manifest()
-    # Process 0 says what is missing, so that each gets its share of that whatever an earlier call left.
+    # The missing files, as process 0 sees them, are divided evenly, whichever process wrote the others.
     missing = allgather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
-    own = missing[jax.process_index() :: jax.process_count()]
-    made = _embed(cache, own, model, train_row(run, source), mesh, batch_size)
-    rows = sum(len(cache.rows_of(file)) for file in own)
+    assigned = missing[jax.process_index() :: jax.process_count()]
+    embedded = _embed(cache, assigned, model, train_row(run, source), mesh, batch_size)
+    rows = sum(len(cache.rows_of(file)) for file in assigned)
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
         for _ in range(0, len(missing), jax.process_count()):
-            # All wait after every file: what waits for hours at the end is taken for lost.
+            # Processes wait for each other after every file: a wait of hours at the end would count as a lost process.
             with together():
-                for file, embeddings in itertools.islice(made, 1):
+                for file, embeddings in itertools.islice(embedded, 1):
                     cache.write(file, embeddings)
                     bar.update(len(embeddings))
     return TeacherCache.open(folder)
 
 
 def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
-    """The cache of a run, and of its source if that is open; of a plan, which sees no data, what it says itself.
+    """Returns the cache of a run, after a comparison of its inputs with those of the run.
+
+    Args:
+      run: the configuration.
+      source: the run's data; None skips the comparison of the data, as in a plan.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, broken, not finished, or of other data than the run's.
+      FileNotFoundError: the cache does not exist, or is incomplete.
+      ValueError: the cache is damaged, or has other inputs than the run.
     """
     cache = TeacherCache.open(run.data.teacher_cache)
     wanted = describe_inputs(run, source)
     if differs := keys.difference({name: cache.made_by.get(name) for name in wanted}, wanted):
-        raise ValueError(f"{run.data.teacher_cache}: the teacher saw something else ({differs}): make another cache")
+        raise ValueError(f"{run.data.teacher_cache}: the teacher's inputs differ ({differs}): make another cache")
     return cache
 
 
 def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe:
-    """All that decides, beside the seed, which images and texts a sample can become; the data themselves if open."""
+    """Returns the recipe of a teacher's inputs, without the seed: augmentation, preprocessing, and data if `source`."""
     pixels = dataclasses.asdict(run.preprocess)
     opened: dict[str, Any] = {}
     if source is not None:
@@ -118,7 +123,7 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
 
 
 def train_row(run: RunConfig, source: Source) -> TrainRow:
-    """What makes rows of the run's batches."""
+    """Returns the function that makes a training row of a sample."""
     tokenizer = Tokenizer(run.model.text.context_length)
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
@@ -134,7 +139,7 @@ def _is_whole(cache: TeacherCache, file: int) -> bool:
 def _embed(
     cache: TeacherCache, files: Sequence[int], model: Model, row: TrainRow, mesh: Mesh, batch_size: int
 ) -> Iterator[tuple[int, Embeddings]]:
-    """Each file with its embeddings (rows, 2, D), computed over the devices of this process."""
+    """Yields each file with its embeddings, float16 (rows, 2, D), computed on the devices of this process."""
     size = -(-batch_size // mesh.size) * mesh.size
     encoders = Encoders(CLIP(model.config, model.rules), model.preprocess.mean, model.preprocess.std)
     encode = jax.jit(lambda params, batch: jnp.stack(encoders(params, batch)[:2], axis=1))
@@ -142,23 +147,21 @@ def _embed(
     batches = _batches(cache, files, row, size)
     for file in files:
         count = len(cache.rows_of(file))
-        found = [encode(params, jax.device_put(next(batches), batch_sharding(mesh))) for _ in range(0, count, size)]
-        embeddings = np.concatenate(found)[:count].astype(np.float16)
+        parts = [encode(params, jax.device_put(next(batches), batch_sharding(mesh))) for _ in range(0, count, size)]
+        embeddings = np.concatenate(parts)[:count].astype(np.float16)
         if not np.isfinite(embeddings).all():
-            raise ValueError(
-                f"{cache.teacher}: this teacher's embeddings are not finite: a run with them would learn nothing"
-            )
+            raise ValueError(f"{cache.teacher}: this teacher's embeddings are not finite: use another teacher")
         yield file, embeddings
 
 
 def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int) -> Iterator[Any]:
-    """Batches of `image` and `tokens`, `size` rows each, file after file; zeros fill up the last of a file."""
+    """Yields batches of `image` and `tokens` with `size` rows, file after file; zeros pad the last batch of a file."""
     parts = [rows[i : i + size] for rows in map(cache.rows_of, files) for i in range(0, len(rows), size)]
 
     def load(number: int) -> dict[str, Any]:
         drawn = []
-        for place in parts[number]:
-            copy, index = divmod(place, cache.samples)
+        for row_number in parts[number]:
+            copy, index = divmod(row_number, cache.samples)
             drawn.append(row.draw(index, copy_generator(cache.seed, index, copy)))
         stacked = {name: np.stack([each[name] for each in drawn]) for name in ("image", "tokens")}
         return {name: np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]) for name, x in stacked.items()}

@@ -1,4 +1,4 @@
-"""Where a run's time goes, how fast it is, and a trace of chosen steps for xprof."""
+"""Time per phase, throughput and MFU of a run, and profiler traces for xprof."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Phase = Literal["compile", "data", "step", "checkpoint", "evaluate"]
 
 
 class StepTimer:
-    """Seconds spent in each phase since they were last taken, by the monotonic clock.
+    """Measures the seconds spent in each phase since the last call of `take`, by the monotonic clock.
 
-    `step` is the phase between the others: dispatching, waiting for the device, and writing what was measured.
+    The phase `step` includes everything outside the others: dispatching, waiting for the devices, writing metrics.
 
     Attributes:
-      now: the phase that the run is in.
-      since: when it came there, by `time.monotonic()`.
+      now: the current phase.
+      since: the time at which it began, by `time.monotonic()`.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """The block is of this phase."""
+        """Sets the phase of a block."""
         before = self.now
         self._enter(phase)
         try:
@@ -44,7 +44,7 @@ class StepTimer:
             self._enter(before)
 
     def take(self) -> dict[str, float]:
-        """The seconds of each phase that had any, which are then counted from zero."""
+        """Returns the seconds of each phase that occurred, and resets them."""
         self._enter(self.now)
         seconds, self._seconds = self._seconds, {}
         return seconds
@@ -56,17 +56,17 @@ class StepTimer:
 
 
 class Throughput:
-    """Metrics of every step, and a line for the log every so many steps.
+    """Computes images per second and MFU, for the metrics of every step and for log lines.
 
-    MFU, the share of the devices' peak that the model uses: FLOPs of a pair (`models.flops.train_flops`, without what
-    `remat` computes again) · pairs / (seconds · devices · peak FLOP/s of one). Seconds are those of steps, data and
-    checkpoints; compiling and evaluating are no part of it.
+    MFU (model FLOPs utilization) is FLOPs of a pair · pairs / (seconds · devices · peak FLOP/s of a device). The FLOPs
+    are those of `models.flops.train_flops`, without the recomputation of `remat`. The seconds are those of the phases
+    step, data and checkpoint.
 
     Args:
-      pairs: images in a step, over all devices.
-      flops: of the model, per pair.
-      devices: that the run is on.
-      log_every: steps between lines; 0 for none.
+      pairs: image-text pairs in a global batch.
+      flops: model FLOPs per pair.
+      devices: all devices of the run.
+      log_every: steps between log lines; 0 for none.
     """
 
     def __init__(self, pairs: int, flops: int, devices: Iterable[jax.Device], log_every: int) -> None:
@@ -78,14 +78,14 @@ class Throughput:
         self._steps = 0
 
     def metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Of one step that took so many seconds by phase."""
+        """Returns the metrics of one step, from its seconds by phase."""
         self._steps += 1
         for phase, value in seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + value
         return self._rates(seconds, 1) | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def line(self, step: int, steps: int, metrics: Mapping[str, Any]) -> str | None:
-        """What the log says of the steps since the last line, with the loss of `metrics`; None where none is due."""
+        """Returns the log line for the steps since the last one, with the loss of `metrics`; None if none is due."""
         if not self._log_every or step % self._log_every:
             return None
         rates, total = self._rates(self._seconds, self._steps), sum(self._seconds.values())
@@ -109,9 +109,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Trace:
-    """Traces process 0 from the beginning of the first to the end of the last of `steps` into `<workdir>/profile`.
+    """Traces process 0 from the first to the last of `steps` with jax.profiler, into `<workdir>/profile`.
 
-    A context manager: a run that ends between them keeps what there is.
+    A context manager: its exit writes a trace that has not ended.
     """
 
     def __init__(self, workdir: epath.PathLike, steps: tuple[int, ...]) -> None:
@@ -130,16 +130,17 @@ class Trace:
         except Exception as failure:
             if error is None:
                 raise
-            _logger.error("%s: the trace could not be written: %s", self._folder, failure)  # the run's own error counts
+            # The error of the run is raised; this one is logged.
+            _logger.error("%s: the trace could not be written: %s", self._folder, failure)
 
     def before(self, step: int) -> None:
-        """To be called before `step` is dispatched."""
+        """Starts the trace, if `step` is the first; call it before the step is dispatched."""
         if step == self._first:
             jax.profiler.start_trace(os.fspath(self._folder))
             self._running = True
 
     def after(self, step: int, metrics: Any) -> None:
-        """To be called after; at the last step it waits for the metrics."""
+        """Ends the trace after the last step, whose metrics it waits for; call it after the step is dispatched."""
         if self._running and step == self._last:
             jax.block_until_ready(metrics)
             self.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""A watch over runs that hang: which processes are behind, and where in the program they are."""
+"""The watchdog: it detects a stalled run, names the processes that are behind, and dumps their stacks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from tclip_jax.parallel.distributed import LostProcess
 from tclip_jax.storage import write_atomic
 from tclip_jax.training.timing import StepTimer
 
-_DOING = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
-_UNLIMITED = ("compile", "evaluate")
+_ACTIVITIES = {"data": "waiting for data", "checkpoint": "writing a checkpoint", "step": "waiting for the devices"}
+_UNLIMITED = ("compile", "evaluate")  # phases that may take any time
 
 _logger = logging.getLogger(__name__)
 
 
 class Heartbeat(NamedTuple):
-    """What a process says of itself.
+    """The state of a process, as it writes it to the workdir.
 
     Attributes:
-      step: the last that it began.
-      seconds: since it came to its phase.
-      beat: counts heartbeats.
-      behind: what process 0 found.
-      silent: seconds since the reader last heard a new beat, by the reader's clock.
+      step: the last step that it began.
+      phase: the current phase of its `StepTimer`.
+      seconds: since the phase began.
+      host: host name and process id.
+      beat: the number of its heartbeats so far.
+      behind: the processes that are behind, as process 0 decides.
+      silent: seconds since the reader last read a new beat, by the reader's clock.
     """
 
     step: int
@@ -48,18 +50,19 @@ class Heartbeat(NamedTuple):
 
 
 class Watchdog:
-    """A thread that notices a stalled run; a context manager.
+    """A thread that detects a stalled run; a context manager.
 
-    When no step has ended for `minutes`, the log names the processes that are behind, and they write the stacks of
-    their threads to stderr. With `leave`, every process then exits with code 69, after which launchers restart the run
-    a few times. Compiling and evaluating have no limit. Each of several processes writes heartbeats into the workdir's
-    `heartbeats/`; process 0 reads them all, only when it must, and the others read its own. Durations are measured by
-    monotonic clocks, and clocks of two machines are never compared.
+    When no step has ended for `minutes`, the log names the processes that are behind, and these dump the stacks of
+    their threads to stderr. With `leave`, all processes then exit with code 69, after which launchers restart the run a
+    few times. Compilation and evaluation have no limit. With several processes, each writes heartbeats to the workdir's
+    `heartbeats/`. When a stall is near, process 0 reads the heartbeats of all, and the others read that of process 0.
+    Durations are measured by monotonic clocks, and clocks of different machines are never compared.
 
     Args:
       workdir: of the run, shared by all processes.
-      timer: of this process.
-      minutes: 0 for no watch.
+      timer: the phases of this process.
+      minutes: without a finished step that count as a stall; 0 for no watchdog.
+      leave: exit after a stall.
     """
 
     def __init__(self, workdir: epath.PathLike, timer: StepTimer, minutes: float, *, leave: bool = False) -> None:
@@ -83,17 +86,19 @@ class Watchdog:
             self._thread.join()
 
     def step(self, step: int) -> None:
-        """Tells that `step` has begun, and so that the one before has ended."""
+        """Records that `step` begins, and the step before has ended."""
         self._step, self._ended, self._behind = step, time.monotonic(), None
 
     def _watch(self) -> None:
         while not self._closing.wait(self._every):
             try:
-                self._look()
-            except Exception as error:  # the disk may be what hangs; the watch must not end, whatever it is
-                _logger.warning("%s: cannot keep heartbeats: %s: %s", self._folder, type(error).__name__, error)
+                self._check()
+            except Exception as error:  # a failing disk must not end the watchdog
+                _logger.warning(
+                    "%s: cannot read or write heartbeats: %s: %s", self._folder, type(error).__name__, error
+                )
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._timer.now in _UNLIMITED:
             self._ended = time.monotonic()
         stalled, me, silence = time.monotonic() - self._ended, jax.process_index(), 1.5 * self._every
@@ -101,7 +106,7 @@ class Watchdog:
         if stalled > self._limit - 3 * self._every:
             self._read(range(jax.process_count()) if me == 0 else (0,))
             if any(beat.phase in _UNLIMITED and beat.silent <= silence for beat in self._beats.values()):
-                self._ended = time.monotonic()  # the others wait for one that may take its time
+                self._ended = time.monotonic()  # the processes wait for one in an unlimited phase
                 return
         if stalled <= self._limit or self._behind is not None:
             return
@@ -113,12 +118,12 @@ class Watchdog:
         self._behind = behind
         self._write(me)
         if decides and me < 2:
-            text = described(self._beats, behind, silence)
-            _logger.error("no step has ended for %.1f minutes: %s", stalled / 60, text)
+            report = stall_report(self._beats, behind, silence)
+            _logger.error("no step has ended for %.1f minutes: %s", stalled / 60, report)
         if me in behind:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         if self._leave:
-            if decides:  # the others read who is behind, and leave first: jax aborts who loses process 0
+            if decides:  # the others must read the decision and exit first: jax aborts processes that lose process 0
                 self._closing.wait(3 * self._every)
             os._exit(LostProcess.exit_code)
 
@@ -136,16 +141,18 @@ class Watchdog:
             path = self._folder / f"{index}.json"
             if index == jax.process_index() or not path.exists():
                 continue
-            said = Heartbeat(**json.loads(path.read_text()))
-            if index not in self._beats or said.beat != self._beats[index].beat:
+            beat = Heartbeat(**json.loads(path.read_text()))
+            if index not in self._beats or beat.beat != self._beats[index].beat:
                 self._heard[index] = now
-            self._beats[index] = said._replace(behind=tuple(said.behind), silent=now - self._heard[index])
+            self._beats[index] = beat._replace(behind=tuple(beat.behind), silent=now - self._heard[index])
 
 
 def slowest(beats: Mapping[int, Heartbeat], silence: float) -> tuple[int, ...]:
-    """The processes that are behind: those that were not heard of for `silence` seconds, or those at the lowest step.
+    """Returns the processes that are behind.
 
-    Of these, the ones that wait for data or write a checkpoint: who waits for the devices waits for the others.
+    These are the processes without a new heartbeat for `silence` seconds. If there are none, they are the processes at
+    the lowest step, and among these the ones in other phases than `step`: a process that waits for the devices waits
+    for the other processes.
     """
     silent = [index for index, beat in beats.items() if beat.silent > silence]
     least = min(beat.step for beat in beats.values())
@@ -153,13 +160,13 @@ def slowest(beats: Mapping[int, Heartbeat], silence: float) -> tuple[int, ...]:
     return tuple(sorted(silent or [index for index in last if beats[index].phase != "step"] or last))
 
 
-def described(beats: Mapping[int, Heartbeat], behind: tuple[int, ...], silence: float) -> str:
-    """One line: who is behind, in which step and phase, and where the others are."""
+def stall_report(beats: Mapping[int, Heartbeat], behind: tuple[int, ...], silence: float) -> str:
+    """Returns one line with step and phase of the processes that are behind, and the steps of the others."""
 
     def one(index: int) -> str:
         beat = beats[index]
-        silent = f", not heard of for {beat.silent:.0f} s" if beat.silent > silence else ""
-        phase = f"{_DOING.get(beat.phase, beat.phase)} for {beat.seconds + beat.silent:.0f} s"
+        silent = f", no heartbeat for {beat.silent:.0f} s" if beat.silent > silence else ""
+        phase = f"{_ACTIVITIES.get(beat.phase, beat.phase)} for {beat.seconds + beat.silent:.0f} s"
         return f"process {index} ({beat.host}) is in step {beat.step}, {phase}{silent}"
 
     others = sorted({beat.step for index, beat in beats.items() if index not in behind})

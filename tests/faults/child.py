@@ -1,4 +1,4 @@
-"""`tclip` with a fault inside: `python child.py FAULT[=VALUE],… COMMAND …`."""
+"""Runs `tclip` with injected faults: `python child.py FAULT[=VALUE],… COMMAND …`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tclip_jax.training.objective import Objective
 
 
 def before_batch(number: int, fault: Any) -> None:
-    """Calls `fault` in place of nothing before the batch of that number, counted from the start of the process."""
+    """Calls `fault` before the batch `number` of this process, counted from 1; before every batch if it is 0."""
     following, count = ResumableIterator.__next__, [0]
 
     def patched(self: ResumableIterator) -> Any:
@@ -33,18 +33,18 @@ def before_batch(number: int, fault: Any) -> None:
 
 
 def slow(seconds: str) -> None:
-    """Every batch takes so long, that there be moments between steps."""
+    """Delays every batch, so that a test can act between steps."""
     before_batch(0, lambda: time.sleep(float(seconds)))
 
 
 def late(seconds: str) -> None:
-    """Process 1 starts so much later."""
+    """Delays the start of process 1."""
     if os.environ.get("TCLIP_PROCESS_ID") == "1":
         time.sleep(float(seconds))
 
 
 def jumping(seconds: str) -> None:
-    """The wall clock goes forward and back by so much, at every other reading."""
+    """Makes the wall clock jump forward and back by so many seconds."""
     true, count = time.time, [0]
 
     def jump() -> float:
@@ -57,7 +57,7 @@ def jumping(seconds: str) -> None:
 
 
 def full(number: str) -> None:
-    """No space is left when the checkpoint of that step is finished."""
+    """Fails with a full disk when the checkpoint of that step is finished."""
     write = checkpoints.write_checksums
 
     def fail(folder: Any) -> None:
@@ -69,14 +69,14 @@ def full(number: str) -> None:
 
 
 def small(number: str) -> None:
-    """No file may be larger than 64 KiB from the save of that step on, which the kernel sees to."""
+    """Limits files to 64 KiB from the save of that step on."""
     import resource
 
     save = Checkpoints.save
 
     def limited(self: Checkpoints, now: int, *rest: Any) -> None:
         if now == int(number):
-            self.wait()  # the one before is whole
+            self.wait()  # until the checkpoint before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
         save(self, now, *rest)
 
@@ -84,13 +84,13 @@ def small(number: str) -> None:
 
 
 def hang(batch: str) -> None:
-    """Process 1 never gets that batch."""
+    """Makes process 1 wait forever for that batch."""
     if os.environ.get("TCLIP_PROCESS_ID") == "1":
         before_batch(int(batch), lambda: time.sleep(3600))
 
 
 def lost(batch: str) -> None:
-    """Process 1 cannot read that batch."""
+    """Makes process 1 fail to read that batch."""
     if os.environ.get("TCLIP_PROCESS_ID") == "1":
 
         def fail() -> None:
@@ -100,7 +100,7 @@ def lost(batch: str) -> None:
 
 
 def metrics(step: str) -> None:
-    """No space is left for the metrics of that step, which process 0 alone writes."""
+    """Fails with a full disk when the metrics of that step are written, by process 0."""
     append = Telemetry._append
 
     def fail(self: Telemetry, values: dict[str, Any]) -> None:
@@ -112,15 +112,15 @@ def metrics(step: str) -> None:
 
 
 def worker(batch: str) -> None:
-    """A process that prepares data is killed before that batch."""
+    """Kills a data worker before that batch."""
     import multiprocessing
 
     before_batch(int(batch), lambda: multiprocessing.active_children()[0].kill())
 
 
 def nan(steps: str) -> None:
-    """The loss of the first batches of the process, so many, is no number: they are marked by a weight below 0."""
-    following, count, judge = ResumableIterator.__next__, [0], Objective.loss
+    """Makes the loss NaN for the first batches of this process, which negative weights mark."""
+    following, count, loss = ResumableIterator.__next__, [0], Objective.loss
 
     def marked(self: ResumableIterator) -> Any:
         batch = following(self)
@@ -130,7 +130,7 @@ def nan(steps: str) -> None:
         return batch
 
     def spoiled(self: Objective, params: Any, teacher_params: Any, batch: Any, *rest: Any) -> Any:
-        total, metrics = judge(self, params, teacher_params, batch | {"weight": abs(batch["weight"])}, *rest)
+        total, metrics = loss(self, params, teacher_params, batch | {"weight": abs(batch["weight"])}, *rest)
         spoil = jnp.where(jnp.any(batch["weight"] < 0), jnp.nan, 1.0)
         return total * spoil, metrics | {"loss": metrics["loss"] * spoil}
 

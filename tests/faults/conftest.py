@@ -1,4 +1,4 @@
-"""Runs of real processes that faults are put into, and what is asked of them afterwards."""
+"""Runs of real processes with injected faults, and checks of their results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tclip_jax.runs.record import read_metrics
 from tclip_jax.runs.steps import saved_steps
 
 HERE = pathlib.Path(__file__).parent
-PATIENCE = 300.0  # seconds; what takes longer hangs, even on a busy machine
+PATIENCE = 300.0  # seconds until a process counts as hanging, also on a busy machine
 
 
 class Run:
-    """A run in a workdir of its own, by one or two processes with a CPU device each."""
+    """A run in its own workdir, with one or two processes that have one CPU device each."""
 
     def __init__(self, workdir: pathlib.Path, cache: pathlib.Path, processes: int = 2) -> None:
         self.workdir, self.processes = workdir, processes
@@ -33,7 +33,7 @@ class Run:
         self.children: list[subprocess.Popen[bytes]] = []
 
     def start(self, fault: str = "", *options: str) -> None:
-        """Starts all processes, with a fault of child.py."""
+        """Starts all processes, with the faults of child.py."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -45,8 +45,8 @@ class Run:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        given = [f"--config={HERE / 'recipe.py'}", f"--workdir={self.workdir}", *options]
-        given.append(f"--config.compile_cache={self._cache}")
+        arguments = [f"--config={HERE / 'recipe.py'}", f"--workdir={self.workdir}", *options]
+        arguments.append(f"--config.compile_cache={self._cache}")
         self.children = []
         for index in range(self.processes):
             several = {
@@ -56,7 +56,7 @@ class Run:
             }
             with self._log(index).open("wb") as log:
                 child = subprocess.Popen(
-                    [sys.executable, str(HERE / "child.py"), fault, "train", *given],
+                    [sys.executable, str(HERE / "child.py"), fault, "train", *arguments],
                     env=environment | (several if self.processes > 1 else {}),
                     stdout=log,
                     stderr=log,
@@ -67,21 +67,21 @@ class Run:
         return self.workdir.with_name(f"{self.workdir.name}.{self._starts}.{index}.log")
 
     def log(self, index: int = 0) -> str:
-        """What a process of the last start has said."""
+        """Returns the log of a process of the last start."""
         return self._log(index).read_text(errors="replace")
 
     def wait(self) -> list[int]:
-        """The exit codes of all processes."""
+        """Waits for all processes; returns their exit codes."""
         return [child.wait(PATIENCE) for child in self.children]
 
     def finish(self, fault: str = "", *options: str) -> None:
-        """A start that must end well."""
+        """Starts all processes and checks that they succeed."""
         self.start(fault, *options)
         codes = self.wait()
         assert codes == [0] * self.processes, self.log(0) + self.log(self.processes - 1)
 
     def until(self, condition: Callable[[], Any]) -> bool:
-        """Waits for a condition; false if the run is over before."""
+        """Waits for a condition; returns False if a process ends before."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if any(child.poll() is not None for child in self.children):
@@ -91,21 +91,22 @@ class Run:
         return True
 
     def kill(self, index: int) -> None:
-        """kill -9 of one process, and, as a launcher does, of the others, who cannot go on."""
+        """Kills one process with SIGKILL, and then the others, as launchers do."""
         self.children[index].send_signal(signal.SIGKILL)
         self.end()
 
     def end(self) -> None:
+        """Kills all processes."""
         for child in self.children:
             child.kill()
             child.wait()
 
     def steps(self) -> list[int]:
-        """The steps in metrics.jsonl."""
+        """Returns the steps in metrics.jsonl."""
         return [line["step"] for line in read_metrics(self.workdir) if "loss" in line]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Its lines without what depends on the clock."""
+        """Returns the lines of metrics.jsonl, without values that depend on the clock."""
         lines = [
             {name: value for name, value in line.items() if "seconds" not in name and "per_second" not in name}
             for line in read_metrics(self.workdir)
@@ -113,11 +114,11 @@ class Run:
         return sorted(lines, key=lambda line: (line["step"], sorted(line)))
 
     def saved(self) -> list[int]:
-        """The steps that there are checkpoints of."""
+        """Returns the steps that have a checkpoint."""
         return saved_steps(self.workdir / "checkpoints")
 
     def assert_same(self, other: Run) -> None:
-        """Every bit of the parameters, and every step once in the metrics, with the same numbers."""
+        """Checks that parameters are bit-identical, and that both have each step once with the same metrics."""
         params = (jax.device_get(load_run(run.workdir)[1].params) for run in (self, other))
         jax.tree.map(np.testing.assert_array_equal, *params)
         assert self.metrics() == other.metrics()
@@ -125,13 +126,13 @@ class Run:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Compiled programs, for all runs."""
+    """A cache of compiled programs, for all runs."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def start(tmp_path: pathlib.Path, cache: pathlib.Path) -> Iterator[Callable[..., Run]]:
-    """Makes runs, and ends what is left of them."""
+    """Makes runs, and kills their processes after the test."""
     runs: list[Run] = []
 
     def make(name: str, processes: int = 2) -> Run:
@@ -145,7 +146,7 @@ def start(tmp_path: pathlib.Path, cache: pathlib.Path) -> Iterator[Callable[...,
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: pathlib.Path) -> Callable[[int], Run]:
-    """The run that nothing happens to, by so many processes: made once."""
+    """Returns the run without faults for a number of processes, made once."""
     made: dict[int, Run] = {}
 
     def get(processes: int) -> Run:

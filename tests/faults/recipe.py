@@ -1,4 +1,4 @@
-"""A run so small that it is started dozens of times: digits, one layer in each tower."""
+"""A very small run: digits, one layer in each tower."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_run_keeps_its_best_step_over_a_restart(
         def is_due(self, step: int, steps: int) -> bool:
             return step % 2 == 0
 
-        def is_among(self, names: Any) -> bool:
+        def has_metrics(self, names: Any) -> bool:
             return "zero_shot_accuracy" in names
 
         def __call__(self, model: Any, mesh: Any) -> dict[str, float]:
@@ -64,22 +64,22 @@ def test_a_run_keeps_its_best_step_over_a_restart(
     assert [(line["step"], line["zero_shot_accuracy"]) for line in lines if "loss" not in line] == [*accuracies.items()]
     data = tmp_path / "run" / "checkpoints" / "8" / "data"
     for metadata, message in (
-        ('{"next_index": 3}', "is {'next_index': 3} where"),
+        ('{"next_index": 3}', "is {'next_index': 3}; expected"),
         ("{", "Expecting"),
         (None, "No such file"),
     ):
         (data / "metadata").write_text(metadata) if metadata else (data / "metadata").unlink()
         write_checksums(epath.Path(data.parent))  # the checksums are right, the content is not
-        with pytest.raises(CheckpointError, match=rf"8/data/metadata: not a checkpoint of .*{message}"):
+        with pytest.raises(CheckpointError, match=rf"8/data/metadata: damaged, or not a checkpoint of .*{message}"):
             loop.train(config, tmp_path / "run")
     # A path can name the best step or a number; an existing folder of that name takes precedence.
     assert [load_run(f"{tmp_path}/run{which}")[0] for which in ("", "@best", "@4", "@8")] == [8, 4, 4, 8]
     best, fourth = (load_model(f"{tmp_path}/run@{which}").params for which in ("best", "4"))
     jax.tree.map(np.testing.assert_array_equal, best, fourth)
-    with pytest.raises(CheckpointError, match=r"run/checkpoints: no step 6 is saved there: 4, 8"):
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: no step 6; saved steps: 4, 8"):
         load_run(f"{tmp_path}/run@6")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(CheckpointError, match=r"run: metrics.jsonl has zero_shot_accuracy of none of the saved steps"):
+    with pytest.raises(CheckpointError, match=r"run: metrics.jsonl has no zero_shot_accuracy for the saved steps"):
         load_run(f"{tmp_path}/run@best")
     (tmp_path / "run").rename(tmp_path / "run@4")
     assert load_run(f"{tmp_path}/run@4")[0] == 8
@@ -110,7 +110,7 @@ def test_the_average_of_a_step_can_be_named(
     assert json.loads((tmp_path / "artifact" / "tclip.json").read_text())["provenance"]["average"] is True
     (tmp_path / "run" / "checkpoints" / "3" / "average").rename(tmp_path / "average")
     write_checksums(epath.Path(tmp_path) / "run" / "checkpoints" / "3")
-    with pytest.raises(CheckpointError, match=r"checkpoints/3: no average is there: config.optimizer.ema_decay keeps"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/3: no average: config.optimizer.ema_decay > 0 stores"):
         load_run(f"{tmp_path}/run@average")
     assert "lean towards the initial weights" not in caplog.text
     (tmp_path / "run" / "history.jsonl").unlink()
@@ -118,7 +118,7 @@ def test_the_average_of_a_step_can_be_named(
     assert "run: an older version trained it, whose averages lean towards the initial weights" in caplog.text
 
 
-INCOMPLETE = "checkpoints/3 has no checksums.json: it was not copied to its end"
+INCOMPLETE = "checkpoints/3 has no checksums.json: it was not completely copied"
 
 
 TRAINED: dict[str, pathlib.Path] = {}
@@ -205,7 +205,7 @@ def test_training_resumes_from_the_newest_complete_step(
     assert steps == [1, 2, 3, 4]
     for step in (3, 4):
         (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints: no step is whole: .*; to start anew, remove that folder"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: no step is whole: .*; to start again, remove that folder"):
         loop.train(config, cut_short)
 
 

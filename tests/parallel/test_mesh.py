@@ -1,4 +1,4 @@
-"""Eight simulated devices: the mesh, a batch's rows over it, and activations that stay where the batch is."""
+"""The mesh of eight simulated devices, batches sharded over it, and activations that keep the batch's sharding."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ CONFIG = CLIPConfig(
 )
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from(["both", "data", "fsdp"]))
-def test_a_size_of_minus_one_is_the_rest(data: int, given: str) -> None:
-    sizes = {"data": data if given != "fsdp" else -1, "fsdp": 8 // data if given != "data" else -1}
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from(["neither", "data", "fsdp"]))
+def test_a_size_of_minus_one_takes_the_remaining_devices(data: int, inferred: str) -> None:
+    sizes = {"data": -1 if inferred == "data" else data, "fsdp": -1 if inferred == "fsdp" else 8 // data}
     mesh = make_mesh(**sizes)
     assert dict(mesh.shape) == {"data": data, "fsdp": 8 // data, "tensor": 1}
     assert mesh.axis_types == (AxisType.Auto,) * 3
     assert mesh.devices.ravel().tolist() == jax.devices()
 
 
-def test_the_default_is_every_device_or_those_given() -> None:
+def test_the_mesh_has_all_devices_or_the_chosen_ones() -> None:
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert make_mesh(devices=jax.devices()[3:4]).devices.ravel().tolist() == jax.devices()[3:4]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     slice_index: int
@@ -51,7 +51,7 @@ class Chip:
 
 
 def chips(slices: int, processes: int) -> list[Any]:
-    """Eight, those of one slice and of one process not beside each other."""
+    """Eight devices; those of one slice and of one process are not adjacent."""
     return [Chip(i, i % slices, i % processes) for i in range(8)]
 
 
@@ -59,44 +59,44 @@ def ids(mesh: Mesh) -> list[list[list[int]]]:
     return [[[device.id for device in row] for row in plane] for plane in mesh.devices]
 
 
-@pytest.mark.parametrize(("slices", "found", "processes"), [(-1, 2, 4), (2, 2, 1), (2, 1, 2)])
-def test_data_lies_between_slices_or_between_processes_and_the_rest_within(
-    slices: int, found: int, processes: int
+@pytest.mark.parametrize(("slices", "device_slices", "processes"), [(-1, 2, 4), (2, 2, 1), (2, 1, 2)])
+def test_data_spans_slices_or_processes_and_the_other_axes_do_not(
+    slices: int, device_slices: int, processes: int
 ) -> None:
-    mesh = make_mesh(4, 2, 1, slices, chips(found, processes))
+    mesh = make_mesh(4, 2, 1, slices, chips(device_slices, processes))
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert ids(mesh) == [[[0], [2]], [[4], [6]], [[1], [3]], [[5], [7]]]
-    assert ids(make_mesh(-1, 2, 2, slices, chips(found, processes))) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    assert ids(make_mesh(-1, 2, 2, slices, chips(device_slices, processes))) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "message"),
     [
-        ((8, 1, 1, 2), chips(1, 1), "mesh slices=2: the devices are of 1 slices and 1 processes"),
-        ((8, 1, 1, 1), chips(2, 1), "mesh slices=1: the devices are of 2 slices and 1 processes"),
-        ((8, 1, 1, 4), chips(2, 4), "mesh slices=4: the devices are of 2 slices and 4 processes"),
+        ((8, 1, 1, 2), chips(1, 1), "mesh slices=2: the devices belong to 1 slices and 1 processes"),
+        ((8, 1, 1, 1), chips(2, 1), "mesh slices=1: the devices belong to 2 slices and 1 processes"),
+        ((8, 1, 1, 4), chips(2, 4), "mesh slices=4: the devices belong to 2 slices and 4 processes"),
         ((1, 8, 1, -1), chips(2, 2), "mesh data=1 is not divisible by 2 slices: data is the axis between slices"),
     ],
 )
-def test_slices_that_are_not_there_or_cut_the_data_axis(sizes: Any, devices: list[Any], message: str) -> None:
+def test_slices_that_do_not_fit_the_devices_or_the_data_axis(sizes: Any, devices: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make_mesh(*sizes, devices)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (-1, -1), (0, -1), (-1, 0), (-2, -4), (4, 4), (16, -1)])
-def test_a_mesh_that_does_not_fit_names_its_sizes_and_the_devices(data: int, fsdp: int) -> None:
+def test_the_error_of_sizes_that_do_not_fit_names_them(data: int, fsdp: int) -> None:
     with pytest.raises(ValueError, match=rf"^mesh data={data}, fsdp={fsdp}, tensor=1 does not fit 8 devices$"):
         make_mesh(data, fsdp)
 
 
-def test_tensor_is_the_last_axis_and_named_in_what_does_not_fit() -> None:
+def test_tensor_is_the_last_axis_and_named_in_the_error() -> None:
     assert ids(make_mesh(tensor=4)) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     assert make_mesh(2, 2, 2).shape == abstract_mesh(8, 2, -1, 2).shape
     with pytest.raises(ValueError, match=r"^mesh data=-1, fsdp=2, tensor=3 does not fit 8 devices$"):
         make_mesh(fsdp=2, tensor=3)
 
 
-def test_the_first_lines_of_a_run() -> None:
+def test_the_first_lines_of_a_log() -> None:
     assert describe_run(make_mesh(2, 2, 2), 128) == (
         "process 0 of 1: 8 of 8 devices",
         "mesh data=2, fsdp=2, tensor=2 of cpu (cpu)",
@@ -105,7 +105,7 @@ def test_the_first_lines_of_a_run() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 2, 2)])
-def test_rows_of_a_batch_lie_over_all_devices_in_order(sizes: tuple[int, ...]) -> None:
+def test_rows_of_a_batch_are_sharded_over_all_devices_in_order(sizes: tuple[int, ...]) -> None:
     batch = {"image": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3), "weight": np.arange(16, dtype=np.float32)}
     placed = shard_batch(batch, make_mesh(*sizes))
     for key, array in placed.items():
@@ -116,7 +116,7 @@ def test_rows_of_a_batch_lie_over_all_devices_in_order(sizes: tuple[int, ...]) -
             np.testing.assert_array_equal(shard.data, batch[key][2 * i : 2 * i + 2])
 
 
-def test_rows_that_do_not_divide_are_refused() -> None:
+def test_rows_that_are_not_divisible_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^global batch 12 is not divisible by 8 devices$"):
         shard_batch({"weight": np.ones(12, np.float32)}, make_mesh())
 
@@ -129,7 +129,7 @@ def test_without_a_mesh_nothing_is_constrained() -> None:
 
 
 def product(mesh: Mesh, constrained: bool) -> tuple[jax.Array, str]:
-    """x · W with rows over all devices and W's columns over fsdp: both want that axis. And the program."""
+    """Returns x · W and its program. Rows of x are sharded over all devices, columns of W over fsdp: they conflict."""
     x_BK = jax.device_put(np.arange(64.0, dtype=np.float32).reshape(16, 4), batch_sharding(mesh))
     w_KN = jax.device_put(np.eye(4, dtype=np.float32), NamedSharding(mesh, PartitionSpec(None, "fsdp")))
     f = jax.jit(lambda x, w: constrain_batch(x @ w) if constrained else x @ w)
@@ -137,7 +137,7 @@ def product(mesh: Mesh, constrained: bool) -> tuple[jax.Array, str]:
         return f(x_BK, w_KN), f.lower(x_BK, w_KN).compile().as_text()
 
 
-def test_a_constrained_product_gathers_weights_and_keeps_rows_where_they_are() -> None:
+def test_a_constrained_product_gathers_weights_and_not_rows() -> None:
     mesh = make_mesh(4, 2)
     y_BN, program = product(mesh, constrained=True)
     assert y_BN.sharding.is_equivalent_to(batch_sharding(mesh), 2)
@@ -145,14 +145,15 @@ def test_a_constrained_product_gathers_weights_and_keeps_rows_where_they_are() -
     np.testing.assert_array_equal(y_BN, np.arange(64.0).reshape(16, 4))
 
 
-def test_rows_fewer_than_devices_are_left_to_the_compiler() -> None:
-    # The loop evaluates under its mesh, and a data set may have two classes with one caption each.
+def test_fewer_rows_than_devices_are_accepted() -> None:
+    # Evaluation in training uses the mesh, and a data set may have two classes with one caption each.
     with jax.set_mesh(make_mesh(4, 2)):
         y = jax.jit(lambda x: 2 * constrain_batch(x))(jnp.arange(6.0).reshape(3, 2))
     np.testing.assert_array_equal(y, 2 * np.arange(6.0).reshape(3, 2))
 
 
 def constraints(sharded: bool) -> int:
+    """Counts the sharding constraints of the model's program."""
     images, tokens = jnp.zeros((8, 16, 16, 3)), jnp.zeros((8, 6), jnp.int32)
     forward = jax.jit(lambda params, *batch: CLIP(CONFIG).apply({"params": params}, *batch))
     shapes = param_shapes(CONFIG)
@@ -163,6 +164,6 @@ def constraints(sharded: bool) -> int:
 
 
 def test_the_model_constrains_its_activations() -> None:
-    """What enters a tower; of its blocks q, k and v, mixed heads, hidden units, and what leaves."""
+    """Per tower: its input, and per block q/k/v, the heads' output, the hidden units and the output."""
     assert constraints(sharded=False) == 0
-    assert constraints(sharded=True) == 2 * 5  # a scan's body is there once
+    assert constraints(sharded=True) == 2 * 5  # the scan over blocks has one body

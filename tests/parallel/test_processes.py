@@ -1,4 +1,4 @@
-"""Which processes a run has, from the environments of launchers; jax's own detection is the oracle where it has one."""
+"""Detection of processes from the variables of launchers, compared with jax's own detection where it exists."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPEN_MPI = {
 }
 GKE = {"TPU_WORKER_HOSTNAMES": "host-a,host-b", "TPU_WORKER_ID": "1", "TPU_SKIP_MDS_QUERY": "true"}
 SLICES = {"MEGASCALE_NUM_SLICES": "4", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "first-host:8080"}
-# What jax notes where there is no TPU.
+# jax sets this on a machine without a TPU.
 NO_TPU = {"TPU_SKIP_MDS_QUERY": "1"}
 EXPLICIT = {"TCLIP_COORDINATOR": "a:1", "TCLIP_NUM_PROCESSES": "4", "TCLIP_PROCESS_ID": "3"}
 
@@ -45,7 +45,7 @@ EXPLICIT = {"TCLIP_COORDINATOR": "a:1", "TCLIP_NUM_PROCESSES": "4", "TCLIP_PROCE
         (SLURM | NO_TPU, Processes("SLURM", "gpu07:61444", 17, 6, 4, 2)),
         (SLURM | {"SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "n1,n2"}, Processes("SLURM", "n1:61447", 17, 6, 4, 2)),
         (SLURM | {"TCLIP_COORDINATOR": "b:2"}, Processes("SLURM", "b:2", 17, 6, 4, 2)),
-        # mpirun within a SLURM job: its processes inherit the variables of a step that has one task for each node.
+        # mpirun in a SLURM job: its processes inherit the variables of a step with one task per node.
         (OPEN_MPI | SLURM | NO_TPU, Processes("Open MPI", "10.96.0.1:62624", 8, 5, 4, 1)),
         (GKE, Processes("TPU", "host-a:8482", 2, 1)),
         (GKE | SLICES, Processes("TPU", "first-host:8482", 8, 5)),
@@ -72,7 +72,7 @@ def test_several_processes(environ: dict[str, str], expected: Processes) -> None
 )
 def test_one_process(environ: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     assert find_processes(environ | NO_TPU) is None
-    assert ("SLURM has 8 tasks, but this process is alone: start it by srun" in caplog.text) == (
+    assert ("SLURM has 8 tasks, but runs one process: start it with srun" in caplog.text) == (
         environ.get("SLURM_NTASKS") == "8"
     )
 
@@ -82,23 +82,23 @@ def test_one_process(environ: dict[str, str], caplog: pytest.LogCaptureFixture) 
     [
         ({"TCLIP_COORDINATOR": "a:1"}, "TCLIP_COORDINATOR is set: set TCLIP_NUM_PROCESSES and TCLIP_PROCESS_ID too"),
         ({"TCLIP_PROCESS_ID": "0"}, "TCLIP_COORDINATOR, TCLIP_NUM_PROCESSES and TCLIP_PROCESS_ID: set all of them"),
-        (EXPLICIT | {"TCLIP_PROCESS_ID": "4"}, r"TCLIP_\*: process 4 of 4: they are counted from 0"),
+        (EXPLICIT | {"TCLIP_PROCESS_ID": "4"}, r"TCLIP_\*: process 4 of 4: indices start at 0"),
         (EXPLICIT | {"TCLIP_NUM_PROCESSES": "two"}, "TCLIP_NUM_PROCESSES is 'two': it must be a whole number"),
         (EXPLICIT | {"TCLIP_COORDINATOR": "a"}, "the coordinator is 'a': it must be HOST:PORT"),
         (
             OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""},
-            "Open MPI 5 does not tell where process 0 is: mpirun -x TCLIP_COORD",
+            "Open MPI 5 does not publish the address of process 0: use mpirun -x TCLIP_COORD",
         ),
     ],
 )
-def test_what_cannot_be_is_said(environ: dict[str, str], message: str) -> None:
+def test_invalid_variables_are_named(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_processes(environ | NO_TPU)
 
 
 @pytest.fixture
 def metadata() -> Iterator[dict[str, str]]:
-    """What a TPU VM's metadata server answers, and under "address" where it is."""
+    """The answers of a TPU VM's metadata server, by name; "address" is its address."""
     values: dict[str, str] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -143,15 +143,15 @@ def test_tpu_vm(
 ) -> None:
     worker = "0" if expected is None else "3"
     metadata |= {"agent-worker-number": worker, "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\n"} | attributes
-    found = find_processes({"GCE_METADATA_IP": metadata["address"]})
-    assert found == (None if expected is None else Processes("TPU", *expected))
+    processes = find_processes({"GCE_METADATA_IP": metadata["address"]})
+    assert processes == (None if expected is None else Processes("TPU", *expected))
     if expected:
         clusters = pytest.importorskip("jax._src.clusters")
         monkeypatch.setenv("GCE_METADATA_IP", metadata["address"])
         assert oracle(clusters.GceTpuCluster, monkeypatch) == expected
 
 
-def test_gke_that_names_its_hosts_in_a_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gke_with_a_file_of_hosts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "addresses"
     path.write_text("10.0.0.2,10.0.0.3\n")
     environ = {"TPU_PROCESS_ADDRESSES_PATH": str(path), "TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "not,these,ones"}
@@ -163,21 +163,19 @@ def test_gke_that_names_its_hosts_in_a_file(tmp_path: pathlib.Path, monkeypatch:
             monkeypatch.setenv(name, value)
         assert oracle(clusters.GkeTpuCluster, monkeypatch) == ("10.0.0.2:8482", 2, 1)
     path.write_text("\n")
-    with pytest.raises(ValueError, match=r"addresses: it is empty, where the hosts are expected"):
+    with pytest.raises(ValueError, match=r"addresses: the file is empty, it must list the hosts"):
         find_processes(environ)
     with pytest.raises(ValueError, match=r"TPU_PROCESS_ADDRESSES_PATH is .*nowhere: .*No such file"):
         find_processes(environ | {"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "nowhere")})
 
 
-def test_tpu_vm_whose_metadata_cannot_be_read(metadata: dict[str, str]) -> None:
-    with pytest.raises(
-        ValueError, match=r"does not tell the TPU's worker-network-endpoints \(HTTP Error 404.*SKIP_MDS"
-    ):
+def test_tpu_vm_with_unreadable_metadata(metadata: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the TPU's worker-network-endpoints \(HTTP Error 404.*SKIP_MDS"):
         find_processes({"GCE_METADATA_IP": metadata["address"]})
 
 
 def oracle(cluster: object, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int, int]:
-    """What jax itself finds."""
+    """Returns what jax detects: coordinator, process count and index."""
     monkeypatch.setattr("socket.gethostbyname", lambda host: host)
     address = cluster.get_coordinator_address(timeout_secs=1, override_coordinator_port=None)  # type: ignore[attr-defined]
     return address, cluster.get_process_count(), cluster.get_process_id()  # type: ignore[attr-defined]
@@ -187,12 +185,12 @@ def oracle(cluster: object, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int, 
     ("name", "environ"),
     [("SlurmCluster", SLURM), ("OmpiCluster", OPEN_MPI), ("GkeTpuCluster", GKE), ("GkeTpuCluster", GKE | SLICES)],
 )
-def test_jax_finds_the_same(name: str, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jax_detects_the_same(name: str, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     clusters = pytest.importorskip("jax._src.clusters")
-    found = find_processes(environ)
-    assert found is not None
+    processes = find_processes(environ)
+    assert processes is not None
     for variable, value in ({"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"} | environ).items():
         monkeypatch.setenv(variable, value)
     if "MEGASCALE_NUM_SLICES" not in environ:
         monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", environ.get("TPU_WORKER_HOSTNAMES", "").split(",")[0])
-    assert oracle(getattr(clusters, name), monkeypatch) == (found.coordinator, found.count, found.index)
+    assert oracle(getattr(clusters, name), monkeypatch) == (processes.coordinator, processes.count, processes.index)

@@ -1,7 +1,7 @@
-"""Every parameter's sharding, against a golden file: a misspelt rule would replicate in silence.
+"""The sharding of every parameter against golden files: with a misspelt rule it would silently be replicated.
 
-golden/ holds the PartitionSpec of every parameter of every preset on two meshes. After a change that is meant, write
-them anew and read the difference:
+golden/ holds the PartitionSpec of every parameter of every preset on two meshes. After an intended change, rewrite the
+files and review the diff:
 
     TCLIP_UPDATE_GOLDEN=1 pytest tests/parallel/test_sharding.py
 """
@@ -65,7 +65,7 @@ if os.environ.get("TCLIP_UPDATE_GOLDEN"):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_shardings_are_the_golden_ones(preset: str, mesh: str) -> None:
+def test_shardings_equal_the_golden_files(preset: str, mesh: str) -> None:
     assert specs(preset, mesh) == json.loads((GOLDEN / f"{mesh}.json").read_text())[preset]
 
 
@@ -81,14 +81,14 @@ def test_a_device_holds_its_share_of_the_weights(preset: str, sizes: tuple[int, 
 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, *_ in RULES])
-def test_every_rule_decides_for_some_parameter(pattern: str) -> None:
+def test_every_rule_applies_to_some_parameter(pattern: str) -> None:
     heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig(icl=1.0)), jax.random.key(0))
     trees = {"clip": shapes("tiny"), "heads": heads}
     first = [next(p for p, *_ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
     assert pattern in first
 
 
-def test_a_shard_never_cuts_a_group_of_weights_that_share_a_scale() -> None:
+def test_a_shard_never_splits_a_group_of_weights() -> None:
     for path, spec in specs("ViT-B-16").items():
         if path.endswith("/kernel") and "patch_embedding" not in path:
             assert spec[-2] is None and spec[-1] == "fsdp", path
@@ -105,7 +105,7 @@ def test_a_shard_never_cuts_a_group_of_weights_that_share_a_scale() -> None:
         ("heads/image/bias", (16,), PartitionSpec()),
         ("heads/icl_scale", (), PartitionSpec()),
         ("image/blocks/mlp/fc1/bias", (2, 32), PartitionSpec()),
-        ("image/myprojection/kernel", (8, 16), PartitionSpec()),  # a rule starts at a whole name
+        ("image/myprojection/kernel", (8, 16), PartitionSpec()),  # a rule matches whole names
         ("image/projection/kernel/more", (8, 16), PartitionSpec()),
     ],
 )

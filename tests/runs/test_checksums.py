@@ -1,4 +1,4 @@
-"""How damage to a checkpoint is noticed: what is not proven whole is not whole."""
+"""Detection of damaged checkpoints: only a checkpoint that matches its checksums is whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tclip_jax.runs.checksums import CheckpointError, damage, write_checksums
 
 
 def folder_of(tmp_path: pathlib.Path, step: int = 7) -> epath.Path:
-    """A checkpoint as it is written: two parts, and what Orbax writes beside them."""
+    """Writes a checkpoint of two parts, with Orbax's files beside them."""
     folder = epath.Path(tmp_path) / str(step)
     (folder / "params" / "d").mkdir(parents=True)
     (folder / "params" / "d" / "0").write_bytes(bytes(range(256)))
@@ -28,26 +28,26 @@ def folder_of(tmp_path: pathlib.Path, step: int = 7) -> epath.Path:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (bytes(range(255)), "params/d/0 has 255 bytes instead of 256"),
         (bytes(range(255)) + b"x", "params/d/0 is damaged"),
         (None, "params/d/0 is missing"),
     ],
 )
-def test_every_kind_of_damage_is_named(data: bytes | None, said: str, tmp_path: pathlib.Path) -> None:
+def test_every_kind_of_damage_is_named(data: bytes | None, message: str, tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path)
-    (folder / "_CHECKPOINT_METADATA").write_text("what Orbax adds on committing")
+    (folder / "_CHECKPOINT_METADATA").write_text("rewritten by Orbax's commit")
     assert damage(folder) is None and damage(folder, contents=False) is None
     path = folder / "params" / "d" / "0"
     path.unlink() if data is None else path.write_bytes(data)
-    assert said in str(damage(folder)) and said in str(damage(folder, "params/"))
+    assert message in str(damage(folder)) and message in str(damage(folder, "params/"))
     assert damage(folder, "data/") is None
-    assert (damage(folder, contents=False) is None) == ("is damaged" in said)
+    assert (damage(folder, contents=False) is None) == ("is damaged" in message)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "{}", '{"params/d/0": 3}', '{"params/d/0": {"bytes": 256}}', "3"])
-def test_damaged_checksums(text: str, tmp_path: pathlib.Path) -> None:
+def test_damaged_checksums_are_named(text: str, tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path)
     (folder / "checksums.json").write_text(text)
     assert "checksums.json is damaged" in str(damage(folder))
@@ -68,32 +68,32 @@ def edited(folder: epath.Path, edit: Any) -> None:
     (folder / "checksums.json").write_text(json.dumps(stored))
 
 
-def test_an_entry_that_is_missing_and_files_of_nobody(tmp_path: pathlib.Path) -> None:
+def test_missing_entries_are_named_and_foreign_files_ignored(tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path)
     (folder / "notes.txt").write_text("beside the parts")
     (folder / "params" / ".nfs000").write_text("hidden")
     assert damage(folder) is None
     edited(folder, lambda stored: stored["files"].pop("params/d/0"))
-    assert "checksums.json does not name params/d/0, which is there" in str(damage(folder))
+    assert "checksums.json does not list params/d/0" in str(damage(folder))
     assert damage(folder, "data/") is None
-    # A name that leads out of the folder is no file of it.
+    # A name that leads out of the folder is not one of its files.
     (tmp_path / "secret").write_text("x")
     edited(folder, lambda stored: stored.update(files={"../secret": {"bytes": 1, "sha256": "0"}}))
-    assert "is missing" in str(damage(folder)) or "does not name" in str(damage(folder))
+    assert "is missing" in str(damage(folder)) or "does not list" in str(damage(folder))
 
 
-def test_versions_of_the_checksums(tmp_path: pathlib.Path) -> None:
+def test_format_versions_of_the_checksums(tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path)
     stored = json.loads((folder / "checksums.json").read_text())
     assert stored["version"] == 1 and set(stored["files"]) == {"params/d/0", "data/metadata"}
-    (folder / "checksums.json").write_text(json.dumps(stored["files"]))  # as the first versions wrote them
+    (folder / "checksums.json").write_text(json.dumps(stored["files"]))  # as the first releases wrote them
     assert damage(folder) is None
     (folder / "checksums.json").write_text(json.dumps(stored | {"version": 2}))
-    with pytest.raises(CheckpointError, match=r"checksums.json is of version 2, and this tclip_jax reads 1"):
+    with pytest.raises(CheckpointError, match=r"checksums.json has version 2, this tclip_jax reads version 1"):
         damage(folder)
 
 
-def test_the_way_out_that_the_message_names(tmp_path: pathlib.Path) -> None:
+def test_the_command_in_the_message_works(tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path)
     for name in ("checksums.json", "commit_success.txt"):
         (folder / name).unlink()

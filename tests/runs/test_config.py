@@ -1,4 +1,4 @@
-"""What a user writes wrong is named, with what would be right."""
+"""Invalid configurations: the error names the key and its valid values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def changed(**changes: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def test_defaults_make_a_run() -> None:
+def test_the_defaults_are_valid() -> None:
     run = run_config(base_config())
     assert run.model.vision.image_size == run.preprocess.size == (32, 32)
     assert run.rules == () and run.loss.task == 1.0 and run.optimizer.b2 == 0.98
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_makes_a_run(preset: str) -> None:
+def test_every_preset_is_valid(preset: str) -> None:
     config = base_config()
     config.model = model_cfg(preset)
     assert run_config(config).model.embed_dim == PRESETS[preset]["embed_dim"]
@@ -84,14 +84,20 @@ def test_round_trip_through_json() -> None:
         ({"optimizer__groups": [("a", {"rate": 1.0})]}, "groups 'a' has no 'rate': the nearest is"),
         ({"quantizer__kind": "lsg"}, "kind is 'lsg': it must be one of 'factor', 'twn'"),
         ({"evals": ({"name": "a", "sauce": "digits"},)}, r"config.evals\[0\] has no 'sauce': the nearest is 'source'"),
-        ({"evals": ({"source": "digits"},)}, r"config.evals have the names \[''\]: each must have one of its own"),
-        ({"evals": ({"name": "a", "source": "digits"}, {"name": "a", "source": "digits"})}, "one of its own"),
-        ({"evals": ({"name": "a"},)}, "config.evals: each must have a source"),
+        (
+            {"evals": ({"source": "digits"},)},
+            r"config.evals has the names \[''\]: each evaluation needs a different name",
+        ),
+        (
+            {"evals": ({"name": "a", "source": "digits"}, {"name": "a", "source": "digits"})},
+            "each evaluation needs a different name",
+        ),
+        ({"evals": ({"name": "a"},)}, "config.evals: each evaluation needs a source"),
         ({"evals": ({"name": "a", "source": "digits", "every": 0},)}, r"config.evals\[0\].every is 0"),
         ({"preprocess__size": (16, 16)}, r"\(16, 16\) is not the model's image size \(32, 32\)"),
     ],
 )
-def test_impossible_values(changes: dict[str, Any], message: str) -> None:
+def test_invalid_and_contradictory_values_are_named(changes: dict[str, Any], message: str) -> None:
     config = base_config()
     with config.unlocked(), config.preprocess.unlocked():
         for key, value in changes.items():
@@ -123,7 +129,7 @@ def test_unknown_key_names_the_nearest(section: str, key: str, nearest: str) -> 
 
 
 def _numbers(cls: type, where: str) -> Iterator[tuple[str, dataclasses.Field[Any], Bounds]]:
-    """Every key that holds numbers, by its path."""
+    """Yields the path, field and bounds of every key with numbers."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.default):
@@ -141,6 +147,7 @@ UNBOUNDED = {"loss.layers", "model.vision_cfg.ls_init_value", "model.text_cfg.ls
 
 
 def refusal(path: str, value: Any) -> str:
+    """Returns the error of a configuration with this value."""
     config = base_config()
     *parents, leaf = path.split(".")
     section = config
@@ -169,8 +176,8 @@ def test_every_number_has_bounds_that_are_enforced(path: str, field: dataclasses
             outside += values(limit)
     for value in outside:
         if value not in bounds.also:
-            found = refusal(path, (value,) if "tuple" in str(field.type) else value)
-            assert path.removeprefix("model.") in found and "\n" not in found, found
+            message = refusal(path, (value,) if "tuple" in str(field.type) else value)
+            assert path.removeprefix("model.") in message and "\n" not in message, message
 
 
 @pytest.mark.parametrize(
@@ -193,5 +200,5 @@ def test_every_number_has_bounds_that_are_enforced(path: str, field: dataclasses
         ("eval.templates", "nowhere", "templates 'nowhere': no such name"),
     ],
 )
-def test_values_that_were_taken_before(path: str, value: Any, message: str) -> None:
+def test_invalid_values_of_structured_keys_are_named(path: str, value: Any, message: str) -> None:
     assert re.search(message, refusal(path, value))

@@ -1,4 +1,4 @@
-"""What is kept of a run's starts: what changed from which step on, and nothing of what was undone or never happened."""
+"""The history of a run's starts: changes by step, without the changes of repeated steps."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from tclip_jax.runs.record import changes, in_words, read_history, record_at, wr
 
 
 def test_changes_are_named_by_their_keys() -> None:
-    kept = {"steps": 8, "loss": {"crd": 1, "fd": 0.0}, "flag": True, "layers": [1, 2], "gone": 3}
-    wanted = {"steps": 8.0, "loss": {"crd": 3.0, "fd": 0.0}, "flag": 1, "layers": [1], "new": 4}
-    found = changes(kept, wanted)
-    assert found == {"loss.crd": [1, 3.0], "flag": [True, 1], "layers": [[1, 2], [1]]}
-    assert in_words(found) == "loss.crd 1 → 3.0, flag true → 1, layers [1, 2] → [1]"
-    assert in_words({"teacher": ["", "runs/a"]}) == 'teacher "" → runs/a' and in_words(found, ("loss",)).count("→") == 1
-    assert changes(kept, kept) == {}
+    old = {"steps": 8, "loss": {"crd": 1, "fd": 0.0}, "flag": True, "layers": [1, 2], "gone": 3}
+    new = {"steps": 8.0, "loss": {"crd": 3.0, "fd": 0.0}, "flag": 1, "layers": [1], "new": 4}
+    changed = changes(old, new)
+    assert changed == {"loss.crd": [1, 3.0], "flag": [True, 1], "layers": [[1, 2], [1]]}
+    assert in_words(changed) == "loss.crd 1 → 3.0, flag true → 1, layers [1, 2] → [1]"
+    assert (
+        in_words({"teacher": ["", "runs/a"]}) == 'teacher "" → runs/a' and in_words(changed, ("loss",)).count("→") == 1
+    )
+    assert changes(old, old) == {}
 
 
-def test_history_says_what_made_every_step(tmp_path: pathlib.Path) -> None:
+def test_history_has_the_configuration_of_every_step(tmp_path: pathlib.Path) -> None:
     def start(step: int, crd: int, changed: bool) -> None:
         write_record(tmp_path, {"config": {"crd": crd}}, step, {"crd": [0, crd]} if changed else {})
 
     start(0, 1, False)
-    start(80, 1, False)  # the same again: nothing to say
+    start(80, 1, False)  # unchanged: no line
     start(80, 3, True)
     start(120, 4, True)
     history = read_history(tmp_path)
@@ -35,16 +37,16 @@ def test_history_says_what_made_every_step(tmp_path: pathlib.Path) -> None:
     assert [record_at(history, step)["config"]["crd"] for step in (0, 1, 80, 81, 120, 121)] == [1, 1, 1, 3, 3, 4]
     assert json.loads((tmp_path / "config.json").read_text()) == {"crd": 4}
 
-    # Back to step 100: what was changed at 120 never made a step that is still there.
+    # The run goes back to step 100: no remaining step was made after the change at 120.
     start(100, 3, False)
     assert [line["step"] for line in read_history(tmp_path)] == [0, 80]
-    start(80, 5, True)  # and what stood for steps that are done again is replaced
+    start(80, 5, True)  # the lines of repeated steps are replaced
     assert [(line["step"], line["config"]["crd"]) for line in read_history(tmp_path)] == [(0, 1), (80, 5)]
     start(0, 7, False)
     assert [(line["step"], line["changed"]) for line in read_history(tmp_path)] == [(0, {})]
 
 
-def test_a_run_of_an_older_version_has_the_history_of_its_config(tmp_path: pathlib.Path) -> None:
+def test_a_run_without_a_history_has_one_line_of_its_config(tmp_path: pathlib.Path) -> None:
     assert read_history(tmp_path) == []
     (tmp_path / "config.json").write_text('{"steps": 3}')
     assert read_history(tmp_path) == [{"step": 0, "changed": {}, "config": {"steps": 3}}]
@@ -53,20 +55,20 @@ def test_a_run_of_an_older_version_has_the_history_of_its_config(tmp_path: pathl
         read_history(tmp_path)
 
 
-def test_the_commit_is_that_of_a_checkout_of_this_alone(tmp_path: pathlib.Path) -> None:
+def test_only_the_root_of_a_checkout_has_a_commit(tmp_path: pathlib.Path) -> None:
     def git(*words: str) -> str:
-        own = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        command = ["git", *own, "-C", str(tmp_path), *words]
+        options = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        command = ["git", *options, "-C", str(tmp_path), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     (tmp_path / "package").mkdir()
-    assert record._checked_out(tmp_path) is None
+    assert record._git_commit(tmp_path) is None
     git("init", "-q")
     (tmp_path / "file").write_text("a")
     git("add", "file")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD")
-    assert record._checked_out(tmp_path) == commit and record._checked_out(tmp_path / "package") is None
+    assert record._git_commit(tmp_path) == commit and record._git_commit(tmp_path / "package") is None
     (tmp_path / "file").write_text("b")
-    assert record._checked_out(tmp_path) == f"{commit}-dirty"
+    assert record._git_commit(tmp_path) == f"{commit}-dirty"
     assert record.software()["tclip_jax"] and record.software()["jax"]

@@ -1,4 +1,4 @@
-"""Which steps are whole, and which one is read: partial copies never count."""
+"""Whole steps, and the one that is read: incomplete copies never count."""
 
 from __future__ import annotations
 
@@ -39,54 +39,52 @@ HARMS: dict[str, tuple[Harm, str]] = {
 
 @pytest.fixture(params=HARMS, ids=HARMS.keys())
 def partial(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """Steps 7 and 8, which are whole, and 9, which is not; and what is to be said of it."""
-    harm, said = HARMS[request.param]
+    """A folder with the whole steps 7 and 8 and the damaged step 9, and the message about step 9."""
+    harm, message = HARMS[request.param]
     for step in (7, 8, 9):
         folder_of(tmp_path, step)
     harm(epath.Path(tmp_path) / "9")
-    return tmp_path, said
+    return tmp_path, message
 
 
-def test_the_newest_whole_one_is_read_and_nothing_is_changed(
+def test_the_newest_whole_step_is_read_and_no_file_changes(
     partial: tuple[pathlib.Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, said = partial
+    folder, message = partial
     assert all_steps(folder) == [7, 8, 9] and saved_steps(folder) == [7, 8]
     assert first_whole(folder, [9, 8, 7], "params/") == 8
     (line,) = caplog.messages
-    assert said in line and line.endswith(": reading step 8 instead")
-    with pytest.raises(CheckpointError, match=said):
+    assert message in line and line.endswith(": reading step 8 instead")
+    with pytest.raises(CheckpointError, match=message):
         first_whole(folder, [9], "params/")
     assert all_steps(folder) == [7, 8, 9]
 
 
-def test_training_sets_it_aside_and_goes_on_from_the_whole_one(
+def test_training_renames_the_damaged_step_and_resumes_from_the_whole_one(
     partial: tuple[pathlib.Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, said = partial
+    folder, message = partial
     assert whole_steps(folder) == [7, 8] == saved_steps(folder)
-    assert not caplog.messages and all_steps(folder) == [7, 8, 9]  # a start may be refused yet
+    assert not caplog.messages and all_steps(folder) == [7, 8, 9]  # the start may still be refused
     set_aside(folder, [7, 8])
     (line,) = caplog.messages
-    assert said in line and line.endswith("renamed to 9.damaged; resuming from step 8")
+    assert message in line and line.endswith("renamed to 9.damaged; resuming from step 8")
     assert {path.name for path in folder.iterdir()} == {"7", "8", "9.damaged"}
 
 
-def test_where_none_is_whole_a_run_is_not_started_anew(partial: tuple[pathlib.Path, str]) -> None:
-    folder, said = partial
+def test_without_a_whole_step_a_run_is_not_started_again(partial: tuple[pathlib.Path, str]) -> None:
+    folder, message = partial
     for step in (7, 8):
         (folder / str(step) / "checksums.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no step is whole: .*9.*; .*8 has no checksums.json.*; to start anew"):
+    with pytest.raises(CheckpointError, match=r"no step is whole: .*9.*; .*8 has no checksums.json.*; to start again"):
         whole_steps(folder)
     assert all_steps(folder) == [7, 8, 9]
-    with pytest.raises(CheckpointError, match=f"{said}.*; .*8 has no checksums.json.*7 has no checksums.json"):
+    with pytest.raises(CheckpointError, match=f"{message}.*; .*8 has no checksums.json.*7 has no checksums.json"):
         first_whole(folder, [9, 8, 7])
 
 
-def test_contents_are_compared_when_a_step_is_gone_on_from(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of equal length, and no copy that was cut short: found by its checksum alone."""
+def test_resuming_compares_contents(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file of the right length with other bytes is detected by its checksum."""
     for step in (7, 8, 9):
         folder_of(tmp_path, step)
     for step in (8, 9):
@@ -100,8 +98,8 @@ def test_contents_are_compared_when_a_step_is_gone_on_from(
     assert whole_steps(tmp_path / "nowhere") == []
 
 
-def test_an_older_partial_one_is_set_aside_too(tmp_path: pathlib.Path) -> None:
-    """So that it is not counted among those that are kept, and the best cannot be it."""
+def test_an_older_damaged_step_is_renamed_too(tmp_path: pathlib.Path) -> None:
+    """Otherwise it would count among the steps to keep, and could be the best."""
     for step in (7, 8, 9):
         folder_of(tmp_path, step)
     (tmp_path / "7" / "checksums.json").unlink()
@@ -110,21 +108,21 @@ def test_an_older_partial_one_is_set_aside_too(tmp_path: pathlib.Path) -> None:
         assert (tmp_path / "7.damaged").is_dir() and saved_steps(tmp_path) == [8, 9]
 
 
-def test_a_newer_version_is_refused_and_not_set_aside(tmp_path: pathlib.Path) -> None:
+def test_a_newer_format_version_is_refused_and_not_renamed(tmp_path: pathlib.Path) -> None:
     for step in (7, 8):
         folder_of(tmp_path, step)
     stored = json.loads((tmp_path / "8" / "checksums.json").read_text())
     (tmp_path / "8" / "checksums.json").write_text(json.dumps(stored | {"version": 2}))
     for read in (whole_steps, saved_steps, lambda folder: first_whole(folder, [8, 7])):
-        with pytest.raises(CheckpointError, match=r"8/checksums.json is of version 2"):
+        with pytest.raises(CheckpointError, match=r"8/checksums.json has version 2"):
             read(tmp_path)
     assert all_steps(tmp_path) == [7, 8]
 
 
-def test_what_was_never_finished_on_an_object_store_is_removed(
+def test_an_unfinished_step_on_an_object_store_is_removed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There a folder has its name from the beginning: a run that was killed at its first checkpoint starts anew."""
+    """A step has its final name there while it is written: a run killed at its first checkpoint starts again."""
     monkeypatch.setattr(module, "is_local", lambda path: False)
     folder_of(tmp_path, 7)
     (tmp_path / "7" / "commit_success.txt").unlink()
@@ -139,13 +137,13 @@ def test_only_plain_numbers_are_steps(tmp_path: pathlib.Path) -> None:
     assert all_steps(tmp_path) == [7] and all_steps(tmp_path / "nowhere") == []
 
 
-def test_process_0_decides_and_its_error_is_everyones(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """Process 1 sees no file at all, and takes the step that process 0 found."""
-    told: list[object] = []
-    monkeypatch.setattr(module, "allgather_json", lambda value: told.append(value) or [{"value": 8}, value])
+def test_process_0_decides_and_all_raise_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Process 1 sees no file, and uses the step of process 0."""
+    sent: list[object] = []
+    monkeypatch.setattr(module, "allgather_json", lambda value: sent.append(value) or [{"value": 8}, value])
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert first_whole(tmp_path / "unseen", [9, 8]) == 8 and whole_steps(tmp_path / "unseen") == 8
-    assert told == [{}, {}]
+    assert sent == [{}, {}]
     monkeypatch.setattr(module, "allgather_json", lambda value: [{"error": "9 has no checksums.json"}, value])
     with pytest.raises(CheckpointError, match=r"^9 has no checksums.json$"):
         first_whole(tmp_path / "unseen", [9])

@@ -1,4 +1,4 @@
-"""Programs of the tests here run for milliseconds, and are kept no longer than for the tests of one file."""
+"""Compiled programs are dropped after each test file: they hold gigabytes in all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
-    """Gives back the memory of compiled programs, gigabytes in all, which slows down whatever comes after."""
+    """Frees the memory of compiled programs, which would slow down later tests."""
     yield
     jax.clear_caches()
 

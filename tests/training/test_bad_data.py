@@ -1,4 +1,4 @@
-"""A run through shards with everything wrong that can be, killed in the middle."""
+"""A run over shards with every kind of bad data, killed in the middle."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def watched(self):
     return batch
 
 TrainIterator.__next__ = watched
-loop.Model = lambda *_: None  # its arrays would have to be this process's own
+loop.Model = lambda *_: None  # it needs arrays of a single process
 config = base_config()
 config.model.embed_dim = 16
 config.model.vision_cfg.update({"image_size": 16, "width": 16, "layers": 1, "head_width": 8})
@@ -105,7 +105,7 @@ def bomb() -> bytes:
 
 
 class Shards:
-    """Writes tars, and counts what should come of them: captions `sample 0 1 2` of good ones, kinds of bad ones."""
+    """Writes tars; records the captions of good samples (`sample 0 1 2`) and the kinds of bad ones."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         folder.mkdir()
@@ -142,8 +142,8 @@ def write_shards(folder: pathlib.Path) -> Shards:
     texts[0] += " and so on" * 100_000
     texts[1] += " <|endoftext|> <end_of_text> <start_of_text>"
     shards.write(0, *((f"{i}", *each) for i, each in enumerate(zip(unusual, texts, strict=True))))
-    wrong = [("a", b"\xff\xd8\xff no image", "x"), ("b", jpeg[:-200], "x"), ("c", png, shards.next())]
-    shards.write(1, *wrong, bad=("corrupt_image", "corrupt_image"))
+    corrupt = [("a", b"\xff\xd8\xff no image", "x"), ("b", jpeg[:-200], "x"), ("c", png, shards.next())]
+    shards.write(1, *corrupt, bad=("corrupt_image", "corrupt_image"))
     shards.write(2, ("a", bomb(), "x"), ("b", jpeg, shards.next()), bad=("too_many_pixels",))
     shards.write(3, ("a", png, ""), ("b", png, " \n"), ("c", png, shards.next()), bad=("no_caption",) * 2)
     shards.write(4, ("a", png, b"caf\xe9"), ("b", png, shards.next()), bad=("invalid_utf8",))
@@ -187,7 +187,7 @@ def seen_by(work: pathlib.Path, process: int) -> list[dict[str, list[float]]]:
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_every_good_sample_is_seen_once_an_epoch_whatever_happens(tmp_path: pathlib.Path) -> None:
+def test_every_good_sample_is_used_once_per_epoch(tmp_path: pathlib.Path) -> None:
     shards = write_shards(tmp_path / "shards")
     first = run(tmp_path, kill_at=SAMPLES)
     assert first[1].wait(timeout=300) == -9, (tmp_path / "stderr.1").read_text()[-2000:]
@@ -204,9 +204,9 @@ def test_every_good_sample_is_seen_once_an_epoch_whatever_happens(tmp_path: path
     for process in range(2):
         for batch in seen_by(tmp_path, process):
             for row, (tokens, weight) in enumerate(zip(batch["tokens"], batch["weight"], strict=True)):
-                place = int(batch["start"]), process, row  # type: ignore[call-overload]
+                key = int(batch["start"]), process, row  # type: ignore[call-overload]
                 text = Tokenizer(12).decode(tokens)  # type: ignore[arg-type]
-                assert rows.setdefault(place, (text, weight)) == (text, weight)  # also after the restart
+                assert rows.setdefault(key, (text, weight)) == (text, weight)  # also after the restart
     good = sorted(f"sample {i // 100} {i // 10 % 10} {i % 10}" for i in range(shards.good))
     for epoch in range(EPOCHS):
         of_epoch = [rows[start, p, row] for start, p, row in rows if start // SAMPLES == epoch]

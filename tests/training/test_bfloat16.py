@@ -1,4 +1,4 @@
-"""Training in bfloat16: gradients near those in float32, because every sum over rows, tokens and devices is float32."""
+"""Training in bfloat16 has gradients close to float32: all sums over rows, tokens and devices are in float32."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ LOSS = LossConfig(task=1.0, crd=1.0, icl=1.0, fd=2000.0)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def assert_near(expected: Any, found: Any) -> None:
-    """Of every parameter: the norm within 1 %, the cosine at least 0.999; of scalars the ratio.
+def assert_near(expected: Any, actual: Any) -> None:
+    """Compares every parameter: norms agree within 1 %, the cosine is at least 0.999; scalars agree within 1 %.
 
-    The gradient of the keys' bias is 0, as softmax does not see a shift: it is small beside the values'.
+    The keys' bias has no gradient, since a softmax ignores shifts: its computed gradient must be small.
     """
-    ours, theirs = (flatten_dict(jax.device_get(tree), sep="/") for tree in (found, expected))
-    for path, wanted in theirs.items():
-        wanted, given = np.float64(wanted), np.float64(ours[path])
+    ours, theirs = (flatten_dict(jax.device_get(tree), sep="/") for tree in (actual, expected))
+    for path, y in theirs.items():
+        x, y = np.float64(ours[path]), np.float64(y)
         if path.endswith("qkv/bias"):
-            for key, value in zip(*(given.reshape(len(given), 3, -1)[:, i] for i in (1, 2)), strict=True):
+            for key, value in zip(*(x.reshape(len(x), 3, -1)[:, i] for i in (1, 2)), strict=True):
                 assert np.linalg.norm(key) <= 1e-2 * np.linalg.norm(value), path
-            wanted, given = (np.delete(each.reshape(len(each), 3, -1), 1, axis=1) for each in (wanted, given))
-        wanted, given = wanted.ravel(), given.ravel()
-        norms = np.linalg.norm(wanted), np.linalg.norm(given)
+            x, y = (np.delete(each.reshape(len(each), 3, -1), 1, axis=1) for each in (x, y))
+        x, y = x.ravel(), y.ravel()
+        norms = np.linalg.norm(y), np.linalg.norm(x)
         assert norms[1] == pytest.approx(norms[0], rel=1e-2), path
-        assert given @ wanted >= (1 if wanted.size == 1 else 0.999) * norms[0] * norms[1] * (1 - 1e-9), path
+        assert x @ y >= (1 if y.size == 1 else 0.999) * norms[0] * norms[1] * (1 - 1e-9), path
 
 
 def test_25216_tokens_of_a_narrow_model() -> None:
-    """LayerScale, pooling over tokens and an embedding of few rows too; the gradient of the embeddings is given."""
+    """The model also has LayerScale, pooling over tokens and a small embedding; the embeddings' gradient is fixed."""
     vision = VisionConfig((3, 5), patch_size=1, width=16, layers=1, head_width=8, ls_init_value=0.5, pool_type="avg")
     text = TextConfig(context_length=16, vocab_size=24, width=16, heads=2, layers=1, ls_init_value=0.5)
     config, rules = CLIPConfig(8, vision, text), ternary_rules("Q-FFN", Quantizer(group=8))
     rng, rows = np.random.default_rng(0), 1576
     images = rng.standard_normal((rows, 3, 5, 3)).astype(np.float32)
     tokens = rng.integers(0, 24, (rows, 16))
-    # A small mean that all rows have in common, as a loss gives them.
+    # The rows share a small mean, as in the gradient of a loss.
     to_image, to_text = (rng.standard_normal((rows, 8)) + rng.standard_normal(8) / 4 for _ in range(2))
 
     def total(params: Any, dtype: Any) -> jax.Array:
@@ -70,10 +70,10 @@ def test_25216_tokens_of_a_narrow_model() -> None:
 
     params = init_params(CLIP(config, rules), jax.random.key(0))
     gradient = jax.jit(jax.grad(total), static_argnums=1)
-    expected, found = gradient(params, jnp.float32), gradient(params, jnp.bfloat16)
-    for gradients in (expected, found):
+    expected, actual = gradient(params, jnp.float32), gradient(params, jnp.bfloat16)
+    for gradients in (expected, actual):
         assert gradients.pop("logit_scale") == 0
-    assert_near(expected, found)
+    assert_near(expected, actual)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_the_recipes_gradients(which: str, rows: int, grid: tuple[int, int]) -> 
 
 
 def recipe(which: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The TernaryCLIP recipe, bfloat16 and remat, of two layers of width 64."""
+    """Returns the TernaryCLIP recipe with bfloat16 and remat, for two layers of width 64."""
     config = load_recipe(f"ternaryclip:{which}")
     config.model.embed_dim = 32
     config.model.vision_cfg.update({"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32})
@@ -122,7 +122,7 @@ def recipe(which: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def operations(block_or_module: Any) -> Iterator[Any]:
-    """All operations of a module of StableHLO, those of regions after what holds them."""
+    """Yields all operations of a StableHLO module, those of regions after the enclosing operation."""
     for region in block_or_module.operation.regions:
         for block in region:
             for each in block:
@@ -135,20 +135,20 @@ def is_narrow(value: Any) -> bool:
 
 
 def narrow_sums(module: Any) -> list[str]:
-    """Sums in half precision: reductions that add, what a loop adds up but for activations, and dense products.
+    """Returns the sums in half precision: reductions, dense products, and loop carries that are not activations.
 
-    Products with batching axes are those of attention, within a sample.
+    Products with batching axes belong to attention, within a sample, and are not counted.
     """
-    found = []
+    sums = []
     for each in operations(module):
         kind = each.name.removeprefix("stablehlo.")
         inside = [op.name for op in operations(each)] if len(each.regions) else []
         if kind in ("reduce", "all_reduce", "reduce_scatter", "scatter", "reduce_window", "select_and_scatter"):
             if "stablehlo.add" in inside and any(map(is_narrow, each.results)):
-                found.append(f"{kind} {each.results[0].type}")
+                sums.append(f"{kind} {each.results[0].type}")
         elif kind == "dot_general" and is_narrow(each.results[0]):
             if "batching_dim" not in str(each.attributes["dot_dimension_numbers"]):
-                found.append(f"{kind} {each.results[0].type}")
+                sums.append(f"{kind} {each.results[0].type}")
         elif kind == "while":
             body = each.regions[1].blocks[0]
             carried = dict(zip(list(body)[-1].operands, body.arguments, strict=True))
@@ -157,8 +157,8 @@ def narrow_sums(module: Any) -> list[str]:
                     is_narrow(new) and getattr(new.owner, "name", "") == "stablehlo.add" and old in new.owner.operands
                 )
                 if adds and new.type.rank < 3:
-                    found.append(f"{kind} {new.type}")
-    return found
+                    sums.append(f"{kind} {new.type}")
+    return sums
 
 
 STATES = {"loss.hidden": 1.0, "loss.relations": 1.0, "loss.relation_heads": 2}
@@ -187,8 +187,8 @@ def test_no_sum_of_the_step_is_in_bfloat16(which: str, changes: dict[str, Any]) 
             assert narrow_sums(traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")) == []
 
 
-def test_sums_in_bfloat16_are_found() -> None:
-    """What the tests above look for, once each."""
+def test_sums_in_bfloat16_are_detected() -> None:
+    """One example of each sum that the tests above must detect."""
     x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 3), jnp.bfloat16)
 
     def step(x: jax.Array, w: jax.Array, index: jax.Array) -> Any:
@@ -224,11 +224,11 @@ pathlib.Path(sys.argv[1]).write_text(compiled.as_text())
 def test_no_sum_of_the_step_that_is_compiled_for_a_tpu_is_in_bfloat16(
     tmp_path: pathlib.Path, changes: dict[str, Any]
 ) -> None:
-    """Between devices too: what the partitioner adds stands in the compiled program alone."""
+    """The compiled program also has the sums between devices, which the partitioner adds."""
     command = [sys.executable, "-c", _COMPILE, str(tmp_path / "program")]
-    given = json.dumps(recipe("Q-ALL", changes).to_dict())
+    config = json.dumps(recipe("Q-ALL", changes).to_dict())
     environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    process = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True, env=environment)
+    process = subprocess.run(command, cwd=ROOT, input=config, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-2000:]
     program = parse_program((tmp_path / "program").read_text())
     reductions = []
@@ -238,11 +238,11 @@ def test_no_sum_of_the_step_that_is_compiled_for_a_tpu_is_in_bfloat16(
             if kind not in ("reduce", "all-reduce", "reduce-scatter", "scatter", "reduce-window"):
                 continue
             if computation[each.operands[0]].opcode == "dynamic-update-slice":
-                continue  # pieces between zeros: a gather, which adds nothing
+                continue  # parts padded with zeros: a gather, not a sum
             if "add" in {op.opcode for name in called(each) for op in program.computations[name].values()}:
-                # XLA drops axes of one entry by a reduction, which adds nothing.
+                # XLA removes axes of size 1 with a reduction, which is not a sum.
                 adds = any(array.size != computation[each.operands[0]].arrays[0].size for array in each.arrays)
                 reductions.append((kind, {array.dtype for array in each.arrays}, kind != "reduce" or adds))
     kinds = {kind for kind, *_ in reductions}
-    assert {"reduce", "all-reduce", "scatter"} <= kinds  # they are there, and were read
+    assert {"reduce", "all-reduce", "scatter"} <= kinds  # the program has these sums, and they were read
     assert [each for each in reductions if each[1] & {"bf16", "f16"} and each[2]] == []

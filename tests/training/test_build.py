@@ -1,4 +1,4 @@
-"""The shapes that are planned with are those that are trained with."""
+"""`Build` gives plans and training the same shapes and the same program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def described(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
 
 
-def test_shapes_are_those_of_the_arrays_and_compile_to_the_same_program(config: ml_collections.ConfigDict) -> None:
+def test_shapes_match_the_arrays_and_compile_to_the_same_program(config: ml_collections.ConfigDict) -> None:
     config.ternary, config.teacher = "Q-ALL", "somewhere"
     config.loss.update({"crd": 1.0, "icl": 1.0})
     config.optimizer.ema_decay = 0.9
@@ -61,7 +61,7 @@ def test_shapes_are_those_of_the_arrays_and_compile_to_the_same_program(config: 
     assert programs[0] == programs[1]
 
 
-def test_each_model_sees_pixels_by_its_own_statistics(
+def test_each_model_normalizes_pixels_with_its_own_statistics(
     config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.teacher = "somewhere"
@@ -74,7 +74,7 @@ def test_each_model_sees_pixels_by_its_own_statistics(
     assert [(each.mean, each.std) for each in made] == [(x.mean, x.std) for x in (run.preprocess, halves)]
 
 
-def test_a_batch_that_brings_its_teacher(config: ml_collections.ConfigDict) -> None:
+def test_a_batch_with_cached_teacher_embeddings(config: ml_collections.ConfigDict) -> None:
     config.data.teacher_cache, config.loss.fd = "somewhere", 1.0
     run, mesh = run_config(config), make_mesh(8)
     cache = TeacherCache("somewhere", "", "", 24, 50.0, 100, 1, 0, 4096, {})
@@ -86,7 +86,7 @@ def test_a_batch_that_brings_its_teacher(config: ml_collections.ConfigDict) -> N
         assert build.state_shapes.params["heads"]["image"]["kernel"].shape == (16, 24)
 
 
-def test_a_batch_that_does_not_divide(config: ml_collections.ConfigDict) -> None:
+def test_a_batch_that_is_not_divisible_is_refused(config: ml_collections.ConfigDict) -> None:
     config.data.batch_size = 12
     with pytest.raises(ValueError, match="global batch 12 is not divisible by 8 devices"):
         check_batch(run_config(config), make_mesh(8))

@@ -1,4 +1,4 @@
-"""An evaluation that fails inside a run: said at once, counted, and the end of the run after the third time."""
+"""Failing evaluations are logged at once, counted, and end the run after the third in a row."""
 
 from __future__ import annotations
 
@@ -24,29 +24,26 @@ GOOD = Report({"digits": result()}, {})
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *reports: Report) -> list[dict[str, float]]:
-    """The metrics of an evaluation that is called as often as there are reports, until it raises."""
-    left = list(reports)
+    """Returns the metrics of an evaluation that is called once per report."""
+    remaining = list(reports)
     monkeypatch.setattr(evaluation, "Encoder", lambda *_, **__: None)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: left.pop(0))
-    each, model = Evaluation(EvalConfig(source="digits", name=name)), Preprocess(16)
-    found: list[dict[str, float]] = []
-    for _ in reports:
-        found.append(each(model, None))  # type: ignore[arg-type]
-    return found
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: remaining.pop(0))
+    evaluate, model = Evaluation(EvalConfig(source="digits", name=name)), Preprocess(16)
+    return [evaluate(model, None) for _ in reports]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "suffix", "where"), [("", "", "config.eval"), ("a", "/a", "config.evals a")])
-def test_where_nothing_can_be_read_the_first_evaluation_ends_the_run(
-    name: str, suffix: str, where: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "suffix", "key"), [("", "", "config.eval"), ("a", "/a", "config.evals a")])
+def test_a_first_evaluation_without_a_result_ends_the_run(
+    name: str, suffix: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        EvaluationError, match=rf"^{where}: no result at the first evaluation: digits: no usable"
-    ) as end:
+    with pytest.raises(EvaluationError, match=rf"^{key}: no result at the first evaluation: digits: no usable") as end:
         run(monkeypatch, name, Report({}, LOST))
     assert end.value.metrics == {"evaluations_failed": 1.0, f"evaluations_failed{suffix}": 1.0}
 
 
-def test_later_the_third_time_in_a_row_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_third_failure_in_a_row_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     lost = Report({}, LOST)
     metrics = run(monkeypatch, "", GOOD, lost, lost, GOOD, lost, lost)
     assert metrics == [
@@ -58,7 +55,7 @@ def test_later_the_third_time_in_a_row_does(monkeypatch: pytest.MonkeyPatch, cap
         run(monkeypatch, "", GOOD, lost, lost, lost)
 
 
-def test_one_data_set_of_several_that_fails_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_data_set_among_several_ends_the_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
     partly = Report({"digits": result()}, {"mnist": "no such folder"})
     (metrics,) = run(monkeypatch, "a", partly)
     assert metrics == {"a/acc1": 0.5, "evaluations_failed": 1.0, "evaluations_failed/a": 1.0}
@@ -66,17 +63,19 @@ def test_one_data_set_of_several_that_fails_ends_it_too(monkeypatch: pytest.Monk
         run(monkeypatch, "a", partly, partly, partly)
 
 
-def test_images_that_do_not_count_are_counted(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_excluded_images_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     failed = {"unreadable image": 3, "label missing": 1}
     (metrics,) = run(monkeypatch, "a", Report({"digits": result(**failed)}, {}))
     assert metrics == {"a/acc1": 0.5, "images_failed/a": 4.0}
-    assert "evaluation of digits: images do not count: 3 x unreadable image, 1 x label missing" in caplog.text
+    assert "evaluation of digits: excluded images: 3 x unreadable image, 1 x label missing" in caplog.text
 
 
-def test_what_failed_is_made_up_for_by_the_next_start() -> None:
-    each = Evaluation(EvalConfig(source="digits", name="a"))
-    assert each.is_among(["a/acc1"]) and not each.is_among(["evaluations_failed", "evaluations_failed/a", "loss"])
+def test_counts_of_failures_do_not_mark_an_evaluation_as_done() -> None:
+    named = Evaluation(EvalConfig(source="digits", name="a"))
+    assert named.has_metrics(["a/acc1"]) and not named.has_metrics(
+        ["evaluations_failed", "evaluations_failed/a", "loss"]
+    )
     unnamed = Evaluation(EvalConfig(source="digits"))
-    assert unnamed.is_among(["zero_shot_accuracy"]) and not unnamed.is_among(["evaluations_failed", "images_failed"])
+    assert unnamed.has_metrics(["zero_shot_accuracy"]) and not unnamed.has_metrics(
+        ["evaluations_failed", "images_failed"]
+    )

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that they go on exactly where they stopped, and what they refuse."""
+"""Whole runs: their files, exact resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Telemetry, "write", stop)
 
 
-def test_interrupted_run_goes_on_to_the_same_bits(
+def test_a_resumed_run_is_bit_identical(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.ternary = "Q-ALL"
@@ -63,23 +63,23 @@ def test_interrupted_run_goes_on_to_the_same_bits(
         interrupt_at(5, patch)
         with pytest.raises(KeyboardInterrupt):
             loop.train(config, tmp_path / "cut")
-    assert load_run(tmp_path / "cut")[0] == 3  # steps 4 and 5 are done again
+    assert load_run(tmp_path / "cut")[0] == 3  # steps 4 and 5 are repeated
     resumed = loop.train(config, tmp_path / "cut")
     assert_equal_params(whole.params, resumed.params)
 
     def losses(name: str) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name) if "loss" in line]
 
-    # The rate by which a step's update was made: that of the steps before it, the first being made by none.
+    # The learning rate of a step's update follows the number of steps before it: that of step 1 is 0.
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole") if "loss" in line]
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6))
     np.testing.assert_allclose(rates, 1e-3 * np.array([0, 0.5, *cosine]), atol=1e-9)
 
     assert losses("cut")[-2:] == losses("whole")[-2:] and [step for step, _ in losses("whole")] == list(range(1, 9))
     assert [line["step"] for line in read_metrics(tmp_path / "whole") if "zero_shot_accuracy" in line] == [4, 8]
-    # A third call finds nothing to do.
+    # A third call has nothing to do.
     assert_equal_params(loop.train(config, tmp_path / "cut").params, whole.params)
-    # What is loaded is what was trained, and the configuration is there to read.
+    # The loaded model is the trained one, and config.json is readable.
     assert_equal_params(tclip_jax.load(tmp_path / "whole").params, whole.params)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["ternary"] == "Q-ALL"
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
@@ -90,7 +90,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_several_evaluations_each_at_its_own_steps(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+def test_several_evaluations_run_at_different_steps(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
     for name, text in (("cat", "black"), ("dog", "white")):
         folder = tmp_path / "pictures" / name
         folder.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_several_evaluations_each_at_its_own_steps(config: ml_collections.Config
     config.evals = (pictures, {"name": "digits", "source": "digits", "every": 3, "batch_size": 64})
     model = loop.train(config, tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" not in line]
-    metrics = {"acc1", "mean_per_class_recall"}  # of fewer than five classes acc5 is not defined
+    metrics = {"acc1", "mean_per_class_recall"}  # acc5 is undefined for fewer than five classes
     of_pictures = {f"pictures/{metric}" for metric in metrics}
     of_digits = {f"digits/{metric}" for metric in (*metrics, "acc5")}
     assert [(line["step"], set(line) - {"step"}) for line in lines] == [
@@ -111,10 +111,10 @@ def test_several_evaluations_each_at_its_own_steps(config: ml_collections.Config
         (4, of_pictures),
         (4, of_digits),
     ]
-    # The command measures the same.
+    # `tclip evaluate` gives the same metrics.
     report = evaluate(Encoder(model), [source_task("digits", "test", "digits")], model="")
     assert report.results["digits"].metrics["acc1"] == lines[2]["zero_shot_accuracy"] == lines[4]["digits/acc1"]
-    # config.json, with its list, is read back.
+    # config.json, which has a list of evaluations, can be read.
     assert load_run(tmp_path / "run")[0] == 4
 
     config.evals = ({"name": "exports", "source": str(tmp_path), "suite": "mnist"},)
@@ -123,7 +123,7 @@ def test_several_evaluations_each_at_its_own_steps(config: ml_collections.Config
     assert not (tmp_path / "other").exists()
 
 
-def test_weights_and_their_average_are_evaluated_as_the_ternary_models_they_are(
+def test_weights_and_their_average_are_evaluated_as_ternary_models(
     config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.ternary, config.optimizer.ema_decay = "Q-ALL", 0.5
@@ -160,7 +160,7 @@ def test_distilling_from_a_run(
     loop.train(config, tmp_path / "student")
     last = read_metrics(tmp_path / "student")[-1]
     assert last["step"] == 2 and all(np.isfinite(last[f"loss/{name}"]) for name in ("task", "crd", "icl", "fd"))
-    # The heads are no part of the model.
+    # The loaded model has no heads.
     assert load_run(tmp_path / "student")[1].params.keys() == {"image", "text", "logit_scale"}
 
     config.model.vision_cfg.image_size = 32
@@ -200,7 +200,7 @@ def write_tar(path: pathlib.Path, image: bytes, samples: int) -> None:
 def test_a_short_run_without_a_usable_sample_fails(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the command, whose exit code is 2; nothing is saved, so that the next call is not done either."""
+    """The command exits with code 2, and saves nothing, so that the next call fails too."""
     monkeypatch.setenv("TCLIP_CACHE_DIR", str(tmp_path / "cache"))
     write_tar(tmp_path / "0.tar", b"\xff\xd8\xff no image", 40)
     config.data.update({"source": f"wds:{tmp_path}/0.tar", "max_bad_share": 1.0})
@@ -215,7 +215,7 @@ def test_a_short_run_without_a_usable_sample_fails(
     assert not saved_steps(tmp_path / "run" / "checkpoints")
 
 
-def test_an_evaluation_that_can_read_nothing_ends_the_run(
+def test_an_evaluation_without_readable_images_ends_the_run(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path
 ) -> None:
     for i in range(4):
@@ -236,21 +236,21 @@ def live_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_holds_its_state_once(
+def test_a_resumed_run_has_one_copy_of_its_state(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And neither the weights that it started from nor a second copy of its teacher."""
+    """It has neither the initial weights nor a second copy of the teacher."""
     config.steps, before = 1, live_bytes()
     loop.train(config, tmp_path / "teacher")
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(load_run(tmp_path / "teacher")[1].params))
     held: dict[str, float] = {}
     restore, flush = Checkpoints.restore, MetricsLogger.flush
 
-    def restored(self: Checkpoints, *given: Any) -> Any:
+    def restored(self: Checkpoints, *arguments: Any) -> Any:
         held["before"] = (live_bytes() - before) / weights
-        found = restore(self, *given)
+        trees = restore(self, *arguments)
         held["restored"] = (live_bytes() - before) / weights
-        return found
+        return trees
 
     def flushed(self: MetricsLogger) -> None:
         held["step"] = (live_bytes() - before) / weights
@@ -281,7 +281,7 @@ def test_a_resumed_run_holds_its_state_once(
         ({"teacher": "nowhere"}, "nowhere/config.json: no such file; expected the workdir"),
     ],
 )
-def test_impossible_runs(
+def test_invalid_runs_are_refused(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, changes: dict[str, Any], message: str
 ) -> None:
     config.update_from_flattened_dict(changes)
@@ -290,11 +290,11 @@ def test_impossible_runs(
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
+def test_missing_foreign_and_damaged_checkpoints(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
     config.steps = 1
     workdir = tmp_path / "run"
     loop.train(config, workdir)
-    # A folder that Orbax was still writing is no checkpoint.
+    # A folder that Orbax has not finished is not a checkpoint.
     unfinished = workdir / "checkpoints" / "7.orbax-checkpoint-tmp-7"
     unfinished.mkdir()
     assert load_run(workdir)[0] == 1
@@ -302,9 +302,9 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
     resolved = json.loads((workdir / "config.json").read_text())
     resolved["model"]["embed_dim"] = 24
     (workdir / "config.json").write_text(json.dumps(resolved))
-    found = r"image/projection/kernel has shape \(16, 16\), the model's is \(16, 24\)"
+    mismatch = r"image/projection/kernel has shape \(16, 16\), the model's is \(16, 24\)"
     with pytest.raises(
-        CheckpointError, match=rf"checkpoints/1/params: not a checkpoint of this configuration.*{found}"
+        CheckpointError, match=rf"checkpoints/1/params: damaged, or not a checkpoint of this configuration.*{mismatch}"
     ):
         load_run(workdir)
 
@@ -317,7 +317,7 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
         load_run(workdir)
 
     (workdir / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint there; expected a folder written by"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint; expected a folder written by"):
         load_run(workdir)
     (workdir / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json.* not JSON"):
@@ -327,10 +327,10 @@ def test_missing_foreign_and_broken_checkpoints(config: ml_collections.ConfigDic
 
 
 @pytest.mark.slow
-def test_every_piece_of_the_schedule_in_one_run_that_goes_on(
+def test_all_parts_of_the_schedule_in_one_resumed_run(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inherited, blended, with learned scales, groups, a recovery phase, an average and telemetry; interrupted too."""
+    """The run has inherited weights, a blend, learned scales, groups, recovery, an average and telemetry."""
     wider = config.copy_and_resolve_references()
     wider.model.text_cfg.layers, wider.model.vision_cfg.width, wider.steps = 2, 24, 1
     loop.train(wider, tmp_path / "wider")

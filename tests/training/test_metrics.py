@@ -1,4 +1,4 @@
-"""What is written of a run, once for each step however often it was interrupted."""
+"""The metrics files of a run have each step once, however often the run was interrupted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,20 +23,21 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import metrics as telemetry
-from tclip_jax.training.metrics import EventFile, Telemetry
+from tclip_jax.training.metrics import EventFile, MetricsLogger, Telemetry
+from tclip_jax.training.timing import Throughput
 
 PARTS, ZERO = ("zeros", "flips", "scale", "drift", "saturated"), np.zeros(1)
 
 
 def open_at(workdir: pathlib.Path, first_step: int = 0, steps: int = 9) -> Telemetry:
-    """Telemetry of a process of its own: TensorBoard's files are named by the second."""
+    """Telemetry with a unique TensorBoard file, as in a new process; the names have a resolution of seconds."""
     for number, path in enumerate(sorted((workdir / "tensorboard").glob("events.*.[!0-9]*"))):
         path.rename(path.with_name(f"events.out.tfevents.{number}.old"))
     return Telemetry(workdir, first_step=first_step, steps=steps, title="student")
 
 
 def interrupted_and_resumed(workdir: pathlib.Path, checkpoint: int) -> None:
-    """Steps 1–4, a crash, and steps from the checkpoint on to 6, told apart by their loss."""
+    """Writes steps 1–4, crashes, and writes the steps from the checkpoint to 6 with another loss."""
     with open_at(workdir) as run:
         for step in range(1, 5):
             run.write(step, {"loss": float(step)})
@@ -45,7 +47,7 @@ def interrupted_and_resumed(workdir: pathlib.Path, checkpoint: int) -> None:
 
 
 def events(path: pathlib.Path) -> Iterator[Event]:
-    """The events of a TensorBoard file: records of length, its checksum, data, its checksum."""
+    """Yields the events of a TensorBoard file, whose records are length, checksum, data, checksum."""
     data = path.read_bytes()
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -54,7 +56,7 @@ def events(path: pathlib.Path) -> Iterator[Event]:
 
 
 def shown(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
-    """Scalars that TensorBoard shows: a start at a step hides what older files say of that step and later ones."""
+    """Returns the scalars that TensorBoard shows: a start at a step hides that step and later ones in older files."""
     kept: list[tuple[int, str, float]] = []
     for event in itertools.chain.from_iterable(map(events, sorted((workdir / "tensorboard").iterdir()))):
         if event.session_log.status == SessionLog.START:
@@ -63,7 +65,7 @@ def shown(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
     return kept
 
 
-def test_each_call_is_a_line_of_json(tmp_path: pathlib.Path) -> None:
+def test_each_call_writes_a_line_of_json(tmp_path: pathlib.Path) -> None:
     with open_at(tmp_path) as run:
         run.write(1, {"loss": jnp.float32(0.5), "learning_rate": np.float32(0.25), "bad_samples": 0})
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1  # at once, not at the end
@@ -86,7 +88,7 @@ def test_each_call_is_a_line_of_json(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [0, 1, 3, 4])
-def test_on_resuming_each_step_is_there_once(checkpoint: int, tmp_path: pathlib.Path) -> None:
+def test_after_resuming_each_step_appears_once(checkpoint: int, tmp_path: pathlib.Path) -> None:
     interrupted_and_resumed(tmp_path, checkpoint)
     losses = [(step, step if step <= checkpoint else 10 * step) for step in range(1, 7)]
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == losses
@@ -103,7 +105,7 @@ def test_tensorboard_itself_shows_each_step_once(checkpoint: int, tmp_path: path
     ]
 
 
-def test_a_last_line_that_was_cut_is_left_out_and_written_over(tmp_path: pathlib.Path) -> None:
+def test_a_truncated_last_line_is_dropped(tmp_path: pathlib.Path) -> None:
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
     for cut in range(len(whole) + 1):
         (tmp_path / "metrics.jsonl").write_text(whole[:cut])
@@ -118,7 +120,7 @@ def test_a_run_that_wrote_nothing_has_no_metrics(tmp_path: pathlib.Path) -> None
     assert read_metrics(tmp_path) == []
 
 
-def test_an_error_leaves_what_was_written(tmp_path: pathlib.Path) -> None:
+def test_an_error_of_the_run_keeps_the_written_metrics(tmp_path: pathlib.Path) -> None:
     with pytest.raises(KeyboardInterrupt), open_at(tmp_path) as run:
         run.write(1, {"loss": 1.0})
         raise KeyboardInterrupt
@@ -134,13 +136,13 @@ def test_an_object_store_has_all_lines_at_the_end(tmp_path: pathlib.Path, monkey
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 1003))
 
 
-def test_no_bar_where_stderr_is_no_terminal(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_bar_without_a_terminal(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_at(tmp_path) as run:
         run.write(1, {"loss": 1.0})
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_sees_a_bar(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -157,7 +159,7 @@ def test_only_the_first_process_writes(tmp_path: pathlib.Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_holds_no_nan(tmp_path: pathlib.Path) -> None:
+def test_json_has_null_for_nan(tmp_path: pathlib.Path) -> None:
     with open_at(tmp_path) as run:
         run.write(1, {"loss": float("nan"), "gradient_norm": jnp.inf, "learning_rate": 0.5})
         run.write_trits(
@@ -171,16 +173,16 @@ def test_json_holds_no_nan(tmp_path: pathlib.Path) -> None:
 
 
 def test_weights_and_biases(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"first_step": 0, "steps": 9, "title": "student", "wandb_project": "p"}
+    options = {"first_step": 0, "steps": 9, "title": "student", "wandb_project": "p"}
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"config\.wandb_project is 'p': it needs wandb \(pip install wandb\)"):
-        Telemetry(tmp_path, **given)
+        Telemetry(tmp_path, **options)
     assert not (tmp_path / "metrics.jsonl").exists()
     calls: list[Any] = []
 
     class Fake(types.ModuleType):
-        def init(self, **options: Any) -> Fake:
-            calls.append(options)
+        def init(self, **arguments: Any) -> Fake:
+            calls.append(arguments)
             return self
 
         def log(self, scalars: Any, step: int) -> None:
@@ -191,7 +193,7 @@ def test_weights_and_biases(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "wandb", Fake("wandb"))
     for _ in range(2):
-        with Telemetry(tmp_path, **given, config={"seed": 3}) as run:
+        with Telemetry(tmp_path, **options, config={"seed": 3}) as run:
             run.write(1, {"loss": 0.5})
     first, again = calls[:3], calls[3:]
     assert first == again and first[1:] == [(1, {"loss": 0.5}), 0]
@@ -203,7 +205,7 @@ def full(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("part", ["_append", "EventFile.scalar", "EventFile.flush"])
-def test_a_full_disk_is_kept_for_all_processes_and_ends_the_run(
+def test_a_full_disk_is_stored_for_all_processes_and_ends_the_run(
     part: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(OSError, match="No space left on device"), open_at(tmp_path) as run:
@@ -217,10 +219,10 @@ def test_a_full_disk_is_kept_for_all_processes_and_ends_the_run(
         run.write(3, {"loss": 1.0})
         run.write_trits(3, {})
         run.sync()
-    assert [line["step"] for line in read_metrics(tmp_path)] in ([1], [1, 2])  # and nothing after what failed
+    assert [line["step"] for line in read_metrics(tmp_path)] in ([1], [1, 2])  # and nothing after the error
 
 
-def test_the_error_of_a_run_comes_before_what_fails_on_leaving(
+def test_the_error_of_the_run_precedes_errors_of_closing(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     close = EventFile.close
@@ -233,3 +235,47 @@ def test_the_error_of_a_run_comes_before_what_fails_on_leaving(
     with pytest.raises(ValueError, match="the run's own"), open_at(tmp_path) as run:
         raise ValueError("the run's own")
     assert run.failure.error is not None
+
+
+class Sink:
+    """Stands for telemetry and checkpoints."""
+
+    def write(self, step: int, metrics: Any) -> None: ...
+
+    def score(self, step: int, metrics: Any) -> None: ...
+
+
+def test_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    sink: Any = Sink()
+    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    good, bad = {"loss": 1.0, "skipped_steps": 0.0}, {"loss": float("inf"), "skipped_steps": 1.0}
+    for step, metrics in enumerate((bad, good, bad, good, bad), 1):
+        logger.add(step, metrics)
+    assert "step 3: loss is inf; the step is skipped" in caplog.text and "step 5" not in caplog.text
+    logger.add(6, bad)
+    with pytest.raises(ValueError, match="step 6: loss is inf; this is the last of 2 skipped steps in a row"):
+        logger.flush()
+
+
+def test_batches_without_a_usable_sample_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    sink: Any = Sink()
+    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=3)
+    for step in (1, 2):
+        logger.add(step, {"loss": 0.0, "skipped_steps": 1.0})
+    logger.flush()
+    assert "step 1: its batch has no usable sample; the step is skipped" in caplog.text
+    logger.add(3, {"loss": 0.0, "skipped_steps": 1.0})
+    with pytest.raises(
+        ValueError, match=r"step 3: its batch has no usable .* last of 3 skipped steps .* see bad_samples\.jsonl"
+    ):
+        logger.flush()
+
+
+def test_the_error_of_an_unmeasured_best_metric_names_the_nearest() -> None:
+    sink: Any = Sink()
+    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    logger.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
+    logger.check_measured("digits/acc1")
+    message = r"best_metric: 'digits/acc' is not measured, so keep_best has no effect: .* such as digits/acc1"
+    with pytest.raises(ValueError, match=message):
+        logger.check_measured("digits/acc")

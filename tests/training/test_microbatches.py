@@ -1,4 +1,4 @@
-"""A batch in parts, and its loss in a ring: the values and gradients of the whole batch on one device."""
+"""Microbatches and ring losses have the values and gradients of the whole batch on one device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RNG = np.random.default_rng(0)
 BATCH = {
     "image": RNG.integers(0, 256, (ROWS, 16, 16, 3), np.uint8),
     "tokens": RNG.integers(0, 3, (ROWS, 6), np.int32),
-    # Bad samples here and there, and in the whole of a part.
+    # Masked samples: a few everywhere, and all of one part.
     "weight": np.float32([0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0]),
     "teacher_image": np.float16(RNG.normal(size=(ROWS, 24))) / np.float16(5),
     "teacher_text": np.float16(RNG.normal(size=(ROWS, 24))) / np.float16(5),
@@ -87,7 +87,7 @@ def gradients(teacher: str, mesh: Mesh | None, parts: int, distributed: str) -> 
         pytest.param("cached", (4, 2, 1), 2, "gather", marks=pytest.mark.slow),
     ],
 )
-def test_parts_have_the_loss_and_the_gradients_of_the_whole(
+def test_parts_have_the_loss_and_the_gradients_of_the_whole_batch(
     teacher: str, sizes: tuple[int, int, int] | None, parts: int, distributed: str
 ) -> None:
     whole, metrics = gradients(teacher, None, 1, "gather")
@@ -101,7 +101,7 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole(
 
 
 def test_rows_of_parts_stay_on_their_devices() -> None:
-    """A part is the next rows of every device, and no loop is traced for each."""
+    """A part consists of the next rows of every device, and the step is traced once for all parts."""
     seen: list[tuple[int, ...]] = []
 
     def embed(scale: jax.Array, rows: Any) -> Any:
@@ -123,7 +123,7 @@ def test_rows_of_parts_stay_on_their_devices() -> None:
     assert sums == x.sum() and gradient == np.sum(x * np.arange(16)) + x.sum()
 
 
-def test_parts_that_do_not_divide_are_named(config: ml_collections.ConfigDict) -> None:
+def test_parts_that_do_not_divide_the_batch_are_refused(config: ml_collections.ConfigDict) -> None:
     config.data.microbatches = 3
     with pytest.raises(ValueError, match=r"config\.data\.batch_size 8 is not divisible by .*microbatches 3"):
         run_config(config)

@@ -1,4 +1,4 @@
-"""Every term from the configuration: alone it is its function's value, and its gradient reaches the student."""
+"""Every loss of the configuration has its function's value, and a gradient for the student."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def params() -> tuple[Any, Any]:
 
 @functools.cache
 def seen() -> tuple[Any, Any]:
-    """What both models say, with each one's own pixels, and all states."""
-    found = []
+    """Returns embeddings and all states of both models, each with its own pixel statistics."""
+    outputs = []
     for clip, tree, mean, std in zip((CLIP_STUDENT, CLIP_TEACHER), params(), (MEAN, HALF), (STD, HALF), strict=True):
         pixels = (np.float32(BATCH["image"]) / 255 - np.float32(mean)) / np.float32(std)
         run = jax.jit(
@@ -55,8 +55,8 @@ def seen() -> tuple[Any, Any]:
                 clip, tree, pixels, BATCH["tokens"], ("image", "text"), ("hidden", "qkv")
             )
         )
-        found.append(run(tree, pixels))
-    return found[0], found[1]
+        outputs.append(run(tree, pixels))
+    return outputs[0], outputs[1]
 
 
 def objective(tree: Any, teacher_params: Any, goal: Objective, batch: Any = BATCH, share: Any = None) -> Any:
@@ -64,7 +64,7 @@ def objective(tree: Any, teacher_params: Any, goal: Objective, batch: Any = BATC
 
 
 def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
-    """Gradients and metrics of the objective, in one jitted call."""
+    """Returns gradients, parameters and metrics of the objective, from one jitted call."""
     clip, teacher_params = params()
     tree = {"clip": clip, "heads": init_heads(jax.random.key(2), STUDENT, TEACHER, loss)}
 
@@ -72,15 +72,15 @@ def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
         goal = Objective(SEES, Encoders(CLIP_TEACHER, HALF, HALF), loss)
         return jax.grad(objective, has_aux=True)(tree, teacher_params, goal)
 
-    found, metrics = jax.jit(gradients)(tree, teacher_params)
-    return (found, tree), {name: float(value) for name, value in metrics.items()}
+    gradient, metrics = jax.jit(gradients)(tree, teacher_params)
+    return (gradient, tree), {name: float(value) for name, value in metrics.items()}
 
 
 def unit(x: Any) -> Any:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def test_every_term_is_its_function_and_they_add_up() -> None:
+def test_every_loss_equals_its_function_and_they_add_up() -> None:
     (ours, inside), (theirs, teacher_inside) = seen()
     weights = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
     weights |= {"hidden": 0.7, "relations": 0.9}
@@ -122,11 +122,11 @@ def test_every_term_is_its_function_and_they_add_up() -> None:
         assert metrics[f"loss/{name}"] == pytest.approx(float(value), rel=2e-4), name
     assert metrics["loss"] == pytest.approx(sum(getattr(loss, k) * metrics[f"loss/{k}"] for k in expected), rel=1e-5)
     for path, leaf in flatten_dict(gradients, sep="/").items():
-        # What stands after the last token that counts, and the key biases that a softmax cancels, get none.
+        # Positions after the last valid token, and key biases, which a softmax cancels, have no gradient.
         assert np.isfinite(leaf).all() and (np.any(leaf) or path.endswith("bias")), path
 
 
-def test_no_head_is_made_that_no_term_needs() -> None:
+def test_only_the_heads_of_weighted_losses_are_created() -> None:
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig()) == {}
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task_kind="sigmoid")).keys() == {"sigmoid_bias"}
     assert init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(task=0, task_kind="sigmoid", crd=1.0)) == {}
@@ -145,24 +145,24 @@ def test_no_head_is_made_that_no_term_needs() -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        LossConfig(crd=1.0, affinity=0.5),  # without a head, and with a bias that no term has
+        LossConfig(crd=1.0, affinity=0.5),  # losses without heads
         LossConfig(task=0.0, task_kind="sigmoid", crd=1.0),
         LossConfig(fd=1.0),
     ],
 )
-def test_terms_are_the_same_without_the_heads_of_others(loss: LossConfig) -> None:
+def test_losses_do_not_depend_on_the_heads_of_others(loss: LossConfig) -> None:
     tree = {"clip": params()[0]}
     if heads := init_heads(jax.random.key(2), STUDENT, 20, loss):
         tree["heads"] = heads
     everything = init_heads(jax.random.key(2), STUDENT, 20, LossConfig(task_kind="sigmoid", icl=1.0, fd=1.0))
     (ours, _), (theirs, _) = seen()
     goal = Objective(SEES, float(theirs[2]), loss)
-    batch, found = BATCH, Embeddings(ours[0], ours[1], (theirs[0], theirs[1]))
-    few, many = (goal.loss(each, None, batch, found, {}) for each in (tree, tree | {"heads": everything}))
+    batch, embeddings = BATCH, Embeddings(ours[0], ours[1], (theirs[0], theirs[1]))
+    few, many = (goal.loss(each, None, batch, embeddings, {}) for each in (tree, tree | {"heads": everything}))
     assert few[1].keys() == many[1].keys() and float(few[0]) == pytest.approx(float(many[0]), rel=1e-6)
 
 
-def test_states_that_nobody_asked_for_are_not_computed() -> None:
+def test_states_are_computed_only_for_losses_that_need_them() -> None:
     def jaxpr(loss: LossConfig) -> str:
         return str(jax.make_jaxpr(lambda tree: Encoders(CLIP_STUDENT, MEAN, STD)(tree, BATCH, loss))(params()[0]))
 
@@ -187,7 +187,7 @@ def test_a_blended_student_reaches_the_ternary_loss_exactly() -> None:
     assert float(by_share(jnp.float32(0))) == pytest.approx(float(floats), rel=1e-5) and floats != loss(None)
 
 
-def test_the_teacher_of_a_batch_is_the_teacher_in_the_step() -> None:
+def test_cached_embeddings_give_the_losses_of_the_teacher_in_the_step() -> None:
     _, (theirs, _) = seen()
     batch = BATCH | {"teacher_image": np.float16(theirs[0]), "teacher_text": np.float16(theirs[1])}
     terms = ("crd", "icl", "fd", "open_clip", "affinity", "kl")
@@ -230,11 +230,13 @@ def test_layers_are_compared_at_the_same_depth(layers: int, of: int, expected: l
         (CLIPConfig(8, VisionConfig((16, 16), 4), TEXT), LossConfig(hidden=1.0), r"grid of \(4, 4\) patches"),
     ],
 )
-def test_a_teacher_that_cannot_see_the_same_is_refused(teacher: CLIPConfig, loss: LossConfig, message: str) -> None:
+def test_a_teacher_that_does_not_fit_the_student_is_refused(
+    teacher: CLIPConfig, loss: LossConfig, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_teacher(teacher, STUDENT, loss)
     with pytest.raises(ValueError, match="the teacher"):
-        check_teacher(STUDENT, teacher, loss)  # nor the other way round
+        check_teacher(STUDENT, teacher, loss)  # and the reverse
     check_teacher(TEACHER, STUDENT, LossConfig(hidden=1.0))
     width = STUDENT.vision.width
     with pytest.raises(

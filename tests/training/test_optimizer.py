@@ -1,4 +1,4 @@
-"""The schedule at its corners, and weight decay on matrices only."""
+"""The learning rate schedule, parameter groups, weight decay, and the moving average."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tclip_jax.runs.config import OptimizerConfig
 from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, moving_average, quant_lambda
 
 
-def test_schedule() -> None:
+def test_warmup_and_cosine_decay() -> None:
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
     expected = [min(step / 10, 0.5 * (1 + np.cos(np.pi * max(step - 10, 0) / 100))) for step in range(111)]
     np.testing.assert_allclose([schedule(step) for step in range(111)], expected, atol=1e-6)
@@ -26,12 +26,12 @@ def test_schedule() -> None:
 def test_recovery_is_a_low_constant_rate_at_the_end() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, recovery_steps=40, recovery_learning_rate=0.05)
     schedule = learning_rate_schedule(config, 150)
-    np.testing.assert_allclose(schedule(60), 0.05 + 0.95 / 2, rtol=1e-6)  # half way down
+    np.testing.assert_allclose(schedule(60), 0.05 + 0.95 / 2, rtol=1e-6)  # halfway down
     np.testing.assert_allclose([schedule(step) for step in (110, 130, 149)], 0.05, rtol=1e-6)
     assert schedule(109) > 0.05
 
 
-def test_ternary_share_reaches_one_exactly() -> None:
+def test_the_quantization_blend_reaches_one_exactly() -> None:
     share = quant_lambda(7)
     assert share is not None and quant_lambda(0) is None
     shares = [float(jax.jit(share)(step)) for step in (*range(9), 10**6)]
@@ -39,7 +39,7 @@ def test_ternary_share_reaches_one_exactly() -> None:
     np.testing.assert_allclose(shares[:7], np.arange(7) / 7, rtol=1e-6)
 
 
-def test_the_first_group_that_matches_sets_rate_and_decay() -> None:
+def test_the_first_matching_group_sets_learning_rate_and_decay() -> None:
     groups = (
         (".*/fc1/kernel", {"learning_rate": 0.5}),
         (".*/kernel", {"weight_decay": 0.0}),
@@ -61,7 +61,7 @@ def test_the_first_group_that_matches_sets_rate_and_decay() -> None:
         optimizer.update(gradients, optimizer.init(params), params, step=0)
 
 
-def test_decay_is_for_matrices() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     shapes = {"clip": param_shapes(CLIPConfig.from_open_clip(model_cfg("tiny")))}
     marked = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decays(shapes))}
     free = {path for path, decayed in marked.items() if not decayed}
@@ -82,9 +82,9 @@ def test_one_step_equals_adamw_by_hand(clip_norm: float) -> None:
 
 
 @pytest.mark.parametrize("decay", [0.25, 0.9, 0.9999])
-def test_the_average_is_the_weighted_mean_of_what_every_update_left(decay: float) -> None:
+def test_the_average_is_the_weighted_mean_of_the_parameters_after_each_update(decay: float) -> None:
     values = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    average = {"w": jnp.full(5, jnp.nan), "b": jnp.full((), 1e6)}  # of no update: anything
+    average = {"w": jnp.full(5, jnp.nan), "b": jnp.full((), 1e6)}  # before the first update, any values
     for n in range(1, 8):
         average = moving_average(average, {"w": values[n - 1], "b": values[n - 1, 0]}, decay, jnp.int32(n))
         weights = decay ** np.arange(n - 1, -1, -1, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""A run packed, verified and inspected from the command line."""
+"""A run is packed, verified and inspected on the command line."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_a_run_is_packed_verified_and_inspected(
     assert "no such file; expected the workdir" in capsys.readouterr().err
 
     assert main(["inspect", packed, "--json", "--plot", str(tmp_path / "plot.png")]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["figures"] == {"accuracy": 0.5} and found["provenance"]["step"] == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["figures"] == {"accuracy": 0.5} and report["provenance"]["step"] == 1
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", packed]) == 0
     assert "  accuracy: 0.5" in capsys.readouterr().out.splitlines()
@@ -52,6 +52,6 @@ def test_figures_are_one_json_object(
     content: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "figures.json").write_text(content)
-    given = ["pack", str(tmp_path), "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures.json")]
-    assert main(given) == 2
+    arguments = ["pack", str(tmp_path), "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures.json")]
+    assert main(arguments) == 2
     assert f"figures.json {message}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs that start from other weights: the same trits and scales at step 0, and no second start."""
+"""Runs with initial weights have their trits and scales at step 0, and load them only once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def run(config: ml_collections.ConfigDict) -> RunConfig:
 
 @pytest.fixture
 def packed(run: RunConfig) -> Params:
-    """Random weights, as the rules of the run make them."""
+    """Random weights, quantized by the rules of the run."""
     rng = np.random.default_rng(0)
     latent = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), param_shapes(run.model))
     return pack_params(latent, run.rules)
 
 
 def dequantised(tmp_path: pathlib.Path, run: RunConfig, packed: Params) -> pathlib.Path:
-    """What open_clip would save of them: floats."""
+    """The floats that open_clip would save."""
     folder = tmp_path / "theirs"
     export_pytorch(folder, config=run.model, preprocess=run.preprocess, params=packed, formats=["open_clip"])
     return folder
@@ -58,20 +58,20 @@ def artifact(tmp_path: pathlib.Path, run: RunConfig, params: Params, **changed: 
 
 
 def assert_same_weights(latent: Params, rules: Any, expected: Params) -> None:
-    """Every trit and every scale, and every float."""
-    found, count = flatten(pack_params(latent, rules)), 0
+    """Compares every trit, scale and float."""
+    packed, count = flatten(pack_params(latent, rules)), 0
     for path, leaf in flatten(expected).items():
         if isinstance(leaf, TernaryTensor):
-            np.testing.assert_array_equal(found[path].trits, leaf.trits, err_msg=path)
-            assert np.asarray(found[path].scale).tobytes() == np.asarray(leaf.scale).tobytes(), path
+            np.testing.assert_array_equal(packed[path].trits, leaf.trits, err_msg=path)
+            assert np.asarray(packed[path].scale).tobytes() == np.asarray(leaf.scale).tobytes(), path
             count += 1
         else:
-            np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+            np.testing.assert_array_equal(packed[path], leaf, err_msg=path)
     assert count == 9
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_import_with_its_trits_and_scales(
+def test_training_starts_from_an_import_with_its_trits_and_scales(
     config: ml_collections.ConfigDict,
     run: RunConfig,
     packed: Params,
@@ -86,7 +86,7 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
 
     def keep(*args: Any, **options: Any) -> Any:
         state = init_state(*args, **options)
-        if not isinstance(state.step, jax.core.Tracer):  # a resumed run asks for the shapes alone
+        if not isinstance(state.step, jax.core.Tracer):  # a resumed run computes only shapes
             first.append(jax.device_get(state.params["clip"]))
         return state
 
@@ -100,7 +100,7 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
     trained = load_run(workdir)[1].params
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(first[0]), strict=True))
 
-    # Going on needs the first weights no more, and does not return to them.
+    # A resumed run does not need the initial weights.
     shutil.rmtree(imported)
     config.steps = 4
     trained = loop.train(config, workdir).params
@@ -109,13 +109,13 @@ def test_training_goes_on_from_an_import_with_its_trits_and_scales(
     with pytest.raises(ValueError, match=r"this run has config\.init = .*imported, not elsewhere"):
         loop.train(config, workdir)
 
-    # A run's latent weights are where another one starts, whatever is ternary in it.
+    # Another run starts from the latent weights of this one.
     config.init, config.ternary = str(workdir), "none"
     jax.tree.map(np.testing.assert_array_equal, initial_weights(run_config(config)), jax.device_get(trained))
 
 
 @pytest.mark.parametrize("kind", ["artifact", "open_clip"])
-def test_trits_of_artifacts_and_of_dequantised_floats(
+def test_trits_of_artifacts_and_of_dequantized_floats(
     kind: str, config: ml_collections.ConfigDict, run: RunConfig, packed: Params, tmp_path: pathlib.Path
 ) -> None:
     is_artifact = kind == "artifact"
@@ -126,7 +126,7 @@ def test_trits_of_artifacts_and_of_dequantised_floats(
 
 
 def without_zeros(packed: Params) -> Params:
-    """One group of the first MLP has no zero, which k = 2 never gives."""
+    """A model with a group without zeros, which the quantizer with k = 2 never gives."""
     leaves, path = flatten(packed), "image/blocks/mlp/fc1/kernel"
     trits = np.array(leaves[path].trits)
     trits[0, :, 3] = np.where(trits[0, :, 3] == 0, 1, trits[0, :, 3])
@@ -137,11 +137,11 @@ def without_zeros(packed: Params) -> Params:
     ("changed", "message"),
     [
         ({"init": "nowhere"}, r"nowhere/config\.json: no such file"),
-        ({"model.quick_gelu": True}, "config.init .*artifact: its model quick_gelu is False, that of the run True"),
-        ({"model.vision_cfg.layers": 2}, "its model vision.layers is 1, that of the run 2"),
+        ({"model.quick_gelu": True}, "config.init .*artifact: its model quick_gelu is False, the run's is True"),
+        ({"model.vision_cfg.layers": 2}, "its model vision.layers is 1, the run's is 2"),
         (
             {"preprocess.mean": (0.5, 0.5, 0.5)},
-            r"its preprocess mean is \(0\.48.*, that of the run \(0\.5, 0\.5, 0\.5\)",
+            r"its preprocess mean is \(0\.48.*, the run's is \(0\.5, 0\.5, 0\.5\)",
         ),
         (
             {"ternary": "Q-FFN"},
@@ -151,7 +151,7 @@ def without_zeros(packed: Params) -> Params:
         ({}, "image/blocks/mlp/fc1/kernel: no weights give 0 of its 64 scales and 16 of its 1024 trits with factor 2"),
     ],
 )
-def test_what_cannot_be_started_from_is_named_before_anything_is_written(
+def test_unsuitable_initial_weights_are_named_and_nothing_is_written(
     changed: dict[str, Any],
     message: str,
     config: ml_collections.ConfigDict,
@@ -167,7 +167,7 @@ def test_what_cannot_be_started_from_is_named_before_anything_is_written(
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_recomputed_scales_start_from_the_dequantised_weights(
+def test_recomputed_scales_start_from_the_dequantized_weights(
     config: ml_collections.ConfigDict, run: RunConfig, packed: Params, tmp_path: pathlib.Path
 ) -> None:
     packed = without_zeros(packed)
@@ -185,9 +185,9 @@ def test_a_wider_ternary_model_is_cut_to_the_student(
     config.model.text_cfg.width, config.ternary = 8, [("image/.*/mlp/.*", {"kind": "lsq"})]
     student = run_config(config)
     expected = with_learned_scales(inherit_params(packed, run.model, student.model), student.rules)
-    found, origin = start_params(student, make_mesh(4, 2))
+    params, origin = start_params(student, make_mesh(4, 2))
     assert origin is not None and origin["source"] == config.inherit
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert "kernel_scale" in found["image"]["blocks"]["mlp"]["fc1"]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert "kernel_scale" in params["image"]["blocks"]["mlp"]["fc1"]
     config.inherit = ""
     assert start_params(run_config(config), make_mesh(4, 2)) == (None, None)

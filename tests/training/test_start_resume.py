@@ -1,4 +1,4 @@
-"""What may change on a restart: refused without a trace, or logged and kept."""
+"""Changes at a restart are refused without writing files, or logged and recorded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def content_of(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_changes_is_logged_and_kept(
+def test_changes_are_logged_and_recorded(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = {"source": "runs/teacher", "step": 8, "content": "aa"}
@@ -74,7 +74,7 @@ def test_what_changes_is_logged_and_kept(
         ({"data.augment": "strong"}, 8, r"with other values: data\.augment none → strong; raise"),
     ],
 )
-def test_what_is_refused_leaves_no_trace(
+def test_refused_changes_write_nothing(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, changed: dict[str, Any], step: int, message: str
 ) -> None:
     started(config, tmp_path / "run", 0).begin()
@@ -85,7 +85,7 @@ def test_what_is_refused_leaves_no_trace(
     assert content_of(tmp_path / "run") == before
 
 
-def test_a_run_that_is_done_may_be_looked_at_otherwise(
+def test_a_finished_run_accepts_changes_that_do_not_affect_weights(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path
 ) -> None:
     started(config, tmp_path / "run", 0).begin()
@@ -97,7 +97,7 @@ def test_a_run_that_is_done_may_be_looked_at_otherwise(
         started(config, tmp_path / "other", 8, teacher={"source": "runs/a", "content": "bb"})
 
 
-def test_keys_that_are_newer_than_the_run_had_their_defaults(
+def test_keys_that_an_older_run_lacks_have_their_defaults(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path
 ) -> None:
     config.optimizer.ema_decay = 0.5
@@ -112,7 +112,7 @@ def test_keys_that_are_newer_than_the_run_had_their_defaults(
 def test_a_whole_run_its_refusals_and_its_artifact(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Swapped images, state that the checkpoint lacks, and a changed loss; what the artifact says of it."""
+    """Refusals for swapped images and a missing average, a changed loss, and the artifact's provenance."""
     for number in range(8):
         path = tmp_path / "data" / ("cat" if number % 2 else "dog") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     loop.train(config, tmp_path / "run")
 
     before, config.steps = content_of(tmp_path / "run"), 3
-    for changed, said in (
+    for changed, message in (
         (
             {"optimizer.ema_decay": 0.5},
             r"checkpoints/2: cannot be resumed since optimizer\.ema_decay 0\.0 → 0\.5: it",
@@ -134,7 +134,7 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     ):
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(changed)
-        with pytest.raises(CheckpointError, match=said + r".*; change that back, or start a new run"):
+        with pytest.raises(CheckpointError, match=message + r".*; undo the change, or start a new run"):
             loop.train(other, tmp_path / "run")
     image = tmp_path / "data" / "cat" / "1.png"
     was = image.read_bytes()
@@ -145,7 +145,7 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     assert content_of(tmp_path / "run") == before
     image.write_bytes(was)
 
-    config.loss.task, config.optimizer.clip_norm = 2.0, 1.0  # and clipping can begin
+    config.loss.task, config.optimizer.clip_norm = 2.0, 1.0  # a resumed run may start to clip
     loop.train(config, tmp_path / "run")
     assert main(["pack", f"{tmp_path}/run", "--out", f"{tmp_path}/artifact"]) == 0
     made = json.loads((tmp_path / "artifact" / "tclip.json").read_text())["provenance"]

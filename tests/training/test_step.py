@@ -50,7 +50,7 @@ def batch_of(step: int, rows: int = 16) -> dict[str, np.ndarray]:
 
 
 class Run:
-    """A student on a mesh, with a teacher if asked."""
+    """A student on a mesh, with an optional teacher."""
 
     def __init__(self, mesh: Mesh, rules: Any = (), loss: LossConfig | None = None, **options: Any) -> None:
         self.mesh, self.rules = mesh, rules
@@ -97,7 +97,7 @@ def test_eight_devices_equal_one_in_full_precision(loss: LossConfig | None) -> N
 
 
 def test_eight_devices_equal_one_in_ternary() -> None:
-    """From the same state trits are equal and losses are to 1e-6; left alone for 20 steps, losses are to 1e-4."""
+    """From equal states, trits are equal and losses agree to 1e-6; after 20 separate steps, losses agree to 1e-4."""
     single, sharded = run_on(1, Q_ALL), run_on(8, Q_ALL)
     a, alone = single.state, sharded.state
     for step in range(51):
@@ -114,7 +114,7 @@ def test_eight_devices_equal_one_in_ternary() -> None:
             assert of_eight["loss"] == pytest.approx(of_one["loss"], rel=1e-4), step
 
 
-def test_loss_is_the_weighted_sum_of_its_terms_with_each_model_normalised_its_own_way() -> None:
+def test_the_loss_is_the_weighted_sum_and_each_model_normalizes_its_pixels() -> None:
     loss = DISTILLED
     run, batch = run_on(1, loss=loss), batch_of(0)
     _, metrics = run.step(run.state, batch)
@@ -131,7 +131,7 @@ def test_loss_is_the_weighted_sum_of_its_terms_with_each_model_normalised_its_ow
     assert terms["crd"] == pytest.approx(float(distillation.crd(*rows)), rel=1e-4)
 
 
-def test_teacher_is_not_trained_and_its_heads_are() -> None:
+def test_the_heads_are_trained_and_the_teacher_is_not() -> None:
     run = run_on(1, loss=DISTILLED)
     before = jax.device_get(run.teacher_params)
     state, _ = run.step(run.state, batch_of(0))
@@ -160,7 +160,7 @@ def test_logit_scale_is_clamped() -> None:
         assert metrics["logit_scale"] == pytest.approx(np.exp(limit))
 
 
-def test_weights_become_ternary_by_degrees_and_their_average_follows() -> None:
+def test_weights_are_blended_to_ternary_and_averaged() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     student = Encoders(CLIP(CONFIG, Q_ALL), MEAN, STD)
     step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), quant_lambda(4), ema_decay=0.75))
@@ -173,7 +173,7 @@ def test_weights_become_ternary_by_degrees_and_their_average_follows() -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_and_remat_stay_near() -> None:
+def test_bfloat16_and_remat_stay_close_to_float32() -> None:
     plain = run_on(1, Q_ALL)
     half, remat = Run(plain.mesh, Q_ALL, dtype=jnp.bfloat16), Run(plain.mesh, Q_ALL, remat=True)
     losses = [run.step(run.state, batch_of(0))[1]["loss"] for run in (plain, half, remat)]
@@ -181,7 +181,7 @@ def test_bfloat16_and_remat_stay_near() -> None:
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_training_learns_a_batch_by_heart() -> None:
+def test_training_overfits_a_batch() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     state, first = run.step(run.state, batch)
     for _ in range(40):
@@ -189,7 +189,7 @@ def test_training_learns_a_batch_by_heart() -> None:
     assert last["loss"] < 0.5 * first["loss"]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_its_number() -> None:
+def test_a_skipped_step_changes_only_the_step_number() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     state, metrics = run.step(run.state, batch)
     assert metrics["skipped_steps"] == 0
@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number() -> None:
 
 @jax.custom_vjp
 def poisoned(x: jax.Array, poison: jax.Array) -> jax.Array:
-    """`x`, whose gradient is multiplied by `poison`."""
+    """Returns `x`; its gradient is multiplied by `poison`."""
     return x
 
 
@@ -211,7 +211,7 @@ poisoned.defvjp(lambda x, poison: (x, poison), lambda poison, g: (g * poison, jn
 
 
 class Table(Encoders):
-    """Embeddings that are the parameters themselves; the gradient of images is multiplied by the batch's `poison`."""
+    """An encoder whose embeddings are its parameters; the batch's `poison` multiplies the gradient of the images."""
 
     def __call__(self, params: Any, batch: Any, loss: Any = None) -> Any:
         image, text = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (params["image"], params["text"]))
@@ -222,7 +222,7 @@ TABLE = OptimizerConfig(learning_rate=0.1, warmup_steps=3, weight_decay=0.2, eps
 
 
 def run_table(poisons: Any, decay: float = 0.9) -> list[tuple[TrainState, dict[str, float]]]:
-    """The states and metrics of a run whose gradients are multiplied by these."""
+    """Returns the states and metrics of a run whose gradients are multiplied by these factors."""
     rng = np.random.default_rng(0)
     optimizer = make_optimizer(TABLE, 20)
     clip: Any = {name: jnp.float32(rng.normal(size=(4, 3))) for name in ("image", "text")}
@@ -230,15 +230,15 @@ def run_table(poisons: Any, decay: float = 0.9) -> list[tuple[TrainState, dict[s
     state = TrainState(jnp.int32(0), {"clip": clip}, optimizer.init({"clip": clip}), jax.tree.map(jnp.copy, clip))
     step = jax.jit(make_train_step(Table(None, MEAN, STD), None, optimizer, LossConfig(), None, decay))  # type: ignore[arg-type]
     batch: Any = {"tokens": jnp.zeros((4, 1), jnp.int32), "weight": jnp.ones(4)}
-    found = []
+    history = []
     for poison in poisons:
         state, metrics = step(state, batch | {"poison": jnp.full(4, poison, jnp.float32)}, None)
-        found.append((state, {name: float(value) for name, value in metrics.items()}))
-    return found
+        history.append((state, {name: float(value) for name, value in metrics.items()}))
+    return history
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_finite_loss_whose_gradient_is_not_is_skipped(poison: float) -> None:
+def test_a_step_with_a_finite_loss_and_an_infinite_gradient_is_skipped(poison: float) -> None:
     (before, _), (after, metrics), (_, last) = run_table([1, poison, 1])
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
     assert metrics["skipped_steps"] == 1 and last["skipped_steps"] == 0 and np.isfinite(last["gradient_norm"])
@@ -247,7 +247,7 @@ def test_a_finite_loss_whose_gradient_is_not_is_skipped(poison: float) -> None:
 
 
 def test_a_batch_without_a_usable_sample_changes_nothing() -> None:
-    """With zeros for gradients AdamW would go on by its moments, and decay weights."""
+    """With zero gradients, AdamW would still apply its moments and the weight decay."""
     (before, _), _ = run_table([1, 1])
     batch: Any = {"tokens": jnp.zeros((4, 1), jnp.int32), "poison": jnp.ones(4)}
     optimizer = make_optimizer(TABLE, 20)
@@ -259,13 +259,13 @@ def test_a_batch_without_a_usable_sample_changes_nothing() -> None:
         assert int(after.step) == int(before.step) + 1
 
 
-def test_a_skipped_step_is_no_update_and_its_learning_rate_is_passed_over() -> None:
-    """Adam in NumPy float64 over the gradients of the steps that were not skipped, each at its own step's rate."""
+def test_a_skipped_step_is_not_an_update_and_its_learning_rate_is_unused() -> None:
+    """The reference is Adam in NumPy float64 over the other steps, each with the learning rate of its step."""
     poisons = [1, 1, np.nan, 1, np.nan, np.nan, 1, 1]
     states = run_table(poisons)
     rates = [float(learning_rate_schedule(TABLE, 20)(step)) for step in range(len(poisons))]
     start = np.float64(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
-    assert rates[0] == 0  # the warmup's first
+    assert rates[0] == 0  # the first step of the warmup
     previous, count = start, 0
     for poison, rate, (state, _) in zip(poisons, rates, states, strict=True):
         now = np.float64(state.params["clip"]["image"])
@@ -281,7 +281,7 @@ def test_a_skipped_step_is_no_update_and_its_learning_rate_is_passed_over() -> N
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 0.99999])
-def test_the_average_weighs_updates_alone_and_nothing_before_them(decay: float) -> None:
+def test_the_average_has_no_weight_on_initial_parameters(decay: float) -> None:
     poisons = [1, 1, 1, np.nan, 1, 1, np.nan, 1, 1, 1, 1, 1]
     states, seen = run_table(poisons, decay), []
     for poison, (state, _) in zip(poisons, states, strict=True):
@@ -292,7 +292,7 @@ def test_the_average_weighs_updates_alone_and_nothing_before_them(decay: float) 
         np.testing.assert_allclose(state.average["image"], expected, rtol=2e-6, atol=2e-6)
 
 
-def test_the_average_is_that_of_optax_after_many_updates() -> None:
+def test_the_average_equals_that_of_optax_after_many_updates() -> None:
     theirs = optax.ema(0.999, debias=True)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(500, 6)).astype(np.float32).cumsum(0)

@@ -1,4 +1,4 @@
-"""Embeddings stored once: the same on every call, resumed, and with the losses of a teacher in the step."""
+"""Teacher caches: reproducible, resumable, and with the losses of a teacher in the step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = {"copies": 2, "batch_size": 700, "file_rows": 1000}
 def cached(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> ml_collections.ConfigDict:
-    """A teacher of two steps with its own pixel statistics, its cache of two copies, and a student's configuration."""
+    """The configuration of a student with the cache, of two copies, of a teacher with other pixel statistics."""
     teacher = config.copy_and_resolve_references()
     teacher.steps = 2
     teacher.preprocess.update({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
@@ -74,7 +74,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     assert (cache.samples, cache.copies, cache.files, cache.embed_dim) == (1400, 2, 3, 16)
     assert np.load(folder / "00002.npy").shape == (800, 2, 16)
 
-    # The losses are those of the teacher in the step, which normalises pixels its own way.
+    # The losses are those of the teacher in the step, which uses its own pixel statistics.
     teacher, loss = load_model(tmp_path / "teacher"), LossConfig(crd=1.0, icl=1.0, fd=1.0, positives="equal_text")
     student = CLIP(run.model)
     params = {
@@ -93,10 +93,10 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
         in_step, stored = in_the_step(params, teacher.params, batch), from_cache(params, batch)
         for name in ("loss/crd", "loss/icl", "loss/fd"):
             assert float(stored[name]) == pytest.approx(float(in_step[name]), abs=1e-3), name
-        wrong = normalize(batch["image"], run.preprocess.mean, run.preprocess.std)
-        assert np.abs(teacher.encode_image(wrong) - batch["teacher_image"]).max() > 0.01
+        mistaken = normalize(batch["image"], run.preprocess.mean, run.preprocess.std)
+        assert np.abs(teacher.encode_image(mistaken) - batch["teacher_image"]).max() > 0.01
 
-    # Exported to open_clip and read again, the teacher sees the same, by the pixel statistics of its files.
+    # Exported to open_clip and read again, the teacher gives the same embeddings, by the pixel statistics of its files.
     described = {"config": teacher.config, "preprocess": teacher.preprocess, "params": teacher.params}
     export_pytorch(tmp_path / "open_clip", **described, formats=("open_clip",))
     imported = load_model(tmp_path / "open_clip")
@@ -104,11 +104,11 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     for ours, theirs in zip(sees(teacher.params, batch)[:2], again(imported.params, batch)[:2], strict=True):
         np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
-    # Both copies are drawn, and whatever draws them they are the same.
+    # Both copies are used, and they are reproducible.
     rows = [row.tobytes() for batch in batches(cached, 20) for row in batch["image"]]
     assert rows == [row.tobytes() for batch in batches(cached, 20) for row in batch["image"]]
 
-    # What was there stays, what is missing is made again, to the same bytes.
+    # Whole files are unchanged, and missing ones are written again with the same bytes.
     (folder / "00001.npy").rename(tmp_path / "was.npy")
     with pytest.raises(FileNotFoundError, match=r"00001\.npy: no such file; run `tclip teacher-cache` again"):
         open_cache(run)
@@ -125,17 +125,17 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     last = read_metrics(tmp_path / "student")[-1]
     assert last["step"] == 2 and all(np.isfinite(last[f"loss/{name}"]) for name in ("task", "crd", "icl", "fd"))
 
-    # Whole runs agree too, where nothing of what they see is drawn: embeddings of so few channels are float16.
+    # Whole runs without augmentation agree too, up to the rounding of float16 embeddings.
     plain = cached.copy_and_resolve_references()
     plain.data.update({"augment": "none", "templates": ("a {c}",)})
     plain.loss.update({"open_clip": 1.0, "affinity": 1.0, "kl": 1.0})
     write_cache(tmp_path / "plain", run_config(plain), str(tmp_path / "teacher"), **(SIZES | {"copies": 1}))
-    found = {}
+    lines = {}
     for name, teachers in (("from cache", ("", "plain")), ("in step", ("teacher", ""))):
         plain.teacher, plain.data.teacher_cache = (str(tmp_path / each) if each else "" for each in teachers)
         loop.train(plain, tmp_path / name)
-        found[name] = read_metrics(tmp_path / name)
-    for stored, in_step in zip(*found.values(), strict=True):
+        lines[name] = read_metrics(tmp_path / name)
+    for stored, in_step in zip(*lines.values(), strict=True):
         terms = [name for name in in_step if name.startswith("loss")]
         assert len(terms) == 8
         assert {name: stored[name] for name in terms} == pytest.approx(
@@ -144,7 +144,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
 
     cached.data.augment = "none"
     with pytest.raises(
-        ValueError, match=r"the teacher saw something else \(augment: 'affine', not 'none'\): make another"
+        ValueError, match=r"the teacher's inputs differ \(augment: 'affine', not 'none'\): make another"
     ):
         loop.train(cached, tmp_path / "other")
     cached.data.augment = "affine"
@@ -165,7 +165,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     assert TeacherCache.open(broken).read(998, 0).shape == (2, 16)
     with pytest.raises(ValueError, match=r"00000\.npy: row 999 is damaged: remove this file and run `tclip teacher"):
         opened.read(999, 0)
-    os.truncate(broken / "00000.npy", 64_100)  # of a file mapped to memory the last page would raise SIGBUS
+    os.truncate(broken / "00000.npy", 64_100)  # reading a truncated memory map would raise SIGBUS
     with pytest.raises(ValueError, match=r"00000\.npy: row 999 is missing: the file was truncated"):
         opened.read(999, 0)
     (folder / MANIFEST).write_text(json.dumps({"teacher": "x"}))
@@ -191,10 +191,10 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     config.data.teacher_cache, config.loss.crd = str(cache), 1.0
     run = run_config(config)
     assert open_cache(run, open_source(run.data.source, "train")) == made
-    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # the data may move
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # the data may be moved
     assert open_cache(run, open_source(f"folder:{tmp_path}/copy", "train")).made_by == made.made_by
 
-    # Another image of the same size under its name; other captions under the name of the same templates.
+    # Another image with the same name and size; other captions under the same name of templates.
     image = tmp_path / "data" / "cat" / "1.png"
     was = image.read_bytes()
     Image.new("RGB", (20, 20), (31, 0, 0)).save(image, compress_level=0)
@@ -208,10 +208,10 @@ def test_a_cache_of_other_data_or_of_another_teacher_is_refused(
     image.write_bytes(was)
     assert not (tmp_path / "student").exists()
     config.data.templates = ("the {c}",)
-    with pytest.raises(ValueError, match=r"saw something else \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
+    with pytest.raises(ValueError, match=r"inputs differ \(templates: \['a \{c\}'\], not \['the \{c\}'\]\)"):
         open_cache(run_config(config), open_source(config.data.source, "train"))
 
-    # Another teacher in the same place, and the manifest of an older version.
+    # Another teacher at the same path, and the manifest of an older version.
     config.data.update({"templates": ("a {c}",), "teacher_cache": ""})
     config.seed, config.loss.crd = 1, 0.0
     shutil.rmtree(teacher)
@@ -274,8 +274,8 @@ def test_two_processes_killed_and_started_again_give_the_files_of_one(
     first = {path: path.stat().st_mtime_ns for path in two.glob("*.npy")}
 
     for process in [*start_two(), start(0, 0, tmp_path / "teacher", one)]:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-2000:]
+        _, log = process.communicate(timeout=240)
+        assert process.returncode == 0, log[-2000:]
     assert TeacherCache.open(two).files == 28 and {path: path.stat().st_mtime_ns for path in first} == first
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()

@@ -1,4 +1,4 @@
-"""Who is behind, and what a run that hangs says."""
+"""The watchdog names the processes that are behind, and dumps their stacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tclip_jax.training import watchdog
 from tclip_jax.training.timing import StepTimer
-from tclip_jax.training.watchdog import Heartbeat, Watchdog, described, slowest
+from tclip_jax.training.watchdog import Heartbeat, Watchdog, slowest, stall_report
 
 
 def beat(step: int, phase: str = "step", silent: float = 0.0) -> Heartbeat:
@@ -24,23 +24,23 @@ def beat(step: int, phase: str = "step", silent: float = 0.0) -> Heartbeat:
     ("beats", "behind"),
     [
         ([beat(9), beat(8), beat(9)], (1,)),
-        ([beat(9), beat(9, "data"), beat(9)], (1,)),  # the others wait for the devices, which is for it
+        ([beat(9), beat(9, "data"), beat(9)], (1,)),  # the others wait for process 1
         ([beat(9, "data"), beat(9, "checkpoint"), beat(9)], (0, 1)),
         ([beat(9), beat(9)], (0, 1)),
         ([beat(9), beat(9, silent=50), beat(8)], (1,)),
     ],
 )
-def test_who_is_behind(beats: list[Heartbeat], behind: tuple[int, ...]) -> None:
+def test_the_slowest_processes(beats: list[Heartbeat], behind: tuple[int, ...]) -> None:
     assert slowest(dict(enumerate(beats)), silence=40) == behind
 
 
-def test_one_line_says_it() -> None:
+def test_the_report_is_one_line() -> None:
     beats = {0: beat(9), 1: beat(8, "data"), 2: beat(9, silent=50)}
-    assert described(beats, (1,), 40) == (
+    assert stall_report(beats, (1,), 40) == (
         "process 1 (host, process 7) is in step 8, waiting for data for 60 s; the others are in step 9"
     )
-    assert "waiting for the devices for 110 s, not heard of for 50 s" in described(beats, (2,), 40)
-    assert described(dict(enumerate([beat(9)] * 10)), tuple(range(10)), 40).endswith("; 2 more")
+    assert "waiting for the devices for 110 s, no heartbeat for 50 s" in stall_report(beats, (2,), 40)
+    assert stall_report(dict(enumerate([beat(9)] * 10)), tuple(range(10)), 40).endswith("; 2 more")
 
 
 def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +50,7 @@ def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
         time.sleep(0.01)
 
 
-def test_a_process_that_is_alone(
+def test_a_single_stalled_process(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     timer = StepTimer()
@@ -60,9 +60,9 @@ def test_a_process_that_is_alone(
             until("is in step 3, waiting for data for", caplog)
             time.sleep(0.3)
         assert (
-            caplog.text.count("no step has ended") == 1 and "in test_a_process_that_is_alone" in capfd.readouterr().err
+            caplog.text.count("no step has ended") == 1 and "in test_a_single_stalled_process" in capfd.readouterr().err
         )
-        dog.step(4)  # a second stall is told again
+        dog.step(4)  # a second stall is reported too
         until("is in step 4", caplog)
     assert not list(tmp_path.iterdir())
 
@@ -75,10 +75,10 @@ def test_compiling_and_evaluating_have_no_limit(tmp_path: pathlib.Path, caplog: 
     assert caplog.text == ""
 
 
-def test_the_first_names_another_which_then_shows_its_stacks(
+def test_process_0_names_another_process_and_exits(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Process 1 is a file here, whose heart beats and whose step stays."""
+    """A file stands for process 1, whose heartbeats continue while its step does not change."""
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
@@ -99,7 +99,7 @@ def test_the_first_names_another_which_then_shows_its_stacks(
     assert jax.process_index() == 0
 
 
-def test_waiting_for_another_that_compiles_is_no_stall(
+def test_waiting_for_a_compiling_process_is_no_stall(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)

@@ -1,0 +1,62 @@
+"""Time per phase, throughput, the log line, and profiler traces."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import pytest
+
+from tclip_jax.training.timing import StepTimer, Throughput, Trace
+
+
+def test_the_phases_share_out_all_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    timer = StepTimer()
+    now[0] += 1
+    with timer.during("evaluate"):
+        now[0] += 2
+        with timer.during("data"):
+            now[0] += 4
+        now[0] += 8
+    now[0] += 16
+    assert timer.take() == {"step": 17, "evaluate": 10, "data": 4} and timer.now == "step"
+    assert timer.take() == {"step": 0}
+
+
+class Device:
+    device_kind = "TPU v4"
+
+
+def test_throughput_mfu_and_the_log_line() -> None:
+    throughput = Throughput(100, int(55e9), [Device()] * 4, 2)  # type: ignore[list-item]
+    first = throughput.metrics({"step": 1.0, "compile": 30.0})
+    assert first["images_per_second"] == 100 and first["images_per_second_per_device"] == 25
+    assert first["mfu"] == pytest.approx(100 * 55e9 / (4 * 275e12)) and first["seconds/compile"] == 30
+    assert throughput.line(1, 9, {"loss": 1.0}) is None
+    throughput.metrics({"step": 0.5, "data": 0.5, "checkpoint": 1.0, "evaluate": 3.0})
+    assert throughput.line(2, 9, {"loss": 1.5}) == (
+        "step 2/9: loss 1.5000, 66.7 images/s (16.7 per device), MFU 0.3%;"
+        " time: checkpoint 2.8%, compile 83.3%, data 1.4%, evaluate 8.3%, step 4.2%"
+    )
+    assert "mfu" not in Throughput(8, 10, jax.devices()[:1], 0).metrics({"step": 1.0})
+
+
+@pytest.mark.parametrize("error", [None, ValueError("the run's own")])
+def test_a_failing_trace_raises_unless_the_run_fails(
+    error: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no space for the trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    with pytest.raises(type(error or RuntimeError("")), match="the run's own" if error else "no space"):  # noqa: SIM117
+        with Trace(tmp_path, (1, 2)) as trace:
+            trace.before(1)
+            if error:
+                raise error
