@@ -176,7 +176,7 @@ def test_nothing_wrong_and_nothing_measured(evaluated: Any, tmp_path: pathlib.Pa
 def test_a_page_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "model", "--data", "digits", "--html", "page.html"]) == 2
     assert capsys.readouterr().err == (
-        "tclip evaluate: error: --html needs --out DIR: the page is made of the predictions there\n"
+        "tclip evaluate: error: --html needs --out DIR: the page shows the predictions in that folder\n"
     )
 
 
