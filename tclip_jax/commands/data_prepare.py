@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes the data set, and prints the numbers of samples kept and dropped."""
     import shlex
 
-    from tclip_jax.datasets.prepare import begin, plan, prepare
+    from tclip_jax.datasets.prepare import begin, plan, prepare, prepare_with_beam
     from tclip_jax.pages import aligned
 
     if args.workers and args.beam is not None:
@@ -51,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     if args.beam is None:
         outcome = prepare(target, parts, workers=args.workers or os.cpu_count() or 1)
     else:
-        from tclip_jax.datasets.prepare import prepare_with_beam
-
         outcome = prepare_with_beam(target, parts, shlex.split(args.beam))
     if args.json:
         print(json.dumps(dataclasses.asdict(outcome) | {"folder": target.folder, "files": target.files}))
