@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tclip_jax.planning.child import other_libtpu
+from tclip_jax.planning.child import libtpu_mismatch
 
 PACKAGES = ("tclip-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 # package -> (extra that installs it, purpose)
@@ -61,9 +61,11 @@ def _versions() -> Iterator[Finding]:
         version = _version(name)
         yield Finding(name, version or "missing", "" if version else "pip install tclip-jax")
     if _older(_version("flax"), (0, 12, 9)) and not _older(_version("jax"), (0, 11, 1)):
-        yield Finding("flax and jax", "do not fit", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax")
-    if other := other_libtpu():
-        yield Finding("libtpu and jax", "do not fit", other)
+        yield Finding(
+            "flax and jax", "are incompatible", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax"
+        )
+    if mismatch := libtpu_mismatch():
+        yield Finding("libtpu and jax", "are incompatible", mismatch)
 
 
 def _devices() -> Iterator[Finding]:

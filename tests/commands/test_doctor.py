@@ -76,7 +76,7 @@ def test_a_libtpu_that_jax_does_not_pin(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.metadata, "requires", {"jax": pins}.get)
     versions = {"jax": "0.10.2", "flax": "0.12.8", "libtpu": "0.0.52"}
     monkeypatch.setattr(importlib.metadata, "version", versions.get)
-    remedy = "libtpu is 0.0.52, and jax 0.10.2 goes with ==0.0.42.*: pip install 'tclip-jax[plan]'"
+    remedy = "libtpu is 0.0.52, but jax 0.10.2 needs ==0.0.42.*: pip install 'tclip-jax[plan]'"
     assert findings()["libtpu and jax"].remedy == remedy
     versions["libtpu"] = "0.0.42.1"
     assert "libtpu and jax" not in findings()
