@@ -85,6 +85,23 @@ def test_the_help_text_of_a_command_ends_with_examples_that_it_parses(
     assert len(parsed) == len(examples) > 0
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("search index", "search query", "compare weights", "compare activations", "compare inputs"),
+        *("compare golden", "compare golden dump", "compare golden check"),
+    ],
+)
+def test_the_help_text_of_an_action_ends_with_an_example(
+    call: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = " ".join(help_of(call.split(), capsys).partition("Example: tclip ")[2].split())
+    assert example.startswith(call)
+    parsed: list[object] = []
+    monkeypatch.setattr(f"tclip_jax.commands.{call.split()[0]}.run", parsed.append)
+    assert main(shlex.split(example)) == 0 and len(parsed) == 1
+
+
 @pytest.mark.parametrize("arguments", [["qickstart"], ["--config", "quickstart"], ["--"], [*STUDENT, "--bogus"]])
 def test_an_unknown_command_or_option_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(arguments) == 2

@@ -48,21 +48,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     weights = kinds.add_parser(
-        "weights", parents=[named, form], help="compare values, trits and scales, tensor by tensor"
+        "weights",
+        parents=[named, form],
+        help="compare values, trits and scales, tensor by tensor",
+        epilog="Example: tclip compare weights runs/quickstart/artifact runs/quickstart/student",
     )
     activations = kinds.add_parser(
         "activations",
         parents=[named, form, numbers, batch],
         help="compare every tap of both towers, cumulative and isolated",
+        epilog="Example: tclip compare activations runs/student export --html compare.html",
     )
-    golden = kinds.add_parser("golden", help="write or check a file of activations, for machines without PyTorch")
+    golden = kinds.add_parser(
+        "golden",
+        help="write or check a file of activations, for machines without PyTorch",
+        epilog="Example: tclip compare golden dump export golden.safetensors",
+    )
     actions = golden.add_subparsers(dest="action", metavar="ACTION", required=True)
-    dump = actions.add_parser("dump", parents=[named, numbers, batch], help="run a model and write its activations")
+    dump = actions.add_parser(
+        "dump",
+        parents=[named, numbers, batch],
+        help="run a model and write its activations",
+        epilog="Example: tclip compare golden dump export golden.safetensors",
+    )
     check = actions.add_parser(
-        "check", parents=[named, form, numbers], help="run a model and compare its activations with a file"
+        "check",
+        parents=[named, form, numbers],
+        help="run a model and compare its activations with a file",
+        epilog="Example: tclip compare golden check runs/student golden.safetensors",
     )
     inputs = kinds.add_parser(
-        "inputs", parents=[named, form], help="compare tokens and pixels with those of open_clip and transformers"
+        "inputs",
+        parents=[named, form],
+        help="compare tokens and pixels with those of open_clip and transformers",
+        epilog="Example: tclip compare inputs runs/quickstart/artifact",
     )
     for command in (weights, activations):
         command.add_argument("a", metavar="A", help="the model to check")

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resamples", type=count, default=2000, help="bootstrap resamples (default: 2000)")
     parser.add_argument("--seed", type=number(int, ge=0), default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument(
-        "--max-drop", type=number(float, ge=0), metavar="POINTS", help="exit with 1 if a data set drops by more"
+        "--max-drop",
+        type=number(float, ge=0),
+        metavar="POINTS",
+        help="exit with code 1 if a data set drops by more than POINTS",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--html", metavar="FILE", help="also write a self-contained page with a plot")

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder>",
     )
-    parser.add_argument("--suite", help="names of data sets and suites, separated by commas; with train and test")
+    parser.add_argument(
+        "--suite", help="names of data sets and suites, separated by commas; each with splits train and test"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     parser.add_argument("--cache", metavar="DIR", help="folder of embeddings, which later calls reuse")
     parser.add_argument("--download", action="store_true", help="download missing splits from the Hugging Face hub")

@@ -23,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the name of the launcher; its script parses the other arguments."""
     launchers = sorted(path.name for path in shipped_folder("launch").iterdir() if "." not in path.name)
     parser.add_argument("where", choices=launchers, help="`tclip launch WHERE --help` shows its options")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="[OPTION ...] -- COMMAND ...")
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="[OPTION ...] -- COMMAND ...",
+        help="options of the launcher, then -- and a command of tclip",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

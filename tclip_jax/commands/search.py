@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions `index` and `query` and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    index = actions.add_parser("index", help="embed the images of a folder and its subfolders")
+    index = actions.add_parser(
+        "index",
+        help="embed the images of a folder and its subfolders",
+        epilog="Example: tclip search index runs/quickstart/artifact pictures --out pictures.index",
+    )
     index.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     index.add_argument("folder", metavar="FOLDER", help="folder of images")
     index.add_argument("--out", required=True, metavar="INDEX", help="folder of the index, new or to update")
     index.add_argument("--batch-size", type=count, default=64, help="images per batch (default: 64)")
-    query = actions.add_parser("query", help="find the images nearest to a text or an image")
+    query = actions.add_parser(
+        "query",
+        help="find the images nearest to a text or an image",
+        epilog='Example: tclip search query pictures.index "a handwritten digit three." --top 20',
+    )
     query.add_argument("index", metavar="INDEX", help="folder of an index")
     query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file or a text")
     kind = query.add_mutually_exclusive_group()

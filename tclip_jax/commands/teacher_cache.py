@@ -1,4 +1,4 @@
-"""Example:
+"""Examples:
   tclip teacher-cache --config quickstart:student --teacher runs/teacher --copies 4 --out caches/digits
   tclip train --config quickstart:student --config.data.teacher_cache=caches/digits --workdir runs/student
 
