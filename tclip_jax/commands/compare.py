@@ -127,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     else:
         if args.kind == "golden":
-            ours, theirs = args.model, args.file
-            model, reference = _load(ours, args), read_golden(theirs)
+            path, reference_path = args.model, args.file
+            model, reference = _load(path, args), read_golden(reference_path)
         else:
-            ours, theirs = _reference_last(args)
-            model = _load(ours, args)
-            reference = _record(theirs, model, args)
+            path, reference_path = _reference_last(args)
+            model = _load(path, args)
+            reference = _record(reference_path, model, args)
         report = activations_report(
-            f"activations of {ours} against {theirs}",
+            f"activations of {path} against {reference_path}",
             model,
             reference,
             budget=BUDGET if args.budget is None else args.budget,

@@ -4,8 +4,8 @@
   tclip launch tpu-vm --help
 
 A command of tclip follows --. With --dry-run the script only prints its commands. A process that exits with code 75
-(preempted, checkpoint saved) is restarted; one that was killed by a signal, or lost another process, is restarted a few
-times. The exit code is that of the command.
+(preempted, checkpoint saved) is always restarted. A process that is killed by a signal, or that loses another process,
+is restarted a few times. The exit code is that of the command.
 """
 
 from __future__ import annotations

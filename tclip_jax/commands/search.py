@@ -62,9 +62,9 @@ def _index(args: argparse.Namespace) -> int:
     from tclip_jax.inference.search import build_index
     from tclip_jax.pages import printable
 
-    where = args.model if "://" in args.model else os.path.abspath(args.model)
+    path = args.model if "://" in args.model else os.path.abspath(args.model)
     model = load_model(args.model).repacked()
-    outcome = build_index(model, args.folder, args.out, model_path=where, batch_size=args.batch_size)
+    outcome = build_index(model, args.folder, args.out, model_path=path, batch_size=args.batch_size)
     for failure in outcome.failures:
         print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""
@@ -81,8 +81,8 @@ def _query(args: argparse.Namespace) -> int:
 
     index = read_index(args.index)
     image = _query_image(args)
-    where = args.model or index.model
-    results = query_index(load_model(where).repacked(), index, image or args.query, args.top, model_path=where)
+    path = args.model or index.model
+    results = query_index(load_model(path).repacked(), index, image or args.query, args.top, model_path=path)
     if args.json:
         print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
         return 0
@@ -114,6 +114,6 @@ def _query_image(args: argparse.Namespace) -> epath.Path | None:
     if args.image or "://" in args.query or path.is_file():
         return path
     if is_image(args.query) or os.sep in args.query:
-        what = "a folder, not an image file" if path.is_dir() else "no such image file"
-        raise FileNotFoundError(f"{args.query}: {what}; add --text to search for it as a text")
+        reason = "a folder, not an image file" if path.is_dir() else "no such image file"
+        raise FileNotFoundError(f"{args.query}: {reason}; add --text to search for it as a text")
     return None

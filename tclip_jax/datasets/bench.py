@@ -45,12 +45,14 @@ class InputSpeed:
 
 
 def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float) -> InputSpeed:
-    """Measures the input pipeline of a run for 2 · `seconds`, in a new process whose memory is that of the pipeline.
+    """Measures the input pipeline of a run in a new process, whose memory is that of the pipeline alone.
+
+    The call takes about `seconds`, and as long again to measure waits.
 
     Args:
       run: the run, whose number of workers is replaced by `workers`.
       workers: worker processes; 0 loads in the process itself.
-      seconds: duration of each of the two measurements, of throughput and of waits.
+      seconds: duration of the measurement of throughput, and of that of waits.
       step_seconds: duration of a simulated training step, which sleeps; 0 to measure no waits.
 
     Raises:

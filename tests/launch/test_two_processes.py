@@ -42,8 +42,8 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path: pathlib.Path) -> 
     one = tclip(*RUN, "--workdir", str(tmp_path / "one"), XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert one.returncode == 0 and "waiting" not in one.stderr, one.stderr
     assert len(metrics(tmp_path / "one")) == 5
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    for actual, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert actual.keys() == expected.keys() and actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.faults
