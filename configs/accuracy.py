@@ -1,13 +1,13 @@
-"""The accuracy benchmark's models: small CLIPs on CIFAR-10 or emoji, every quantizer, with and without distillation.
+"""Models of the accuracy benchmark: small CLIPs on CIFAR-10 or emoji, for each quantizer, distilled or not.
 
     python -m benchmarks.accuracy --out runs/accuracy
 
-trains and compares them all; one of them alone, on data that it has laid out under runs/accuracy/data:
+trains and compares all models. To train one of them, on the data that the benchmark wrote to runs/accuracy/data:
 
     tclip train --config accuracy:cifar10,teacher --workdir runs/teacher
     tclip train --config accuracy:cifar10,lsq --config.teacher=runs/teacher --workdir runs/lsq
 
-After the data and the variant come, if wanted, `plain` for no distillation and `runlocal` for a test of seconds.
+After the data and the variant, `,plain` trains without distillation, and `,runlocal` is a test that takes seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tclip_jax.runs.config import base_config
 
 
 def _faster(factor: float) -> dict[str, Any]:
-    """Latent weights at a higher learning rate: a trit changes only when its weight has come a long way."""
+    """Raises the learning rate of latent weights, because a trit changes only after a large change of its weight."""
     latent = r"clip/(image|text)/(blocks/.*/kernel|token_embedding/embedding)"
     return {"optimizer.groups": ((latent, {"learning_rate": factor}),)}
 
 
-# What differs from the default quantizer (factor 2, groups of 256), and from the default schedule.
+# Variant -> changes of the default quantizer (factor 2, groups of 256) and schedule.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"ternary": "none"},
     "full_twice": {"ternary": "none", **_faster(2.0)},
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "least_squares": {"quantizer.kind": "least_squares"},
     "lsq": {"quantizer.kind": "lsq"},
     "seq": {"quantizer.kind": "seq", "quantizer.group": "channel"},
-    # The default, one step of the recipe at a time.
+    # The default quantizer with one change of the recipe.
     "twice": _faster(2.0),
     "fourfold": _faster(4.0),
     "eightfold": _faster(8.0),
@@ -53,13 +53,13 @@ DATA = ("cifar10", "emoji")
 
 
 def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
-    """The configuration: `arg` is DATA,VARIANT[,plain][,runlocal], with "teacher" as a further variant."""
+    """Returns the configuration; `arg` is DATA,VARIANT[,plain][,runlocal], where "teacher" is also a variant."""
     data, who, *modes = f"{arg},teacher".split(",")[: max(arg.count(",") + 1, 2)]
     if data not in DATA or who not in ("teacher", *VARIANTS) or set(modes) - {"plain", "runlocal"}:
         raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {', '.join(DATA)}; teacher, {', '.join(VARIANTS)}")
     local = "runlocal" in modes
     config = base_config()
-    width, layers = (128, 4) if who == "teacher" else (64, 3)  # minutes on a CPU; the benchmark's --width has others
+    width, layers = (128, 4) if who == "teacher" else (64, 3)  # minutes on a CPU; --width of the benchmark sets others
     if local:
         width, layers = 32, 1
     config.model.embed_dim = width
@@ -85,7 +85,7 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     if "plain" not in modes:
         config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0, "fd_kind": "cosine"})
     for key, value in VARIANTS[who].items():
-        if key.endswith("_steps"):  # a share of all steps
+        if key.endswith("_steps"):  # a fraction of all steps
             value = max(int(value * config.steps), 1)
         if value == "all":
             value = [("(image|text)/(blocks|token|patch).*", {})]

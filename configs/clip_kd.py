@@ -1,8 +1,9 @@
-"""CLIP-KD (CVPR 2024, arXiv 2307.12732): ViT-B/16 in full precision, distilled from ViT-L/14 on CC3M and CC12M.
+"""CLIP-KD (CVPR 2024, arXiv 2307.12732): full-precision ViT-B/16, distilled from ViT-L/14 on CC3M and CC12M.
 
     tclip train --config clip_kd --config.data.source=folder:/data/cc3m_cc12m --workdir gs://bucket/clip_kd
 
-Published: 57.5 % on ImageNet zero-shot with distillation, 37.0 % without. With `runlocal` it is a test of seconds:
+The paper reports a zero-shot accuracy on ImageNet of 57.5 % with distillation and 37.0 % without. `runlocal` is a test
+that takes seconds:
 
     tclip train --config quickstart:teacher,runlocal --workdir runs/teacher
     tclip train --config clip_kd:runlocal --config.teacher=runs/teacher --workdir runs/student
@@ -17,7 +18,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The configuration: `arg` is "" or "runlocal"."""
+    """Returns the configuration; `arg` is "" or "runlocal"."""
     if arg not in ("", "runlocal"):
         raise ValueError(f"clip_kd:{arg}: write clip_kd, or clip_kd:runlocal")
     config = base_config()

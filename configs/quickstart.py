@@ -3,7 +3,7 @@
     tclip train --config quickstart:teacher --workdir runs/teacher
     tclip train --config quickstart:student --config.teacher=runs/teacher --workdir runs/student
 
-`tclip quickstart` runs both. With `runlocal` after a comma (quickstart:student,runlocal) it is a test of seconds.
+`tclip quickstart` runs both. quickstart:student,runlocal is a test that takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:
-    """The teacher's or the student's configuration: `arg` is "teacher" or "student", then ",runlocal" if wanted."""
+    """Returns the configuration; `arg` is teacher or student, with an optional suffix ",runlocal"."""
     who, _, mode = arg.partition(",")
     if who not in ("teacher", "student") or mode not in ("", "runlocal"):
         raise ValueError(f"quickstart:{arg}: write quickstart:teacher or quickstart:student, and ,runlocal if wanted")
@@ -27,8 +27,8 @@ def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:
         config.ternary = "Q-ALL"
         config.loss.update({"task": 1.0, "crd": 1.0, "fd": 1.0, "fd_kind": "cosine"})
     config.model.text_cfg.context_length = 16  # the longest caption has 11 tokens
-    config.remat = True  # on a CPU what stays in the cache is recomputed faster than read back
-    config.loss.positives = "equal_text"  # ten classes: a batch repeats its captions
+    config.remat = True  # on a CPU, recomputing in cache is faster than reading activations from memory
+    config.loss.positives = "equal_text"  # a batch repeats the captions of ten classes
     config.data.update({"source": "digits", "augment": "affine", "batch_size": 128})
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50, "clip_norm": 1.0})
     config.steps = 400 if who == "teacher" else 500

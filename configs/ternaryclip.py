@@ -2,9 +2,9 @@
 
     tclip train --config ternaryclip:Q-ALL --config.data.source=folder:/data/cc12m --workdir gs://bucket/ternaryclip
 
-`ternaryclip:Q-FFN` makes the MLPs alone ternary, `ternaryclip:none` is the full-precision student of the same recipe.
-The paper's losses and schedule are not public; these are CLIP-KD's (arXiv 2307.12732), which has the same teacher,
-student and kind of data. With `runlocal` it is a test of seconds on digits:
+`ternaryclip:Q-FFN` ternarizes only the MLPs; `ternaryclip:none` is the full-precision student of the same recipe. The
+paper does not publish its losses and schedule. This recipe uses those of CLIP-KD (arXiv 2307.12732), which has the same
+teacher and student and similar data. `runlocal` is a test on digits that takes seconds:
 
     tclip train --config quickstart:teacher,runlocal --workdir runs/teacher
     tclip train --config ternaryclip:Q-ALL,runlocal --config.teacher=runs/teacher --workdir runs/student
@@ -20,7 +20,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "Q-ALL") -> ml_collections.ConfigDict:
-    """The configuration: `arg` is none, Q-FFN or Q-ALL, then ",runlocal" if wanted."""
+    """Returns the configuration; `arg` is none, Q-FFN or Q-ALL, with an optional suffix ",runlocal"."""
     which, _, mode = arg.partition(",")
     if which not in TERNARY_SETS or mode not in ("", "runlocal"):
         raise ValueError(f"ternaryclip:{arg}: write one of {', '.join(TERNARY_SETS)}, and ,runlocal if wanted")
@@ -33,7 +33,7 @@ def get_config(arg: str = "Q-ALL") -> ml_collections.ConfigDict:
     config.dtype, config.remat = "bfloat16", True
     config.loss.update({"task": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0})
     config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.1, "warmup_steps": 10_000})
-    config.steps = 330_000  # 32 epochs of the 10.5 million pairs of CC12M that can still be had
+    config.steps = 330_000  # 32 epochs of the 10.5 million pairs of CC12M that are still online
     config.checkpoint.every = 2000
     if mode == "runlocal":
         config.model = model_cfg("tiny")

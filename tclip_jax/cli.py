@@ -1,4 +1,4 @@
-"""`tclip <command>`: a table of commands, each in its own module and imported only when called."""
+"""The command line `tclip COMMAND`; each command is a module that is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -20,69 +20,76 @@ import tqdm.contrib.logging
 
 from tclip_jax.pages import printable
 
-# name -> purpose; the module of the same name in tclip_jax.commands (import_ for import, which is a keyword, and
-# evaluate_compare for evaluate compare, underscores for all that is no letter) has add_arguments(parser) and run(args).
+# Command -> purpose. The module tclip_jax.commands.NAME defines add_arguments(parser) and run(args); its docstring ends
+# the help text. NAME is the command with underscores for spaces and hyphens; `import`, a keyword, is import_.
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or resume a run",
     "plan": "estimate memory, communication and step time of a run without a TPU",
-    "launch": "start a command on several processes: here, on TPU VMs, GKE, SLURM or SkyPilot",
-    "teacher-cache": "embed a data set by a teacher once, to train without it in the step",
-    "data prepare": "webdataset tars or another source of captions as an ArrayRecord data set of TFDS",
-    "data check": "read a source once: what is broken, sizes, caption lengths, duplicates",
-    "data show": "what the model really sees, after augmentation and tokenizing, as an HTML page",
-    "data bench": "images per second, waits and memory of the input pipeline, by number of workers",
-    "evaluate": "zero-shot accuracy of a run or an artifact",
-    "evaluate compare": "two folders of results: differences with intervals, and the images that changed",
-    "evaluate probe": "few-shot and linear classifiers on a model's frozen embeddings",
-    "embed": "embeddings of images or texts, as .npy or .parquet",
-    "classify": "which of some labels fits an image",
-    "search": "index a folder of pictures, and find the nearest to a text or a picture",
-    "import": "read a checkpoint of open_clip, transformers or OpenAI, and write it as an artifact",
+    "launch": "run a command in several processes: on this machine, TPU VMs, GKE, SLURM or SkyPilot",
+    "teacher-cache": "compute a teacher's embeddings once, so that training steps do not run the teacher",
+    "data prepare": "convert webdataset tars or another captioned source to an ArrayRecord data set of TFDS",
+    "data check": "read every sample of a source and report broken samples, sizes, caption lengths, duplicates",
+    "data show": "write an HTML page of training samples after augmentation and tokenization",
+    "data bench": "measure images per second, waits and memory of the input pipeline, by number of workers",
+    "evaluate": "measure the zero-shot accuracy of a run, an artifact or a checkpoint",
+    "evaluate compare": "compare two folders of results: differences with intervals, and changed predictions",
+    "evaluate probe": "fit few-shot and linear classifiers on a model's frozen embeddings",
+    "embed": "write embeddings of images or texts as .npy or .parquet",
+    "classify": "rank labels by how well they fit each image",
+    "search": "index a folder of images, and find the images nearest to a text or an image",
+    "import": "convert a checkpoint of open_clip, transformers or OpenAI to an artifact",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
-    "verify": "compare an artifact bit for bit with what it was made from",
-    "inspect": "sizes, shares, zeros and provenance of an artifact",
+    "verify": "compare an artifact bit for bit with its source",
+    "inspect": "show the sizes, ternary share, zeros and provenance of an artifact",
     "export": "write a model as one folder that open_clip and transformers load",
-    "compare": "numerics of two models: weights, activations, inputs; JAX against PyTorch",
-    "params": "table of parameters: shape, dtype, sharding, ternary or not",
-    "doctor": "versions, devices, precision; what is missing and how to get it",
-    "completion": "a script by which a shell completes commands and options",
+    "compare": "compare the weights, activations or inputs of two models; JAX against PyTorch",
+    "params": "list the parameters of a model: shape, dtype, sharding, ternary or not",
+    "doctor": "check versions, devices and precision, and show how to install missing packages",
+    "completion": "print a script that completes commands and options in a shell",
 }
 
-# Lines by which Orbax's other threads tell of an error that the one that had it has told.
-_SAID_AGAIN = re.compile(
+# Log lines of Orbax's worker threads that repeat an error which its first thread has logged.
+_REPEATED_ERROR = re.compile(
     r"thread=write_metadata_after_commits\]|Failed to run \d+ Handler Commit operations|Save Finalize thread \("
 )
 
 EXIT_CODES = """Exit codes:
-  0    done
-  1    a check found a difference or a fault, or an input was left out; or a bug of this program
-  2    wrong usage or wrong input: one line says what, and what would be right
-  3    of evaluate: every data set has a result, but in one images do not count
-  69   of train: the other processes of the run were not found, or one was lost
-  75   of train: stopped by SIGTERM, all is saved, the same command resumes
-  130  stopped by Ctrl-C; of train: all is saved
-  141  what reads the output ended first, as `head` does
+  0    success
+  1    a check found a difference or a fault, or an input was left out; or a bug in this program
+  2    wrong usage or wrong input: one line names the error and the fix
+  3    evaluate: every data set has a result, but in one some images do not count
+  69   train: the other processes of the run were not found, or one was lost
+  75   train: stopped by SIGTERM after a checkpoint was saved; the same command resumes
+  130  stopped by Ctrl-C; train saves a checkpoint first
+  141  the reader of the output closed it, as `head` does
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is one of EXIT_CODES. An error is one line, and with --debug a traceback."""
+    """Runs one command and prints an error as one line, or with --debug as a traceback.
+
+    Args:
+      arguments: the command and its options; None for those of the process.
+
+    Returns:
+      The exit code, one of EXIT_CODES.
+    """
     try:
         try:
             return _main(arguments)
         finally:
-            sys.stdout.flush()  # here, not at the end of Python, which would complain
+            sys.stdout.flush()  # Python's own flush at exit would print a broken pipe as an error.
     except BrokenPipeError:
         if not _output_is_closed():
             raise
-        # What is still to be written goes nowhere.
+        # Discard the output that is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads stdout or stderr any more."""
+    """Returns whether the reader of stdout or stderr has closed it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.write("")
@@ -98,18 +105,18 @@ def _output_is_closed() -> bool:
 
 def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
-    name = " ".join(arguments[:words]) or "--help"
+    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # words of the command
+    name = " ".join(arguments[:length]) or "--help"
     if name not in COMMANDS:
         group = [command for command in COMMANDS if command.startswith(f"{name} ")]
         if not group and name[0] != "-":
-            near = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
-            _top_parser(COMMANDS).error(f"no command {name!r}: the nearest is {near!r}; tclip --help lists all")
-        wanted = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
-        _top_parser(group or COMMANDS).parse_args(wanted if group else arguments or ["--help"])
+            nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
+            _top_parser(COMMANDS).error(f"no command {name!r}: the nearest is {nearest!r}; tclip --help lists all")
+        unknown = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
+        _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
     module, parser = _module(name), argparse.ArgumentParser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
-    args = parser.parse_args(_split_overrides(arguments[words:]))
+    args = parser.parse_args(_split_overrides(arguments[length:]))
     start_logging(args.debug)
     try:
         with tqdm.contrib.logging.logging_redirect_tqdm():
@@ -120,53 +127,59 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if args.debug or (isinstance(error, BrokenPipeError) and _output_is_closed()):
             raise
-        print(f"tclip {name}: {printable(_told(error))}", file=sys.stderr)
+        print(f"tclip {name}: {printable(_error_line(error))}", file=sys.stderr)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
 
 
 def start_logging(debug: bool = False) -> None:
-    """Logs to stderr: our own progress, and warnings of others; of absl, by which Orbax and Grain log, its errors."""
+    """Logs to stderr: messages of this package, warnings of other libraries, and errors of absl.
+
+    Orbax and Grain log through absl.
+
+    Args:
+      debug: whether to keep the tracebacks of absl's errors.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
     absl = logging.getLogger("absl")
-    absl.setLevel(logging.ERROR)  # Orbax warns of files that it does not need
-    absl.removeFilter(_in_a_line) if debug else absl.addFilter(_in_a_line)
+    absl.setLevel(logging.ERROR)  # Orbax warns about missing files that it does not need.
+    absl.removeFilter(_shorten) if debug else absl.addFilter(_shorten)
 
 
-def _in_a_line(record: logging.LogRecord) -> bool:
-    """Shortens an error of absl to its line, without traceback; False for what Orbax says again of the same failure."""
+def _shorten(record: logging.LogRecord) -> bool:
+    """Logging filter: reduces a record to one line without traceback, and drops an error that Orbax repeats."""
     message = " ".join(record.getMessage().partition(" [source locations")[0].split())
     record.msg, record.args, record.exc_info, record.exc_text = message, (), None, None
-    return not _SAID_AGAIN.search(message)
+    return not _REPEATED_ERROR.search(message)
 
 
 class _Printable(logging.Formatter):
-    """Messages quote files and their names: no byte of these reaches the terminal as it is."""
+    """Formatter that escapes control characters, because messages quote file names and file contents."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser of all commands with all their options, as shell completion wants it."""
+    """Returns one parser of all commands and their options, for shell completion."""
     parser = argparse.ArgumentParser(prog="tclip", description="Ternary CLIP in JAX.")
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
-    for name in sorted(COMMANDS):  # so that `evaluate` comes before `evaluate compare`
+    for name in sorted(COMMANDS):  # `evaluate` before `evaluate compare`
         group, _, last = name.rpartition(" ")
         if group not in groups:
             groups[group] = groups[""].add_parser(group, help=f"{group} …").add_subparsers(metavar="COMMAND")
         command = groups[group].add_parser(last, **_settings(name), help=COMMANDS[name])
-        if any(other.startswith(f"{name} ") for other in COMMANDS):
+        if any(longer.startswith(f"{name} ") for longer in COMMANDS):
             groups[name] = command.add_subparsers(metavar="COMMAND")
         add_arguments(command, name)
     return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options of one command, and those that all have."""
+    """Adds the options of a command and the options that all commands share."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _module(name).add_arguments(parser)
 
@@ -187,14 +200,14 @@ def _settings(name: str) -> dict[str, Any]:
     }
 
 
-def _told(error: Exception) -> str:
-    """One line: the message of what is expected to fail, and of anything else where it happened."""
+def _error_line(error: Exception) -> str:
+    """Describes an error in one line: an expected error by its message, an unexpected error also by its location."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
         return f"error: {error}"
     if isinstance(error, ModuleNotFoundError):
-        return f"error: {error}: `tclip doctor` says which extra brings it"
+        return f"error: {error}: `tclip doctor` names the extra that installs it"
     at = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]} ({at.filename}:{at.lineno})"
     return f"unexpected {message}; --debug shows the traceback"
@@ -204,7 +217,8 @@ def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tclip",
         description="Ternary CLIP in JAX.",
-        epilog="Example: tclip quickstart --workdir runs/quickstart\n`tclip COMMAND --help` has an example of each."
+        epilog="Example: tclip quickstart --workdir runs/quickstart\n"
+        "`tclip COMMAND --help` shows the options of a command and an example."
         + (f"\n\n{EXIT_CODES}" if names is COMMANDS else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -215,7 +229,7 @@ def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:
-    """--config.a.b=value, an option of any name, becomes --config.KEY a.b=value; what follows -- is another's."""
+    """Rewrites --config.a.b=value as --config.KEY a.b=value; arguments after -- belong to another command."""
     split: list[str] = []
     for i, argument in enumerate(arguments):
         if argument == "--":

@@ -1,4 +1,4 @@
-"""The whole path on real images: teacher, ternary student, evaluation, artifact, export, and a picture of it."""
+"""The quick start: a teacher and a ternary student on real images, evaluated, packed, exported and plotted."""
 
 from __future__ import annotations
 
@@ -45,19 +45,21 @@ from tclip_jax.training.loop import train
 
 _logger = logging.getLogger(__name__)
 
-SHOWN = 24  # test images in the picture: all mistakes that fit, then right ones
+SHOWN = 24  # test images in the report: mistakes first, then correct predictions
 
 
 def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = "") -> dict[str, Any]:
-    """Trains `recipe`:teacher and `recipe`:student in `workdir`, resuming where an earlier call stopped.
+    """Trains a teacher and a ternary student, then evaluates, packs and exports the student; resumes an earlier call.
 
-    Leaves teacher/, student/ (runs), artifact/, export/, report.png and summary.json.
+    Writes the runs teacher/ and student/, the folders artifact/ and export/, and the files report.png and summary.json.
 
     Args:
-      mode: the recipe's further argument, as "runlocal".
+      workdir: folder of the output.
+      recipe: recipe with the arguments "teacher" and "student".
+      mode: further argument of the recipe, such as "runlocal".
 
     Returns:
-      The content of summary.json; accuracies, shares and zeros are fractions.
+      The content of summary.json; accuracies, ternary share and zeros are fractions.
     """
     started, workdir = time.perf_counter(), epath.Path(workdir)
     suffix = f",{mode}" if mode else ""
@@ -87,7 +89,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         provenance=provenance,
         overwrite=True,
     )
-    # What is evaluated is what is kept: the packed weights, from the artifact's own bytes; then with what was found.
+    # Evaluate the weights that the artifact holds; then write the artifact again with the figures.
     write()
     templates = templates_for(source, run.eval.templates)
     teacher_outcome = classify(Encoder(models["teacher"]), source, templates)
@@ -113,17 +115,17 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
         check=True,
         overwrite=True,
     )
-    _write_picture(workdir, params, source, outcome, student, templates)
-    # Of this call: what an earlier one has done is not in it.
+    _write_report(workdir, params, source, outcome, student, templates)
+    # The seconds are those of this call, without the training of earlier calls.
     summary |= {"seconds": time.perf_counter() - started, "steps": steps, "steps_before": steps_before}
     write_atomic(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The summary aligned for a terminal, shares in per cent."""
+    """Formats the summary as a table for a terminal, with fractions in per cent."""
     before, steps = summary.get("steps_before", 0), summary.get("steps", 0)
-    done = f"; {before:,} of {steps:,} training steps were there before" if before else ""
+    resumed = f"; {before:,} of {steps:,} training steps by an earlier call" if before else ""
     rows = (
         ("teacher accuracy", f"{summary['teacher_accuracy']:.2%}", "full precision, zero-shot on held-out images"),
         ("student accuracy", f"{summary['student_accuracy']:.2%}", "ternary, evaluated from the packed artifact"),
@@ -136,19 +138,19 @@ def summary_table(summary: dict[str, Any]) -> str:
         ),
         ("compression, real", f"{summary['compression_real']:.2f}x", "float32 bytes / bytes of the weight files"),
         ("artifact", f"{summary['artifact_bytes']:,} B", "its weight files"),
-        ("time", f"{summary['seconds']:.0f} s", f"training, evaluation, packing, export{done}"),
+        ("time", f"{summary['seconds']:.0f} s", f"training, evaluation, packing, export{resumed}"),
     )
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {what}" for name, value, what in rows)
+    return "\n".join(f"{name.ljust(widths[0])}  {value.rjust(widths[1])}  {note}" for name, value, note in rows)
 
 
-def _write_picture(
+def _write_report(
     workdir: epath.Path, params: Any, source: Source, outcome: Outcome, student: Model, templates: Any
 ) -> None:
     predictions = outcome.predictions["top"][:, 0]
-    right = predictions == outcome.predictions["labels"]
-    # Stable sort: mistakes first, each kind in the order of the source. All images of a picture are readable here.
-    shown = np.argsort(right, kind="stable")[:SHOWN]
+    correct = predictions == outcome.predictions["labels"]
+    # Mistakes first; a stable sort keeps the order of the source. Every test image was decoded in the evaluation.
+    shown = np.argsort(correct, kind="stable")[:SHOWN]
     predicted = [captions(source.classnames[predictions[i]], templates)[0] for i in shown]
     write_picture(
         workdir / "report.png",
@@ -156,7 +158,7 @@ def _write_picture(
         params=params,
         images=[preprocess(to_pil(source[int(i)].image), student.preprocess) for i in shown],
         predicted=predicted,
-        correct=right[shown],
+        correct=correct[shown],
     )
 
 
@@ -173,16 +175,17 @@ def write_picture(
     predicted: Sequence[str],
     correct: Sequence[bool],
 ) -> None:
-    """Writes a PNG.
+    """Writes the report of the quick start as a PNG: metrics, trits, and predictions for test images.
 
     Args:
-      curves: for each run the lines of its metrics.
-      params: a packed parameter tree.
-      images: pixels (H, W, 3) of test images.
-      predicted: the caption that the model gave to each.
-      correct: whether it was right.
+      path: file to write.
+      curves: run -> lines of its metrics.jsonl.
+      params: packed parameter tree.
+      images: test images, (H, W, 3) uint8 each.
+      predicted: predicted caption of each image.
+      correct: whether each prediction is correct.
     """
-    # Of the last run that has any: others may have other weights.
+    # Trit snapshots of the last run that has some; runs may differ in their ternary weights.
     snapshots = max(
         ([line for line in lines if "trits" in line] for lines in reversed([*curves.values()])), key=bool, default=[]
     )
@@ -202,25 +205,27 @@ def write_picture(
 
 
 def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
-    """One line per run over the steps; accuracies in per cent."""
-    share = metric.endswith("accuracy")
+    """Plots a metric over the steps, one line per run; accuracies in per cent."""
+    is_accuracy = metric.endswith("accuracy")
     for name, lines in curves.items():
-        points = [(line["step"], line[metric] * (100 if share else 1)) for line in lines if metric in line]
+        points = [(line["step"], line[metric] * (100 if is_accuracy else 1)) for line in lines if metric in line]
         if points:
-            last = f" {points[-1][1]:.1f} %" if share else ""
-            axes.plot(*zip(*points, strict=True), label=f"{name}{last}", marker="o" if share else None, markersize=3)
-    axes.set(title=title, xlabel="step", ylabel="%" if share else None)
+            last = f" {points[-1][1]:.1f} %" if is_accuracy else ""
+            axes.plot(
+                *zip(*points, strict=True), label=f"{name}{last}", marker="o" if is_accuracy else None, markersize=3
+            )
+    axes.set(title=title, xlabel="step", ylabel="%" if is_accuracy else None)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
 
 
 def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]) -> None:
-    """How trits moved while one run learned, a line per weight: zeros, flips and drift, saturation, |w| at the end.
+    """Plots the trit snapshots of a run, one line per weight: zeros, flips, drift, saturation, and the final |w|.
 
     Args:
-      axes: five of them.
-      snapshots: lines of metrics.jsonl with "trits", whose values have one entry per layer; their mean is drawn.
+      axes: (5,) array of Axes.
+      snapshots: lines of metrics.jsonl with "trits"; the plots show means over layers.
     """
     titles = {
         "zeros": "zeros, %",
@@ -228,12 +233,12 @@ def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]
         "drift": "change of scales in one step, %",
         "saturated": "latent weights beyond s, %",
     }
-    for each, (name, title) in zip(axes, titles.items(), strict=False):
+    for plot, (name, title) in zip(axes, titles.items(), strict=False):
         for path in snapshots[-1]["trits"]:
             points = [(snapshot["step"], 100 * np.mean(snapshot["trits"][path][name])) for snapshot in snapshots]
-            each.plot(*zip(*points, strict=True), label=weight_name(path), marker="o", markersize=3)
-        each.set(title=title, xlabel="step")
-        each.grid(alpha=0.3)
+            plot.plot(*zip(*points, strict=True), label=weight_name(path), marker="o", markersize=3)
+        plot.set(title=title, xlabel="step")
+        plot.grid(alpha=0.3)
     for path, snapshot in snapshots[-1]["trits"].items():
         axes[-1].stairs(np.mean(snapshot["histogram"], axis=0)[:-1], HISTOGRAM_EDGES, label=weight_name(path))
     axes[-1].set(title="|w| / s at the end, shares", xlabel="|w| / s")
@@ -242,15 +247,15 @@ def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]
 
 
 def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
-    """Shares of −1, 0 and +1 in every ternary weight of every layer, as stacked bars."""
+    """Plots the fractions of −1, 0 and +1 in each ternary weight of each layer, as stacked bars."""
     shares = {}
     for path, leaf in flatten(params).items():
         if isinstance(leaf, TernaryTensor):
             tower, _, weight = weight_name(path).partition(" ")
             trits, stacked = np.asarray(leaf.trits), len(leaf.shape) == 3
-            for layer, each in enumerate(trits if stacked else [trits]):
+            for layer, values in enumerate(trits if stacked else [trits]):
                 label = f"{tower} {layer} {weight}" if stacked else f"{tower} {weight}"
-                shares[label] = {trit: 100 * float(np.mean(each == trit)) for trit in (-1, 0, 1)}
+                shares[label] = {trit: 100 * float(np.mean(values == trit)) for trit in (-1, 0, 1)}
     left = np.zeros(len(shares))
     for trit, color in _COLORS.items():
         widths = np.array([share[trit] for share in shares.values()])
@@ -269,12 +274,12 @@ def plot_predictions(
     correct: Sequence[bool],
     columns: int = 8,
 ) -> None:
-    """A grid of images, each under the caption it was given: green if right, red if wrong."""
+    """Plots images in a grid, each under its predicted caption: green if correct, red if not."""
     rows = max(-(-len(images) // columns), 1)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle("what the ternary student predicts for test images")
     for axes in grid.flat:
         axes.axis("off")
-    for axes, image, caption, right in zip(grid.flat, images, predicted, correct, strict=False):
+    for axes, image, caption, is_correct in zip(grid.flat, images, predicted, correct, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=8, color="#2a7d3f" if right else "#c0392b", parse_math=False)
+        axes.set_title(caption, fontsize=8, color="#2a7d3f" if is_correct else "#c0392b", parse_math=False)

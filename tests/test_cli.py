@@ -1,4 +1,4 @@
-"""The commands from outside: help, errors, overrides, and what is imported for them."""
+"""The command line: help texts, error messages, overrides, and imports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
     return capsys.readouterr().out
 
 
-def test_every_module_of_a_command_is_in_the_table() -> None:
+def test_every_command_module_is_in_the_table() -> None:
     folder = pathlib.Path(importlib.import_module("tclip_jax.commands").__path__[0])
     assert {name.replace(" ", "_").replace("-", "_") for name in COMMANDS} == {
         path.stem.removesuffix("_") for path in folder.glob("[!_]*.py")
@@ -52,7 +52,7 @@ def main_exit(arguments: Sequence[str]) -> object:
     return stop.value.code
 
 
-def test_the_first_word_of_some_commands_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_name_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(["data"]) == 0
     shown = capsys.readouterr().out
     assert "data prepare" in shown and "data check" in shown and "quickstart:" not in shown and "evaluate" not in shown
@@ -61,13 +61,13 @@ def test_the_first_word_of_some_commands_lists_them(capsys: pytest.CaptureFixtur
     assert "invalid choice: 'data chek' (choose from 'data prepare'" in capsys.readouterr().err
 
 
-def test_a_misspelt_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(["trian", "--config", "x"]) == 2
     assert "tclip: error: no command 'trian': the nearest is 'train'; tclip --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_ends_in_examples_that_it_parses(
+def test_the_help_text_of_a_command_ends_with_examples_that_it_parses(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = help_of(name.split(), capsys)
@@ -85,8 +85,25 @@ def test_help_of_a_command_ends_in_examples_that_it_parses(
     assert len(parsed) == len(examples) > 0
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("search index", "search query", "compare weights", "compare activations", "compare inputs"),
+        *("compare golden", "compare golden dump", "compare golden check"),
+    ],
+)
+def test_the_help_text_of_an_action_ends_with_an_example(
+    call: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = " ".join(help_of(call.split(), capsys).partition("Example: tclip ")[2].split())
+    assert example.startswith(call)
+    parsed: list[object] = []
+    monkeypatch.setattr(f"tclip_jax.commands.{call.split()[0]}.run", parsed.append)
+    assert main(shlex.split(example)) == 0 and len(parsed) == 1
+
+
 @pytest.mark.parametrize("arguments", [["qickstart"], ["--config", "quickstart"], ["--"], [*STUDENT, "--bogus"]])
-def test_what_is_no_command_or_option_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_or_option_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(arguments) == 2
     assert "error: " in capsys.readouterr().err
 
@@ -108,16 +125,16 @@ def test_debug_shows_the_traceback() -> None:
 @pytest.mark.parametrize(
     ("arguments", "alone", "together"),
     [
-        (["--help"], {0, 141}, {0, 141}),  # argparse itself passes over an unbuffered pipe that broke
+        (["--help"], {0, 141}, {0, 141}),  # argparse ignores a broken unbuffered pipe
         (["evaluate", "--help"], {0, 141}, {0, 141}),
         (STUDENT, {141}, {141}),
         (["params", "--config", "x"], {2}, {141}),  # an error, which goes to stderr
     ],
 )
-def test_output_that_nobody_reads_ends_a_command_quietly(
+def test_a_closed_output_ends_a_command_without_an_error(
     arguments: Sequence[str], alone: set[int], together: set[int]
 ) -> None:
-    """As in `tclip … | head`, also where stderr goes the same way."""
+    """As in `tclip … | head`, with stderr on its own or in the same pipe."""
     for stderr, codes in ((subprocess.PIPE, alone), (None, together)):
         read, write = os.pipe()
         os.close(read)
@@ -128,9 +145,7 @@ def test_output_that_nobody_reads_ends_a_command_quietly(
         assert not stderr or len(ran.stderr.splitlines()) == (codes == {2})
 
 
-def test_a_broken_pipe_of_something_else_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def fail(args: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -156,7 +171,7 @@ def test_a_broken_pipe_of_something_else_is_an_error(
         (PermissionError(13, "Permission denied", "x"), 2, r"tclip params: error: x: Permission denied"),
     ],
 )
-def test_whatever_fails_is_one_line(
+def test_any_error_is_one_line(
     raised: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: object) -> None:
@@ -209,7 +224,7 @@ def test_params_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_python_m_is_the_same_and_imports_no_jax_for_help() -> None:
+def test_python_m_runs_the_same_commands_and_help_imports_no_jax() -> None:
     shown = python("-X", "importtime", "-m", "tclip_jax", "train", "--help")
     assert shown.returncode == 0 and shown.stdout.startswith("usage: tclip train")
     imported = {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
@@ -232,7 +247,7 @@ import jax.numpy as jnp
 from absl import logging as absl
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.checkpoints import CheckpointConfig
-absl.warning("a file that nobody needs")
+absl.warning("a file is missing")
 try:
     raise OSError("why")
 except OSError:
@@ -248,7 +263,7 @@ with Checkpoints(sys.argv[1], CheckpointConfig()) as checkpoints:
 """
 
 
-def test_errors_of_orbax_and_grain_are_shown_each_in_one_line(tmp_path: pathlib.Path) -> None:
+def test_each_error_of_orbax_and_grain_is_one_line(tmp_path: pathlib.Path) -> None:
     ran = python("-c", ORBAX, str(tmp_path / "c"), "")
     assert "checkpoint could not be written" in ran.stdout, ran.stderr
     first, second = ran.stderr.splitlines()
@@ -256,19 +271,21 @@ def test_errors_of_orbax_and_grain_are_shown_each_in_one_line(tmp_path: pathlib.
     assert second.startswith("ERROR ") and "Failed to write" in second and "File too large" in second
     ran = python("-c", ORBAX, str(tmp_path / "d"), "debug")
     assert "Traceback" in ran.stderr and "OSError: why" in ran.stderr and "Failed to write" in ran.stderr
-    assert "nobody needs" not in ran.stderr
+    assert "a file is missing" not in ran.stderr
 
 
-def test_no_byte_of_a_file_reaches_the_terminal(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_files_and_names_are_escaped(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "t.csv").write_text("a\x9b31m\u2028,b\n")
     name = "\x1b[31mred"
     for spec in (f"csv:{tmp_path}/t.csv", f"folder:{tmp_path}/{name}", f"csv:{tmp_path}/{name}"):
         assert main(["data", "check", "--data", spec, "--workers", "1"]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.rstrip("\n").isprintable()
-        assert "\\x9b31m" in said or "\\x1b[31mred: " in said
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.rstrip("\n").isprintable()
+        assert "\\x9b31m" in error or "\\x1b[31mred: " in error
 
 
-def test_an_error_of_the_system_names_its_file_once(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_os_error_names_its_file_once(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "--data", f"csv:{tmp_path}/none.csv"]) == 2
     assert capsys.readouterr().err == f"tclip data check: error: {tmp_path}/none.csv: No such file or directory\n"

@@ -1,4 +1,4 @@
-"""The picture of a run: a whole PNG, and every number drawn in it is one that was given."""
+"""The report of the quick start: a valid PNG whose plots show the numbers of the run."""
 
 from __future__ import annotations
 
@@ -34,31 +34,37 @@ PARAMS: dict[str, Any] = {
 
 def picture(path: pathlib.Path, **changes: Any) -> Image.Image:
     images = [np.full((8, 8, 3), i, np.uint8) for i in range(10)]
-    given = {"curves": CURVES, "params": PARAMS, "images": images, "predicted": ["a cat"] * 10, "correct": [True] * 10}
-    write_picture(path, **(given | changes))
-    with Image.open(path) as read:
-        read.load()
-    return read
+    arguments = {
+        "curves": CURVES,
+        "params": PARAMS,
+        "images": images,
+        "predicted": ["a cat"] * 10,
+        "correct": [True] * 10,
+    }
+    write_picture(path, **(arguments | changes))
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
-def test_report_is_a_whole_png(tmp_path: pathlib.Path) -> None:
-    read = picture(tmp_path / "report.png")
-    assert read.format == "PNG"
-    assert len(np.unique(np.asarray(read.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+def test_the_report_is_a_valid_png(tmp_path: pathlib.Path) -> None:
+    image = picture(tmp_path / "report.png")
+    assert image.format == "PNG"
+    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"curves": {"teacher": CURVES["teacher"][:2], "student": []}},  # nothing was evaluated
+        {"curves": {"teacher": CURVES["teacher"][:2], "student": []}},  # no evaluation
         {"params": {"logit_scale": np.float32(1)}},
         {"images": [], "predicted": [], "correct": []},
-        {"predicted": ["costs $5_a} or ${x", *["a cat"] * 9]},  # no mathematics
+        {"predicted": ["costs $5_a} or ${x", *["a cat"] * 9]},  # dollar signs are text, not mathematics
     ],
     ids=["no accuracies", "no trits", "no images", "dollars"],
 )
-def test_report_of_a_run_that_has_less(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
+def test_the_report_of_a_run_without_some_results(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
     assert picture(tmp_path / "report.png", **changes).format == "PNG"
 
 
@@ -85,7 +91,7 @@ def test_bars_are_the_shares_of_trits_per_layer() -> None:
     ]
     for trit, bars in zip((-1, 0, 1), axes.containers, strict=True):
         assert bars.get_label() == {-1: "-1", 0: "0", 1: "+1"}[trit]
-        expected = [100 * np.count_nonzero(each == trit) / each.size for each in (*fc1, table)]
+        expected = [100 * np.count_nonzero(layer == trit) / layer.size for layer in (*fc1, table)]
         np.testing.assert_allclose([bar.get_width() for bar in bars], expected)
     np.testing.assert_allclose([bar.get_x() + bar.get_width() for bar in axes.containers[-1]], 100)
 
@@ -111,7 +117,7 @@ def test_dynamics_are_the_means_over_layers(tmp_path: pathlib.Path) -> None:
     assert report.height > picture(tmp_path / "report.png").height  # a further row of plots
 
 
-def test_each_image_stands_under_what_was_said_of_it() -> None:
+def test_each_image_is_below_its_predicted_caption() -> None:
     figure = Figure()
     images = [np.full((4, 4, 3), i, np.uint8) for i in range(3)]
     plot_predictions(figure, images, ["a one", "a two", "a six"], [True, False, True], columns=2)
@@ -119,7 +125,7 @@ def test_each_image_stands_under_what_was_said_of_it() -> None:
     assert len(figure.axes) == 4 and [title for title, _ in drawn] == ["a one", "a two", "a six"]
     for image, (_, array) in zip(images, drawn, strict=True):
         np.testing.assert_array_equal(array, image)
-    red, green = (1, 0), (0, 1)  # which of these channels is the stronger
+    red, green = (1, 0), (0, 1)  # which of the two channels is stronger
     colours = [to_hex(axes.title.get_color()) for axes in figure.axes[:3]]
     stronger = [red if int(colour[1:3], 16) > int(colour[3:5], 16) else green for colour in colours]
     assert stronger == [green, red, green]

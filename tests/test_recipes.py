@@ -1,4 +1,4 @@
-"""Recipes are found by name or path, and overrides reach every key or say which key was meant."""
+"""Recipes by name and by path, and overrides of their keys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from tclip_jax.runs.config import base_config, run_config
 RECIPES = sorted(path.stem for path in recipe_folder().glob("[!_]*.py"))
 
 
-def test_the_checkouts_recipes_are_found() -> None:
+def test_recipes_of_the_checkout_are_found() -> None:
     assert recipe_folder() == pathlib.Path(__file__).resolve().parents[1] / "configs"
     assert "quickstart" in RECIPES
 
 
-def test_an_installed_packages_own_recipes_come_first(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_inside_an_installed_package_come_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "package" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()
     monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "package")
@@ -31,7 +33,7 @@ def test_an_installed_packages_own_recipes_come_first(tmp_path: pathlib.Path, mo
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
 @pytest.mark.parametrize("mode", ["", ",runlocal"])
-def test_quickstart_is_a_run(who: str, mode: str) -> None:
+def test_quickstart_is_a_valid_run(who: str, mode: str) -> None:
     config = load_recipe(f"quickstart:{who}{mode}")
     run = run_config(override(config, ["teacher=runs/teacher"] if who == "student" else []))
     assert bool(run.rules) == bool(run.loss.crd) == (who == "student")
@@ -39,17 +41,17 @@ def test_quickstart_is_a_run(who: str, mode: str) -> None:
     assert run.data.source == run.eval.source == "digits"
 
 
-def test_without_an_argument_get_config_has_its_default() -> None:
+def test_without_an_argument_get_config_uses_its_default() -> None:
     assert load_recipe("quickstart") == load_recipe("quickstart:teacher")
 
 
 @pytest.mark.parametrize("argument", ["pupil", "teacher,fast", ",runlocal"])
-def test_quickstart_says_what_its_argument_may_be(argument: str) -> None:
+def test_quickstart_lists_its_arguments(argument: str) -> None:
     with pytest.raises(ValueError, match=rf"^quickstart:{argument}: write quickstart:teacher or quickstart:student"):
         load_recipe(f"quickstart:{argument}")
 
 
-def test_a_recipe_of_ones_own(tmp_path: pathlib.Path) -> None:
+def test_a_recipe_by_its_path(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from tclip_jax.runs.config import base_config\n"
@@ -61,7 +63,7 @@ def test_a_recipe_of_ones_own(tmp_path: pathlib.Path) -> None:
     assert load_recipe(str(path)).steps == 7 and load_recipe(f"{path}:9").steps == 9
 
 
-def test_what_is_no_recipe(tmp_path: pathlib.Path) -> None:
+def test_unknown_recipes_are_errors(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         ValueError, match=r"^the recipe folder .*configs has no 'quikstart': the nearest is 'quickstart'$"
     ):
@@ -69,7 +71,7 @@ def test_what_is_no_recipe(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.py: no such recipe file"):
         load_recipe(str(tmp_path / "absent.py"))
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.py is no recipe: it defines no get_config\(argument\)"):
+    with pytest.raises(ValueError, match=r"empty\.py is not a recipe: it must define get_config\(argument\)"):
         load_recipe(str(tmp_path / "empty.py"))
 
 
@@ -101,11 +103,11 @@ def test_an_override_is_a_literal_or_a_string(assignment: str, value: Any) -> No
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none() | st.text())
-def test_any_literal_can_be_written(value: Any) -> None:
+def test_any_literal_can_be_a_value(value: Any) -> None:
     assert override(base_config(), [f"teacher={value!r}"]).teacher == value
 
 
-def test_the_last_override_wins_and_all_are_checked_by_run_config() -> None:
+def test_the_last_override_wins_and_run_config_checks_types() -> None:
     config = override(base_config(), ["steps=3", "steps=5", "data.batch_size=many"])
     assert config.steps == 5
     with pytest.raises(ValueError, match=r"config\.data\.batch_size is 'many': it must be int"):
@@ -125,7 +127,7 @@ def test_the_last_override_wins_and_all_are_checked_by_run_config() -> None:
         ("model.text_cfg=None", r"^config\.model\.text_cfg is a section, not a value"),
     ],
 )
-def test_an_impossible_override_says_what_would_be_right(assignment: str, message: str) -> None:
+def test_an_invalid_override_names_the_fix(assignment: str, message: str) -> None:
     config = base_config()
     with pytest.raises(ValueError, match=message):
         override(config, [assignment])
@@ -137,7 +139,7 @@ def test_a_locked_recipe_can_be_overridden() -> None:
     assert override(config, ["steps=two"]).steps == "two" and config.is_locked
 
 
-def test_a_number_that_no_float_holds_is_one_line() -> None:
+def test_a_number_too_large_for_a_float_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^config.loss.task is a number of 400 digits: it must be finite$"):
         override(base_config(), ["loss.task=" + "9" * 400])
 
@@ -145,8 +147,8 @@ def test_a_number_that_no_float_holds_is_one_line() -> None:
 @pytest.mark.parametrize(
     "text", ["(" * 5000, "-" * 50_000 + "1", "[" * 300 + "]" * 300, "{[1]}", "9" * 5000, "\0", "1e999)"]
 )
-def test_a_value_that_python_cannot_read_is_a_string(text: str) -> None:
-    """Found by tests/fuzz: deeply nested literals ended in RecursionError and MemoryError."""
+def test_a_value_that_python_cannot_parse_is_a_string(text: str) -> None:
+    """Found by tests/fuzz: deeply nested literals raised RecursionError and MemoryError."""
     config = override(load_recipe("quickstart"), [f"data.source={text}"])
     assert config.data.source == text or text[0] == "["
 

@@ -2,7 +2,7 @@
   tclip classify runs/quickstart/artifact pictures/*.png --labels "three,eight" --templates digits
   tclip classify runs/quickstart/artifact cat.jpg --labels-file labels.txt --templates "a photo of a {c}." "{c}"
 
-An image that cannot be read is named and left out; the exit code is then 1.
+An image that cannot be read is reported and left out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,30 +16,34 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the images, and what they may show."""
+    """Adds the options for the model, the images and the labels."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     labels = parser.add_mutually_exclusive_group(required=True)
-    labels.add_argument("--labels", metavar="A,B,…", help="separated by commas")
-    labels.add_argument("--labels-file", metavar="FILE", help="a label on each line, UTF-8")
-    add_template_arguments(parser, "of the labels")
-    parser.add_argument("--batch-size", type=count, default=64)
+    labels.add_argument("--labels", metavar="A,B,…", help="labels separated by commas")
+    labels.add_argument("--labels-file", metavar="FILE", help="UTF-8 text file with one label per line")
+    add_template_arguments(parser, "captions of the labels")
+    parser.add_argument("--batch-size", type=count, default=64, help="images per batch (default: 64)")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
 
 
-def add_template_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
-    """--templates, for every command that makes captions of class names."""
+def add_template_arguments(parser: argparse.ArgumentParser, captions: str) -> None:
+    """Adds --templates, for commands that make captions from class names.
+
+    Args:
+      captions: start of the help text, which names the captions.
+    """
     parser.add_argument(
         "--templates",
         nargs="+",
         default=[],
         metavar="T",
-        help=f"{whose}: name of a list of captions, or captions with {{c}} (default: {DEFAULT})",
+        help=f"{captions}: the name of a list of templates, or templates that contain {{c}} (default: {DEFAULT})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the most probable labels of each image, and returns the exit code."""
+    """Prints the most probable labels of each image."""
     from tclip_jax.inference.classify import Guess, classify_images, guess_table
     from tclip_jax.inference.inputs import Failure, find_texts
     from tclip_jax.inference.load import load_model

@@ -1,9 +1,9 @@
 """Example:
   tclip compare activations runs/student export --html compare.html
 
-A, B and MODEL: a run's workdir, an artifact, an open_clip or transformers folder, a file of open_clip (with --preset or
---model-cfg), a GGUF. B is the reference.
-The exit code is 0 within the budget, 1 over it, 2 after an error. docs/compare.md finds a bug with it.
+A, B and MODEL: the workdir of a run, an artifact, a folder of open_clip or transformers, a file of open_clip (with
+--preset or --model-cfg) or a GGUF file. B is the reference.
+The exit code is 0 if all errors are within the budget, 1 if not, 2 after an error. docs/compare.md is a tutorial.
 """
 
 from __future__ import annotations
@@ -21,52 +21,83 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to compare, and the form of the report."""
+    """Adds the kinds of comparison and their options."""
     form = argparse.ArgumentParser(add_help=False)
     named = argparse.ArgumentParser(add_help=False)
     model = named.add_mutually_exclusive_group()
-    model.add_argument("--preset", metavar="NAME", help="the model of a file that does not say it, as ViT-B-16")
-    model.add_argument("--model-cfg", metavar="JSON", help="the same as an open_clip configuration file")
+    model.add_argument("--preset", metavar="NAME", help="model of a file that does not state it, such as ViT-B-16")
+    model.add_argument("--model-cfg", metavar="JSON", help="the same, as an open_clip configuration file")
     form.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     form.add_argument("--html", metavar="FILE", help="also write one self-contained page with plots")
     numbers = argparse.ArgumentParser(add_help=False)
     numbers.add_argument("--precision", default="highest", help="jax_default_matmul_precision (default: highest)")
-    numbers.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of JAX")
+    numbers.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of the computation in JAX (default: float32)",
+    )
     batch = argparse.ArgumentParser(add_help=False)
-    batch.add_argument("--batch", type=count, default=4, metavar="N", help="images and texts (default: 4)")
+    batch.add_argument("--batch", type=count, default=4, metavar="N", help="number of images and of texts (default: 4)")
     batch.add_argument(
         "--via",
         choices=("auto", "torch", "jax"),
         default="auto",
-        help="what runs the reference (auto: PyTorch if it is installed and the folder is one of its libraries')",
+        help="library that runs the reference (auto: PyTorch if it is installed and the folder is of open_clip or"
+        " transformers)",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    weights = kinds.add_parser("weights", parents=[named, form], help="values, trits and scales, tensor by tensor")
+    weights = kinds.add_parser(
+        "weights",
+        parents=[named, form],
+        help="compare values, trits and scales, tensor by tensor",
+        epilog="Example: tclip compare weights runs/quickstart/artifact runs/quickstart/student",
+    )
     activations = kinds.add_parser(
-        "activations", parents=[named, form, numbers, batch], help="every tap of both towers, cumulative and isolated"
+        "activations",
+        parents=[named, form, numbers, batch],
+        help="compare every tap of both towers, cumulative and isolated",
+        epilog="Example: tclip compare activations runs/student export --html compare.html",
     )
-    golden = kinds.add_parser("golden", help="activations in a file, for machines without PyTorch")
+    golden = kinds.add_parser(
+        "golden",
+        help="write or check a file of activations, for machines without PyTorch",
+        epilog="Example: tclip compare golden dump export golden.safetensors",
+    )
     actions = golden.add_subparsers(dest="action", metavar="ACTION", required=True)
-    dump = actions.add_parser("dump", parents=[named, numbers, batch], help="run a model and write its activations")
-    check = actions.add_parser("check", parents=[named, form, numbers], help="run a model and compare it with the file")
-    inputs = kinds.add_parser(
-        "inputs", parents=[named, form], help="tokens and pixels against open_clip and transformers"
+    dump = actions.add_parser(
+        "dump",
+        parents=[named, numbers, batch],
+        help="run a model and write its activations",
+        epilog="Example: tclip compare golden dump export golden.safetensors",
     )
-    for each in (weights, activations):
-        each.add_argument("a", metavar="A")
-        each.add_argument("b", metavar="B", help="the reference")
-    for each in (dump, check, inputs):
-        each.add_argument("model", metavar="MODEL")
-    for each in (dump, check):
-        each.add_argument("file", metavar="FILE")
-    for each in (weights, activations, check):
-        each.add_argument(
-            "--budget", type=number(float, ge=0), help="largest relative error (default: 2e-5; of weights 0)"
+    check = actions.add_parser(
+        "check",
+        parents=[named, form, numbers],
+        help="run a model and compare its activations with a file",
+        epilog="Example: tclip compare golden check runs/student golden.safetensors",
+    )
+    inputs = kinds.add_parser(
+        "inputs",
+        parents=[named, form],
+        help="compare tokens and pixels with those of open_clip and transformers",
+        epilog="Example: tclip compare inputs runs/quickstart/artifact",
+    )
+    for command in (weights, activations):
+        command.add_argument("a", metavar="A", help="the model to check")
+        command.add_argument("b", metavar="B", help="the reference")
+    for command in (dump, check, inputs):
+        command.add_argument("model", metavar="MODEL", help="the model to run")
+    for command in (dump, check):
+        command.add_argument("file", metavar="FILE", help="file of activations")
+    for command in (weights, activations, check):
+        command.add_argument(
+            "--budget", type=number(float, ge=0), help="largest relative error allowed (default: 2e-5; for weights 0)"
         )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares, prints, and returns the exit code."""
+    """Prints the report of a comparison, or writes the golden file."""
     from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.numerics.activations import BUDGET, activations_report
     from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
@@ -78,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     models = [args.a, args.b] if "a" in args else [args.model]
     if (args.preset or args.model_cfg) and not any(map(is_checkpoint, models)):
         raise ValueError(
-            "--preset and --model-cfg are for a file that does not say which model it is, as a run and an artifact do"
+            "--preset and --model-cfg are for a file that does not state its model; runs and artifacts state it"
         )
     if args.kind == "weights":
         title = f"weights of {args.a} against {args.b}"
@@ -87,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         report = inputs_report(_load(args.model, args), args.model)
     elif args.kind == "golden" and args.action == "dump":
         if (args.dtype, args.precision) != ("float32", "highest") and _in_torch(args.model, args.via):
-            raise ValueError(f"--dtype and --precision are of JAX, and PyTorch runs {args.model}: add --via jax")
+            raise ValueError(f"--dtype and --precision apply to JAX, and PyTorch runs {args.model}: add --via jax")
         model = _load(args.model, args)
         recording = _record(args.model, model, args)
         facts = {"model": args.model, **recording.facts}
@@ -96,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     else:
         if args.kind == "golden":
-            ours, theirs = args.model, args.file
-            model, reference = _load(ours, args), read_golden(theirs)
+            path, reference_path = args.model, args.file
+            model, reference = _load(path, args), read_golden(reference_path)
         else:
-            ours, theirs = _reference_last(args)
-            model = _load(ours, args)
-            reference = _record(theirs, model, args)
+            path, reference_path = _reference_last(args)
+            model = _load(path, args)
+            reference = _record(reference_path, model, args)
         report = activations_report(
-            f"activations of {ours} against {theirs}",
+            f"activations of {path} against {reference_path}",
             model,
             reference,
             budget=BUDGET if args.budget is None else args.budget,
@@ -124,7 +155,7 @@ def _load(path: str, args: argparse.Namespace) -> Model:
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
-    """A and B, exchanged if only A is a folder that PyTorch runs."""
+    """Returns A and B, exchanged if PyTorch runs only A, so that PyTorch is the reference."""
     exchange = _in_torch(args.a, args.via) and not _in_torch(args.b, args.via)
     return (args.b, args.a) if exchange else (args.a, args.b)
 
@@ -137,14 +168,14 @@ def _in_torch(path: str, via: str) -> bool:
     )
 
 
-def _record(path: str, inputs_of: Model, args: argparse.Namespace) -> Recording:
-    """The activations of the model at `path` on sample inputs for a model that is loaded."""
+def _record(path: str, model: Model, args: argparse.Namespace) -> Recording:
+    """Records the activations of the model at `path`, on sample inputs made for the loaded `model`."""
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.inputs import sample_batch
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
 
-    pixels, tokens = sample_batch(inputs_of, args.batch)
+    pixels, tokens = sample_batch(model, args.batch)
     if not _in_torch(path, args.via):
         return record(_load(path, args), pixels, tokens, precision=args.precision, dtype=args.dtype)
     module = load_torch(path) if library_of(path) else build_torch(_load(path, args))
-    return record_torch(module, inputs_of.config, pixels, tokens)
+    return record_torch(module, model.config, pixels, tokens)

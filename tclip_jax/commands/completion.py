@@ -1,9 +1,11 @@
 """Example:
   tclip completion bash
 
-Put what it prints where the shell looks for it: ~/.local/share/bash-completion/completions/tclip of bash,
-~/.config/fish/completions/tclip.fish of fish, a file _tclip in a folder of `fpath` of zsh. Write it anew after an
-update.
+Write the output to the file where the shell looks for completions:
+  bash  ~/.local/share/bash-completion/completions/tclip
+  fish  ~/.config/fish/completions/tclip.fish
+  zsh   _tclip, in a folder of `fpath`
+Write the file again after each update of tclip-jax.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """For which shell."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    """Adds the name of the shell."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the script."""
+    """Prints the completion script."""
     import shtab
 
     from tclip_jax.cli import whole_parser
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Whatever takes any text is completed by files: it is a path, or nothing that could be known."""
+    """Completes every argument that accepts arbitrary text by file names, since most of them are paths."""
     import shtab
 
     for action in parser._actions:

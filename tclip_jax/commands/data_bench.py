@@ -2,9 +2,9 @@
   tclip data bench --config ternaryclip --config.data.source='wds:/data/cc12m/*.tar' --workers 0 4 8 16
   tclip data bench --config quickstart:student --step-seconds 0.1 --json
 
-Per core are images for each second that a processor worked, whatever else the machine does. Wait is the share of the
-time that steps of --step-seconds spend waiting for their batch. Memory is the peak of all processes together. The first
-batch takes longer where the source is indexed for the first time.
+Columns: `per core` is images per second of CPU time, which other load on the machine hardly changes; `wait` is the
+fraction of time that steps of --step-seconds wait for their batch; `memory` is the peak of all processes together. The
+first batch takes longer when the source is indexed for the first time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,29 @@ from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe, and what is measured."""
+    """Adds the options for the recipe and the measurement."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--workers", type=number(int, ge=0), nargs="+", metavar="N", help="processes to try (default: the recipe's)"
+        "--workers",
+        type=number(int, ge=0),
+        nargs="+",
+        metavar="N",
+        help="numbers of worker processes to measure (default: the recipe's)",
     )
-    parser.add_argument("--seconds", type=number(float, gt=0), default=10.0, help="of each measurement (default: 10)")
     parser.add_argument(
-        "--step-seconds", type=number(float, ge=0), default=0.0, help="of a step of the accelerator, to see waits"
+        "--seconds", type=number(float, gt=0), default=10.0, help="duration of each measurement (default: 10)"
+    )
+    parser.add_argument(
+        "--step-seconds",
+        type=number(float, ge=0),
+        default=0.0,
+        help="duration of a simulated training step, to measure waits",
     )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures each number of workers and prints a line for it."""
+    """Prints the speed of the input pipeline for each number of workers."""
     import sys
 
     import tqdm
@@ -41,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.pages import aligned
     from tclip_jax.runs.config import run_config
 
-    # Batches are measured as they are without a teacher's store.
+    # Batches are measured without a teacher cache.
     config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
     speeds = [
         measure(config, workers, seconds=args.seconds, step_seconds=args.step_seconds)

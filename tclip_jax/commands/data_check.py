@@ -2,7 +2,8 @@
   tclip data check --data 'wds:/data/cc12m/*.tar'
   tclip data check --data tfds:cc12m@/data/tfds --workers 16 --json
 
-The exit code is 0, 1 if a sample is broken, 2 after an error. Images that are there twice are no fault.
+The exit code is 0 if all samples are good, 1 if a sample is broken, 2 after an error. Duplicate images are reported,
+but are not errors.
 """
 
 from __future__ import annotations
@@ -15,25 +16,29 @@ from tclip_jax.schema import count, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The source, and the form of the report."""
+    """Adds the options for the source and the report."""
     parser.add_argument("--data", required=True, metavar="SOURCE", help="wds:<pattern>, tfds:<name>, csv:<file>, ...")
-    parser.add_argument("--split", help="of the source, where it has splits (default: train)")
+    parser.add_argument("--split", help="split of the source, if it has splits (default: train)")
     parser.add_argument(
-        "--context-length", type=number(int, ge=2), default=77, metavar="N", help="tokens of the model (default: 77)"
+        "--context-length",
+        type=number(int, ge=2),
+        default=77,
+        metavar="N",
+        help="context length of the model in tokens (default: 77)",
     )
     parser.add_argument(
-        "--workers", type=count, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+        "--workers", type=count, default=os.cpu_count(), metavar="N", help="worker processes (default: all cores)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads everything, prints, and returns the exit code."""
+    """Prints the report on a source."""
     from tclip_jax.data.sources import check_split
     from tclip_jax.datasets.check import check, to_json, to_text
 
     if args.split:
         check_split(args.data, args.split)
-    found = check(args.data, args.split or "train", workers=args.workers)
-    print(json.dumps(to_json(found, args.context_length)) if args.json else to_text(found, args.context_length))
-    return 1 if found.broken else 0
+    findings = check(args.data, args.split or "train", workers=args.workers)
+    print(json.dumps(to_json(findings, args.context_length)) if args.json else to_text(findings, args.context_length))
+    return 1 if findings.broken else 0

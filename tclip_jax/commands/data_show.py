@@ -2,7 +2,7 @@
   tclip data show --config quickstart:student --out digits.html
   tclip data show --config clip_kd --config.data.source='wds:/data/cc12m/*.tar' --count 128 --out sheet.html
 
-The samples are the first of the run: the same crops, captions and order that `tclip train` begins with.
+The page shows the first samples of the run, with the crops, captions and order of `tclip train`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe, how many samples, and where the page goes."""
+    """Adds the options for the recipe, the number of samples and the page."""
     add_config_arguments(parser)
-    parser.add_argument("--count", type=count, default=64, metavar="N", help="samples to show (default: 64)")
+    parser.add_argument("--count", type=count, default=64, metavar="N", help="number of samples (default: 64)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws the samples and writes the page."""
+    """Writes the page."""
     import dataclasses
 
     from tclip_jax.datasets.contact_sheet import contact_sheet
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.input import train_data
 
     config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
-    # One batch of as many samples: their order and their draws do not depend on the size of a batch.
+    # One batch of `count` samples: their order and augmentation do not depend on the batch size.
     data = dataclasses.replace(config.data, batch_size=args.count, workers=0)
     batch = next(train_data(dataclasses.replace(config, data=data)))
     facts = [("source", f"{data.source} {data.split}"), ("augmentation", data.augment), ("seed", str(config.seed))]

@@ -1,7 +1,8 @@
 """Example:
   tclip doctor
 
-The exit code is 0 if everything that is needed is there, else 1.
+The exit code is 0 if everything required is installed and works, 1 if not. A line that starts with ! names a problem
+and its fix.
 """
 
 from __future__ import annotations
@@ -17,24 +18,31 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tclip_jax.planning.child import other_libtpu
+from tclip_jax.planning.child import libtpu_mismatch
 
 PACKAGES = ("tclip-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
-# package -> (the extra that brings it, what it is for)
+# package -> (extra that installs it, purpose)
 OPTIONAL = {
-    "torch": ("torch", "reads .bin and .pt weights, runs the reference of `tclip compare`"),
-    "open_clip_torch": ("torch", "the reference of `tclip compare`"),
-    "transformers": ("torch", "the reference of `tclip compare`"),
+    "torch": ("torch", "reads .bin and .pt weights, runs references of `tclip compare`"),
+    "open_clip_torch": ("torch", "runs references of `tclip compare`"),
+    "transformers": ("torch", "runs references of `tclip compare`"),
     "gguf": ("gguf", "reads and writes GGUF files"),
-    "libtpu": ("plan", "`tclip plan` compiles with it for TPUs that are not here"),
+    "libtpu": ("plan", "compiles for TPUs in `tclip plan`"),
 }
-# An accelerator's device file -> the extra whose jax uses it.
+# device file of an accelerator -> extra that installs a JAX for it
 _DEVICE_FILES = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
 _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """One line of the report; `remedy` is "" where nothing is wrong, and `optional` where nothing must be done."""
+    """One line of the report.
+
+    Attributes:
+      name: what was examined.
+      value: its version or state.
+      remedy: how to fix it; "" if nothing is wrong.
+      optional: whether the program also works without the remedy.
+    """
 
     name: str
     value: str
@@ -43,7 +51,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Everything that is looked at; starts jax's backend, and runs nothing on it."""
+    """Examines the installation; starts JAX's backend, but runs no computation."""
     return [*_versions(), *_devices(), _precision(), *_optional()]
 
 
@@ -53,15 +61,17 @@ def _versions() -> Iterator[Finding]:
         version = _version(name)
         yield Finding(name, version or "missing", "" if version else "pip install tclip-jax")
     if _older(_version("flax"), (0, 12, 9)) and not _older(_version("jax"), (0, 11, 1)):
-        yield Finding("flax and jax", "do not fit", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax")
-    if other := other_libtpu():
-        yield Finding("libtpu and jax", "do not fit", other)
+        yield Finding(
+            "flax and jax", "are incompatible", "flax 0.12.8 fails with jax 0.11.1 and later: pip install -U flax"
+        )
+    if mismatch := libtpu_mismatch():
+        yield Finding("libtpu and jax", "are incompatible", mismatch)
 
 
 def _devices() -> Iterator[Finding]:
     try:
         backend, devices = jax.default_backend(), jax.devices()
-    except RuntimeError as error:  # a plugin that is installed and cannot start
+    except RuntimeError as error:  # An installed plugin cannot start.
         yield Finding("devices", "none", str(error).partition("\n")[0])
         return
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
@@ -69,7 +79,7 @@ def _devices() -> Iterator[Finding]:
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         yield Finding("memory of a device", f"{limit / _GIB:.1f} GiB")
-    # os.cpu_count also counts the cores that this process may not use.
+    # os.cpu_count also counts cores that this process may not use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("host", f"{cores} cores, {_host_memory()}")
 
@@ -80,7 +90,7 @@ def _unused_accelerator(backend: str) -> str:
     for file, extra in _DEVICE_FILES.items():
         if pathlib.Path(file).exists():
             forced = os.environ.get("JAX_PLATFORMS")
-            return f"{file} is there: " + (
+            return f"{file} exists: " + (
                 f"unset JAX_PLATFORMS={forced}" if forced else f"pip install 'tclip-jax[{extra}]'"
             )
     return ""
@@ -113,18 +123,17 @@ def _older(version: str | None, than: tuple[int, ...]) -> bool:
 def _host_memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / _GIB:.1f} GiB"
-    except (ValueError, OSError, AttributeError):  # not every system tells
+    except (ValueError, OSError, AttributeError):  # Not every system reports it.
         return "memory unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The form of the report."""
+    """Adds the form of the report."""
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found; marked lines want something done."""
-
+    """Prints the report, with a mark before each line that needs a fix."""
     findings = examine()
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings]))

@@ -2,9 +2,9 @@
   tclip embed runs/quickstart/artifact --images pictures --out pictures.npy
   tclip embed runs/quickstart/artifact --texts captions.txt --out captions.parquet
 
-Embeddings are float32 of length 1, in the order of the inputs. x.npy has their names in x.names.json beside it. A call
-that was interrupted and is repeated resumes where it stopped, from OUT.partial. An input that cannot be used is named
-and left out; the exit code is then 1.
+Embeddings are L2-normalised float32 vectors, in the order of the inputs. For x.npy the names of the inputs are in
+x.names.json. Rerun an interrupted command to resume from OUT.partial. An input that cannot be used is reported and left
+out; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, what to embed, and where to write."""
+    """Adds the options for the model, the inputs and the output."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files, and folders of them")
-    inputs.add_argument("--texts", metavar="FILE", help="a text on each line, UTF-8")
-    parser.add_argument("--out", required=True, metavar="FILE", help="x.npy or x.parquet")
-    parser.add_argument("--batch-size", type=count, default=64)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+    inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files and folders of images")
+    inputs.add_argument("--texts", metavar="FILE", help="UTF-8 text file with one text per line")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the output, x.npy or x.parquet")
+    parser.add_argument("--batch-size", type=count, default=64, help="inputs per batch (default: 64)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embeds, writes, and returns the exit code."""
+    """Writes the embeddings of all inputs that can be used."""
     from etils import epath
 
     from tclip_jax.inference.embed import (
@@ -44,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
     out = checked_output(args.out)
     if out.exists() and not args.overwrite:
-        raise FileExistsError(f"{out} exists: choose another file, or --overwrite it")
+        raise FileExistsError(f"{out} exists: choose another file, or add --overwrite")
     if args.images:
         folders = {path: epath.Path(path).is_dir() for path in args.images}
-        paths = [each for path in args.images for each in (find_images(path) if folders[path] else [epath.Path(path)])]
+        paths = [
+            image for path in args.images for image in (find_images(path) if folders[path] else [epath.Path(path)])
+        ]
         inputs = len(paths)
     else:
         texts, blank = find_texts(args.texts)
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
         print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     if not any(item.key in store for item in items):
         raise ValueError(f"nothing to embed: none of {inputs} inputs can be used")
-    count = write_embeddings(out, items, store, width)
+    written = write_embeddings(out, items, store, width)
     store.remove()
-    left_out = inputs - count
-    print(f"{out}: {count:,} embeddings of {width} float32" + (f", {left_out:,} left out" if left_out else ""))
+    left_out = inputs - written
+    print(f"{out}: {written:,} embeddings of {width} float32" + (f", {left_out:,} left out" if left_out else ""))
     return 1 if left_out else 0

@@ -3,10 +3,10 @@
   tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
   tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
 
-With --suite, DATA is a folder of webdataset exports (docs/evaluate.md); what OUT holds already is not measured again,
-and refused if another model, other data, templates or options made it.
-Exit code 0: every data set is whole; 1: one has no result; 3: all have results, but in one images do not count; 2: an
-error, nothing is measured.
+With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Results that OUT already holds are reused, and
+refused if their model, data, templates or options differ.
+Exit codes: 0 every image of every data set counts; 1 a data set has no result; 2 an error, nothing is measured; 3 every
+data set has a result, but in one some images do not count.
 """
 
 from __future__ import annotations
@@ -18,32 +18,41 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the data, and where results go."""
+    """Adds the options for the model, the data and the results."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a run, an artifact, or a checkpoint of open_clip or transformers"
+        "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of open_clip or transformers"
     )
     parser.add_argument(
         "--data",
         required=True,
-        help="with --suite a folder of exports; else digits, folder:<path>, tfds:<name>, wds:<folder>",
+        help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder>",
     )
-    parser.add_argument("--suite", help="clip-benchmark-41, imagenet, vtab, retrieval, or names with commas between")
-    parser.add_argument("--out", metavar="DIR", help="folder of the results, a JSON and predictions per data set")
-    parser.add_argument("--download", action="store_true", help="fetch missing exports from the Hugging Face hub")
-    parser.add_argument("--tfds", metavar="DIR", help="TensorFlow Datasets, for rows whose export has no images")
-    parser.add_argument("--split", help="of DATA without --suite (default: test)")
-    add_template_arguments(parser, "of DATA without --suite, in place of its own")
-    parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
+    parser.add_argument("--suite", help="clip-benchmark-41, imagenet, vtab, retrieval, or names separated by commas")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default: float32)"
+        "--out", metavar="DIR", help="folder of results: a JSON file and the predictions of each data set"
     )
-    parser.add_argument("--name", help="of the model, for the results (default: MODEL)")
+    parser.add_argument("--download", action="store_true", help="download missing exports from the Hugging Face hub")
+    parser.add_argument(
+        "--tfds", metavar="DIR", help="folder of TensorFlow Datasets, for data sets whose export has no images"
+    )
+    parser.add_argument("--split", help="split of DATA without --suite (default: test)")
+    add_template_arguments(parser, "captions for DATA without --suite, in place of its own")
+    parser.add_argument(
+        "--batch-size", type=count, default=128, help="images per batch, over all devices (default: 128)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the computation (default: float32)",
+    )
+    parser.add_argument("--name", help="name of the model in the results (default: MODEL)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--html", metavar="FILE", help="also write one page with example mistakes; needs --out")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with example mistakes; needs --out")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints, and returns the exit code."""
+    """Prints the metrics of each data set."""
     import jax
 
     from tclip_jax.data.prompts import parse_templates
@@ -58,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.storage import dump_json
 
     if args.html and not args.out:
-        raise ValueError("--html needs --out DIR: the page is made of the predictions there")
-    _check_form(args)
+        raise ValueError("--html needs --out DIR: the page shows the predictions in that folder")
+    _check_suite_options(args)
     with distributed():
         first = jax.process_index() == 0
         if args.suite:
@@ -83,13 +92,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.errors else 3 if report.partial else 0
 
 
-def _check_form(args: argparse.Namespace) -> None:
-    """Refuses an option that means nothing with or without --suite."""
-    if args.suite:
-        given = {"--split": args.split, "--templates": args.templates}
-        if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(
-                f"{wrong[0]} is for one source: with --suite, splits and templates are those of the exports"
-            )
-    elif wrong := [name for name, value in {"--download": args.download, "--tfds": args.tfds}.items() if value]:
-        raise ValueError(f"{wrong[0]} is for exports: it needs --suite")
+def _check_suite_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that has no effect with --suite, or without it."""
+    names = ("split", "templates") if args.suite else ("download", "tfds")
+    for name in names:
+        if getattr(args, name) and args.suite:
+            raise ValueError(f"--{name} is for one source: with --suite, the exports define splits and templates")
+        if getattr(args, name):
+            raise ValueError(f"--{name} is for exports: it needs --suite")

@@ -2,8 +2,8 @@
   tclip evaluate probe runs/quickstart/artifact --data digits --out probes/quickstart
   tclip evaluate probe student/ --data exports/ --suite vtab/cifar10,mnist --shots 1 4 --cache features --out probes
 
-Results are in OUT/linear_probe and OUT/<k>_shot, folders for `tclip evaluate compare`; what is there already is not
-fitted again. The exit code is 0, 1 if a data set has no result, 2 after an error.
+Results are in OUT/linear_probe and OUT/<k>_shot, folders for `tclip evaluate compare`; results that OUT already holds
+are reused. The exit code is 0 if every data set has a result, 1 if one has none, 2 after an error.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the data, the probes, and where results go."""
-    parser.add_argument("model", metavar="MODEL", help="a run, an artifact, or a checkpoint of another library")
+    """Adds the options for the model, the data, the probes and the results."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of another library"
+    )
     parser.add_argument(
         "--data",
         required=True,
-        help="with --suite a folder of exports; else digits, folder:<path>, tfds:<name>, wds:<folder>",
+        help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder>",
     )
-    parser.add_argument("--suite", help="names of data sets and suites, with commas between; each needs train and test")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
-    parser.add_argument("--cache", metavar="DIR", help="folder of embeddings, so that they are computed once")
-    parser.add_argument("--download", action="store_true", help="fetch missing splits from the Hugging Face hub")
     parser.add_argument(
-        "--linear", action=argparse.BooleanOptionalAction, default=True, help="the whole training set (default: yes)"
+        "--suite", help="names of data sets and suites, separated by commas; each with splits train and test"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
+    parser.add_argument("--cache", metavar="DIR", help="folder of embeddings, which later calls reuse")
+    parser.add_argument("--download", action="store_true", help="download missing splits from the Hugging Face hub")
+    parser.add_argument(
+        "--linear",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fit a linear probe on the whole training set (default: yes)",
     )
     parser.add_argument(
         "--shots",
@@ -35,19 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[1, 2, 4, 8, 16],
         metavar="K",
-        help="images a class (default: 1 to 16)",
+        help="training images per class of few-shot probes (default: 1 2 4 8 16)",
     )
-    parser.add_argument("--seeds", type=count, help="draws for each number of shots (default: 5)")
-    parser.add_argument("--batch-size", type=count, default=128, help="images over all devices (default: 128)")
+    parser.add_argument("--seeds", type=count, help="random draws for each number of shots (default: 5)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the embeddings (default: float32)"
+        "--batch-size", type=count, default=128, help="images per batch, over all devices (default: 128)"
     )
-    parser.add_argument("--name", help="of the model, for the results (default: MODEL)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the computation (default: float32)",
+    )
+    parser.add_argument("--name", help="name of the model in the results (default: MODEL)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fits the probes, prints, and returns the exit code."""
+    """Prints the accuracy of each probe."""
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
     from tclip_jax.inference.load import load_model
@@ -55,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.storage import dump_json
 
     if args.seeds is not None and not args.shots:
-        raise ValueError("--seeds is of few-shot, and --shots names none")
+        raise ValueError("--seeds is for few-shot probes: it needs --shots K")
     if args.download and not args.suite:
         raise ValueError("--download is for exports: it needs --suite")
     pairs = suite_pairs(args.data, args.suite, args.download) if args.suite else [source_pair(args.data)]
@@ -76,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(dump_json({"results": [dataclasses.asdict(result) for result in results], "failed": errors}))
     else:
-        print("\n".join([probe_table(results), *(f"FAILED  {name}: {why}" for name, why in errors.items())]))
+        print("\n".join([probe_table(results), *(f"FAILED  {name}: {reason}" for name, reason in errors.items())]))
     return 1 if errors else 0

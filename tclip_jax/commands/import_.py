@@ -2,8 +2,8 @@
   tclip import hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K --out teacher
   tclip import ViT-B-16.pt --preset ViT-B-16-quickgelu --out openai
 
-A source is a name of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, an archive of
-OpenAI, or a GGUF. Weights that are exactly scale · trit are stored as that; everything else stays float.
+A source is a repository of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, an archive
+of OpenAI, or a GGUF file. Weights that are exactly scale · trit are stored as trits and scales, all others as floats.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The source, where to write, and what the source does not say."""
+    """Adds the options for the source, the artifact, and the model of a source that does not state it."""
     parser.add_argument("source", metavar="SOURCE", help="hf-hub:org/name[@revision], a folder, or a file")
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", metavar="NAME", help="the model of a file that does not say it, as ViT-B-16")
-    model.add_argument("--model-cfg", metavar="JSON", help="the same as an open_clip configuration file")
+    model.add_argument("--preset", metavar="NAME", help="model of a file that does not state it, such as ViT-B-16")
+    model.add_argument("--model-cfg", metavar="JSON", help="the same, as an open_clip configuration file")
     parser.add_argument(
-        "--image-size", type=count, metavar="N", help="interpolate the position embeddings to this size"
+        "--image-size", type=count, metavar="N", help="interpolate the position embeddings to this image size"
     )
     parser.add_argument("--ternary", choices=("auto", "no"), default="auto", help="recover trits (default: auto)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of float parameters (default: float32)"
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="dtype of float parameters (default: float32)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing artifact")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Imports, and prints what was recovered."""
+    """Writes the artifact, and prints which parameters are ternary."""
     from tclip_jax.artifacts.inspection import weight_bytes
     from tclip_jax.interop.importing import import_checkpoint
 
-    found = import_checkpoint(
+    recovered = import_checkpoint(
         args.source,
         args.out,
         like=args.preset or args.model_cfg,
@@ -49,25 +52,25 @@ def run(args: argparse.Namespace) -> None:
         rest_dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print(recovery_table(found))
+    print(recovery_table(recovered))
     print(f"{args.out}: {weight_bytes(args.out):,} bytes of weights")
 
 
-def recovery_table(found: dict[str, TernaryTensor | NotTernaryError]) -> str:
-    """A line for each parameter, with its group and the bits of its scales or why it is float; one if all are float."""
+def recovery_table(recovered: dict[str, TernaryTensor | NotTernaryError]) -> str:
+    """Returns a table with the group and the scale bits of each parameter, or the reason why it is float."""
     from tclip_jax.interop.recover import scale_bits
     from tclip_jax.ternary import TernaryTensor
 
-    if not any(isinstance(each, TernaryTensor) for each in found.values()):
-        return "float weights: none is scale · trit" if found else "float weights: trits were not looked for"
-    width = max(map(len, found))
+    if not any(isinstance(outcome, TernaryTensor) for outcome in recovered.values()):
+        return "float weights: none is scale · trit" if recovered else "float weights: --ternary no"
+    width = max(map(len, recovered))
     lines = [f"{'ternary':{width}}  {'group':>7}  scale bits  zeros"]
-    for path, each in found.items():
-        if isinstance(each, TernaryTensor):
-            zeros = 1 - (each.trits != 0).mean()
-            lines.append(f"{path:{width}}  {_granularity(each):>7}  {scale_bits(each.scale):10}  {zeros:5.1%}")
+    for path, outcome in recovered.items():
+        if isinstance(outcome, TernaryTensor):
+            zeros = 1 - (outcome.trits != 0).mean()
+            lines.append(f"{path:{width}}  {_granularity(outcome):>7}  {scale_bits(outcome.scale):10}  {zeros:5.1%}")
         else:
-            lines.append(f"{path:{width}}    float: {each}")
+            lines.append(f"{path:{width}}    float: {outcome}")
     return "\n".join(lines)
 
 

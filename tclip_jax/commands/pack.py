@@ -3,9 +3,9 @@
   tclip pack runs/student@best --out best
   tclip pack runs/student@average --out average
 
-WORKDIR@best is the best of the saved steps by `config.checkpoint.best_metric`, WORKDIR@1200 that of step 1200. With
-`config.optimizer.ema_decay`, WORKDIR@average is the average of the weights, also WORKDIR@best-average and
-WORKDIR@1200-average.
+WORKDIR is the newest saved step of a run, WORKDIR@1200 step 1200, WORKDIR@best the best saved step by
+`config.checkpoint.best_metric`. With `config.optimizer.ema_decay`, WORKDIR@average, WORKDIR@1200-average and
+WORKDIR@best-average are the moving averages of the weights at these steps.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run and where to write."""
+    """Adds the options for the run and the artifact."""
     parser.add_argument(
-        "run", metavar="WORKDIR", help="workdir of a run, its newest step; or WORKDIR@best, @STEP, @average"
+        "run", metavar="WORKDIR", help="workdir of a run; or WORKDIR@best, WORKDIR@STEP, WORKDIR@average"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     parser.add_argument(
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figures",
         metavar="FILE.json",
-        help="measurements to keep with the model beside those of the run, a JSON object",
+        help="file with a JSON object of measurements, to store with those of the run",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the artifact that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing artifact")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Packs, and prints what it saved."""
+    """Writes the artifact, and prints its size and compression."""
     from etils import epath
 
     from tclip_jax.artifacts.format import write_artifact
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.runs.record import run_figures, run_provenance
 
     if (epath.Path(args.run) / MANIFEST).exists():
-        raise ValueError(f"{args.run} is packed already: expected the workdir of `tclip train`")
+        raise ValueError(f"{args.run} is an artifact, already packed: expected the workdir of `tclip train`")
     figures = _read_figures(args.figures) if args.figures else {}
     step, model = load_run(args.run)
     workdir, _, average = split_step(args.run)
@@ -73,5 +73,5 @@ def _read_figures(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(figures, dict):
-        raise ValueError(f"{path} holds {type(figures).__name__}: it must be one JSON object")
+        raise ValueError(f"{path} holds {type(figures).__name__}: it must hold one JSON object")
     return figures

@@ -1,7 +1,7 @@
 """Example:
   tclip params --config ternaryclip --config.mesh.data=16 --config.mesh.fsdp=16
 
-The devices of the mesh need not be there.
+The command needs no devices of the mesh.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tclip_jax.recipes import load_recipe, override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe, and the form of the table."""
+    """Adds the options for the recipe and the table."""
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table; allocates no parameters."""
+    """Prints the table, without allocating parameters."""
     import jax
 
     from tclip_jax.models.clip import param_shapes
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.parallel.mesh import abstract_mesh
     from tclip_jax.runs.config import run_config
 
-    # The table is the same with any teacher, and none need be trained yet.
+    # The table does not depend on the teacher, which need not exist.
     run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     devices = jax.device_count() if -1 in sizes else math.prod(sizes)

@@ -1,9 +1,9 @@
-"""Example:
+"""Examples:
   tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --config.data.batch_size=32768 --config.mesh.fsdp=16
   tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --sweep batch_size=16384,32768 mesh.fsdp=1,16 --out sweep
 
-Compiles the very step that `tclip train` runs, for TPUs that are not there, and trains nothing. For GPUs (h100:64) it
-calculates by formula. The exit code is 1 if it does not fit.
+For TPUs the command compiles the training step of `tclip train`, without a TPU and without training. For GPUs
+(h100:64) it estimates by formula. The exit code is 0 if the run fits into memory, 1 if not, 2 after an error.
 """
 
 from __future__ import annotations
@@ -18,30 +18,36 @@ from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe, where it is to run, and the form of the plan."""
+    """Adds the options for the recipe, the topology and the report."""
     add_config_arguments(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x16, h100:64, …")
-    parser.add_argument("--teacher-preset", default="", metavar="NAME", help="shape of the teacher, as ViT-L-14")
-    parser.add_argument("--price", type=number(float, ge=0), metavar="X", help="of a chip and hour, for the cost")
-    parser.add_argument("--cache", metavar="DIR", help="where plans are kept (default $TCLIP_CACHE_DIR/plans)")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="chips to plan for: v5e:16x16, v5p:8x8x16, h100:64, …"
+    )
+    parser.add_argument(
+        "--teacher-preset", default="", metavar="NAME", help="architecture of the teacher, such as ViT-L-14"
+    )
+    parser.add_argument(
+        "--price", type=number(float, ge=0), metavar="X", help="price of a chip-hour, to estimate the cost"
+    )
+    parser.add_argument("--cache", metavar="DIR", help="folder of compiled plans (default: $TCLIP_CACHE_DIR/plans)")
     parser.add_argument(
         "--sweep",
         nargs="+",
         metavar="KEY=A,B",
         help="plan every combination: batch_size=A,B, mesh.fsdp=1,16, mesh.tensor=1,2, remat=True,False",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for a sweep's sweep.json and sweep.html")
+    parser.add_argument("--out", metavar="DIR", help="folder for sweep.json and sweep.html of a sweep")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan, or the sweep and the best of it that fits."""
+    """Prints the plan, or the sweep and its fastest plan that fits."""
     from tclip_jax.planning.hardware import parse_topology
     from tclip_jax.planning.plan import make_plan, plan_text
     from tclip_jax.storage import cache_folder
 
     if args.out and not args.sweep:
-        raise ValueError("--out is the folder of a sweep: it needs --sweep; one plan is printed, with --json as JSON")
+        raise ValueError("--out is the folder of a sweep: it needs --sweep; --json prints one plan as JSON")
     topology = parse_topology(args.topology)
     config = load_recipe(args.config)
     if args.teacher_preset and not config.teacher:
@@ -56,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         from tclip_jax.planning.sweep import best, parse_grid, run_sweep, sweep_text, write_sweep
 
         grid = parse_grid(args.sweep)
-        changed = [override(copy.deepcopy(config), map("=".join, changes.items())) for changes in grid]
-        points = run_sweep(list(zip(grid, changed, strict=True)), topology, **shared)
+        configs = [override(copy.deepcopy(config), map("=".join, changes.items())) for changes in grid]
+        points = run_sweep(list(zip(grid, configs, strict=True)), topology, **shared)
         if args.out:
             write_sweep(args.out, points)
         print(json.dumps([point.to_json() for point in points]) if args.json else sweep_text(points))

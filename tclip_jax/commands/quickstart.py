@@ -1,7 +1,7 @@
 """Example:
   tclip quickstart --workdir runs/quickstart
 
-Minutes on two CPU cores. Leaves summary.json, report.png, artifact/ (packed) and export/ (for PyTorch).
+Takes minutes on two CPU cores. Writes summary.json, report.png, artifact/ (packed) and export/ (for PyTorch).
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to write."""
-    parser.add_argument("--workdir", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
-    parser.add_argument("--mode", default="", help="'runlocal' for a test of seconds that learns nothing")
+    """Adds the options for the output."""
+    parser.add_argument(
+        "--workdir", default="runs/quickstart", metavar="DIR", help="folder of the output (default: runs/quickstart)"
+    )
+    parser.add_argument("--mode", default="", help="'runlocal' for a test that takes seconds and learns nothing")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs it all, and prints the table."""
+    """Runs the quick start and prints its summary."""
     from tclip_jax.quickstart import quickstart, summary_table
 
     summary = quickstart(args.workdir, mode=args.mode)

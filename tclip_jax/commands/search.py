@@ -3,10 +3,10 @@
   tclip search query pictures.index "a handwritten digit three." --top 20 --html three.html
   tclip search query pictures.index pictures/0007.png
 
-A query that is a file is a picture; one with the suffix of a picture or a / that is no file is refused, and all else
-is a text. --text and --image say it.
-Indexing again brings the index up to date: only files that are new or changed are embedded. A picture that cannot be
-read is named and left out; the exit code is then 1. The page holds its pictures and loads nothing.
+A query that names a file is an image, any other query is a text. A query with a / or with the suffix of an image that
+names no file is refused. --text and --image set the kind of the query.
+Index a folder again to update its index: only new and changed files are embedded. An image that cannot be read is
+reported and left out; the exit code is then 1. The HTML page contains its images and loads nothing.
 """
 
 from __future__ import annotations
@@ -24,28 +24,36 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """To index a folder, or to query an index."""
+    """Adds the actions `index` and `query` and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    index = actions.add_parser("index", help="embed the pictures of a folder and all below it")
+    index = actions.add_parser(
+        "index",
+        help="embed the images of a folder and its subfolders",
+        epilog="Example: tclip search index runs/quickstart/artifact pictures --out pictures.index",
+    )
     index.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
-    index.add_argument("folder", metavar="FOLDER")
-    index.add_argument("--out", required=True, metavar="INDEX", help="a folder: new, or an index to bring up to date")
-    index.add_argument("--batch-size", type=count, default=64)
-    query = actions.add_parser("query", help="the pictures nearest to a text or a picture")
-    query.add_argument("index", metavar="INDEX")
-    query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file, or else a text")
+    index.add_argument("folder", metavar="FOLDER", help="folder of images")
+    index.add_argument("--out", required=True, metavar="INDEX", help="folder of the index, new or to update")
+    index.add_argument("--batch-size", type=count, default=64, help="images per batch (default: 64)")
+    query = actions.add_parser(
+        "query",
+        help="find the images nearest to a text or an image",
+        epilog='Example: tclip search query pictures.index "a handwritten digit three." --top 20',
+    )
+    query.add_argument("index", metavar="INDEX", help="folder of an index")
+    query.add_argument("query", metavar="TEXT_OR_IMAGE", help="an image file or a text")
     kind = query.add_mutually_exclusive_group()
-    kind.add_argument("--text", action="store_true", help="it is a text, whatever it looks like")
-    kind.add_argument("--image", action="store_true", help="it is an image file")
-    query.add_argument("--top", type=count, default=20, metavar="N", help="results (default: 20)")
-    query.add_argument("--model", metavar="MODEL", help="where the model of the index is now")
+    kind.add_argument("--text", action="store_true", help="the query is a text")
+    kind.add_argument("--image", action="store_true", help="the query is an image file")
+    query.add_argument("--top", type=count, default=20, metavar="N", help="number of results (default: 20)")
+    query.add_argument("--model", metavar="MODEL", help="path of the index's model, if it was moved")
     form = query.add_mutually_exclusive_group()
-    form.add_argument("--html", metavar="FILE", help="also write one page with the pictures in it")
+    form.add_argument("--html", metavar="FILE", help="also write a page that contains the images")
     form.add_argument("--json", action="store_true", help="one JSON list instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Indexes or queries, and returns the exit code."""
+    """Updates or queries an index."""
     return _index(args) if args.action == "index" else _query(args)
 
 
@@ -54,13 +62,13 @@ def _index(args: argparse.Namespace) -> int:
     from tclip_jax.inference.search import build_index
     from tclip_jax.pages import printable
 
-    where = args.model if "://" in args.model else os.path.abspath(args.model)
+    path = args.model if "://" in args.model else os.path.abspath(args.model)
     model = load_model(args.model).repacked()
-    outcome = build_index(model, args.folder, args.out, model_path=where, batch_size=args.batch_size)
+    outcome = build_index(model, args.folder, args.out, model_path=path, batch_size=args.batch_size)
     for failure in outcome.failures:
         print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
     left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""
-    print(f"{args.out}: {outcome.count:,} pictures, {outcome.reused:,} of them unchanged{left_out}")
+    print(f"{args.out}: {outcome.count:,} images, {outcome.reused:,} of them unchanged{left_out}")
     return 1 if outcome.failures else 0
 
 
@@ -71,27 +79,27 @@ def _query(args: argparse.Namespace) -> int:
     from tclip_jax.storage import write_atomic
 
     index = read_index(args.index)
-    picture = _picture(args)
-    where = args.model or index.model
-    results = query_index(load_model(where).repacked(), index, picture or args.query, args.top, model_path=where)
+    image = _query_image(args)
+    path = args.model or index.model
+    results = query_index(load_model(path).repacked(), index, image or args.query, args.top, model_path=path)
     if args.json:
         print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
         return 0
     for rank, result in enumerate(results, 1):
         print(f"{rank:3}  {result.score:6.3f}  {printable(result.name)}")
     if args.html:
-        facts = f"{len(results)} of {len(index.names):,} pictures of {index.root}, by cosine similarity"
-        found = [(index.root / result.name, result.name, result.score) for result in results]
-        write_atomic(args.html, results_page(args.query, facts, found, picture))
+        facts = f"{len(results)} of {len(index.names):,} images of {index.root}, by cosine similarity"
+        matches = [(index.root / result.name, result.name, result.score) for result in results]
+        write_atomic(args.html, results_page(args.query, facts, matches, image))
     return 0
 
 
-def _picture(args: argparse.Namespace) -> epath.Path | None:
-    """The picture that is looked for; None of a text.
+def _query_image(args: argparse.Namespace) -> epath.Path | None:
+    """Returns the path of the image that is the query, or None if the query is a text.
 
     Raises:
-      FileNotFoundError: a name that can only be meant for a picture, and is none.
-      ValueError: an empty query.
+      FileNotFoundError: the query looks like the path of an image, but names no file.
+      ValueError: the query is empty.
     """
     from etils import epath
 
@@ -105,6 +113,6 @@ def _picture(args: argparse.Namespace) -> epath.Path | None:
     if args.image or "://" in args.query or path.is_file():
         return path
     if is_image(args.query) or os.sep in args.query:
-        what = "a folder, not an image file" if path.is_dir() else "no such image file"
-        raise FileNotFoundError(f"{args.query}: {what}; to look for it as a text, add --text")
+        reason = "a folder, not an image file" if path.is_dir() else "no such image file"
+        raise FileNotFoundError(f"{args.query}: {reason}; add --text to search for it as a text")
     return None

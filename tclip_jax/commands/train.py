@@ -1,8 +1,9 @@
 """Example:
   tclip train --config quickstart:teacher --workdir runs/teacher --config.steps=1000
 
-The same command again resumes from the newest checkpoint. The exit code is 0; 75 after SIGTERM and 130 after Ctrl-C,
-when all is saved; 69 if other processes of the run were not found or one was lost; 2 after an error.
+Rerun the same command to resume from the newest checkpoint. The exit code is 0 when training is done; 75 after SIGTERM
+and 130 after Ctrl-C, after a checkpoint is saved; 69 if other processes of the run were not found, or one was lost; 2
+after an error.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from tclip_jax.recipes import load_recipe, override
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config and its overrides, for every command that starts from a recipe."""
-    parser.add_argument("--config", required=True, metavar="NAME[:ARG]", help="a shipped recipe, or path.py[:ARG]")
+    """Adds --config and its overrides, for commands that read a recipe."""
+    parser.add_argument(
+        "--config", required=True, metavar="NAME[:ARG]", help="a recipe: the name of a shipped one, or path.py[:ARG]"
+    )
     parser.add_argument(
         "--config.KEY",
         dest="overrides",
         action="append",
         default=[],
         metavar="VALUE",
-        help="override a key, as --config.optimizer.learning_rate=1e-3",
+        help="set a key of the recipe, such as --config.optimizer.learning_rate=1e-3",
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe and where to write."""
+    """Adds the options for the recipe and the workdir."""
     add_config_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, local or gs://")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, and prints the last accuracy."""
+    """Trains the model, and prints the last zero-shot accuracy."""
     import jax
 
     from tclip_jax.parallel.distributed import distributed

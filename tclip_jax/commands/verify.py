@@ -2,8 +2,8 @@
   tclip verify runs/quickstart/artifact runs/quickstart/student
   tclip verify runs/quickstart/artifact runs/quickstart/export
 
-Trits and scales are compared bit for bit, the other parameters after the artifact's cast to float16 or float32. The
-exit code is 0 if all are the same, 1 if something differs, 2 after an error.
+Trits and scales are compared bit for bit, other parameters after a cast to the dtype of the artifact. The exit code is
+0 if all are equal, 1 if one differs, 2 after an error.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The artifact and what it was made from."""
-    parser.add_argument("artifact", metavar="ARTIFACT")
+    """Adds the options for the artifact and its source."""
+    parser.add_argument("artifact", metavar="ARTIFACT", help="folder of the artifact to verify")
     parser.add_argument(
         "origin",
         metavar="CHECKPOINT_OR_RUN",
-        help="workdir of a run (its newest checkpoint), another artifact, or a checkpoint of another library",
+        help="source of the artifact: workdir of a run, another artifact, or a checkpoint of another library",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares, prints what differs, and returns the exit code."""
+    """Prints the differences between an artifact and its source."""
     from etils import epath
 
     from tclip_jax.artifacts.format import read_artifact
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.inference.load import load_model
 
     if (epath.Path(args.origin) / MANIFEST).exists():
-        # Packed already: its rules are a record, and a stranger's regexes are not run.
+        # An artifact is already packed. Its regexes come from a file, so they are not run.
         config, preprocess, params, *_ = read_artifact(args.origin)
         rules: TernaryRules = ()
     else:
@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(outcome)))
     else:
         counts = f"{outcome.trits:,} trits, {outcome.scales:,} scales and {outcome.floats:,} other parameters"
-        verdict = f"{len(outcome.differences)} differences" if outcome.differences else "all the same"
+        verdict = f"{len(outcome.differences)} differences" if outcome.differences else "all equal"
         print("\n".join([*outcome.differences, f"{args.artifact}: {counts} compared with {args.origin}: {verdict}"]))
     return 1 if outcome.differences else 0

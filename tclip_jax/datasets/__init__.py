@@ -1,1 +1,1 @@
-"""Tools that make data sets and look at them."""
+"""Tools for data sets: prepare, check, show, and measure the input pipeline."""

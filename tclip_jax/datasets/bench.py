@@ -1,4 +1,4 @@
-"""How fast batches come, how long a step would wait for them, and what memory they take."""
+"""Measures the input pipeline: images per second, waits of a training step, and memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from collections.abc import Iterator
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.input import train_data
 
-_SAMPLE_SECONDS = 1.0  # between two looks at the memory, which take milliseconds of work
+_SAMPLE_SECONDS = 1.0  # between two samples of the memory, each of which takes milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
 class InputSpeed:
-    """What was measured with one number of workers.
+    """The speed of the input pipeline with one number of workers.
 
     Attributes:
-      first_seconds: from opening the source to the first batch.
-      images_per_second: where the next batch is asked for at once.
-      images_per_core_second: per second that a processor worked, which other load on the machine hardly changes; None
-        where the system does not say.
-      wait_share: of the time of steps of a given length that was spent waiting; None if no length was given.
-      peak_bytes: of memory of this process and its workers, pages that they share counted once; None where the system
-        does not say.
-      weightless: share of samples with weight 0.
+      workers: worker processes.
+      first_seconds: time from opening the source to the first batch.
+      images_per_second: throughput when batches are taken without a pause.
+      images_per_core_second: images per second of CPU time, which other load on the machine hardly changes; None if the
+        system does not report CPU time.
+      wait_share: fraction of time that simulated training steps wait for a batch; None if no steps were simulated.
+      peak_bytes: peak memory of this process and its workers, with shared pages counted once; None if the system does
+        not report memory.
+      weightless: fraction of samples with weight 0.
     """
 
     workers: int
@@ -44,9 +45,18 @@ class InputSpeed:
 
 
 def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float) -> InputSpeed:
-    """Measures in a process of its own, so that no earlier measurement's memory counts; at most 2 · `seconds` long.
+    """Measures the input pipeline of a run in a new process, whose memory is that of the pipeline alone.
 
-    `step_seconds` is how long an accelerator would take for a batch, 0 to leave that out; it is slept, not computed.
+    The call takes about `seconds`, and as long again to measure waits.
+
+    Args:
+      run: the run, whose number of workers is replaced by `workers`.
+      workers: worker processes; 0 loads in the process itself.
+      seconds: duration of the measurement of throughput, and of that of waits.
+      step_seconds: duration of a simulated training step, which sleeps; 0 to measure no waits.
+
+    Raises:
+      ValueError: every sample has weight 0.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
@@ -54,27 +64,28 @@ def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float
 
 
 def process_memory(pid: int) -> int | None:
-    """Bytes that a process and its descendants hold, shared pages once; None where /proc does not say."""
+    """Returns the bytes of memory of a process and its descendants; shared pages count once. None without /proc."""
     total = 0
-    for each in _family(pid):
+    for member in _process_tree(pid):
         try:
-            held = re.search(r"^Pss:\s+(\d+) kB", pathlib.Path(f"/proc/{each}/smaps_rollup").read_text(), re.MULTILINE)
+            text = pathlib.Path(f"/proc/{member}/smaps_rollup").read_text()
         except OSError:
             # A worker may have ended since it was listed.
-            if each == pid:
+            if member == pid:
                 return None
             continue
-        total += 1024 * int(held[1]) if held else 0
+        match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+        total += 1024 * int(match[1]) if match else 0
     return total
 
 
 def process_seconds(pid: int) -> float:
-    """Seconds that processors have worked for a process and its descendants; 0 where /proc does not say."""
+    """Returns the CPU time in seconds of a process and its descendants; 0 without /proc."""
     ticks = 0
-    for each in _family(pid):
+    for member in _process_tree(pid):
         with contextlib.suppress(OSError):
-            # The name in parentheses may hold blanks; behind it user and system time are the 12th and the 13th field.
-            fields = pathlib.Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            # The name in parentheses may contain spaces. After it, user and system time are the fields 12 and 13.
+            fields = pathlib.Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -86,35 +97,37 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
         data = train_data(run)
         batch = next(data)
         first = time.perf_counter() - started
-        images, weight, started, worked = 0, 0.0, time.perf_counter(), process_seconds(os.getpid())
-        while (spent := time.perf_counter() - started) < seconds or not images:
+        images, weight, started, cpu_seconds = 0, 0.0, time.perf_counter(), process_seconds(os.getpid())
+        while (elapsed := time.perf_counter() - started) < seconds or not images:
             batch = next(data)
             images += len(batch["weight"])
             weight += float(batch["weight"].sum())
-        worked = process_seconds(os.getpid()) - worked
+        cpu_seconds = process_seconds(os.getpid()) - cpu_seconds
         waited, started = 0.0, time.perf_counter()
         while step_seconds and time.perf_counter() - started < seconds:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             next(data)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             time.sleep(step_seconds)
         share = waited / (time.perf_counter() - started) if step_seconds else None
         data.close()
     if not weight:
-        raise ValueError(f"{run.data.source}: not one of {images:,} images can be used, so their speed means nothing")
-    per_core = images / worked if worked else None
-    return InputSpeed(workers, first, images / spent, per_core, share, peak[0] if peak else None, 1 - weight / images)
+        raise ValueError(
+            f"{run.data.source}: not one of {images:,} images can be used, so there is no speed to measure"
+        )
+    per_core = images / cpu_seconds if cpu_seconds else None
+    return InputSpeed(workers, first, images / elapsed, per_core, share, peak[0] if peak else None, 1 - weight / images)
 
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """Yields a list that holds the largest `process_memory` seen in the block, and nothing where there is none."""
+    """Samples `process_memory` during the block; yields a list of its maximum, or an empty list if it is unknown."""
     peak: list[int] = []
     done = threading.Event()
 
     def watch() -> None:
-        while (now := process_memory(os.getpid())) is not None:
-            peak[:] = [max([now, *peak])]
+        while (size := process_memory(os.getpid())) is not None:
+            peak[:] = [max([size, *peak])]
             if done.wait(_SAMPLE_SECONDS):
                 return
 
@@ -127,10 +140,11 @@ def _peak_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def _family(pid: int) -> list[int]:
-    family = [pid]
-    for each in family:
-        for path in pathlib.Path(f"/proc/{each}/task").glob("*/children"):
+def _process_tree(pid: int) -> list[int]:
+    """Lists a process and its descendants."""
+    members = [pid]
+    for member in members:
+        for path in pathlib.Path(f"/proc/{member}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                family += map(int, path.read_text().split())
-    return family
+                members += map(int, path.read_text().split())
+    return members

@@ -1,4 +1,4 @@
-"""Everything in a source read once: what is broken, how large images and captions are, what is there twice."""
+"""Reads a source once and reports broken samples, sizes of images and captions, and duplicate images."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from tclip_jax.data.sources import BadSample, Record, Source, notes, open_source
 from tclip_jax.data.tokenizer import EOT, Tokenizer
 from tclip_jax.pages import aligned
 
-_CHUNK = 1024  # samples that a process reads at a time
-_EXAMPLES = 5  # of each kind of fault, and of duplicates
-_LENGTH = 1024  # captions are counted up to this many tokens
-# A digest of the image's bytes: 128 bits, so that equal ones among a billion are equal images.
+_CHUNK = 1024  # samples per task of a worker process
+_EXAMPLES = 5  # shown of each kind of fault, and of duplicates
+_LENGTH = 1024  # tokens at which long captions are cut before they are counted
+# A 128-bit digest of an encoded image. Among a billion images, equal digests mean equal images.
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<i8")])
 _BUCKETS = 256
 
 
 @dataclasses.dataclass
 class Findings:
-    """What was found in a source or in a part of it.
+    """The report on a source, or on a part of it. Counters count good samples, except `broken`.
 
     Attributes:
-      samples: read.
-      broken: how many of each kind of fault.
-      examples: (kind, reason) of the first few of each kind.
-      formats: good images by format and mode, as "JPEG RGB".
-      short_sides, long_sides: pixels -> good images.
-      image_kib: size of the encoded image in KiB -> good images.
-      captions: captions of an image -> good images.
-      tokens: length with start and end token, before any cut -> captions of good images.
-      duplicates: images beyond the first of those that are the same, byte for byte.
-      duplicate_examples: the samples of a few such groups, by their numbers in the source.
-      notes: what the source passes over or takes for granted.
+      samples: number of samples read.
+      broken: kind of fault -> broken samples.
+      examples: (kind, reason) of the first broken samples of each kind.
+      formats: format and mode, such as "JPEG RGB" -> images.
+      short_sides, long_sides: length in pixels -> images.
+      image_kib: size of the encoded image in KiB -> images.
+      captions: number of captions of an image -> images.
+      tokens: length in tokens, with the start and end tokens and before truncation -> captions.
+      duplicates: images that equal an earlier image byte for byte.
+      duplicate_examples: indices of the samples of the largest groups of equal images.
+      notes: files that the source skips, and its assumptions.
     """
 
     samples: int = 0
@@ -64,71 +64,83 @@ class Findings:
     duplicate_examples: list[list[int]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, other: Findings) -> None:
-        """Counts what was found in another part."""
+    def add(self, part: Findings) -> None:
+        """Adds the counts and examples of another part of the source."""
         shown = Counter(kind for kind, _ in self.examples)
-        for kind, reason in other.examples:
+        for kind, reason in part.examples:
             if shown[kind] < _EXAMPLES:
                 self.examples.append((kind, reason))
             shown[kind] += 1
-        self.samples += other.samples
+        self.samples += part.samples
         for name in ("broken", "formats", "short_sides", "long_sides", "image_kib", "captions", "tokens"):
-            getattr(self, name).update(getattr(other, name))
+            getattr(self, name).update(getattr(part, name))
 
 
 def check(spec: str, split: str, *, workers: int) -> Findings:
-    """Reads every sample of a source once, by as many processes as `workers`.
+    """Reads every sample of a source once.
 
-    Memory does not grow with the source: digests go to files by their first byte, and each is sorted alone.
+    Memory does not grow with the source: the digests of images go to 256 files, which are sorted one at a time.
+
+    Args:
+      spec: the source, such as "wds:<pattern>" or "tfds:<name>".
+      split: its split.
+      workers: number of worker processes.
+
+    Returns:
+      The counts and examples of the whole source.
     """
     source = open_source(spec, split)
-    total, found = len(source), Findings(notes=notes(source))
+    total, findings = len(source), Findings(notes=notes(source))
     chunks = [(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
     with contextlib.ExitStack() as stack:
         buckets = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         context = multiprocessing.get_context("spawn")
         pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(max(workers, 1), context))
         bar = stack.enter_context(tqdm.tqdm(total=total, unit="sample", desc="check", disable=not sys.stderr.isatty()))
-        waiting: list[concurrent.futures.Future[tuple[Findings, npt.NDArray[np.void]]]] = []
+        pending: list[concurrent.futures.Future[tuple[Findings, npt.NDArray[np.void]]]] = []
         for start, stop in chunks:
-            waiting.append(pool.submit(check_part, spec, split, start, stop))
-            # No more than a few ahead: a billion samples are a million chunks.
-            while len(waiting) > (4 * workers if stop < total else 0):
-                part, digests = waiting.pop(0).result()
-                found.add(part)
+            pending.append(pool.submit(check_part, spec, split, start, stop))
+            # Bound the queue of results: a billion samples are a million chunks.
+            while len(pending) > (4 * workers if stop < total else 0):
+                part, digests = pending.pop(0).result()
+                findings.add(part)
                 _to_buckets(digests, buckets)
                 bar.update(part.samples)
-                bar.set_postfix_str(f"{found.broken.total():,} broken", refresh=False)
-        _count_duplicates(buckets, found)
-    return found
+                bar.set_postfix_str(f"{findings.broken.total():,} broken", refresh=False)
+        _count_duplicates(buckets, findings)
+    return findings
 
 
 def check_part(spec: str, split: str, start: int, stop: int) -> tuple[Findings, npt.NDArray[np.void]]:
-    """What is found in the samples [start, stop), and the digests of the images."""
-    source, found, tokenizer = _source(spec, split), Findings(samples=stop - start), Tokenizer(_LENGTH)
+    """Reads the samples [start, stop).
+
+    Returns:
+      The counts of these samples, without duplicates, and the digests of their good images, a `_DIGEST` array.
+    """
+    source, findings, tokenizer = _source(spec, split), Findings(samples=stop - start), Tokenizer(_LENGTH)
     digests, texts = np.zeros(stop - start, _DIGEST), list[str]()
     good = 0
     for index in range(start, stop):
         try:
             record, image = examine(source, index, captioned=False)
         except BadSample as error:
-            found.broken[error.kind] += 1
-            if found.broken[error.kind] <= _EXAMPLES:
-                found.examples.append((error.kind, str(error)))
+            findings.broken[error.kind] += 1
+            if findings.broken[error.kind] <= _EXAMPLES:
+                findings.examples.append((error.kind, str(error)))
             continue
         data = record.image if isinstance(record.image, bytes) else record.image.tobytes()
         digest = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
         digests[good] = (*digest, index)
         good += 1
-        found.formats[f"{image.format or 'pixels'} {image.mode}"] += 1
-        found.short_sides[min(image.size)] += 1
-        found.long_sides[max(image.size)] += 1
-        found.image_kib[len(data) >> 10] += 1
-        found.captions[len(record.captions)] += 1
+        findings.formats[f"{image.format or 'pixels'} {image.mode}"] += 1
+        findings.short_sides[min(image.size)] += 1
+        findings.long_sides[max(image.size)] += 1
+        findings.image_kib[len(data) >> 10] += 1
+        findings.captions[len(record.captions)] += 1
         texts += record.captions
     if texts:
-        found.tokens.update(((tokenizer(texts) == EOT).argmax(axis=1) + 1).tolist())
-    return found, digests[:good]
+        findings.tokens.update(((tokenizer(texts) == EOT).argmax(axis=1) + 1).tolist())
+    return findings, digests[:good]
 
 
 @functools.cache
@@ -137,36 +149,38 @@ def _source(spec: str, split: str) -> Source:
 
 
 def quantile(counts: Counter[int], share: float) -> int:
-    """The smallest value that at least `share` of what is counted does not exceed; 0 of nothing."""
-    seen, total = 0, counts.total()
+    """Returns the smallest value v such that a fraction of at least `share` of the items is <= v; 0 without items."""
+    cumulative, total = 0, counts.total()
     for value in sorted(counts):
-        seen += counts[value]
-        if seen >= share * total:
+        cumulative += counts[value]
+        if cumulative >= share * total:
             return value
     return 0
 
 
 def _to_buckets(digests: npt.NDArray[np.void], folder: pathlib.Path) -> None:
-    numbers = digests["high"] % _BUCKETS
-    for bucket in np.unique(numbers):
+    """Appends each digest to the file of its bucket, so that equal digests are in one file."""
+    buckets = digests["high"] % _BUCKETS
+    for bucket in np.unique(buckets):
         with open(folder / str(bucket), "ab") as file:
-            file.write(digests[numbers == bucket].tobytes())
+            file.write(digests[buckets == bucket].tobytes())
 
 
-def _count_duplicates(folder: pathlib.Path, found: Findings) -> None:
+def _count_duplicates(folder: pathlib.Path, findings: Findings) -> None:
+    """Counts equal digests in the files of `folder`, and keeps examples of the largest groups."""
     groups: list[list[int]] = []
     for path in folder.iterdir():
         rows = np.sort(np.fromfile(path, _DIGEST))
-        new = np.append(True, (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1]))
-        starts = np.flatnonzero(new)
+        is_first = np.append(True, (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1]))
+        starts = np.flatnonzero(is_first)
         sizes = np.diff(np.append(starts, len(rows)))
-        found.duplicates += len(rows) - len(starts)
+        findings.duplicates += len(rows) - len(starts)
         largest = np.argsort(-sizes, kind="stable")[:_EXAMPLES]
-        groups += [_numbers(rows, starts[i], sizes[i]) for i in largest if sizes[i] > 1]
-    found.duplicate_examples = sorted(groups, key=lambda group: (-len(group), group))[:_EXAMPLES]
+        groups += [_indices(rows, starts[i], sizes[i]) for i in largest if sizes[i] > 1]
+    findings.duplicate_examples = sorted(groups, key=lambda group: (-len(group), group))[:_EXAMPLES]
 
 
-def _numbers(rows: npt.NDArray[np.void], start: int, size: int) -> list[int]:
+def _indices(rows: npt.NDArray[np.void], start: int, size: int) -> list[int]:
     return np.sort(rows["index"][start : start + size])[:_EXAMPLES].tolist()
 
 
@@ -175,44 +189,47 @@ _MEASURES = {
     "short_sides": "shorter side, pixels",
     "long_sides": "longer side, pixels",
     "image_kib": "image, KiB",
-    "captions": "captions of an image",
-    "tokens": "tokens of a caption",
+    "captions": "captions per image",
+    "tokens": "tokens per caption",
 }
 
 
-def to_json(found: Findings, context_length: int) -> dict[str, Any]:
-    """Every count, the quantiles of what was measured, and the share of captions that `context_length` cuts."""
-    fields: dict[str, Any] = dict(vars(found))
+def to_json(findings: Findings, context_length: int) -> dict[str, Any]:
+    """Returns the counts, the quantiles of sizes, and the fraction of captions longer than `context_length` tokens."""
+    fields: dict[str, Any] = dict(vars(findings))
     for name in _MEASURES:
         counts = fields.pop(name)
         fields[name] = {f"{share:g}": quantile(counts, share) for share in _QUANTILES}
-    return fields | {"good": found.samples - found.broken.total(), "cut_share": cut_share(found, context_length)}
+    return fields | {
+        "good": findings.samples - findings.broken.total(),
+        "cut_share": cut_share(findings, context_length),
+    }
 
 
-def cut_share(found: Findings, context_length: int) -> float:
-    """The share of captions that have more tokens than `context_length`."""
-    cut = sum(count for length, count in found.tokens.items() if length > context_length)
-    return cut / max(found.tokens.total(), 1)
+def cut_share(findings: Findings, context_length: int) -> float:
+    """Returns the fraction of captions that have more tokens than `context_length`."""
+    cut = sum(count for length, count in findings.tokens.items() if length > context_length)
+    return cut / max(findings.tokens.total(), 1)
 
 
-def to_text(found: Findings, context_length: int) -> str:
-    """Tables for people, and a few examples of whatever is wrong."""
-    good = found.samples - found.broken.total()
-    rows = [["samples", f"{found.samples:,}"], ["good", f"{good:,}"], *_counts("broken: ", found.broken)]
-    rows += [*_counts("format: ", found.formats), ["images that are there before", f"{found.duplicates:,}"]]
-    rows.append([f"captions cut at {context_length} tokens", f"{cut_share(found, context_length):.2%}"])
+def to_text(findings: Findings, context_length: int) -> str:
+    """Formats the findings as tables, with examples of broken and duplicate samples."""
+    good = findings.samples - findings.broken.total()
+    rows = [["samples", f"{findings.samples:,}"], ["good", f"{good:,}"], *_counts("broken: ", findings.broken)]
+    rows += [*_counts("format: ", findings.formats), ["duplicates of an earlier image", f"{findings.duplicates:,}"]]
+    rows.append([f"captions cut at {context_length} tokens", f"{cut_share(findings, context_length):.2%}"])
     measured = [["", *(f"{share:.0%}" for share in _QUANTILES)]]
     for name, title in _MEASURES.items():
-        counts = getattr(found, name)
+        counts = getattr(findings, name)
         measured.append([title, *(f"{quantile(counts, share):,}" for share in _QUANTILES)])
     lines = [*aligned(rows), "", *aligned(measured)] if good else aligned(rows)
-    if found.examples:
-        lines += ["", "Broken, the first of each kind:", *(f"  {kind}: {reason}" for kind, reason in found.examples)]
-    if found.duplicate_examples:
-        groups = (", ".join(map(str, group)) for group in found.duplicate_examples)
-        lines += ["", "The same image, by number in the source:", *(f"  {group}" for group in groups)]
-    if found.notes:
-        lines += ["", "Passed over:", *(f"  {note}" for note in found.notes)]
+    if findings.examples:
+        lines += ["", "Broken, the first of each kind:", *(f"  {kind}: {reason}" for kind, reason in findings.examples)]
+    if findings.duplicate_examples:
+        groups = (", ".join(map(str, group)) for group in findings.duplicate_examples)
+        lines += ["", "Equal images, by index in the source:", *(f"  {group}" for group in groups)]
+    if findings.notes:
+        lines += ["", "Skipped by the source:", *(f"  {note}" for note in findings.notes)]
     return "\n".join(lines)
 
 
@@ -221,10 +238,15 @@ def _counts(prefix: str, counts: Any) -> list[list[str]]:
 
 
 def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Record, Image.Image]:
-    """A sample and its decoded image; unless `captioned`, its label may stand for captions.
+    """Reads one sample and decodes its image.
+
+    Args:
+      source: where the sample is read.
+      index: of the sample.
+      captioned: whether the sample needs a caption; otherwise a valid class label is enough.
 
     Raises:
-      BadSample: it would count with weight 0 in training.
+      BadSample: the sample is broken; training would mask it.
     """
     record = read(source, index)
     try:

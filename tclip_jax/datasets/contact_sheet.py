@@ -1,4 +1,4 @@
-"""Batches as a page for people: the pixels and the captions that a model is given."""
+"""Renders a batch as an HTML page of the images and captions that the model receives."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from PIL import Image
 from tclip_jax.data.tokenizer import EOT, Tokenizer
 from tclip_jax.pages import data_uri, page, paragraph, table
 
-_SMALL = 64  # pixels of a side below which they are shown one by one
+_SMALL = 64  # longer side in pixels; smaller images are enlarged without interpolation
 
 
 def contact_sheet(title: str, batch: Mapping[str, npt.NDArray[Any]], facts: Sequence[tuple[str, str]]) -> str:
-    """An HTML page of a batch: every image as it is fed to the model, with its caption decoded from the tokens.
+    """Returns an HTML page of a batch, with every image and the caption that its tokens decode to.
 
     Args:
-      batch: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32 and `weight` (B,).
-      facts: names and values for the head of the page.
+      title: title of the page.
+      batch: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32 and `weight` (B,) float32.
+      facts: (name, value) rows of the table at the top of the page.
     """
     tokens, weight = batch["tokens"], batch["weight"]
     tokenizer = Tokenizer(tokens.shape[1])
@@ -35,19 +36,19 @@ def contact_sheet(title: str, batch: Mapping[str, npt.NDArray[Any]], facts: Sequ
         full = (lengths[good] == tokens.shape[1]).mean()
         rows.append((f"captions that fill all {tokens.shape[1]} tokens", f"{full:.1%}"))
     cards = "".join(
-        _card(image, tokenizer.decode(row), length, bool(fine))
-        for image, row, length, fine in zip(batch["image"], tokens, lengths, good, strict=True)
+        _card(image, tokenizer.decode(row), length, bool(is_good))
+        for image, row, length, is_good in zip(batch["image"], tokens, lengths, good, strict=True)
     )
-    said = paragraph("What the model is given: pixels after augmentation, captions after tokenizing.", "note")
-    return page(title, f'{said}{table(rows, header=False)}<div class="cards">{cards}</div>')
+    note = paragraph("Input of the model: pixels after augmentation, captions after tokenization.", "note")
+    return page(title, f'{note}{table(rows, header=False)}<div class="cards">{cards}</div>')
 
 
-def _card(pixels: npt.NDArray[np.uint8], caption: str, length: int, good: bool) -> str:
+def _card(pixels: npt.NDArray[np.uint8], caption: str, length: int, is_good: bool) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     small = ' class="small"' if max(pixels.shape[:2]) < _SMALL else ""
     picture = f'<img{small} alt="" src="{data_uri(buffer.getvalue(), "png")}">'
-    words = f"{html.escape(caption)}<br>{length} tokens" if good else '<span class="bad">bad: weight 0</span>'
+    words = f"{html.escape(caption)}<br>{length} tokens" if is_good else '<span class="bad">bad: weight 0</span>'
     return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
 
 

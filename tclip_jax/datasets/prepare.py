@@ -1,12 +1,12 @@
-"""Captioned images of any source as ArrayRecord files of TensorFlow Datasets, part by part, on one machine or many.
+"""Converts captioned images to ArrayRecord files of TensorFlow Datasets, part by part, on one machine or many.
 
     <out>/<name>/1.0.0/
-      <name>-<split>.array_record-00000-of-00020   tf.train.Examples with image, captions and key; a file for each part
-      prepared/<split>/plan.json                   what each part is made from
-      prepared/<split>/00000.json                  what became of it, written after its file
-      dataset_info.json, features.json             written last: with them TFDS can read the data set
+      <name>-<split>.array_record-00000-of-00020   tf.train.Examples with image, captions and key; one file per part
+      prepared/<split>/plan.json                   the source of each part
+      prepared/<split>/00000.json                  the outcome of a part, written after its file
+      dataset_info.json, features.json             written last; TFDS needs them to read the data set
 
-A part with its .json is never made again, so the same call resumes where an earlier one was killed.
+A part whose outcome exists is not written again, so a repeated call resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ from tclip_jax.datasets.check import examine
 from tclip_jax.storage import atomic_local_file, write_atomic
 
 VERSION = "1.0.0"
-_EXAMPLES = 5  # of each kind of what was dropped are kept
+_EXAMPLES = 5  # reasons kept for each kind of dropped sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What becomes one file: the samples [start, stop) of a source, to its end where `stop` is None.
+    """The samples of one output file.
 
     Attributes:
-      content: of the source, as of `sources.digest`, or of its tar.
+      source: the source of the samples.
+      content: digest of the content of the source (`sources.digest`) or of its tar.
+      start, stop: the range [start, stop) of samples; None for all to the end.
     """
 
     source: str
@@ -57,16 +59,16 @@ class Part:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of one part, or of all.
+    """The result of writing one part, or of all parts.
 
     Attributes:
-      samples: that were read.
-      kept: that were written.
-      num_bytes: of their Examples.
-      file_bytes: of the file.
-      dropped: how many of each kind of fault.
-      examples: (kind, reason) of the first few of each kind.
-      notes: what a few of the sources pass over.
+      samples: samples read.
+      kept: samples written.
+      num_bytes: total size of their tf.train.Examples.
+      file_bytes: size of the file.
+      dropped: kind of fault -> dropped samples.
+      examples: (kind, reason) of the first dropped samples of each kind.
+      notes: files that the sources skip.
     """
 
     samples: int = 0
@@ -78,16 +80,23 @@ class Outcome:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def drop(self, error: BadSample) -> None:
-        """Counts a bad sample."""
-        seen = self.dropped.get(error.kind, 0)
-        self.dropped[error.kind] = seen + 1
-        if seen < _EXAMPLES:
+        """Counts a dropped sample."""
+        count = self.dropped.get(error.kind, 0)
+        self.dropped[error.kind] = count + 1
+        if count < _EXAMPLES:
             self.examples.append((error.kind, str(error)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The data set to write: where, its name, the split, and the number of its files."""
+    """The data set to write.
+
+    Attributes:
+      folder: folder of this version of the data set.
+      name: name of the data set.
+      split: split to write.
+      files: number of files of the split.
+    """
 
     folder: str
     name: str
@@ -95,32 +104,37 @@ class Target:
     files: int
 
     def file(self, part: int) -> epath.Path:
-        """Where the file of a part lies."""
+        """Returns the path of the file of a part."""
         return epath.Path(self.folder) / f"{self.name}-{self.split}.array_record-{part:05}-of-{self.files:05}"
 
     @property
     def notes(self) -> epath.Path:
-        """The folder of the plan and of what became of each part."""
+        """The folder of the plan and of the outcomes."""
         return epath.Path(self.folder) / "prepared" / self.split
 
     def outcome(self, part: int) -> Outcome | None:
-        """What became of a part, None if it is still to be made."""
-        note, file = self.notes / f"{part:05}.json", self.file(part)
-        if not note.exists() or not file.exists():
+        """Returns the outcome of a part, or None if its file is missing or incomplete."""
+        record, file = self.notes / f"{part:05}.json", self.file(part)
+        if not record.exists() or not file.exists():
             return None
-        outcome = Outcome(**json.loads(note.read_text()))
+        outcome = Outcome(**json.loads(record.read_text()))
         return outcome if file.stat().length == outcome.file_bytes else None
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What an Example holds: the image as it was, every caption, and the key."""
+    """Returns the features of a tf.train.Example: the encoded image, all captions, and the key."""
     text = tfds.features.Text()
     image = tfds.features.Image(shape=(None, None, 3))
     return tfds.features.FeaturesDict({"image": image, "captions": tfds.features.Sequence(text), "key": text})
 
 
 def plan(spec: str, split: str, samples: int) -> tuple[Part, ...]:
-    """A part for each tar of a pattern `wds:`, and for every `samples` of another source.
+    """Divides a source into parts.
+
+    Args:
+      spec: the source; each tar of `wds:<pattern>` becomes one part.
+      split: split of the source.
+      samples: samples per part of any other source.
 
     Raises:
       ValueError: the source has classes instead of captions.
@@ -128,25 +142,31 @@ def plan(spec: str, split: str, samples: int) -> tuple[Part, ...]:
     kind, _, argument = spec.partition(":")
     if kind == "wds":
         tars = find_files(argument)
-        found = contents(tars, total=len(tars))
-        return tuple(Part(f"wds:{tar}", content) for tar, content in zip(tars, found, strict=True))
+        digests = contents(tars, total=len(tars))
+        return tuple(Part(f"wds:{tar}", content) for tar, content in zip(tars, digests, strict=True))
     source = open_source(spec, split)
     if source.classnames:
-        raise ValueError(f"{spec}: its images have classes, not captions; `tfds build` prepares such data sets")
+        raise ValueError(f"{spec}: its images have classes, not captions: use `tfds build` instead")
     total, content = len(source), digest(source)
     return tuple(Part(spec, content, start, min(start + samples, total)) for start in range(0, total, samples))
 
 
 def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> Target:
-    """Makes the folder and writes the plan, or finds the same one.
+    """Creates the folder of the data set and writes the plan, or checks the existing plan.
+
+    Args:
+      out: folder of data sets.
+      name: name of the data set.
+      split: split to write.
+      parts: its parts, as `plan` returns them.
 
     Raises:
-      ValueError: the name is none that TFDS takes, there is nothing to prepare, or another data set lies there.
+      ValueError: TFDS does not accept the name, there are no samples, or the folder holds a data set made from others.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"the name {name!r} is not of small letters, digits and underscores, beginning with a letter")
+        raise ValueError(f"the name {name!r} must start with a lower-case letter, then letters, digits, underscores")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", split):
-        raise ValueError(f"the split {split!r} is not of small letters, digits and underscores, as train and test are")
+        raise ValueError(f"the split {split!r} must start with a lower-case letter, then letters, digits, underscores")
     if not parts:
         raise ValueError(f"{name}: there are no samples to prepare")
     target = Target(str(epath.Path(out) / name / VERSION), name, split, len(parts))
@@ -154,28 +174,28 @@ def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> 
     if not path.exists():
         target.notes.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(planned, indent=0))
-    elif (was := json.loads(path.read_text())) != planned:
-        pairs = [(i, *both) for i, both in enumerate(zip(was, planned, strict=False)) if both[0] != both[1]]
-        differs = f"it has {len(was):,} parts, not {len(planned):,}"
+    elif (existing := json.loads(path.read_text())) != planned:
+        pairs = [(i, *pair) for i, pair in enumerate(zip(existing, planned, strict=False)) if pair[0] != pair[1]]
+        reason = f"it has {len(existing):,} parts, not {len(planned):,}"
         if pairs:
             number, old, new = pairs[0]
-            differs = f"part {number} was made by an older version, which kept no content"
+            reason = f"part {number} was written by an older version, which recorded no content"
             if isinstance(old, dict):
-                differs = f"part {number} of {new['source']}: {keys.difference(old, new)}"
+                reason = f"part {number} of {new['source']}: {keys.difference(old, new)}"
         raise ValueError(
-            f"{path}: this data set is made from other samples ({differs}): choose another name, split or folder"
+            f"{path}: this data set is made from other samples ({reason}): choose another name, split or folder"
         )
     return target
 
 
 def prepare_part(target: Target, number: int, part: Part) -> Outcome:
-    """Writes the file of a part, then the note of what became of it; a part that is done is left alone."""
+    """Writes the file of a part and then its outcome, unless both exist."""
     if done := target.outcome(number):
         return done
     source = open_source(part.source, target.split)
     outcome = Outcome(notes=notes(source))
     with atomic_local_file(target.file(number)) as name:
-        # A group of one: reading a sample reads nothing else.
+        # Groups of one record, so that reading a sample reads no other.
         writer = array_record_module.ArrayRecordWriter(name, "group_size:1")
         for index in range(part.start, len(source) if part.stop is None else part.stop):
             outcome.samples += 1
@@ -194,28 +214,31 @@ def prepare_part(target: Target, number: int, part: Part) -> Outcome:
 
 
 def finish(target: Target) -> Outcome:
-    """Writes what TFDS reads first, of every split that is done, and returns the outcome of this one.
+    """Writes the metadata of TFDS for all complete splits.
+
+    Returns:
+      The total outcome of this split.
 
     Raises:
-      FileNotFoundError: a part is not done.
-      ValueError: not one sample is good.
+      FileNotFoundError: a part is missing.
+      ValueError: no sample is good.
     """
     total, splits = Outcome(), []
     for folder in sorted(target.notes.parent.iterdir()):
-        if not (folder / "plan.json").exists():  # a split whose beginning was killed
+        if not (folder / "plan.json").exists():  # `begin` of this split was interrupted
             continue
         files = len(json.loads((folder / "plan.json").read_text()))
-        each = dataclasses.replace(target, split=folder.name, files=files)
-        outcomes = [each.outcome(part) for part in range(files)]
+        split = dataclasses.replace(target, split=folder.name, files=files)
+        outcomes = [split.outcome(part) for part in range(files)]
         done = [outcome for outcome in outcomes if outcome]
-        if each == target:
+        if split == target:
             if len(done) < files:
                 raise FileNotFoundError(
-                    f"{each.file(outcomes.index(None))}: not made; the same command resumes with it"
+                    f"{split.file(outcomes.index(None))}: missing; rerun the same command to resume"
                 )
             total = _sum(done)
         if len(done) == files and any(outcome.kept for outcome in done):
-            splits.append(_split_info(each, done))
+            splits.append(_split_info(split, done))
     if not total.kept:
         raise ValueError(f"{target.folder}: not one of {total.samples} samples is good: {total.dropped}")
     tfds.folder_dataset.write_metadata(
@@ -225,17 +248,30 @@ def finish(target: Target) -> Outcome:
 
 
 def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
-    """Makes every part by processes of this machine, as many as `workers`, and finishes."""
+    """Writes every part in worker processes on this machine, then the metadata.
+
+    Args:
+      target: the data set, from `begin`.
+      parts: its parts.
+      workers: number of worker processes.
+
+    Returns:
+      The total outcome.
+
+    Raises:
+      OSError: a worker was killed.
+      ValueError: no sample is good.
+    """
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(max(workers, 1), context) as pool,
         tqdm.tqdm(total=len(parts), unit="file", desc="prepare", disable=not sys.stderr.isatty()) as bar,
     ):
-        made = [pool.submit(prepare_part, target, number, part) for number, part in enumerate(parts)]
+        futures = [pool.submit(prepare_part, target, number, part) for number, part in enumerate(parts)]
         dropped = 0
         try:
-            for each in concurrent.futures.as_completed(made):
-                dropped += each.result().samples - each.result().kept
+            for future in concurrent.futures.as_completed(futures):
+                dropped += future.result().samples - future.result().kept
                 bar.set_postfix_str(f"{dropped:,} dropped", refresh=False)
                 bar.update()
         except BrokenProcessPool:
@@ -258,7 +294,7 @@ def _example(source: Source, index: int) -> bytes:
     spec, serializer = _serializer()
     values = {"captions": list(record.captions), "key": record.name.rpartition("/")[2]}
     example = serializer.get_tf_example(spec.encode_example({"image": io.BytesIO(record.image), **values}))
-    # The features of an Example have no order of their own: without a fixed one no two runs write the same file.
+    # The features of an Example are an unordered map; a fixed order makes the files of two runs equal.
     return example.SerializeToString(deterministic=True)
 
 
@@ -295,13 +331,18 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def prepare_with_beam(target: Target, parts: Sequence[Part], options: Sequence[str]) -> Outcome:
-    """As `prepare`; the folder must be one that every worker sees.
+    """Writes every part in an Apache Beam pipeline, then the metadata.
 
     Args:
-      options: of the pipeline, as `--runner=DataflowRunner`.
+      target: the data set, from `begin`; every worker must have access to its folder.
+      parts: its parts.
+      options: options of the pipeline, such as `--runner=DataflowRunner`.
+
+    Returns:
+      The total outcome.
 
     Raises:
-      ValueError: Apache Beam is not installed.
+      ValueError: Apache Beam is not installed, or no sample is good.
     """
     try:
         import apache_beam
@@ -310,7 +351,7 @@ def prepare_with_beam(target: Target, parts: Sequence[Part], options: Sequence[s
         raise ValueError(f"Apache Beam is not installed ({error}): pip install 'tclip-jax[beam]'") from None
 
     with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        waiting = [(number, part) for number, part in enumerate(parts) if target.outcome(number) is None]
-        numbered = pipeline | apache_beam.Create(waiting, reshuffle=True)
+        pending = [(number, part) for number, part in enumerate(parts) if target.outcome(number) is None]
+        numbered = pipeline | apache_beam.Create(pending, reshuffle=True)
         numbered | apache_beam.MapTuple(lambda number, part: (prepare_part(target, number, part), None)[1])
     return finish(target)

@@ -1,4 +1,4 @@
-"""Asks a process of its own to compile, and keeps what it answered."""
+"""Compiles a step in another process (`planning.compile`), and caches the result."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import run_config
 from tclip_jax.storage import write_atomic
 
-_logger = logging.getLogger(__name__)
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "libtpu", "numpy", "ml_collections")
-_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "TCLIP_IMPLEMENTATION")  # of variables that decide what is compiled
+_PREFIXES = (
+    "JAX_",
+    "XLA_",
+    "LIBTPU_",
+    "TPU_",
+    "TCLIP_IMPLEMENTATION",
+)  # of environment variables that change the compiled program
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 _logger = logging.getLogger(__name__)
@@ -40,46 +45,53 @@ _logger = logging.getLogger(__name__)
 def compiled_facts(
     config: Mapping[str, Any], topology: str, teacher_preset: str, cache: epath.PathLike | None
 ) -> StepFacts:
-    """As `compile_for`, in another process; read from `cache` if the same was asked before of the same code.
+    """Runs `compile_for` in another process, or reads its result from the cache.
 
-    A file there says what made it: configuration, topology, teacher, code, libraries and what the environment tells JAX
-    and libtpu.
+    A cached result records its key: configuration, topology, teacher, code, library versions, and the environment
+    variables of JAX and libtpu. A result with another key is compiled again.
+
+    Args:
+      config: fields of the configuration.
+      topology: name of the topology, such as "v5e:16x16".
+      teacher_preset: see `find_teacher`.
+      cache: folder of cached results; None for no cache.
 
     Raises:
-      ValueError: what is wrong with the configuration; libtpu is missing, or failed.
+      ValueError: the configuration is invalid, or libtpu is missing or failed.
     """
     request = {"config": dict(config), "topology": topology, "teacher_preset": teacher_preset}
     if not cache:
-        return _ask(request)
-    made_by = _made_by(request)
+        return _compile(request)
+    made_by = _cache_key(request)
     path = epath.Path(cache) / f"{digest(made_by)}.json"
-    if path.exists() and (found := _read(path, made_by)):
-        return found
-    facts = _ask(request)
+    if path.exists() and (cached := _read(path, made_by)):
+        return cached
+    facts = _compile(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"made_by": made_by, "facts": facts.to_json()}) + "\n")
     return facts
 
 
 def _read(path: epath.Path, made_by: Recipe) -> StepFacts | None:
-    """What was compiled before; None, and a line in the log, of a broken file or one that something else made."""
+    """Reads a cached result; logs a warning and returns None if the file is broken or has another key."""
     try:
-        kept = json.loads(path.read_text())
-        if differs := difference(kept["made_by"], made_by):
-            raise ValueError(f"made by something else ({differs})")
-        return StepFacts.from_json(kept["facts"])
+        cached = json.loads(path.read_text())
+        if changes := difference(cached["made_by"], made_by):
+            raise ValueError(f"its key differs: {changes}")
+        return StepFacts.from_json(cached["facts"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _logger.warning("%s is no whole plan (%s: %s): it is compiled again", path, type(error).__name__, error)
+        _logger.warning("%s is not a valid cached plan (%s: %s): compiling again", path, type(error).__name__, error)
         return None
 
 
-def _ask(request: Mapping[str, Any]) -> StepFacts:
+def _compile(request: Mapping[str, Any]) -> StepFacts:
+    """Sends a request to a new process of `planning.compile`, and reads its answer."""
     if not importlib.util.find_spec("libtpu"):
-        raise ValueError("libtpu is not installed, which compiles for TPUs: pip install 'tclip-jax[plan]'")
-    if other := other_libtpu():
-        _logger.warning("%s", other)
+        raise ValueError("libtpu, the compiler for TPUs, is not installed: pip install 'tclip-jax[plan]'")
+    if mismatch := libtpu_mismatch():
+        _logger.warning("%s", mismatch)
     command = [sys.executable, "-m", "tclip_jax.planning.compile"]
-    with tempfile.TemporaryFile("w+") as errors:  # libtpu writes much there
+    with tempfile.TemporaryFile("w+") as errors:  # libtpu logs much to stderr
         process = subprocess.Popen(
             command,
             env=os.environ | _ENVIRONMENT,
@@ -89,51 +101,57 @@ def _ask(request: Mapping[str, Any]) -> StepFacts:
             text=True,
         )
         done = threading.Event()
-        line = threading.Thread(target=_show_progress, args=(request["topology"], done))
-        line.start()
+        progress = threading.Thread(target=_show_progress, args=(request["topology"], done))
+        progress.start()
         try:
             output, _ = process.communicate(json.dumps(request))
         finally:
             done.set()
-            line.join()
+            progress.join()
             process.kill()
-        answers = [each.removeprefix("answer ") for each in output.splitlines() if each.startswith("answer ")]
+        answers = [line.removeprefix("answer ") for line in output.splitlines() if line.startswith("answer ")]
         if process.returncode or not answers:
             errors.seek(0)
-            last = (errors.read().strip().splitlines() or ["no word of why"])[-1]
-            why = f"{last} ({other})" if (other := other_libtpu()) else last
-            raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {why}")
+            reason = (errors.read().strip().splitlines() or ["no error message"])[-1]
+            reason += f" ({mismatch})" if mismatch else ""
+            raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {reason}")
     answer = json.loads(answers[-1])
     if "error" in answer:
         raise ValueError(answer["error"])
     return StepFacts.from_json(answer["facts"])
 
 
-def other_libtpu() -> str:
-    """Says that the installed libtpu is not the one of jax, whose jaxlib may not read its programs; "" if it is."""
+def libtpu_mismatch() -> str:
+    """Returns a message if the installed libtpu is not the version that jax pins, else "".
+
+    jaxlib may fail to read programs of another libtpu.
+    """
     try:
-        jax_version, found = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
+        jax_version, libtpu_version = (importlib.metadata.version(name) for name in ("jax", "libtpu"))
     except importlib.metadata.PackageNotFoundError:
         return ""
     for pin in map(requirements.Requirement, importlib.metadata.requires("jax") or ()):
-        if pin.name == "libtpu" and found not in pin.specifier:
-            return f"libtpu is {found}, and jax {jax_version} goes with {pin.specifier}: pip install 'tclip-jax[plan]'"
+        if pin.name == "libtpu" and libtpu_version not in pin.specifier:
+            return (
+                f"libtpu is {libtpu_version}, but jax {jax_version} needs {pin.specifier}:"
+                " pip install 'tclip-jax[plan]'"
+            )
     return ""
 
 
 def _show_progress(topology: str, done: threading.Event) -> None:
-    """A line with the time that compiling takes, on a terminal."""
+    """Shows the elapsed time on a terminal until `done` is set."""
     layout = "{desc} {elapsed}"
     with tqdm.tqdm(desc=f"compiling for {topology}", bar_format=layout, leave=False, disable=None) as bar:
         while not done.wait(1):
             bar.refresh()
 
 
-def _made_by(request: Mapping[str, Any]) -> Recipe:
-    """All that decides what is answered: the request, the teacher that it names, the code, libraries, environment.
+def _cache_key(request: Mapping[str, Any]) -> Recipe:
+    """Returns everything that determines the result: request, teacher, code, library versions and environment.
 
     Raises:
-      ValueError: a teacher whose shape is not known.
+      ValueError: the architecture of the teacher is unknown.
     """
     run = run_config(ml_collections.ConfigDict(dict(request["config"])))
     code = hashlib.blake2b(digest_size=16)
@@ -142,7 +160,7 @@ def _made_by(request: Mapping[str, Any]) -> Recipe:
     environment = {name: value for name, value in (os.environ | _ENVIRONMENT).items() if name.startswith(_PREFIXES)}
     return recipe(
         request=request,
-        # Of a path: what lies there, which may be another model by now.
+        # The architecture, since the model at a path may have changed.
         teacher=repr(find_teacher(run, request["teacher_preset"])),
         code=code.hexdigest(),
         python=platform.python_version(),

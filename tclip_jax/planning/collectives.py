@@ -1,4 +1,4 @@
-"""Bytes that a compiled step moves: by collectives over the mesh, and to and from a device's memory."""
+"""Counts the bytes that a compiled step moves, by collectives over the mesh and to and from HBM."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from tclip_jax.planning.hlo import Array, Computation, Instruction, Program, called, executions
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# XLA for TPU writes a reduce-scatter as a fusion of this name around an all-reduce, and a collective that runs beside
-# other work as copies of itself in several fusions, the first of which has the start.
+# XLA for TPUs writes a reduce-scatter as a fusion of this name around an all-reduce. It writes an asynchronous
+# collective as copies in several fusions, of which the first contains the start.
 _FUSED_SCATTER, _ASYNC_START = "all-reduce-scatter", "AsyncCollectiveStart"
 
 Groups = npt.NDArray[np.int64]
@@ -23,15 +23,15 @@ Groups = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of transfer.
+    """One collective operation of a step.
 
     Attributes:
       kind: one of `KINDS`.
-      arrays: what comes out of it on a device; of a reduce-scatter what goes in.
-      axes: of the mesh, over which it runs; () where none of them fits.
-      devices: that take part in it together.
-      times: executions a step.
-      name: JAX's name of the operation, for people.
+      arrays: its results on one device; the operands of a reduce-scatter.
+      axes: mesh axes over which it runs; () if its groups match none.
+      devices: number of devices in a group.
+      times: executions per step.
+      name: JAX's name of the operation.
     """
 
     kind: str
@@ -43,17 +43,17 @@ class Collective:
 
     @property
     def dtype(self) -> str:
-        """Of the largest array."""
+        """The dtype of the largest array."""
         return max(self.arrays, key=lambda array: array.bytes).dtype
 
     @property
     def bytes(self) -> int:
-        """Of the whole arrays, in all executions of a step."""
+        """Bytes of the arrays, summed over the executions of a step."""
         return self.times * sum(array.bytes for array in self.arrays)
 
     @property
     def sent_bytes(self) -> float:
-        """That a device sends a step, if it is done in rings: (n − 1) / n of the arrays, twice that to reduce all."""
+        """Bytes that a device sends per step in a ring of n: `bytes` · (n − 1) / n, doubled for an all-reduce."""
         share = (self.devices - 1) / self.devices
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
@@ -62,17 +62,22 @@ class Collective:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Collective:
-        arrays = tuple(Array(each["dtype"], tuple(each["dims"]), each["on_chip"]) for each in fields["arrays"])
+        arrays = tuple(Array(array["dtype"], tuple(array["dims"]), array["on_chip"]) for array in fields["arrays"])
         names = ("kind", "devices", "times", "name")
         return cls(arrays=arrays, axes=tuple(fields["axes"]), **{name: fields[name] for name in names})
 
 
 def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective of a program on a mesh (name of axis -> size), the largest first."""
-    found = [
+    """Returns the collectives of a program between two or more devices, the largest first.
+
+    Args:
+      program: the compiled program.
+      mesh: name of axis -> size.
+    """
+    collectives = [
         _collective(instruction, computation, times, mesh) for instruction, computation, times in _instructions(program)
     ]
-    return sorted((each for each in found if each.devices > 1), key=lambda each: -each.sent_bytes)
+    return sorted((each for each in collectives if each.devices > 1), key=lambda each: -each.sent_bytes)
 
 
 def carries_activations(
@@ -82,13 +87,14 @@ def carries_activations(
     least_rows: int,
     weights: Collection[tuple[int, ...]] = (),
 ) -> bool:
-    """Whether it carries a batch x sequence x width array.
+    """Returns whether a collective carries a batch x sequence x width array.
 
     Args:
-      sizes: sequence · width of every such array of the models.
-      rows: of the global batch, which a part of the batch divides.
-      least_rows: of the smallest part of it that a device has at once.
-      weights: sorted sizes of the axes, but those of 1, of what is a parameter or its gradient.
+      collective: the collective.
+      sizes: sequence · width of each such array in the models.
+      rows: size of the global batch.
+      least_rows: size of the smallest part of the batch that a device processes at once.
+      weights: shapes of parameters and gradients, sorted and without axes of size 1.
     """
     for array in collective.arrays:
         if tuple(sorted(size for size in array.dims if size > 1)) in weights:
@@ -100,11 +106,11 @@ def carries_activations(
 
 
 def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
-    """Collectives with the computation that they stand in and their executions, those within fusions once each."""
+    """Yields collectives with their computation and executions; the copies of an asynchronous collective count once."""
     for computation, times in executions(program):
-        waiting = [computation]
-        while waiting:
-            name = waiting.pop()
+        pending = [computation]
+        while pending:
+            name = pending.pop()
             instructions = program.computations[name]
             started = {
                 operand
@@ -117,14 +123,14 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
                     if "chain_id=" not in each.attributes or each.name in started:
                         yield each, name, times
                 elif each.opcode in ("fusion", "async-start"):
-                    waiting += called(each)
+                    pending += called(each)
 
 
 def _collective(instruction: Instruction, computation: str, times: int, mesh: Mapping[str, int]) -> Collective:
     kind, arrays = instruction.opcode, instruction.arrays
     if kind.endswith("-start"):
         kind = kind.removesuffix("-start")
-        if kind != "all-reduce":  # (what goes in, what comes out, flags)
+        if kind != "all-reduce":  # (operands, results, flags)
             arrays = tuple(array for array in arrays if array.dims)
             arrays = arrays[len(arrays) // 2 :]
     groups = _groups(instruction.attributes, mesh)
@@ -138,7 +144,7 @@ def _collective(instruction: Instruction, computation: str, times: int, mesh: Ma
 
 
 def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
-    """Device numbers (groups, members), from any of XLA's ways to write them; pairs of a permutation are groups too."""
+    """Parses device ids, (groups, members), in each notation of XLA; a pair of a permutation is a group of two."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
     listed = pairs or re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
     if listed:
@@ -154,7 +160,7 @@ def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
 
 
 def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str, str, str]]) -> Groups:
-    """Of mesh['a'=2,'b'=8], device_ids=([4,4]T(1,0)) {'a','b':(2)4}: along a, and four of b within each half of it."""
+    """Expands mesh['a'=2,'b'=8], device_ids=([4,4]T(1,0)) {'a','b':(2)4}: axis a, and 4 in each of 2 parts of b."""
     shape: list[int] = []
     inside: list[int] = []
     chosen = {name: (int(before or 1), int(part) if part else sizes[name]) for name, before, part in axes}
@@ -176,7 +182,7 @@ def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str
 
 
 def _transposed(shape: str, order: str | None) -> Groups:
-    """Of [4,2]T(1,0): 0 to 7 in that shape, with its axes in that order."""
+    """Expands [4,2]T(1,0): the ids 0 to 7 in the shape (4, 2), transposed by (1, 0)."""
     sizes = _numbers(shape)
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else range(len(sizes)))
 
@@ -186,14 +192,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which the members of a group differ."""
+    """Returns the mesh axes along which the members of a group differ."""
     if groups.max() >= math.prod(mesh.values()):
         return ()
-    places = np.stack(np.unravel_index(groups, tuple(mesh.values())))
-    return tuple(name for name, where in zip(mesh, places, strict=True) if (where != where[:, :1]).any())
+    coordinates = np.stack(np.unravel_index(groups, tuple(mesh.values())))
+    return tuple(name for name, along in zip(mesh, coordinates, strict=True) if (along != along[:, :1]).any())
 
 
-# They name what is there already, or wait for what another instruction started.
+# Instructions that move no bytes: they rename existing arrays, or contain instructions that are counted themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "conditional", "call", "iota", "optimization-barrier"),
@@ -203,7 +209,7 @@ _UPDATE = "dynamic-update-slice"
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes read and written a step on each device."""
+    """Returns the bytes that a device reads from and writes to HBM per step."""
     return sum(
         times * _moved(program, each, program.computations[name])
         for name, times in executions(program)
@@ -212,6 +218,7 @@ def memory_traffic(program: Program) -> int:
 
 
 def _moved(program: Program, each: Instruction, computation: Computation) -> int:
+    """Returns the bytes that one execution of an instruction reads and writes."""
     if each.opcode in _FREE or each.opcode.endswith("-done"):
         return 0
     operands = [computation[name].arrays for name in each.operands if name in computation]
@@ -231,7 +238,7 @@ def _moved(program: Program, each: Instruction, computation: Computation) -> int
 
 
 def _read(program: Program, fused: Computation, index: int, arrays: tuple[Array, ...]) -> int:
-    """Of an operand of a fusion: all of it, or the slices that are taken."""
+    """Returns the bytes that a fusion reads of one operand: the slices that it takes, or the whole operand."""
     whole = _bytes(arrays)
     if not whole:
         return 0
@@ -255,7 +262,7 @@ def _read(program: Program, fused: Computation, index: int, arrays: tuple[Array,
 
 
 def _written(program: Program, fused: Computation, arrays: tuple[Array, ...]) -> int:
-    """Of the results of a fusion: all of them, or what is changed in them."""
+    """Returns the bytes that a fusion writes: the updated slices of its results, or the whole results."""
     root = next(each for each in fused.values() if each.is_root)
     results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     written = 0
@@ -278,5 +285,5 @@ def _bytes(arrays: Iterable[Array]) -> int:
 
 
 def _part(whole: tuple[Array, ...], part: tuple[Array, ...]) -> int:
-    """Bytes of a part of an array, if that is in the main memory."""
+    """Returns the bytes of a part of an array, or 0 if the array is on the chip."""
     return 0 if whole[0].on_chip else sum(array.bytes for array in part)

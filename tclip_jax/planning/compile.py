@@ -1,6 +1,7 @@
-"""Compiles the step of a run for TPUs that are not there; as a module it answers one request, for a process of its own.
+"""Compiles the training step of a run for TPUs, on a machine without TPUs.
 
-libtpu may abort a process and writes to its terminal, so `planning.child` starts one for each compilation.
+As a program, `python -m tclip_jax.planning.compile` answers one request on stdin. `planning.child` starts one process
+for each compilation, because libtpu may abort its process and logs to its terminal.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ from tclip_jax.training.build import Architecture, Build, check_batch
 
 
 def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: str = "") -> StepFacts:
-    """The facts of a configuration's step on a slice of TPUs; the process must be able to load libtpu.
+    """Compiles the step of a configuration for a slice of TPUs with libtpu.
+
+    Args:
+      config: fields of the configuration.
+      topology: the slice.
+      teacher_preset: see `find_teacher`.
 
     Raises:
-      ValueError: a configuration that is wrong, or that does not fit the topology.
+      ValueError: the configuration is invalid, or does not fit the topology.
     """
     run = run_config(ml_collections.ConfigDict(dict(config)))
-    # Without it a v4 chip would be two devices, which no runtime makes of it.
+    # By default libtpu describes a v4 chip as two devices, but runtimes present it as one (megacore).
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
     if run.mesh.slices > 1:
         options["num_slices"] = run.mesh.slices
@@ -49,7 +55,7 @@ def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: s
 
 
 def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
-    """The facts of a step on a mesh; without a topology nothing is known of links."""
+    """Compiles a step for a mesh and returns its facts; without a topology, `links` is empty."""
     started = time.perf_counter()
     with jax.set_mesh(build.mesh):
         shapes = build.state_shapes, build.batch_shapes, build.teacher_shapes
@@ -78,9 +84,9 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
 
 
 def activation_sizes(build: Build) -> frozenset[int]:
-    """Sequence · width of what both models hold of a sample: hidden states, q, k, v, the MLP's, logits of attention.
+    """Returns sequence · width of the activations of student and teacher, whole and sharded over `tensor`.
 
-    `tensor` may share a width.
+    These are hidden states, queries, keys, values, activations of MLPs, and attention logits.
     """
     configs = [build.run.model, *([build.teacher.config] if isinstance(build.teacher, Architecture) else [])]
     return frozenset(
@@ -89,13 +95,13 @@ def activation_sizes(build: Build) -> frozenset[int]:
 
 
 def weight_shapes(build: Build) -> frozenset[tuple[int, ...]]:
-    """Sorted sizes above 1 of the axes of each parameter, whole or in shards, stacked layers or one of them."""
-    found: set[tuple[int, ...]] = set()
+    """Returns shapes of parameters, sorted and without axes of size 1: whole or sharded, stacked or of one layer."""
+    shapes: set[tuple[int, ...]] = set()
     for leaf in jax.tree.leaves((build.state_shapes.params, build.teacher_shapes)):
         for shape in (leaf.shape, leaf.shape[1:]):
             choices = [[size // part for part in (1, *build.mesh.shape.values(), build.mesh.size)] for size in shape]
-            found |= {tuple(sorted(size for size in each if size > 1)) for each in itertools.product(*choices)}
-    return frozenset(found)
+            shapes |= {tuple(sorted(size for size in sizes if size > 1)) for sizes in itertools.product(*choices)}
+    return frozenset(shapes)
 
 
 def _sizes(config: CLIPConfig) -> Iterable[int]:
@@ -109,17 +115,25 @@ def _sizes(config: CLIPConfig) -> Iterable[int]:
 
 
 def count_links(mesh: Mesh, topology: Topology, axes: Iterable[Sequence[str]]) -> dict[str, int]:
-    """For axes of a mesh, joined by "+", the links of a device that rings over them use at once.
+    """Counts the links of a device that ring collectives over mesh axes use at once.
 
-    In each dimension of the torus along which these axes lie two, if the dimension closes to a ring and they fill it,
-    else one.
+    Axes use two links in each dimension of the torus that they fill and that closes to a ring, and one link in each
+    other dimension along which they lie.
+
+    Args:
+      mesh: mesh of TPU devices, which have coordinates.
+      topology: the torus.
+      axes: tuples of mesh axes.
+
+    Returns:
+      The names of the axes, joined by "+" -> links.
     """
     coordinates = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
     links = {}
     for names in set(map(tuple, axes)):
         index = tuple(slice(None) if name in names else 0 for name in mesh.axis_names)
-        places = coordinates[index].reshape(-1, coordinates.shape[-1])
-        extents = [len(set(places[:, i])) for i in range(len(topology.shape))]
+        group = coordinates[index].reshape(-1, coordinates.shape[-1])
+        extents = [len(set(group[:, i])) for i in range(len(topology.shape))]
         links["+".join(names)] = sum(
             2 if extent == size and size % topology.chip.ring == 0 else 1
             for extent, size in zip(extents, topology.shape, strict=True)
@@ -134,7 +148,7 @@ def _shapes(collective: Collective) -> str:
 
 
 def main() -> int:
-    """Reads a request from stdin, and prints its facts or its error as the last line."""
+    """Reads a request from stdin, and prints its facts or its error as the last line, after "answer "."""
     request = json.load(sys.stdin)
     try:
         topology = parse_topology(request["topology"])

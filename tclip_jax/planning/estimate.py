@@ -1,8 +1,8 @@
-"""What is known of a step before it runs: memory, work and traffic, from compiling it or by formula.
+"""Facts of a step before it runs: memory, HBM traffic and collectives, from the compiled program or by formula.
 
-Of GPUs nothing is compiled, so their numbers are rougher than those of TPUs. Sharding is exact: it asks the same rules
-as training. Activations are those of a transformer with fused attention (no logits in memory, as cuDNN and Pallas do
-it) and, with remat, one hidden state kept a layer.
+Plans for GPUs are estimated by formula, so they are less exact than compiled plans for TPUs. Sharding is exact, since
+the formulas use the sharding rules of training. Activations are those of a transformer with fused attention, which
+stores no logits (as in cuDNN and Pallas); with remat, each layer stores one hidden state.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tclip_jax.training.build import Architecture, Build, check_batch
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device in a step.
+    """Bytes of memory on each device during a step.
 
     Attributes:
-      parameters, optimizer, average, teacher, batch: of arrays that go into the step, by shapes and shardings. The
-        state (the first three) comes out in the same memory.
-      padding: that the compiler adds to them, whose tiles are larger than some arrays.
-      temporaries: at the moment of the step that needs most: activations, gradients, gathered weights.
+      parameters, optimizer, average, teacher, batch: inputs of the step, by shapes and shardings. The new state (the
+        first three) uses the same memory.
+      padding: added by the compiler, which stores arrays in tiles.
+      temporaries: maximum of activations, gradients and gathered weights during the step.
       outputs: metrics.
-      program: the compiled instructions.
+      program: compiled instructions.
     """
 
     parameters: int
@@ -55,7 +55,7 @@ class Memory:
 
 
 def argument_bytes(build: Build) -> dict[str, int]:
-    """Of what goes into the step of a run, by the first fields of `Memory`."""
+    """Returns the bytes of the inputs of a step on each device, keyed by the first five fields of `Memory`."""
     state = build.state_shapes
     return {
         "parameters": device_bytes((state.params, state.step)),
@@ -67,12 +67,17 @@ def argument_bytes(build: Build) -> dict[str, int]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of shapes with shardings."""
+    """Returns the bytes that each device holds of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compiled_memory(compiled: Any, arguments: dict[str, int]) -> Memory:
-    """The compiler's own account of an executable (jax.stages.Compiled) that takes `arguments`."""
+    """Reads the memory statistics of the compiler.
+
+    Args:
+      compiled: the step, a jax.stages.Compiled.
+      arguments: bytes of its inputs, as `argument_bytes` returns them.
+    """
     stats = compiled.memory_analysis()
     return Memory(
         **arguments,
@@ -85,19 +90,19 @@ def compiled_memory(compiled: Any, arguments: dict[str, int]) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class StepFacts:
-    """Of one step on one device.
+    """Memory, traffic and collectives of one step on one device.
 
     Attributes:
       how: "compiled" or "by formula".
-      mesh: sizes of its axes.
-      memory: bytes by what they hold.
-      peak: bytes that the compiler says are alive at most at once, those on the chip among them, and gaps between them
-        not; 0 by formula. `memory.total` is what is set aside.
+      mesh: name of axis -> size.
+      memory: allocated bytes, by content.
+      peak: the compiler's maximum of live bytes, with arrays on the chip and without fragmentation; 0 by formula.
+        `memory.total` is the allocated size.
       traffic: bytes to and from HBM.
       collectives: the largest first.
-      moving_activations: names of collectives that carry a batch x sequence x width array.
-      links: for the axes of a collective joined by "+": links of a device that its rings use at once.
-      seconds: that compiling took.
+      moving_activations: descriptions of collectives that carry a batch x sequence x width array.
+      links: mesh axes joined by "+" -> links of a device that a ring over these axes uses at once.
+      seconds: compile time.
     """
 
     how: str
@@ -129,12 +134,17 @@ _XLA = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") -> StepFacts:
-    """The facts of a run's step on so many GPUs.
+    """Estimates the facts of a run's step on GPUs.
+
+    Args:
+      run: the run.
+      topology: type and number of GPUs.
+      teacher_preset: see `find_teacher`.
 
     Raises:
-      ValueError: a mesh or a batch that does not fit them, or a teacher whose shape is not known.
+      ValueError: the mesh or the batch does not fit the devices, or the architecture of the teacher is unknown.
     """
-    # Only shapes are asked of it, which a mesh without devices has too.
+    # Shapes and shardings need no devices.
     mesh: Any = abstract_mesh(topology.devices, run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     check_batch(run, mesh)
     build = Build(run, mesh, find_teacher(run, teacher_preset))
@@ -146,7 +156,7 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
         mesh=dict(mesh.shape),
         memory=Memory(**arguments, padding=0, temporaries=temporaries, outputs=0, program=0),
         peak=0,
-        # The state is read and written; each activation is written, and read twice.
+        # The step reads and writes the state; it writes each activation once and reads it twice.
         traffic=2 * (arguments["parameters"] + arguments["optimizer"] + arguments["average"]) + _activations(build),
         collectives=collectives,
         moving_activations=(),
@@ -156,67 +166,72 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
 
 
 def _rows(build: Build) -> int:
+    """Returns the number of samples per device, or per group of devices along `tensor`."""
     return build.run.data.batch_size // math.prod(build.mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int]]:
+    """Yields both towers with their sequence lengths."""
     yield config.vision, 1 + math.prod(config.vision.grid)
     yield config.text, config.text.context_length
 
 
 def _block(tower: VisionConfig | TextConfig) -> float:
-    """Widths that a block holds for its backward pass: two norms, q, k, v, their mix, and the MLP twice."""
+    """Returns activations per token that a block stores for its backward pass, as a multiple of the width.
+
+    Two norms, queries, keys, values and the attention output are six; the MLP stores its hidden layer twice.
+    """
     return 6 + 2 * tower.mlp_ratio
 
 
 def _temporaries(build: Build) -> int:
-    """Gradients, what the backward pass keeps, one block at work, one block's gathered weights, and the loss."""
+    """Returns bytes of stored activations, the largest block in use, gradients, and similarities of the loss."""
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
-    kept = working = 0.0
+    stored = working = 0.0
     for tower, tokens in _towers(run.model):
-        state = rows * tokens * tower.width * itemsize
-        kept += tower.layers * state * (1 if run.remat else _block(tower))
-        working = max(working, _block(tower) * state)
+        hidden = rows * tokens * tower.width * itemsize
+        stored += tower.layers * hidden * (1 if run.remat else _block(tower))
+        working = max(working, _block(tower) * hidden)
     if isinstance(build.teacher, Architecture):
         widest = (rows * tokens * tower.width * _block(tower) for tower, tokens in _towers(build.teacher.config))
         working = max(working, itemsize * max(widest))
     gradients = device_bytes(build.state_shapes.params)
-    # Similarities with every text and image of the global batch, and their gradient, float32.
+    # Similarities of images with texts and of texts with images of the global batch, and their gradients, in float32.
     similarities = 4 * 4 * rows * run.data.batch_size
-    return int(kept + working + gradients + similarities)
+    return int(stored + working + gradients + similarities)
 
 
 def _activations(build: Build) -> int:
-    """Bytes that the forward and backward passes move: each block's arrays once written and twice read."""
+    """Returns the HBM traffic of activations in bytes: each array of a block is written once and read twice."""
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
     models = [(run.model, 3 + run.remat)]
     if isinstance(build.teacher, Architecture):
         models.append((build.teacher.config, 1))
-    moved = (
+    traffic = (
         passes * 3 * tower.layers * _block(tower) * rows * tokens * tower.width * itemsize
         for config, passes in models
         for tower, tokens in _towers(config)
     )
-    return int(sum(moved))
+    return int(sum(traffic))
 
 
 def _collectives(build: Build) -> Iterator[Collective]:
-    """Weights gathered over `fsdp` for each pass, gradients reduced, embeddings of the batch gathered and returned."""
+    """Yields the collectives of weights, gradients, embeddings, and partial sums of tensor parallelism."""
     run, mesh = build.run, build.mesh.shape
     dtype, fsdp, tensor = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"]
     student = _elements(build.state_shapes.params["clip"]) // tensor
     if fsdp > 1:
-        # What moves of a ternary weight is four trits a byte; its scales are few.
+        # Ternary weights are gathered as four trits per byte. Their scales are small and not counted.
         trits = 0 if run.ternary_warmup_steps else _ternary_elements(build) // tensor
         floats, packed = Array(dtype, (student - trits,)), Array("u8", (trits // 4,))
         for array in (floats, packed):
             if array.size:
                 yield Collective("all-gather", (array,), ("fsdp",), fsdp, 2 + run.remat, "weights")
         if build.teacher_shapes is not None:
-            theirs = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
-            yield Collective("all-gather", theirs, ("fsdp",), fsdp, 1, "the teacher's weights")
+            weights = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
+            yield Collective("all-gather", weights, ("fsdp",), fsdp, 1, "the teacher's weights")
         yield Collective("reduce-scatter", (Array("f32", (student,)),), ("fsdp",), fsdp, 1, "gradients")
     if mesh["data"] > 1:
         shard = (Array("f32", (student // fsdp,)),)
@@ -224,13 +239,13 @@ def _collectives(build: Build) -> Iterator[Collective]:
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
     if shards > 1:
         embeddings = (Array("f32", (2, run.data.batch_size, run.model.embed_dim)),)
-        for kind, name in (("all-gather", "embeddings"), ("reduce-scatter", "their gradients")):
+        for kind, name in (("all-gather", "embeddings"), ("reduce-scatter", "gradients of embeddings")):
             yield Collective(kind, embeddings, BATCH_AXES, shards, 1, name)
     if mesh["tensor"] > 1:
         for tower, tokens in _towers(run.model):
-            state = (Array("f32", (_rows(build), tokens, tower.width)),)
-            times = tower.layers * 2 * (2 + run.remat)  # after attention and the MLP, in each pass
-            yield Collective("all-reduce", state, ("tensor",), mesh["tensor"], times, "partial sums")
+            hidden = (Array("f32", (_rows(build), tokens, tower.width)),)
+            times = tower.layers * 2 * (2 + run.remat)  # after attention and after the MLP, in each pass
+            yield Collective("all-reduce", hidden, ("tensor",), mesh["tensor"], times, "partial sums")
 
 
 def _ternary_elements(build: Build) -> int:

@@ -1,4 +1,4 @@
-"""What chips have, by their data sheets, and the topologies that a run can be planned for."""
+"""Chips, with the figures of their data sheets, and the topologies that a run can be planned for."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ _SHEETS = "https://cloud.google.com/tpu/docs"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip and what connects it with others.
+    """A chip and its interconnect.
 
     Attributes:
-      device_kind: JAX's name of a device, by which `PEAK_FLOPS` knows it.
-      memory: bytes of its HBM.
-      bandwidth: bytes/s of its HBM.
-      link: bytes/s in one direction of one link: to a neighbour in the torus of TPUs, or from a GPU into its node.
-      network: bytes/s of a chip in one direction to other nodes, of GPUs.
-      torus: dimensions of the torus; 0 of GPUs.
-      ring: a dimension of a slice closes to a ring where its size is a multiple of this.
-      devices: JAX devices a chip.
-      source: the data sheet.
+      device_kind: JAX's name of the device, a key of `PEAK_FLOPS`.
+      memory: HBM in bytes.
+      bandwidth: HBM bandwidth in bytes/s.
+      link: bandwidth of one link in one direction, bytes/s: to a neighbour in the torus for TPUs, within the node for
+        GPUs.
+      source: URL of the data sheet.
+      network: bandwidth to other nodes in one direction, bytes/s per GPU; 0 for TPUs.
+      torus: number of dimensions of the torus; 0 for GPUs.
+      ring: a dimension of a slice closes to a ring if its size is a multiple of `ring`; 0 for GPUs.
+      devices: number of JAX devices per chip.
     """
 
     device_kind: str
@@ -40,11 +41,11 @@ class Chip:
 
     @property
     def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s of one device."""
+        """Peak of dense bfloat16 FLOP/s of one device."""
         return PEAK_FLOPS[self.device_kind]
 
 
-# A link of a TPU is its "inter-chip interconnect bandwidth" over the ports: 4 of a 2D torus, 6 of a 3D torus.
+# The bandwidth of a TPU link is the "inter-chip interconnect bandwidth" / ports: 4 in a 2D torus, 6 in a 3D torus.
 TPUS = {
     "v4": Chip("TPU v4", 32 * 2**30, 1228e9, 50e9, f"{_SHEETS}/v4", torus=3, ring=4),
     "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16),
@@ -52,7 +53,7 @@ TPUS = {
     "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16),
     "tpu7x": Chip("TPU7x", 192 * 2**30, 7370e9, 200e9, f"{_SHEETS}/tpu7x", torus=3, ring=4, devices=2),
 }
-NODE = 8  # GPUs that NVLink connects
+NODE = 8  # GPUs connected by NVLink
 GPUS = {
     "a100": Chip("NVIDIA A100", 80e9, 2039e9, 300e9, "https://www.nvidia.com/en-us/data-center/a100", 25e9),
     "h100": Chip("NVIDIA H100", 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100", 50e9),
@@ -64,7 +65,12 @@ _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`kind` is a key of `TPUS` or `GPUS`; `shape` the chips along each dimension, of GPUs their number."""
+    """A slice of TPUs or a number of GPUs.
+
+    Attributes:
+      kind: key of `TPUS` or `GPUS`.
+      shape: number of chips along each dimension of the torus; (number of GPUs,) for GPUs.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -83,7 +89,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """JAX devices, which for TPU v7x are half a chip."""
+        """Number of JAX devices; a device of TPU7x is half a chip."""
         return self.chips * self.chip.devices
 
     @property
@@ -92,10 +98,10 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Of "v5e:16x16" or "h100:64".
+    """Parses the name of a topology, such as "v5e:16x16" or "h100:64".
 
     Raises:
-      ValueError: another name, with those that are accepted.
+      ValueError: there is no such topology; the message lists all.
     """
     kind, _, text = name.partition(":")
     numbers = text.split("x")
@@ -105,10 +111,10 @@ def parse_topology(name: str) -> Topology:
         or (kind in TPUS and shape in (_FLAT if TPUS[kind].torus == 2 else (*_SMALL, *_cubes())))
     ):
         return Topology(kind, shape)
-    flat, small = (", ".join("x".join(map(str, each)) for each in shapes) for shapes in (_FLAT, _SMALL))
+    flat, small = (", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (_FLAT, _SMALL))
     raise ValueError(
-        f"topology {name!r} is none of these: v5e, v6e: {flat}; v4, v5p, tpu7x: {small}, or three of 4, 8, 12 and 16"
-        f" with at most {MOST_CHIPS:,} chips, as v5p:8x8x16; {', '.join(GPUS)}: a number, as h100:64"
+        f"there is no topology {name!r}: choose from v5e, v6e: {flat}; v4, v5p, tpu7x: {small}, or three of 4, 8, 12"
+        f" and 16 with at most {MOST_CHIPS:,} chips, such as v5p:8x8x16; {', '.join(GPUS)}: a number, such as h100:64"
     )
 
 

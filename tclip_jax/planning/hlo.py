@@ -1,6 +1,6 @@
-"""Reads the text of a compiled XLA program: what it executes, how often, and which bytes that touches.
+"""Parses the text of a compiled XLA program: its instructions, their arrays, and how often each is executed.
 
-Not its HloModuleProto: jaxlib gives that as bytes alone, and no package that this one depends on can decode them.
+The text is parsed because jaxlib returns HloModuleProto only as bytes, and no dependency of this package decodes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ _BITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a program: `dtype` in XLA's words (bf16, s8, pred), `on_chip` if it is not in the main memory."""
+    """An array of a program.
+
+    Attributes:
+      dtype: XLA's name of the dtype, such as bf16, s8 or pred.
+      dims: shape.
+      on_chip: whether the array is in on-chip memory, not in HBM.
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -34,13 +40,22 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles."""
-        bits = 8 if self.dtype == "pred" else int(found[0]) if (found := _BITS.search(self.dtype)) else 0
+        """Bytes without the padding of tiles."""
+        bits = 8 if self.dtype == "pred" else int(match[0]) if (match := _BITS.search(self.dtype)) else 0
         return -(-self.size * bits // 8)
 
 
 class Instruction(NamedTuple):
-    """`arrays` are its results, `operands` the names of what it takes, `attributes` the rest of its line."""
+    """An instruction of a computation.
+
+    Attributes:
+      name: its name.
+      arrays: its results; a tuple has several.
+      opcode: XLA's name of the operation.
+      operands: names of the instructions that it takes as inputs.
+      attributes: the rest of its line.
+      is_root: whether its result is that of the computation.
+    """
 
     name: str
     arrays: tuple[Array, ...]
@@ -54,24 +69,24 @@ Computation = dict[str, Instruction]
 
 
 class Program(NamedTuple):
-    """All computations by name, and the one that is executed."""
+    """All computations by name, and the name of the entry computation."""
 
     entry: str
     computations: dict[str, Computation]
 
 
 class Execution(NamedTuple):
-    """A computation that is executed `times` a step: the entry, the body of a loop, or what they call."""
+    """A computation, and how often a step executes it: the entry, the body of a loop, or a computation they call."""
 
     computation: str
     times: int
 
 
 def parse_program(text: str) -> Program:
-    """The program of `compiled.as_text()`.
+    """Parses the text that `compiled.as_text()` returns.
 
     Raises:
-      ValueError: the text has no entry.
+      ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", dict[str, Instruction]()
@@ -87,21 +102,21 @@ def parse_program(text: str) -> Program:
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """What is executed as a sequence of instructions; what is fused into one of them is not."""
-    waiting = [Execution(program.entry, 1)]
-    while waiting:
-        computation, times = execution = waiting.pop()
+    """Yields the computations that run as sequences of instructions, without those fused into one instruction."""
+    pending = [Execution(program.entry, 1)]
+    while pending:
+        computation, times = execution = pending.pop()
         yield execution
         for each in program.computations[computation].values():
             if each.opcode == "while":
                 trips = trip_count(program, each, program.computations[computation])
-                waiting.append(Execution(_attribute(each, "body"), times * trips))
+                pending.append(Execution(_attribute(each, "body"), times * trips))
             elif each.opcode in ("call", "conditional"):
-                waiting += [Execution(name, times) for name in called(each)]
+                pending += [Execution(name, times) for name in called(each)]
 
 
 def called(instruction: Instruction) -> list[str]:
-    """The computations that an instruction calls or fuses; of a conditional all branches."""
+    """Lists the computations that an instruction calls or fuses; all branches for a conditional."""
     names = _CALLED.findall(instruction.attributes)
     for branches in _BRANCHES.findall(instruction.attributes):
         names += _NAME.findall(branches) or [name.strip() for name in branches.split(",")]
@@ -109,62 +124,64 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(program: Program, loop: Instruction, computation: Computation) -> int:
-    """How often the body of a loop runs: XLA's own count, or the bound that a counter from a constant is compared with.
+    """Returns how often the body of a loop runs.
+
+    The count is XLA's own, or the difference of the constant bound and the constant start of the loop's counter.
 
     Raises:
-      ValueError: neither is there.
+      ValueError: the text has neither.
     """
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
     condition = program.computations[_attribute(loop, "condition")]
-    # The comparison may be fused; then its operands are the fusion's.
+    # If the comparison is fused, its operands are those of the fusion.
     root = next(each for each in condition.values() if each.is_root)
     bounds = [_constant(condition[name]) for name in root.operands if name in condition]
     limits = [bound for bound in bounds if bound is not None]
     indices = [
-        int(found[1])
+        int(match[1])
         for name in root.operands
-        if name in condition and (found := re.search(r"index=(\d+)", condition[name].attributes))
+        if name in condition and (match := re.search(r"index=(\d+)", condition[name].attributes))
     ]
     if len(limits) != 1 or len(indices) != 1:
-        raise ValueError(f"the loop {loop.name} of the compiled program has no bound that is known")
+        raise ValueError(f"the loop {loop.name} of the compiled program has no known bound")
     start = _tuple_element(computation, loop.operands[0], indices[0])
     return max(limits[0] - (start or 0), 0)
 
 
 def _tuple_element(computation: Computation, name: str, index: int) -> int | None:
-    """The constant that goes into a loop's counter, through copies and tuples; None if it is computed."""
-    made = computation.get(name)
-    if made is not None and made.opcode == "tuple":
-        made = computation.get(made.operands[index])
-    while made is not None and made.opcode == "copy":
-        made = computation.get(made.operands[0])
-    return None if made is None else _constant(made)
+    """Returns the constant start of a loop's counter, behind copies and tuples; None if the start is computed."""
+    source = computation.get(name)
+    if source is not None and source.opcode == "tuple":
+        source = computation.get(source.operands[index])
+    while source is not None and source.opcode == "copy":
+        source = computation.get(source.operands[0])
+    return None if source is None else _constant(source)
 
 
 def _constant(instruction: Instruction) -> int | None:
     if instruction.opcode != "constant":
         return None
-    found = re.match(r"\((-?\d+)\)", instruction.attributes)
-    return int(found[1]) if found else None
+    match = re.match(r"\((-?\d+)\)", instruction.attributes)
+    return int(match[1]) if match else None
 
 
 def _attribute(instruction: Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
-    if not found:
+    match = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    if not match:
         raise ValueError(f"{instruction.opcode} {instruction.name} of the compiled program has no {name}")
-    return found[1]
+    return match[1]
 
 
 def _instruction(text: str, name: str, is_root: bool) -> Instruction:
-    """From what follows the equal sign: shape, opcode, operands in parentheses, attributes."""
+    """Parses the text after the equal sign: shape, opcode, operands in parentheses, attributes."""
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     arrays, rest = text[:end], text[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     close = _closing(rest, len(opcode))
     operands = rest[len(opcode) : close]
-    # The value of a constant and the number of a parameter stand where operands do.
+    # The value of a constant and the number of a parameter are in the place of operands.
     attributes = rest[len(opcode) :] if opcode in ("constant", "parameter") else rest[close:]
     return Instruction(name, _arrays(arrays), opcode, tuple(_NAME.findall(operands)), attributes, is_root)
 
@@ -177,7 +194,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """One past the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

@@ -1,4 +1,4 @@
-"""A plan: what a run needs on a topology, whether it fits, and how long it takes at best."""
+"""A plan of a run on a topology: its memory, whether it fits, and a lower bound of its time."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import RunConfig, run_config
 
 _MIB, _GIB = 2**20, 2**30
-# Trits in an element of what is gathered: as int8 one, packed into bytes four.
+# dtype of gathered trits -> trits per element: one in an int8, four in a packed byte.
 _TRITS = {"s8": 1, "s2": 1, "u2": 1, "u8": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run on a topology: the facts of its step, and the estimate that follows from them."""
+    """A run on a topology.
+
+    Attributes:
+      run: the run.
+      topology: the topology of one slice.
+      facts: memory, traffic and collectives of a step.
+      estimate: roofline estimate of a step.
+      pair_flops: FLOPs of training per image-text pair, with recomputation.
+    """
 
     run: RunConfig
     topology: Topology
@@ -38,7 +46,7 @@ class Plan:
 
     @property
     def device_memory(self) -> float:
-        """Bytes of HBM that a JAX device has."""
+        """HBM of a JAX device in bytes."""
         return self.topology.chip.memory / self.topology.chip.devices
 
     @property
@@ -47,12 +55,12 @@ class Plan:
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Number of chips of all slices."""
         return math.prod(self.facts.mesh.values()) // self.topology.chip.devices
 
     @property
     def quantized_gather(self) -> tuple[int, int] | None:
-        """Bytes of weights that are gathered as trits a step, and what bfloat16 would take; None without such."""
+        """Bytes of weights gathered as trits per step, and of these weights in bfloat16; None without such weights."""
         gathers = [
             each
             for each in self.facts.collectives
@@ -69,7 +77,7 @@ class Plan:
         return sum(each.bytes for each in gathers), as_bfloat16
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; bytes, seconds and fractions."""
+        """Returns all figures, in bytes, seconds and fractions."""
         memory, gather = self.facts.memory, self.quantized_gather
         return {
             "topology": self.topology.name,
@@ -95,15 +103,17 @@ def make_plan(
     price: float | None = None,
     cache: epath.PathLike | None = None,
 ) -> Plan:
-    """Plans a run: compiles its step in another process for TPUs, or calculates for GPUs.
+    """Plans a run: compiles its step in another process for TPUs, or estimates it by formula for GPUs.
 
     Args:
-      teacher_preset: as of `find_teacher`.
-      price: of a chip and hour.
-      cache: folder of what was compiled before.
+      config: the configuration of the run.
+      topology: where the run is planned.
+      teacher_preset: see `find_teacher`.
+      price: price of a chip-hour, in any currency.
+      cache: folder of compiled results; None for no cache.
 
     Raises:
-      ValueError: a configuration that is wrong or does not fit; libtpu is missing.
+      ValueError: the configuration is invalid or does not fit the topology, or libtpu is missing.
     """
     run = run_config(config)
     teacher = find_teacher(run, teacher_preset)
@@ -126,7 +136,7 @@ def make_plan(
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as tables for a terminal."""
+    """Formats a plan as tables for a terminal."""
     facts, time, chips = plan.facts, plan.estimate, plan.chips
     devices = math.prod(facts.mesh.values())
     mesh = ", ".join(f"{name}={size}" for name, size in facts.mesh.items())
@@ -134,7 +144,7 @@ def plan_text(plan: Plan) -> str:
     sent = sum(each.sent_bytes for each in facts.collectives)
     how = f"compiled in {facts.seconds:.0f} s" if facts.how == "compiled" else "by formula"
     lines = [
-        f"{plan.topology.name}: {chips:,} chips, mesh {mesh}; batch {batch:,}, {batch // devices:,} a device; {how}",
+        f"{plan.topology.name}: {chips:,} chips, mesh {mesh}; batch {batch:,}, {batch // devices:,} per device; {how}",
         "",
         *_memory_lines(plan),
         "",
@@ -145,19 +155,19 @@ def plan_text(plan: Plan) -> str:
         "",
         *aligned(
             [
-                ("at best a step needs", "seconds"),
-                (f"compute, {time.flops / 1e12:,.2f} TFLOP a device", f"{time.compute:.4f}"),
-                (f"memory, {facts.traffic / 1e9:,.1f} GB a device to and from HBM", f"{time.memory:.4f}"),
+                ("lower bounds of a step", "seconds"),
+                (f"compute, {time.flops / 1e12:,.2f} TFLOP per device", f"{time.compute:.4f}"),
+                (f"memory, {facts.traffic / 1e9:,.1f} GB per device to and from HBM", f"{time.memory:.4f}"),
                 (
-                    f"network, {sent / 1e9:,.2f} GB a device",
+                    f"network, {sent / 1e9:,.2f} GB per device",
                     f"{time.network:.4f}",
                 ),
-                ("if all of it overlaps", f"{time.overlapped:.4f}"),
+                ("if everything overlaps", f"{time.overlapped:.4f}"),
                 ("if nothing overlaps", f"{time.serial:.4f}"),
             ]
         ),
         "",
-        f"at most {time.images_per_second:,.0f} images/s, {time.images_per_second / chips:,.0f} a chip,"
+        f"at most {time.images_per_second:,.0f} images/s, {time.images_per_second / chips:,.0f} per chip,"
         f" {time.mfu:.0%} MFU",
         f"{plan.run.steps:,} steps: {time.hours:,.1f} to {time.serial_hours:,.1f} hours, at least"
         f" {time.chip_hours:,.0f} chip-hours" + ("" if time.cost is None else f", a cost of {time.cost:,.0f}"),
@@ -169,11 +179,11 @@ def plan_text(plan: Plan) -> str:
 
 def _memory_lines(plan: Plan) -> list[str]:
     memory, limit = plan.facts.memory, plan.device_memory
-    rows = [("on a device", "GiB")]
+    rows = [("per device", "GiB")]
     rows += [(name, f"{size / _GIB:.3f}") for name, size in dataclasses.asdict(memory).items() if size]
     rows.append(("total", f"{memory.total / _GIB:.3f}"))
     verdict = "fits" if plan.fits else "does NOT fit"
-    peak = f"; alive at once at most {plan.facts.peak / _GIB:.3f} GiB" if plan.facts.peak else ""
+    peak = f"; peak {plan.facts.peak / _GIB:.3f} GiB" if plan.facts.peak else ""
     return [*aligned(rows), f"{verdict}: {memory.total / limit:.0%} of {limit / _GIB:.1f} GiB{peak}"]
 
 
@@ -183,7 +193,7 @@ def _collective_lines(facts: StepFacts) -> list[str]:
         total = totals[each.kind, each.dtype, "+".join(each.axes) or "other"]
         for i, value in enumerate((each.times, each.bytes / _MIB, each.sent_bytes / _MIB)):
             total[i] += value
-    rows = [("collectives a step", "over", "dtype", "count", "MiB", "sent MiB")]
+    rows = [("collectives per step", "over", "dtype", "count", "MiB", "sent MiB")]
     rows += [
         (kind, axes, dtype, f"{total[0]:,.0f}", f"{total[1]:,.1f}", f"{total[2]:,.1f}")
         for (kind, dtype, axes), total in sorted(totals.items(), key=lambda item: -item[1][2])
@@ -193,7 +203,7 @@ def _collective_lines(facts: StepFacts) -> list[str]:
 
 def _moving_line(facts: StepFacts) -> str:
     if facts.how != "compiled":
-        return "whether a collective carries a batch x sequence x width array is only known of TPUs"
+        return "plans by formula do not detect collectives that carry a batch x sequence x width array"
     moving = facts.moving_activations
     if not moving:
         return "no collective carries a batch x sequence x width array"
@@ -205,4 +215,4 @@ def _gather_lines(plan: Plan) -> list[str]:
     if gather is None:
         return []
     size, as_bfloat16 = gather
-    return [f"weights gathered as trits: {size / _MIB:,.1f} MiB, {size / as_bfloat16:.2f} of bfloat16's"]
+    return [f"weights gathered as trits: {size / _MIB:,.1f} MiB, {size / as_bfloat16:.2f} of their size in bfloat16"]

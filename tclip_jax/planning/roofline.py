@@ -1,4 +1,4 @@
-"""How long a step takes at best: what must be computed, moved to and from memory, and sent, each at the chip's rate."""
+"""A roofline estimate of the step time: FLOPs, HBM traffic and sent bytes, each at the rate of the chip."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tclip_jax.planning.hardware import NODE, Chip, Topology
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step, if each of the three alone took time, and what follows for a recipe.
+    """Lower bounds of the step time in seconds, and the figures of a run that follow from them.
 
     Attributes:
-      compute: all products at the peak rate, with those that are recomputed.
-      memory: all bytes to and from HBM at its bandwidth.
-      network: all bytes that are sent at the bandwidth of the links.
-      overlapped: the longest of the three: nothing waits for anything else.
-      serial: their sum: nothing overlaps.
-      flops: of a device a step, with those that are recomputed.
-      mfu: at most: FLOPs of the model, without those that are recomputed, over what the peak allows in `overlapped`.
-      images_per_second: of all devices, in `overlapped`.
-      hours, chip_hours: of the whole recipe, in `overlapped`.
-      serial_hours: in `serial`.
-      cost: of `chip_hours` at the given price; None without one.
+      compute: time of all matrix products at the peak rate, with recomputation.
+      memory: time of the HBM traffic at the HBM bandwidth.
+      network: time of the sent bytes at the bandwidth of the links.
+      overlapped: the maximum of the three, if all of them overlap.
+      serial: the sum of the three, if none of them overlap.
+      flops: FLOPs per device and step, with recomputation.
+      mfu: upper bound of the model FLOPs utilization: FLOPs without recomputation / (peak rate · `overlapped`).
+      images_per_second: throughput of all devices at `overlapped`.
+      hours, chip_hours: of all steps of the recipe at `overlapped`.
+      serial_hours: hours of all steps at `serial`.
+      cost: cost of `chip_hours`; None without a price.
     """
 
     compute: float
@@ -51,14 +51,16 @@ def estimate(
     model_flops: float,
     price: float | None = None,
 ) -> Estimate:
-    """The roofline of a step.
+    """Estimates the time of a step and of a run.
 
     Args:
-      batch: pairs of image and text over all devices.
-      steps: of the recipe.
-      pair_flops: per pair, with those that are recomputed (`train_flops`).
-      model_flops: per pair, without them.
-      price: of a chip and hour, in any currency.
+      facts: memory, traffic and collectives of a step.
+      topology: topology of a slice.
+      batch: global batch size in image-text pairs.
+      steps: number of steps of the run.
+      pair_flops: FLOPs per pair with recomputation (`train_flops`).
+      model_flops: FLOPs per pair without recomputation.
+      price: price of a chip-hour, in any currency.
     """
     chip, devices = topology.chip, math.prod(facts.mesh.values())
     flops = batch * pair_flops / devices
@@ -86,10 +88,16 @@ def estimate(
 
 
 def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices: int) -> float:
-    """Bytes/s that a chip can send in a ring over so many devices along these axes of the mesh.
+    """Returns the bytes/s that a chip can send in a ring collective.
 
-    In a torus all links of the dimensions along which they lie are used. GPUs use NVLink within a node, where a group
-    of devices is assumed to lie if it fits into one, else the network.
+    On a TPU the ring uses `facts.links`. A group of GPUs that fits into a node is assumed to be in one node and to use
+    NVLink; a larger group uses the network.
+
+    Args:
+      chip: the chip.
+      facts: facts of the step.
+      axes: mesh axes of the collective.
+      devices: number of devices in a group.
     """
     if chip.torus:
         return chip.link * max(facts.links.get("+".join(axes), 1), 1)
@@ -97,24 +105,24 @@ def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices:
 
 
 def assumptions(topology: Topology, facts: StepFacts) -> list[str]:
-    """Lines for people: the rates, where they are from, and what is not counted."""
+    """Returns lines of text: the rates, their sources, and what the estimate omits."""
     chip = topology.chip
     lines = [
         f"peak {chip.peak_flops * chip.devices / 1e12:,.0f} TFLOP/s (bfloat16), HBM {chip.memory / 2**30:.1f} GiB at"
-        f" {chip.bandwidth / 1e9:,.0f} GB/s a chip: {chip.source}",
+        f" {chip.bandwidth / 1e9:,.0f} GB/s per chip: {chip.source}",
     ]
     if chip.torus:
         used = ", ".join(f"{axes or 'others'} {links}" for axes, links in sorted(facts.links.items()))
-        lines.append(f"links of {chip.link / 1e9:.0f} GB/s each way, used at once by collectives over {used}")
+        lines.append(f"links of {chip.link / 1e9:.0f} GB/s each way; links used at once by collectives over {used}")
     else:
         lines.append(
-            f"NVLink {chip.link / 1e9:.0f} GB/s each way among {NODE} GPUs, {chip.network / 1e9:.0f} GB/s a GPU beyond"
+            f"NVLink {chip.link / 1e9:.0f} GB/s each way among {NODE} GPUs; network {chip.network / 1e9:.0f} GB/s a GPU"
         )
     lines += [
-        "FLOPs by formula: matrix products, three times the forward pass, once more with remat; the teacher's once",
-        "HBM bytes from the compiled program: operands and results of each instruction that are not on the chip"
+        "FLOPs by formula: matrix products of three student forward passes (four with remat) and one of the teacher",
+        "HBM bytes from the compiled program: operands and results of each instruction that are in HBM"
         if facts.how == "compiled"
-        else "memory, HBM bytes and collectives by formula, nothing was compiled: within a factor of about 1.5",
-        "collectives as rings; no latency, no waiting for data, hosts, checkpoints or evaluation",
+        else "memory, HBM bytes and collectives by formula, without compilation: within a factor of about 1.5",
+        "collectives as rings; without latency, input pipeline, hosts, checkpoints and evaluation",
     ]
     return lines

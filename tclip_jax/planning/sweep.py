@@ -1,4 +1,4 @@
-"""Many plans of one recipe: every combination of some keys, as a table and a page, and the best that fits."""
+"""A sweep: plans of one recipe for every combination of some keys, as a table and an HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ _SHORT = {"batch_size": "data.batch_size"}
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A combination of keys, and its plan, or the error that it is."""
+    """One combination of values.
+
+    Attributes:
+      changes: key of the configuration -> value, as text.
+      plan: its plan; None after an error.
+      error: message of the error; "" without one.
+    """
 
     changes: dict[str, str]
     plan: Plan | None
@@ -36,7 +42,7 @@ class Point:
 
     @property
     def rate(self) -> float:
-        """Images/s of all devices if nothing overlaps, by which points are compared: it favours no kind of work."""
+        """Images/s of all devices if nothing overlaps; sweeps compare this rate, because it favours no kind of work."""
         return self.plan.run.data.batch_size / self.plan.estimate.serial if self.plan else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -44,28 +50,35 @@ class Point:
 
 
 def parse_grid(texts: Sequence[str]) -> list[dict[str, str]]:
-    """The combinations of "batch_size=1024,2048" and the like: key of the configuration -> value, as text.
+    """Returns all combinations of values of a sweep.
+
+    Args:
+      texts: axes of the sweep, such as "batch_size=1024,2048".
+
+    Returns:
+      For each combination: key of the configuration -> value, as text.
 
     Raises:
-      ValueError: a text without values.
+      ValueError: an axis has no values.
     """
     axes: list[list[tuple[str, str]]] = []
     for text in texts:
         key, _, values = text.partition("=")
         if not values:
-            raise ValueError(f"--sweep {text!r} has no values: write KEY=A,B, as batch_size=16384,32768")
+            raise ValueError(f"--sweep {text!r} has no values: write KEY=A,B, such as batch_size=16384,32768")
         axes.append([(_SHORT.get(key, key), value) for value in values.split(",")])
-    return [dict(each) for each in itertools.product(*axes)]
+    return [dict(combination) for combination in itertools.product(*axes)]
 
 
 def run_sweep(
     configs: Sequence[tuple[dict[str, str], ml_collections.ConfigDict]], topology: Topology, **options: Any
 ) -> list[Point]:
-    """Plans each configuration in turn; one that is impossible is a point with an error.
+    """Plans each configuration; an invalid one becomes a point with an error.
 
     Args:
-      configs: what is changed, and the configuration with the change.
-      options: as of `make_plan`.
+      configs: (changes, changed configuration) pairs.
+      topology: where the runs are planned.
+      options: options of `make_plan`.
 
     Raises:
       ValueError: no configuration can be planned.
@@ -82,13 +95,13 @@ def run_sweep(
 
 
 def best(points: Sequence[Point]) -> Point | None:
-    """The fastest of those that fit, if nothing overlaps; None if none fits."""
+    """Returns the point with the highest `rate` among those that fit, or None if no point fits."""
     fitting = [point for point in points if point.plan and point.plan.fits]
     return max(fitting, key=lambda point: point.rate, default=None)
 
 
 def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """A header and a row a point."""
+    """Returns the rows of the table: a header, and one row for each point."""
     keys = list(points[0].changes)
     header = (
         "",
@@ -105,26 +118,26 @@ def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
 
 
 def sweep_text(points: Sequence[Point]) -> str:
-    """The table, what could not be planned, and the best."""
+    """Formats a sweep for a terminal: the table, the errors, and the best point."""
     lines = aligned(sweep_rows(points))
     lines += [f"{point.name}: {point.error}" for point in points if point.error]
     return "\n".join([*lines, "", _verdict(points)])
 
 
 def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
-    """Writes sweep.json and sweep.html, in place of what a sweep has written there before."""
+    """Writes sweep.json and sweep.html, and replaces those of an earlier sweep."""
     parts = [paragraph(_verdict(points), "verdict"), plot(_figure(points), "memory and speed of each point")]
     parts.append(table(sweep_rows(points), marked=[False, *(not (p.plan and p.plan.fits) for p in points)]))
     parts += [paragraph(f"{point.name}: {point.error}", "note") for point in points if point.error]
     first = next(point.plan for point in points if point.plan)
-    parts += [paragraph(f"Assumed: {line}", "note") for line in assumptions(first.topology, first.facts)]
+    parts += [paragraph(f"Assumption: {line}", "note") for line in assumptions(first.topology, first.facts)]
     with atomic_folder(folder, overwrite=True) as building:
         (building / "sweep.json").write_text(json.dumps([point.to_json() for point in points], indent=2) + "\n")
         (building / "sweep.html").write_text(page(f"Plans for {first.topology.name}", "\n".join(parts)))
 
 
 def _figure(points: Sequence[Point]) -> Any:
-    """Images/s against memory, each point with its number in the table, and what a device has as a line."""
+    """Plots images/s against memory; points have their numbers in the table, and a line shows a device's memory."""
     from matplotlib.figure import Figure
 
     plans = [(i, point, point.plan) for i, point in enumerate(points, 1) if point.plan]
@@ -136,10 +149,10 @@ def _figure(points: Sequence[Point]) -> Any:
         axes.annotate(str(i), (size, point.rate), xytext=(5, 4), textcoords="offset points", fontsize=8)
     limit = plans[0][2].device_memory / _GIB
     if max(plan.facts.memory.total for _, _, plan in plans) > limit * _GIB / 2:
-        axes.axvline(limit, color="#c0392b", linestyle="--", label=f"a device has {limit:.1f} GiB")
+        axes.axvline(limit, color="#c0392b", linestyle="--", label=f"memory of a device: {limit:.1f} GiB")
         axes.legend()
     axes.margins(0.1)
-    axes.set(xlabel="GiB on a device", ylabel="images/s if nothing overlaps", ylim=(0, None), xlim=(0, None))
+    axes.set(xlabel="GiB per device", ylabel="images/s if nothing overlaps", ylim=(0, None), xlim=(0, None))
     axes.grid(alpha=0.3)
     return figure
 
@@ -150,7 +163,7 @@ def _row(point: Point, keys: Sequence[str]) -> tuple[str, ...]:
     if plan is None:
         return (*values, *("-",) * 7)
     time = plan.estimate
-    seconds = (f"{each:.3f}" for each in (time.compute, time.memory, time.network, time.serial))
+    seconds = (f"{value:.3f}" for value in (time.compute, time.memory, time.network, time.serial))
     fits = "yes" if plan.fits else "NO"
     return (*values, f"{plan.facts.memory.total / _GIB:.2f}", fits, *seconds, f"{point.rate:,.0f}")
 
@@ -158,5 +171,5 @@ def _row(point: Point, keys: Sequence[str]) -> tuple[str, ...]:
 def _verdict(points: Sequence[Point]) -> str:
     point = best(points)
     if point is None or point.plan is None:
-        return "none of them fits"
+        return "no point fits into memory"
     return f"best that fits: {point.name}, {point.rate:,.0f} images/s if nothing overlaps"

@@ -1,4 +1,4 @@
-"""The shape of a run's teacher, without its weights and without the network."""
+"""The architecture of a run's teacher, found without its weights and without network access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tclip_jax.runs.read import split_step
 from tclip_jax.training.build import Architecture
 from tclip_jax.training.teacher_cache import describe_inputs, open_cache
 
-# What people distil from, by the name on the Hugging Face hub.
+# repository on the Hugging Face hub -> preset, for common teachers
 HUB = {
     "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": "ViT-L-14",
     "laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K": "ViT-L-14",
@@ -27,13 +27,14 @@ HUB = {
 
 
 def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCache | None:
-    """What the step of a run has to know of its teacher; its weights are planned as float32.
+    """Returns the architecture or the cache of a run's teacher, or None without a teacher.
 
     Args:
-      preset: a name of `PRESETS` or an open_clip JSON file, in place of what `config.teacher` or `teacher_cache` names.
+      run: the run; its `teacher` is a preset, a run, an artifact, a checkpoint or a key of `HUB`.
+      preset: name of `PRESETS` or path of an open_clip JSON file, in place of the teacher or the cache of the run.
 
     Raises:
-      ValueError: a teacher whose shape is not known.
+      ValueError: the architecture of the teacher is unknown.
     """
     if run.data.teacher_cache:
         if (epath.Path(run.data.teacher_cache) / CACHE_MANIFEST).exists():
@@ -50,16 +51,16 @@ def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
     if preset:
         return Architecture(CLIPConfig.from_open_clip(model_cfg(preset)), run.preprocess)
     if (manifest := epath.Path(teacher) / MANIFEST).exists():
-        found = describe(parse_manifest(manifest.read_bytes()))
-        return Architecture(found.config, found.preprocess)
+        artifact = describe(parse_manifest(manifest.read_bytes()))
+        return Architecture(artifact.config, artifact.preprocess)
     if not teacher.startswith(PREFIX) and is_checkpoint(teacher):
         checkpoint = open_checkpoint(teacher)
         return Architecture(checkpoint.config, checkpoint.preprocess)
     if ((workdir := split_step(teacher).workdir) / "config.json").exists():
-        theirs = read_config(workdir)
-        return Architecture(theirs.model, theirs.preprocess, theirs.rules)
+        teacher_run = read_config(workdir)
+        return Architecture(teacher_run.model, teacher_run.preprocess, teacher_run.rules)
     raise ValueError(
-        f"the shape of the teacher {teacher!r} is not known here: it is no preset, no run, artifact or checkpoint on"
-        f" this machine, and none of {', '.join(HUB)}; give --teacher-preset: {', '.join(PRESETS)}, or the path of an"
-        " open_clip JSON file"
+        f"the architecture of the teacher {teacher!r} is unknown: it is not a preset, not a run, artifact or checkpoint"
+        f" on this machine, and not one of {', '.join(HUB)}; add --teacher-preset with the path of an open_clip JSON"
+        f" file or one of {', '.join(PRESETS)}"
     )

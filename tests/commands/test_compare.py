@@ -1,4 +1,4 @@
-"""`tclip compare` from outside: exit codes, forms of the report, and golden files without PyTorch."""
+"""`tclip compare`: exit codes, formats of the report, and golden files without PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`artifact`, `export` (the same for PyTorch) and `other`, in whose first text block one layer is scaled."""
+    """Writes `artifact`, `export` (the same model for PyTorch) and `other`, in which one text layer is scaled."""
     path = tmp_path_factory.mktemp("compare")
     vision = VisionConfig(image_size=(16, 16), patch_size=8, width=16, layers=1, head_width=8)
     config = CLIPConfig(8, vision, TextConfig(context_length=8, width=16, heads=2, layers=2))
@@ -58,7 +58,7 @@ def test_activations_in_jax(folder: pathlib.Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.torch
-def test_the_folder_of_pytorch_is_the_reference_wherever_it_stands(
+def test_the_folder_of_pytorch_is_the_reference_in_either_position(
     folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "activations", str(folder / "export"), str(folder / "artifact")]) == 0

@@ -1,4 +1,4 @@
-"""Shell completion: what a shell makes of the scripts."""
+"""Shell completion: words that each shell completes with the generated script."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def test_other_shells_know_every_command(
         subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
 
 
-def test_the_whole_parser_takes_what_each_command_takes() -> None:
+def test_the_whole_parser_parses_each_command() -> None:
     args = whole_parser().parse_args(["data", "check", "--data", "digits", "--workers", "2", "--debug"])
     assert (args.data, args.workers, args.debug) == ("digits", 2, True)

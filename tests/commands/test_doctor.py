@@ -1,4 +1,4 @@
-"""What `tclip doctor` finds, on this machine and on ones that lack something."""
+"""`tclip doctor` on this machine, and on simulated machines with missing or unfit packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def findings() -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in doctor.examine()}
 
 
-def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not any(line.startswith("!") for line in lines)
@@ -25,26 +25,26 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.split()[:4] == ["devices", "8", "x", "cpu"] for line in lines)
 
 
-def test_what_is_missing_is_said_with_its_remedy(
+def test_a_missing_package_is_reported_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = {"jax": "0.11.1", "flax": "0.12.8", "tclip-jax": "0.1.0"}
+    installed = {"jax": "0.11.1", "flax": "0.12.8", "tclip-jax": "0.1.0"}
 
     def version(package: str) -> str:
-        if package not in there:
+        if package not in installed:
             raise importlib.metadata.PackageNotFoundError(package)
-        return there[package]
+        return installed[package]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert main(["doctor", "--json"]) == 1
-    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["grain"]["value"] == "missing" and not found["grain"]["optional"]
-    assert found["torch"]["optional"] and found["torch"]["remedy"].endswith("pip install 'tclip-jax[torch]'")
-    assert found["flax and jax"]["remedy"].endswith("pip install -U flax")
+    report = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert report["grain"]["value"] == "missing" and not report["grain"]["optional"]
+    assert report["torch"]["optional"] and report["torch"]["remedy"].endswith("pip install 'tclip-jax[torch]'")
+    assert report["flax and jax"]["remedy"].endswith("pip install -U flax")
 
 
 @pytest.mark.parametrize(("flax", "jax_version"), [("0.12.8", "0.10.2"), ("0.12.12", "0.12.0"), ("0.13.0", "0.13.1")])
-def test_versions_that_fit(flax: str, jax_version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compatible_versions(flax: str, jax_version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", {"flax": flax, "jax": jax_version, "libtpu": "0.0.1"}.get)
     assert "flax and jax" not in findings()
 
@@ -52,12 +52,12 @@ def test_versions_that_fit(flax: str, jax_version: str, monkeypatch: pytest.Monk
 def test_an_accelerator_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.pathlib.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert findings()["devices"].remedy == "/dev/nvidia0 is there: unset JAX_PLATFORMS=cpu"
+    assert findings()["devices"].remedy == "/dev/nvidia0 exists: unset JAX_PLATFORMS=cpu"
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert findings()["devices"].remedy == "/dev/nvidia0 is there: pip install 'tclip-jax[cuda]'"
+    assert findings()["devices"].remedy == "/dev/nvidia0 exists: pip install 'tclip-jax[cuda]'"
 
 
-def test_the_precision_in_force_is_shown() -> None:
+def test_the_matmul_precision_is_shown() -> None:
     assert findings()["matmul of float32"].value.startswith("bfloat16 on a TPU")
     with jax.default_matmul_precision("highest"):
         assert findings()["matmul of float32"].value == "highest"
@@ -71,12 +71,12 @@ def test_a_backend_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings()["devices"].remedy == "Unable to initialize backend 'tpu': no TPU"
 
 
-def test_a_libtpu_that_is_not_the_one_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_libtpu_that_jax_does_not_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     pins = ['libtpu==0.0.42.*; extra == "tpu"', "numpy>=2.0"]
     monkeypatch.setattr(importlib.metadata, "requires", {"jax": pins}.get)
     versions = {"jax": "0.10.2", "flax": "0.12.8", "libtpu": "0.0.52"}
     monkeypatch.setattr(importlib.metadata, "version", versions.get)
-    remedy = "libtpu is 0.0.52, and jax 0.10.2 goes with ==0.0.42.*: pip install 'tclip-jax[plan]'"
+    remedy = "libtpu is 0.0.52, but jax 0.10.2 needs ==0.0.42.*: pip install 'tclip-jax[plan]'"
     assert findings()["libtpu and jax"].remedy == remedy
     versions["libtpu"] = "0.0.42.1"
     assert "libtpu and jax" not in findings()

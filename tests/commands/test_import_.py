@@ -1,3 +1,5 @@
+"""`tclip import`: its options, its report and its errors."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,7 @@ MODEL_CFG = {
 
 @pytest.fixture
 def source(tmp_path: pathlib.Path) -> pathlib.Path:
-    """An open_clip folder; the second MLP weight of the images has one scale each 64 inputs and output."""
+    """Writes an open_clip folder; in the image tower mlp/fc2 is ternary, with groups of 64 inputs."""
     rng = np.random.default_rng(0)
     state = {
         entry.key: rng.random(entry.shape, np.float32)
@@ -33,14 +35,14 @@ def source(tmp_path: pathlib.Path) -> pathlib.Path:
         state[f"visual.transformer.resblocks.{layer}.mlp.c_proj.weight"] = np.float32(
             rng.integers(-1, 2, (64, 256)) * scale
         )
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "source"
     folder.mkdir()
     safetensors.numpy.save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG}))
     return folder
 
 
-def test_import_prints_what_was_recovered(
+def test_import_prints_the_ternary_parameters(
     source: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -58,24 +60,24 @@ def test_the_options_of_import(
 ) -> None:
     (tmp_path / "model.json").write_text(json.dumps(MODEL_CFG))
     out, file = str(tmp_path / "out"), str(source / "open_clip_model.safetensors")
-    given = ["import", file, "--out", out, "--model-cfg", str(tmp_path / "model.json")]
-    assert main([*given, "--ternary", "no", "--dtype", "float16", "--image-size", "24"]) == 0
-    assert capsys.readouterr().out.startswith("float weights: trits were not looked for\n")
+    arguments = ["import", file, "--out", out, "--model-cfg", str(tmp_path / "model.json")]
+    assert main([*arguments, "--ternary", "no", "--dtype", "float16", "--image-size", "24"]) == 0
+    assert capsys.readouterr().out.startswith("float weights: --ternary no\n")
     artifact = read_artifact(out)
     assert artifact.config.vision.image_size == (24, 24)
     assert artifact.manifest["tensors"]["image/projection/kernel"]["dtype"] == "float16"
-    assert main(given) == 2 and main([*given, "--overwrite"]) == 0
+    assert main(arguments) == 2 and main([*arguments, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "ViT-B-16"], "theirs: its embed_dim is 8, but the given model's is 512"),
+        (["--preset", "ViT-B-16"], "source: its embed_dim is 8, but the given model's is 512"),
         (["--preset", "ViT-B-17"], "the nearest is 'ViT-B-16'"),
         (["--image-size", "7"], "image size 7 is smaller than patch size 8"),
     ],
 )
-def test_an_error_is_one_line_and_leaves_nothing(
+def test_an_error_is_one_line_and_leaves_no_files(
     options: list[str],
     message: str,
     source: pathlib.Path,

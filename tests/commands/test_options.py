@@ -1,4 +1,4 @@
-"""Options that would be passed over where they stand are refused, in one line and before anything is read."""
+"""Options that would have no effect are refused, in one line and before any file is read."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from tclip_jax.cli import main
         ("evaluate m --data folder:pictures --split test", "folder:pictures: no split 'test': no folder of that name"),
         ("evaluate compare a b --data exports", "--data is for the images of the page: it needs --html FILE"),
         ("evaluate probe m --data x --out o --download", "--download is for exports: it needs --suite"),
-        ("evaluate probe m --data x --out o --shots --seeds 3", "--seeds is of few-shot, and --shots names none"),
+        ("evaluate probe m --data x --out o --shots --seeds 3", "--seeds is for few-shot probes: it needs --shots K"),
         ("plan --config ternaryclip --topology v5e:2x2 --out o", "--out is the folder of a sweep: it needs --sweep"),
-        ("export m --out o --to gguf-tq1_0 --dtype float16", "--dtype is of the weights for open_clip and hf"),
-        ("data prepare --data csv:x --name n --out o --beam= --workers 2", "--workers is of this machine"),
-        ("data prepare --data 'wds:*.tar' --name n --out o --file-samples 5", "--file-samples is of other sources"),
+        ("export m --out o --to gguf-tq1_0 --dtype float16", "--dtype is for open_clip and hf, and --to is gguf-tq1_0"),
+        ("data prepare --data csv:x --name n --out o --beam= --workers 2", "--workers is for this machine"),
+        ("data prepare --data 'wds:*.tar' --name n --out o --file-samples 5", "--file-samples is for other sources"),
         ("data check --data arrayrecord:x --split val", "arrayrecord:x: has no splits, so there is no 'val'"),
         (
             "evaluate m --data 'mixture:1*csv:x.csv+2*digits' --split val",
             "csv:x.csv: has no splits, so there is no 'val'",
         ),
-        ("compare inputs m --preset ViT-B-16", "--preset and --model-cfg are for a file that does not say which"),
-        ("compare golden dump m f --via torch --dtype bfloat16", "--dtype and --precision are of JAX"),
+        ("compare inputs m --preset ViT-B-16", "--preset and --model-cfg are for a file that does not state its model"),
+        ("compare golden dump m f --via torch --dtype bfloat16", "--dtype and --precision apply to JAX"),
     ],
 )
-def test_an_option_that_means_nothing(
+def test_an_option_without_effect_is_refused(
     call: str,
     message: str,
     tmp_path: pathlib.Path,

@@ -1,4 +1,4 @@
-"""Speed, waits and memory of the input pipeline: the figures of a pipeline whose figures are known."""
+"""`data bench`: memory against a known size, plausible speeds, and a source without a usable image."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_the_command_measures_each_number_of_workers(capsys: pytest.CaptureFixtu
 
 
 def test_a_source_without_a_usable_image_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nothing:
+    class MaskedBatches:
         def __next__(self) -> dict[str, np.ndarray]:
             return {"weight": np.zeros(8, np.float32)}
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr(input_bench, "train_data", lambda _: Nothing())
+    monkeypatch.setattr(input_bench, "train_data", lambda _: MaskedBatches())
     with pytest.raises(ValueError, match=r"^digits: not one of [\d,]+ images can be used"):
         input_bench._measure(run_config(base_config()), 0, 0.01, 0.0)

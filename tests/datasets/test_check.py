@@ -1,4 +1,4 @@
-"""Everything read once: counts against what was planted, and duplicates against a dictionary."""
+"""`data check`: counts of planted faults, duplicates against a dictionary, and samples that training masks."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ import collections
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from tclip_jax import cli
-from tclip_jax.data.sources import open_source
+from tclip_jax.data.sources import BadSample, Record, open_source
 from tclip_jax.datasets import check as check_module
-from tclip_jax.datasets.check import Findings, check, quantile
+from tclip_jax.datasets.check import Findings, check, examine, quantile
 
 BROKEN = {"corrupt_image": 1, "no_caption": 1, "broken_shard": 1, "empty_shard": 1}
 
 
-def test_what_was_planted_is_found(
+def test_planted_faults_are_counted(
     tars: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["data", "check", "--data", f"wds:{tars}/*.tar", "--workers", "2", "--context-length", "20"]
     assert cli.main([*command, "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["broken"] == BROKEN and (found["samples"], found["good"]) == (11, 7)
-    assert found["formats"] == {"JPEG RGB": 7} and found["short_sides"]["0.5"] == 30 and found["long_sides"]["1"] == 40
-    assert (found["captions"]["0"], found["captions"]["1"]) == (1, 1)
-    # Start, "cat" and end are three tokens; of seven captions one has 40 · 3.
-    assert found["tokens"]["0"] == 3 and found["tokens"]["1"] == 122 and found["cut_share"] == 1 / 7
-    assert found["notes"] == [f"{tars}/00000.tar and 3 more: 1 file skipped: 1 .json; first 000012.json"]
-    # The image of 000013 is that of 000000.
-    assert found["duplicates"] == 1 and found["duplicate_examples"] == [[0, 6]]
+    report = json.loads(capsys.readouterr().out)
+    assert report["broken"] == BROKEN and (report["samples"], report["good"]) == (11, 7)
+    assert report["formats"] == {"JPEG RGB": 7}
+    assert report["short_sides"]["0.5"] == 30 and report["long_sides"]["1"] == 40
+    assert (report["captions"]["0"], report["captions"]["1"]) == (1, 1)
+    # The start token, "cat" and the end token are three; one of seven captions has 40 · 3 words.
+    assert report["tokens"]["0"] == 3 and report["tokens"]["1"] == 122 and report["cut_share"] == 1 / 7
+    assert report["notes"] == [f"{tars}/00000.tar and 3 more: 1 file skipped: 1 .json; first 000012.json"]
+    # 000013 has the image of 000000.
+    assert report["duplicates"] == 1 and report["duplicate_examples"] == [[0, 6]]
 
     assert cli.main(command) == 1
-    said = capsys.readouterr().out
-    assert "broken: corrupt_image" in said and "captions cut at 20 tokens" in said and "\n  0, 6" in said
-    assert f"\nPassed over:\n  {tars}/00000.tar and 3 more: 1 file skipped" in said
+    text = capsys.readouterr().out
+    assert "broken: corrupt_image" in text and "captions cut at 20 tokens" in text and "\n  0, 6" in text
+    assert f"\nSkipped by the source:\n  {tars}/00000.tar and 3 more: 1 file skipped" in text
     assert cli.main(["data", "check", "--data", f"wds:{tars}/00000.tar", "--workers", "1"]) == 0
 
 
-def test_chunks_add_up(tars: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_findings_of_parts_add_up(tars: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, spec = check(f"wds:{tars}/*.tar", "train", workers=1), f"wds:{tars}/*.tar"
     parts = Findings()
     for index in range(len(open_source(spec, "train"))):
@@ -48,27 +50,45 @@ def test_chunks_add_up(tars: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert parts == whole
 
 
-def test_duplicates_are_those_of_a_dictionary(
-    tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes]
-) -> None:
+def test_duplicates_match_a_dictionary(tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes]) -> None:
     seeds = [0, 1, 2, 1, 3, 1, 0, 4]
     for i, seed in enumerate(seeds):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(seed))
         (tmp_path / f"{i}.txt").write_text("x")
-    found = check(f"folder:{tmp_path}", "train", workers=1)
-    assert found.duplicates == len(seeds) - len(set(seeds))
-    assert found.duplicate_examples == [[1, 3, 5], [0, 6]]
+    findings = check(f"folder:{tmp_path}", "train", workers=1)
+    assert findings.duplicates == len(seeds) - len(set(seeds))
+    assert findings.duplicate_examples == [[1, 3, 5], [0, 6]]
 
 
 def test_labelled_images_need_no_captions(tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes]) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "0.jpg").write_bytes(jpeg(len(name)))
-    found = check(f"folder:{tmp_path}", "train", workers=1)
-    assert found.samples == 2 and not found.broken
+    findings = check(f"folder:{tmp_path}", "train", workers=1)
+    assert findings.samples == 2 and not findings.broken
 
 
 def test_quantiles() -> None:
     counts = collections.Counter({1: 5, 10: 4, 100: 1})
     assert [quantile(counts, share) for share in (0.0, 0.5, 0.51, 0.9, 1.0)] == [1, 1, 10, 10, 100]
     assert quantile(collections.Counter(), 0.5) == 0
+
+
+class Labelled(list[Record]):
+    classnames = ("cat", "dog")
+
+
+def labelled_source(label: int | np.ndarray) -> Labelled:
+    return Labelled([Record(np.zeros((4, 4, 3), np.uint8), (), label, "x")])
+
+
+def test_a_label_replaces_captions_unless_captions_are_required() -> None:
+    assert examine(labelled_source(1), 0, captioned=False)[0].label == 1
+    with pytest.raises(BadSample, match=r"x: no caption$"):
+        examine(labelled_source(1), 0)
+
+
+@pytest.mark.parametrize("label", [-1, 2, np.array([0, 1], np.int32)])
+def test_an_invalid_label_does_not_replace_captions(label: int | np.ndarray) -> None:
+    with pytest.raises(BadSample, match="x: no caption and no valid label"):
+        examine(labelled_source(label), 0, captioned=False)

@@ -1,4 +1,4 @@
-"""The page of a batch: its pixels as they are, its captions as the tokens spell them."""
+"""The page of a batch: unchanged pixels, and captions decoded from the tokens."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tclip_jax.datasets.contact_sheet import contact_sheet
 
 
 def pictures(page: str) -> list[np.ndarray]:
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
+    encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in encoded]
 
 
 def test_the_page_shows_pixels_and_captions() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     tokens = Tokenizer(8)(["A <b>dog</b>", "a very long caption that is cut at some place", ""])
     page = contact_sheet("<title>", {"image": image, "tokens": tokens, "weight": np.array([1, 1, 0])}, [("seed", "3")])
-    for shown, given in zip(pictures(page), image, strict=True):
-        np.testing.assert_array_equal(shown, given)
+    for shown, expected in zip(pictures(page), image, strict=True):
+        np.testing.assert_array_equal(shown, expected)
     assert "a &lt; b &gt; dog" in page and "<b>dog" not in page and "&lt;title&gt;" in page
     assert "8 tokens" in page and "bad: weight 0" in page and "<td>seed</td><td>3</td>" in page
     assert "captions that fill all 8 tokens</td><td>100.0%" in page

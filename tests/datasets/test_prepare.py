@@ -1,4 +1,4 @@
-"""Tars as a data set of TFDS: the same samples, parts made once, and what was dropped said by kind."""
+"""Tars as a data set of TFDS: equal samples, parts written once, and dropped samples counted by kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prepare_here(tars: pathlib.Path, out: pathlib.Path) -> Target:
     return target
 
 
-def test_the_good_samples_are_there_and_the_others_are_counted(
+def test_good_samples_are_written_and_bad_samples_are_counted(
     tars: pathlib.Path, tmp_path: pathlib.Path, jpeg: Callable[[int], bytes]
 ) -> None:
     target = prepare_here(tars, tmp_path / "tfds")
@@ -44,11 +44,11 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
     records = tfds.builder_from_directory(target.folder).as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}
     )
-    found = [
+    samples = [
         (record["key"].decode(), record["image"], [text.decode() for text in record["captions"]]) for record in records
     ]
-    assert [key for key, _, _ in found] == ["000000", "000001", "000002", "000010", "000013", "000020", "000021"]
-    assert found[1] == ("000001", jpeg(1), ["a dog"]) and found[3] == ("000010", jpeg(10), ["ein Café\nand a line"])
+    assert [key for key, _, _ in samples] == ["000000", "000001", "000002", "000010", "000013", "000020", "000021"]
+    assert samples[1] == ("000001", jpeg(1), ["a dog"]) and samples[3] == ("000010", jpeg(10), ["ein Café\nand a line"])
     assert "tensorflow" not in sys.modules
 
     as_tfds = open_source(f"tfds:toy@{tmp_path / 'tfds'}", "train")
@@ -56,26 +56,26 @@ def test_the_good_samples_are_there_and_the_others_are_counted(
     assert (
         [as_tfds[i].image for i in range(GOOD)]
         == [files[i].image for i in range(GOOD)]
-        == [image for _, image, _ in found]
+        == [image for _, image, _ in samples]
     )
     assert files[3].captions == as_tfds[3].captions == ("ein Café\nand a line",)
 
 
-def test_what_is_done_is_not_made_again_and_what_is_broken_is(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_only_missing_and_broken_parts_are_written_again(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     target = prepare_here(tars, tmp_path / "tfds")
     files = [pathlib.Path(target.file(part)) for part in range(4)]
-    was = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
-    files[1].write_bytes(was[1][1][:-1])
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    files[1].write_bytes(before[1][1][:-1])
     files[2].unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001-of-00004: not made; the same command resumes with it"):
+    with pytest.raises(FileNotFoundError, match=r"00001-of-00004: missing; rerun the same command to resume"):
         finish(target)
     prepare_here(tars, tmp_path / "tfds")
-    assert [file.stat().st_mtime_ns == time for file, (time, _) in zip(files, was, strict=True)] == [1, 0, 0, 1]
-    assert [file.read_bytes() for file in files] == [data for _, data in was]
+    assert [file.stat().st_mtime_ns == time for file, (time, _) in zip(files, before, strict=True)] == [1, 0, 0, 1]
+    assert [file.read_bytes() for file in files] == [data for _, data in before]
     assert finish(target).dropped == DROPPED
 
 
-def test_splits_lie_side_by_side(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_data_set_with_two_splits(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for split, tar in (("train", "00000"), ("val", "00001")):
         parts = plan(f"wds:{tars}/{tar}.tar", split, 10)
         target = begin(tmp_path / "tfds", "toy", split, parts)
@@ -86,7 +86,7 @@ def test_splits_lie_side_by_side(tars: pathlib.Path, tmp_path: pathlib.Path) -> 
     assert {name: split.num_examples for name, split in splits.items()} == {"train": 3, "val": 2}
 
 
-def test_other_sources_are_cut_into_parts(tmp_path: pathlib.Path, jpeg: Callable[[int], bytes]) -> None:
+def test_other_sources_are_divided_into_parts(tmp_path: pathlib.Path, jpeg: Callable[[int], bytes]) -> None:
     for i in range(5):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
         (tmp_path / f"{i}.txt").write_text(f"image {i}")
@@ -97,9 +97,9 @@ def test_other_sources_are_cut_into_parts(tmp_path: pathlib.Path, jpeg: Callable
     assert finish(target).kept == 5
 
 
-def test_what_is_refused(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_invalid_data_sets_are_refused(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     parts = plan(f"wds:{tars}/*.tar", "train", 10)
-    with pytest.raises(ValueError, match="the name 'CC-12M' is not of small letters"):
+    with pytest.raises(ValueError, match="the name 'CC-12M' must start with a lower-case letter"):
         begin(tmp_path, "CC-12M", "train", parts)
     with pytest.raises(ValueError, match="digits: its images have classes, not captions"):
         plan("digits", "train", 10)
@@ -114,7 +114,7 @@ def test_what_is_refused(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
         begin(tmp_path, "toy", "train", plan(f"wds:{tars}/*.tar", "train", 10))
     old = [[part.source, 0, None] for part in parts]
     (tmp_path / "toy" / "1.0.0" / "prepared" / "train" / "plan.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="part 0 was made by an older version, which kept no content"):
+    with pytest.raises(ValueError, match="part 0 was written by an older version, which recorded no content"):
         begin(tmp_path, "toy", "train", parts)
     empty = plan(f"wds:{tars}/00003.tar", "train", 10)
     target = begin(tmp_path, "empty", "train", empty)
@@ -124,7 +124,7 @@ def test_what_is_refused(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.faults
-def test_killed_and_started_again(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_command_resumes(tars: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for number in range(4, 200):
         os.link(tars / "00001.tar", tars / f"{number:05}.tar")
     command = [sys.executable, "-m", "tclip_jax", "data", "prepare", "--data", f"wds:{tars}/*.tar", "--name", "toy"]
@@ -136,13 +136,13 @@ def test_killed_and_started_again(tars: pathlib.Path, tmp_path: pathlib.Path) ->
         time.sleep(0.005)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    made = {path: path.stat().st_mtime_ns for path in notes.glob("0*.json")}
-    assert 20 <= len(made) < 200 and not (notes.parents[1] / "dataset_info.json").exists()
+    written = {path: path.stat().st_mtime_ns for path in notes.glob("0*.json")}
+    assert 20 <= len(written) < 200 and not (notes.parents[1] / "dataset_info.json").exists()
     outcomes = []
     for out in ("killed", "whole"):
         done = subprocess.run([*command, str(tmp_path / out)], check=True, capture_output=True, text=True)
         outcomes.append(json.loads(done.stdout))
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     assert outcomes[0] | {"folder": ""} == outcomes[1] | {"folder": ""} and outcomes[0]["kept"] == GOOD + 196 * 2
     for path in (tmp_path / "whole").rglob("*.array_record*"):
         assert path.read_bytes() == (notes.parents[1] / path.name).read_bytes()
@@ -157,7 +157,7 @@ def test_beam_writes_the_same_files(
     assert cli.main([*command, "--out", str(tmp_path / "here"), "--workers", "1"]) == 0
     here = json.loads(capsys.readouterr().out)
     options = "--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing"
-    # In a process of its own: Beam's servers are not made for pytest's warnings.
+    # In a separate process: Beam's servers fail under pytest's filter of warnings.
     done = subprocess.run(
         [sys.executable, "-m", "tclip_jax", *command, "--out", str(tmp_path / "beam"), f"--beam={options}"],
         check=True,
@@ -170,7 +170,7 @@ def test_beam_writes_the_same_files(
         assert path.read_bytes() == (pathlib.Path(beam["folder"]) / path.name).read_bytes()
 
 
-def test_without_beam_the_command_says_so(
+def test_missing_beam_is_an_error(
     tars: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam", None)

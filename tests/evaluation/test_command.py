@@ -84,8 +84,11 @@ def test_templates_and_options_that_do_not_apply(
     for options, message in (
         (["--download"], "--download is for exports: it needs --suite"),
         (["--tfds", exports], "--tfds is for exports: it needs --suite"),
-        (["--suite", "mnist", "--split", "test"], "--split is for one source: with --suite, splits and templates are"),
-        (["--suite", "mnist", "--templates", "none"], "--templates is for one source: with --suite, splits and"),
+        (["--suite", "mnist", "--split", "test"], "--split is for one source: with --suite, the exports define splits"),
+        (
+            ["--suite", "mnist", "--templates", "none"],
+            "--templates is for one source: with --suite, the exports define",
+        ),
         (["--html", "x.html"], "--html needs --out DIR"),
     ):
         code, out, error = run(*options)

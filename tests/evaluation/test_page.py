@@ -156,7 +156,7 @@ def test_no_mistakes_and_no_results(evaluated: Any, tmp_path: pathlib.Path) -> N
 def test_a_page_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "model", "--data", "digits", "--html", "page.html"]) == 2
     assert capsys.readouterr().err == (
-        "tclip evaluate: error: --html needs --out DIR: the page is made of the predictions there\n"
+        "tclip evaluate: error: --html needs --out DIR: the page shows the predictions in that folder\n"
     )
 
 

@@ -376,7 +376,7 @@ def test_command(tmp_path: pathlib.Path, coarse: None, capsys: pytest.CaptureFix
     assert main([*arguments, "--no-linear", "--shots"]) == 2
     assert "nothing to fit" in capsys.readouterr().err
     assert main([*arguments, "--shots", "--seeds", "3"]) == 2
-    assert "--seeds is of few-shot, and --shots names none" in capsys.readouterr().err
+    assert "--seeds is for few-shot probes: it needs --shots K" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--shots", "0"])
     assert "argument --shots: 0 is out of bounds: it must be at least 1" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_the_command(
     assert failed.startswith(f"{pictures}/b/broken.png: not a usable image")
     np.testing.assert_allclose(np.load(out), model.encode_image([Image.open(path) for path in readable]), atol=1e-6)
     assert not (tmp_path / "x.npy.partial").exists()
-    assert main(arguments) == 2 and "exists: choose another file, or --overwrite it" in capsys.readouterr().err
+    assert main(arguments) == 2 and "exists: choose another file, or add --overwrite" in capsys.readouterr().err
     texts = tmp_path / "texts"
     texts.write_text("\ufeffa cat\n\n a dog \n", encoding="utf-8")
     assert main(["embed", str(artifact), "--texts", str(texts), "--out", str(out), "--overwrite"]) == 1

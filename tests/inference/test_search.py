@@ -224,7 +224,7 @@ def test_the_commands(
     monkeypatch.chdir(artifact.parent)
     assert main(["search", "index", artifact.name, str(pictures), "--out", index]) == 1
     captured = capsys.readouterr()
-    assert captured.out == f"{index}: 7 pictures, 0 of them unchanged, 1 left out\n"
+    assert captured.out == f"{index}: 7 images, 0 of them unchanged, 1 left out\n"
     assert captured.err.splitlines()[-1].startswith("b/broken.png: not a usable image")
     monkeypatch.chdir(tmp_path)  # the index records the path of its model
     assert main(["search", "query", index, str(pictures / "b" / "4.png"), "--top", "2", "--html", str(page)]) == 0
@@ -240,10 +240,10 @@ def test_the_commands(
 @pytest.mark.parametrize(
     ("query", "options", "message"),
     [
-        ("nothere.jpg", [], "nothere.jpg: no such image file; to look for it as a text, add --text"),
+        ("nothere.jpg", [], "nothere.jpg: no such image file; add --text to search for it as a text"),
         ("NOTHERE.JPG", [], "NOTHERE.JPG: no such image file"),
         ("pictures/7.png", [], "pictures/7.png: no such image file"),
-        ("pictures/b", [], "pictures/b: a folder, not an image file; to look for it as a text, add --text"),
+        ("pictures/b", [], "pictures/b: a folder, not an image file; add --text to search for it as a text"),
         ("black/white", [], "black/white: no such image file"),
         ("a cat", ["--image"], "a cat"),
         ("nothere.jpg", ["--image"], "nothere.jpg"),

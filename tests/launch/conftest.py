@@ -1,4 +1,4 @@
-"""The scripts of launch/, with other programs in the place of those that they call."""
+"""Runs the scripts of launch/ with stubs in place of the programs that they call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def stub(tmp_path: pathlib.Path) -> Callable[[str, str], None]:
-    """Writes a bash program of that name, which the scripts find first; $CALLS is a file of its own to count in."""
+    """Writes a bash program that is first on the PATH of the scripts; $CALLS is a file for its counts."""
 
     def write(name: str, text: str) -> None:
         path = tmp_path / "bin" / name

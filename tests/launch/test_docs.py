@@ -1,4 +1,4 @@
-"""docs/pods.md: its dry runs run, and its table of variables is what is read."""
+"""docs/pods.md: its dry runs succeed, and its table lists the environment variables that the code reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_dry_run_of_the_page_runs(launch: Callable[..., subprocess.Complet
         assert ran.returncode == 0 and ran.stderr + ran.stdout != "", ran.stderr
 
 
-def test_the_table_has_the_variables_that_are_read() -> None:
+def test_the_table_lists_the_environment_variables() -> None:
     source = inspect.getsource(processes) + inspect.getsource(distributed)
     read = set(re.findall(r'"((?:TCLIP|SLURM|TPU|MEGASCALE|JAX|CUDA|OMPI)_\w+)"', source)) - {"TPU_SKIP_MDS_QUERY"}
     assert len(read) > 20

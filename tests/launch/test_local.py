@@ -1,4 +1,4 @@
-"""`launch/local`: what it starts, on which ends it begins again, and that nothing is left running."""
+"""`launch/local`: the processes that it starts, its restarts, and its signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# As process i of n for the k-th time (from 1) it runs the case "i k" of what it is given.
+# Start of a stub: i is the number of the process, k counts its starts from 1.
 TCLIP = """
 i=${TCLIP_PROCESS_ID:-0}
 echo x >> $CALLS.$i
@@ -27,7 +27,7 @@ def count(tmp_path: pathlib.Path, process: int = 0) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_each_process_knows_its_place_and_only_the_first_has_the_output(stub: Stub, launch: Run) -> None:
+def test_each_process_has_its_number_and_only_the_first_writes_to_stdout(stub: Stub, launch: Run) -> None:
     stub("tclip", 'echo "$TCLIP_PROCESS_ID/$TCLIP_NUM_PROCESSES/$TCLIP_PROCESSES_PER_HOST $TCLIP_COORDINATOR $*"')
     ran = launch("local", "-n", "3", "--port=25000", "--", "train", "--config.x=a b")
     assert (ran.returncode, ran.stdout) == (0, "0/3/3 localhost:25000 train --config.x=a b\n")
@@ -37,39 +37,39 @@ def test_each_process_knows_its_place_and_only_the_first_has_the_output(stub: St
     ]
 
 
-def test_one_process_is_left_to_what_its_host_says(stub: Stub, launch: Run) -> None:
+def test_one_process_has_no_coordinator(stub: Stub, launch: Run) -> None:
     stub("tclip", 'echo "$* ${TCLIP_COORDINATOR-none}"')
     assert launch("local", "--", "params").stdout == "params none\n"
 
 
-def test_it_begins_again_after_each_preemption(stub: Stub, launch: Run, tmp_path: pathlib.Path) -> None:
+def test_it_restarts_after_each_preemption(stub: Stub, launch: Run, tmp_path: pathlib.Path) -> None:
     stub("tclip", TCLIP + "[ $k -gt 5 ] || exit 75")
     ran = launch("local", "-n", "2", "--restarts", "0", "--", "train")
     assert ran.returncode == 0 and (count(tmp_path, 0), count(tmp_path, 1)) == (6, 6)
-    assert ran.stderr.count("launch/local: preempted, and all is saved: begins again\n") == 5
+    assert ran.stderr.count("launch/local: preempted after a checkpoint was saved: restarting\n") == 5
 
 
 @pytest.mark.parametrize(("end", "code"), [("kill -9 $$", 137), ("kill -ABRT $$", 134), ("exit 69", 69)])
-def test_it_begins_again_a_few_times_after_a_signal_or_a_loss(
+def test_it_restarts_a_few_times_after_a_signal_or_a_lost_process(
     end: str, code: int, stub: Stub, launch: Run, tmp_path: pathlib.Path
 ) -> None:
     stub("tclip", TCLIP + f"[ $k -gt 2 ] || [ $i -eq 0 ] || {end}\n[ $k -gt 2 ] || {{ sleep 0.5; exit 1; }}")
     ran = launch("local", "-n", "2", "--", "train")
     assert ran.returncode == 0 and count(tmp_path) == 3
-    assert f"exit code {code}: begins again, and could 2 times more" in ran.stderr
+    assert f"exit code {code}: restarting, 2 restarts left" in ran.stderr
     ran = launch("local", "-n", "2", "--restarts", "0", "--", "train")
-    assert ran.returncode == 0  # it goes by now
+    assert ran.returncode == 0  # the third start has happened, so the stub succeeds
 
 
 def test_restarts_are_bounded(stub: Stub, launch: Run, tmp_path: pathlib.Path) -> None:
     stub("tclip", TCLIP + "kill -9 $$")
     ran = launch("local", "--restarts", "2", "--", "train")
     assert ran.returncode == 137 and count(tmp_path) == 3
-    assert ran.stderr.splitlines()[-1] == "launch/local: exit code 137, and no restart is left"
+    assert ran.stderr.splitlines()[-1] == "launch/local: exit code 137, no restart left"
 
 
 @pytest.mark.parametrize("code", [1, 2, 42])
-def test_any_other_end_is_one(code: int, stub: Stub, launch: Run, tmp_path: pathlib.Path) -> None:
+def test_any_other_exit_code_ends_the_run(code: int, stub: Stub, launch: Run, tmp_path: pathlib.Path) -> None:
     stub("tclip", TCLIP + f"[ $i -eq 0 ] || exit {code}\nsleep 0.5\nkill -ABRT $$")
     ran = launch("local", "-n", "2", "--", "train")
     assert ran.returncode == code and count(tmp_path) == 1
@@ -85,7 +85,7 @@ def start(environ: dict[str, str], tmp_path: pathlib.Path, processes: int) -> su
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_notice_is_passed_on_and_nothing_begins_again(
+def test_a_signal_is_forwarded_and_ends_the_run(
     number: signal.Signals, code: int, stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     stub("tclip", f"trap 'echo saved > {tmp_path}/saved.$TCLIP_PROCESS_ID; exit 75' TERM" + TCLIP + "sleep 30 & wait")
@@ -96,7 +96,7 @@ def test_a_notice_is_passed_on_and_nothing_begins_again(
     assert all((tmp_path / f"saved.{i}").exists() for i in range(2)) and count(tmp_path) == 1
 
 
-def test_a_second_notice_ends_what_does_not_end(stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path) -> None:
+def test_a_second_signal_kills_the_processes(stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path) -> None:
     stub("tclip", "trap '' TERM" + TCLIP + "while :; do sleep 0.1; done")
     started = start(environ, tmp_path, 2)
     started.send_signal(signal.SIGINT)
@@ -105,7 +105,7 @@ def test_a_second_notice_ends_what_does_not_end(stub: Stub, environ: dict[str, s
     started.send_signal(signal.SIGINT)
     assert started.wait(timeout=20) == 130
     with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # what they had started themselves ends a little later
+        for _ in range(100):  # children of the processes end a little later
             os.killpg(started.pid, 0)
             time.sleep(0.1)
 
@@ -117,9 +117,9 @@ def test_a_second_notice_ends_what_does_not_end(stub: Stub, environ: dict[str, s
         (["-n", "0", "--", "train"], "--processes is '0': it must be a whole number, at least 1"),
         (["--restarts", "-1", "--", "train"], "--restarts is '-1': it must be a whole number, at least 0"),
         (["-n"], "--processes needs a value"),
-        (["-n", "2"], "nothing is to be run: end with -- train --config NAME --workdir DIR"),
-        (["train"], "no option train: see --help; what is to be run follows --"),
-        (["--bogus", "--", "train"], "no option --bogus: see --help; what is to be run follows --"),
+        (["-n", "2"], "no command: end with -- train --config NAME --workdir DIR"),
+        (["train"], "no option train: see --help; the command follows --"),
+        (["--bogus", "--", "train"], "no option --bogus: see --help; the command follows --"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, launch: Run) -> None:

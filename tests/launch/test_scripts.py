@@ -1,4 +1,4 @@
-"""The other launchers: the commands they print, and the ways a job can end, with stand-ins for clouds and clusters."""
+"""The other launchers: the commands that they print, and the ends of a job, with stubs for clouds and clusters."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_dry_run_prints_the_commands_and_runs_none(call: str, launch: Run, stub: Stub) -> None:
+def test_a_dry_run_only_prints_commands(call: str, launch: Run, stub: Stub) -> None:
     for program in ("gcloud", "xpk", "sbatch", "sky", "tclip"):
         stub(program, "exit 1")
     name, *arguments = shlex.split(call)
     ran = launch(name, *arguments)
     _, after = GOLDEN.split(f"$ launch/{call}\n")
     lines = (after.partition("\n$ ")[0].rstrip("\n") + "\n").splitlines(keepends=True)
-    said = [line for line in lines if line.startswith(f"launch/{name}: ")]
-    assert (ran.returncode, ran.stdout) == (0, "".join(line for line in lines if line not in said))
-    assert ran.stderr == "".join(said), "what is not a command"
+    messages = [line for line in lines if line.startswith(f"launch/{name}: ")]
+    assert (ran.returncode, ran.stdout) == (0, "".join(line for line in lines if line not in messages))
+    assert ran.stderr == "".join(messages)
 
 
 def test_every_launcher_has_a_dry_run_and_help_with_an_example(launch: Run) -> None:
@@ -59,14 +59,14 @@ def test_every_launcher_has_a_dry_run_and_help_with_an_example(launch: Run) -> N
         ("skypilot", "--accelerators is needed: see --help"),
     ],
 )
-def test_what_is_missing_is_said(call: str, message: str, launch: Run) -> None:
+def test_a_missing_or_wrong_option_is_named(call: str, message: str, launch: Run) -> None:
     name, *arguments = call.split()
     ran = launch(name, *arguments, "--", "train")
     assert (ran.returncode, ran.stderr) == (2, f"launch/{name}: error: {message}\n")
 
 
-def test_tpu_vm_asks_again_for_what_was_taken_away(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
-    """The first TPU is lost while it trains, the second trains to the end."""
+def test_tpu_vm_requests_a_preempted_tpu_again(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
+    """The first TPU is preempted in training, the second trains to the end."""
     stub("sleep", "")
     stub(
         "gcloud",
@@ -85,23 +85,25 @@ def test_tpu_vm_asks_again_for_what_was_taken_away(launch: Run, stub: Stub, tmp_
     options = ["--name", "b", "--zone", "z", "--accelerator-type", "v6e-16", "--delete"]
     ran = launch("tpu-vm", *options, "--", "train", "--workdir", "gs://b/r")
     assert ran.returncode == 0, ran.stderr
-    did = [line.split()[0] for line in (tmp_path / "gcloud.calls").read_text().splitlines()]
+    actions = [line.split()[0] for line in (tmp_path / "gcloud.calls").read_text().splitlines()]
     once = ["describe", "create", "describe", "describe", "ssh", "ssh", "ssh"]
-    assert did == [*once, "describe", "describe", "delete", *once, "delete"]
-    assert "launch/tpu-vm: b was taken away: asked for again" in ran.stderr
+    assert actions == [*once, "describe", "describe", "delete", *once, "delete"]
+    assert "launch/tpu-vm: b was preempted: requesting it again" in ran.stderr
 
 
-def test_tpu_vm_ends_with_the_code_of_what_it_ran(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
+def test_tpu_vm_returns_the_exit_code_of_the_command(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
     stub("gcloud", "case $* in *describe*) echo ACTIVE ;; *tail*) exit 2 ;; esac")
     ran = launch("tpu-vm", "--name", "b", "--zone", "z", "--accelerator-type", "v6e-16", "--", "train")
     assert ran.returncode == 2
     assert ran.stderr.endswith(
-        "give the TPU back: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n"
+        "to delete the TPU: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n"
     )
 
 
-def test_what_a_host_of_tpu_vm_runs(launch: Run, stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path) -> None:
-    """The remote commands, in a shell of this machine: begun once, followed to the end, with its code."""
+def test_the_commands_on_a_host_of_tpu_vm(
+    launch: Run, stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    """The remote commands in a local shell: started once, followed to the end, with the exit code."""
     stub("tclip", 'echo "$@"; sleep 1; exit 42')
     stub("gcloud", 'case $* in *describe*) echo ACTIVE ;; *curl*) ;; *) eval "${!##--command=}" ;; esac')
     options = ["--name", "b", "--zone", "z", "--accelerator-type", "v6e-16"]
@@ -110,7 +112,7 @@ def test_what_a_host_of_tpu_vm_runs(launch: Run, stub: Stub, environ: dict[str, 
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (137, False)])
-def test_a_slurm_job_goes_back_into_the_queue_when_it_was_preempted(
+def test_a_preempted_slurm_job_requeues_itself(
     code: int, requeued: bool, launch: Run, stub: Stub, environ: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     stub("sbatch", "cat > job")
@@ -125,11 +127,11 @@ def test_a_slurm_job_goes_back_into_the_queue_when_it_was_preempted(
     assert not requeued or (tmp_path / "scontrol.calls").read_text() == "requeue 7\n"
 
 
-def test_the_command_becomes_the_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    became: list[object] = []
-    monkeypatch.setattr(os, "execvpe", lambda *call: became.append(call))
+def test_the_command_executes_the_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    executed: list[object] = []
+    monkeypatch.setattr(os, "execvpe", lambda *call: executed.append(call))
     assert main(["launch", "local", "-n", "2", "--help", "--", "train", "--config.steps=3", "--config", "x"]) == 0
-    ((program, arguments, environ),) = became
+    ((program, arguments, environ),) = executed
     assert (program, arguments[0], arguments[1]) == ("bash", "bash", str(ROOT / "launch" / "local"))
     assert arguments[2:] == ["-n", "2", "--help", "--", "train", "--config.steps=3", "--config", "x"]
     assert environ["PATH"].split(os.pathsep)[0] == str(pathlib.Path(sys.executable).parent)

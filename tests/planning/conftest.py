@@ -1,4 +1,4 @@
-"""Texts of compiled programs, cut down from what libtpu writes, and a run to plan."""
+"""Texts of compiled programs, shortened from the output of libtpu, and a configuration to plan."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ ENTRY %main (param.6: f32[8,128], param.7: bf16[12,64,32]) -> f32[4,128] {
 
 @pytest.fixture
 def loop() -> str:
-    """Twelve trips of a loop that gathers a slice of weights beside other work, then a reduce-scatter."""
+    """Twelve trips of a loop with an asynchronous all-gather of a slice of weights, then a reduce-scatter."""
     return _LOOP
 
 
 @pytest.fixture
 def single() -> Callable[[str], str]:
-    """A program of one instruction with an operand %x."""
+    """Returns a program of one instruction with an operand %x."""
     return lambda instruction: (
         f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  %x = f32[2]{{0}} parameter(0)\n  ROOT {instruction}\n}}\n"
     )
@@ -94,7 +94,7 @@ def single() -> Callable[[str], str]:
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-    """The tiny model, distilled from one of its shape, in bfloat16."""
+    """The tiny model, distilled from a teacher of the same architecture, in bfloat16."""
     config = base_config()
     config.teacher, config.ternary, config.dtype, config.remat = "tiny", "Q-ALL", "bfloat16", True
     config.loss.crd = 1.0

@@ -1,4 +1,4 @@
-"""Collectives of programs: snippets of every way that XLA writes them, and a real program."""
+"""Collectives and HBM traffic: snippets of each notation of XLA, and a compiled program."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives
+from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives, memory_traffic
 from tclip_jax.planning.hlo import Array, parse_program
 
 MESH = {"data": 4, "fsdp": 2}
 
 
-def test_a_collective_that_runs_beside_other_work_counts_once_and_in_every_trip(loop: str) -> None:
+def test_an_asynchronous_collective_counts_once_per_trip(loop: str) -> None:
     gather, scatter = find_collectives(parse_program(loop), MESH)
     assert (gather.kind, gather.dtype, gather.axes, gather.devices, gather.times) == (
         *("all-gather", "bf16", ("fsdp",)),
@@ -24,7 +24,7 @@ def test_a_collective_that_runs_beside_other_work_counts_once_and_in_every_trip(
     )
     assert gather.name == "jit(step)/blocks/mlp/fc1"
     assert gather.bytes == 12 * 64 * 64 * 2 and gather.sent_bytes == gather.bytes / 2
-    # TPUs write a reduce-scatter as an all-reduce of which a slice is taken.
+    # Programs for TPUs write a reduce-scatter as a slice of an all-reduce.
     assert (scatter.kind, scatter.axes, scatter.times, scatter.bytes) == ("reduce-scatter", ("fsdp",), 1, 4096)
     assert Collective.from_json(gather.to_json()) == gather
 
@@ -48,9 +48,9 @@ def test_a_collective_that_runs_beside_other_work_counts_once_and_in_every_trip(
 )
 def test_the_axes_of_groups(single: Callable[[str], str], groups: str, axes: tuple[str, ...], devices: int) -> None:
     text = single(f"%all-reduce.1 = f32[2]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add")
-    (found,) = find_collectives(parse_program(text), MESH)
-    assert (found.axes, found.devices) == (axes, devices)
-    assert found.sent_bytes == 2 * 8 * (devices - 1) / devices
+    (collective,) = find_collectives(parse_program(text), MESH)
+    assert (collective.axes, collective.devices) == (axes, devices)
+    assert collective.sent_bytes == 2 * 8 * (devices - 1) / devices
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_axes_of_groups(single: Callable[[str], str], groups: str, axes: tup
         ("f32[2]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "reduce-scatter", 24),
         ("f32[2]{0} collective-permute(%x), source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", "collective-permute", 8),
         ("f32[8]{0} all-to-all(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", "all-to-all", 24),
-        # As XLA for GPUs writes them.
+        # Notation of programs for GPUs.
         ("(f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)", "all-gather", 24),
         ("f32[2]{0} all-reduce-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add", "all-reduce", 12),
         (
@@ -70,8 +70,8 @@ def test_the_axes_of_groups(single: Callable[[str], str], groups: str, axes: tup
     ],
 )
 def test_bytes_that_a_device_sends(single: Callable[[str], str], line: str, kind: str, sent: float) -> None:
-    (found,) = find_collectives(parse_program(single(f"%c.1 = {line}")), MESH)
-    assert (found.kind, found.axes, found.sent_bytes) == (kind, ("data",), sent)
+    (collective,) = find_collectives(parse_program(single(f"%c.1 = {line}")), MESH)
+    assert (collective.kind, collective.axes, collective.sent_bytes) == (kind, ("data",), sent)
 
 
 def test_groups_of_one_device_send_nothing(single: Callable[[str], str]) -> None:
@@ -79,7 +79,7 @@ def test_groups_of_one_device_send_nothing(single: Callable[[str], str]) -> None
     assert find_collectives(parse_program(text), MESH) == []
 
 
-def test_a_real_program_of_eight_devices() -> None:
+def test_a_compiled_program_on_eight_devices() -> None:
     mesh = make_mesh(4, 2)
 
     def step(w_LKN: jax.Array, x_BK: jax.Array) -> jax.Array:
@@ -112,7 +112,7 @@ def test_a_real_program_of_eight_devices() -> None:
         ((64, 197, 768), False),  # fewer rows than any device has
         ((12, 768, 3072), False),
         ((32768, 512), False),
-        ((1, 768, 197 * 128), False),  # named as a weight
+        ((1, 768, 197 * 128), False),  # the shape of a weight
     ],
 )
 def test_which_arrays_are_activations(dims: tuple[int, ...], expected: bool) -> None:
@@ -121,3 +121,60 @@ def test_which_arrays_are_activations(dims: tuple[int, ...], expected: bool) -> 
     if dims == (128 * 197, 768):
         weights = set()
     assert carries_activations(collective, sizes, 32768, 128, weights) is expected
+
+
+def test_a_loop_reads_one_slice_per_trip_and_no_array_on_the_chip(loop: str) -> None:
+    slices = 12 * 64 * 32 * 2  # the results are on the chip, so HBM is only read
+    negations = 12 * 2 * 8 * 128 * 4
+    scattered = (8 * 128 + 4 * 128) * 4
+    counters = 8 + 12 * 4  # copied before the loop, and read by each slice
+    assert memory_traffic(parse_program(loop)) == slices + negations + scattered + counters
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("f32[2]{0} negate(%x)", 16),
+        ("f32[2]{0:T(128)S(1)} negate(%x)", 8),
+        ("f32[1]{0} dynamic-slice(%x), dynamic_slice_sizes={1}", 8),
+        ("(f32[2]{0:S(1)}, f32[2]{0}, u32[]{:S(2)}) copy-start(%x)", 8),
+        ("((f32[2]{0}), f32[1]{0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1]}", 4),
+        ("f32[2]{0} bitcast(%x)", 0),
+        ("f32[2]{0} copy-done(%x)", 0),
+    ],
+)
+def test_the_traffic_of_instructions(single: Callable[[str], str], line: str, moved: int) -> None:
+    assert memory_traffic(parse_program(single(f"%a.1 = {line}"))) == moved
+
+
+UPDATE = """\
+%update (p.0: f32[12,8], p.1: f32[8], p.2: s32[]) -> f32[12,8] {
+  %p.0 = f32[12,8]{1,0} parameter(0)
+  %p.1 = f32[8]{0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %c.0 = s32[] constant(0)
+  %b.0 = f32[1,8]{1,0} bitcast(%p.1)
+  ROOT %u.0 = f32[12,8]{1,0} dynamic-update-slice(%p.0, %b.0, %p.2, %c.0)
+}
+
+%outer (p.3: f32[12,8], p.4: f32[8], p.5: s32[]) -> (f32[12,8], f32[8]) {
+  %p.3 = f32[12,8]{1,0} parameter(0)
+  %p.4 = f32[8]{0} parameter(1)
+  %p.5 = s32[] parameter(2)
+  %f.0 = f32[12,8]{1,0} fusion(%p.3, %p.4, %p.5), kind=kLoop, calls=%update
+  ROOT %t.0 = (f32[12,8]{1,0}, f32[8]{0}) tuple(%f.0, %p.4)
+}
+
+ENTRY %main (a: f32[12,8], b: f32[8], i: s32[]) -> (f32[12,8], f32[8]) {
+  %a = f32[12,8]{1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f.1 = (f32[12,8]{1,0}, f32[8]{0}) fusion(%a, %b, %i), kind=kLoop, calls=%CALLED
+}
+"""
+
+
+@pytest.mark.parametrize("called", ["update", "outer"])
+def test_an_update_in_place_moves_only_the_updated_slice(called: str) -> None:
+    update, index = 8 * 4, 4
+    assert memory_traffic(parse_program(UPDATE.replace("CALLED", called))) == 2 * update + index

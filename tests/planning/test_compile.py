@@ -1,4 +1,4 @@
-"""The facts of a real step, compiled for simulated devices of a CPU."""
+"""The facts of a training step, compiled for simulated devices of a CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     assert facts.mesh == {"data": 4, "fsdp": 2, "tensor": 1} and facts.links == {}
     state = build.state_shapes
     whole = 4 * elements(state.params)
-    assert whole / 2 < facts.memory.parameters < 0.51 * whole + 4  # all but vectors is sharded in two
+    assert whole / 2 < facts.memory.parameters < 0.51 * whole + 4  # everything except vectors is sharded in two
     assert facts.memory.optimizer == pytest.approx(2 * facts.memory.parameters, rel=1e-3)
     assert facts.memory.average == 0 and facts.memory.padding == 0
     rows = 64 // 8
@@ -50,13 +50,13 @@ def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     gathers = [each for each in facts.collectives if each.kind == "all-gather" and each.axes == ("fsdp",)]
     assert {each.times for each in gathers} >= {2, 3}  # layers of the towers, the teacher's among them
     assert all(each.sent_bytes > 0 for each in facts.collectives)
-    # Weights move as four trits a byte, fc1's of (64, 256) among them, and activations stay where they are.
+    # Weights are gathered as four trits per byte, such as fc1 of shape (64, 256). Activations are not gathered.
     assert (16, 256) in {array.dims for each in gathers if each.dtype == "u8" for array in each.arrays}
     assert facts.moving_activations == ()
     assert StepFacts.from_json(facts.to_json()) == facts
 
 
-def test_activations_are_told_from_weights(config: ml_collections.ConfigDict) -> None:
+def test_activations_are_distinguished_from_weights(config: ml_collections.ConfigDict) -> None:
     build = build_of(config)
     sizes, weights = activation_sizes(build), weight_shapes(build)
 
@@ -80,6 +80,6 @@ def test_links_of_a_torus() -> None:
     topology, axes = parse_topology("v5e:16x16"), [("data",), ("fsdp",), ("data", "fsdp"), ("tensor",)]
     mesh: Any = type("", (), {"devices": chips[..., None], "axis_names": AXES})
     assert count_links(mesh, topology, axes) == {"data": 2, "fsdp": 2, "data+fsdp": 4, "tensor": 0}
-    # Eight of sixteen are no ring.
+    # Eight of sixteen chips do not close to a ring.
     halves: Any = type("", (), {"devices": chips.reshape(32, 8, 1), "axis_names": AXES})
     assert count_links(halves, topology, axes) == {"data": 3, "fsdp": 1, "data+fsdp": 4, "tensor": 0}

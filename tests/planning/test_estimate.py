@@ -1,4 +1,4 @@
-"""The facts of a step on GPUs by formula, against what is counted by hand."""
+"""The facts of a step on GPUs by formula, against counts by hand."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def sent(facts: StepFacts) -> dict[tuple[str, str, str], int]:
     return {(each.kind, each.name, each.dtype): each.bytes for each in facts.collectives}
 
 
-def test_sharding_is_that_of_training(config: ml_collections.ConfigDict) -> None:
+def test_sharding_matches_training(config: ml_collections.ConfigDict) -> None:
     facts, count = formula_facts(run_config(config), H100), elements(config)
     # Q-ALL: attention, MLPs and token embedding.
     trits = 12 * 64 * 64 * (3 + 2) + 49408 * 64
     assert facts.mesh == {"data": 4, "fsdp": 2, "tensor": 1} and facts.how == "by formula"
-    assert facts.memory.parameters == pytest.approx(4 * count / 2, rel=0.02)  # vectors and heads are whole
+    assert facts.memory.parameters == pytest.approx(4 * count / 2, rel=0.02)  # vectors and heads are replicated
     assert facts.memory.teacher == pytest.approx(4 * count / 2, rel=0.02)
     assert facts.memory.batch == 8 * (32 * 32 * 3 + 4 * 32 + 4 + 4)  # weight and fault
     assert sent(facts) == {
@@ -40,12 +40,12 @@ def test_sharding_is_that_of_training(config: ml_collections.ConfigDict) -> None
         ("reduce-scatter", "gradients", "f32"): 4 * count,
         ("all-reduce", "gradients", "f32"): 4 * (count // 2),
         ("all-gather", "embeddings", "f32"): 2 * 64 * 64 * 4,
-        ("reduce-scatter", "their gradients", "f32"): 2 * 64 * 64 * 4,
+        ("reduce-scatter", "gradients of embeddings", "f32"): 2 * 64 * 64 * 4,
     }
     assert StepFacts.from_json(facts.to_json()) == facts
 
 
-def test_what_costs_memory_and_what_saves_it(config: ml_collections.ConfigDict) -> None:
+def test_remat_batch_size_and_fsdp_change_the_memory(config: ml_collections.ConfigDict) -> None:
     def temporaries(**changes: Any) -> int:
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -62,10 +62,10 @@ def test_one_device_sends_nothing(config: ml_collections.ConfigDict) -> None:
     assert formula_facts(run_config(config), parse_topology("h100:1")).collectives == ()
 
 
-def test_devices_along_tensor_share_products(config: ml_collections.ConfigDict) -> None:
-    config.mesh.tensor, config.ternary = 2, "none"  # half of a width of 64 is no whole group
+def test_tensor_parallel_devices_reduce_partial_sums(config: ml_collections.ConfigDict) -> None:
+    config.mesh.tensor, config.ternary = 2, "none"  # half of a width of 64 is less than a group
     facts = formula_facts(run_config(config), H100)
-    # 16 rows of the batch a pair, after attention and the MLP of each layer, in three passes.
+    # 16 rows of the batch per pair of devices, after attention and the MLP of each layer, in three passes.
     assert facts.mesh["tensor"] == 2
     tensor = [each for each in facts.collectives if each.axes == ("tensor",)]
     assert sum(each.bytes for each in tensor) == 3 * 2 * (3 * 16 * 17 * 64 + 2 * 16 * 32 * 64) * 4

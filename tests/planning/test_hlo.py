@@ -1,4 +1,4 @@
-"""What is read from the text of a compiled program."""
+"""Parsing of the text of compiled programs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from tclip_jax.planning.hlo import Array, Execution, executions, parse_program, trip_count
 
 
-def test_the_loop_runs_as_often_as_its_counter_is_below_its_bound(loop: str) -> None:
+def test_the_bound_of_a_loop_is_its_trip_count(loop: str) -> None:
     program = parse_program(loop)
     assert program.entry == "main" and len(program.computations) == 7
-    # What is fused is not executed on its own.
+    # Fused computations are not listed.
     assert list(executions(program)) == [Execution("main", 1), Execution("body", 12)]
 
 
@@ -24,9 +24,9 @@ def test_a_counter_need_not_start_at_zero(loop: str, start: int, times: int) -> 
     assert list(executions(parse_program(text)))[1].times == times
 
 
-def test_a_loop_without_a_bound_is_an_error_that_names_it(loop: str) -> None:
+def test_a_loop_without_a_bound_is_an_error(loop: str) -> None:
     text = loop.replace("%constant.4 = s32[]{:T(128)} constant(12)", "%constant.4 = s32[]{:T(128)} partition-id()")
-    with pytest.raises(ValueError, match=r"the loop while\.1 of the compiled program has no bound that is known"):
+    with pytest.raises(ValueError, match=r"the loop while\.1 of the compiled program has no known bound"):
         list(executions(parse_program(text)))
 
 
@@ -46,7 +46,7 @@ def test_arrays(single: Callable[[str], str], text: str, expected: Array, size: 
     assert expected.bytes == size
 
 
-def test_tuples_with_comments_and_words_that_look_like_code(loop: str) -> None:
+def test_tuples_with_comments_and_names_that_look_like_headers(loop: str) -> None:
     body = parse_program(loop).computations["body"]
     assert body["fusion.2"].opcode == "fusion" and len(body["fusion.2"].arrays) == 3
     assert body["fusion.3"].operands == ("get-tuple-element.8", "get-tuple-element.9", "get-tuple-element.10")
@@ -59,12 +59,17 @@ def test_a_text_without_an_entry() -> None:
         parse_program("HloModule nothing")
 
 
-def test_what_xla_writes_for_cpus() -> None:
+def test_a_program_for_cpus() -> None:
     def step(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda carry, _: (jnp.sin(carry) @ carry, None), x, length=5)[0]
 
     program = parse_program(jax.jit(step).lower(jnp.ones((8, 8))).compile().as_text())
     times = [times for _, times in executions(program)]
     assert times[0] == 1 and max(times) == 5
-    loops = [(each, own) for own in program.computations.values() for each in own.values() if each.opcode == "while"]
-    assert [trip_count(program, each, own) for each, own in loops] == [5]
+    loops = [
+        (instruction, computation)
+        for computation in program.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "while"
+    ]
+    assert [trip_count(program, *loop) for loop in loops] == [5]

@@ -1,4 +1,4 @@
-"""Plans as people and scripts see them, sweeps, what is kept of them, and the errors of the command."""
+"""Plans as text and JSON, sweeps, the cache of compiled plans, and error messages."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def changed(plan: Plan, **changes: Any) -> Plan:
     return dataclasses.replace(plan, facts=dataclasses.replace(plan.facts, **changes))
 
 
-def test_a_plan_says_whether_it_fits(config: ml_collections.ConfigDict) -> None:
+def test_a_plan_states_whether_it_fits(config: ml_collections.ConfigDict) -> None:
     plan = make_plan(config, H100)
     assert plan.fits and f"fits: 0% of {80e9 / 2**30:.1f} GiB" in plan_text(plan)
     large = changed(plan, memory=dataclasses.replace(plan.facts.memory, temporaries=10**11))
     assert not large.fits and "does NOT fit: 125% of 74.5 GiB" in plan_text(large)
     assert large.to_json()["fits"] is False and large.to_json()["memory"]["total"] > 10**11
     text = plan_text(make_plan(config, H100, price=1e12))
-    assert "8 chips, mesh data=4, fsdp=2, tensor=1; batch 64, 8 a device; by formula" in text
+    assert "8 chips, mesh data=4, fsdp=2, tensor=1; batch 64, 8 per device; by formula" in text
     assert "1,000 steps: " in text and "a cost of" in text
 
 
-def test_weights_that_are_gathered_as_trits(config: ml_collections.ConfigDict) -> None:
+def test_weights_gathered_as_trits(config: ml_collections.ConfigDict) -> None:
     assert make_plan(config, H100).quantized_gather
     config.ternary = "none"
     plan = make_plan(config, H100)
@@ -53,7 +53,7 @@ def test_weights_that_are_gathered_as_trits(config: ml_collections.ConfigDict) -
     gather = Collective("all-gather", trits, ("fsdp",), 2, 3, "")
     plan = changed(plan, collectives=(gather,))
     assert plan.quantized_gather == (3 * (1024 + 128), 3 * 64 * 64 * 2)
-    assert "weights gathered as trits: 0.0 MiB, 0.14 of bfloat16's" in plan_text(plan)
+    assert "weights gathered as trits: 0.0 MiB, 0.14 of their size in bfloat16" in plan_text(plan)
 
 
 def test_collectives_that_carry_activations_are_named(config: ml_collections.ConfigDict) -> None:
@@ -74,10 +74,10 @@ def test_a_sweep_of_gpus(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     points = json.loads((out / "sweep.json").read_text())
     assert len(points) == 4 and sum(point["plan"] is None for point in points) == 2
     assert (out / "sweep.html").read_text().count("<img") == 1
-    # Recomputing costs time and spares memory.
-    kept, recomputed = points[1]["plan"], points[0]["plan"]
-    assert kept["estimate"]["serial"] < recomputed["estimate"]["serial"]
-    assert kept["memory"]["total"] > recomputed["memory"]["total"]
+    # Remat needs more time and less memory.
+    stored, recomputed = points[1]["plan"], points[0]["plan"]
+    assert stored["estimate"]["serial"] < recomputed["estimate"]["serial"]
+    assert stored["memory"]["total"] > recomputed["memory"]["total"]
 
 
 def test_the_best_is_the_fastest_that_fits(config: ml_collections.ConfigDict) -> None:
@@ -97,41 +97,43 @@ def test_grids() -> None:
         parse_grid(["remat"])
 
 
-def test_what_was_compiled_is_kept_until_something_changes(
+def test_compiled_plans_are_cached_until_their_key_changes(
     config: ml_collections.ConfigDict,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
 
-    def ask(request: Any) -> StepFacts:
-        asked.append(request)
+    def compile_request(request: Any) -> StepFacts:
+        requests.append(request)
         return formula_facts(run_config(config), H100)
 
-    monkeypatch.setattr(child, "_ask", ask)
+    monkeypatch.setattr(child, "_compile", compile_request)
     v5e = parse_topology("v5e:2x4")
-    first = make_plan(config, v5e, cache=tmp_path / "kept")
-    again = make_plan(config, v5e, cache=tmp_path / "kept", price=2.0)
-    assert len(asked) == 1 and again.facts == first.facts and again.estimate.cost
-    make_plan(config, v5e, cache=tmp_path / "kept", teacher_preset="tiny")
+    first = make_plan(config, v5e, cache=tmp_path / "cache")
+    again = make_plan(config, v5e, cache=tmp_path / "cache", price=2.0)
+    assert len(requests) == 1 and again.facts == first.facts and again.estimate.cost
+    make_plan(config, v5e, cache=tmp_path / "cache", teacher_preset="tiny")
     make_plan(config, v5e)
-    assert len(asked) == 3 and len(list((tmp_path / "kept").iterdir())) == 2
-    for text in ("", '{"hbm', "{}", "[]"):  # copied in part
-        for path in (tmp_path / "kept").iterdir():
+    assert len(requests) == 3 and len(list((tmp_path / "cache").iterdir())) == 2
+    for text in ("", '{"hbm', "{}", "[]"):  # truncated or foreign files
+        for path in (tmp_path / "cache").iterdir():
             path.write_text(text)
-        assert make_plan(config, v5e, cache=tmp_path / "kept").facts == first.facts
-    assert len(asked) == 7 and caplog.text.count("is no whole plan") == 4
+        assert make_plan(config, v5e, cache=tmp_path / "cache").facts == first.facts
+    assert len(requests) == 7 and caplog.text.count("is not a valid cached plan") == 4
 
 
-def test_a_kept_plan_is_keyed_by_all_that_made_it(
+def test_the_key_of_a_cached_plan_has_all_its_inputs(
     config: ml_collections.ConfigDict,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(child, "_ask", lambda request: asked.append(request) or formula_facts(run_config(config), H100))
+    requests: list[Any] = []
+    monkeypatch.setattr(
+        child, "_compile", lambda request: requests.append(request) or formula_facts(run_config(config), H100)
+    )
     v5e, teacher, package = parse_topology("v5e:2x4"), tmp_path / "teacher", tmp_path / "package"
     teacher.mkdir()
     package.mkdir()
@@ -141,12 +143,12 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
     config.teacher = str(teacher)
 
     def compiled() -> int:
-        before = len(asked)
-        make_plan(config, v5e, cache=tmp_path / "kept")
-        return len(asked) - before
+        before = len(requests)
+        make_plan(config, v5e, cache=tmp_path / "cache")
+        return len(requests) - before
 
     assert [compiled(), compiled()] == [1, 0]
-    (path,) = (tmp_path / "kept").iterdir()
+    (path,) = (tmp_path / "cache").iterdir()
     for name, value in (
         ("LIBTPU_INIT_ARGS", "--xla_tpu_x=1"),
         ("XLA_FLAGS", "--xla_y=2"),
@@ -159,13 +161,13 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
     assert compiled() == 0
     (package / "code.py").write_text("two")
     assert [compiled(), compiled()] == [1, 0]
-    other = ml_collections.ConfigDict(json.loads(config.to_json()))
-    other.model.vision_cfg.layers += 1
-    (teacher / "config.json").write_text(other.to_json())
+    deeper = ml_collections.ConfigDict(json.loads(config.to_json()))
+    deeper.model.vision_cfg.layers += 1
+    (teacher / "config.json").write_text(deeper.to_json())
     assert [compiled(), compiled()] == [1, 0], "another model at the teacher's path"
     monkeypatch.setattr(child, "_version", lambda name: "0" if name == "libtpu" else "1")
     assert [compiled(), compiled()] == [1, 0]
-    newest = max((tmp_path / "kept").iterdir(), key=lambda each: each.stat().st_mtime_ns)
+    newest = max((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for content, message in (
         (path.read_text(), "teacher: "),
         ('{"made_by"', "JSONDecodeError"),
@@ -174,23 +176,23 @@ def test_a_kept_plan_is_keyed_by_all_that_made_it(
     ):
         newest.write_text(content)
         assert [compiled(), compiled()] == [1, 0]
-        assert f"{newest} is no whole plan (" in caplog.messages[-1] and message in caplog.messages[-1]
+        assert f"{newest} is not a valid cached plan (" in caplog.messages[-1] and message in caplog.messages[-1]
 
 
-def test_teachers_are_found_without_their_weights(
+def test_the_architecture_of_a_teacher_needs_no_weights(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def width(teacher: str, preset: str = "") -> int:
         config.teacher = teacher
-        found: Any = find_teacher(run_config(config), preset)
-        return found.config.vision.width
+        teacher_shape: Any = find_teacher(run_config(config), preset)
+        return teacher_shape.config.vision.width
 
     assert width("tiny") == 64
     assert width("hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K") == width("runs/none", "ViT-L-14") == 1024
     (tmp_path / "config.json").write_text(config.to_json())
     assert width(str(tmp_path)) == 64
     assert CLIPConfig.from_open_clip(model_cfg("ViT-L-14")).vision.layers == 24
-    with pytest.raises(ValueError, match=r"the shape of the teacher 'hf-hub:a/b' is not known here.*--teacher-preset"):
+    with pytest.raises(ValueError, match=r"the architecture of the teacher 'hf-hub:a/b' is unknown.*--teacher-preset"):
         width("hf-hub:a/b")
     config.teacher, config.data.teacher_cache = "", str(tmp_path / "store")
     cached = find_teacher(run_config(config), "ViT-L-14")
@@ -203,8 +205,8 @@ def test_teachers_are_found_without_their_weights(
     ("arguments", "words"),
     [
         (["h100:63"], "global batch 1024 is not divisible by 63 devices"),
-        (["v5e:3x3"], "topology 'v5e:3x3' is none of these"),
-        (["h100:64", "--config.teacher=runs/none"], "give --teacher-preset"),
+        (["v5e:3x3"], "there is no topology 'v5e:3x3': choose from v5e, v6e: 1x1"),
+        (["h100:64", "--config.teacher=runs/none"], "add --teacher-preset"),
         (["h100:64", "--teacher-preset", "ViT-L"], "the nearest is 'ViT-L-14'"),
         (["h100:64", "--sweep", "batch=1,2"], "config has no 'batch'"),
         (["h100:64", "--sweep", "mesh.fsdp=3"], "no point of the sweep can be planned; fsdp=3: "),
@@ -220,7 +222,7 @@ def test_a_machine_without_libtpu(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr(child.importlib.util, "find_spec", lambda name: None)
     assert main([*RECIPE, "v5e:2x2", "--cache", ""]) == 2
-    assert "libtpu is not installed, which compiles for TPUs: pip install 'tclip-jax[plan]'" in capsys.readouterr().err
+    assert "libtpu, the compiler for TPUs, is not installed: pip install 'tclip-jax[plan]'" in capsys.readouterr().err
 
 
 @pytest.mark.tpu_compile
@@ -236,9 +238,9 @@ def test_the_command_on_a_small_topology(tmp_path: pathlib.Path, capsys: pytest.
     assert plan["links"] and all(each["axes"] for each in plan["collectives"])
     assert {each["times"] for each in plan["collectives"]} >= {1, 2, 3}
     assert 0 < plan["estimate"]["mfu"] <= 1
-    # The second time nothing is compiled, and the configuration's errors come from the other process in one line.
+    # The second call reads the cache. Errors of the configuration come from the other process as one line.
     assert main(command) == 0
-    assert "mesh data=2, fsdp=2, tensor=1; batch 64, 16 a device; compiled in" in capsys.readouterr().out
+    assert "mesh data=2, fsdp=2, tensor=1; batch 64, 16 per device; compiled in" in capsys.readouterr().out
     assert main([*command, "--config.mesh.fsdp=3"]) == 2
     assert capsys.readouterr().err.startswith(
         "tclip plan: error: mesh data=-1, fsdp=3, tensor=1 does not fit 4 devices"

@@ -1,4 +1,4 @@
-"""The estimate of a step, calculated by hand; topologies and what is known of chips."""
+"""The estimate of a step against a calculation by hand; topologies and chips."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def facts(mesh: dict[str, int], links: dict[str, int], *collectives: Collective,
 
 
 def test_a_step_on_a_pod_of_v5e() -> None:
-    # 1.6e9 bytes over 16 devices: 15/16 of it is sent, by a ring with two links of 50 GB/s.
+    # 1.6e9 bytes over 16 devices: a ring with two links of 50 GB/s sends 15/16 of the bytes.
     gather = Collective("all-gather", (Array("bf16", (800_000_000,)),), ("fsdp",), 16, 1, "")
-    given = facts({"data": 16, "fsdp": 16}, {"fsdp": 2}, gather, traffic=81_900_000_000)
-    found = estimate(
-        given,
+    step = facts({"data": 16, "fsdp": 16}, {"fsdp": 2}, gather, traffic=81_900_000_000)
+    result = estimate(
+        step,
         parse_topology("v5e:16x16"),
         batch=25_600,
         steps=36_000,
@@ -30,33 +30,33 @@ def test_a_step_on_a_pod_of_v5e() -> None:
         model_flops=0.985e12,
         price=1.2,
     )
-    assert found.flops == pytest.approx(197e12)  # 100 pairs a device
-    assert found.compute == pytest.approx(1.0)
-    assert found.memory == pytest.approx(0.1)
-    assert found.network == pytest.approx(1.5e9 / 100e9)
-    assert found.overlapped == pytest.approx(1.0) and found.serial == pytest.approx(1.115)
-    assert found.mfu == pytest.approx(0.5)
-    assert found.images_per_second == pytest.approx(25_600)
-    assert found.hours == pytest.approx(10) and found.serial_hours == pytest.approx(11.15)
-    assert found.chip_hours == pytest.approx(2560) and found.cost == pytest.approx(3072)
+    assert result.flops == pytest.approx(197e12)  # 100 pairs per device
+    assert result.compute == pytest.approx(1.0)
+    assert result.memory == pytest.approx(0.1)
+    assert result.network == pytest.approx(1.5e9 / 100e9)
+    assert result.overlapped == pytest.approx(1.0) and result.serial == pytest.approx(1.115)
+    assert result.mfu == pytest.approx(0.5)
+    assert result.images_per_second == pytest.approx(25_600)
+    assert result.hours == pytest.approx(10) and result.serial_hours == pytest.approx(11.15)
+    assert result.chip_hours == pytest.approx(2560) and result.cost == pytest.approx(3072)
 
 
-def test_half_a_chip_has_half_of_its_memory_bandwidth_and_links() -> None:
+def test_half_a_chip_has_half_of_the_memory_bandwidth_and_of_the_links() -> None:
     reduce = Collective("all-reduce", (Array("f32", (128,)),), ("data",), 128, 1, "")
-    given = facts({"data": 128}, {"data": 6}, reduce, traffic=7_370_000_000)
-    found = estimate(given, parse_topology("tpu7x:4x4x4"), batch=128, steps=1, pair_flops=1.1535e15, model_flops=1.0)
-    assert found.compute == pytest.approx(1.0) and found.memory == pytest.approx(0.002)
-    assert found.network == pytest.approx(2 * 512 * 127 / 128 * 2 / (6 * 200e9))
-    assert found.chip_hours == pytest.approx(64 * found.hours) and found.cost is None
+    step = facts({"data": 128}, {"data": 6}, reduce, traffic=7_370_000_000)
+    result = estimate(step, parse_topology("tpu7x:4x4x4"), batch=128, steps=1, pair_flops=1.1535e15, model_flops=1.0)
+    assert result.compute == pytest.approx(1.0) and result.memory == pytest.approx(0.002)
+    assert result.network == pytest.approx(2 * 512 * 127 / 128 * 2 / (6 * 200e9))
+    assert result.chip_hours == pytest.approx(64 * result.hours) and result.cost is None
 
 
-def test_gpus_send_within_a_node_by_nvlink_and_beyond_by_the_network() -> None:
+def test_gpus_use_nvlink_within_a_node_and_the_network_between_nodes() -> None:
     mesh = {"data": 8, "fsdp": 8}
-    inside = Collective("all-gather", (Array("bf16", (4000,)),), ("fsdp",), 8, 1, "")
+    within = Collective("all-gather", (Array("bf16", (4000,)),), ("fsdp",), 8, 1, "")
     across = Collective("all-gather", (Array("bf16", (4000,)),), ("data", "fsdp"), 64, 1, "")
     times = [
         estimate(facts(mesh, {}, each), parse_topology("h100:64"), batch=64, steps=1, pair_flops=1, model_flops=1)
-        for each in (inside, across)
+        for each in (within, across)
     ]
     assert times[0].network == pytest.approx(7000 / 450e9) and times[1].network == pytest.approx(7875 / 50e9)
 
@@ -87,7 +87,7 @@ def test_topologies(name: str, chips: int, devices: int) -> None:
     "name",
     ["v5e", "v5e:", "v5e:3x3", "v5e:16x16x16", "v5p:16x16x24", "v7x:4x4x4", "v5e:２x2", "h100:0", "h100:8x8", ""],
 )
-def test_other_topologies_are_refused_with_a_list_of_those_that_are_not(name: str) -> None:
+def test_an_unknown_topology_is_refused_with_a_list_of_all(name: str) -> None:
     with pytest.raises(ValueError, match=r"v5e, v6e: 1x1, 2x2, .*16x32.*v5p:8x8x16; a100, h100, h200: a number"):
         parse_topology(name)
 

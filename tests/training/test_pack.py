@@ -25,7 +25,7 @@ def test_a_run_is_packed_verified_and_inspected(
     capsys.readouterr()
 
     assert main(["verify", packed, run]) == main(["verify", packed, packed]) == 0
-    assert all(line.endswith(": all the same") for line in capsys.readouterr().out.splitlines())
+    assert all(line.endswith(": all equal") for line in capsys.readouterr().out.splitlines())
     model = read_artifact(packed)
     model.params["text"]["ln_final"]["bias"][0] = 7
     write_artifact(other, config=model.config, preprocess=model.preprocess, params=model.params, rules=model.rules)
@@ -47,7 +47,7 @@ def test_a_run_is_packed_verified_and_inspected(
     assert "  accuracy: 0.5" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "holds list: it must be one JSON")])
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "holds list: it must hold one JSON")])
 def test_figures_are_one_json_object(
     content: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
