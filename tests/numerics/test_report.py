@@ -48,7 +48,7 @@ def test_json_is_strict_and_whole(report: Report) -> None:
 
 
 class Checker(html.parser.HTMLParser):
-    """Collects every address that a browser would load, and the texts of cells."""
+    """Collect every URL that a browser would load, and the text of cells."""
 
     def __init__(self) -> None:
         super().__init__()
