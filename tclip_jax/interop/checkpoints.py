@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +20,17 @@ from flax.traverse_util import flatten_dict
 from tclip_jax.artifacts.manifest import MAX_PARAMETERS
 from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop import hub, metadata
-from tclip_jax.interop.foreign import GGUF, check_file_kind, folder_kind
+from tclip_jax.interop import metadata
 from tclip_jax.interop.gguf import read_gguf
 from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP, Metadata
 from tclip_jax.interop.open_clip import lazy_params, unwrapped
-from tclip_jax.interop.reader import INDEX, open_weights, read_json
+from tclip_jax.interop.reader import GGUF, INDEX, check_file_kind, folder_kind, open_weights, read_json
 from tclip_jax.interop.torchscript import is_torchscript
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
+
+HUB_PREFIX = "hf-hub:"
 
 _POSITIONS = "visual.positional_embedding"
 _OPEN_CLIP_WEIGHTS = (
@@ -42,6 +44,14 @@ _WEIGHTS = {
     OPEN_CLIP: _OPEN_CLIP_WEIGHTS,
     HUGGING_FACE: ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
 }
+
+# One set of weights is enough, and open_clip's comes with the metadata that says most.
+_HUB_WEIGHTS = (
+    ["open_clip_model.safetensors"],
+    ["open_clip_pytorch_model.bin"],
+    ["model.safetensors", "model-*.safetensors"],
+    ["pytorch_model.bin", "pytorch_model-*.bin"],
+)
 
 # Names that only these have.
 _KINDS = (
@@ -67,7 +77,7 @@ class Checkpoint(NamedTuple):
 def is_checkpoint(source: epath.PathLike) -> bool:
     """Whether this is for `open_checkpoint`: a name of the hub, a file, or a folder of open_clip or transformers."""
     path = epath.Path(source)
-    if str(source).startswith(hub.PREFIX) or (path.exists() and not path.is_dir()):
+    if str(source).startswith(HUB_PREFIX) or (path.exists() and not path.is_dir()):
         return True
     # A run's config.json has no model_type.
     return (path / OPEN_CLIP).exists() or (
@@ -92,7 +102,7 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
       FileNotFoundError: there is no such source, or a part of it is missing.
       ValueError: a source that is damaged, lacks its metadata, or contradicts itself or `like`; one line naming it.
     """
-    path = hub.fetch(str(source)) if str(source).startswith(hub.PREFIX) else epath.Path(source)
+    path = fetch(str(source)) if str(source).startswith(HUB_PREFIX) else epath.Path(source)
     given = metadata.from_name(like) if like else None
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, given, image_size)
@@ -118,6 +128,30 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
         return Checkpoint(config, pixels, lazy_params(tensors, config), weights.files)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def fetch(source: str) -> epath.Path:
+    """The folder of `hf-hub:org/name[@revision]`: its JSON files, and one set of weights.
+
+    Without network, and with HF_HUB_OFFLINE=1, that is what an earlier download left in the cache.
+
+    Raises:
+      FileNotFoundError: no such repository, no network and nothing cached, or no weights; one line.
+    """
+    name, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    snapshot = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
+    try:
+        folder = epath.Path(snapshot(allow_patterns=["*.json"]))
+        has_open_clip = (folder / "open_clip_config.json").exists()
+        for patterns in _HUB_WEIGHTS if has_open_clip else _HUB_WEIGHTS[2:]:
+            snapshot(allow_patterns=patterns)
+            if any(True for pattern in patterns for _ in folder.glob(pattern)):
+                return folder
+    # Its errors are the HTTP library's, the cache's and its own, and have many lines.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{source}: neither downloaded nor in the local cache: {reason}") from None
+    raise FileNotFoundError(f"{source}: the repository has no weights of open_clip or transformers")
 
 
 def resize_positions(embedding: npt.NDArray[Any], grid: tuple[int, int]) -> npt.NDArray[np.float32]:

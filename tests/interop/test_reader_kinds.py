@@ -24,7 +24,7 @@ import zstandard
 from etils import epath
 
 from tclip_jax.cli import main
-from tclip_jax.interop.foreign import GGUF, PYTORCH, SAFETENSORS, file_kind
+from tclip_jax.interop.reader import GGUF, PYTORCH, SAFETENSORS, file_kind
 from tclip_jax.models.presets import PRESETS
 
 

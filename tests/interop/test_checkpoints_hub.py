@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from huggingface_hub import constants
 
-from tclip_jax.interop.hub import fetch
+from tclip_jax.interop.checkpoints import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
