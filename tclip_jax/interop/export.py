@@ -19,7 +19,8 @@ from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.interop.examples import make_examples, write_check
 from tclip_jax.interop.gguf import verify_gguf, write_gguf
 from tclip_jax.interop.gguf_file import KINDS
-from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
+from tclip_jax.interop.hugging_face import to_hugging_face
+from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import lazy_state
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.pages import dotted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.artifacts.safetensors import LazyArray
-from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
 from tclip_jax.interop.open_clip import check_expressible, unwrapped
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.schema import check_names
@@ -140,56 +138,3 @@ def _joined(parts: list[Any], transposed: bool) -> LazyArray:
         return np.ascontiguousarray(value.T) if transposed else value
 
     return LazyArray(shape[::-1] if transposed else shape, parts[0].dtype, load)
-
-
-def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of transformers' CLIPModel, whose weights are stored as `dtype`.
-
-    Raises:
-      ValueError: a model that CLIPModel cannot be, naming the option.
-    """
-    check_expressible(config, "transformers' CLIPModel")
-    vision, text = config.vision, config.text
-    if text.vocab_size < VOCAB_SIZE:
-        raise ValueError(
-            f"text_cfg.vocab_size is {text.vocab_size}: transformers' CLIPModel pools a text at token {EOT}, so it must"
-            f" be at least {VOCAB_SIZE}"
-        )
-    # The library's defaults are not relied on: they have changed between its versions.
-    shared = {
-        "projection_dim": config.embed_dim,
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "layer_norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": math.log(1 / 0.07),
-        "torch_dtype": dtype,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": vision.image_size[0],
-            "patch_size": vision.patch_size,
-            "num_channels": 3,
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            **shared,
-        },
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "bos_token_id": SOT,
-            "eos_token_id": EOT,
-            "pad_token_id": EOT,
-            **shared,
-        },
-    }

@@ -9,13 +9,14 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from etils import epath
 
+from tclip_jax.artifacts.manifest import refuse_constant
 from tclip_jax.artifacts.safetensors import LazyArray, read_safetensors
 from tclip_jax.interop.torchscript import is_torchscript, read_torchscript
 from tclip_jax.schema import plain
@@ -107,7 +108,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if path.stat().length > _MAX_JSON:
         raise ValueError(f"{path} has {path.stat().length} bytes: at most {_MAX_JSON} are read")
     try:
-        document = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        document = json.loads(path.read_text(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
@@ -115,8 +116,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return document
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is none of its numbers")
+def check_object(name: str, value: Any) -> None:
+    """Raise ValueError unless `value`, from JSON, is an object."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r:.80}: it must be a JSON object")
 
 
 def _open_shards(index: epath.Path) -> Weights:

@@ -104,7 +104,7 @@ def test_another_architecture_in_a_gguf(tmp_path: pathlib.Path, capsys: pytest.C
     [
         ({"layers": 10**9}, "the model has 1000000001 layers, but the file 38 tensors"),
         ({"width": 2**40, "head_width": 2**20}, "the model has more than 4294967296 parameters"),
-        ({"mlp_ratio": float("nan")}, "open_clip_config.json is not JSON: NaN is none of its numbers"),
+        ({"mlp_ratio": float("nan")}, "open_clip_config.json is not JSON: NaN is not a JSON number"),
         ({"mlp_ratio": 1e300}, "the model has more than"),
         ({"mlp_ratio": -1.0}, "vision_cfg.mlp_ratio is -1.0: it must be above 0"),
         ({"image_size": 1.5}, "vision_cfg.image_size is 1.5"),

@@ -93,7 +93,7 @@ def test_embeddings_are_those_of_the_library(kind: str, quick_gelu: bool, tmp_pa
     import torch
     import transformers
 
-    from tclip_jax.interop.hugging_face import hugging_face_config
+    from tclip_jax.interop.hugging_face_config import hugging_face_config
 
     vision = dataclasses.replace(TINY.vision, width=128, head_width=64)
     text = dataclasses.replace(TINY.text, width=64, heads=1, context_length=12)
@@ -335,7 +335,8 @@ def test_what_pytorch_itself_wraps_is_read(file: str, tmp_path: pathlib.Path, pa
     import transformers
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
+    from tclip_jax.interop.hugging_face import to_hugging_face
+    from tclip_jax.interop.hugging_face_config import hugging_face_config
 
     document = hugging_face_config(TINY)
     model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(document))
