@@ -1,4 +1,4 @@
-"""CLIPModel's config.json and preprocessor_config.json: write the first, and read both."""
+"""Write CLIPModel's config.json, and read it and preprocessor_config.json, with the defaults of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tclip_jax.models.config import CLIPConfig
 _ACTIVATIONS = {"gelu": False, "quick_gelu": True}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
-# transformers' defaults. Its files may leave out what equals them.
+# Defaults of transformers, whose files may omit fields that equal them.
 _PROJECTION = 512
 _TOWER: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _TOWERS: dict[str, dict[str, Any]] = {
@@ -53,10 +53,14 @@ _PREPROCESSOR: dict[str, Any] = {
 
 
 def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of transformers' CLIPModel, whose weights are stored as `dtype`.
+    """Return the config.json of transformers' CLIPModel.
+
+    Args:
+      config: the model.
+      dtype: dtype of the stored weights.
 
     Raises:
-      ValueError: a model that CLIPModel cannot be, naming the option.
+      ValueError: CLIPModel cannot express the model; the message names the option.
     """
     check_expressible(config, "transformers' CLIPModel")
     vision, text = config.vision, config.text
@@ -65,7 +69,7 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
             f"text_cfg.vocab_size is {text.vocab_size}: transformers' CLIPModel pools a text at token {EOT}, so it must"
             f" be at least {VOCAB_SIZE}"
         )
-    # The library's defaults are not relied on: they have changed between its versions.
+    # State every field, because the defaults differ between versions of transformers.
     shared = {
         "projection_dim": config.embed_dim,
         "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
@@ -106,10 +110,12 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
 
 
 def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
-    """The model of a config.json, the inverse of `hugging_face_config`; what it leaves out is as in CLIPConfig.
+    """Return the model of a config.json, the inverse of `hugging_face_config`.
+
+    Omitted fields have the defaults of transformers' CLIPConfig.
 
     Raises:
-      ValueError: another kind of model, or a value that no model of this project has.
+      ValueError: the model is not a CLIPModel, or has a value that is not supported.
     """
     kind = document.get("model_type", "clip")
     if kind != "clip":
@@ -152,12 +158,12 @@ def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
 
 
 def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing of a preprocessor_config.json, the inverse of `Preprocess.to_hugging_face`.
+    """Return the preprocessing of a preprocessor_config.json, the inverse of `Preprocess.to_hugging_face`.
 
-    What it leaves out is as in CLIPImageProcessor, if it is of that class.
+    A file of CLIPImageProcessor may omit fields that equal the defaults of that class.
 
     Raises:
-      ValueError: a preprocessing that open_clip does not have, or another class that leaves out what it needs.
+      ValueError: open_clip cannot express the preprocessing, or a file of another class omits a required field.
     """
     check_object("the preprocessing", fields)
     stated = {key: value for key, value in fields.items() if value is not None}
@@ -165,7 +171,9 @@ def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
     is_clip = processor.startswith("CLIP")
     missing = [key for key in ("size", "resample", "image_mean", "image_std") if key not in stated]
     if not is_clip and missing:
-        raise ValueError(f"lacks {missing[0]}, and only CLIPImageProcessor's default is known, not {processor!r:.80}'s")
+        raise ValueError(
+            f"lacks {missing[0]}: only for CLIPImageProcessor is the default known, not for {processor!r:.80}"
+        )
     known = _PREPROCESSOR | {"do_center_crop": is_clip} | stated
     for key in ("do_resize", "do_rescale"):
         if not known[key]:
@@ -181,12 +189,11 @@ def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
     crop = _sides("crop_size", known["crop_size"], square=True)[0] if known["do_center_crop"] else None
     if crop is None and not squash:
         raise ValueError(
-            f"size {known['size']!r:.80} is of the shorter side, do_center_crop false: they give no images of one size"
+            f"size {known['size']!r:.80} is the shorter side and do_center_crop is false: the images have no fixed size"
         )
     if crop not in (None, size):
         raise ValueError(
-            f"size {known['size']!r:.80} and crop_size {known['crop_size']!r:.80} give no images of one size: they must"
-            " be equal"
+            f"size {known['size']!r:.80} and crop_size {known['crop_size']!r:.80} differ: they must be equal"
         )
     normalized = known["do_normalize"]
     return Preprocess(
@@ -199,7 +206,7 @@ def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
 
 
 def _tower(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A tower's section, completed as transformers does: what older files have as `…_dict` replaces it."""
+    """Return a tower's section with defaults filled in. As in transformers, an older `…_dict` section replaces it."""
     section = document.get(name) if document.get(f"{name}_dict") is None else document[f"{name}_dict"]
     if section is None:
         section = {}
@@ -213,14 +220,14 @@ def activations(document: Mapping[str, Any]) -> set[str]:
 
 
 def _check_end(eos: Any, vocab_size: Any) -> None:
-    """Raises ValueError unless transformers pools the largest token of a text, as these models do."""
-    # 2 is what old files say, and the library then looks for the largest token, which is the end of text.
+    """Raise ValueError unless transformers pools a text at its largest token id, as this project does."""
+    # For the value 2, in older files, transformers pools at the largest id, which is the end of text.
     if eos == 2 or (eos == vocab_size - 1 and vocab_size <= VOCAB_SIZE):
         return
     if eos != EOT:
         raise ValueError(f"text_config.eos_token_id is {eos!r:.80}: it must be {EOT}")
     if vocab_size <= EOT:
-        raise ValueError(f"text_config.eos_token_id is {EOT}, which a vocabulary of {vocab_size} does not have")
+        raise ValueError(f"text_config.eos_token_id is {EOT}: it must be below the vocab_size, {vocab_size}")
 
 
 def _transformer(tower: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def _transformer(tower: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sides(name: str, size: Any, square: bool) -> tuple[tuple[int, int], bool]:
-    """Height and width, and whether they are both given; a single number means both if `square`, else the shorter."""
+    """Return height and width, and whether both are fixed; one number means both if `square`, else the shorter side."""
     if isinstance(size, Mapping) and size.keys() == {"shortest_edge"}:
         return (size["shortest_edge"],) * 2, False
     if isinstance(size, Mapping) and size.keys() == {"height", "width"}:

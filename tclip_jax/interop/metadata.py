@@ -1,4 +1,4 @@
-"""What a checkpoint says of its model beside the weights, and what a preset says."""
+"""Read a model's configuration and preprocessing from the metadata of a checkpoint, or from a preset."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ _log = logging.getLogger(__name__)
 
 
 class Metadata(NamedTuple):
-    """A model's shape with its activation, and the preprocessing of its images."""
+    """A model's configuration, and the preprocessing of its images."""
 
     config: CLIPConfig
     preprocess: Preprocess
 
 
 def from_name(name: str) -> Metadata:
-    """Of a preset, or of an open_clip JSON file: a `model_cfg`, or an object with that and `preprocess_cfg`.
+    """Return the metadata of a preset or a JSON file of open_clip.
+
+    Args:
+      name: a preset, or a path that ends in .json: a `model_cfg`, or an object with `model_cfg` and `preprocess_cfg`.
 
     Raises:
-      ValueError: no such preset, or a model that this project does not have.
-      FileNotFoundError: no such file.
+      ValueError: the preset does not exist, or the model is not supported.
+      FileNotFoundError: the file does not exist.
     """
     if not name.endswith(".json"):
         return _open_clip(name, model_cfg(name), {})
@@ -44,10 +47,10 @@ def from_name(name: str) -> Metadata:
 
 
 def from_open_clip(folder: epath.Path) -> Metadata:
-    """Of a folder with open_clip_config.json; a config.json beside it must name the same activation.
+    """Return the metadata in a folder's open_clip_config.json.
 
     Raises:
-      ValueError: a file that is damaged, contradicts the other, or describes a model that this project does not have.
+      ValueError: the file is damaged, the model is not supported, or a config.json next to it has another activation.
     """
     document, beside = read_json(folder / OPEN_CLIP), folder / HUGGING_FACE
     metadata = _open_clip(str(folder / OPEN_CLIP), document.get("model_cfg", {}), document.get("preprocess_cfg", {}))
@@ -57,17 +60,19 @@ def from_open_clip(folder: epath.Path) -> Metadata:
             stated = activations(document)
         if stated and stated != {"quick_gelu" if metadata.config.quick_gelu else "gelu"}:
             raise ValueError(
-                f"{beside} has hidden_act {', '.join(sorted(stated)):.80}, but {OPEN_CLIP} says"
-                f" quick_gelu {metadata.config.quick_gelu}: the activation must be one"
+                f"{beside} has hidden_act {', '.join(sorted(stated)):.80}, but {OPEN_CLIP} has"
+                f" quick_gelu {metadata.config.quick_gelu}: both must name the same activation"
             )
     return metadata
 
 
 def from_hugging_face(folder: epath.Path) -> Metadata:
-    """Of a folder that transformers' CLIPModel wrote.
+    """Return the metadata in a folder that transformers' CLIPModel saved.
+
+    Without preprocessor_config.json, the defaults of CLIPImageProcessor are used, with a warning.
 
     Raises:
-      ValueError: a file that is missing, damaged, or describes a model that this project does not have.
+      ValueError: a file is damaged, or the model or its preprocessing is not supported.
     """
     path = folder / HUGGING_FACE
     document = read_json(path)
@@ -77,22 +82,27 @@ def from_hugging_face(folder: epath.Path) -> Metadata:
         raise ValueError(f"{path}: {error}") from None
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         document = read_json(folder / name) if (folder / name).exists() else {}
-        # Older versions wrote a processor_config.json without images.
+        # Older versions of transformers wrote a processor_config.json without "image_processor".
         if document and (key is None or key in document):
             try:
                 return Metadata(config, preprocess_from_hugging_face(document[key] if key else document))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / name}: {error}") from None
     assumed = Preprocess(config.vision.image_size)
-    _log.warning("%s has no preprocessor_config.json: assumed are CLIPImageProcessor's defaults, %s", folder, assumed)
+    _log.warning("%s has no preprocessor_config.json: using CLIPImageProcessor's defaults, %s", folder, assumed)
     return Metadata(config, assumed)
 
 
 def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Metadata | None:
-    """Of an archive of OpenAI: shapes, heads of width 64, and the activation of its program; None if that is unclear.
+    """Infer the metadata of an OpenAI archive from its tensors and its program.
+
+    Sizes follow from the shapes of the tensors, with heads of width 64; the activation follows from the program.
+
+    Returns:
+      The metadata, or None if the program does not identify the activation.
 
     Raises:
-      ValueError: no CLIP with two transformers.
+      ValueError: the tensors are not those of a CLIP with two transformers.
     """
     activation = torchscript_activation(path)
     if activation is None:
@@ -111,7 +121,7 @@ def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Meta
         }
         embed_dim = tensors["text_projection"].shape[1]
     except (LookupError, ValueError) as error:
-        raise ValueError(f"{path} is no CLIP with two transformers: {error}") from None
+        raise ValueError(f"{path} is not a CLIP with two transformers: {error}") from None
     model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": activation}
     return _open_clip(str(path), model, {})
 

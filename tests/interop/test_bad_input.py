@@ -83,7 +83,7 @@ def test_weights_that_are_no_numbers(value: float, folder: pathlib.Path, capsys:
 def test_a_wrong_preset(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(folder, "its embed_dim is 16, but the given model's is 512", capsys, "--preset", "ViT-B-16")
     refused(folder / "open_clip_model.safetensors", "missing transformer.resblocks", capsys, "--preset", "ViT-B-16")
-    refused(folder / "open_clip_model.safetensors", "does not say which model it is", capsys)
+    refused(folder / "open_clip_model.safetensors", "does not state its architecture", capsys)
 
 
 def test_names_that_mean_the_same(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_another_architecture_in_a_gguf(tmp_path: pathlib.Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"layers": 10**9}, "the model has 1000000001 layers, but the file 38 tensors"),
+        ({"layers": 10**9}, "the model has 1000000001 layers, but the file has only 38 tensors"),
         ({"width": 2**40, "head_width": 2**20}, "the model has more than 4294967296 parameters"),
         ({"mlp_ratio": float("nan")}, "open_clip_config.json is not JSON: NaN is not a JSON number"),
         ({"mlp_ratio": 1e300}, "the model has more than"),
@@ -156,7 +156,7 @@ def test_a_tensor_that_repeats_its_storage(folder: pathlib.Path, capsys: pytest.
 
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"visual.proj": torch.zeros(1).expand(10**6, 10**6)}, folder / "open_clip_pytorch_model.bin")
-    refused(folder, "visual.proj has shape (1000000, 1000000): its storage is smaller", capsys)
+    refused(folder, "visual.proj has shape (1000000, 1000000): its storage is too small", capsys)
 
 
 @pytest.fixture(scope="module")

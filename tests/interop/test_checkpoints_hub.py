@@ -44,7 +44,7 @@ def test_a_cached_model_needs_no_network(files: tuple[str, ...], snapshot: pathl
 def test_what_is_not_cached_is_an_error_of_one_line(snapshot: pathlib.Path) -> None:
     for source in ("hf-hub:org/other", "hf-hub:org/name@v2", "hf-hub:not a name"):
         with pytest.raises(
-            FileNotFoundError, match=f"^{source}: neither downloaded nor in the local cache: "
+            FileNotFoundError, match=f"^{source}: could not be downloaded and is not in the local cache: "
         ) as raised:
             fetch(source)
         assert "\n" not in str(raised.value)

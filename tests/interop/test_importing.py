@@ -229,7 +229,7 @@ def test_an_export_for_one_library_is_read_back(library: str, tmp_path: pathlib.
 
 def test_a_bare_file_needs_a_preset(tmp_path: pathlib.Path, folder: pathlib.Path, params: Params) -> None:
     file = folder / "open_clip_model.safetensors"
-    with pytest.raises(ValueError, match=r"model\.safetensors does not say which model it is, nor its activation"):
+    with pytest.raises(ValueError, match=r"model\.safetensors does not state its architecture"):
         open_checkpoint(file)
     checkpoint = open_checkpoint(file, like="tiny")
     assert_same(checkpoint.params, params)

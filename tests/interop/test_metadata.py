@@ -53,7 +53,7 @@ def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
         ("vision_config.hidden_act", "gelu_new", "'gelu_new'"),
         ("vision_config.layer_norm_eps", 1e-6, "vision_config.layer_norm_eps is 1e-06: it must be 1e-05"),
         ("text_config.eos_token_id", 3, "text_config.eos_token_id is 3: it must be 49407"),
-        ("text_config.vocab_size", 1000, "text_config.eos_token_id is 49407, which a vocabulary of 1000 does not have"),
+        ("text_config.vocab_size", 1000, "text_config.eos_token_id is 49407: it must be below the vocab_size, 1000"),
         ("vision_config.num_attention_heads", 0, "not the config of a CLIPModel"),
         ("vision_config.num_attention_heads", 24, "vision_config.hidden_size is 64: it is not divisible by 24 heads"),
         ("vision_config.intermediate_size", 10**400, "not the config of a CLIPModel"),
@@ -76,8 +76,8 @@ def test_a_config_json_that_is_not_read(path: str, value: Any, message: str, tmp
     ("changed", "message"),
     [
         ({"do_resize": False}, "do_resize is false"),
-        ({"do_center_crop": False}, "give no images of one size"),
-        ({"crop_size": 24}, "give no images of one size"),
+        ({"do_center_crop": False}, "the images have no fixed size"),
+        ({"crop_size": 24}, "and crop_size 24 differ: they must be equal"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*: it must be 1/255"),
         ({"resample": 0}, "resample is 0: it must be 2 .* or 3"),
         ({"image_mean": [0.5]}, "not three numbers"),
@@ -85,7 +85,10 @@ def test_a_config_json_that_is_not_read(path: str, value: Any, message: str, tmp
         ({"size": {"shortest_edge": 32, "longest_edge": 64}}, "it must be a number, shortest_edge alone, or height"),
         ({"size": "32"}, "size is '32': it must be a number, shortest_edge alone, or"),
         ({"use_square_size": True}, "use_square_size is true"),
-        ({"image_processor_type": "ViTImageProcessor", "resample": None}, "lacks resample, and only CLIPImageProc"),
+        (
+            {"image_processor_type": "ViTImageProcessor", "resample": None},
+            "lacks resample: only for CLIPImageProcessor",
+        ),
     ],
 )
 def test_a_preprocessor_that_is_not_read(changed: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
@@ -99,7 +102,7 @@ def test_a_folder_without_a_preprocessor_says_what_is_assumed(tmp_path: pathlib.
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
     assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32))
-    assert f"{tmp_path} has no preprocessor_config.json: assumed are CLIPImageProcessor's defaults" in caplog.text
+    assert f"{tmp_path} has no preprocessor_config.json: using CLIPImageProcessor's defaults" in caplog.text
 
 
 def test_metadata_that_are_no_objects(tmp_path: pathlib.Path) -> None:

@@ -221,7 +221,7 @@ def test_compare_takes_any_two_kinds(
         assert report.passed and report.verdict == ("0 of 50 tensors over budget 0, 0 trit flips",), (a, b)
     paths = [str(kinds["open_clip file"]), str(kinds["run"])]
     assert main(["compare", "weights", *paths]) == 2
-    assert "does not say which model it is" in capsys.readouterr().err
+    assert "does not state its architecture" in capsys.readouterr().err
     assert main(["compare", "weights", *paths, "--model-cfg", str(named)]) == 0
     paths[1] = str(kinds["GGUF"])
     assert main(["compare", "activations", *paths, "--model-cfg", str(named), "--via", "jax", "--batch", "1"]) == 0
