@@ -1,4 +1,4 @@
-"""The hub's cache, laid out by hand; nothing here uses the network."""
+"""Checkpoints of the Hugging Face hub, from a cache that the test creates, without a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def snapshot(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """The cached snapshot of org/name, offline."""
+    """Return the cached snapshot of org/name, offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--org--name"

@@ -55,7 +55,7 @@ def test_old_position_ids_are_ignored_and_other_keys_are_named(random_params: Dr
 def test_thirds_that_do_not_fit_together_are_refused(random_params: Draw) -> None:
     state = to_hugging_face(to_open_clip(random_params(TINY), TINY), TINY)
     name = "vision_model.encoder.layers.0.self_attn.{}_proj.bias".format
-    # As many numbers as in three of 64.
+    # Together as many numbers as three thirds of 64.
     for query, key in ((np.zeros(32), np.zeros(96)), (np.zeros(()), np.zeros(128))):
         with pytest.raises(
             ValueError, match=r"the thirds of visual\..*\.0\.attn\.in_proj_bias have shapes \(.*must be equal"

@@ -28,7 +28,7 @@ def test_any_width_of_the_mlp_survives_the_ratio(hidden: int) -> None:
 
 
 def test_images_of_one_size_in_every_form() -> None:
-    """`do_center_crop` false makes crop_size unused; sizes are numbers, lists, or objects."""
+    """Sizes are numbers, lists or objects; crop_size is unused if `do_center_crop` is false."""
     square, squashed = Preprocess(32), Preprocess(32, resize_mode="squash")
     both = {"height": 32, "width": 32}
     for fields, expected in (
@@ -43,7 +43,7 @@ def test_images_of_one_size_in_every_form() -> None:
         ({"size": 32, "crop_size": 32, "do_normalize": False}, Preprocess(32, (0.0,) * 3, (1.0,) * 3)),
     ):
         assert preprocess_from_hugging_face(fields) == expected, fields
-    # Another class crops nothing unless it says so, and squashes to a number.
+    # Another class crops only if it states so, and resizes both sides to a single number.
     other = {"image_processor_type": "ViTImageProcessor", "size": 32, "resample": 2, "image_mean": [0.5] * 3}
     assert preprocess_from_hugging_face(other | {"image_std": [0.5] * 3}) == Preprocess(
         32, (0.5,) * 3, (0.5,) * 3, "bilinear", "squash"
@@ -70,7 +70,7 @@ def test_a_preprocessor_without_its_defaults_is_that_of_transformers(data: hypot
 @hypothesis.given(hypothesis.strategies.data())
 @hypothesis.settings(max_examples=100)
 def test_a_config_json_without_its_defaults_is_that_of_transformers(data: hypothesis.strategies.DataObject) -> None:
-    """Any subset of the fields may be left out, towers too, and stand in the older `…_dict`."""
+    """Any subset of the fields and towers may be omitted, or be in the older `…_dict` section."""
     import transformers
 
     def draw(section: dict[str, Any]) -> dict[str, Any]:

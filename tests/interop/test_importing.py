@@ -1,4 +1,4 @@
-"""Models of open_clip and transformers, saved as people save them: the same parameters, the same embeddings."""
+"""Models saved by open_clip and transformers in every usual form give the same parameters and embeddings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_same(found: Params, expected: Params) -> None:
 def open_clip_folder(
     folder: pathlib.Path, params: Params, model_cfg: dict[str, Any] | None = None, dtype: str = "float32"
 ) -> pathlib.Path:
-    """What open_clip's push_to_hf_hub writes, but for the tokenizer."""
+    """Write what open_clip's push_to_hf_hub writes, without the tokenizer."""
     folder.mkdir()
     document = {"model_cfg": model_cfg or MODEL_CFG, "preprocess_cfg": {"mean": HALF_MEAN, "std": HALF_STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
@@ -310,7 +310,7 @@ WRAPPERS = (
 def test_names_of_wrappers_are_those_of_the_model(
     prefix: str, suffix: str, folder: pathlib.Path, params: Params
 ) -> None:
-    """DataParallel, torch.compile, FSDP and a training loop's own, in any order, for a bare file."""
+    """Prefixes of DataParallel, torch.compile, FSDP and training loops, in any order, in a weights file."""
     import torch
 
     path = folder / f"wrapped{suffix}"
@@ -330,7 +330,7 @@ def test_names_of_wrappers_are_those_of_the_model(
 @pytest.mark.torch
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_what_pytorch_itself_wraps_is_read(file: str, tmp_path: pathlib.Path, params: Params) -> None:
-    """The modules of PyTorch make the names: compiled towers, checkpointed blocks, an average; transformers' model."""
+    """Names made by PyTorch: compiled towers, checkpointed blocks, an average; also around transformers' model."""
     import torch
     import transformers
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

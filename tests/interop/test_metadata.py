@@ -34,7 +34,7 @@ def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
         Preprocess((32, 48), resize_mode="squash"),
     ):
         assert preprocess_from_hugging_face(pixels.to_hugging_face()) == pixels
-    # transformers wrote plain numbers before, and writes one file for image and text now.
+    # Old versions of transformers write plain numbers; new versions write one file for images and texts.
     old = Preprocess(32).to_hugging_face() | {"size": 32, "crop_size": 32}
     assert preprocess_from_hugging_face(old) == Preprocess(32)
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))

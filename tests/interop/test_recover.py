@@ -16,7 +16,7 @@ _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 
 def expanded(t: TernaryTensor) -> npt.NDArray[np.float64]:
-    """scale · trit by NumPy's repeat alone."""
+    """Return scale · trit, computed with NumPy's repeat."""
     scale = np.asarray(t.scale, np.float64)
     if scale.shape[t.axis] > 1:
         scale = np.repeat(scale, t.group, t.axis).take(range(t.shape[t.axis]), t.axis)
