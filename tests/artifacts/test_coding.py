@@ -43,10 +43,10 @@ def test_ternary_tensors_come_back_to_the_bit(layers: int, length: int, width: i
     scale = rng.exponential(size=(layers, -(-length // group), width)).astype(np.float32)
     tensor = TernaryTensor(rng.integers(-1, 2, (layers, length, width), np.int8), scale, group)
     entry, stored = encode("w", tensor, "float16")
-    found = decode("w", entry, stored)
-    np.testing.assert_array_equal(found.trits, tensor.trits)
-    np.testing.assert_array_equal(found.scale, tensor.scale)
-    assert (found.group, found.axis, found.scale.dtype) == (group, -2, np.float32)
+    decoded = decode("w", entry, stored)
+    np.testing.assert_array_equal(decoded.trits, tensor.trits)
+    np.testing.assert_array_equal(decoded.scale, tensor.scale)
+    assert (decoded.group, decoded.axis, decoded.scale.dtype) == (group, -2, np.float32)
     assert sum(array.nbytes for array in stored.values()) <= largest_stored_bytes(entry)
 
 
@@ -72,11 +72,11 @@ def test_scales_are_float16_exactly_when_that_loses_nothing(scale: float, dtype:
 def test_other_arrays_come_back_to_the_bit_after_the_cast(dtype: str, shape: tuple[int, ...]) -> None:
     value = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32)
     entry, stored = encode("b", value, dtype)
-    found = decode("b", entry, stored)
+    decoded = decode("b", entry, stored)
     assert entry["dtype"] == dtype
-    assert found.shape == shape
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, value.astype(dtype).astype(np.float32))
+    assert decoded.shape == shape
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded, value.astype(dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

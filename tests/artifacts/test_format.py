@@ -36,11 +36,11 @@ def model(config: CLIPConfig, preprocess: Preprocess, packed: Tree, rules: Terna
 @pytest.mark.parametrize("rest_dtype", ["float16", "float32"])
 def test_round_trip_is_exact(model: Tree, tmp_path: pathlib.Path, rest_dtype: Any) -> None:
     write_artifact(tmp_path / "a", **model, rest_dtype=rest_dtype, figures={"top1": 0.5}, provenance={"run": "x"})
-    found = read_artifact(tmp_path / "a")
-    assert found[:2] + found[3:4] == (model["config"], model["preprocess"], model["rules"])
-    assert found.manifest["figures"] == {"top1": 0.5}
-    assert found.manifest["provenance"]["run"] == "x"
-    expected, leaves = flatten(model["params"]), flatten(found.params)
+    loaded = read_artifact(tmp_path / "a")
+    assert loaded[:2] + loaded[3:4] == (model["config"], model["preprocess"], model["rules"])
+    assert loaded.manifest["figures"] == {"top1": 0.5}
+    assert loaded.manifest["provenance"]["run"] == "x"
+    expected, leaves = flatten(model["params"]), flatten(loaded.params)
     assert list(leaves) == list(expected)
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):

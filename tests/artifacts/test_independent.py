@@ -48,9 +48,9 @@ def documented_reader(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def test_another_writer_is_read_to_the_bit(theirs: pathlib.Path, config: CLIPConfig, packed: Tree) -> None:
-    found = read_artifact(theirs)
-    assert found.config == config and found.rules == () and "provenance" not in found.manifest
-    expected, leaves = flatten(packed), flatten(found.params)
+    loaded = read_artifact(theirs)
+    assert loaded.config == config and loaded.rules == () and "provenance" not in loaded.manifest
+    expected, leaves = flatten(packed), flatten(loaded.params)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):

@@ -183,8 +183,8 @@ def test_the_activation_of_an_archive_is_not_the_one_that_is_given(
     presets = {"ViT-B-16": CONFIG.to_open_clip(), "ViT-B-16-quickgelu": CONFIG.to_open_clip() | {"quick_gelu": True}}
     monkeypatch.setattr("tclip_jax.models.presets.PRESETS", presets)
     refused(archive, "its quick_gelu is True, but the given model's is False", capsys, "--preset", "ViT-B-16")
-    given = ["import", str(archive), "--out", str(tmp_path / "out"), "--preset", "ViT-B-16-quickgelu"]
-    assert main(given) == 0
+    arguments = ["import", str(archive), "--out", str(tmp_path / "out"), "--preset", "ViT-B-16-quickgelu"]
+    assert main(arguments) == 0
 
 
 @pytest.mark.torch

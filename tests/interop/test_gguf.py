@@ -75,8 +75,8 @@ INSIDE = {
 
 def from_open_clip_state(name: str, state: dict[str, np.ndarray]) -> np.ndarray:
     """Return the expected values of the tensor with this name."""
-    if found := re.fullmatch(r"([vt])\.blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        tower, layer, part, kind = found.groups()
+    if match := re.fullmatch(r"([vt])\.blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        tower, layer, part, kind = match.groups()
         key = f"{'visual.' if tower == 'v' else ''}transformer.resblocks.{layer}.{INSIDE[part]}"
         value = state[f"{key}{kind}" if key.endswith("_") else f"{key}.{kind}"]
         return np.split(value, 3)["qkv".index(part[-1])] if part in ("attn_q", "attn_k", "attn_v") else value
@@ -86,9 +86,9 @@ def from_open_clip_state(name: str, state: dict[str, np.ndarray]) -> np.ndarray:
     return state[f"{OUTSIDE[stem]}.{kind}"]
 
 
-def assert_same_bits(found: Any, expected: Any) -> None:
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_the_gguf_package_reads_every_tensor_to_the_bit(file: pathlib.Path, para
     for name, tensor in tensors.items():
         expected = from_open_clip_state(name, state)
         assert tensor.shape.tolist() == list(reversed(expected.shape))
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
-        assert_same_bits(np.ascontiguousarray(found), np.ascontiguousarray(expected))
+        decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        assert_same_bits(np.ascontiguousarray(decoded), np.ascontiguousarray(expected))
     ternary = {name for name, tensor in tensors.items() if tensor.tensor_type.name == file.stem.upper()}
     assert len(ternary) == 3 * 6 + 3
     assert {tensor.tensor_type.name for name, tensor in tensors.items() if name not in ternary} == {"F32"}
@@ -166,9 +166,9 @@ def test_metadata_are_those_of_clip_cpp(file: pathlib.Path, params: Params) -> N
 
 
 def test_it_is_read_as_it_was_written(file: pathlib.Path, params: Params) -> None:
-    config, preprocess, found = read_gguf(file)
+    config, preprocess, decoded = read_gguf(file)
     assert (config, preprocess) == (CONFIG, PIXELS)
-    leaves, expected = flatten(found), flatten(params)
+    leaves, expected = flatten(decoded), flatten(params)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         assert isinstance(leaves[path], TernaryTensor) == isinstance(leaf, TernaryTensor)
@@ -243,9 +243,9 @@ def test_a_file_of_the_gguf_package_is_read(file: pathlib.Path, params: Params, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config, preprocess, found = read_gguf(tmp_path / "theirs.gguf")
+    config, preprocess, decoded = read_gguf(tmp_path / "theirs.gguf")
     assert (config, preprocess) == (CONFIG, PIXELS)
-    leaves, expected = flatten(found), flatten(read_gguf(file)[2])
+    leaves, expected = flatten(decoded), flatten(read_gguf(file)[2])
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):

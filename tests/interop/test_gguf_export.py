@@ -104,8 +104,8 @@ def test_a_ternary_patch_embedding_is_written_as_floats(params: Params, tmp_path
     changed = replaced(params, "image/patch_embedding/kernel", leaf)
     write_gguf(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=changed, kind="tq1_0")
     verify_gguf(tmp_path / "out", changed)
-    found = read_gguf(tmp_path / "out")[2]["image"]["patch_embedding"]["kernel"]
-    np.testing.assert_array_equal(found, np.reshape(leaf.dequantize(), (16, 16, 3, 256)))
+    stored = read_gguf(tmp_path / "out")[2]["image"]["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(stored, np.reshape(leaf.dequantize(), (16, 16, 3, 256)))
 
 
 def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pathlib.Path) -> None:

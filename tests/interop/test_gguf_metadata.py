@@ -55,10 +55,10 @@ def test_names_are_clip_cpps_abbreviations_of_clip_models() -> None:
 
 def test_views_of_one_parameter_cover_it_once() -> None:
     shapes = shapes_of(CLIPConfig.from_open_clip(PRESETS["tiny"]))
-    seen = {path: np.zeros(shape, np.int8) for path, shape in shapes.items() if path != "logit_scale"}
+    covered = {path: np.zeros(shape, np.int8) for path, shape in shapes.items() if path != "logit_scale"}
     for entry in gguf_table(shapes):
-        entry.view(seen[entry.path])[...] += 1
-    assert all((count == 1).all() for count in seen.values())
+        entry.view(covered[entry.path])[...] += 1
+    assert all((count == 1).all() for count in covered.values())
 
 
 def test_a_view_has_its_outputs_first() -> None:

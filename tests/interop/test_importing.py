@@ -35,9 +35,9 @@ TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
 MODEL_CFG = PRESETS["tiny"]
 
 
-def assert_same(found: Params, expected: Params) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, expected)
+def assert_same(actual: Params, expected: Params) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), actual, expected)
 
 
 def open_clip_folder(
@@ -65,8 +65,8 @@ def folder(tmp_path: pathlib.Path, params: Params) -> pathlib.Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_open_clip_folder_becomes_an_artifact(dtype: str, tmp_path: pathlib.Path, params: Params) -> None:
     source = open_clip_folder(tmp_path / "theirs", params, dtype=jax.numpy.dtype(dtype))
-    found = import_checkpoint(source, tmp_path / "out")
-    assert len(found) == 12 and all(isinstance(each, NotTernaryError) for each in found.values())
+    results = import_checkpoint(source, tmp_path / "out")
+    assert len(results) == 12 and all(isinstance(each, NotTernaryError) for each in results.values())
     artifact = read_artifact(tmp_path / "out")
     assert_same(artifact.params, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), params))
     assert (artifact.config, artifact.preprocess) == (TINY, Preprocess(32, HALF_MEAN, HALF_STD))
@@ -190,8 +190,8 @@ def with_ternary(params: Params, scale: np.float32) -> Params:
 
 def test_trits_are_recovered_and_load_as_the_same_weights(tmp_path: pathlib.Path, params: Params) -> None:
     dequantised = with_ternary(params, np.float32(0.1))
-    found = import_checkpoint(open_clip_folder(tmp_path / "theirs", dequantised), tmp_path / "out")
-    ternary = {path: each for path, each in found.items() if isinstance(each, TernaryTensor)}
+    results = import_checkpoint(open_clip_folder(tmp_path / "theirs", dequantised), tmp_path / "out")
+    ternary = {path: each for path, each in results.items() if isinstance(each, TernaryTensor)}
     assert {path: t.scale.shape for path, t in ternary.items()} == {
         "image/blocks/mlp/fc1/kernel": (3, 1, 1),
         "image/blocks/mlp/fc2/kernel": (3, 1, 1),

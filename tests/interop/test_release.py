@@ -142,8 +142,8 @@ def copied(release: pathlib.Path, folder: pathlib.Path, *names: str) -> pathlib.
     return folder
 
 
-def assert_same_trits(found: Params, expected: Params, exact_floats: bool = True) -> None:
-    ours, theirs = flatten(found), flatten(expected)
+def assert_same_trits(actual: Params, expected: Params, exact_floats: bool = True) -> None:
+    ours, theirs = flatten(actual), flatten(expected)
     count = 0
     for path, leaf in theirs.items():
         if isinstance(leaf, TernaryTensor):

@@ -26,16 +26,16 @@ RECORDING = Recording(
 
 def test_round_trip_keeps_every_bit_and_the_order(tmp_path: pathlib.Path) -> None:
     write_golden(tmp_path / "golden", RECORDING)
-    found = read_golden(tmp_path / "golden")
+    loaded = read_golden(tmp_path / "golden")
     assert [path.name for path in tmp_path.iterdir()] == ["golden"]
-    assert found.logit_scale == RECORDING.logit_scale and found.facts == RECORDING.facts
-    assert found.made_by == RECORDING.made_by
-    assert list(found.taps) == ["image/b", "image/a"]
+    assert loaded.logit_scale == RECORDING.logit_scale and loaded.facts == RECORDING.facts
+    assert loaded.made_by == RECORDING.made_by
+    assert list(loaded.taps) == ["image/b", "image/a"]
     for name, tap in RECORDING.taps.items():
-        np.testing.assert_array_equal(found.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
-    np.testing.assert_array_equal(found.pixels, RECORDING.pixels)
-    np.testing.assert_array_equal(found.tokens, RECORDING.tokens)
-    assert found.tokens.dtype == np.int32
+        np.testing.assert_array_equal(loaded.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
+    np.testing.assert_array_equal(loaded.pixels, RECORDING.pixels)
+    np.testing.assert_array_equal(loaded.tokens, RECORDING.tokens)
+    assert loaded.tokens.dtype == np.int32
 
 
 def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
