@@ -28,7 +28,8 @@ from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_model
 from tclip_jax.inference.model import Model
 from tclip_jax.interop.export import export_pytorch
-from tclip_jax.interop.hugging_face import from_hugging_face, hugging_face_config
+from tclip_jax.interop.hugging_face import from_hugging_face
+from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import from_open_clip
 from tclip_jax.losses.contrastive import info_nce
 from tclip_jax.losses.statistics import compare

@@ -1,4 +1,4 @@
-"""One parameter to stored arrays and their description, and back."""
+"""Encode a parameter as stored arrays and a manifest entry, and decode it again."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.ternary import TernaryTensor
 from tclip_jax.ternary.packing import pack_base3, unpack_base3
 
-# Repetitions in trits are chance: level 1, which hardly looks for them, gives the smallest files at 45–75 % zeros. Of
-# floats the bytes with the exponents are worth coding: 0.40 of the size of scales remains, 0.37 at level 19.
+# Trits repeat only by chance, so level 1, which hardly searches for repetitions, gives the smallest files at 45–75 %
+# zeros. In floats only the exponent bytes compress: scales shrink to 0.40 of their size, to 0.37 at level 19.
 _ZSTD_LEVEL = 1
 
 Stored = dict[str, npt.NDArray[Any]]
 
 
 def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Stored]:
-    """The description of a parameter in tclip.json, and the arrays that are stored for it.
+    """Return the entry of a parameter in tclip.json, and the arrays to store.
 
-    Scales become float16 where that is exact; other parameters become `rest_dtype`.
+    Args:
+      path: the parameter's path; the names of the arrays start with it.
+      leaf: a `TernaryTensor` or a float array, lazy or not.
+      rest_dtype: dtype in which a float array is stored. Scales are float16 if that is exact, else float32.
+
+    Returns:
+      The entry, and uint8 arrays (bytes,) by name.
 
     Raises:
-      ArtifactError: a value that is not finite after the cast, a negative scale, or something that is not a trit.
+      ArtifactError: a value is not finite after the cast, a scale is negative, or a trit is not −1, 0 or +1.
     """
     entry: dict[str, Any]
     if not isinstance(leaf, TernaryTensor):
@@ -57,10 +63,15 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
 
 
 def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any] | LazyArray]) -> Any:
-    """The float32 array or `TernaryTensor` at `path`; `entry` must have been checked against the configuration.
+    """Return the float32 array or `TernaryTensor` at `path`, the inverse of `encode`.
+
+    Args:
+      path: the parameter's path.
+      entry: its entry in tclip.json, already checked against the configuration.
+      stored: all arrays of the file, by name.
 
     Raises:
-      ArtifactError: arrays that are not what `entry` says.
+      ArtifactError: the stored arrays do not match `entry`.
     """
     if entry["coding"] == FLOAT_CODING:
         value = _floats(path, stored[path], entry["shape"], entry["dtype"])
@@ -81,21 +92,21 @@ def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray
 
 
 def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of the base-3 code of a tensor, before compression."""
+    """Return the size in bytes of a tensor in base-3 coding (five trits a byte), before compression."""
     return -(-math.prod(shape) // 5)
 
 
 def largest_stored_bytes(entry: Mapping[str, Any]) -> int:
-    """Bytes that the stored arrays of a described parameter and their names cannot exceed."""
+    """Return an upper bound, in bytes, for the stored arrays of an entry and their names in the header."""
     ternary = entry["coding"] == TERNARY_CODING
     size = math.prod(entry["scale_shape" if ternary else "shape"]) * np.dtype(entry["dtype"]).itemsize
     size += packed_bytes(tuple(entry["shape"])) if ternary else 0
-    # What zstd may add to incompressible data is below 1/128 and some bytes for each frame; 1,024 are for the names.
+    # On incompressible data zstd adds less than 1/128 plus a few bytes a frame; 1,024 bytes are for the names.
     return size + size // 128 + 2 * 512 + 1024
 
 
 def _planes(value: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The first byte of every number, then the second, …: (itemsize, size)."""
+    """Return byte planes, uint8 (itemsize, size): the first byte of every number, then the second, and so on."""
     return np.ascontiguousarray(value.reshape(-1).view(np.uint8).reshape(-1, value.dtype.itemsize).T)
 
 
@@ -123,8 +134,8 @@ def _expanded(name: str, stored: npt.NDArray[Any] | LazyArray, size: int) -> npt
             return np.frombuffer(data, np.uint8)
     except zstandard.ZstdError as error:
         raise ArtifactError(f"{name} is not one zstd frame: {error}") from None
-    what = "an unknown number of" if declared < 0 else declared
-    raise ArtifactError(f"{name} expands to {what} bytes: its shape has {size}, which the frame must declare")
+    expanded = "an unknown number of" if declared < 0 else declared
+    raise ArtifactError(f"{name} expands to {expanded} bytes: the frame must declare {size}, from the shape")
 
 
 def _cast(name: str, value: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
@@ -142,7 +153,7 @@ def _exact_in_float16(scale: npt.NDArray[np.float32]) -> bool:
 
 def _check_digest(path: str, entry: Mapping[str, Any], *arrays: npt.NDArray[Any]) -> None:
     if _digest(*arrays) != entry.get("sha256"):
-        raise ArtifactError(f"{path} does not have the sha256 that tclip.json gives for its decoded values")
+        raise ArtifactError(f"{path} is damaged: its decoded values do not have the sha256 in tclip.json")
 
 
 def _digest(*arrays: npt.NDArray[Any]) -> str:

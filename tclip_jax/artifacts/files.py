@@ -1,4 +1,4 @@
-"""The files of an artifact: their names, sizes and checksums."""
+"""The files of an artifact: names, sizes and checksums."""
 
 from __future__ import annotations
 
@@ -19,55 +19,59 @@ WEIGHT_FILES = {TERNARY_CODING: TERNARY_FILE, FLOAT_CODING: REST_FILE}
 MAX_OTHER_BYTES = 64 * 2**20
 
 
-def file_entry(data: bytes) -> dict[str, Any]:
-    """What tclip.json says of a file."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def file_entry(path: epath.Path) -> dict[str, Any]:
+    """Return the entry of a file in tclip.json: its size in bytes and its sha256."""
+    return {"bytes": path.stat().length, "sha256": sha256(path)}
 
 
 def sha256(path: epath.Path) -> str:
-    """Of a file's bytes, a piece at a time in memory."""
+    """Return the SHA-256 of a file in hexadecimal; reads the file in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Compares every file that the manifest names with its entry; the tensors in the manifest must have been checked.
+    """Check the size and checksum of every file in the manifest.
+
+    Args:
+      folder: the artifact.
+      manifest: the parsed tclip.json; `check_tensors` must have accepted its tensors, which bound the file sizes.
 
     Raises:
-      ArtifactError: a file that is missing, larger than its tensors can be, or not the one that the manifest describes.
+      ArtifactError: a file is missing, is larger than its tensors can be, or differs from its entry.
     """
     limits = dict.fromkeys(WEIGHT_FILES.values(), 4096)
     for entry in manifest["tensors"].values():
         limits[WEIGHT_FILES[entry["coding"]]] += largest_stored_bytes(entry)
     for name in limits:
         if name not in manifest["files"]:
-            raise ArtifactError(f"{MANIFEST}: files miss {name}")
+            raise ArtifactError(f"{MANIFEST}: files lacks {name}, which every artifact has")
     for name, entry in manifest["files"].items():
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ArtifactError(f"{MANIFEST}: files name {name!r:.80}: it must be a plain file name")
+            raise ArtifactError(f"{MANIFEST}: files has the key {name!r:.80}: it must be a plain file name")
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
-            raise ArtifactError(f"{MANIFEST}: file {name} must have bytes and sha256, and nothing else")
+            raise ArtifactError(f"{MANIFEST}: the entry of {name} must have exactly the keys bytes and sha256")
         check_size(folder / name, limits.get(name, MAX_OTHER_BYTES), entry["bytes"])
         if sha256(folder / name) != entry["sha256"]:
             raise ArtifactError(f"{folder / name} is damaged: its bytes do not have the sha256 in {MANIFEST}")
 
 
 def check_size(path: epath.Path, limit: int, size: Any = None) -> None:
-    """Raises ArtifactError unless a file is there with at most `limit` and, where given, exactly `size` bytes."""
+    """Raise ArtifactError unless `path` exists with at most `limit` bytes and, if `size` is given, exactly `size`."""
     if not path.exists():
         raise ArtifactError(f"{path} is missing: a complete artifact has it")
     length = path.stat().length
     if size is not None and length != size:
         raise ArtifactError(f"{path} has {length} bytes: {MANIFEST} gives {size!r:.80}")
     if length > limit:
-        raise ArtifactError(f"{path} has {length} bytes: at most {limit} can be right")
+        raise ArtifactError(f"{path} has {length} bytes: its limit is {limit}")
 
 
 def open_safetensors(path: epath.Path) -> dict[str, LazyArray]:
-    """The arrays of a safetensors file, unread.
+    """Return the arrays of a safetensors file by name, lazily.
 
     Raises:
-      ArtifactError: a file that is not one.
+      ArtifactError: the file is damaged or not a safetensors file.
     """
     try:
         return read_safetensors(path)

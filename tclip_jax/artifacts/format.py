@@ -1,4 +1,4 @@
-"""The artifact: a folder that holds a packed model. docs/artifact.md describes it byte by byte."""
+"""Write and read an artifact, the folder of a packed model. docs/artifact.md specifies it byte by byte."""
 
 from __future__ import annotations
 
@@ -52,7 +52,15 @@ from tclip_jax.ternary import TernaryTensor
 
 
 class Artifact(NamedTuple):
-    """What `read_artifact` returns: the model, its packed parameters, how they were made, and all of tclip.json."""
+    """A packed model in memory.
+
+    Attributes:
+      config: the model's shape.
+      preprocess: the preprocessing of its images.
+      params: parameter tree with `TernaryTensor` and float32 leaves.
+      rules: the quantization rules that made the ternary leaves.
+      manifest: the parsed tclip.json.
+    """
 
     config: CLIPConfig
     preprocess: Preprocess
@@ -73,26 +81,26 @@ def write_artifact(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a packed model as a folder, whole or not at all; the same arguments give the same bytes.
+    """Write a packed model as an artifact, atomically. Equal arguments give equal bytes.
 
     Args:
-      folder: local or gs://.
+      folder: the artifact's path, local or gs://.
       config: the model's shape.
-      preprocess: how an image becomes its input.
+      preprocess: the preprocessing of its images.
       params: parameter tree with `TernaryTensor` leaves, from `pack_params`; other leaves may be lazy.
-      rules: how those were made; a record, not applied here.
-      rest_dtype: of all other parameters; logit_scale stays float32.
-      figures: measurements to keep with the model, as JSON.
-      provenance: where it comes from, as JSON, beside the versions of the libraries.
-      overwrite: whether an artifact that is there may be replaced; anything else never is.
+      rules: the quantization rules that made the ternary leaves. They are recorded, not applied.
+      rest_dtype: dtype of all other parameters; logit_scale is always float32.
+      figures: measurements to store with the model, as JSON.
+      provenance: the origin of the model, as JSON; the versions of the libraries are added.
+      overwrite: replace `folder` if it is an artifact. Any other folder is never replaced.
 
     Raises:
-      ArtifactError: parameters that are not those of `config`, are not packed, or cannot be stored.
+      ArtifactError: the parameters do not match `config`, are not packed, or cannot be stored.
       FileExistsError: `folder` exists.
     """
     folder = epath.Path(folder)
     if overwrite and folder.exists() and not (folder / MANIFEST).exists():
-        raise FileExistsError(f"{folder} has no {MANIFEST}, so it is not an artifact that may be overwritten")
+        raise FileExistsError(f"{folder} has no {MANIFEST}, so it is not an artifact: only artifacts are overwritten")
     check_image_size(config, preprocess)
     leaves = flatten(params)
     tensors: dict[str, Any] = {}
@@ -103,7 +111,7 @@ def write_artifact(
             tensors[path], arrays = encode(path, leaf, dtype)
             ternary |= arrays
         elif path in TERNARIZABLE and find_quantizer(path, rules):
-            raise ArtifactError(f"{path} holds the latent weights of a ternary rule: pack_params makes them ternary")
+            raise ArtifactError(f"{path} holds latent weights, but a rule makes it ternary: call pack_params first")
         else:
             tensors[path] = {"coding": FLOAT_CODING, "shape": list(np.shape(leaf)), "dtype": dtype}
     check_tensors(tensors, flatten(param_shapes(config)))
@@ -113,7 +121,7 @@ def write_artifact(
         return arrays[path]
 
     with atomic_folder(folder, overwrite=overwrite) as building, tempfile.TemporaryFile() as spool:
-        # The file's header needs the sizes of all: of a lazy tree one leaf at a time is encoded, and put aside.
+        # The header of the file needs all sizes first. Spooling keeps one leaf of a lazy tree in memory at a time.
         rest = {
             path: _spooled(spool, encoded(path)) for path, entry in tensors.items() if entry["coding"] == FLOAT_CODING
         }
@@ -128,19 +136,16 @@ def write_artifact(
             "preprocess_cfg": preprocess.to_open_clip(),
             "ternary": [[pattern, dataclasses.asdict(quantizer)] for pattern, quantizer in rules],
             "tensors": tensors,
-            "files": {
-                path.name: weights.get(path.name) or file_entry(path.read_bytes())
-                for path in sorted(building.iterdir())
-            },
+            "files": {path.name: weights.get(path.name) or file_entry(path) for path in sorted(building.iterdir())},
             "figures": dict(figures or {}),
             "provenance": {"versions": _versions(), **(provenance or {})},
         }
-        # Last: on an object store, an artifact exists from here on.
+        # Last: on an object store, the manifest makes the artifact complete.
         (building / MANIFEST).write_bytes(dump_manifest(fields))
 
 
 def _spooled(spool: IO[bytes], array: npt.NDArray[np.uint8]) -> LazyArray:
-    """Bytes that wait in a file until they are asked for."""
+    """Append bytes to a temporary file, and return them as a lazy array."""
     start, size = spool.seek(0, os.SEEK_END), array.size
     spool.write(array.data)
 
@@ -152,16 +157,17 @@ def _spooled(spool: IO[bytes], array: npt.NDArray[np.uint8]) -> LazyArray:
 
 
 def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda leaf: leaf) -> Artifact:
-    """Reads and checks a packed model: float32 arrays and `TernaryTensor` leaves, both NumPy.
+    """Read and check a packed model; leaves are float32 arrays and `TernaryTensor`, both in NumPy.
 
-    Sizes are compared with those that the configuration gives before anything of that size is read or allocated.
+    Every size is checked against the configuration before that many bytes are read or allocated.
 
     Args:
-      folder: local or gs://.
-      put: applied to each leaf as it is read, as jax.device_put: a second copy is never there of more than one leaf.
+      folder: the artifact's path, local or gs://.
+      put: applied to each leaf as soon as it is read, for example jax.device_put. At most one leaf is in host memory
+        and on the device at the same time.
 
     Raises:
-      ArtifactError: a file that is missing, damaged, or not what the configuration asks for.
+      ArtifactError: a file is missing or damaged, or does not match the configuration.
     """
     folder = epath.Path(folder)
     check_size(folder / MANIFEST, MAX_MANIFEST_BYTES)
@@ -183,7 +189,7 @@ def read_artifact(folder: epath.PathLike, put: Callable[[Any], Any] = lambda lea
 
 
 def _check_vocabulary(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a folder whose tokenizer files, if it has them, state another vocabulary than the one that is used."""
+    """Raise ArtifactError if the artifact's tokenizer files hold another vocabulary than CLIP's."""
     for name, text in vocabulary_files().items():
         entry = manifest["files"].get(name)
         if entry is None or entry["sha256"] == hashlib.sha256(text.encode()).hexdigest():
@@ -193,13 +199,13 @@ def _check_vocabulary(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
         except (ValueError, RecursionError):
             same = False
         if not same:
-            raise ArtifactError(f"{folder / name} is not CLIP's: tokens would be those of another vocabulary")
+            raise ArtifactError(f"{folder / name} holds another vocabulary: only CLIP's is supported")
 
 
 def _write_preprocessor_config(folder: epath.Path, preprocess: Preprocess) -> None:
     try:
         fields = preprocess.to_hugging_face()
-    # What transformers cannot do is left out: no file is better than a wrong one.
+    # No file is better than a wrong one: transformers cannot express every preprocessing.
     except ValueError:
         return
     (folder / "preprocessor_config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What an artifact consists of: where its bytes go, how many of its trits are zero, as a table and a picture."""
+"""Measure an artifact: its bytes by kind and the zeros in its trits, as JSON, text tables and figures."""
 
 from __future__ import annotations
 
@@ -22,40 +22,50 @@ from tclip_jax.ternary import TernaryTensor
 
 
 def ternary_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:
-    """Ternary parameters / all parameters, without the token embedding in either if asked; 0 for no parameters."""
+    """Return ternary parameters / all parameters, 0 to 1; 0 for an empty tree.
+
+    Args:
+      params: packed parameter tree.
+      token_embedding: include the token embedding in both counts.
+    """
     leaves = _leaves(params, token_embedding)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
     return ternary / max(sum(math.prod(leaf.shape) for leaf in leaves), 1)
 
 
 def zero_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:
-    """Zero trits / all trits (the sparsity), without those of the token embedding if asked; 0 for no trits."""
+    """Return zero trits / all trits (the sparsity), 0 to 1; 0 for a tree without trits.
+
+    Args:
+      params: packed parameter tree.
+      token_embedding: include the trits of the token embedding.
+    """
     trits = [np.asarray(leaf.trits) for leaf in _leaves(params, token_embedding) if isinstance(leaf, TernaryTensor)]
     return sum(each.size - np.count_nonzero(each) for each in trits) / max(sum(each.size for each in trits), 1)
 
 
 def theoretical_compression(share: float) -> float:
-    """32 / ((1 − p)·32 + p·1.58) for a ternary share p: 16.98 at 0.99, the figure of arXiv 2510.21879."""
+    """Return 32 / ((1 − p)·32 + p·1.58) for a ternary share p; 16.98 at p = 0.99, as in arXiv 2510.21879."""
     return 32 / ((1 - share) * 32 + share * 1.58)
 
 
 def float32_bytes(params: Mapping[str, Any]) -> int:
-    """Bytes of all parameters in float32."""
+    """Return the size in bytes of all parameters in float32."""
     return 4 * sum(math.prod(leaf.shape) for leaf in _leaves(params, True))
 
 
 def weight_bytes(folder: epath.PathLike) -> int:
-    """Bytes of an artifact's two weight files."""
+    """Return the size in bytes of an artifact's two weight files."""
     return sum((epath.Path(folder) / file).stat().length for file in WEIGHT_FILES.values())
 
 
 def folder_bytes(folder: epath.PathLike) -> int:
-    """Bytes of all files of an artifact, tokenizer and tclip.json included."""
+    """Return the size in bytes of all files of an artifact, with the tokenizer and tclip.json."""
     return sum(path.stat().length for path in epath.Path(folder).iterdir())
 
 
 def compression_real(params: Mapping[str, Any], folder: epath.PathLike) -> float:
-    """Bytes of the parameters in float32 / bytes of the artifact's weight files."""
+    """Return the size of the parameters in float32 / the size of the artifact's weight files."""
     return float32_bytes(params) / weight_bytes(folder)
 
 
@@ -67,44 +77,44 @@ _PARTS = ("#3b6fb6", "#8fb3de", "#d1603d")
 _WEIGHTS = {"qkv": "#3b6fb6", "out": "#2a9d8f", "fc1": "#d1603d", "fc2": "#e9a03b"}
 
 
-def plot_inspection(found: Mapping[str, Any]) -> Figure:
-    """A figure of what `inspect_artifact` returns."""
+def plot_inspection(inspection: Mapping[str, Any]) -> Figure:
+    """Return a figure of the result of `inspect_artifact`: sizes on the left, zeros on the right."""
     figure = Figure(figsize=(13, 5), layout="constrained", dpi=110)
     sizes, zeros = figure.subplots(1, 2, width_ratios=(1, 1.9))
-    plot_sizes(sizes, found)
-    plot_zeros(zeros, found)
+    plot_sizes(sizes, inspection)
+    plot_zeros(zeros, inspection)
     return figure
 
 
-def plot_sizes(axes: Axes, found: Mapping[str, Any]) -> None:
-    """A bar for each part of the weight files, in MB (10⁶ bytes)."""
-    parts, total = found["bytes"], found["weight_bytes"]
+def plot_sizes(axes: Axes, inspection: Mapping[str, Any]) -> None:
+    """Draw a bar for each part of the weight files, in MB (10⁶ bytes)."""
+    parts, total = inspection["bytes"], inspection["weight_bytes"]
     bars = axes.barh(list(parts), [size / 1e6 for size in parts.values()], color=_PARTS, height=0.6)
     axes.bar_label(bars, [f" {size / 1e6:.3g} MB, {size / total:.0%}" for size in parts.values()], padding=2)
     axes.set(
-        title=f"weight files: {total / 1e6:.2f} MB, {found['compression_real']:.2f}x below float32",
-        xlabel=f"MB; {found['bits_per_trit']:.3f} bits a trit, entropy {found['entropy']:.3f}",
+        title=f"weight files: {total / 1e6:.2f} MB, {inspection['compression_real']:.2f}x below float32",
+        xlabel=f"MB; {inspection['bits_per_trit']:.3f} bits a trit, entropy {inspection['entropy']:.3f}",
         xlim=(0, 1.45 * max(parts.values()) / 1e6),
     )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_zeros(axes: Axes, found: Mapping[str, Any]) -> None:
-    """The share of zeros: a line over the layers for each weight of both towers, a level one for a weight of none."""
-    for path in dict.fromkeys(row["path"] for row in found["layers"]):
-        own, name = [row for row in found["layers"] if row["path"] == path], weight_name(path)
+def plot_zeros(axes: Axes, inspection: Mapping[str, Any]) -> None:
+    """Draw the share of zeros over the layers, a line for each weight; weights outside the blocks are horizontal."""
+    for path in dict.fromkeys(row["path"] for row in inspection["layers"]):
+        rows, name = [row for row in inspection["layers"] if row["path"] == path], weight_name(path)
         style = "-" if name.startswith("image") else "--"
-        shares = [100 * row["zeros"] for row in own]
-        if own[0]["layer"] is None:
+        shares = [100 * row["zeros"] for row in rows]
+        if rows[0]["layer"] is None:
             axes.axhline(shares[0], color="#777777", linestyle=":", label=name)
         else:
             axes.plot(shares, style, marker="o", markersize=4, color=_WEIGHTS[name.split()[-1]], label=name)
-    axes.set(title=f"zeros: {found['zeros']:.1%} of all trits", xlabel="layer", ylabel="% of the layer's trits")
+    axes.set(title=f"zeros: {inspection['zeros']:.1%} of all trits", xlabel="layer", ylabel="% of the layer's trits")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
-    # At least 4 points high, so that what is chance looks like it.
+    # Show a range of at least 4 percentage points, so that random variation looks small.
     low, high = axes.get_ylim()
     missing = max(4 - (high - low), 0) / 2
     axes.set_ylim(low - missing, high + missing)
@@ -114,14 +124,15 @@ def plot_zeros(axes: Axes, found: Mapping[str, Any]) -> None:
 
 
 def inspect_artifact(folder: epath.PathLike) -> dict[str, Any]:
-    """The figures of an artifact as JSON; shares are fractions in 0–1.
+    """Measure an artifact; shares are fractions, 0 to 1.
 
-    `bytes` says what the weight files spend on trits, scales, float parameters and their headers; `layers` has a row
-    for each ternary weight of each layer. `entropy` is that of independent trits with the shares of −1, 0, +1 of their
-    own weight and layer, in bits; `bits_per_trit` what they take on disk.
+    Returns:
+      A JSON object. `bytes` splits the weight files into trits, scales, and float parameters with headers. `layers` has
+      a row for each ternary weight of each layer. `entropy`, in bits a trit, assumes independent trits with the shares
+      of −1, 0 and +1 in their weight and layer; `bits_per_trit` is the size on disk.
 
     Raises:
-      ArtifactError: an artifact that cannot be read.
+      ArtifactError: the artifact cannot be read.
     """
     artifact, folder = read_artifact(folder), epath.Path(folder)
     leaves = flatten(artifact.params)
@@ -167,45 +178,51 @@ def _rows(path: str, leaf: TernaryTensor) -> list[dict[str, Any]]:
     return rows
 
 
-def inspection_text(found: Mapping[str, Any]) -> str:
-    """The figures as aligned tables for a terminal, shares in per cent."""
-    total, bits, entropy = found["weight_bytes"], found["bits_per_trit"], found["entropy"]
-    sizes = [(name, f"{size:,} B", f"{size / total:.1%}") for name, size in found["bytes"].items()]
+def inspection_text(inspection: Mapping[str, Any]) -> str:
+    """Return the result of `inspect_artifact` as aligned tables for a terminal, shares in per cent."""
+    total, bits, entropy = inspection["weight_bytes"], inspection["bits_per_trit"], inspection["entropy"]
+    sizes = [(name, f"{size:,} B", f"{size / total:.1%}") for name, size in inspection["bytes"].items()]
     sizes += [
         (
             "weight files",
             f"{total:,} B",
-            f"{found['compression_real']:.2f}x below float32 ({found['float32_bytes']:,} B)",
+            f"{inspection['compression_real']:.2f}x below float32 ({inspection['float32_bytes']:,} B)",
         ),
-        ("whole folder", f"{found['folder_bytes']:,} B", "with tokenizer and configuration"),
+        ("whole folder", f"{inspection['folder_bytes']:,} B", "with tokenizer and configuration"),
     ]
-    without = f"{found['ternary_share_without_token_embedding']:.2%} without the token embedding"
+    without = f"{inspection['ternary_share_without_token_embedding']:.2%} without the token embedding"
     facts = [
-        ("parameters", f"{found['parameters']:,}", ""),
-        ("ternary", f"{found['ternary_share']:.2%}", without),
-        ("zeros", f"{found['zeros']:.1%}", f"{found['zeros_without_token_embedding']:.1%} without the token embedding"),
+        ("parameters", f"{inspection['parameters']:,}", ""),
+        ("ternary", f"{inspection['ternary_share']:.2%}", without),
+        (
+            "zeros",
+            f"{inspection['zeros']:.1%}",
+            f"{inspection['zeros_without_token_embedding']:.1%} without the token embedding",
+        ),
     ]
     if entropy:
         facts.append(("bits a trit", f"{bits:.3f}", f"entropy {entropy:.3f}: {bits / entropy - 1:+.1%}"))
     if bits:
-        facts.append(("theoretical", f"{found['compression_theoretical']:.2f}x", "1.58 bits a trit, the rest float32"))
-    parts = [_words(sizes), _words(facts)]
-    if found["layers"]:
-        parts.append("\n".join(["zeros, %", *aligned(_zero_rows(found["layers"]))]))
+        facts.append(
+            ("theoretical", f"{inspection['compression_theoretical']:.2f}x", "1.58 bits a trit, the rest float32")
+        )
+    parts = [_left_last(sizes), _left_last(facts)]
+    if inspection["layers"]:
+        parts.append("\n".join(["zeros, %", *aligned(_zero_rows(inspection["layers"]))]))
     for name in ("figures", "provenance"):
-        if found[name]:
-            parts.append("\n".join([name, *(f"  {key}: {value}" for key, value in dotted(found[name]))]))
+        if inspection[name]:
+            parts.append("\n".join([name, *(f"  {key}: {value}" for key, value in dotted(inspection[name]))]))
     return "\n\n".join(parts)
 
 
 def weight_name(path: str) -> str:
-    """ "image qkv" of image/blocks/attention/qkv/kernel."""
+    """Return the short name of a weight: "image qkv" for image/blocks/attention/qkv/kernel."""
     tower, *_, name, _ = path.split("/")
     return f"{tower} {name.replace('_', ' ')}"
 
 
 def _zero_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A line for each layer, a column for each weight of it, and a line for each weight that belongs to no layer."""
+    """Return a line for each layer, with a column for each weight, and a line for each weight outside the blocks."""
     stacked = dict.fromkeys(row["path"] for row in layers if row["layer"] is not None)
     zeros = {(row["path"], row["layer"]): f"{100 * row['zeros']:.1f}" for row in layers}
     depth = max((row["layer"] + 1 for row in layers if row["layer"] is not None), default=0)
@@ -215,7 +232,7 @@ def _zero_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines + [(*line, *[""] * (len(stacked) - 1)) for line in alone]
 
 
-def _words(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned lines whose last column is words, to the left."""
+def _left_last(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows to the right, except the last column, which is text and is aligned to the left."""
     lines = aligned([row[:-1] for row in rows])
     return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))

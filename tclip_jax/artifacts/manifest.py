@@ -1,4 +1,4 @@
-"""tclip.json: what an artifact says about itself, and whether that can be true."""
+"""Write, parse and validate tclip.json, the manifest of an artifact."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _NO_DIGEST = "0" * 64
 
 
 class ArtifactError(ValueError):
-    """An artifact that cannot be read or written: one line with the file or key, the fault, and what is right."""
+    """An artifact cannot be read or written. The message is one line: file or key, fault, and what would be right."""
 
 
 class DeclaredModel(NamedTuple):
-    """The model that a manifest describes; `shapes` is its parameter tree of ShapeDtypeStruct."""
+    """The model that a manifest describes; `shapes` is its parameter tree with `ShapeDtypeStruct` leaves."""
 
     config: CLIPConfig
     preprocess: Preprocess
@@ -41,7 +41,7 @@ class DeclaredModel(NamedTuple):
 
 
 def dump_manifest(fields: Mapping[str, Any]) -> bytes:
-    """The bytes of tclip.json, closed by "sha256": that of the same bytes with zeros in the digest's place."""
+    """Return the bytes of tclip.json. Its last key, "sha256", is their digest with 64 zeros in the digest's place."""
     head = {"format": "tclip", "format_version": FORMAT_VERSION}
     text = json.dumps({**head, **fields, "sha256": _NO_DIGEST}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     start = text.rindex(_NO_DIGEST)
@@ -50,20 +50,20 @@ def dump_manifest(fields: Mapping[str, Any]) -> bytes:
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
-    """The fields of tclip.json.
+    """Return the fields of tclip.json.
 
     Raises:
-      ArtifactError: not JSON, another format, a newer version, bytes that do not fit the checksum, or a part that is
-        missing or no object.
+      ArtifactError: the bytes are not JSON, have another format or a newer version, do not match their checksum, or
+        lack a required object.
     """
     try:
-        manifest = json.loads(data.decode(), parse_constant=_refuse_constant)
+        manifest = json.loads(data.decode(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST} is not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "tclip":
         raise ArtifactError(f'{MANIFEST} does not describe an artifact: it must be an object with "format": "tclip"')
     version = manifest.get("format_version")
-    # Before the checksum: only the version says how that is computed.
+    # Before the checksum, because the version defines how to compute it.
     if version != FORMAT_VERSION:
         raise ArtifactError(
             f"{MANIFEST}: format_version is {_short(version)}, and this tclip_jax reads {FORMAT_VERSION}: "
@@ -72,9 +72,9 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     declared = manifest.get("sha256")
     if not isinstance(declared, str) or not re.fullmatch("[0-9a-f]{64}", declared):
         raise ArtifactError(f"{MANIFEST}: sha256 is {_short(declared)}: it must be 64 hexadecimal digits")
-    before, found, after = data.rpartition(declared.encode())
-    if not found or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
-        raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it gives")
+    before, separator, after = data.rpartition(declared.encode())
+    if not separator or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
+        raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it states")
     optional = manifest.keys() & {"figures", "provenance"}
     for key in ("model_cfg", "preprocess_cfg", "tensors", "files", *optional):
         if not isinstance(manifest.get(key), dict):
@@ -83,10 +83,10 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
 
 
 def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
-    """The configuration in a manifest, and the parameter shapes that follow from it; allocates nothing.
+    """Return the model that a manifest describes, with its parameter shapes; allocates no parameters.
 
     Raises:
-      ArtifactError: a configuration that no model has, or one of more than `MAX_PARAMETERS` parameters.
+      ArtifactError: the configuration is invalid, or the model has more than `MAX_PARAMETERS` parameters.
     """
     try:
         key = "model_cfg"
@@ -95,15 +95,17 @@ def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
         key = "preprocess_cfg"
         preprocess = Preprocess.from_open_clip(manifest[key], config.vision.image_size)
         key = "ternary"
-        # Compiled and not matched: a regex that takes for ever is soon written.
+        # Compile the pattern but do not match it: a hostile regex can run forever.
         rules = tuple((re.compile(pattern).pattern, Quantizer(**fields)) for pattern, fields in manifest[key])
-    # Values of any type stand here, and Flax and Pillow raise whatever they like at them.
+    # The manifest may hold values of any type, and Flax and Pillow raise many kinds of errors for them.
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ArtifactError(f"{MANIFEST}: {key} is not usable: {type(error).__name__}: {reason}") from None
     for path, leaf in flatten(shapes).items():
         if min(leaf.shape, default=1) < 1:
-            raise ArtifactError(f"{MANIFEST}: model_cfg gives {path} the shape {leaf.shape}: no axis can be below 1")
+            raise ArtifactError(
+                f"{MANIFEST}: model_cfg gives {path} the shape {leaf.shape}: every axis must be at least 1"
+            )
     count = sum(math.prod(leaf.shape) for leaf in flatten(shapes).values())
     if count > MAX_PARAMETERS:
         raise ArtifactError(f"{MANIFEST}: model_cfg has {count} parameters: at most {MAX_PARAMETERS} are read")
@@ -112,13 +114,13 @@ def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
 
 
 def check_image_size(config: CLIPConfig, preprocess: Preprocess) -> None:
-    """Raises ArtifactError when the images that are prepared are not those that the model takes."""
+    """Raise ArtifactError if the preprocessing gives images of another size than the model takes."""
     if preprocess.size != config.vision.image_size:
         raise ArtifactError(f"preprocess_cfg size is {preprocess.size}: the model's is {config.vision.image_size}")
 
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Raises ArtifactError unless `tensors` describes every parameter of `shapes`, and each possibly."""
+    """Raise ArtifactError unless `tensors` has a valid entry for each parameter of `shapes`, and no others."""
     check_names(tensors, shapes, f"{MANIFEST}: the list of tensors", ArtifactError)
     for path, entry in tensors.items():
         _check_tensor(f"{MANIFEST}: {path}", path, entry, shapes[path].shape)
@@ -135,7 +137,7 @@ def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> 
     if entry["coding"] == FLOAT_CODING:
         return
     if path not in TERNARIZABLE:
-        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: the model can use it as {FLOAT_CODING} only")
+        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: this parameter must be {FLOAT_CODING}")
     axis, group = input_axis(path), entry.get("group")
     _require(where, entry, "axis", [axis])
     if type(group) is not int or not 1 <= group <= shape[axis]:
@@ -147,7 +149,7 @@ def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> 
 
 
 def _require(where: str, entry: Mapping[str, Any], key: str, choices: list[Any]) -> None:
-    # Compared as JSON: Python takes 2.0 for 2 and true for 1, and neither can be a size.
+    # Compare as JSON: in Python 2.0 == 2 and True == 1, and neither is a valid size.
     if json.dumps(entry.get(key)) not in map(json.dumps, choices):
         raise ArtifactError(f"{where} has {key} {_short(entry.get(key))}: it must be {' or '.join(map(str, choices))}")
 
@@ -156,5 +158,6 @@ def _short(value: Any) -> str:
     return f"{value!r:.80}"
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Raise ValueError for NaN and Infinity; for `parse_constant` of json.loads, which accepts them otherwise."""
     raise ValueError(f"{name} is not a JSON number")

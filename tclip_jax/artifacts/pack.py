@@ -1,4 +1,4 @@
-"""Latent float parameters to packed ones: the same tree with `TernaryTensor` leaves, or in the bytes of a device."""
+"""Pack latent parameters: into a tree with `TernaryTensor` leaves, or into the layout that a device's kernel reads."""
 
 from __future__ import annotations
 
@@ -27,19 +27,26 @@ _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a parameter tree by path, a `TernaryTensor` or `PackedTensor` being one leaf."""
+    """Return the leaves of a parameter tree by path; a `TernaryTensor` or `PackedTensor` is one leaf."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_packed)
     return {path_of(key_path): leaf for key_path, leaf in leaves}
 
 
 def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
-    """Ternarizes what `rules` name; NumPy leaves.
+    """Ternarize the weights that `rules` match.
 
-    The trits and scales are, to the bit, those that the model computes from the same latent weights in training;
-    learned scales are in them and no longer beside them. Leaves that are ternary already stay as they are.
+    Trits and scales are bit-identical to those that the model computes from the same latent weights in training.
+    Learned scales are folded into the ternary leaves. Leaves that are already ternary are unchanged.
+
+    Args:
+      params: latent parameter tree.
+      rules: the quantizer for each path pattern.
+
+    Returns:
+      The tree with `TernaryTensor` leaves, in NumPy.
 
     Raises:
-      ValueError: a weight to be made ternary that holds NaN or infinity; with a learned scale it would be 0 or ±1.
+      ValueError: a weight to ternarize holds NaN or infinity; a learned scale would turn it into a valid trit.
     """
     leaves = flatten(params)
 
@@ -63,16 +70,16 @@ def repack_leaf(
     activations: Activations = "A16",
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Any:
-    """The trits of a leaf in the bytes that the implementation for this device reads, four to a byte or denser.
+    """Pack the trits of a leaf, four or more to a byte, in the layout of this device's kernel.
 
     Args:
-      leaf: of a tree from `pack_params`; one that holds no trits stays as it is.
-      implementation: forces one of `tclip_jax.ternary.kernels.NAMES`.
-      activations: "A16" multiplies activations as they are, "A8" rounds those of each token to int8.
-      dtype: of the activations.
+      leaf: a leaf of a tree from `pack_params`; a leaf without trits is returned unchanged.
+      implementation: one of `tclip_jax.ternary.kernels.NAMES`; None selects the default of this device.
+      activations: "A16" multiplies activations unchanged; "A8" rounds them to int8 with a scale for each token.
+      dtype: dtype of the activations.
 
     Raises:
-      ValueError: an implementation that cannot run here, with the reason.
+      ValueError: the implementation cannot run on this device; the message has the reason.
     """
     if not isinstance(leaf, TernaryTensor):
         return leaf
@@ -82,9 +89,9 @@ def repack_leaf(
     return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
 
 
-def repack_params(params: Mapping[str, Any], **how: Any) -> dict[str, Any]:
-    """The tree with every leaf as `repack_leaf` makes it; it takes the same further arguments."""
-    return jax.tree.map(functools.partial(repack_leaf, **how), params, is_leaf=_is_packed)
+def repack_params(params: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """Apply `repack_leaf`, with the keyword arguments `options`, to every leaf of a tree from `pack_params`."""
+    return jax.tree.map(functools.partial(repack_leaf, **options), params, is_leaf=_is_packed)
 
 
 def _is_packed(leaf: Any) -> bool:

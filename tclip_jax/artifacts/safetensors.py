@@ -1,6 +1,7 @@
-"""safetensors files of any size, local or not, read lazily: one tensor in memory at a time.
+"""Read and write safetensors files, local or remote, with one tensor in memory at a time.
 
-The safetensors library maps the file, which must be local and counts as memory, and writes only what is all in memory.
+The safetensors library cannot do this: it memory-maps the file, which must be local, and it writes only tensors that
+are all in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tclip_jax.schema import plain
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-    """An array of known shape and dtype; each `np.asarray` of it calls `load` again."""
+    """An array of known shape and dtype that is not in memory; every `np.asarray` of it calls `load`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -36,7 +37,7 @@ class LazyArray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyStack:
-    """Arrays of one shape and dtype along a new leading axis; `stack[i]` is one of them, still unread."""
+    """Lazy arrays of equal shape and dtype, stacked on a new leading axis; `stack[i]` is the lazy array i."""
 
     layers: tuple[LazyArray, ...]
 
@@ -52,14 +53,14 @@ class LazyStack:
         return self.layers[index]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        # Filled in place: np.stack would hold every layer twice.
+        # Fill in place: np.stack would hold every layer twice.
         stacked = np.empty(self.shape, self.dtype if dtype is None else dtype)
         for i, layer in enumerate(self.layers):
             stacked[i] = layer.load()
         return stacked
 
 
-# In the order in which the library sorts tensors, the last first.
+# In ascending order of alignment. The library sorts tensors by dtype in descending order.
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -81,42 +82,42 @@ _CHUNK = 16 * 2**20
 
 
 def read_safetensors(path: epath.PathLike) -> dict[str, LazyArray]:
-    """The tensors of a file, unread; its header and size are checked.
+    """Return the tensors of a file by name, lazily; checks the header and the file's size.
 
     Raises:
-      ValueError: a file that is truncated or no safetensors file, naming it.
+      ValueError: the file is truncated or not a safetensors file.
     """
     path = epath.Path(path)
     size = path.stat().length
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{path} is truncated or no safetensors file: its {size} bytes do not hold a header")
+            raise ValueError(f"{path} is truncated or not a safetensors file: its {size} bytes do not hold a header")
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, **fields) for name, fields in header.items()}
         end = 0
-        # Overlapping tensors would let a small file ask for much memory.
+        # Reject overlaps: with them a small file could expand to much memory.
         for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if fields["data_offsets"][0] != end:
                 start = fields["data_offsets"][0]
-                raise ValueError(f"{plain(name)} begins at byte {start}: the one before ends at {end}")
+                raise ValueError(f"{plain(name)} starts at byte {start}: the previous tensor ends at {end}")
             end = fields["data_offsets"][1]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no safetensors file: bad header: {plain(error, 200)}") from None
+        raise ValueError(f"{path} is not a safetensors file: bad header: {plain(error, 200)}") from None
     if size != 8 + length + end:
-        raise ValueError(f"{path} is truncated or damaged: it has {size} bytes, its header gives {8 + length + end}")
+        raise ValueError(f"{path} is truncated or damaged: it has {size} bytes, its header states {8 + length + end}")
     return tensors
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of whose names comes twice."""
+    """Return a JSON object as a dict; raise ValueError if a key is duplicated."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is duplicated")
     return fields
 
 
@@ -138,10 +139,15 @@ def _read(path: epath.Path, start: int, shape: tuple[int, ...], dtype: np.dtype[
 def write_safetensors(
     path: epath.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Writes arrays, lazy ones too, to the same bytes as safetensors.numpy.save; each is read once, in its turn.
+    """Write arrays, lazy or not, one at a time; the bytes are those of safetensors.numpy.save.
+
+    Args:
+      path: the file, local or remote.
+      tensors: arrays by name.
+      metadata: the "__metadata__" of the header.
 
     Returns:
-      The "bytes" and "sha256" of the file.
+      The file's size as "bytes", and its "sha256" in hexadecimal.
     """
     names = sorted(sorted(tensors), key=lambda name: -_NAMES[tensors[name].dtype.name][0])
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

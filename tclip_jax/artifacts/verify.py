@@ -1,4 +1,4 @@
-"""An artifact compared with the parameters it was made from."""
+"""Compare an artifact with the parameters from which it was made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from tclip_jax.ternary import TernaryTensor
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How many numbers were compared, and a line for each parameter or setting that differs."""
+    """The result of `verify_artifact`.
+
+    Attributes:
+      trits: number of trits compared.
+      scales: number of scales compared.
+      floats: number of other values compared.
+      differences: one line for each parameter or setting that differs.
+    """
 
     trits: int
     scales: int
@@ -38,30 +45,31 @@ def verify_artifact(
     config: CLIPConfig | None = None,
     preprocess: Preprocess | None = None,
 ) -> Verification:
-    """Compares every bit of an artifact with a model: trits, scales, and the rest after the artifact's cast.
+    """Compare every bit of an artifact with a model: trits, scales, and floats in the artifact's dtype.
 
     Args:
       folder: the artifact.
-      params: latent or packed parameters; where the artifact is ternary and these are float beyond `rules`, as in
-        another library's checkpoint, they must be exactly scale · trit.
-      rules: which of them are latent weights to make ternary first.
-      config, preprocess: those of the model, compared where given.
+      params: latent or packed parameters. Floats that no rule matches, but that are ternary in the artifact, must
+        equal scale · trit; checkpoints of other libraries have such floats.
+      rules: the quantizers that ternarize latent weights before the comparison.
+      config: the model's shape, to compare if given.
+      preprocess: its preprocessing, to compare if given.
 
     Raises:
-      ArtifactError: an artifact that cannot be read, or has other parameters than `params`.
+      ArtifactError: the artifact cannot be read, or its list of parameters differs from that of `params`.
     """
     artifact = read_artifact(folder)
-    expected, found = flatten(pack_params(params, rules)), flatten(artifact.params)
-    check_names(found, expected, f"{folder}: the list of tensors", ArtifactError)
+    expected, actual = flatten(pack_params(params, rules)), flatten(artifact.params)
+    check_names(actual, expected, f"{folder}: the list of tensors", ArtifactError)
     differences = []
-    for name, ours, theirs in (("model", artifact.config, config), ("preprocessing", artifact.preprocess, preprocess)):
-        if theirs is not None and ours != theirs:
-            differences.append(f"{name} is {ours}: expected {theirs}")
+    for name, value, wanted in (("model", artifact.config, config), ("preprocessing", artifact.preprocess, preprocess)):
+        if wanted is not None and value != wanted:
+            differences.append(f"{name} is {value}: expected {wanted}")
     for path, leaf in expected.items():
-        reasons = _reasons(found[path], leaf, artifact.manifest["tensors"][path]["dtype"])
+        reasons = _reasons(actual[path], leaf, artifact.manifest["tensors"][path]["dtype"])
         differences += [f"{path}: {reason}" for reason in reasons]
-    ternary = [leaf for leaf in found.values() if isinstance(leaf, TernaryTensor)]
-    floats = [leaf for leaf in found.values() if not isinstance(leaf, TernaryTensor)]
+    ternary = [leaf for leaf in actual.values() if isinstance(leaf, TernaryTensor)]
+    floats = [leaf for leaf in actual.values() if not isinstance(leaf, TernaryTensor)]
     return Verification(
         trits=sum(np.size(leaf.trits) for leaf in ternary),
         scales=sum(np.size(leaf.scale) for leaf in ternary),
@@ -70,28 +78,28 @@ def verify_artifact(
     )
 
 
-def _reasons(found: Any, expected: Any, dtype: str) -> Iterator[str]:
-    """What differs in one parameter, in words."""
-    if isinstance(found, TernaryTensor) and not isinstance(expected, TernaryTensor):
+def _reasons(actual: Any, expected: Any, dtype: str) -> Iterator[str]:
+    """Yield a description of each difference in one parameter."""
+    if isinstance(actual, TernaryTensor) and not isinstance(expected, TernaryTensor):
         expected = np.asarray(expected, np.float32).reshape(matrix_shape(np.shape(expected)))
-    if np.shape(found) != np.shape(expected):
-        yield f"shape {np.shape(found)}, expected {np.shape(expected)}"
-    elif isinstance(found, TernaryTensor) and isinstance(expected, TernaryTensor):
-        ours, theirs = ((each.group, each.scale.shape) for each in (found, expected))
-        if ours != theirs:
-            yield f"groups of {ours[0]}, scales {ours[1]}, expected groups of {theirs[0]}, scales {theirs[1]}"
+    if np.shape(actual) != np.shape(expected):
+        yield f"shape {np.shape(actual)}, expected {np.shape(expected)}"
+    elif isinstance(actual, TernaryTensor) and isinstance(expected, TernaryTensor):
+        layout, wanted = ((leaf.group, leaf.scale.shape) for leaf in (actual, expected))
+        if layout != wanted:
+            yield f"groups of {layout[0]}, scales {layout[1]}, expected groups of {wanted[0]}, scales {wanted[1]}"
         else:
-            yield from _unequal("scales", _bits(found.scale) != _bits(expected.scale))
-        yield from _unequal("trits", np.asarray(found.trits) != np.asarray(expected.trits))
-    elif isinstance(found, TernaryTensor):
-        # By value: the zeros of another library may be −0.
-        yield from _unequal("weights", np.asarray(found.dequantize()) != expected)
+            yield from _unequal("scales", _bits(actual.scale) != _bits(expected.scale))
+        yield from _unequal("trits", np.asarray(actual.trits) != np.asarray(expected.trits))
+    elif isinstance(actual, TernaryTensor):
+        # Compare values, not bits: another library may store −0 for a zero.
+        yield from _unequal("weights", np.asarray(actual.dequantize()) != expected)
     elif isinstance(expected, TernaryTensor):
         yield "float, expected trits"
     else:
         with np.errstate(over="ignore"):
             cast = np.asarray(expected, np.float32).astype(dtype)
-        yield from _unequal(f"values as {dtype}", _bits(found) != _bits(cast))
+        yield from _unequal(f"values as {dtype}", _bits(actual) != _bits(cast))
 
 
 def _unequal(what: str, different: npt.NDArray[np.bool_]) -> Iterator[str]:
@@ -101,5 +109,5 @@ def _unequal(what: str, different: npt.NDArray[np.bool_]) -> Iterator[str]:
 
 
 def _bits(array: Any) -> npt.NDArray[np.uint32]:
-    """float32 as it is stored: −0 and +0 differ, and every NaN equals itself."""
+    """View float32 values as uint32: −0 differs from +0, and a NaN equals itself."""
     return np.asarray(array, np.float32).view(np.uint32)

@@ -1,4 +1,4 @@
-"""Inputs with their embeddings in JAX, and the script that compares those of open_clip and transformers with them."""
+"""Write example inputs with JAX's embeddings, and a script that compares open_clip's and transformers' with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tclip_jax.ternary import TernaryTensor
 SCRIPT, DATA = "check.py", "check.safetensors"
 
 _SCRIPT = '''\
-"""Do open_clip and transformers compute from these files what JAX computed at export? python check.py"""
+"""Compare the embeddings of open_clip and transformers with those that JAX computed at export: python check.py"""
 
 import importlib.util
 import pathlib
@@ -31,22 +31,22 @@ from safetensors.torch import load_file
 
 folder = pathlib.Path(__file__).resolve().parent
 stored = load_file(folder / "check.safetensors")
-found = {}
+embeddings = {}
 with torch.no_grad():
     if (folder / "open_clip_model.safetensors").exists() and importlib.util.find_spec("open_clip"):
         import open_clip
 
         model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
-        found["open_clip image"] = model.encode_image(stored["pixels"], normalize=True)
-        found["open_clip text"] = model.encode_text(stored["tokens"], normalize=True)
+        embeddings["open_clip image"] = model.encode_image(stored["pixels"], normalize=True)
+        embeddings["open_clip text"] = model.encode_text(stored["tokens"], normalize=True)
     if (folder / "model.safetensors").exists() and importlib.util.find_spec("transformers"):
         from transformers import CLIPModel
 
         output = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()(
             pixel_values=stored["pixels"], input_ids=stored["tokens"]
         )
-        found["transformers image"], found["transformers text"] = output.image_embeds, output.text_embeds
-errors = {name: (embedding - stored[name.split()[1]]).abs().max().item() for name, embedding in found.items()}
+        embeddings["transformers image"], embeddings["transformers text"] = output.image_embeds, output.text_embeds
+errors = {name: (values - stored[name.split()[1]]).abs().max().item() for name, values in embeddings.items()}
 for name, error in errors.items():
     print(f"{name} embeddings: max |difference| {error:.1e}")
 sys.exit(0 if errors and all(error <= 1e-5 for error in errors.values()) else "not the exported model, or no library")
@@ -54,13 +54,13 @@ sys.exit(0 if errors and all(error <= 1e-5 for error in errors.values()) else "n
 
 
 class Examples(NamedTuple):
-    """Inputs, and the embeddings of a model.
+    """Example inputs, and a model's embeddings of them.
 
     Attributes:
       pixels: normalised images (N, H, W, 3) float32.
-      tokens: (N, T) int32.
-      image: (N, embed_dim) float32, of length 1.
-      text: likewise.
+      tokens: token ids (N, T) int32.
+      image: L2-normalised image embeddings (N, embed_dim) float32.
+      text: L2-normalised text embeddings (N, embed_dim) float32.
     """
 
     pixels: npt.NDArray[np.float32]
@@ -70,18 +70,20 @@ class Examples(NamedTuple):
 
 
 def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str = "float32", count: int = 4) -> Examples:
-    """Noise and random tokens, always the same, that fill the context or a part of it; computed at full precision.
+    """Embed fixed noise images and random texts, which fill the context or a part of it, at the highest precision.
 
     Args:
-      params: packed; other leaves may be lazy, and are then read.
-      dtype: that the weights are rounded to, as `export_pytorch` stores them.
+      config: the model.
+      params: packed parameters; other leaves may be lazy.
+      dtype: dtype in which `export_pytorch` stores the weights; they are rounded to it.
+      count: number of images and of texts.
     """
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((count, *config.vision.image_size, 3), np.float32)
     length, end = config.text.context_length, config.text.vocab_size - 1
     tokens = rng.integers(0, end, (count, length), np.int32)
     for row, last in enumerate(rng.integers(length // 2, length, count)):
-        # The end of text is the highest token; every second text goes on to the last position.
+        # The end of text is the highest token id; every second text ends at the last position.
         last = length - 1 if row % 2 else last
         tokens[row, last], tokens[row, last + 1 :] = end, 0
     rounded = jax.tree.map(
@@ -95,7 +97,7 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
 
 
 def write_check(folder: epath.Path, examples: Examples) -> None:
-    """The script, and its data in PyTorch's layout: (N, 3, H, W) and int64."""
+    """Write the check script, and its data in PyTorch's layout: pixels (N, 3, H, W) and tokens int64."""
     arrays = {
         "pixels": np.ascontiguousarray(examples.pixels.transpose(0, 3, 1, 2)),
         "tokens": examples.tokens.astype(np.int64),
@@ -113,7 +115,7 @@ def _embed(clip: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array) -> tup
 
 
 def _rounded(leaf: Any, dtype: np.dtype[Any]) -> Any:
-    """A weight as the export stores it, on the device; the model computes with it in float32."""
+    """Round a weight as the export stores it, and move it to the device; the model computes in float32."""
     if not isinstance(leaf, TernaryTensor):
         return jax.device_put(np.asarray(leaf).astype(dtype, copy=False))
     scale: Any = np.asarray(leaf.scale).astype(dtype).astype(np.float32)

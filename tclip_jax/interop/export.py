@@ -1,4 +1,4 @@
-"""One folder that open_clip and transformers both load, with GGUF files beside if asked."""
+"""Export a model as a folder that open_clip and transformers both load, optionally with GGUF files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.interop.examples import make_examples, write_check
 from tclip_jax.interop.gguf import verify_gguf, write_gguf
 from tclip_jax.interop.gguf_file import KINDS
-from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
+from tclip_jax.interop.hugging_face import to_hugging_face
+from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import lazy_state
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.pages import dotted
@@ -31,7 +32,7 @@ FORMATS = ("open_clip", "hf", *GGUF_KINDS)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# transformers refuses files that do not say which library's tensors they hold.
+# transformers refuses safetensors files without this metadata.
 _METADATA = {"format": "pt"}
 
 _CARD = """\
@@ -46,8 +47,8 @@ tags: [clip, transformers, ternary]
 {usage}{check}{table}"""
 
 _CHECK = """
-`python check.py` computes embeddings of stored inputs with these libraries, and compares them with those that JAX
-computed at export.
+`python check.py` computes embeddings of stored inputs with these libraries, and compares them with the embeddings that
+JAX computed at export.
 """
 
 _USAGE = {
@@ -68,8 +69,8 @@ processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")  # torchvisio
 ```
 """,
     "gguf": """
-The GGUF files hold the trits and scales themselves, in llama.cpp's types and clip.cpp's names. No runtime is known to
-run these types in a CLIP of two towers; this reads them:
+The GGUF files hold trits and scales, in llama.cpp's types and with clip.cpp's names. No runtime is known to run these
+types in a CLIP with two towers. To read a file:
 
 ```python
 from tclip_jax.interop.gguf import read_gguf
@@ -93,29 +94,29 @@ def export_pytorch(
     check: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes the folder that open_clip ("local-dir:…") and transformers (CLIPModel, CLIPProcessor) load, or nothing.
+    """Export a model as a folder that open_clip ("local-dir:…") and transformers (CLIPModel, CLIPProcessor) load.
 
-    It has the tokenizer, open_clip_config.json and a model card whatever the formats are. Weights are converted and
-    written tensor by tensor.
+    The folder is written atomically. In every format it has the tokenizer, open_clip_config.json and a model card.
+    Weights are converted and written tensor by tensor.
 
     Args:
-      folder: local, or gs:// and its like.
-      config: of the model.
-      preprocess: of its images.
-      params: ternary weights as `TernaryTensor`; open_clip and transformers get them as scale · trit. The others may
-        be lazy.
-      formats: any of `FORMATS`; a GGUF is named after the folder, as in release-tq1_0.gguf, and is verified.
-      dtype: of the weights for open_clip and transformers. Scales of 8 significant bits make ternary weights exact in
-        all three.
-      figures: measured values for the model card, by name; nested ones get dotted names.
-      provenance: where the model comes from, for the model card, in the same form.
-      check: whether to run the model once, and to leave check.py, which compares with that what the libraries compute.
-      overwrite: replace the folder if it exists.
+      folder: the folder, local or remote (gs://).
+      config: the model.
+      preprocess: the preprocessing of its images.
+      params: parameter tree with `TernaryTensor` leaves, which open_clip and transformers get as scale · trit. Other
+        leaves may be lazy.
+      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf, and is verified.
+      dtype: dtype of the weights for open_clip and transformers, one of `DTYPES`. Ternary weights with scales of 8
+        significant bits are exact in all of them.
+      figures: measured values for the model card, by name; nested values get dotted names.
+      provenance: the origin of the model, for the model card, in the same form.
+      check: run the model on example inputs, and write check.py, which compares the libraries' embeddings with them.
+      overwrite: replace the folder if it is an earlier export.
 
     Raises:
-      ValueError: what CLIPModel, CLIPImageProcessor or GGUF cannot express, parameters that are not those of `config`,
-        an image size that is not the model's, an unknown format, a dtype other than float32, bfloat16 and float16, or
-        weights that are not finite in it; or a GGUF is asked for without the gguf package.
+      ValueError: CLIPModel, CLIPImageProcessor or GGUF cannot express the model or its preprocessing; the parameters or
+        the image size do not match `config`; a format or dtype is unknown; weights are not finite in `dtype`; or a
+        GGUF needs the gguf package, which is not installed.
       FileExistsError: the folder exists.
     """
     if dtype not in DTYPES:
@@ -133,10 +134,10 @@ def export_pytorch(
         documents["preprocessor_config.json"] = preprocess.to_hugging_face()
     folder = epath.Path(folder)
     if folder.exists() and not (folder / "open_clip_config.json").exists():
-        raise FileExistsError(f"{folder} exists and is no earlier export: choose another folder")
+        raise FileExistsError(f"{folder} exists and is not an earlier export: choose another folder")
     state = {key: _cast(key, value, jnp.dtype(dtype)) for key, value in lazy_state(params, config).items()}
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
-        # First, as GGUF refuses most: other groups, other scales, a package that is missing.
+        # GGUF first: it is the format most likely to fail, for its groups, its scales or its package.
         for kind in (kind for name, kind in GGUF_KINDS.items() if name in formats):
             path = unfinished / f"{folder.name}-{kind}.gguf"
             write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
@@ -163,27 +164,27 @@ def model_card(
     check: bool = False,
     provenance: Mapping[str, Any] = {},
 ) -> str:
-    """The README.md of an exported model: what its weights are and come from, how to load and check it, its figures."""
+    """Return the README.md of an exported model: its weights, origin, usage, check and figures."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
-    about = f"A CLIP model of {total:,} parameters, exported from tclip_jax as {dtype}."
+    about = f"A CLIP model with {total:,} parameters, exported from tclip_jax as {dtype}."
     if ternary:
         about += (
-            f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale); in safetensors files they are"
-            " the floats scale · trit, so those are as large as a float model's."
+            f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale). The safetensors files store them"
+            " as floats, scale · trit, and are as large as those of a float model."
         )
     table = ""
-    for title, entries in (("measured", figures), ("made of", provenance)):
+    for title, entries in (("measured", figures), ("provenance", provenance)):
         rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in dotted(entries))
         table += f"\n| {title} | |\n|---|---|\n{rows}" if rows else ""
-    usage = "".join(text for name, text in _USAGE.items() if any(each.startswith(name) for each in formats))
+    usage = "".join(text for name, text in _USAGE.items() if any(chosen.startswith(name) for chosen in formats))
     title = "Ternary CLIP" if ternary else "CLIP"
     return _CARD.format(title=title, about=about, usage=usage, check=_CHECK if check else "", table=table)
 
 
 def _cell(value: Any) -> str:
-    """A value on one line of a table, floats with six digits."""
+    """Return a value as a table cell on one line, floats with six digits."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", r"\|")
 

@@ -1,4 +1,4 @@
-"""A CLIP as one GGUF file of two towers, in clip.cpp's names, with its ternary weights as TQ1_0 or TQ2_0 blocks."""
+"""Write and read a two-tower CLIP as one GGUF file, with clip.cpp's names and ternary weights in TQ1_0 or TQ2_0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from tclip_jax.interop.gguf_file import (
     read_header,
     write_file,
 )
-from tclip_jax.interop.gguf_metadata import ARCHITECTURE, Description, Entry, from_metadata, table, to_metadata
+from tclip_jax.interop.gguf_metadata import (
+    ARCHITECTURE,
+    GgufEntry,
+    GgufModel,
+    from_metadata,
+    gguf_table,
+    to_metadata,
+)
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TERNARIZABLE, input_axis
@@ -35,7 +42,7 @@ _KINDS: dict[str, Kind] = {kind.upper(): kind for kind in KINDS}
 
 
 class _Ternary(NamedTuple):
-    """Trits (…, K, N) and one scale for each 256 of the K: (…, K / 256, N); of an embedding, along its rows."""
+    """Trits (…, K, N) and a scale for each 256 inputs (…, K / 256, N); the inputs of an embedding are the last axis."""
 
     trits: Array
     scale: Array
@@ -44,27 +51,27 @@ class _Ternary(NamedTuple):
 def write_gguf(
     path: epath.PathLike, *, config: CLIPConfig, preprocess: Preprocess, params: Mapping[str, Any], kind: Kind
 ) -> None:
-    """Writes the file, whole or not at all; the same arguments give the same bytes.
+    """Write a model as a GGUF file, atomically. Equal arguments give equal bytes.
 
     Args:
-      path: local, or gs:// and its like.
-      config: of the model.
-      preprocess: of its images.
-      params: ternary weights as `TernaryTensor`, at least one. Float parameters are stored as F32; the patch embedding
-        as F16, which clip.cpp asks for, if that changes no value.
-      kind: of the blocks that hold the ternary weights.
+      path: the file, local or remote (gs://).
+      config: the model.
+      preprocess: the preprocessing of its images.
+      params: parameter tree with at least one `TernaryTensor`. Float parameters are stored as F32; the patch embedding
+        is F16, as clip.cpp requires, if that is exact.
+      kind: block type of the ternary weights.
 
     Raises:
-      ValueError: a model, images, groups or scales that GGUF cannot hold, parameters that are not those of `config`; or
-        the gguf package is not installed.
+      ValueError: GGUF cannot express the model, its preprocessing, groups or scales; the parameters do not match
+        `config`; or the gguf package is not installed.
     """
     shapes, leaves = _shapes(config), flatten(params)
     check_names(leaves, shapes, "the parameter tree")
     if not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
-        raise ValueError(f"no parameter is ternary, so nothing would be stored as {kind}")
+        raise ValueError(f"no parameter is ternary: a GGUF of kind {kind} needs at least one")
     logit_scale = float(_storable("logit_scale", leaves["logit_scale"], ()))  # type: ignore[arg-type]
-    metadata = to_metadata(Description(config, preprocess, logit_scale), kind)
-    entries = table(shapes)
+    metadata = to_metadata(GgufModel(config, preprocess, logit_scale), kind)
+    entries = gguf_table(shapes)
     tensors = {entry.name: _tensor(entry, value, kind) for entry, value in _storables(entries, leaves, shapes)}
     with atomic_local_file(path) as name:
         contents = (_encode(entry, value, kind) for entry, value in _storables(entries, leaves, shapes))
@@ -72,13 +79,16 @@ def write_gguf(
 
 
 def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, Any]]:
-    """The model, its preprocessing and its parameters: NumPy, float32 or `TernaryTensor` with groups of 256.
+    """Read a GGUF file of a two-tower CLIP.
 
-    Every size is compared with the file's and the configuration's before anything of that size is allocated.
+    Every size is checked against the file's size and the configuration before that much is allocated.
+
+    Returns:
+      The model, its preprocessing, and its parameters: NumPy float32 arrays, and `TernaryTensor` with groups of 256.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: a file that is damaged, of another architecture, or not a CLIP of two towers; one line naming it.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is damaged, has another architecture, or is not a CLIP with two towers. One line names it.
     """
     path = epath.Path(path)
     with path.open("rb") as file:
@@ -90,37 +100,37 @@ def read_gguf(path: epath.PathLike) -> tuple[CLIPConfig, Preprocess, dict[str, A
 
 
 def verify_gguf(path: epath.PathLike, params: Mapping[str, Any]) -> None:
-    """Compares every bit of a file with the parameters that it was written from: trits, scales and floats.
+    """Compare every bit of a GGUF file with the parameters from which it was written: trits, scales and floats.
 
     Raises:
-      ValueError: a file that cannot be read, or the first parameter that differs.
+      ValueError: the file cannot be read, or a parameter differs; the message names the first.
     """
     path, expected = epath.Path(path), flatten(params)
     with path.open("rb") as file:
         try:
-            description, found = _open(file, path.stat().length)
-            shapes = _shapes(description.config)
+            model, stored = _open(file, path.stat().length)
+            shapes = _shapes(model.config)
             check_names(shapes, expected, "the file")
-            for name, leaf in found:
+            for name, leaf in stored:
                 if not _same(leaf, _storable(name, expected[name], shapes[name])):
-                    raise ValueError(f"{name} is not what the given parameters hold")
+                    raise ValueError(f"{name} differs from the given parameters")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _open(file: IO[bytes], size: int) -> tuple[Description, Iterator[tuple[str, Any]]]:
-    """What a file describes, and its parameters by path, each read in its turn."""
+def _open(file: IO[bytes], size: int) -> tuple[GgufModel, Iterator[tuple[str, Any]]]:
+    """Return the model that a file describes, and an iterator that reads its parameters, as (path, value)."""
     metadata, tensors = read_header(file, size, ARCHITECTURE)
-    description = from_metadata(metadata)
-    shapes = _shapes(description.config)
+    model = from_metadata(metadata)
+    shapes = _shapes(model.config)
     places = _places(shapes, tensors)
 
     def leaves() -> Iterator[tuple[str, Any]]:
-        yield "logit_scale", np.asarray(description.logit_scale, np.float32)
+        yield "logit_scale", np.asarray(model.logit_scale, np.float32)
         for path, pieces in places.items():
             yield path, _read(file, path, shapes[path], pieces)
 
-    return description, leaves()
+    return model, leaves()
 
 
 def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
@@ -128,9 +138,9 @@ def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _storables(
-    entries: list[Entry], leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[Entry, Array | _Ternary]]:
-    """Every entry with its parameter, which is made storable once for all entries of a path."""
+    entries: list[GgufEntry], leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[GgufEntry, Array | _Ternary]]:
+    """Yield every entry with its parameter, which is converted once for all entries of a path."""
     for path, of_path in itertools.groupby(entries, lambda entry: entry.path):
         value = _storable(path, leaves[path], shapes[path])
         for entry in of_path:
@@ -138,9 +148,9 @@ def _storables(
 
 
 def _storable(path: str, leaf: Any, shape: tuple[int, ...]) -> Array | _Ternary:
-    """A parameter as the file will give it back: floats of the type they are stored as, or scales per 256."""
+    """Return a parameter as the file stores it: floats in their stored dtype, or trits with a scale for each 256."""
     if path == PATCH_EMBEDDING and isinstance(leaf, TernaryTensor):
-        leaf = np.asarray(leaf.dequantize()).reshape(shape)  # clip.cpp convolves with floats
+        leaf = np.asarray(leaf.dequantize()).reshape(shape)  # clip.cpp needs floats for the convolution
     if np.shape(leaf) != shape:
         raise ValueError(f"{path} has shape {np.shape(leaf)}: the model's is {shape}")
     if isinstance(leaf, TernaryTensor):
@@ -160,21 +170,21 @@ def _in_blocks(path: str, leaf: TernaryTensor) -> _Ternary:
     length, count = trits.shape[axis], scale.shape[axis]
     if axis != input_axis(path) or length % BLOCK or (count > 1 and (group % BLOCK or length % group)):
         raise ValueError(
-            f"{path} has groups of {group} along {length} weights: GGUF has a scale for each {BLOCK} inputs, "
-            f"so groups must be multiples of {BLOCK} that divide them"
+            f"{path} has groups of {group} along {length} inputs: GGUF has a scale for each {BLOCK} inputs, "
+            f"so the group must be a multiple of {BLOCK} that divides the inputs"
         )
     shape = list(trits.shape)
     shape[axis] = length // BLOCK
     return _Ternary(trits, np.broadcast_to(scale.repeat(shape[axis] // count, axis), shape))
 
 
-def _tensor(entry: Entry, value: Array | _Ternary, kind: Kind) -> Tensor:
+def _tensor(entry: GgufEntry, value: Array | _Ternary, kind: Kind) -> Tensor:
     if isinstance(value, _Ternary):
         return Tensor(kind.upper(), entry.view(value.trits).shape)
     return Tensor("F16" if value.dtype == np.float16 else "F32", entry.view(value).shape)
 
 
-def _encode(entry: Entry, value: Array | _Ternary, kind: Kind) -> Array:
+def _encode(entry: GgufEntry, value: Array | _Ternary, kind: Kind) -> Array:
     if not isinstance(value, _Ternary):
         return entry.view(value)
     try:
@@ -185,26 +195,26 @@ def _encode(entry: Entry, value: Array | _Ternary, kind: Kind) -> Array:
 
 def _places(
     shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
-) -> dict[str, list[tuple[Entry, Tensor]]]:
-    """The tensors of each parameter; raises ValueError unless they are the model's, in types that it can use."""
-    entries = table(shapes)
+) -> dict[str, list[tuple[GgufEntry, Tensor]]]:
+    """Return the tensors of each parameter; raise ValueError for a wrong name, shape or type."""
+    entries = gguf_table(shapes)
     check_names(tensors, {entry.name for entry in entries}, "the list of tensors")
-    places: dict[str, list[tuple[Entry, Tensor]]] = {}
+    places: dict[str, list[tuple[GgufEntry, Tensor]]] = {}
     for entry in entries:
         tensor, pieces = tensors[entry.name], places.setdefault(entry.path, [])
         expected = entry.view(np.broadcast_to(np.int8(0), shapes[entry.path])).shape
         if tensor.shape != expected:
             raise ValueError(f"tensor {entry.name} has shape {tensor.shape}: the model's is {expected}")
         if tensor.type in _KINDS and (entry.path == PATCH_EMBEDDING or entry.path not in TERNARIZABLE):
-            raise ValueError(f"tensor {entry.name} has type {tensor.type}: the model can use it as F32 or F16 only")
+            raise ValueError(f"tensor {entry.name} has type {tensor.type}: it must be F32 or F16")
         if pieces and (pieces[0][1].type in _KINDS) != (tensor.type in _KINDS):
             raise ValueError(f"tensor {entry.name} has type {tensor.type}, {pieces[0][0].name} has {pieces[0][1].type}")
         pieces.append((entry, tensor))
     return places
 
 
-def _read(file: IO[bytes], path: str, shape: tuple[int, ...], pieces: list[tuple[Entry, Tensor]]) -> Any:
-    """The parameter at `path`, tensor by tensor into its place."""
+def _read(file: IO[bytes], path: str, shape: tuple[int, ...], pieces: list[tuple[GgufEntry, Tensor]]) -> Any:
+    """Read the parameter at `path`, tensor by tensor."""
     if pieces[0][1].type not in _KINDS:
         floats = np.empty(shape, np.float32)
         for entry, tensor in pieces:
@@ -236,15 +246,15 @@ def _bytes(file: IO[bytes], tensor: Tensor) -> bytes:
     return file.read(tensor.nbytes)
 
 
-def _same(found: Any, expected: Array | _Ternary) -> bool:
-    if isinstance(found, TernaryTensor) and isinstance(expected, _Ternary):
-        return np.array_equal(found.trits, expected.trits) and _same_bits(found.scale, expected.scale)
-    if isinstance(found, TernaryTensor) or isinstance(expected, _Ternary):
+def _same(actual: Any, expected: Array | _Ternary) -> bool:
+    if isinstance(actual, TernaryTensor) and isinstance(expected, _Ternary):
+        return np.array_equal(actual.trits, expected.trits) and _same_bits(actual.scale, expected.scale)
+    if isinstance(actual, TernaryTensor) or isinstance(expected, _Ternary):
         return False
-    return _same_bits(found, expected)
+    return _same_bits(actual, expected)
 
 
-def _same_bits(found: Any, expected: Array) -> bool:
-    """Whether two arrays are equal in float32, −0 and +0 being different."""
-    first, second = (np.asarray(array, np.float32).view(np.uint32) for array in (found, expected))
+def _same_bits(actual: Any, expected: Array) -> bool:
+    """Return whether two arrays have the same bits in float32; −0 differs from +0."""
+    first, second = (np.asarray(array, np.float32).view(np.uint32) for array in (actual, expected))
     return np.array_equal(first, second)

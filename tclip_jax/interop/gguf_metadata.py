@@ -1,4 +1,4 @@
-"""clip.cpp's names for the parameters of a CLIP, and its metadata: written from a configuration, and read as one."""
+"""Convert a CLIP's configuration to the metadata of a GGUF file and back, and name its tensors as clip.cpp does."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING
 
 ARCHITECTURE = "clip"
-# llama.cpp's numbers of files that are mostly of that type, and of the age of its quantised types.
+# llama.cpp's file types, "mostly TQ1_0" and "mostly TQ2_0", and its version of the quantized types.
 _FILE_TYPES: dict[Kind, int] = {"tq1_0": 36, "tq2_0": 37}
 _QUANTIZATION_VERSION = 2
 _EPSILON = 1e-5
-# Far above any model's numbers, and too low for their products to overflow.
+# Limits far above any model, yet so low that products cannot overflow.
 _LARGEST, _MOST_LAYERS = 2**15, 2**10
 
 _OUTSIDE_BLOCKS = {
@@ -38,7 +38,7 @@ _OUTSIDE_BLOCKS = {
     "text/ln_final": "t.post_ln",
     "text/projection": "text_projection",
 }
-# fc1 widens and fc2 narrows: clip.cpp calls them the other way round.
+# clip.cpp exchanges the names: ffn_down is fc1, which widens, and ffn_up is fc2, which narrows.
 _INSIDE_BLOCKS = {
     "ln_1": ("ln1",),
     "attention/qkv": ("attn_q", "attn_k", "attn_v"),
@@ -55,8 +55,16 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class Entry(NamedTuple):
-    """One tensor of the file: `path` in the parameter tree, its layer, and which of `parts` along the outputs."""
+class GgufEntry(NamedTuple):
+    """One tensor of the file and its parameter in our tree.
+
+    Attributes:
+      name: name in the file.
+      path: path in our tree, joined by slashes.
+      layer: index on our leading layer axis; None if the parameter is not stacked.
+      part: which of `parts` equal parts along the outputs it is, as q, k, v of qkv.
+      parts: number of parts.
+    """
 
     name: str
     path: str
@@ -65,7 +73,7 @@ class Entry(NamedTuple):
     parts: int = 1
 
     def view(self, stacked: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """What this tensor is of the array at `path`, its outputs first; also of that array's scales."""
+        """Return the view of the array at `path`, or of its scales, that is this tensor, with the outputs first."""
         value = stacked if self.layer is None else stacked[self.layer]
         value = np.split(value, self.parts, axis=-1)[self.part]
         if self.path == PATCH_EMBEDDING:
@@ -73,8 +81,8 @@ class Entry(NamedTuple):
         return value.T if self.path.endswith("/kernel") else value
 
 
-def table(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-    """The tensors of a model, those of one parameter together; logit_scale is among the metadata."""
+def gguf_table(shapes: Mapping[str, tuple[int, ...]]) -> list[GgufEntry]:
+    """Return the tensors of a model, adjacent for each parameter, without logit_scale, which is in the metadata."""
     entries = []
     for path, shape in shapes.items():
         stem, _, last = path.rpartition("/")
@@ -82,17 +90,23 @@ def table(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
         if inside:
             names = _INSIDE_BLOCKS[layer_name]
             entries += [
-                Entry(f"{_TOWERS[tower]}.blk.{layer}.{name}{_SUFFIXES[last]}", path, layer, part, len(names))
+                GgufEntry(f"{_TOWERS[tower]}.blk.{layer}.{name}{_SUFFIXES[last]}", path, layer, part, len(names))
                 for layer in range(shape[0])
                 for part, name in enumerate(names)
             ]
         elif path != "logit_scale":
-            entries.append(Entry(_OUTSIDE_BLOCKS.get(path) or _OUTSIDE_BLOCKS[stem] + _SUFFIXES[last], path))
+            entries.append(GgufEntry(_OUTSIDE_BLOCKS.get(path) or _OUTSIDE_BLOCKS[stem] + _SUFFIXES[last], path))
     return entries
 
 
-class Description(NamedTuple):
-    """What the metadata of a file say: the model, its images, and the log scale, which is a parameter elsewhere."""
+class GgufModel(NamedTuple):
+    """The model that the metadata of a file describe.
+
+    Attributes:
+      config: the model.
+      preprocess: the preprocessing of its images.
+      logit_scale: the parameter logit_scale, the logarithm of the scale.
+    """
 
     config: CLIPConfig
     preprocess: Preprocess
@@ -110,13 +124,13 @@ class _Tower(NamedTuple):
 _TOWER_KEYS = ("embedding_length", "feed_forward_length", "projection_dim", "attention.head_count", "block_count")
 
 
-def to_metadata(description: Description, kind: Kind) -> dict[str, Any]:
-    """The metadata of a file whose ternary weights are blocks of `kind`.
+def to_metadata(model: GgufModel, kind: Kind) -> dict[str, Any]:
+    """Return the metadata of a file whose ternary weights are blocks of `kind`.
 
     Raises:
-      ValueError: a model or images that clip.cpp's keys cannot describe, naming the option.
+      ValueError: clip.cpp's keys cannot describe the model or its preprocessing; the message names the option.
     """
-    config, preprocess, logit_scale = description
+    config, preprocess, logit_scale = model
     check_expressible(
         config,
         "a GGUF of CLIP",
@@ -152,11 +166,11 @@ def to_metadata(description: Description, kind: Kind) -> dict[str, Any]:
     return metadata
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Description:
-    """What the metadata of a file describe.
+def from_metadata(metadata: Mapping[str, Any]) -> GgufModel:
+    """Return the model that the metadata describe, the inverse of `to_metadata`.
 
     Raises:
-      ValueError: another vocabulary than CLIP's, or a key that is missing or has an impossible value.
+      ValueError: the vocabulary is not CLIP's, or a key is missing or has an invalid value.
     """
     text, vision = _read_tower(metadata, "text"), _read_tower(metadata, "vision")
     if text.embed_dim != vision.embed_dim:
@@ -169,7 +183,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Description:
         )
     tokens = _get(metadata, "tokenizer.ggml.tokens", list)
     if tokens != _tokens(len(tokens)):
-        raise ValueError("tokenizer.ggml.tokens are not those of CLIP's vocabulary, or not in its order")
+        raise ValueError("tokenizer.ggml.tokens is not CLIP's vocabulary in its order")
     size = _size(metadata, "clip.vision.image_size")
     config = CLIPConfig(
         embed_dim=text.embed_dim,
@@ -192,21 +206,21 @@ def from_metadata(metadata: Mapping[str, Any]) -> Description:
         quick_gelu=not _get(metadata, "clip.use_gelu", bool),
     )
     mean, std = (_decimals(metadata, f"clip.vision.image_{name}") for name in ("mean", "std"))
-    if "clip.logit_scale" not in metadata:  # clip.cpp's own converter leaves it out
-        _logger.warning("its metadata lack clip.logit_scale: 100 is taken, that of OpenAI's models, as ln(100)")
+    if "clip.logit_scale" not in metadata:  # clip.cpp's converter omits it
+        _logger.warning("the metadata lack clip.logit_scale: using ln(100), the value of OpenAI's models")
     logit_scale = _get({"clip.logit_scale": math.log(100), **metadata}, "clip.logit_scale", float)
     if not abs(logit_scale) <= _LARGEST:
-        raise ValueError(f"clip.logit_scale is {logit_scale}: it must be a number of at most {_LARGEST}")
-    return Description(config, Preprocess(size, mean, std), logit_scale)
+        raise ValueError(f"clip.logit_scale is {logit_scale}: its magnitude must be at most {_LARGEST}")
+    return GgufModel(config, Preprocess(size, mean, std), logit_scale)
 
 
 def _read_tower(metadata: Mapping[str, Any], name: str) -> _Tower:
     if not _get(metadata, f"clip.has_{name}_encoder", bool):
-        raise ValueError(f"it has no {name} encoder: a CLIP of two towers can be read")
+        raise ValueError(f"it has no {name} encoder: only a CLIP with two towers can be read")
     key = f"clip.{name}.attention.layer_norm_epsilon"
     epsilon = _get(metadata, key, float)
     if not math.isclose(epsilon, _EPSILON, rel_tol=1e-6):
-        raise ValueError(f"{key} is {epsilon:.6g}: it can only be {_EPSILON}")
+        raise ValueError(f"{key} is {epsilon:.6g}: it must be {_EPSILON}")
     tower = _Tower(*(_size(metadata, f"clip.{name}.{key}") for key in _TOWER_KEYS))
     if tower.layers > _MOST_LAYERS:
         raise ValueError(f"clip.{name}.block_count is {tower.layers}: at most {_MOST_LAYERS} are read")
@@ -215,8 +229,8 @@ def _read_tower(metadata: Mapping[str, Any], name: str) -> _Tower:
 
 def _get(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
     if key not in metadata:
-        raise ValueError(f"its metadata lack {key}")
-    # A bool is an int to isinstance.
+        raise ValueError(f"the metadata lack {key}")
+    # Not isinstance, which accepts a bool as an int.
     if type(metadata[key]) is not kind:
         raise ValueError(f"{key} is {type(metadata[key]).__name__}: it must be {kind.__name__}")
     return metadata[key]
@@ -225,12 +239,12 @@ def _get(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
 def _size(metadata: Mapping[str, Any], key: str) -> int:
     number = _get(metadata, key, int)
     if not 1 <= number <= _LARGEST:
-        raise ValueError(f"{key} is {number}: it must be 1 to {_LARGEST}")
+        raise ValueError(f"{key} is {number}: it must be from 1 to {_LARGEST}")
     return number
 
 
 def _decimals(metadata: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    """Decimals that round to the float32 values: OpenAI's, which are not the shortest, or else those."""
+    """Return decimals that round to the three float32 values: OpenAI's constants if they match, else the shortest."""
     values = _get(metadata, key, np.ndarray)
     if values.dtype != np.float32 or values.shape != (3,) or not np.isfinite(values).all():
         raise ValueError(f"{key} must hold three finite FLOAT32")

@@ -1,8 +1,7 @@
-"""open_clip's state dict to that of transformers' CLIPModel and back, and CLIPModel's config."""
+"""Convert state dicts between open_clip and transformers' CLIPModel, in both directions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,14 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.artifacts.safetensors import LazyArray
-from tclip_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE
 from tclip_jax.interop.open_clip import check_expressible, unwrapped
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.schema import check_names
 
 
 class HuggingFaceEntry(NamedTuple):
-    """One tensor of CLIPModel, the tensor of open_clip that holds it, and which third (q, k, v) of that it is."""
+    """One tensor of CLIPModel and its counterpart in open_clip.
+
+    Attributes:
+      key: name in CLIPModel.
+      open_clip: name of the tensor in open_clip that contains it.
+      third: index of the third (0 q, 1 k, 2 v) of that tensor; None for the whole tensor.
+      transposed: whether CLIPModel stores the transpose.
+    """
 
     key: str
     open_clip: str
@@ -60,15 +65,15 @@ _INSIDE_BLOCKS = (
     HuggingFaceEntry("mlp.fc2.bias", "mlp.c_proj.bias"),
 )
 
-# Older versions of transformers saved these counters, and PyTorch's AveragedModel the last.
+# Buffers to ignore: older versions of transformers save the first two, PyTorch's AveragedModel the last.
 _STRAYS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "n_averaged")
 
 
 def hugging_face_table(config: CLIPConfig) -> list[HuggingFaceEntry]:
-    """The entries of every tensor of a model, the thirds of one tensor in their order.
+    """Return the entries of all tensors of a model; the thirds of a tensor are in the order q, k, v.
 
     Raises:
-      ValueError: a model whose parameters CLIPModel cannot have, naming the option.
+      ValueError: CLIPModel cannot express the model; the message names the option.
     """
     check_expressible(config, "transformers' CLIPModel")
     towers = (("vision_model", "visual.", config.vision.layers), ("text_model", "", config.text.layers))
@@ -84,10 +89,10 @@ def hugging_face_table(config: CLIPConfig) -> list[HuggingFaceEntry]:
 
 
 def to_hugging_face(open_clip_state: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
-    """The state dict of transformers' CLIPModel from open_clip's, arrays of the same dtype; nothing is read yet.
+    """Convert open_clip's state dict to that of transformers' CLIPModel, lazily, with unchanged dtypes.
 
     Raises:
-      ValueError: a model that CLIPModel cannot be, or missing and unexpected keys, named.
+      ValueError: CLIPModel cannot express the model, or keys are missing or unexpected; the message names them.
     """
     entries = hugging_face_table(config)
     check_names(open_clip_state, {entry.open_clip for entry in entries}, "open_clip's state dict")
@@ -95,7 +100,7 @@ def to_hugging_face(open_clip_state: Mapping[str, Any], config: CLIPConfig) -> d
 
 
 def _part(tensor: Any, entry: HuggingFaceEntry) -> LazyArray:
-    """A third of a tensor, or a whole one."""
+    """Return the tensor of CLIPModel as a lazy third of open_clip's, or the whole."""
     shape = np.shape(tensor)
     if entry.third is not None:
         shape = (shape[0] // 3, *shape[1:])
@@ -109,12 +114,13 @@ def _part(tensor: Any, entry: HuggingFaceEntry) -> LazyArray:
 
 
 def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
-    """open_clip's state dict from that of transformers' CLIPModel, the inverse of `to_hugging_face`; nothing is read.
+    """Convert the state dict of transformers' CLIPModel to open_clip's, lazily; the inverse of `to_hugging_face`.
 
-    Names may be those of a wrapper (`unwrapped`).
+    Names may have the prefixes of wrappers; see `unwrapped`.
 
     Raises:
-      ValueError: a model that CLIPModel cannot be, missing and unexpected keys, or thirds of different shapes, named.
+      ValueError: CLIPModel cannot express the model, keys are missing or unexpected, or the thirds of a tensor have
+        different shapes; the message names them.
     """
     entries, state_dict = hugging_face_table(config), unwrapped(state_dict)
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "CLIPModel's state dict")
@@ -130,7 +136,7 @@ def from_hugging_face(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict
 
 
 def _joined(parts: list[Any], transposed: bool) -> LazyArray:
-    """Thirds one below the other, or a whole tensor."""
+    """Return the lazy concatenation of thirds, or the whole tensor."""
     shape = np.shape(parts[0])
     if len(parts) > 1:
         shape = (len(parts) * shape[0], *shape[1:])
@@ -140,56 +146,3 @@ def _joined(parts: list[Any], transposed: bool) -> LazyArray:
         return np.ascontiguousarray(value.T) if transposed else value
 
     return LazyArray(shape[::-1] if transposed else shape, parts[0].dtype, load)
-
-
-def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The config.json of transformers' CLIPModel, whose weights are stored as `dtype`.
-
-    Raises:
-      ValueError: a model that CLIPModel cannot be, naming the option.
-    """
-    check_expressible(config, "transformers' CLIPModel")
-    vision, text = config.vision, config.text
-    if text.vocab_size < VOCAB_SIZE:
-        raise ValueError(
-            f"text_cfg.vocab_size is {text.vocab_size}: transformers' CLIPModel pools a text at token {EOT}, so it must"
-            f" be at least {VOCAB_SIZE}"
-        )
-    # The library's defaults are not relied on: they have changed between its versions.
-    shared = {
-        "projection_dim": config.embed_dim,
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "layer_norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": math.log(1 / 0.07),
-        "torch_dtype": dtype,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": vision.image_size[0],
-            "patch_size": vision.patch_size,
-            "num_channels": 3,
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            **shared,
-        },
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "bos_token_id": SOT,
-            "eos_token_id": EOT,
-            "pad_token_id": EOT,
-            **shared,
-        },
-    }

@@ -1,4 +1,4 @@
-"""Other people's checkpoints to artifacts."""
+"""Convert checkpoints of other libraries to artifacts."""
 
 from __future__ import annotations
 
@@ -26,33 +26,37 @@ def import_checkpoint(
     rest_dtype: Literal["float16", "float32"] = "float32",
     overwrite: bool = False,
 ) -> dict[str, TernaryTensor | NotTernaryError]:
-    """Writes the model of a checkpoint as an artifact, whole or not at all, one float parameter in memory at a time.
+    """Convert a checkpoint to an artifact, atomically, with one float parameter in memory at a time.
 
     Args:
-      source: as of `open_checkpoint`, with `like` and `image_size`.
-      out: the artifact, local or gs://.
-      ternary: whether to look for weights that are scale · trit, and to store them as such.
-      rest_dtype: of all other parameters; float32 loses nothing.
-      overwrite: whether an artifact that is there may be replaced.
+      source: the checkpoint, as in `open_checkpoint`.
+      out: the path of the artifact, local or gs://.
+      like: the expected model, as in `open_checkpoint`.
+      image_size: the image size of the artifact's model, as in `open_checkpoint`.
+      ternary: store weights that are exactly scale · trit as trits and scales.
+      rest_dtype: dtype of all other parameters; float32 is lossless.
+      overwrite: replace `out` if it is an artifact.
 
     Returns:
-      What became of each parameter that could be ternary: recovered, or why it stays float; empty if not looked for.
+      For each parameter that can be ternary, its `TernaryTensor`, or the error that explains why it stays float. Empty
+      if `ternary` is false.
 
     Raises:
-      FileNotFoundError, ValueError: as of `open_checkpoint`, and for weights that are not finite.
+      FileNotFoundError: the source or one of its files is missing.
+      ValueError: `open_checkpoint` refuses the source, or a weight is not finite.
       FileExistsError: `out` exists.
     """
     checkpoint = open_checkpoint(source, like=like, image_size=image_size)
     leaves = flatten(checkpoint.params)
-    found: dict[str, TernaryTensor | NotTernaryError] = {}
+    results: dict[str, TernaryTensor | NotTernaryError] = {}
     for path in TERNARIZABLE if ternary else ():
         if isinstance(leaves[path], TernaryTensor):
-            found[path] = leaves[path]
+            results[path] = leaves[path]
             continue
         try:
-            leaves[path] = found[path] = recover_parameter(path, leaves[path])
+            leaves[path] = results[path] = recover_parameter(path, leaves[path])
         except NotTernaryError as error:
-            found[path] = error
+            results[path] = error
     provenance = {"source": str(source), "source_sha256": {file.name: sha256(file) for file in checkpoint.files}}
     try:
         write_artifact(
@@ -67,4 +71,4 @@ def import_checkpoint(
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""Latent weights from which a quantizer makes given trits and scales again: where training goes on from an import."""
+"""Compute latent weights that a quantizer maps to given trits and scales, to continue training from ternary weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ Array = npt.NDArray[Any]
 
 _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
-# Of the threshold s/2, how far out the latent weight of a zero trit lies if nothing forces another place: half way.
+# Preferred magnitude of the latent weight of a zero trit, as a fraction of s: half of the threshold s/2.
 _ZERO = 0.25
-# Of s, how far out nonzero weights may lie before zeros are moved outwards instead.
+# Largest preferred magnitude of nonzero weights, as a multiple of s. Beyond it the zeros get larger magnitudes instead.
 _FAR = 2.0
 
 
 def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
-    """A tree to train from: `latent_from_ternary` of every `TernaryTensor`, which must have a rule; the rest as it is.
+    """Apply `latent_from_ternary` to every `TernaryTensor` of a tree; other leaves are unchanged.
+
+    Args:
+      params: parameter tree with ternary and float leaves.
+      rules: the quantizer for each path pattern; every ternary leaf needs one.
 
     Raises:
-      ValueError: a ternary parameter that no rule names, or one that its quantizer cannot reproduce; its path is named.
+      ValueError: a ternary parameter has no rule, or its quantizer cannot reproduce it; the message has its path.
     """
 
     def latent(key_path: tuple[Any, ...], leaf: Any) -> Any:
@@ -37,7 +41,7 @@ def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, A
         path = path_of(key_path)
         quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None:
-            raise ValueError(f"{path} is ternary, but no rule of the run makes it so")
+            raise ValueError(f"{path} is ternary, but no rule of the run matches it")
         try:
             return latent_from_ternary(leaf, quantizer)
         except ValueError as error:
@@ -47,21 +51,27 @@ def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, A
 
 
 def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[np.float32]:
-    """Weights w with ternarize(jnp.asarray(w), quantizer) equal to `t` in every trit and every bit of every scale.
+    """Return weights w such that ternarize(jnp.asarray(w), quantizer) equals `t`, bit for bit.
 
-    Where the quantizer has other groups than `t`, its scales are those of `t` for the same weights: that is possible
-    for finer groups, and for coarser ones in which all scales are equal.
+    The quantizer may have other groups than `t`: finer groups, or coarser groups in which all scales are equal.
 
-    In each group all zero trits get one magnitude, s/4 where possible, with alternating signs, and all others one that
-    gives the mean magnitude s/k; both are whole multiples of the last bit of the group's sum, which is therefore exact.
+    In each group all zero trits get one magnitude, s/4 if possible, with alternating signs. All nonzero trits get the
+    magnitude that makes the mean magnitude s/k. Both are multiples of the last bit of the group's sum, so the sum is
+    exact.
+
+    Args:
+      t: trits and scales (K, N) or (L, K, N).
+      quantizer: a quantizer of kind "factor" with factor k.
+
+    Returns:
+      float32 weights of the shape of `t`.
 
     Raises:
-      ValueError: scales that the quantizer cannot give, naming the first: several in a group; scales of more bits than
-        its own; or more nonzero trits than 2/k of a group, since each must lie above s/2 (for k = 2: a group without a
-        zero).
+      ValueError: the quantizer cannot produce the scales: a group has several, a scale has too many significant bits,
+        or more than 2/k of a group is nonzero, although each nonzero must exceed s/2 (for k = 2: no zeros).
     """
     if quantizer.kind != "factor":
-        raise ValueError(f"latent weights are found for the quantizer factor alone, not for {quantizer.kind}")
+        raise ValueError(f"latent weights exist only for quantizers of kind factor, not {quantizer.kind}")
     trits, scale, length = np.asarray(t.trits), np.asarray(t.scale, np.float32), t.shape[t.axis]
     if trits.ndim == 3:
         parts = (TernaryTensor(*part, t.group, t.axis) for part in zip(trits, scale, strict=True))
@@ -80,19 +90,19 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
     return w
 
 
-def _regrouped(trits: Array, each: Array, group: int, axis: int, shared: bool) -> Array:
-    """The scale of every group from that of every weight; of a group of zeros, which may have several, the largest."""
+def _regrouped(trits: Array, scales: Array, group: int, axis: int, shared: bool) -> Array:
+    """Return the scale of every new group from the scale of every weight; for a group of zeros, the largest."""
     length, starts = trits.shape[axis], np.arange(0, trits.shape[axis], group)
-    used = np.where(trits != 0, each, np.float32(0))
+    used = np.where(trits != 0, scales, np.float32(0))
     if shared:
         scale = used.max(keepdims=True)
     else:
         scale = np.maximum.reduceat(used, starts, axis)
-        scale = np.where(scale == 0, np.maximum.reduceat(np.broadcast_to(each, trits.shape), starts, axis), scale)
-    wrong = (trits != 0) & (used != (scale if shared else repeat_groups(scale, group, length, axis)))
-    if wrong.any():
+        scale = np.where(scale == 0, np.maximum.reduceat(np.broadcast_to(scales, trits.shape), starts, axis), scale)
+    conflicts = (trits != 0) & (used != (scale if shared else repeat_groups(scale, group, length, axis)))
+    if conflicts.any():
         raise ValueError(
-            f"{np.sum(wrong):,} weights have another scale than the rest of their group in the quantizer's"
+            f"{np.sum(conflicts):,} weights have another scale than the rest of their group of the quantizer"
         )
     return scale
 
@@ -104,7 +114,7 @@ def _latent(trits: Array, scale: Array, group: int, axis: int, factor: float) ->
     nonzeros = np.add.reduceat((trits != 0).astype(np.int64), starts, axis)
     zeros = members - nonzeros
     total = _totals(scale, (factor / members).astype(np.float32))
-    # Whole numbers of this unit below 2²⁴ add up without rounding; fine enough for both magnitudes in any case.
+    # Multiples of this unit below 2²⁴ add up without rounding, and it is fine enough for both magnitudes.
     unit = np.minimum(np.spacing(total), np.spacing(scale) * 2.0**15).astype(np.float64)
     units, threshold = total / unit, np.floor(scale / 2 / unit)
     left_for_zeros = np.floor((units - nonzeros * (threshold + 1)) / np.maximum(zeros, 1))
@@ -114,19 +124,19 @@ def _latent(trits: Array, scale: Array, group: int, axis: int, factor: float) ->
     inner = np.where(nonzeros == 0, np.floor(units / members), inner)
     outer, remainder = np.divmod(units - zeros * inner, np.where(nonzeros == 0, members, nonzeros))
 
-    def each(values: Array) -> Array:
+    def spread(values: Array) -> Array:
         return repeat_groups(values, group, length, axis)
 
-    outside = (trits != 0) | each(nonzeros == 0)
+    outside = (trits != 0) | spread(nonzeros == 0)
     counts = np.add.reduceat(outside.astype(np.int64), starts, axis)
-    rank = np.cumsum(outside, axis) - each(np.cumsum(counts, axis) - counts)
-    magnitude = np.where(trits != 0, each(outer), each(inner)) + (outside & (rank <= each(remainder)))
+    rank = np.cumsum(outside, axis) - spread(np.cumsum(counts, axis) - counts)
+    magnitude = np.where(trits != 0, spread(outer), spread(inner)) + (outside & (rank <= spread(remainder)))
     sign = np.where(trits != 0, trits, 1 - 2 * (np.arange(length) % 2).reshape(along))
-    return (sign * magnitude * each(unit)).astype(np.float32)
+    return (sign * magnitude * spread(unit)).astype(np.float32)
 
 
 def _totals(scale: Array, factor: Array) -> Array:
-    """A float32 sum for each scale that gives it when multiplied by `factor`, if one of the nearest five does."""
+    """Return for each scale a float32 total with total · factor == scale, if one of the five nearest has it."""
     nearest = (scale / factor.astype(np.float64)).astype(np.float32)
     total = nearest
     for direction in (np.float32(np.inf), np.float32(0)):
@@ -141,8 +151,8 @@ def _why_not(trits: Array, scale: Array, again: TernaryTensor, quantizer: Quanti
     bits = scale_bits(scale[scale > 0])
     if bits > quantizer.scale_bits:
         return f"its scales have {bits} significant bits: the quantizer keeps {quantizer.scale_bits}"
-    wrong = int((again.scale != scale).sum()), int((again.trits != trits).sum())
+    scales, flips = int((again.scale != scale).sum()), int((again.trits != trits).sum())
     return (
-        f"no weights give {wrong[0]} of its {scale.size} scales and {wrong[1]} of its {trits.size} trits with factor"
+        f"no weights give {scales} of its {scale.size} scales and {flips} of its {trits.size} trits with factor"
         f" {quantizer.factor:g}: the mean is s/{quantizer.factor:g}, and every nonzero lies above s/2"
     )

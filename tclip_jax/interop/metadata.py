@@ -1,4 +1,4 @@
-"""What a checkpoint says of its model beside the weights, and what a preset says."""
+"""Read a model's configuration and preprocessing from the metadata of a checkpoint, or from a preset."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from tclip_jax.artifacts.safetensors import LazyArray
-from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD, Preprocess
-from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE
-from tclip_jax.interop.open_clip import mlp_ratio
-from tclip_jax.interop.reader import read_json
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.hugging_face_config import activations, config_from_hugging_face, preprocess_from_hugging_face
+from tclip_jax.interop.reader import check_object, read_json
 from tclip_jax.interop.torchscript import torchscript_activation
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.open_clip_cfg import native_cfg
@@ -21,61 +20,25 @@ from tclip_jax.models.presets import model_cfg
 
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 
-_ACTIVATIONS = {"gelu": False, "quick_gelu": True}
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-
-# transformers' defaults. Its files may leave out what equals them.
-_PROJECTION = 512
-_TOWER: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_TOWERS: dict[str, dict[str, Any]] = {
-    "vision_config": {
-        **_TOWER,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 32,
-    },
-    "text_config": {
-        **_TOWER,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_attention_heads": 8,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 77,
-        "eos_token_id": EOT,
-    },
-}
-_PREPROCESSOR: dict[str, Any] = {
-    "do_resize": True,
-    "size": 224,
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": 224,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": OPENAI_MEAN,
-    "image_std": OPENAI_STD,
-}
-
 _log = logging.getLogger(__name__)
 
 
 class Metadata(NamedTuple):
-    """A model's shape with its activation, and the preprocessing of its images."""
+    """A model's configuration, and the preprocessing of its images."""
 
     config: CLIPConfig
     preprocess: Preprocess
 
 
 def from_name(name: str) -> Metadata:
-    """Of a preset, or of an open_clip JSON file: a `model_cfg`, or an object with that and `preprocess_cfg`.
+    """Return the metadata of a preset or a JSON file of open_clip.
+
+    Args:
+      name: a preset, or a path that ends in .json: a `model_cfg`, or an object with `model_cfg` and `preprocess_cfg`.
 
     Raises:
-      ValueError: no such preset, or a model that this project does not have.
-      FileNotFoundError: no such file.
+      ValueError: the preset does not exist, or the model is not supported.
+      FileNotFoundError: the file does not exist.
     """
     if not name.endswith(".json"):
         return _open_clip(name, model_cfg(name), {})
@@ -84,30 +47,32 @@ def from_name(name: str) -> Metadata:
 
 
 def from_open_clip(folder: epath.Path) -> Metadata:
-    """Of a folder with open_clip_config.json; a config.json beside it must name the same activation.
+    """Return the metadata in a folder's open_clip_config.json.
 
     Raises:
-      ValueError: a file that is damaged, contradicts the other, or describes a model that this project does not have.
+      ValueError: the file is damaged, the model is not supported, or a config.json next to it has another activation.
     """
     document, beside = read_json(folder / OPEN_CLIP), folder / HUGGING_FACE
     metadata = _open_clip(str(folder / OPEN_CLIP), document.get("model_cfg", {}), document.get("preprocess_cfg", {}))
     if beside.exists():
         stated, document = set(), read_json(beside)
         if document.get("model_type") == "clip":
-            stated = {str(_tower(document, name)["hidden_act"]) for name in _TOWERS}
+            stated = activations(document)
         if stated and stated != {"quick_gelu" if metadata.config.quick_gelu else "gelu"}:
             raise ValueError(
-                f"{beside} has hidden_act {', '.join(sorted(stated)):.80}, but {OPEN_CLIP} says"
-                f" quick_gelu {metadata.config.quick_gelu}: the activation must be one"
+                f"{beside} has hidden_act {', '.join(sorted(stated)):.80}, but {OPEN_CLIP} has"
+                f" quick_gelu {metadata.config.quick_gelu}: both must name the same activation"
             )
     return metadata
 
 
 def from_hugging_face(folder: epath.Path) -> Metadata:
-    """Of a folder that transformers' CLIPModel wrote.
+    """Return the metadata in a folder that transformers' CLIPModel saved.
+
+    Without preprocessor_config.json, the defaults of CLIPImageProcessor are used, with a warning.
 
     Raises:
-      ValueError: a file that is missing, damaged, or describes a model that this project does not have.
+      ValueError: a file is damaged, or the model or its preprocessing is not supported.
     """
     path = folder / HUGGING_FACE
     document = read_json(path)
@@ -117,22 +82,27 @@ def from_hugging_face(folder: epath.Path) -> Metadata:
         raise ValueError(f"{path}: {error}") from None
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         document = read_json(folder / name) if (folder / name).exists() else {}
-        # Older versions wrote a processor_config.json without images.
+        # Older versions of transformers wrote a processor_config.json without "image_processor".
         if document and (key is None or key in document):
             try:
                 return Metadata(config, preprocess_from_hugging_face(document[key] if key else document))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / name}: {error}") from None
     assumed = Preprocess(config.vision.image_size)
-    _log.warning("%s has no preprocessor_config.json: assumed are CLIPImageProcessor's defaults, %s", folder, assumed)
+    _log.warning("%s has no preprocessor_config.json: using CLIPImageProcessor's defaults, %s", folder, assumed)
     return Metadata(config, assumed)
 
 
 def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Metadata | None:
-    """Of an archive of OpenAI: shapes, heads of width 64, and the activation of its program; None if that is unclear.
+    """Infer the metadata of an OpenAI archive from its tensors and its program.
+
+    Sizes follow from the shapes of the tensors, with heads of width 64; the activation follows from the program.
+
+    Returns:
+      The metadata, or None if the program does not identify the activation.
 
     Raises:
-      ValueError: no CLIP with two transformers.
+      ValueError: the tensors are not those of a CLIP with two transformers.
     """
     activation = torchscript_activation(path)
     if activation is None:
@@ -151,159 +121,20 @@ def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Meta
         }
         embed_dim = tensors["text_projection"].shape[1]
     except (LookupError, ValueError) as error:
-        raise ValueError(f"{path} is no CLIP with two transformers: {error}") from None
+        raise ValueError(f"{path} is not a CLIP with two transformers: {error}") from None
     model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": activation}
     return _open_clip(str(path), model, {})
 
 
-def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
-    """The model of a config.json, the inverse of `hugging_face_config`; what it leaves out is as in CLIPConfig.
-
-    Raises:
-      ValueError: another kind of model, or a value that no model of this project has.
-    """
-    kind = document.get("model_type", "clip")
-    if kind != "clip":
-        raise ValueError(f"model_type is {kind!r:.80}: only 'clip', a CLIPModel of two towers, is read")
-    vision, text = _tower(document, "vision_config"), _tower(document, "text_config")
-    try:
-        activations = {vision["hidden_act"], text["hidden_act"]}
-        for key, tower in (("vision_config", vision), ("text_config", text)):
-            if tower["layer_norm_eps"] != 1e-5:
-                raise ValueError(f"{key}.layer_norm_eps is {tower['layer_norm_eps']!r:.80}: it must be 1e-05")
-            width, heads = tower["hidden_size"], tower["num_attention_heads"]
-            if width % heads:
-                raise ValueError(f"{key}.hidden_size is {width}: it is not divisible by {heads} heads")
-        if len(activations) > 1 or not activations <= _ACTIVATIONS.keys():
-            names = " and ".join(sorted(f"{name!r:.80}" for name in activations))
-            raise ValueError(f"hidden_act is {names}: both towers must have 'gelu', or both 'quick_gelu'")
-        if vision["num_channels"] != 3:
-            raise ValueError(f"vision_config.num_channels is {vision['num_channels']!r:.80}: it must be 3")
-        _check_end(text["eos_token_id"], text["vocab_size"])
-        return CLIPConfig.from_open_clip(
-            {
-                "embed_dim": document.get("projection_dim", _PROJECTION),
-                "vision_cfg": {
-                    "image_size": vision["image_size"],
-                    "patch_size": vision["patch_size"],
-                    "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-                    **_transformer(vision),
-                },
-                "text_cfg": {
-                    "context_length": text["max_position_embeddings"],
-                    "vocab_size": text["vocab_size"],
-                    "heads": text["num_attention_heads"],
-                    **_transformer(text),
-                },
-                "quick_gelu": _ACTIVATIONS[activations.pop()],
-            }
-        )
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(f"not the config of a CLIPModel: {error}") from None
-
-
-def preprocess_from_hugging_face(fields: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing of a preprocessor_config.json, the inverse of `Preprocess.to_hugging_face`.
-
-    What it leaves out is as in CLIPImageProcessor, if it is of that class.
-
-    Raises:
-      ValueError: a preprocessing that open_clip does not have, or another class that leaves out what it needs.
-    """
-    _check_object("the preprocessing", fields)
-    stated = {key: value for key, value in fields.items() if value is not None}
-    processor = str(stated.get("image_processor_type", stated.get("feature_extractor_type", "CLIP")))
-    is_clip = processor.startswith("CLIP")
-    missing = [key for key in ("size", "resample", "image_mean", "image_std") if key not in stated]
-    if not is_clip and missing:
-        raise ValueError(f"lacks {missing[0]}, and only CLIPImageProcessor's default is known, not {processor!r:.80}'s")
-    known = _PREPROCESSOR | {"do_center_crop": is_clip} | stated
-    for key in ("do_resize", "do_rescale"):
-        if not known[key]:
-            raise ValueError(f"{key} is false: it must be true")
-    if known.get("use_square_size"):
-        raise ValueError("use_square_size is true: write the height and width as size")
-    factor, resample = known["rescale_factor"], known["resample"]
-    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"rescale_factor is {factor!r:.80}: it must be 1/255")
-    if resample not in list(_INTERPOLATIONS):
-        raise ValueError(f"resample is {resample!r:.80}: it must be 2 (bilinear) or 3 (bicubic)")
-    size, squash = _sides("size", known["size"], square=not is_clip)
-    crop = _sides("crop_size", known["crop_size"], square=True)[0] if known["do_center_crop"] else None
-    if crop is None and not squash:
-        raise ValueError(
-            f"size {known['size']!r:.80} is of the shorter side, do_center_crop false: they give no images of one size"
-        )
-    if crop not in (None, size):
-        raise ValueError(
-            f"size {known['size']!r:.80} and crop_size {known['crop_size']!r:.80} give no images of one size: they must"
-            " be equal"
-        )
-    normalized = known["do_normalize"]
-    return Preprocess(
-        size,
-        known["image_mean"] if normalized else (0.0,) * 3,
-        known["image_std"] if normalized else (1.0,) * 3,
-        _INTERPOLATIONS[resample],
-        "squash" if squash else "shortest",
-    )
-
-
 def _open_clip(where: str, model: Any, pixels: Any) -> Metadata:
     try:
-        _check_object("model_cfg", model)
-        _check_object("preprocess_cfg", pixels)
+        check_object("model_cfg", model)
+        check_object("preprocess_cfg", pixels)
         config = CLIPConfig.from_open_clip(native_cfg(model, trained=True))
         return Metadata(config, Preprocess.from_open_clip(pixels, config.vision.image_size))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_object(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r:.80}: it must be a JSON object")
-
-
 def _layers(tensors: Mapping[str, LazyArray], prefix: str) -> int:
     return sum(key.startswith(f"{prefix}transformer.") and key.endswith("ln_1.weight") for key in tensors)
-
-
-def _tower(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A tower's section, completed as transformers does: what older files have as `…_dict` replaces it."""
-    section = document.get(name) if document.get(f"{name}_dict") is None else document[f"{name}_dict"]
-    if section is None:
-        section = {}
-    _check_object(name, section)
-    return _TOWERS[name] | section
-
-
-def _check_end(eos: Any, vocab_size: Any) -> None:
-    """Raises ValueError unless transformers pools the largest token of a text, as these models do."""
-    # 2 is what old files say, and the library then looks for the largest token, which is the end of text.
-    if eos == 2 or (eos == vocab_size - 1 and vocab_size <= VOCAB_SIZE):
-        return
-    if eos != EOT:
-        raise ValueError(f"text_config.eos_token_id is {eos!r:.80}: it must be {EOT}")
-    if vocab_size <= EOT:
-        raise ValueError(f"text_config.eos_token_id is {EOT}, which a vocabulary of {vocab_size} does not have")
-
-
-def _transformer(tower: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "width": tower["hidden_size"],
-        "layers": tower["num_hidden_layers"],
-        "mlp_ratio": mlp_ratio(tower["hidden_size"], tower["intermediate_size"]),
-    }
-
-
-def _sides(name: str, size: Any, square: bool) -> tuple[tuple[int, int], bool]:
-    """Height and width, and whether they are both given; a single number means both if `square`, else the shorter."""
-    if isinstance(size, Mapping) and size.keys() == {"shortest_edge"}:
-        return (size["shortest_edge"],) * 2, False
-    if isinstance(size, Mapping) and size.keys() == {"height", "width"}:
-        return (size["height"], size["width"]), True
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return (size[0], size[1]), True
-    if type(size) is not int:
-        raise ValueError(f"{name} is {size!r:.80}: it must be a number, shortest_edge alone, or height and width")
-    return (size, size), square

@@ -1,4 +1,4 @@
-"""open_clip's state dict to our parameter tree and back: one table, read in both directions."""
+"""Convert between open_clip's state dict and our parameter tree; one table serves both directions."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ State = dict[str, npt.NDArray[Any]]
 
 
 class OpenClipEntry(NamedTuple):
-    """One tensor of open_clip's state dict and its place in the parameter tree.
+    """One tensor of open_clip's state dict and its parameter in our tree.
 
     Attributes:
-      key: open_clip's name.
-      path: ours, joined by slashes.
-      layer: the index on our leading axis; None where layers are not stacked.
-      axes: what our array is transposed by to be open_clip's; None where they are laid out alike.
-      shape: open_clip's.
+      key: name in open_clip.
+      path: path in our tree, joined by slashes.
+      layer: index on our leading layer axis; None if the parameter is not stacked.
+      axes: permutation of our axes that gives open_clip's layout; None if the layouts are equal.
+      shape: shape in open_clip.
     """
 
     key: str
@@ -42,7 +42,7 @@ class OpenClipEntry(NamedTuple):
 
 
 _LINEAR = (1, 0)
-_STRIP = 16  # float32 in a line of the processor's cache
+_STRIP = 16  # float32 values in a cache line of the CPU
 _CONVOLUTION = (3, 2, 0, 1)  # height, width, in, out -> out, in, height, width
 
 _OUTSIDE_BLOCKS: tuple[tuple[str, str, Axes], ...] = (
@@ -79,17 +79,17 @@ _INSIDE_BLOCKS: tuple[tuple[str, str, Axes], ...] = (
 )
 _BLOCKS = (("image/blocks/", "visual.transformer.resblocks"), ("text/blocks/", "transformer.resblocks"))
 
-# OpenAI's archives store these numbers among the weights, and PyTorch's AveragedModel the last.
+# Numbers to ignore: OpenAI's archives store the first three with the weights, PyTorch's AveragedModel the last.
 _STRAYS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
-# Parts of names that wrappers of modules add, and what training loops call the model that they hold.
+# Name components that module wrappers insert, and names under which training loops hold their model.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _OWNERS = ("model", "clip", "clip_model", "net", "ema", "ema_model", "model_ema", "averaged_model")
 
 
 @functools.cache
 def open_clip_table(config: CLIPConfig) -> tuple[OpenClipEntry, ...]:
-    """The entries of every tensor of a model, those of one path together and in the order of its layers."""
+    """Return the entries of all tensors of a model; entries of one path are adjacent, in the order of the layers."""
     shapes = {path: leaf.shape for path, leaf in flatten_dict(param_shapes(config), sep="/").items()}
     entries = [
         OpenClipEntry(key, path, None, axes, _permuted(shapes[path], axes))
@@ -107,19 +107,18 @@ def open_clip_table(config: CLIPConfig) -> tuple[OpenClipEntry, ...]:
 
 
 def to_open_clip(params: Mapping[str, Any], config: CLIPConfig) -> State:
-    """The state dict that open_clip's CLIP loads strictly: contiguous float32 arrays.
+    """Return a state dict that open_clip's CLIP loads strictly: contiguous float32 arrays.
 
-    Ternary weights become scale · trit of what they store; latent weights are written as they are, without the learned
-    scales that may be beside them.
+    Ternary weights become scale · trit. Latent weights are written unchanged, and learned scales are omitted.
 
     Raises:
-      ValueError: parameters that are not those of `config`, naming them.
+      ValueError: the parameters do not match `config`; the message names them.
     """
     return {key: np.asarray(value) for key, value in lazy_state(params, config).items()}
 
 
 def lazy_state(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyArray]:
-    """As `to_open_clip`, each tensor being made when it is asked for; the parameters may be lazy too."""
+    """Return the state dict of `to_open_clip` with lazy tensors; the parameters may be lazy too."""
     leaves = {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if not is_learned_scale(path)}
     shapes = flatten_dict(param_shapes(config), sep="/")
     entries = open_clip_table(config)
@@ -143,19 +142,19 @@ def _write(leaf: Any, entry: OpenClipEntry, shape: tuple[int, ...]) -> npt.NDArr
 
 
 def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
-    """The parameters, float32 NumPy arrays, of an open_clip state dict; each of its tensors is read once.
+    """Return the parameter tree, float32 NumPy arrays, of an open_clip state dict; each tensor is read once.
 
-    Any float dtype, names of a wrapper (`unwrapped`), the `text.` prefix of CustomTextCLIP, a logit_scale of shape (1,)
-    and the numbers that OpenAI's archives store among the weights are accepted.
+    Accepts any float dtype, names with the prefixes of wrappers (`unwrapped`), the `text.` prefix of CustomTextCLIP, a
+    logit_scale of shape (1,), and the extra numbers in OpenAI's archives.
 
     Raises:
-      ValueError: missing and unexpected keys, or a tensor of another shape; all are named.
+      ValueError: keys are missing or unexpected, or a tensor has another shape; the message names them.
     """
     return jax.tree.map(np.asarray, lazy_params(state_dict, config))
 
 
 def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
-    """As `from_open_clip`, with `LazyArray` and `LazyStack` leaves: nothing is read until a leaf is."""
+    """Return the parameter tree of `from_open_clip` with `LazyArray` and `LazyStack` leaves."""
     entries, state_dict = open_clip_table(config), unwrapped(state_dict, "text")
     check_names(state_dict.keys() - set(_STRAYS), {entry.key for entry in entries}, "the state dict")
     leaves: dict[str, list[LazyArray]] = {}
@@ -174,13 +173,17 @@ def lazy_params(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, 
 
 
 def unwrapped(state_dict: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """The same tensors by their names without the parts that wrappers add, in any order and number.
+    """Return the tensors by their names without the components that wrappers add.
 
-    These are of DataParallel, torch.compile, FSDP and activation checkpointing anywhere, and of what a training loop
-    calls its model (`model.`, `ema.` and the like) at the beginning; `more` are further ones there.
+    Components of DataParallel, torch.compile, FSDP and activation checkpointing are removed anywhere in a name. Names
+    that training loops give their model (`model.`, `ema.`, ...) are removed at the start.
+
+    Args:
+      state_dict: tensors by name.
+      *more: further names to remove at the start.
 
     Raises:
-      ValueError: names that are the same without them.
+      ValueError: two names become equal.
     """
     keys: dict[str, str] = {}
     for key in state_dict:
@@ -195,12 +198,12 @@ def unwrapped(state_dict: Mapping[str, Any], *more: str) -> dict[str, Any]:
 
 
 def _read(value: Any, entry: OpenClipEntry) -> npt.NDArray[np.float32]:
-    theirs = np.asarray(value).astype(np.float32, copy=False).reshape(entry.shape)
-    return _transposed(theirs, None if entry.axes is None else tuple(np.argsort(entry.axes)))
+    tensor = np.asarray(value).astype(np.float32, copy=False).reshape(entry.shape)
+    return _transposed(tensor, None if entry.axes is None else tuple(np.argsort(entry.axes)))
 
 
 def _transposed(value: npt.NDArray[np.float32], axes: Axes) -> npt.NDArray[np.float32]:
-    """Contiguous; a matrix is copied in narrow strips, several times faster than NumPy does it as a whole."""
+    """Return a contiguous transpose; a matrix is copied in narrow strips, several times faster than by NumPy."""
     if axes != _LINEAR:
         return np.asarray(value if axes is None else value.transpose(axes), order="C")
     copy = np.empty(value.shape[::-1], value.dtype)
@@ -219,16 +222,18 @@ def _permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """The `mlp_ratio` of which open_clip makes this hidden size, by rounding width · ratio down."""
+    """Return the `mlp_ratio` for which open_clip computes this hidden size, as int(width · ratio)."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def check_expressible(config: CLIPConfig, what: str, *others: tuple[str, Any, Any]) -> None:
-    """Raises ValueError for what open_clip's model_cfg says and `what` cannot.
+    """Raise ValueError for the first option that another library or format cannot express.
 
     Args:
-      others: further options, as (name, value, the only one that is possible).
+      config: the model.
+      what: name of the library or format, for the message.
+      *others: further options to check, as (name, value, only possible value).
     """
     vision, text = config.vision, config.text
     only = (

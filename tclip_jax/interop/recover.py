@@ -1,4 +1,4 @@
-"""Trits and scales out of floats that are scale · trit, with nothing known about the groups."""
+"""Recover trits and scales from floats that equal scale · trit, with unknown groups."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from tclip_jax.ternary import TernaryTensor
 
 Array = npt.NDArray[Any]
 
-# Tried beside the divisors of the input width from 32 on: with these the last group of a row may be short.
+# Group sizes to try in addition to the divisors, 32 or more, of the number of inputs; their last group may be short.
 _GROUPS = (1024, 512, 256, 128, 64, 32)
-_SAMPLE = 64  # outputs that are tried first, so that float weights are refused after a glance
+_SAMPLE = 64  # outputs to test first, so that float weights are refused quickly
 
 
 class NotTernaryError(ValueError):
-    """Weights that are no scale · trit: the first group that is none, and for how many of the others it holds."""
+    """Weights are not scale · trit. The message names the first such group, and the fraction of groups that are."""
 
 
 def recover_ternary(w: Any, axis: int = -2) -> TernaryTensor:
-    """The trits and scales of weights that are exactly scale · trit, in the largest groups for which they are.
+    """Recover the trits and scales of weights that equal scale · trit, with the largest possible groups.
 
-    The search is the proof: a group size is taken only if trits · scales equals `w` in every number (float32, in which
-    float16 and bfloat16 are exact; −0 equals +0).
+    A group size is accepted only if scale · trit equals `w` in every element, in float32, where float16 and bfloat16
+    are exact. −0 equals +0.
 
     Args:
-      w: floats (K, N), or (L, K, N) of which one layer at a time is in memory; lazy arrays too.
+      w: floats (K, N) or (L, K, N), lazy or not; one layer at a time is in memory.
       axis: the input axis, −1 or −2.
 
     Returns:
-      int8 trits and float32 scales, NumPy: one scale for all (of a layer) if that holds, else one for each `group`
-      inputs of an output; 0 for a group of zeros.
+      int8 trits and float32 scales in NumPy. There is one scale for each layer if all its weights share one, else one
+      for each `group` inputs of each output; the scale of a group of zeros is 0.
 
     Raises:
-      NotTernaryError: of the nearest group size.
+      NotTernaryError: no group size fits; the message describes the best one.
     """
     stacked = len(w.shape) == 3
     layers = [w[i] for i in range(w.shape[0])] if stacked else [w]
@@ -64,20 +64,20 @@ def recover_ternary(w: Any, axis: int = -2) -> TernaryTensor:
 
 
 def recover_parameter(path: str, weight: Any) -> TernaryTensor:
-    """As `recover_ternary` of the parameter at `path`, the patch embedding as the matrix that it is."""
+    """Apply `recover_ternary` to the parameter at `path`; the patch embedding is reshaped to a matrix."""
     if path == PATCH_EMBEDDING:
         weight = np.asarray(weight).reshape(matrix_shape(weight.shape))
     return recover_ternary(weight, input_axis(path))
 
 
 def scale_bits(scale: npt.ArrayLike) -> int:
-    """The most significant bits that one of the float32 scales has, at least 1: 8 fit bfloat16, 11 float16."""
+    """Return the largest number of significant bits, 1 to 24, of float32 scales; bfloat16 holds 8, float16 holds 11."""
     mantissa = np.asarray(scale, np.float32).view(np.uint32) & 0x7FFFFF | 0x800000
     return 24 - int(np.log2((mantissa & -mantissa.astype(np.int64)).min(initial=0x800000)))
 
 
 def repeat_groups(values: Array, group: int, length: int, axis: int) -> Array:
-    """The value of each group for each of its members: `length` entries along `axis`, −1 or −2 of two."""
+    """Repeat the value of each group for its members, to `length` entries along `axis`, −1 or −2, of a matrix."""
     repeated = np.repeat(values, group, axis)
     return repeated[:, :length] if axis == -1 else repeated[:length]
 
@@ -88,17 +88,17 @@ def _candidates(length: int) -> list[int]:
 
 
 def _split(w: Array, group: int, axis: int) -> tuple[Array, Array, Array]:
-    """Trits, the largest magnitude of each group, and which groups are not those trits times that."""
+    """Return trits, the largest magnitude of each group, and a mask of the groups that are not scale · trit."""
     starts = range(0, w.shape[axis], group)
     scale = np.maximum.reduceat(np.abs(w), starts, axis)
     trits = (w > 0).astype(np.int8) - (w < 0).astype(np.int8)
     with np.errstate(invalid="ignore"):
-        wrong = trits * repeat_groups(scale, group, w.shape[axis], axis) != w
-    return trits, scale, np.logical_or.reduceat(wrong, starts, axis) | ~np.isfinite(scale)
+        mismatches = trits * repeat_groups(scale, group, w.shape[axis], axis) != w
+    return trits, scale, np.logical_or.reduceat(mismatches, starts, axis) | ~np.isfinite(scale)
 
 
 def _shared(scale: Array) -> Array:
-    """One scale for each layer (L, 1, 1) where all outputs of a layer have the same, or none because they are zero."""
+    """Return one scale for each layer (L, 1, 1) if the nonzero scales of each layer are equal, else `scale`."""
     largest = scale.max(axis=(1, 2), keepdims=True)
     return largest if ((scale == largest) | (scale == 0)).all() else scale
 
@@ -111,5 +111,5 @@ def _explained(w: Array, misfits: Array, group: int, axis: int, layer: str) -> N
     listed = ", ".join(f"{value:.9g}" for value in magnitudes[:3]) + (", …" if len(magnitudes) > 3 else "")
     return NotTernaryError(
         f"{layer}inputs {start}–{start + len(row) - 1} of output {output} have {len(magnitudes)} magnitudes ({listed})"
-        f" where one scale allows 1; groups of {group} fit in {1 - misfits.mean():.1%} of those looked at"
+        f" where one scale allows 1; groups of {group} fit in {1 - misfits.mean():.1%} of the tested groups"
     )

@@ -1,7 +1,7 @@
-"""The tensors of a TorchScript archive, the form in which OpenAI published CLIP; none of its code is run.
+"""Read the tensors of a TorchScript archive, the format in which OpenAI published CLIP, without running its code.
 
-The hub has the same weights as safetensors; this file is for those who have OpenAI's, and needs no PyTorch.
-The archive is a zip file: `data.pkl` holds the tree of modules, `data/N` the storages, `code/` the program as text.
+The Hugging Face hub has the same weights as safetensors. This reader serves OpenAI's own files, and needs no PyTorch.
+The archive is a zip file: `data.pkl` holds the tree of modules, `data/N` the storages, `code/` the source code.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _STORAGES = {
     "IntStorage": "int32",
     "BoolStorage": "bool",
 }
-# Far above CLIP's: the tree of its modules is a few hundred KB, its program a few MB.
+# Limit in bytes, far above CLIP: its tree of modules has a few hundred KB, its program a few MB.
 _MAX_TEXT = 64 * 2**20
-# Neither parameter nor buffer: tracing keeps the causal mask as an attribute.
+# Not a parameter or buffer: tracing stores the causal mask as an attribute.
 _MASK = "attn_mask"
 
 
 class _Module:
-    """What stands for a module of the archive: its attributes, and no code."""
+    """A module of the archive: its attributes, without its code."""
 
 
 class _Storage(NamedTuple):
@@ -52,7 +52,7 @@ class _Storage(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, modules without their code, and nothing else."""
+    """An unpickler that builds only tensors and modules without code."""
 
     def __init__(self, path: epath.Path, archive: zipfile.ZipFile) -> None:
         self._path, self._archive, self._root = path, archive, archive.namelist()[0].split("/")[0]
@@ -75,12 +75,14 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, _, size = pid
         member = self._archive.getinfo(f"{self._root}/data/{key}")
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
-            raise ValueError(f"{member.filename} of {member.file_size} bytes is not {size} {dtype}, stored as they are")
+            raise ValueError(
+                f"{member.filename} has {member.file_size} bytes: it must hold {size} {dtype}, uncompressed"
+            )
         return _Storage(dtype, member.filename, size)
 
 
 def is_torchscript(path: epath.Path) -> bool:
-    """Whether a file is a zip archive, with a whole directory, that holds TorchScript code."""
+    """Return whether a file is an intact zip archive that holds TorchScript code."""
     try:
         with _opened(path) as archive:
             return any(re.match(r"[^/]+/code/", name) for name in archive.namelist())
@@ -89,10 +91,10 @@ def is_torchscript(path: epath.Path) -> bool:
 
 
 def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
-    """The tensors of an archive, unread, by the names of PyTorch's state dict.
+    """Return the tensors of an archive, lazily, by their names in PyTorch's state dict.
 
     Raises:
-      ValueError: an archive that is damaged or holds more than modules and tensors.
+      ValueError: the archive is damaged, or holds more than modules and tensors.
     """
     with _opened(path) as archive:
         module = _Unpickler(path, archive).load()
@@ -100,15 +102,15 @@ def read_torchscript(path: epath.Path) -> dict[str, LazyArray]:
 
 
 def torchscript_activation(path: epath.Path) -> bool | None:
-    """Whether the program computes QuickGELU (True) or GELU (False), by its text; None if it shows neither or both.
+    """Return whether the source code of an archive calls QuickGELU (True) or GELU (False); None for neither or both.
 
     Raises:
-      ValueError: a program that is damaged or of impossible length.
+      ValueError: the program is damaged or too long.
     """
     with _opened(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".py")]
         if sum(archive.getinfo(name).file_size for name in names) > _MAX_TEXT:
-            raise ValueError(f"its program has more than {_MAX_TEXT} bytes: no CLIP's has")
+            raise ValueError(f"its program has more than {_MAX_TEXT} bytes, the limit")
         program = "".join(archive.read(name).decode() for name in names)
     quick, exact = ("torch.sigmoid(" in program), ("torch.gelu(" in program)
     return quick if quick != exact else None
@@ -116,11 +118,11 @@ def torchscript_activation(path: epath.Path) -> bool | None:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
-    """An archive to read; whatever goes wrong in the block is a ValueError of one line that names the file."""
+    """Open an archive; any error in the block becomes a ValueError of one line that names the file."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
-    # A damaged archive, and a damaged pickle in it, raise almost anything.
+    # Damaged archives and pickles raise many kinds of errors.
     except Exception as error:
         reason = plain(str(error).partition("\n")[0] or type(error).__name__, 200)
         raise ValueError(f"{path} is not a readable TorchScript archive: {reason}") from None
@@ -129,42 +131,44 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
 def _read_text(archive: zipfile.ZipFile, name: str) -> bytes:
     size = archive.getinfo(name).file_size
     if size > _MAX_TEXT:
-        raise ValueError(f"{name} has {size} bytes: at most {_MAX_TEXT} can be right")
+        raise ValueError(f"{name} has {size} bytes: at most {_MAX_TEXT} are read")
     return archive.read(name)
 
 
 def _check_lengths(data: bytes) -> None:
-    """Raises ValueError for a pickle that says it is longer than it is: pickle would allocate that at once."""
+    """Raise ValueError for memo indices beyond the pickle's length, for which pickle would allocate memory at once."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "LONG_BINPUT") and argument not in range(len(data)):
-            raise ValueError(f"it puts an object at place {argument}: it has {len(data)} bytes")
+            raise ValueError(f"data.pkl has the memo index {argument}: it must be below its {len(data)} bytes")
 
 
 def _tensors(module: Any, prefix: str, seen: set[int]) -> list[tuple[str, LazyArray]]:
-    # Modules that hold each other, or many times the same one, have no end, or none within a lifetime.
+    # Shared modules could make the tree infinite or exponentially large.
     if id(module) in seen:
-        raise ValueError(f"{prefix}* is there under another name: a CLIP shares no modules")
+        raise ValueError(f"{prefix}* is shared with another name: a CLIP shares no modules")
     seen.add(id(module))
-    found = []
+    tensors = []
     for name, value in vars(module).items():
         if isinstance(value, LazyArray):
-            found.append((prefix + name, value))
+            tensors.append((prefix + name, value))
         elif isinstance(value, _Module):
-            found += _tensors(value, f"{prefix}{name}.", seen)
-    return found
+            tensors += _tensors(value, f"{prefix}{name}.", seen)
+    return tensors
 
 
 def _tensor(
     path: epath.Path, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> LazyArray:
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    # Strides of 0 would make much of little.
+    # Reject strides of 0: with them a small file could expand to much memory.
     if (
         min((offset, *shape, *strides)) < 0
         or math.prod(shape) > storage.size
         or (0 not in shape and last >= storage.size)
     ):
-        raise ValueError(f"{storage.member} of {storage.size} numbers cannot hold {shape} at {offset}")
+        raise ValueError(
+            f"{storage.member} has {storage.size} numbers: it cannot hold shape {shape} at offset {offset}"
+        )
 
     def load() -> npt.NDArray[Any]:
         with _opened(path) as archive:

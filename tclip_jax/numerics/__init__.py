@@ -1,1 +1,1 @@
-"""Two models compared number by number: weights, activations, inputs."""
+"""Numerical parity: compare the weights, activations and inputs of two models."""

@@ -1,4 +1,4 @@
-"""A recording of a model's activations, in memory or as a golden file that needs no PyTorch to be checked."""
+"""Recordings of a model's activations, and golden files, which store a recording to compare with it without PyTorch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Recording(NamedTuple):
 
     Attributes:
       pixels: normalised images (B, H, W, 3) float32.
-      tokens: (B, T) int32.
-      taps: the activations computed from them.
+      tokens: token ids (B, T) int32.
+      taps: the activations for these inputs, by name.
       logit_scale: exp of the parameter.
-      facts: the model, and the libraries and precision that ran it.
-      made_by: shape and preprocessing of the model, as of `model_recipe`; empty where they are not known.
+      facts: the library, device and precision that ran the model.
+      made_by: configuration and preprocessing of the model, from `model_recipe`; empty if unknown.
     """
 
     pixels: npt.NDArray[np.float32]
@@ -44,12 +44,12 @@ class Recording(NamedTuple):
 
 
 def model_recipe(model: Model) -> Recipe:
-    """What a golden file says of its model, and a model that is checked with it must have too."""
+    """Return the configuration and preprocessing that a model must share with a recording."""
     return recipe(config=model.config, preprocess=model.preprocess)
 
 
 def write_golden(path: epath.PathLike, recording: Recording) -> None:
-    """Writes one safetensors file, local or gs://; what is not an array is JSON in its header."""
+    """Write a recording as a safetensors file, local or gs://, with everything but the arrays as JSON in its header."""
     arrays = dict(zip(_INPUTS, (recording.pixels, recording.tokens), strict=True)) | recording.taps
     header = {"logit_scale": recording.logit_scale, "facts": dict(recording.facts), "taps": list(recording.taps)}
     header["made_by"] = dict(recording.made_by)
@@ -58,11 +58,11 @@ def write_golden(path: epath.PathLike, recording: Recording) -> None:
 
 
 def read_golden(path: epath.PathLike) -> Recording:
-    """Reads a golden file.
+    """Read a golden file.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: not a golden file, or a broken one.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a golden file, has another version, or is damaged.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -72,7 +72,9 @@ def read_golden(path: epath.PathLike) -> Recording:
         arrays: dict[str, Any] = safetensors.numpy.load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if metadata["tclip_golden"] != VERSION:
-            raise ValueError(f"version {metadata['tclip_golden']!r:.20} where this one reads {VERSION!r}: dump it anew")
+            raise ValueError(
+                f"its version is {metadata['tclip_golden']!r:.20}, only {VERSION!r} can be read: dump it again"
+            )
         header = json.loads(metadata["json"])
         taps = {name: arrays[name] for name in header["taps"]}
         pixels, tokens = (arrays[name] for name in _INPUTS)
@@ -81,4 +83,4 @@ def read_golden(path: epath.PathLike) -> Recording:
     except KeyError as error:
         raise ValueError(f"{path}: not a golden file: it lacks {plain(error)}") from None
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a golden file, or a broken one: {plain(error, 200)}") from None
+        raise ValueError(f"{path}: not a golden file, or a damaged one: {plain(error, 200)}") from None

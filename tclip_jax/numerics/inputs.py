@@ -1,4 +1,4 @@
-"""Sample texts and images, and their tokens and pixels as we make them and as open_clip and transformers do."""
+"""Compare preprocessing and tokens with open_clip and transformers on generated texts and images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MODES = ("RGB", "RGB", "L", "P", "RGBA", "LA", "P+alpha", "1", "CMYK", "I;16", 
 
 
 def sample_texts(count: int) -> list[str]:
-    """Captions of every script and length, with mojibake, HTML, emoji and control characters; always the same."""
+    """Return `count` fixed captions of many scripts and lengths, with mojibake, HTML, emoji and control characters."""
     rng = np.random.default_rng(0)
     texts, words = list(_PHRASES[:count]), " ".join(_PHRASES).split()
     while len(texts) < count:
@@ -52,7 +52,7 @@ def sample_texts(count: int) -> list[str]:
 
 
 def sample_images(count: int) -> list[Image.Image]:
-    """Images of odd sizes and modes, sides of 1 pixel and turned EXIF among them; always the same."""
+    """Return `count` fixed images of many sizes and modes, with sides of 1 pixel and rotated EXIF among them."""
     rng = np.random.default_rng(0)
     images = []
     for i in range(count):
@@ -63,12 +63,12 @@ def sample_images(count: int) -> list[Image.Image]:
 
 
 def _image(mode: str, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """Blurred noise, which has edges and flat parts, in a Pillow mode."""
+    """Return blurred noise, which has edges and flat areas, in a Pillow mode."""
     small = Image.frombytes("RGB", (9, 7), rng.bytes(9 * 7 * 3))
     image = small.resize((width, height), Image.Resampling.BICUBIC)
     if mode == "EXIF":
         exif, buffer = Image.Exif(), io.BytesIO()
-        exif[0x0112] = 6  # turned by 90 degrees
+        exif[0x0112] = 6  # rotated by 90 degrees
         image.save(buffer, "JPEG", exif=exif)
         return Image.open(buffer)
     if mode == "I;16":
@@ -84,12 +84,12 @@ def _image(mode: str, width: int, height: int, rng: np.random.Generator) -> Imag
 
 
 def sample_batch(model: Model, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Normalised pixels and tokens of as many samples for a model; half of the texts fill the whole context.
+    """Return normalised pixels (count, H, W, 3) and token ids (count, T) of fixed samples for a model.
 
-    Short inputs would hide errors in late positions.
+    Half of the texts fill the whole context, because short texts would hide errors at late positions.
 
     Raises:
-      ValueError: a count below 1, or a model of another vocabulary than CLIP's.
+      ValueError: `count` is below 1, or the model has another vocabulary than CLIP's.
     """
     if count < 1:
         raise ValueError(f"a batch of {count}: it must be 1 or more")
@@ -102,23 +102,24 @@ def sample_batch(model: Model, count: int) -> tuple[npt.NDArray[np.float32], npt
     return normalize(pixels, model.preprocess.mean, model.preprocess.std), tokens
 
 
-# Normalised pixels are floats: this is a few roundings, and 1/10,000 of one step of a pixel's 255.
+# In normalised pixels: a few float32 roundings, and about 1/10,000 of one of the 255 steps of a pixel.
 PIXEL_TOLERANCE = 1e-6
 
 
-def plain(text: str) -> bool:
-    """Whether transformers reads a text as open_clip does.
+def same_in_transformers(text: str) -> bool:
+    """Return whether transformers tokenizes a text as open_clip does.
 
-    It repairs neither mojibake nor HTML, its lower case has no final sigma, and "'ſ" is no "'s" to it.
+    transformers repairs neither mojibake nor HTML, lowercases "Σ" without the final form, and splits "'ſ" otherwise.
     """
     unrepaired = " ".join(unicodedata.normalize("NFC", text).split()).lower()
     return clean(text) == unrepaired and not set(text) & set("Σſ")
 
 
-def plain_image(image: Image.Image) -> Image.Image:
-    """Its upper left square in RGB: transformers converts before it resizes, and rounds the place of a crop otherwise.
+def square_rgb(image: Image.Image) -> Image.Image:
+    """Return the upper left square in RGB, which transformers preprocesses as open_clip does.
 
-    What Pillow remembers of a transparent colour, which transformers would use, is dropped.
+    On other images transformers converts the mode before it resizes, and rounds the crop's position differently. The
+    copy also drops a transparent colour that Pillow stores and transformers would use.
     """
     side = min(image.size)
     return Image.fromarray(np.asarray(image.convert("RGB"))[:side, :side])
@@ -126,14 +127,14 @@ def plain_image(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class InputDifference:
-    """How many of the inputs that were compared differ.
+    """The result of comparing one kind of input with one library.
 
     Attributes:
-      name: library and kind, as 'open_clip tokens'.
-      compared: number of inputs.
-      differ: those that are not the same.
-      max_abs: max |Δ| of ids or normalised pixels.
-      first: the first input that differs, in words, or "".
+      name: library and kind, for example 'open_clip tokens'.
+      compared: number of inputs compared.
+      differ: number of inputs that differ.
+      max_abs: max |Δ| over token ids or normalised pixels.
+      first: description of the first input that differs, or "".
     """
 
     name: str
@@ -143,17 +144,17 @@ class InputDifference:
     first: str
 
     def over(self, budget: float) -> bool:
-        """Whether any differs; inputs have no budget."""
+        """Return whether more than `budget` inputs differ; reports use 0."""
         return self.differ > budget
 
 
 def compare_tokens(
     name: str, ours: npt.NDArray[np.int32], theirs: npt.NDArray[np.int32], texts: Sequence[str]
 ) -> InputDifference:
-    """Compares ids (N, T) of the same texts."""
-    wrong = np.flatnonzero((ours != theirs).any(axis=-1))
-    first = f"{texts[wrong[0]]!r:.60}" if len(wrong) else ""
-    return InputDifference(name, len(texts), len(wrong), float(np.abs(ours - theirs).max(initial=0)), first)
+    """Compare token ids (N, T) of the same texts."""
+    mistakes = np.flatnonzero((ours != theirs).any(axis=-1))
+    first = f"{texts[mistakes[0]]!r:.60}" if len(mistakes) else ""
+    return InputDifference(name, len(texts), len(mistakes), float(np.abs(ours - theirs).max(initial=0)), first)
 
 
 def compare_pixels(
@@ -162,27 +163,30 @@ def compare_pixels(
     theirs: Sequence[npt.NDArray[np.float32]],
     images: Sequence[Image.Image],
 ) -> InputDifference:
-    """Compares normalised pixels (H, W, 3) of the same images."""
+    """Compare normalised pixels, arrays (H, W, 3), of the same images."""
     errors = [
         float(np.abs(a - b).max()) if a.shape == b.shape else float("inf") for a, b in zip(ours, theirs, strict=True)
     ]
-    wrong = [i for i, error in enumerate(errors) if error > PIXEL_TOLERANCE]
-    first = f"image {wrong[0]}: {images[wrong[0]].mode} {images[wrong[0]].size}" if wrong else ""
-    return InputDifference(name, len(errors), len(wrong), max(errors, default=0.0), first)
+    mistakes = [i for i, error in enumerate(errors) if error > PIXEL_TOLERANCE]
+    first = f"image {mistakes[0]}: {images[mistakes[0]].mode} {images[mistakes[0]].size}" if mistakes else ""
+    return InputDifference(name, len(errors), len(mistakes), max(errors, default=0.0), first)
 
 
 def inputs_report(model: Model, path: epath.PathLike, count: int = 50) -> Report:
-    """Compares sample texts and images of a model with open_clip and, if a local folder has its files, transformers.
+    """Compare a model's tokens and pixels of generated samples with open_clip and, if possible, transformers.
 
-    Images so thin that nobody can resize them for this model are left out.
+    Args:
+      model: the model whose preprocessing and context length are tested.
+      path: its folder; transformers is compared if the folder is local and has the files that transformers loads.
+      count: number of texts and of images. Images too thin to resize for this model are skipped.
     """
     length, p = model.config.text.context_length, model.preprocess
     texts, images = sample_texts(count), [image for image in sample_images(count) if _can_be_resized(image, p)]
-    rows = _compare("open_clip", p, length, texts, images, None)
+    rows = _compare_library("open_clip", p, length, texts, images, None)
     files = ("tokenizer.json", "preprocessor_config.json")
     if is_local(epath.Path(path)) and all((epath.Path(path) / name).exists() for name in files):
-        texts, images = list(filter(plain, texts)), list(map(plain_image, images))
-        rows += _compare("transformers", p, length, texts, images, path)
+        texts, images = list(filter(same_in_transformers, texts)), list(map(square_rgb, images))
+        rows += _compare_library("transformers", p, length, texts, images, path)
     verdict = [f"{row.name}: {row.compared} compared, {row.differ} differ" for row in rows]
     return Report(f"inputs of {path}", {}, {"inputs": rows}, 0.0, tuple(verdict), not any(row.differ for row in rows))
 
@@ -195,7 +199,7 @@ def _can_be_resized(image: Image.Image, p: Preprocess) -> bool:
     return True
 
 
-def _compare(
+def _compare_library(
     library: str,
     p: Preprocess,
     length: int,

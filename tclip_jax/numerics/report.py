@@ -1,4 +1,4 @@
-"""The outcome of a comparison as an aligned table, as JSON, and as one HTML page."""
+"""Report a comparison as text tables, JSON, or one HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tclip_jax.pages import aligned, heading, page, paragraph, plot, table
 
 
 class Row(Protocol):
-    """What a table shows a line of: a dataclass whose fields are those of `_COLUMNS` that it has."""
+    """A line of a table: a dataclass; the table shows those of its fields that `_COLUMNS` lists."""
 
     @property
     def name(self) -> str: ...
@@ -26,7 +26,7 @@ class Row(Protocol):
     def over(self, budget: float) -> bool: ...
 
 
-# Heading, attribute and format of a column; those of another kind of row are left out of a table.
+# Heading, attribute and format of every column. A table omits columns that none of its rows has.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("compared", "compared", ",d"),
     ("differ", "differ", ",d"),
@@ -46,15 +46,15 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome of one comparison.
+    """The result of one comparison.
 
     Attributes:
-      title: what was compared with what.
-      facts: precision, libraries and figures of the whole, in words.
-      tables: rows by the name of their table.
-      budget: of the relative error; 0 where equality is asked for.
-      verdict: lines that say what was found.
-      passed: whether nothing is over budget.
+      title: names of the two sides.
+      facts: libraries, precision and figures of the whole comparison, as text.
+      tables: rows by table name.
+      budget: the largest relative error that passes; 0 requires equality.
+      verdict: lines that summarize the result.
+      passed: whether the comparison passed.
     """
 
     title: str
@@ -66,7 +66,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The whole report as what json.dumps takes; a figure that is not finite is a string."""
+    """Return the report as a JSON object; NaN and infinity become strings."""
     return _finite(dataclasses.asdict(report))
 
 
@@ -79,7 +79,7 @@ def _finite(value: Any) -> Any:
 
 
 def to_text(report: Report) -> str:
-    """Facts, aligned tables of the rows that are not identical, and the verdict."""
+    """Return the facts, aligned tables of the rows that differ, and the verdict."""
     lines = [report.title, *(f"  {name}: {value}" for name, value in report.facts.items())]
     for name, rows in report.tables.items():
         shown = [row for row in rows if row.max_abs or row.over(report.budget)]
@@ -93,12 +93,12 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def headings(rows: Sequence[Row]) -> list[str]:
-    """The first line of a table; its first and last cell are empty."""
+    """Return the header row of a table; its first and last cell are empty."""
     return ["", *(heading for heading, _, _ in _columns(rows)), ""]
 
 
 def cells(row: Row, rows: Sequence[Row], budget: float) -> list[str]:
-    """A line of the table of `rows`; its last cell is "over" or empty."""
+    """Return the cells of `row` in the table of `rows`; the last cell is "over" or empty."""
     line = [row.name]
     for _, attribute, form in _columns(rows):
         value = getattr(row, attribute)
@@ -107,7 +107,7 @@ def cells(row: Row, rows: Sequence[Row], budget: float) -> list[str]:
 
 
 def to_html(report: Report) -> str:
-    """One page: verdict, facts, the error of every row and the histogram of ULP distances as pictures, all tables."""
+    """Return one HTML page: verdict, facts, plots of the errors and of the ULP histogram, and all tables."""
     verdict = [paragraph(line, f"verdict {'good' if report.passed else 'bad'}") for line in report.verdict]
     facts = table([[name, str(value)] for name, value in report.facts.items()], header=False)
     plots = [plot(plot_errors(report), "error of every row"), plot(plot_ulp(report), "histogram of ULP distances")]
@@ -119,7 +119,7 @@ def to_html(report: Report) -> str:
 
 
 def plot_errors(report: Report) -> Figure:
-    """The relative error of every row that has one on a logarithmic axis, one line per table, and the budget."""
+    """Plot the error of every row on a logarithmic axis, a line for each table, and the budget."""
     figure = Figure(figsize=(12, 4.5), layout="constrained", dpi=110)
     axes = figure.subplots()
     for name, rows in report.tables.items():
@@ -137,7 +137,7 @@ def plot_errors(report: Report) -> Figure:
 
 
 def plot_ulp(report: Report) -> Figure:
-    """How many float32 numbers lie between both sides: share of all elements by powers of two."""
+    """Plot a histogram of ULP distances, in bins of powers of two, as shares of all elements."""
     figure = Figure(figsize=(12, 3), layout="constrained", dpi=110)
     axes = figure.subplots()
     for name, rows in report.tables.items():

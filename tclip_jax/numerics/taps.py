@@ -1,15 +1,15 @@
-"""Named activations of both towers, recorded from the model that trains: the same modules, the same scan.
+"""Record named activations (taps) of both towers, from the same modules and the same scan as in training.
 
-A tower with L layers has 5 + 3·L taps, in the order of the computation:
+A tower with L layers has 5 + 3·L taps. In the order of the computation:
 
-| tap | what |
+| tap | value |
 |---|---|
 | image/patch_embedding, text/token_embedding | (B, N, D), (B, T, D), without class token and positions |
-| image/embedded, text/embedded | what enters the first block (B, T, D) |
-| …/blocks/i/attention, …/blocks/i/mlp | what each branch of block i adds to the stream, before any LayerScale |
+| image/embedded, text/embedded | the input of the first block (B, T, D) |
+| …/blocks/i/attention, …/blocks/i/mlp | the output of each branch of block i, before any LayerScale |
 | …/blocks/i | the residual stream after block i |
-| image/ln_post, text/ln_final | the pooled, normalised token (B, D) |
-| …/projection, …/embedding | the embedding (B, E), and the same with length 1 |
+| image/ln_post, text/ln_final | the pooled and normalised token (B, D) |
+| …/projection, …/embedding | the embedding (B, E), before and after L2 normalisation |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TAPPED = ("patch_embedding", "token_embedding", "blocks", *_BRANCHES, "ln_post"
 
 
 def tap_names(config: CLIPConfig) -> tuple[str, ...]:
-    """The taps of a model in the order of its computation."""
+    """Return the names of a model's taps in the order of the computation."""
     names = []
     for tower, first, layers, last in (
         ("image", "patch_embedding", config.vision.layers, "ln_post"),
@@ -54,29 +54,29 @@ def collect_taps(
     reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
     dtype: jax.typing.DTypeLike = np.float32,
 ) -> Taps:
-    """The activations of a model as float32 arrays by name.
+    """Return the activations of a model by tap name, as float32 arrays.
 
     Args:
-      model: latent or packed.
-      pixels: normalised images (B, H, W, 3).
-      tokens: (B, T).
-      reference: activations of another model on the same inputs. Each tap is then computed from the reference's
-        earlier taps instead of the model's own, so that an error shows where it is made and nowhere after it.
-      dtype: of the computation.
+      model: a model with latent or packed weights.
+      pixels: normalised images (B, H, W, 3) float32.
+      tokens: token ids (B, T) int32.
+      reference: taps of another model for the same inputs. If given, each tap is computed from the reference's earlier
+        taps instead of the model's own, so that an error appears only where it is made.
+      dtype: dtype of the computation.
     """
     clip, forced = CLIP(model.config, model.rules, dtype), {} if reference is None else _nest(reference, model.config)
     recorded = flatten_dict(jax.device_get(_apply(clip, model.params, forced, pixels, tokens)), sep="/")
-    found: Taps = {}
+    taps: Taps = {}
     for tower in ("image", "text"):
-        found[f"{tower}/embedding"] = recorded.pop(f"embeddings/{tower}")
-        found[f"{tower}/embedded"] = recorded.pop(f"{tower}/blocks/input")[0]
+        taps[f"{tower}/embedding"] = recorded.pop(f"embeddings/{tower}")
+        taps[f"{tower}/embedded"] = recorded.pop(f"{tower}/blocks/input")[0]
     for path, value in recorded.items():
         name = path.removesuffix("/output")
         if "/blocks" in name:
-            found |= {name.replace("/blocks", f"/blocks/{i}"): layer for i, layer in enumerate(value)}
+            taps |= {name.replace("/blocks", f"/blocks/{i}"): layer for i, layer in enumerate(value)}
         else:
-            found[name] = value
-    return {name: found[name].astype(np.float32) for name in tap_names(model.config)}
+            taps[name] = value
+    return {name: taps[name].astype(np.float32) for name in tap_names(model.config)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,18 +94,18 @@ def _record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.mo
     if module.name != "blocks":
         return _exchange(module, "output", next_fun(*args, **kwargs))
     x_BTD, *rest = args
-    x_BTD, nothing = next_fun(_exchange(module, "input", x_BTD), *rest, **kwargs)
-    return _exchange(module, "output", x_BTD), nothing
+    x_BTD, scan_output = next_fun(_exchange(module, "input", x_BTD), *rest, **kwargs)
+    return _exchange(module, "output", x_BTD), scan_output
 
 
 def _exchange(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
-    """Records the model's own value, and gives back the reference's where there is one."""
+    """Record the model's own value, and return the reference's value if there is one."""
     tap(module, name, value)
     return module.get_variable("reference", name, value).astype(value.dtype)
 
 
 def _nest(reference: Mapping[str, npt.NDArray[np.float32]], config: CLIPConfig) -> dict[str, Any]:
-    """The taps as the variables that `_exchange` looks for, layers stacked."""
+    """Return taps as the variables that `_exchange` reads, with layers stacked."""
     nested: dict[str, Any] = {}
     for tower, layers, names in (
         ("image", config.vision.layers, ("patch_embedding", "ln_post", "projection")),

@@ -1,6 +1,6 @@
-"""The PyTorch side: models and inputs of open_clip and transformers, and the same taps by forward hooks.
+"""Run models and preprocessing of open_clip and transformers, and record the taps with forward hooks.
 
-In this folder only this file imports torch, and only when a function is called.
+Only this file of the folder imports torch, and only inside functions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _BRANCHES = {"attn": "attention", "self_attn": "attention", "mlp": "mlp"}
 
 
 def library_of(path: epath.PathLike) -> str:
-    """Whose weights a local folder holds: 'open_clip', 'transformers', or '' for what neither loads."""
+    """Return the library that loads a local folder: 'open_clip', 'transformers', or '' if neither does."""
     folder = epath.Path(path)
     if not is_local(folder) or not folder.is_dir():
         return ""
@@ -66,7 +66,7 @@ def library_of(path: epath.PathLike) -> str:
 
 @functools.cache
 def import_torch() -> Any:
-    """torch, beside which open_clip can be imported.
+    """Return the torch module, prepared so that open_clip can be imported.
 
     Raises:
       ValueError: torch or torchvision is not installed.
@@ -75,15 +75,15 @@ def import_torch() -> Any:
         torch = importlib.import_module("torch")
         _repair_torchvision(torch)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: what runs in PyTorch needs pip install 'tclip-jax[torch]'") from None
+        raise ValueError(f"{error}: PyTorch comparisons need pip install 'tclip-jax[torch]'") from None
     return torch
 
 
 @functools.cache
 def _repair_torchvision(torch: Any) -> Any:
-    """Defines the operators that torchvision's CUDA build needs to be imported beside a CPU build of torch.
+    """Define the operators without which torchvision's CUDA build cannot be imported with a CPU build of torch.
 
-    They last as long as the library that is returned, and so kept.
+    The operators exist as long as the returned library, which the cache keeps alive.
     """
     try:
         return importlib.import_module("torchvision")
@@ -95,7 +95,7 @@ def _repair_torchvision(torch: Any) -> Any:
 
 
 def load_torch(folder: epath.PathLike) -> Any:
-    """The float32 model of an open_clip or transformers folder, read by that library itself; on the CPU."""
+    """Load an open_clip or transformers folder with that library, in float32 on the CPU."""
     import_torch()
     if library_of(folder) == "open_clip":
         open_clip = importlib.import_module("open_clip")
@@ -105,7 +105,7 @@ def load_torch(folder: epath.PathLike) -> Any:
 
 
 def build_torch(model: Model) -> Any:
-    """open_clip's CLIP with our weights, those that are ternary dequantised; on the CPU."""
+    """Return open_clip's CLIP with the weights of `model`, ternary weights dequantised, on the CPU."""
     torch, open_clip = import_torch(), importlib.import_module("open_clip")
     state = to_open_clip(pack_params(model.params, model.rules), model.config)
     module = open_clip.CLIP(**model.config.to_open_clip())
@@ -116,13 +116,13 @@ def build_torch(model: Model) -> Any:
 def record_torch(
     module: Any, config: CLIPConfig, pixels: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]
 ) -> Recording:
-    """The activations of an open_clip or transformers model, named, shaped and ordered as `collect_taps` gives ours.
+    """Record the activations of an open_clip or transformers model, with the names and shapes of `collect_taps`.
 
     Args:
-      module: from `load_torch` or `build_torch`.
-      config: of the model.
-      pixels: normalised images (B, H, W, 3).
-      tokens: (B, T).
+      module: a model from `load_torch` or `build_torch`.
+      config: the model's configuration.
+      pixels: normalised images (B, H, W, 3) float32.
+      tokens: token ids (B, T) int32.
     """
     torch = import_torch()
     images, ids = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), torch.from_numpy(np.array(tokens)).long()
@@ -136,7 +136,7 @@ def record_torch(
         scale = float(module.logit_scale.exp())
     patches = taps["image/patch_embedding"]
     taps["image/patch_embedding"] = patches.reshape(*patches.shape[:2], -1).transpose(0, 2, 1)
-    # open_clip normalises all tokens and then takes one; taking one first is the same.
+    # open_clip normalises all tokens and then pools one; our tap is the pooled token.
     if taps["image/ln_post"].ndim == 3 and config.vision.pool_type == "tok":
         taps["image/ln_post"] = taps["image/ln_post"][:, 0]
     end_B = tokens.argmax(axis=-1) if config.text.pool_type == "argmax" else np.full(len(tokens), -1)
@@ -185,14 +185,17 @@ def library_inputs(
     images: Sequence[Image.Image],
     folder: epath.PathLike | None = None,
 ) -> tuple[npt.NDArray[np.int32], list[npt.NDArray[np.float32]]]:
-    """Tokens (N, context_length) and normalised pixels (H, W, 3) as open_clip makes them.
+    """Tokenize texts and preprocess images with open_clip or transformers.
 
     Args:
-      preprocess: of the images.
-      context_length: of the texts.
-      texts: to tokenize.
-      images: to preprocess.
-      folder: of files that transformers loads; then as transformers makes them from those.
+      preprocess: the preprocessing of the images in open_clip.
+      context_length: number of tokens of a text.
+      texts: the texts.
+      images: the images.
+      folder: a folder that transformers loads; None selects open_clip.
+
+    Returns:
+      Token ids (N, context_length) int32, and normalised pixels (H, W, 3) float32 of every image.
     """
     import_torch()
     if folder is None:
@@ -208,12 +211,12 @@ def library_inputs(
     )
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     pixels = [processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0) for image in images]
-    # It pads with another token than open_clip, which the mask takes away.
+    # transformers pads with another token than open_clip; the mask sets its padding to 0.
     return (batch["input_ids"] * batch["attention_mask"]).astype(np.int32), pixels
 
 
 def _environment(module: Any) -> dict[str, str]:
-    """The libraries, and whether PyTorch may round matrix products to TF32."""
+    """Return the libraries, the precision, and whether PyTorch may use TF32."""
     torch, library = import_torch(), type(module).__module__.split(".")[0]
     backends = torch.backends
     return {

@@ -1,4 +1,4 @@
-"""How far two arrays are apart, and two parameter trees, tensor by tensor and layer by layer."""
+"""Measure the difference of two arrays, of two recordings, and of two parameter trees."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ ULP_BINS = 33
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far an array is from a reference of the same shape.
+    """The difference of an array and a reference of the same shape.
 
     Attributes:
-      name: of the tap or the parameter.
+      name: name of the tap or the parameter.
       size: number of elements.
-      nonfinite: elements that are NaN or infinite on either side; all other figures leave them out.
+      nonfinite: number of elements that are NaN or infinite on either side; all other figures omit them.
       max_abs: max |Δ|.
-      relative: max of |Δ| / (|reference| + RMS of the reference), the figure that budgets are for. It weighs an element
-        by its own size or the tensor's, whichever is larger, so that neither zeros nor a few huge activations hide or
-        exaggerate an error.
-      rmse: root of the mean Δ².
-      cosine: between both as vectors; 1 where both are 0.
-      ulp_50, ulp_99, ulp_max: percentiles of the float32 numbers between the two.
-      ulp_counts: elements with 0, 1, 2–3, 4–7, … such numbers between.
+      relative: max of |Δ| / (|reference| + RMS of the reference); budgets apply to this figure. The RMS keeps zeros
+        from exaggerating an error; |reference| keeps a few huge activations from exaggerating their own.
+      rmse: root mean square of Δ.
+      cosine: cosine similarity of both as vectors; 1 if both are 0.
+      ulp_50, ulp_99, ulp_max: percentiles and maximum of the distance in float32 units in the last place (ULP).
+      ulp_counts: number of elements with a ULP distance of 0, 1, 2–3, 4–7, and so on.
     """
 
     name: str
@@ -55,15 +54,15 @@ class Difference:
     ulp_counts: tuple[int, ...] = dataclasses.field(repr=False)
 
     def over(self, budget: float) -> bool:
-        """Whether the relative error is above the budget, or anything is not finite."""
+        """Return whether the relative error exceeds the budget, or an element is not finite."""
         return self.nonfinite > 0 or self.relative > budget
 
 
 def measure(name: str, ours: Array, reference: Array) -> Difference:
-    """Compares two float arrays in float64.
+    """Compare two float arrays in float64.
 
     Raises:
-      ValueError: different shapes.
+      ValueError: the shapes differ.
     """
     if ours.shape != reference.shape:
         raise ValueError(f"{name} has shape {ours.shape}: the reference's is {reference.shape}")
@@ -92,7 +91,7 @@ def measure(name: str, ours: Array, reference: Array) -> Difference:
 
 
 def ulp_distance(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """How many float32 numbers b is away from a; −0 and +0 are the same number."""
+    """Return the distance of b from a in float32 numbers (ULP), elementwise; −0 equals +0."""
     return np.abs(_ordinal(a) - _ordinal(b))
 
 
@@ -106,19 +105,19 @@ def _rms(x: npt.NDArray[np.float64]) -> float:
 
 
 def compare_taps(ours: Taps, reference: Taps) -> list[Difference]:
-    """The difference at every tap, in the order of the computation.
+    """Measure the difference at every tap, in the order of `ours`.
 
     Raises:
-      ValueError: models of different shapes, naming the first tap that does not fit.
+      ValueError: the models have different taps or shapes; the message names the first such tap.
     """
     for name in [*ours, *reference]:
         if name not in ours or name not in reference:
-            raise ValueError(f"only one of the models has {name}: they must have equally many layers")
+            raise ValueError(f"only one of the models has {name}: both must have the same number of layers")
     return [measure(name, ours[name], reference[name]) for name in ours]
 
 
 def first_over(differences: Sequence[Difference], budget: float) -> dict[str, str]:
-    """The first tap over budget of each tower that has one: tower -> name."""
+    """Return the name of the first tap over budget of each tower that has one, by tower."""
     first: dict[str, str] = {}
     for difference in differences:
         if difference.over(budget):
@@ -127,16 +126,16 @@ def first_over(differences: Sequence[Difference], budget: float) -> dict[str, st
 
 
 def end_metrics(ours: Taps, reference: Taps, scales: tuple[float, float]) -> dict[str, float]:
-    """What differences do to the answer: each image of the batch classified among the batch's texts.
+    """Measure the effect on predictions: each image of the batch is classified among the batch's texts.
 
     Args:
       ours: taps of one model.
-      reference: those of the other.
-      scales: exp(logit_scale) of both.
+      reference: taps of the other model.
+      scales: exp(logit_scale) of both models.
 
     Returns:
-      agreement (share of images, 0–1, with the same most similar text), kl_mean and kl_max (of the reference's
-      distribution over texts from ours, in nats).
+      `agreement`, the fraction of images with the same most similar text; `kl_mean` and `kl_max`, in nats, of the KL
+      divergence of our distribution over texts from the reference's, KL(reference ‖ ours).
     """
     log_p, log_q = (
         _log_softmax(scale * taps["image/embedding"].astype(np.float64) @ taps["text/embedding"].T)
@@ -154,10 +153,10 @@ def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @dataclasses.dataclass(frozen=True)
 class WeightDifference(Difference):
-    """A `Difference` of the weights that the model computes with, which are scale · trit where they are ternary.
+    """The difference of the effective weights of a parameter: scale · trit if it is ternary.
 
     Attributes:
-      trit_flips: trits that differ; None where neither side is ternary. Of a float side they are the signs.
+      trit_flips: number of trits that differ; a float side counts by its signs. None if neither side is ternary.
       scale_error: max |Δ| / reference over the scales of nonzero trits; None unless both sides are ternary.
     """
 
@@ -167,7 +166,7 @@ class WeightDifference(Difference):
 
 @dataclasses.dataclass(frozen=True)
 class WeightComparison:
-    """Parameters in only one of two trees (missing in ours, unexpected in ours), and the differences of the others."""
+    """Parameters missing from ours, parameters only in ours, and the differences of the common parameters."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -175,12 +174,12 @@ class WeightComparison:
 
 
 def compare_weights(ours: Mapping[str, Any], reference: Mapping[str, Any]) -> WeightComparison:
-    """Compares packed or float parameter trees; stacked tensors layer by layer, as 'image/blocks/3/mlp/fc1/kernel'."""
+    """Compare packed or float parameter trees layer by layer, with names such as 'image/blocks/3/mlp/fc1/kernel'."""
     left, right = (dict(_layers(params)) for params in (ours, reference))
     return WeightComparison(
         missing=tuple(name for name in right if name not in left),
         unexpected=tuple(name for name in left if name not in right),
-        differences=tuple(_compare(name, left[name], right[name]) for name in left if name in right),
+        differences=tuple(_weight_difference(name, left[name], right[name]) for name in left if name in right),
     )
 
 
@@ -191,12 +190,12 @@ def _layers(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 layer = jax.tree.map(lambda stacked, i=i: stacked[i], leaf)
                 yield path.replace("/blocks/", f"/blocks/{i}/"), layer
         else:
-            # The patch embedding is a matrix where it is ternary.
+            # A ternary patch embedding is stored as a matrix.
             yield path, leaf if isinstance(leaf, TernaryTensor) else leaf.reshape(matrix_shape(leaf.shape))
 
 
-def _compare(name: str, ours: Any, reference: Any) -> WeightDifference:
-    # vars, and not dataclasses.asdict, which would copy the counts.
+def _weight_difference(name: str, ours: Any, reference: Any) -> WeightDifference:
+    # vars instead of dataclasses.asdict, which would copy the counts.
     difference = vars(measure(name, _values(ours), _values(reference)))
     ternary = [isinstance(leaf, TernaryTensor) for leaf in (ours, reference)]
     return WeightDifference(
@@ -224,13 +223,13 @@ def _scale_error(ours: TernaryTensor, reference: TernaryTensor) -> float:
 
 
 def weights_report(title: str, ours: Model, reference: Model, budget: float = 0.0) -> Report:
-    """Compares the weights that two models compute with; latent ones as their rules make them."""
-    found = compare_weights(*(pack_params(model.params, model.rules) for model in (ours, reference)))
-    over = [row for row in found.differences if row.over(budget)]
-    flips = sum(row.trit_flips or 0 for row in found.differences)
-    verdict = [f"{len(over)} of {len(found.differences)} tensors over budget {budget:g}, {flips:,} trit flips"]
-    for what, names in (("missing", found.missing), ("unexpected", found.unexpected)):
+    """Compare the effective weights of two models; latent weights are quantized by the model's rules first."""
+    comparison = compare_weights(*(pack_params(model.params, model.rules) for model in (ours, reference)))
+    over = [row for row in comparison.differences if row.over(budget)]
+    flips = sum(row.trit_flips or 0 for row in comparison.differences)
+    verdict = [f"{len(over)} of {len(comparison.differences)} tensors over budget {budget:g}, {flips:,} trit flips"]
+    for what, names in (("missing", comparison.missing), ("unexpected", comparison.unexpected)):
         verdict += [f"{what}: {', '.join(names)}"] if names else []
     verdict += [f"farthest apart: {max(over, key=lambda row: row.relative).name}"] if over else []
-    passed = not (over or found.missing or found.unexpected)
-    return Report(title, {}, {"weights": found.differences}, budget, tuple(verdict), passed)
+    passed = not (over or comparison.missing or comparison.unexpected)
+    return Report(title, {}, {"weights": comparison.differences}, budget, tuple(verdict), passed)

@@ -7,8 +7,7 @@ from etils import epath
 from tclip_jax.artifacts.manifest import MANIFEST, describe, parse_manifest
 from tclip_jax.data.embedding_store import MANIFEST as CACHE_MANIFEST
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint
-from tclip_jax.interop.hub import PREFIX
+from tclip_jax.interop.checkpoints import HUB_PREFIX, is_checkpoint, open_checkpoint
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
 from tclip_jax.runs.config import RunConfig, read_config
@@ -47,13 +46,13 @@ def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCach
 
 
 def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
-    preset = preset or HUB.get(teacher.removeprefix(PREFIX), teacher if teacher in PRESETS else "")
+    preset = preset or HUB.get(teacher.removeprefix(HUB_PREFIX), teacher if teacher in PRESETS else "")
     if preset:
         return Architecture(CLIPConfig.from_open_clip(model_cfg(preset)), run.preprocess)
     if (manifest := epath.Path(teacher) / MANIFEST).exists():
         artifact = describe(parse_manifest(manifest.read_bytes()))
         return Architecture(artifact.config, artifact.preprocess)
-    if not teacher.startswith(PREFIX) and is_checkpoint(teacher):
+    if not teacher.startswith(HUB_PREFIX) and is_checkpoint(teacher):
         checkpoint = open_checkpoint(teacher)
         return Architecture(checkpoint.config, checkpoint.preprocess)
     if ((workdir := split_step(teacher).workdir) / "config.json").exists():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from etils import epath
 
 from tclip_jax.artifacts import write_artifact
 from tclip_jax.artifacts.files import file_entry
@@ -41,19 +42,19 @@ def written(
 
 @pytest.fixture
 def artifact(written: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of the artifact, to break."""
+    """A copy of the artifact that a test may damage."""
     return pathlib.Path(shutil.copytree(written, tmp_path / "artifact"))
 
 
 @pytest.fixture
 def forge(artifact: pathlib.Path) -> Callable[..., pathlib.Path]:
-    """Edits the copy as a malicious author would: the checksums of the manifest and of the files in `changed` fit."""
+    """Edits the copy as a malicious author would: the checksums of the manifest and of `changed` are correct."""
 
     def edit_manifest(
         edit: Callable[[Tree], Any] = lambda manifest: None, changed: tuple[str, ...] = ()
     ) -> pathlib.Path:
         manifest = json.loads((artifact / MANIFEST).read_text())
-        manifest["files"] |= {name: file_entry((artifact / name).read_bytes()) for name in changed}
+        manifest["files"] |= {name: file_entry(epath.Path(artifact / name)) for name in changed}
         edit(manifest)
         (artifact / MANIFEST).write_bytes(dump_manifest(manifest))
         return artifact

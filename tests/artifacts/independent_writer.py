@@ -1,4 +1,4 @@
-"""A writer of artifacts made from docs/artifact.md alone: NumPy, zstandard and JSON, nothing of tclip_jax."""
+"""A writer of artifacts in NumPy, zstandard and JSON that follows docs/artifact.md and imports nothing of tclip_jax."""
 
 from __future__ import annotations
 

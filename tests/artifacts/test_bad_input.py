@@ -1,4 +1,4 @@
-"""Bad input from outside: a forged artifact is one line and exit code 2, and nothing large is allocated for it."""
+"""A forged artifact gives a one-line error and exit code 2, and allocates nothing large."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def other_shape(folder: pathlib.Path, forge: Forge) -> None:
 
 
 def wider_model(folder: pathlib.Path, forge: Forge) -> None:
-    """The configuration is changed, not the tensors: 2³¹ parameters of which none may be allocated."""
+    """Change the configuration to one with 2³¹ parameters, which must not be allocated, but not the tensors."""
     forge(lambda manifest: manifest["model_cfg"]["text_cfg"].update(vocab_size=2**27))
 
 
@@ -57,7 +57,7 @@ def other_group(folder: pathlib.Path, forge: Forge) -> None:
 
 
 def other_scales(folder: pathlib.Path, forge: Forge) -> None:
-    """One scale too few for the shape and the group that tclip.json gives."""
+    """Write one scale less than the shape and the group in tclip.json require."""
     scales = zstandard.compress(np.ones(2 * 2 * 96 - 1, np.float16).tobytes())
     replace(folder, f"{FC1}.scale", scales)
     forge(changed=(FILE,))
@@ -70,13 +70,13 @@ def zstd_bomb(folder: pathlib.Path, forge: Forge) -> None:
 
 
 def large_bomb(folder: pathlib.Path, forge: Forge) -> None:
-    """A frame that is larger than the tensor can need makes the file too large to be read at all."""
+    """Write a frame larger than its tensor can be, so that the file exceeds its size limit."""
     replace(folder, f"{FC1}.trits", bytes(2**24))
     forge(changed=(FILE,))
 
 
 def other_vocabulary(folder: pathlib.Path, forge: Forge) -> None:
-    """Two tokens exchanged: every id is in range, and texts would be read as others."""
+    """Exchange two tokens: every id is valid, but texts would be tokenized differently."""
     vocabulary = json.loads((folder / "vocab.json").read_text())
     vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
@@ -95,7 +95,7 @@ def replace(folder: pathlib.Path, name: str, data: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def warm(written: pathlib.Path) -> None:
-    """What reading imports and traces for the first time is not the artifact's doing."""
+    """Read an artifact once, so that imports and the first trace do not count."""
     assert main(["inspect", str(written)]) == 0
 
 
@@ -106,17 +106,17 @@ def warm(written: pathlib.Path) -> None:
         (truncated_file, rf"{FILE} has \d+ bytes: tclip.json gives \d+"),
         (
             truncated_file_with_forged_checksums,
-            rf"{FILE} is truncated or damaged: it has \d+ bytes, its header gives \d+",
+            rf"{FILE} is truncated or damaged: it has \d+ bytes, its header states \d+",
         ),
         (newer_version, "format_version is 2, and this tclip_jax reads 1: a newer artifact needs a newer tclip_jax"),
         (other_shape, rf"{FC1} has shape \[2, 24, 1048576\]: it must be \[2, 24, 96\]"),
         (wider_model, r"embedding has shape \[50, 16\]: it must be \[134217728, 16\]"),
         (other_group, rf"{FC1} has scale_shape \[2, 2, 96\]: it must be \[2, 24, 96\]"),
-        (other_scales, rf"{FC1}\.scale expands to 766 bytes: its shape has 768"),
-        (zstd_bomb, rf"{FC1}\.trits expands to 268435456 bytes: its shape has 922"),
-        (large_bomb, rf"{FILE} has \d+ bytes: at most \d+ can be right"),
-        (other_vocabulary, r"vocab\.json is not CLIP's: tokens would be those of another vocabulary"),
-        (other_merges, r"merges\.txt is not CLIP's: tokens would be those of another vocabulary"),
+        (other_scales, rf"{FC1}\.scale expands to 766 bytes: the frame must declare 768"),
+        (zstd_bomb, rf"{FC1}\.trits expands to 268435456 bytes: the frame must declare 922"),
+        (large_bomb, rf"{FILE} has \d+ bytes: its limit is \d+"),
+        (other_vocabulary, r"vocab\.json holds another vocabulary: only CLIP's is supported"),
+        (other_merges, r"merges\.txt holds another vocabulary: only CLIP's is supported"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -36,11 +36,11 @@ def model(config: CLIPConfig, preprocess: Preprocess, packed: Tree, rules: Terna
 @pytest.mark.parametrize("rest_dtype", ["float16", "float32"])
 def test_round_trip_is_exact(model: Tree, tmp_path: pathlib.Path, rest_dtype: Any) -> None:
     write_artifact(tmp_path / "a", **model, rest_dtype=rest_dtype, figures={"top1": 0.5}, provenance={"run": "x"})
-    found = read_artifact(tmp_path / "a")
-    assert found[:2] + found[3:4] == (model["config"], model["preprocess"], model["rules"])
-    assert found.manifest["figures"] == {"top1": 0.5}
-    assert found.manifest["provenance"]["run"] == "x"
-    expected, leaves = flatten(model["params"]), flatten(found.params)
+    loaded = read_artifact(tmp_path / "a")
+    assert loaded[:2] + loaded[3:4] == (model["config"], model["preprocess"], model["rules"])
+    assert loaded.manifest["figures"] == {"top1": 0.5}
+    assert loaded.manifest["provenance"]["run"] == "x"
+    expected, leaves = flatten(model["params"]), flatten(loaded.params)
     assert list(leaves) == list(expected)
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):
@@ -88,7 +88,7 @@ def test_parameters_of_another_model_are_refused(model: Tree, tmp_path: pathlib.
 
 
 def test_latent_weights_are_refused(model: Tree, latent: Tree, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ArtifactError, match=r"image/.* holds the latent weights of a ternary rule: pack_params"):
+    with pytest.raises(ArtifactError, match=r"image/.* holds latent weights, but a rule makes it ternary: call"):
         write_artifact(tmp_path / "a", **model | {"params": latent})
 
 
@@ -137,7 +137,7 @@ def test_killed_writing_leaves_no_artifact(
     monkeypatch.setattr(format, "dump_manifest", _stop)
     monkeypatch.setattr(
         type(epath.Path(tmp_path)), "rmtree", lambda *_, **__: None
-    )  # a killed process tidies nothing up
+    )  # a killed process does not clean up
     with pytest.raises(KeyboardInterrupt):
         write_artifact(tmp_path / "a", **model)
     (left,) = tmp_path.iterdir()
@@ -157,7 +157,7 @@ def test_object_stores_get_the_same_files(model: Tree, written: pathlib.Path, bu
 
 @pytest.mark.parametrize("operation", ["open", "write", "close", "copy"])
 def test_a_failed_upload_leaves_the_older_artifact(model: Tree, bucket: type[Bucket], operation: str) -> None:
-    """At the first, a middle and the last operation of its kind; a copy is how an object store renames."""
+    """Fail at the first, a middle and the last operation of its kind; object stores rename by copying."""
     folder = epath.Path("gs://bucket/a")
     write_artifact(folder, **model, figures={"top1": 0.5})
     bucket.failing = counting = Failure(operation, 10**9)

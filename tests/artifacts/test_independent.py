@@ -1,4 +1,4 @@
-"""The format as others know it: a writer made from its document is read here, and the document's reader reads ours."""
+"""The document describes the format: a writer that follows it, and the reader printed in it, agree with the package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ spec.loader.exec_module(independent_writer)
 
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory: pytest.TempPathFactory, config: CLIPConfig, packed: Tree) -> pathlib.Path:
-    """The model as the other writer writes it."""
+    """The model, written by the independent writer."""
     folder = tmp_path_factory.mktemp("independent") / "artifact"
     ternary, floats = {}, {}
     for path, leaf in flatten(packed).items():
@@ -48,9 +48,9 @@ def documented_reader(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def test_another_writer_is_read_to_the_bit(theirs: pathlib.Path, config: CLIPConfig, packed: Tree) -> None:
-    found = read_artifact(theirs)
-    assert found.config == config and found.rules == () and "provenance" not in found.manifest
-    expected, leaves = flatten(packed), flatten(found.params)
+    loaded = read_artifact(theirs)
+    assert loaded.config == config and loaded.rules == () and "provenance" not in loaded.manifest
+    expected, leaves = flatten(packed), flatten(loaded.params)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):

@@ -139,7 +139,7 @@ def test_preprocessing_for_another_size_is_refused(manifest: Tree) -> None:
         (lambda t: t[FC1].update(group=4), r"has scale_shape \[2, 2, 96\]: it must be \[2, 6, 96\]"),
         (lambda t: t[FC1].update(scale_shape=[2, 1, 1]), r"has scale_shape \[2, 1, 1\]: it must be \[2, 2, 96\]"),
         (lambda t: t[FC1].update(group=24), r"it must be \[2, 1, 96\] or \[2, 1, 1\]"),
-        (lambda t: t["image/ln_pre/bias"].update(coding="base3+zstd"), r"the model can use it as planes\+zstd only"),
+        (lambda t: t["image/ln_pre/bias"].update(coding="base3+zstd"), r"this parameter must be planes\+zstd"),
     ],
 )
 def test_tensors_that_do_not_fit_the_model_are_refused(

@@ -1,4 +1,4 @@
-"""Against the safetensors library, both ways."""
+"""Files are exchanged with the safetensors library in both directions."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def _with_header(header: Any, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated or no safetensors file: its 0 bytes"),
-        (b"PK\x03\x04 something else", "truncated or no safetensors file"),
-        (safetensors.numpy.save({"a": np.ones(4, np.float32)})[:-1], "it has 79 bytes, its header gives 80"),
-        (safetensors.numpy.save({"a": np.ones(4, np.float32)}) + b"x", "it has 81 bytes, its header gives 80"),
+        (b"", "truncated or not a safetensors file: its 0 bytes"),
+        (b"PK\x03\x04 something else", "truncated or not a safetensors file"),
+        (safetensors.numpy.save({"a": np.ones(4, np.float32)})[:-1], "it has 79 bytes, its header states 80"),
+        (safetensors.numpy.save({"a": np.ones(4, np.float32)}) + b"x", "it has 81 bytes, its header states 80"),
         (_with_header([]), "bad header"),
         (_with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)), "cannot be F32"),
         (_with_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, bytes(4)), "cannot be F32"),
         (_with_header({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, b"x"), "F8_E4M3"),
         (_with_header({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
         (_with_header({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, bytes(4)), "cannot be F32"),
-        (_with_header(dict.fromkeys("ab", FOUR), bytes(4)), "b begins at byte 0: the one before ends at 4"),
+        (_with_header(dict.fromkeys("ab", FOUR), bytes(4)), "b starts at byte 0: the previous tensor ends at 4"),
         (
             _with_header({"a": FOUR | {"data_offsets": [4, 8]}}, bytes(8)),
-            "a begins at byte 4: the one before ends at 0",
+            "a starts at byte 4: the previous tensor ends at 0",
         ),
-        (_with_header({"a": FOUR, "A": FOUR}, bytes(4)).replace(b'"A"', b'"a"'), "'a' is there twice"),
+        (_with_header({"a": FOUR, "A": FOUR}, bytes(4)).replace(b'"A"', b'"a"'), "'a' is duplicated"),
         (struct.pack("<Q", 10**5) + b"[" * 10**5, "bad header: maximum recursion depth exceeded"),
     ],
 )

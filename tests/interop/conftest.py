@@ -1,4 +1,4 @@
-"""Random parameters in which nothing is 0 or 1, so that no tensor can be dropped or swapped unnoticed."""
+"""Random parameters without any 0 or 1, so that a dropped or exchanged tensor is detected."""
 
 from __future__ import annotations
 

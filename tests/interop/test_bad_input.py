@@ -1,4 +1,4 @@
-"""Every kind of bad source through `tclip import`: one line that names the file and the reason, and nothing written."""
+"""`tclip import` refuses every bad source with one line that names the file and the reason, and writes nothing."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CONFIG = CLIPConfig(
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, random_params: Draw) -> pathlib.Path:
-    """A good folder of open_clip, to break."""
+    """A valid folder of open_clip that a test may damage."""
     path = tmp_path / "theirs"
     export_pytorch(path, config=CONFIG, preprocess=Preprocess(16), params=random_params(CONFIG), formats=["open_clip"])
     return path
 
 
 def refused(source: pathlib.Path | str, message: str, capsys: pytest.CaptureFixture[str], *options: str) -> None:
-    """`tclip import` ends with 2, one line that names the source, and no file that was not there."""
+    """Check that `tclip import` exits with 2, prints one line that names the source, and writes no file."""
     where = pathlib.Path(source).parent
     before = sorted(where.rglob("*"))
     assert main(["import", str(source), "--out", str(where / "out"), *options]) == 2
@@ -83,7 +83,7 @@ def test_weights_that_are_no_numbers(value: float, folder: pathlib.Path, capsys:
 def test_a_wrong_preset(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(folder, "its embed_dim is 16, but the given model's is 512", capsys, "--preset", "ViT-B-16")
     refused(folder / "open_clip_model.safetensors", "missing transformer.resblocks", capsys, "--preset", "ViT-B-16")
-    refused(folder / "open_clip_model.safetensors", "does not say which model it is", capsys)
+    refused(folder / "open_clip_model.safetensors", "does not state its architecture", capsys)
 
 
 def test_names_that_mean_the_same(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,9 +102,9 @@ def test_another_architecture_in_a_gguf(tmp_path: pathlib.Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"layers": 10**9}, "the model has 1000000001 layers, but the file 38 tensors"),
+        ({"layers": 10**9}, "the model has 1000000001 layers, but the file has only 38 tensors"),
         ({"width": 2**40, "head_width": 2**20}, "the model has more than 4294967296 parameters"),
-        ({"mlp_ratio": float("nan")}, "open_clip_config.json is not JSON: NaN is none of its numbers"),
+        ({"mlp_ratio": float("nan")}, "open_clip_config.json is not JSON: NaN is not a JSON number"),
         ({"mlp_ratio": 1e300}, "the model has more than"),
         ({"mlp_ratio": -1.0}, "vision_cfg.mlp_ratio is -1.0: it must be above 0"),
         ({"image_size": 1.5}, "vision_cfg.image_size is 1.5"),
@@ -130,7 +130,7 @@ def test_metadata_that_are_none(
 
 
 class Hostile:
-    """Unpickling it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = str(path)
@@ -156,12 +156,12 @@ def test_a_tensor_that_repeats_its_storage(folder: pathlib.Path, capsys: pytest.
 
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"visual.proj": torch.zeros(1).expand(10**6, 10**6)}, folder / "open_clip_pytorch_model.bin")
-    refused(folder, "visual.proj has shape (1000000, 1000000): its storage is smaller", capsys)
+    refused(folder, "visual.proj has shape (1000000, 1000000): its storage is too small", capsys)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory, random_params: Draw) -> pathlib.Path:
-    """An archive as OpenAI's, whose program computes QuickGELU."""
+    """An archive like OpenAI's, whose program computes QuickGELU."""
     import open_clip
     import torch
 
@@ -179,20 +179,20 @@ def archive(tmp_path_factory: pytest.TempPathFactory, random_params: Draw) -> pa
 def test_the_activation_of_an_archive_is_not_the_one_that_is_given(
     archive: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenAI's ViT-B/16 is ViT-B-16-quickgelu: the name ViT-B-16, which others use for it, is refused."""
+    """OpenAI's ViT-B/16 is the preset ViT-B-16-quickgelu; ViT-B-16, which has GELU, is refused."""
     presets = {"ViT-B-16": CONFIG.to_open_clip(), "ViT-B-16-quickgelu": CONFIG.to_open_clip() | {"quick_gelu": True}}
     monkeypatch.setattr("tclip_jax.models.presets.PRESETS", presets)
     refused(archive, "its quick_gelu is True, but the given model's is False", capsys, "--preset", "ViT-B-16")
-    given = ["import", str(archive), "--out", str(tmp_path / "out"), "--preset", "ViT-B-16-quickgelu"]
-    assert main(given) == 0
+    arguments = ["import", str(archive), "--out", str(tmp_path / "out"), "--preset", "ViT-B-16-quickgelu"]
+    assert main(arguments) == 0
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda info, data: (info, data + b"\0"), "is not 64 float32, stored as they are"),
-        (lambda info, data: (compressed(info), data), "is not 64 float32, stored as they are"),
+        (lambda info, data: (info, data + b"\0"), "it must hold 64 float32, uncompressed"),
+        (lambda info, data: (compressed(info), data), "it must hold 64 float32, uncompressed"),
     ],
 )
 def test_storages_of_an_archive_that_are_not_their_size(
@@ -215,7 +215,7 @@ def compressed(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
 
 @pytest.mark.torch
 def test_a_damaged_archive(archive: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    """One byte of a weight, of the program, and of the directory of members."""
+    """Change one byte of a weight, of the program, and of the directory."""
     broken, contents = tmp_path / "broken.pt", {}
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(tmp_path / "stored.pt", "w") as target:
         for name in source.namelist():
@@ -237,7 +237,7 @@ def test_a_damaged_archive(archive: pathlib.Path, tmp_path: pathlib.Path, capsys
 @pytest.mark.torch
 def test_bombs_in_an_archive(archive: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("tclip_jax.interop.torchscript._MAX_TEXT", 2**20)
-    for suffix, message in (("data.pkl", "at most 1048576 can be right"), (".py", "no CLIP's has")):
+    for suffix, message in (("data.pkl", "at most 1048576 are read"), (".py", "more than 1048576 bytes, the limit")):
         bomb = tmp_path / "bomb.pt"
         with zipfile.ZipFile(archive) as source, zipfile.ZipFile(bomb, "w") as target:
             for info in source.infolist():

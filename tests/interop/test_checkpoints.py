@@ -15,7 +15,7 @@ from tclip_jax.models.clip import CLIP
 @pytest.mark.torch
 @pytest.mark.parametrize(("form", "vocabulary"), [("vision_config", 49408), ("vision_config_dict", 49410)])
 def test_a_config_json_of_what_differs(form: str, vocabulary: int, tmp_path: pathlib.Path) -> None:
-    """As transformers 4 saved it, the published L/14-336 among them; the embeddings are those of CLIPModel."""
+    """transformers 4 saved only fields that differ from the defaults; the embeddings equal those of CLIPModel."""
     import torch
     import transformers
 

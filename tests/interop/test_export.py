@@ -28,13 +28,13 @@ Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]
 
 TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
-# Sizes whose centred crop needs no rounding, where transformers and open_clip differ.
+# Sizes whose centred crop needs no rounding; transformers and open_clip round differently.
 SIZES = ((64, 48), (32, 32), (40, 100), (300, 60))
 CAPTIONS = ["a photo of a cat", "", "two dogs, 1 ball & a very long caption " * 8, "Ünïcode naïve café"]
 
 
 def narrow(preset: str, width: int, layers: int, quick_gelu: bool) -> CLIPConfig:
-    """A preset's image size, patches and context with thinner and fewer layers."""
+    """Return a preset with its image size, patches and context, but narrower and fewer layers."""
     config = CLIPConfig.from_open_clip(PRESETS[preset])
     vision = dataclasses.replace(config.vision, width=width, layers=layers)
     text = dataclasses.replace(config.text, width=width, heads=4, layers=layers)
@@ -42,7 +42,7 @@ def narrow(preset: str, width: int, layers: int, quick_gelu: bool) -> CLIPConfig
 
 
 def with_ternary_leaves(params: Params) -> Params:
-    """The first text MLP weight replaced by trits and scales of eight significant bits, two groups per column."""
+    """Replace the first text MLP weight by trits and scales of eight significant bits, two groups a column."""
     rng = np.random.default_rng(2)
     leaves, path = flatten_dict(params, sep="/"), "text/blocks/mlp/fc1/kernel"
     layers, inputs, outputs = leaves[path].shape
@@ -58,7 +58,7 @@ def images() -> list[Image.Image]:
 
 
 def assert_both_libraries_agree(folder: pathlib.Path, config: CLIPConfig, pixels: Preprocess, params: Params) -> None:
-    """Loads the folder strictly in both; their own processors must give our inputs, their models our embeddings."""
+    """Load the folder strictly in both libraries; their processors give our inputs, and their models our embeddings."""
     import open_clip
     import torch
     import transformers

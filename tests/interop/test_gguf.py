@@ -33,7 +33,7 @@ CONFIG = CLIPConfig(
     quick_gelu=True,
 )
 PIXELS = Preprocess(32)
-# Weights that share a scale, every granularity that fits: along the inputs, and then whether the outputs do too.
+# Every granularity that GGUF can hold: weights along the inputs that share a scale, and whether all outputs do.
 GROUPS = {
     "image/blocks/attention/qkv/kernel": 256,
     "image/blocks/attention/out/kernel": "channel",
@@ -48,7 +48,7 @@ GROUPS = {
     "text/token_embedding/embedding": 256,
 }
 
-# clip.cpp's names from open_clip's, with the third of q, k, v where one is cut, and what is transposed.
+# clip.cpp's name for each name of open_clip, with the index of the third (q, k, v) and whether it is transposed.
 OUTSIDE = {
     "v.patch_embd.weight": "visual.conv1.weight",
     "v.class_embd": "visual.class_embedding",
@@ -74,9 +74,9 @@ INSIDE = {
 
 
 def from_open_clip_state(name: str, state: dict[str, np.ndarray]) -> np.ndarray:
-    """What the tensor of this name must hold."""
-    if found := re.fullmatch(r"([vt])\.blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        tower, layer, part, kind = found.groups()
+    """Return the expected values of the tensor with this name."""
+    if match := re.fullmatch(r"([vt])\.blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        tower, layer, part, kind = match.groups()
         key = f"{'visual.' if tower == 'v' else ''}transformer.resblocks.{layer}.{INSIDE[part]}"
         value = state[f"{key}{kind}" if key.endswith("_") else f"{key}.{kind}"]
         return np.split(value, 3)["qkv".index(part[-1])] if part in ("attn_q", "attn_k", "attn_v") else value
@@ -86,14 +86,14 @@ def from_open_clip_state(name: str, state: dict[str, np.ndarray]) -> np.ndarray:
     return state[f"{OUTSIDE[stem]}.{kind}"]
 
 
-def assert_same_bits(found: Any, expected: Any) -> None:
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
 
 
 @pytest.fixture(scope="module")
 def params(random_params: Draw) -> Params:
-    """Scales of 11 significant bits, down to the least that float16 holds."""
+    """Return scales of 11 significant bits, down to the smallest of float16."""
     leaves, rng = flatten_dict(random_params(CONFIG), sep="/"), np.random.default_rng(1)
     for path, group in GROUPS.items():
         axis = -1 if path.endswith("embedding") else -2
@@ -125,8 +125,8 @@ def test_the_gguf_package_reads_every_tensor_to_the_bit(file: pathlib.Path, para
     for name, tensor in tensors.items():
         expected = from_open_clip_state(name, state)
         assert tensor.shape.tolist() == list(reversed(expected.shape))
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
-        assert_same_bits(np.ascontiguousarray(found), np.ascontiguousarray(expected))
+        decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        assert_same_bits(np.ascontiguousarray(decoded), np.ascontiguousarray(expected))
     ternary = {name for name, tensor in tensors.items() if tensor.tensor_type.name == file.stem.upper()}
     assert len(ternary) == 3 * 6 + 3
     assert {tensor.tensor_type.name for name, tensor in tensors.items() if name not in ternary} == {"F32"}
@@ -166,9 +166,9 @@ def test_metadata_are_those_of_clip_cpp(file: pathlib.Path, params: Params) -> N
 
 
 def test_it_is_read_as_it_was_written(file: pathlib.Path, params: Params) -> None:
-    config, preprocess, found = read_gguf(file)
+    config, preprocess, decoded = read_gguf(file)
     assert (config, preprocess) == (CONFIG, PIXELS)
-    leaves, expected = flatten(found), flatten(params)
+    leaves, expected = flatten(decoded), flatten(params)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         assert isinstance(leaves[path], TernaryTensor) == isinstance(leaf, TernaryTensor)
@@ -213,7 +213,7 @@ def other_trit(leaf: Any) -> Any:
 )
 def test_verify_names_what_differs(path: str, change: Callable[[Any], Any], file: pathlib.Path, params: Params) -> None:
     other = replaced(params, path, change(flatten(params)[path]))
-    with pytest.raises(ValueError, match=rf"{file.name}: {path} is not what the given parameters hold"):
+    with pytest.raises(ValueError, match=rf"{file.name}: {path} differs from the given parameters"):
         verify_gguf(file, other)
 
 
@@ -229,7 +229,7 @@ def test_a_patch_embedding_is_float16_only_where_that_is_exact(params: Params, t
 
 
 def test_a_file_of_the_gguf_package_is_read(file: pathlib.Path, params: Params, tmp_path: pathlib.Path) -> None:
-    """Its writer, its quantiser of the dequantised weights, and float16 for the others, as clip.cpp's converter has."""
+    """Write the model as clip.cpp's converter does: gguf's writer and quantizer, and float16 for float weights."""
     ours, state = gguf.GGUFReader(file), to_open_clip(params, CONFIG)
     writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "clip")
     for key, field in ours.fields.items():
@@ -243,9 +243,9 @@ def test_a_file_of_the_gguf_package_is_read(file: pathlib.Path, params: Params, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    config, preprocess, found = read_gguf(tmp_path / "theirs.gguf")
+    config, preprocess, decoded = read_gguf(tmp_path / "theirs.gguf")
     assert (config, preprocess) == (CONFIG, PIXELS)
-    leaves, expected = flatten(found), flatten(read_gguf(file)[2])
+    leaves, expected = flatten(decoded), flatten(read_gguf(file)[2])
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
         if isinstance(leaf, TernaryTensor):
@@ -262,7 +262,7 @@ def rewrite(
     fields: dict[str, Any],
     tensors: dict[str, tuple[str, tuple[int, ...], np.ndarray] | None],
 ) -> None:
-    """The same file with other fields, and with tensors of other types and bytes, or without them."""
+    """Rewrite the file with changed fields, and with changed or without some tensors."""
     data = file.read_bytes()
     with file.open("rb") as opened:
         metadata, places = read_header(opened, len(data), "clip")
@@ -281,7 +281,7 @@ def rewrite(
 @pytest.mark.parametrize(
     ("fields", "tensors", "message"),
     [
-        ({"clip.has_text_encoder": False}, {}, "it has no text encoder: a CLIP of two towers can be read"),
+        ({"clip.has_text_encoder": False}, {}, "it has no text encoder: only a CLIP with two towers can be read"),
         ({"general.architecture": "llama"}, {}, "the architecture is 'llama': only 'clip' can be read"),
         ({"clip.text.block_count": 2}, {}, "the list of tensors does not fit the model: missing t.blk.1.attn_k.bias"),
         ({"clip.vision.block_count": 1}, {}, "unexpected v.blk.1.attn_k.bias"),
@@ -296,7 +296,7 @@ def rewrite(
         (
             {},
             {"t.post_ln.bias": ("TQ1_0", (256,), np.zeros(54, np.uint8))},
-            "tensor t.post_ln.bias has type TQ1_0: the model can use",
+            "tensor t.post_ln.bias has type TQ1_0: it must be F32 or F16",
         ),
         (
             {},
@@ -331,7 +331,7 @@ def test_rewriting_alone_changes_nothing(file: pathlib.Path, tmp_path: pathlib.P
 
 
 def test_damaged_files_are_refused_or_read(file: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Bytes of the header changed at random: an error is a ValueError of one line with the file's name."""
+    """Random changes in the header give at most a ValueError, of one line with the file's name."""
     data, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
     with file.open("rb") as opened:
         end = min(place.offset for place in read_header(opened, len(data), "clip")[1].values())

@@ -1,4 +1,4 @@
-"""What GGUF cannot hold, and the export of a folder with GGUF files in it."""
+"""Models that GGUF cannot hold, and exports with GGUF files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def replaced(params: Params, path: str, leaf: Any) -> Params:
 
 
 def grouped(params: Params, path: str, group: int, count: int, axis: int = -2) -> Params:
-    """With ternary ones and scales of 1, `count` a column, at `path`."""
+    """Return the parameters with trits of 1 and `count` scales of 1 for each column at `path`."""
     trits: Any = np.ones(flatten(params)[path].shape, np.int8)
     shape = list(trits.shape)
     shape[axis] = count
@@ -60,19 +60,19 @@ def params(random_params: Draw) -> Params:
     [
         (
             lambda p: grouped(p, QKV, 128, 2),
-            f"{QKV} has groups of 128 along 256 weights: GGUF has a scale for each 256",
+            f"{QKV} has groups of 128 along 256 inputs: GGUF has a scale for each 256",
         ),
-        (lambda p: grouped(p, FC2, 512, 2), f"{FC2} has groups of 512 along 768 weights"),
-        (lambda p: grouped(p, FC2, 384, 2), f"{FC2} has groups of 384 along 768 weights"),
+        (lambda p: grouped(p, FC2, 512, 2), f"{FC2} has groups of 512 along 768 inputs"),
+        (lambda p: grouped(p, FC2, 384, 2), f"{FC2} has groups of 384 along 768 inputs"),
         (
             lambda p: grouped(p, "text/token_embedding/embedding", 100, 3),
-            "embedding has groups of 100 along 300 weights",
+            "embedding has groups of 100 along 300 inputs",
         ),
-        (lambda p: grouped(p, "image/projection/kernel", 40, 1, -1), "groups of 40 along 40 weights"),
-        (lambda p: scaled(p, FC2, 0.1), f"{FC2}: scale 0.100000001 is not a float16 number"),
-        (lambda p: scaled(p, FC2, np.nan), f"{FC2}: scale nan is not a float16 number"),
+        (lambda p: grouped(p, "image/projection/kernel", 40, 1, -1), "groups of 40 along 40 inputs"),
+        (lambda p: scaled(p, FC2, 0.1), f"{FC2}: scale 0.100000001 is not exact in float16"),
+        (lambda p: scaled(p, FC2, np.nan), f"{FC2}: scale nan is not exact in float16"),
         (lambda p: scaled(p, FC2, -1.0), f"{FC2}: a scale is negative"),
-        (lambda p: scaled(p, FC2, 0.0), f"{FC2}: a scale is 0 beside trits"),
+        (lambda p: scaled(p, FC2, 0.0), f"{FC2}: a scale is 0 for nonzero trits"),
         (lambda p: p | {"logit_scale": np.float32(np.nan)}, "logit_scale holds NaN"),
         (lambda p: p | {"more": np.zeros(1)}, "the parameter tree does not fit the model: unexpected more"),
         (lambda p: p | {"logit_scale": np.zeros(2)}, r"logit_scale has shape \(2,\): the model's is \(\)"),
@@ -91,7 +91,7 @@ def test_what_gguf_cannot_hold_is_not_written(
 
 
 def test_one_scale_a_column_is_written_whatever_its_group_is_called(params: Params, tmp_path: pathlib.Path) -> None:
-    """One scale a column is a group of any length, so it is written whatever the group is called."""
+    """A column with one scale is written whatever its group size is."""
     changed = grouped(params, QKV, 256, 1)
     write_gguf(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=changed, kind="tq1_0")
     verify_gguf(tmp_path / "out", changed)
@@ -104,8 +104,8 @@ def test_a_ternary_patch_embedding_is_written_as_floats(params: Params, tmp_path
     changed = replaced(params, "image/patch_embedding/kernel", leaf)
     write_gguf(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=changed, kind="tq1_0")
     verify_gguf(tmp_path / "out", changed)
-    found = read_gguf(tmp_path / "out")[2]["image"]["patch_embedding"]["kernel"]
-    np.testing.assert_array_equal(found, np.reshape(leaf.dequantize(), (16, 16, 3, 256)))
+    stored = read_gguf(tmp_path / "out")[2]["image"]["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(stored, np.reshape(leaf.dequantize(), (16, 16, 3, 256)))
 
 
 def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pathlib.Path) -> None:

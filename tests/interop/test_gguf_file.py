@@ -60,7 +60,7 @@ def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 
 
 def one(*arguments: Any, data: int = 1024) -> bytes:
-    """A file with one tensor and so many bytes of data."""
+    """Return a file with one tensor and the given number of data bytes."""
     head = header(tensors=tensor(*arguments), counts=(1, 1))
     return head + bytes(-len(head) % 32 + data)
 
@@ -126,17 +126,17 @@ def test_a_file_cut_anywhere_is_truncated(path: pathlib.Path) -> None:
     [
         (b"", "not a GGUF file"),
         (b"GGU", "not a GGUF file"),
-        (b"PK\x03\x04" + bytes(100), "not a GGUF file: it must begin with GGUF"),
-        (header(version=1), "GGUF version 1: versions 2 and 3, little-endian"),
-        (header(version=3 << 24), "GGUF version 50331648"),
+        (b"PK\x03\x04" + bytes(100), "not a GGUF file: it must start with the bytes GGUF"),
+        (header(version=1), "the GGUF version is 1: only 2 and 3, little-endian"),
+        (header(version=3 << 24), "the GGUF version is 50331648"),
         (header(counts=(0, 2**64 - 1)), "truncated"),
         (header(counts=(2**64 - 1, 1)), "truncated"),
         (header(b"", counts=(0, 0)), "the architecture is None: only 'clip' can be read"),
         (header(CLIP.replace(b"clip", b"bert")), "the architecture is 'bert': only 'clip' can be read"),
-        (header(CLIP + CLIP, counts=(0, 2)), "general.architecture is there twice"),
+        (header(CLIP + CLIP, counts=(0, 2)), "general.architecture is duplicated"),
         (header(struct.pack("<Q", 2**64 - 1)), "truncated: 18446744073709551615 bytes should follow byte 32"),
         (header(struct.pack("<Q", 3) + b"\xff\xff\xff"), "'utf-8' codec can't decode"),
-        (header(string("a\nb") + bytes(20)), r"a name of 3 characters begins with 'a\\nb'"),
+        (header(string("a\nb") + bytes(20)), r"a name of 3 characters starts with 'a\\nb'"),
         (header(string("k" * 128) + bytes(20)), "a name of 128 characters"),
         (header(string("k") + struct.pack("<I", 99)), "k has the unknown value type 99"),
         (header(string("k") + struct.pack("<IIQ", 9, 4, 2**63) + bytes(8)), "truncated"),
@@ -145,7 +145,7 @@ def test_a_file_cut_anywhere_is_truncated(path: pathlib.Path) -> None:
         (header(CLIP + string("general.alignment") + struct.pack("<II", 4, 24), counts=(0, 2)), "alignment is 24"),
         (header(CLIP + string("general.alignment") + struct.pack("<II", 4, 0), counts=(0, 2)), "alignment is 0"),
         (one("x", (4,) * 5, 0, 0), "tensor x has 5 axes: at most 4"),
-        (one("x", (256,), 12, 0), "tensor x has type Q4_K: F32, F16, TQ1_0, TQ2_0 can be read"),
+        (one("x", (256,), 12, 0), "tensor x has type Q4_K: only F32, F16, TQ1_0, TQ2_0 can be read"),
         (one("x", (256,), 30, 0), "tensor x has type BF16"),
         (one("x", (256,), 77, 0), "tensor x has type number 77"),
         (one("x", (255, 256), 34, 0), r"tensor x is TQ1_0 with rows of 255"),
@@ -153,14 +153,14 @@ def test_a_file_cut_anywhere_is_truncated(path: pathlib.Path) -> None:
         (one("x", (257,), 0, 0), "truncated: tensor x ends at byte"),
         (one("x", (2**63, 2**63), 0, 0), "truncated: tensor x ends at byte"),
         (one("x", (4,), 0, 2**64 - 32), "truncated: tensor x ends at byte"),
-        (one("x", (4,), 0, 16), "that must be a multiple of 32"),
+        (one("x", (4,), 0, 16), "it must be a multiple of 32"),
         (
             header(tensors=tensor("x", (16,), 0, 0) + tensor("y", (16,), 0, 32), counts=(2, 1)) + bytes(512),
-            "tensor y begins at byte 192, inside the one that ends at byte 224",
+            "tensor y starts at byte 192: the previous tensor ends at 224",
         ),
         (
             header(tensors=tensor("x", (16,), 0, 0) + tensor("x", (16,), 0, 64), counts=(2, 1)) + bytes(512),
-            "x is there twice",
+            "x is duplicated",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Blocks of given trits and scales."""
+"""Encoding and decoding of blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_BYTES = {"tq1_0": 54, "tq2_0": 66}
 
 
 def random_blocks(rows: int, blocks: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Trits, no block of zeros only, and scales of eight bits down to the least that a quantizer gives."""
+    """Return trits, without all-zero blocks, and scales of eight bits down to the smallest of a quantizer."""
     rng = np.random.default_rng(seed)
     trits = rng.integers(-1, 2, (rows, blocks * 256), np.int8)
     mantissa, exponent = rng.integers(128, 256, (2, rows, blocks)), rng.integers(-24, 8, (rows, blocks))
@@ -29,7 +29,7 @@ def test_bytes_and_values_are_those_of_the_gguf_package(kind: Kind) -> None:
     number = gguf.GGMLQuantizationType[kind.upper()]
     found = encode_blocks(trits, scale, kind)
     np.testing.assert_array_equal(found, gguf.quants.quantize(weights, number))
-    # A scale · 0 is +0 here and there, so the bits are the same too.
+    # scale · 0 is +0 in both, so the bits are equal too.
     np.testing.assert_array_equal(gguf.quants.dequantize(found, number).view(np.uint32), weights.view(np.uint32))
 
 
@@ -50,7 +50,7 @@ def test_round_trip(kind: Kind, data: st.DataObject, rows: int, blocks: int) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_of_zeros_keeps_its_scale(kind: Kind) -> None:
-    """gguf's quantizer alone would give it 0."""
+    """gguf's quantizer would store 0 instead."""
     scale = np.ones((1, 2), np.float32)
     trits: np.ndarray = np.repeat(np.array([[0, -1]], np.int8), 256, axis=1)
     again = decode_blocks(encode_blocks(trits, scale, kind), kind)
@@ -59,7 +59,7 @@ def test_a_block_of_zeros_keeps_its_scale(kind: Kind) -> None:
 
 
 def test_layout_by_hand() -> None:
-    """Each position alone: the byte that it changes and by how much, from the format's description."""
+    """Each position alone changes one byte by the amount in the format's description."""
     for position in range(256):
         trits = np.full((1, 256), -1, np.int8)
         trits[0, position] = 1
@@ -97,7 +97,7 @@ def test_exactly_the_codes_of_trits_are_read() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("half", "message"),
-    [(np.nan, "not finite"), (np.inf, "not finite"), (-1, "negative"), (-0.0, "negative"), (0, "0 beside trits")],
+    [(np.nan, "not finite"), (np.inf, "not finite"), (-1, "negative"), (-0.0, "negative"), (0, "0 for nonzero trits")],
 )
 def test_a_scale_that_no_weights_have_is_refused(half: float, message: str, kind: Kind) -> None:
     block = encode_blocks(np.ones((1, 256), np.int8), np.ones((1, 1)), kind)
@@ -109,7 +109,7 @@ def test_a_scale_that_no_weights_have_is_refused(half: float, message: str, kind
 def test_a_two_bit_code_of_three_is_refused() -> None:
     block = encode_blocks(np.ones((1, 256), np.int8), np.ones((1, 1)), "tq2_0")
     block[0, 5] |= 3
-    with pytest.raises(ValueError, match="a byte of a tq2_0 block is no code of trits"):
+    with pytest.raises(ValueError, match="a byte of a tq2_0 block encodes no trits"):
         decode_blocks(block, "tq2_0")
 
 
@@ -117,11 +117,11 @@ def test_a_two_bit_code_of_three_is_refused() -> None:
     ("trit", "scale", "message"),
     [
         (2, 1.0, "found 2 to 2"),
-        (1, 0.1, "scale 0.100000001 is not a float16 number"),
-        (1, 1e6, "scale 1000000 is not a float16 number"),
-        (1, np.nan, "scale nan is not a float16 number"),
+        (1, 0.1, "scale 0.100000001 is not exact in float16"),
+        (1, 1e6, "scale 1000000 is not exact in float16"),
+        (1, np.nan, "scale nan is not exact in float16"),
         (1, -1.0, "a scale is negative"),
-        (1, 0.0, "a scale is 0 beside trits that are not"),
+        (1, 0.0, "a scale is 0 for nonzero trits"),
     ],
 )
 def test_what_a_block_cannot_hold_is_refused(trit: int, scale: float, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Models of open_clip and transformers, saved as people save them: the same parameters, the same embeddings."""
+"""Models saved by open_clip and transformers in every usual form give the same parameters and embeddings."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
 MODEL_CFG = PRESETS["tiny"]
 
 
-def assert_same(found: Params, expected: Params) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), found, expected)
+def assert_same(actual: Params, expected: Params) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), actual, expected)
 
 
 def open_clip_folder(
     folder: pathlib.Path, params: Params, model_cfg: dict[str, Any] | None = None, dtype: str = "float32"
 ) -> pathlib.Path:
-    """What open_clip's push_to_hf_hub writes, but for the tokenizer."""
+    """Write what open_clip's push_to_hf_hub writes, without the tokenizer."""
     folder.mkdir()
     document = {"model_cfg": model_cfg or MODEL_CFG, "preprocess_cfg": {"mean": HALF_MEAN, "std": HALF_STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
@@ -65,8 +65,8 @@ def folder(tmp_path: pathlib.Path, params: Params) -> pathlib.Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_open_clip_folder_becomes_an_artifact(dtype: str, tmp_path: pathlib.Path, params: Params) -> None:
     source = open_clip_folder(tmp_path / "theirs", params, dtype=jax.numpy.dtype(dtype))
-    found = import_checkpoint(source, tmp_path / "out")
-    assert len(found) == 12 and all(isinstance(each, NotTernaryError) for each in found.values())
+    results = import_checkpoint(source, tmp_path / "out")
+    assert len(results) == 12 and all(isinstance(each, NotTernaryError) for each in results.values())
     artifact = read_artifact(tmp_path / "out")
     assert_same(artifact.params, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), params))
     assert (artifact.config, artifact.preprocess) == (TINY, Preprocess(32, HALF_MEAN, HALF_STD))
@@ -93,7 +93,7 @@ def test_embeddings_are_those_of_the_library(kind: str, quick_gelu: bool, tmp_pa
     import torch
     import transformers
 
-    from tclip_jax.interop.hugging_face import hugging_face_config
+    from tclip_jax.interop.hugging_face_config import hugging_face_config
 
     vision = dataclasses.replace(TINY.vision, width=128, head_width=64)
     text = dataclasses.replace(TINY.text, width=64, heads=1, context_length=12)
@@ -190,8 +190,8 @@ def with_ternary(params: Params, scale: np.float32) -> Params:
 
 def test_trits_are_recovered_and_load_as_the_same_weights(tmp_path: pathlib.Path, params: Params) -> None:
     dequantised = with_ternary(params, np.float32(0.1))
-    found = import_checkpoint(open_clip_folder(tmp_path / "theirs", dequantised), tmp_path / "out")
-    ternary = {path: each for path, each in found.items() if isinstance(each, TernaryTensor)}
+    results = import_checkpoint(open_clip_folder(tmp_path / "theirs", dequantised), tmp_path / "out")
+    ternary = {path: each for path, each in results.items() if isinstance(each, TernaryTensor)}
     assert {path: t.scale.shape for path, t in ternary.items()} == {
         "image/blocks/mlp/fc1/kernel": (3, 1, 1),
         "image/blocks/mlp/fc2/kernel": (3, 1, 1),
@@ -229,7 +229,7 @@ def test_an_export_for_one_library_is_read_back(library: str, tmp_path: pathlib.
 
 def test_a_bare_file_needs_a_preset(tmp_path: pathlib.Path, folder: pathlib.Path, params: Params) -> None:
     file = folder / "open_clip_model.safetensors"
-    with pytest.raises(ValueError, match=r"model\.safetensors does not say which model it is, nor its activation"):
+    with pytest.raises(ValueError, match=r"model\.safetensors does not state its architecture"):
         open_checkpoint(file)
     checkpoint = open_checkpoint(file, like="tiny")
     assert_same(checkpoint.params, params)
@@ -310,7 +310,7 @@ WRAPPERS = (
 def test_names_of_wrappers_are_those_of_the_model(
     prefix: str, suffix: str, folder: pathlib.Path, params: Params
 ) -> None:
-    """DataParallel, torch.compile, FSDP and a training loop's own, in any order, for a bare file."""
+    """Prefixes of DataParallel, torch.compile, FSDP and training loops, in any order, in a weights file."""
     import torch
 
     path = folder / f"wrapped{suffix}"
@@ -330,12 +330,13 @@ def test_names_of_wrappers_are_those_of_the_model(
 @pytest.mark.torch
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_what_pytorch_itself_wraps_is_read(file: str, tmp_path: pathlib.Path, params: Params) -> None:
-    """The modules of PyTorch make the names: compiled towers, checkpointed blocks, an average; transformers' model."""
+    """Names made by PyTorch: compiled towers, checkpointed blocks, an average; also around transformers' model."""
     import torch
     import transformers
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    from tclip_jax.interop.hugging_face import hugging_face_config, to_hugging_face
+    from tclip_jax.interop.hugging_face import to_hugging_face
+    from tclip_jax.interop.hugging_face_config import hugging_face_config
 
     document = hugging_face_config(TINY)
     model = transformers.CLIPModel(transformers.CLIPConfig.from_dict(document))

@@ -41,7 +41,7 @@ def test_what_weights_ternarize_to_is_reached_again(factor: float, group: Any, b
     t = jax.device_get(_ternarize(w, quantizer, axis))
     latent = latent_from_ternary(t, quantizer)
     assert_gives_back(latent, t, quantizer)
-    # Weights that training can go on from: none far out, and zeros of both signs that cancel.
+    # The weights suit training: none is far out, and zeros of both signs cancel.
     assert np.abs(latent).max() <= 2 * t.scale.max()
     assert abs(latent[t.trits == 0].mean()) < 0.01 * t.scale.max()
 
@@ -107,7 +107,7 @@ def test_a_tree_keeps_its_floats_and_names_what_has_no_rule() -> None:
 @pytest.mark.parametrize("group", [64, 96, 256, "channel", "tensor"])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_other_groups_of_the_same_scales(group: Any, axis: int) -> None:
-    """GGUF gives a scale for each 256 weights, and recovery the largest groups, whatever the quantizer's are."""
+    """The groups may differ from the quantizer's: GGUF has groups of 256, recovery finds the largest."""
     trits: Any = np.random.default_rng(0).integers(-1, 2, (2, 512, 512), np.int8)
     trits[:, :256] = 0
     coarse: Any = np.full((2, 1, 1), 0.75, np.float32)

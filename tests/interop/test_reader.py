@@ -21,7 +21,7 @@ A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.float
 
 
 def shards(folder: pathlib.Path, **files: str) -> pathlib.Path:
-    """Two shards and their index; `files` changes its weight_map."""
+    """Write two shards and their index; `files` changes its weight_map."""
     safetensors.numpy.save_file({"a": A}, folder / "model-1.safetensors")
     safetensors.numpy.save_file({"b": B}, folder / "model-2.safetensors")
     index = folder / "model.safetensors.index.json"
@@ -94,7 +94,7 @@ def test_a_pickle_of_before_zip_files(tmp_path: pathlib.Path) -> None:
 
 
 class Hostile:
-    """Unpickling it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = str(path)
@@ -168,7 +168,7 @@ def test_without_torch_a_pickle_asks_for_it(tmp_path: pathlib.Path, monkeypatch:
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A small program as OpenAI's: modules in modules, half precision, a strided weight, QuickGELU."""
+    """A small program like OpenAI's: nested modules, half precision, a strided weight, QuickGELU."""
     import torch
 
     class Block(torch.nn.Module):
@@ -208,8 +208,8 @@ def test_a_torchscript_archive_with_other_classes_or_sizes_is_refused(
 ) -> None:
     for old, new, message in (
         (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nmkdir\n", r"it holds os\.mkdir, and only tensors"),
-        (b"K\x0f", b"K\x0e", "of 60 bytes is not 14 float32"),
-        (b"K\x05K\x03", b"K\x05K\x04", "of 15 numbers cannot hold"),
+        (b"K\x0f", b"K\x0e", "has 60 bytes: it must hold 14 float32"),
+        (b"K\x05K\x03", b"K\x05K\x04", "has 15 numbers: it cannot hold"),
     ):
         with zipfile.ZipFile(scripted[0]) as source, zipfile.ZipFile(tmp_path / "w.pt", "w") as target:
             for name in source.namelist():
@@ -223,8 +223,8 @@ def test_a_torchscript_archive_with_other_classes_or_sizes_is_refused(
 @pytest.mark.parametrize(
     ("pickled", "message"),
     [
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "it puts an object at place 2147483647: it has 9 bytes"),
-        (b"\x80\x02}p4294967296\n.", "it puts an object at place 4294967296"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "data.pkl has the memo index 2147483647: it must be below its 9 bytes"),
+        (b"\x80\x02}p4294967296\n.", "data.pkl has the memo index 4294967296"),
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "expected 1099511627776 bytes in a bytearray8"),
         (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "expected 1099511627776 bytes in a bytes8"),
         (b"\x80\x02cc\x1bol\nOrderedDict\n.", "only tensors are read"),
@@ -233,7 +233,7 @@ def test_a_torchscript_archive_with_other_classes_or_sizes_is_refused(
 def test_a_pickle_in_an_archive_asks_for_no_more_memory_than_it_has(
     pickled: bytes, message: str, tmp_path: pathlib.Path
 ) -> None:
-    """Found by tests/fuzz: pickle itself would allocate what these say."""
+    """Found by tests/fuzz: pickle itself would allocate as much as these indices state."""
     path = tmp_path / "clip.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("clip/data.pkl", pickled)

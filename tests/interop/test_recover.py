@@ -16,18 +16,18 @@ _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 
 def expanded(t: TernaryTensor) -> npt.NDArray[np.float64]:
-    """scale · trit by NumPy's repeat alone."""
+    """Return scale · trit, computed with NumPy's repeat."""
     scale = np.asarray(t.scale, np.float64)
     if scale.shape[t.axis] > 1:
         scale = np.repeat(scale, t.group, t.axis).take(range(t.shape[t.axis]), t.axis)
     return np.asarray(t.trits, np.float64) * scale
 
 
-def assert_same(found: TernaryTensor, expected: TernaryTensor) -> None:
-    assert (found.group, found.axis) == (expected.group, expected.axis)
-    np.testing.assert_array_equal(found.trits, expected.trits)
-    assert np.asarray(found.scale).tobytes() == np.asarray(expected.scale).tobytes()
-    assert found.trits.dtype == np.int8 and found.scale.shape == expected.scale.shape
+def assert_same(recovered: TernaryTensor, expected: TernaryTensor) -> None:
+    assert (recovered.group, recovered.axis) == (expected.group, expected.axis)
+    np.testing.assert_array_equal(recovered.trits, expected.trits)
+    assert np.asarray(recovered.scale).tobytes() == np.asarray(expected.scale).tobytes()
+    assert recovered.trits.dtype == np.int8 and recovered.scale.shape == expected.scale.shape
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_what_a_quantizer_made_is_recovered_with_its_groups(group: int | str, ax
     w = np.random.default_rng(0).normal(0, 0.02, (2, 300, 600)).astype(np.float32)
     t = jax.device_get(_ternarize(jnp.asarray(w), Quantizer(2.0, group, bits), axis))  # type: ignore[arg-type]
     stored = expanded(t).astype(jnp.dtype(dtype))
-    found = recover_ternary(stored, axis)
-    assert_same(found, t)
-    assert scale_bits(found.scale) <= bits
-    np.testing.assert_array_equal(expanded(found), stored.astype(np.float64))
+    recovered = recover_ternary(stored, axis)
+    assert_same(recovered, t)
+    assert scale_bits(recovered.scale) <= bits
+    np.testing.assert_array_equal(expanded(recovered), stored.astype(np.float64))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 5), st.sampled_from([-1, -2]))
@@ -70,9 +70,9 @@ def test_layers_of_different_groups_share_the_finest() -> None:
     trits = np.random.default_rng(1).integers(-1, 2, (3, 512, 4), np.int8)
     scales = [np.full((512, 4), 0.5), np.arange(1, 5) * np.ones((512, 1)), np.repeat([[1.0], [2.0]], 256, 0)]
     w = (trits * np.stack([np.broadcast_to(scale, (512, 4)) for scale in scales])).astype(np.float32)
-    found = recover_ternary(w)
-    assert found.group == 256 and found.scale.shape == (3, 2, 4)
-    np.testing.assert_array_equal(expanded(found), w)
+    recovered = recover_ternary(w)
+    assert recovered.group == 256 and recovered.scale.shape == (3, 2, 4)
+    np.testing.assert_array_equal(expanded(recovered), w)
     assert recover_ternary(w[:2]).scale.shape == (2, 1, 4)
     assert recover_ternary(w[:1]).scale.shape == (1, 1, 1)
 
@@ -80,9 +80,9 @@ def test_layers_of_different_groups_share_the_finest() -> None:
 def test_zeros_have_scale_zero_and_lose_their_sign() -> None:
     w = np.zeros((512, 3), np.float32)
     w[300, 1], w[5, 2] = -2.0, -0.0
-    found = recover_ternary(w)
-    np.testing.assert_array_equal(found.scale, [[2.0]])
-    assert not np.signbit(found.dequantize()[5, 2])
+    recovered = recover_ternary(w)
+    np.testing.assert_array_equal(recovered.scale, [[2.0]])
+    assert not np.signbit(recovered.dequantize()[5, 2])
     assert recover_ternary(np.zeros((64, 3), np.float32)).scale.tolist() == [[0.0]]
 
 

@@ -1,4 +1,4 @@
-"""`tclip export` as users call it: every format at once, the check script, and the same trits out of each."""
+"""`tclip export` writes every format at once, with the check script, and each format gives the same trits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FIGURES = {"zero_shot_accuracy": 0.987654321, "imagenet": {"acc1": 0.5, "classes
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory, random_params: Draw) -> pathlib.Path:
-    """A ternary artifact with figures; groups of 256 and scales of 8 bits fit every format."""
+    """A ternary artifact with figures, whose groups of 256 and scales of 8 bits suit every format."""
     folder = tmp_path_factory.mktemp("release") / "student"
     rules = ternary_rules("Q-ALL", Quantizer())
     params = pack_params(random_params(CONFIG), rules)
@@ -56,7 +56,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, random_params: Draw) -> pa
 
 @pytest.fixture(scope="module")
 def release(student: pathlib.Path) -> pathlib.Path:
-    """The student in every format; no test may change it."""
+    """The student, exported in every format; tests must not change it."""
     folder = student.parent / "release"
     assert main(["export", str(student), "--to", FORMATS, "--out", str(folder)]) == 0
     return folder
@@ -100,7 +100,7 @@ def test_the_check_script(release: pathlib.Path, tmp_path: pathlib.Path, capsys:
     safetensors.numpy.save_file(state, broken / "model.safetensors", {"format": "pt"})
     assert run_check(broken) == "not the exported model, or no library"
     (broken / "model.safetensors").unlink()
-    assert run_check(broken) == 0  # open_clip's alone
+    assert run_check(broken) == 0  # only open_clip's weights
     (broken / "open_clip_model.safetensors").unlink()
     assert run_check(broken) == "not the exported model, or no library"
 
@@ -142,8 +142,8 @@ def copied(release: pathlib.Path, folder: pathlib.Path, *names: str) -> pathlib.
     return folder
 
 
-def assert_same_trits(found: Params, expected: Params, exact_floats: bool = True) -> None:
-    ours, theirs = flatten(found), flatten(expected)
+def assert_same_trits(actual: Params, expected: Params, exact_floats: bool = True) -> None:
+    ours, theirs = flatten(actual), flatten(expected)
     count = 0
     for path, leaf in theirs.items():
         if isinstance(leaf, TernaryTensor):
@@ -182,13 +182,13 @@ def test_an_export_of_an_import_has_the_same_bytes(release: pathlib.Path, tmp_pa
     assert main(["export", str(tmp_path / "imported"), "--to", FORMATS, "--out", str(again)]) == 0
     assert {path.name for path in again.iterdir()} == {path.name for path in release.iterdir()}
     for path in release.iterdir():
-        if path.name != "README.md":  # the figures are the artifact's
+        if path.name != "README.md":  # it contains the figures of the artifact
             assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
 @pytest.fixture(scope="module")
 def kinds(student: pathlib.Path, release: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The same weights in everything that `tclip compare` takes."""
+    """The same weights in every form that `tclip compare` accepts."""
     workdir = student.parent / "run"
     config = base_config()
     with config.unlocked():
@@ -221,7 +221,7 @@ def test_compare_takes_any_two_kinds(
         assert report.passed and report.verdict == ("0 of 50 tensors over budget 0, 0 trit flips",), (a, b)
     paths = [str(kinds["open_clip file"]), str(kinds["run"])]
     assert main(["compare", "weights", *paths]) == 2
-    assert "does not say which model it is" in capsys.readouterr().err
+    assert "does not state its architecture" in capsys.readouterr().err
     assert main(["compare", "weights", *paths, "--model-cfg", str(named)]) == 0
     paths[1] = str(kinds["GGUF"])
     assert main(["compare", "activations", *paths, "--model-cfg", str(named), "--via", "jax", "--batch", "1"]) == 0

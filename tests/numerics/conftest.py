@@ -1,4 +1,4 @@
-"""One small model, a batch that fills its context, and its folder for PyTorch."""
+"""Fixtures: a small model, a batch that fills its context, and the exported folder for PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(scope="session")
 def model() -> Model:
-    """Random weights of which none is left at 0 or 1."""
+    """Random weights; none keeps its initial 0 or 1."""
     vision = VisionConfig(image_size=(16, 16), patch_size=8, width=32, layers=3, head_width=16)
     config = CLIPConfig(24, vision, TextConfig(context_length=12, width=16, heads=2, layers=2))
     rng = np.random.default_rng(0)

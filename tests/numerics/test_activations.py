@@ -1,4 +1,4 @@
-"""Planted bugs: the first tap over budget must be the one where the bug is."""
+"""The first tap over budget is the one with the bug, for bugs that the tests introduce."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 @pytest.fixture(scope="module")
 def reference(model: Model, batch: Batch) -> Recording:
-    """The model in PyTorch, which no bug planted in JAX reaches."""
+    """A recording of the model in PyTorch, without the bugs that the tests introduce in JAX."""
     pytest.importorskip("torch")
     return record_torch(build_torch(model), model.config, *batch)
 
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
-    """Replaces a function of the model; what was compiled with or without it is forgotten."""
+    """Replace a function of the model, and clear the compilation caches before and after."""
 
     def replace(name: str, function: Any) -> None:
         monkeypatch.setattr(f"tclip_jax.models.transformer.{name}", function)
@@ -99,7 +99,7 @@ def test_tanh_gelu(model: Model, reference: Recording, plant: Callable[[str, Any
 @pytest.mark.torch
 def test_layer_norm_epsilon(model: Model, reference: Recording, plant: Callable[[str, Any], None]) -> None:
     plant("layer_norm", lambda name: nn.LayerNorm(epsilon=1e-6, name=name))
-    # The image tower's activations have a variance of about 1, next to which neither epsilon is seen.
+    # The image tower's activations have a variance of about 1, which hides the difference of the epsilons.
     assert first_over(model, reference)[1] == "text/blocks/0/attention"
 
 

@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 RECORDING = Recording(
     pixels=RNG.standard_normal((2, 4, 4, 3), np.float32),
     tokens=RNG.integers(0, 49408, (2, 7), np.int32),
-    # Neither alphabetical nor contiguous.
+    # The order is not alphabetical, and the arrays are not contiguous.
     taps={"image/b": RNG.standard_normal((3, 2), np.float32).T, "image/a": np.float32([[np.nan, -0.0]])},
     logit_scale=14.285714285714286,
     facts={"run by": "nobody — ß"},
@@ -26,16 +26,16 @@ RECORDING = Recording(
 
 def test_round_trip_keeps_every_bit_and_the_order(tmp_path: pathlib.Path) -> None:
     write_golden(tmp_path / "golden", RECORDING)
-    found = read_golden(tmp_path / "golden")
+    loaded = read_golden(tmp_path / "golden")
     assert [path.name for path in tmp_path.iterdir()] == ["golden"]
-    assert found.logit_scale == RECORDING.logit_scale and found.facts == RECORDING.facts
-    assert found.made_by == RECORDING.made_by
-    assert list(found.taps) == ["image/b", "image/a"]
+    assert loaded.logit_scale == RECORDING.logit_scale and loaded.facts == RECORDING.facts
+    assert loaded.made_by == RECORDING.made_by
+    assert list(loaded.taps) == ["image/b", "image/a"]
     for name, tap in RECORDING.taps.items():
-        np.testing.assert_array_equal(found.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
-    np.testing.assert_array_equal(found.pixels, RECORDING.pixels)
-    np.testing.assert_array_equal(found.tokens, RECORDING.tokens)
-    assert found.tokens.dtype == np.int32
+        np.testing.assert_array_equal(loaded.taps[name].view(np.int32), np.ascontiguousarray(tap).view(np.int32))
+    np.testing.assert_array_equal(loaded.pixels, RECORDING.pixels)
+    np.testing.assert_array_equal(loaded.tokens, RECORDING.tokens)
+    assert loaded.tokens.dtype == np.int32
 
 
 def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
@@ -46,12 +46,12 @@ def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
     whole = path.read_bytes()
     for broken in (b"", whole[:5], whole[:-1], b"{}" * 30, whole.replace(b'"tclip_golden":"2"', b'"tclip_golden":"3"')):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
+        with pytest.raises(ValueError, match="golden: not a golden file, or a damaged one: "):
             read_golden(path)
     for header in ("[]", '{"taps": 3}', '{"taps": [], "logit_scale": [], "facts": {}, "made_by": {}}'):
         inputs = {"input/pixels": np.zeros(2), "input/tokens": np.zeros(2)}
         path.write_bytes(safetensors.numpy.save(inputs, {"tclip_golden": "2", "json": header}))
-        with pytest.raises(ValueError, match="golden: not a golden file, or a broken one: "):
+        with pytest.raises(ValueError, match="golden: not a golden file, or a damaged one: "):
             read_golden(path)
     for metadata in (None, {"tclip_golden": "2"}, {"tclip_golden": "2", "json": '{"taps": ["image/b"]}'}):
         path.write_bytes(safetensors.numpy.save({"a": np.zeros(2)}, metadata))
@@ -62,7 +62,7 @@ def test_refuses_what_is_no_golden_file(tmp_path: pathlib.Path) -> None:
 def test_a_golden_file_of_another_shape_or_preprocessing_does_not_pass(
     model: Model, batch: tuple[np.ndarray, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
-    """Its pixels are normalised already: without what made them, another mean would go unseen."""
+    """A recording holds normalised pixels, so only its recipe reveals that the model has another mean."""
     write_golden(tmp_path / "golden", record(model, *batch)._replace(made_by=model_recipe(model)))
     reference = read_golden(tmp_path / "golden")
     same = activations_report("", model, reference)

@@ -8,7 +8,14 @@ import pytest
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.inference.model import Model
-from tclip_jax.numerics.inputs import compare_pixels, compare_tokens, inputs_report, plain, plain_image, sample_images
+from tclip_jax.numerics.inputs import (
+    compare_pixels,
+    compare_tokens,
+    inputs_report,
+    same_in_transformers,
+    sample_images,
+    square_rgb,
+)
 
 
 @pytest.mark.torch
@@ -59,10 +66,10 @@ def test_the_first_image_that_differs_is_named() -> None:
     ("text", "same"), [("A  cat", True), ("é e\u0301", True), ("a &amp; b", False), ("schÃ¶n", False), ("ΟΔΟΣ", False)]
 )
 def test_plain_texts(text: str, same: bool) -> None:
-    assert plain(text) == same
+    assert same_in_transformers(text) == same
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-def test_plain_images_are_square_and_remember_nothing() -> None:
-    for image in map(plain_image, sample_images(25)):
+def test_square_rgb_images_keep_no_metadata() -> None:
+    for image in map(square_rgb, sample_images(25)):
         assert image.mode == "RGB" and image.width == image.height and not image.info

@@ -40,15 +40,17 @@ def test_json_is_strict_and_whole(report: Report) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found = json.loads(json.dumps(to_json(report)), parse_constant=refuse)
-    assert [row["name"] for row in found["tables"]["cumulative"]] == [row.name for row in report.tables["cumulative"]]
-    far, zero = found["tables"]["cumulative"][2], found["tables"]["cumulative"][4]
+    document = json.loads(json.dumps(to_json(report)), parse_constant=refuse)
+    assert [row["name"] for row in document["tables"]["cumulative"]] == [
+        row.name for row in report.tables["cumulative"]
+    ]
+    far, zero = document["tables"]["cumulative"][2], document["tables"]["cumulative"][4]
     assert far["max_abs"] == 0.5 and sum(far["ulp_counts"]) == 1000 and zero["relative"] == "inf"
-    assert found["passed"] is False and found["budget"] == 1e-5
+    assert document["passed"] is False and document["budget"] == 1e-5
 
 
 class Checker(html.parser.HTMLParser):
-    """Collects every address that a browser would load, and the texts of cells."""
+    """Collect every URL that a browser would load, and the text of cells."""
 
     def __init__(self) -> None:
         super().__init__()

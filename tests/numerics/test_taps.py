@@ -56,7 +56,7 @@ def test_taps_are_what_the_model_computes(model: Model, batch: Batch, taps: Taps
 def test_a_tap_of_the_reference_reaches_its_readers_and_no_further(
     model: Model, batch: Batch, taps: Taps, changed: str, readers: set[str]
 ) -> None:
-    # Fresh noise: LayerNorm undoes a change by a factor or a constant.
+    # New noise, because LayerNorm cancels a factor or an offset.
     noise = np.random.default_rng(0).standard_normal(taps[changed].shape, np.float32)
     isolated = collect_taps(model, *batch, taps | {changed: taps[changed] + noise})
     assert {name for name in taps if not np.allclose(isolated[name], taps[name], atol=1e-5)} == readers

@@ -85,7 +85,7 @@ def test_missing_and_unexpected_are_named(model: Model) -> None:
     leaves = flatten_dict(model.params, sep="/")
     less = unflatten_dict({path: leaf for path, leaf in leaves.items() if path != "image/ln_pre/bias"}, sep="/")
     for ours, theirs, names in ((less, model.params, ("image/ln_pre/bias",)), (model.params, less, ())):
-        found = compare_weights(ours, theirs)
-        assert found.missing == names and found.missing + found.unexpected == ("image/ln_pre/bias",)
+        comparison = compare_weights(ours, theirs)
+        assert comparison.missing == names and comparison.missing + comparison.unexpected == ("image/ln_pre/bias",)
     report = weights_report("title", dataclasses.replace(model, params=less), model)
     assert not report.passed and "missing: image/ln_pre/bias" in report.verdict

@@ -14,14 +14,14 @@ FLOATS = arrays.arrays(np.float32, st.integers(1, 30), elements=st.floats(-1e6, 
 @given(a=FLOATS, seed=st.integers(0, 99))
 def test_figures_are_those_of_their_definitions(a: np.ndarray, seed: int) -> None:
     b = a + np.random.default_rng(seed).normal(0, 1, a.shape).astype(np.float32)
-    found, x, y = measure("tap", a, b), a.astype(np.float64), b.astype(np.float64)
+    measured, x, y = measure("tap", a, b), a.astype(np.float64), b.astype(np.float64)
     rms = np.sqrt(np.mean(y * y))
-    np.testing.assert_allclose(found.max_abs, max(abs(x - y)))
-    np.testing.assert_allclose(found.relative, max(abs(x - y) / (abs(y) + rms)))
-    np.testing.assert_allclose(found.rmse, np.linalg.norm(x - y) / np.sqrt(len(x)))
+    np.testing.assert_allclose(measured.max_abs, max(abs(x - y)))
+    np.testing.assert_allclose(measured.relative, max(abs(x - y) / (abs(y) + rms)))
+    np.testing.assert_allclose(measured.rmse, np.linalg.norm(x - y) / np.sqrt(len(x)))
     if x.any():
-        np.testing.assert_allclose(found.cosine, x @ y / np.linalg.norm(x) / np.linalg.norm(y), atol=1e-12)
-    assert sum(found.ulp_counts) == found.size == len(a) and found.nonfinite == 0
+        np.testing.assert_allclose(measured.cosine, x @ y / np.linalg.norm(x) / np.linalg.norm(y), atol=1e-12)
+    assert sum(measured.ulp_counts) == measured.size == len(a) and measured.nonfinite == 0
 
 
 @given(a=FLOATS, steps=st.integers(0, 20))
@@ -35,8 +35,8 @@ def test_ulp_counts_the_floats_between(a: np.ndarray, steps: int) -> None:
 
 def test_ulp_across_zero() -> None:
     tiny = np.float32(1e-45)
-    found = ulp_distance(np.array([-0.0, -tiny, 1.0], np.float32), np.array([0.0, tiny, -1.0], np.float32))
-    np.testing.assert_array_equal(found, [0, 2, 2 * 0x3F800000])
+    measured = ulp_distance(np.array([-0.0, -tiny, 1.0], np.float32), np.array([0.0, tiny, -1.0], np.float32))
+    np.testing.assert_array_equal(measured, [0, 2, 2 * 0x3F800000])
 
 
 def test_histogram_bins_are_powers_of_two() -> None:
@@ -47,17 +47,17 @@ def test_histogram_bins_are_powers_of_two() -> None:
 
 def test_identical_arrays() -> None:
     for a in (np.zeros(3, np.float32), np.arange(5, dtype=np.float32)):
-        found = measure("tap", a, a)
-        assert (found.max_abs, found.relative, found.rmse, found.ulp_max) == (0, 0, 0, 0)
-        assert found.cosine == 1 and not found.over(0.0)
+        measured = measure("tap", a, a)
+        assert (measured.max_abs, measured.relative, measured.rmse, measured.ulp_max) == (0, 0, 0, 0)
+        assert measured.cosine == 1 and not measured.over(0.0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_over_any_budget(value: float) -> None:
     a = np.array([1, value, 3], np.float32)
     for pair in ((a, np.ones(3, np.float32)), (np.ones(3, np.float32), a), (a, a)):
-        found = measure("tap", *pair)
-        assert found.nonfinite == 1 and found.over(1e9) and np.isfinite(found.max_abs)
+        measured = measure("tap", *pair)
+        assert measured.nonfinite == 1 and measured.over(1e9) and np.isfinite(measured.max_abs)
 
 
 def test_relative_error_of_a_zero_reference_is_infinite() -> None:
@@ -98,7 +98,7 @@ def test_end_metrics_against_a_naive_computation() -> None:
         return {name: rng.standard_normal((5, 8)).astype(np.float32) for name in ("image/embedding", "text/embedding")}
 
     ours, theirs = taps(), taps()
-    found = end_metrics(ours, theirs, (2.0, 3.0))
+    measured = end_metrics(ours, theirs, (2.0, 3.0))
 
     def classes(taps: dict[str, np.ndarray], scale: float) -> np.ndarray:
         e = np.exp(scale * np.float64(taps["image/embedding"]) @ np.float64(taps["text/embedding"]).T)
@@ -106,6 +106,6 @@ def test_end_metrics_against_a_naive_computation() -> None:
 
     q, p = classes(ours, 2.0), classes(theirs, 3.0)
     kl = [sum(p[i, j] * np.log(p[i, j] / q[i, j]) for j in range(5)) for i in range(5)]
-    np.testing.assert_allclose((found["kl_mean"], found["kl_max"]), (np.mean(kl), max(kl)))
-    assert found["agreement"] == np.mean([p[i].argmax() == q[i].argmax() for i in range(5)])
+    np.testing.assert_allclose((measured["kl_mean"], measured["kl_max"]), (np.mean(kl), max(kl)))
+    assert measured["agreement"] == np.mean([p[i].argmax() == q[i].argmax() for i in range(5)])
     assert end_metrics(ours, ours, (2.0, 2.0)) == {"agreement": 1, "kl_mean": 0, "kl_max": 0}

@@ -145,7 +145,7 @@ def without_zeros(packed: Params) -> Params:
         ),
         (
             {"ternary": "Q-FFN"},
-            "attention/out/kernel is ternary, but no rule of the run makes it so; make config.ternary",
+            "attention/out/kernel is ternary, but no rule of the run matches it; make config.ternary",
         ),
         ({"quantizer.group": "tensor"}, "image/blocks/.*: .* weights have another scale than the rest of their group"),
         ({}, "image/blocks/mlp/fc1/kernel: no weights give 0 of its 64 scales and 16 of its 1024 trits with factor 2"),

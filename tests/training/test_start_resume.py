@@ -157,4 +157,4 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     assert f"data.content: {made['data']['content']}" in capsys.readouterr().out
     assert main(["export", f"{tmp_path}/artifact", "--to", "open_clip", "--out", f"{tmp_path}/export"]) == 0
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "| made of | |" in card and f"| data.content | {made['data']['content']} |" in card
+    assert "| provenance | |" in card and f"| data.content | {made['data']['content']} |" in card

@@ -1,4 +1,4 @@
-"""Files that are no weights, made by their own libraries where these are here: each is said to be what it is."""
+"""The error for a file that holds no weights names its kind; the files come from their own libraries, if installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import zstandard
 from etils import epath
 
 from tclip_jax.cli import main
-from tclip_jax.interop.foreign import GGUF, PYTORCH, SAFETENSORS, file_kind
+from tclip_jax.interop.reader import GGUF, PYTORCH, SAFETENSORS, file_kind
 from tclip_jax.models.presets import PRESETS
 
 
@@ -56,14 +56,14 @@ def parquet() -> bytes:
 
 
 def onnx(producer: bytes = b"pytorch") -> bytes:
-    """ir_version 8 and the producer's name: how every export of PyTorch begins."""
+    """Return ir_version 8 and the producer's name, with which every ONNX export of PyTorch starts."""
     return b"\x08\x08\x12" + bytes([len(producer)]) + producer + b"\x1a\x052.7.0" + bytes(90)
 
 
 KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "html": (lambda: b"\n<!DOCTYPE html>\n<html><head><title>404</title>", "a page of the web (HTML)"),
-    "xml": (lambda: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "a page of the web (HTML)"),
-    "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
+    "html": (lambda: b"\n<!DOCTYPE html>\n<html><head><title>404</title>", "a web page (HTML)"),
+    "xml": (lambda: b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "a web page (HTML)"),
+    "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
     "zip": (lambda: zipped("readme.txt"), "a zip archive: unpack it first"),
     "npz": (npz, "an archive of NumPy arrays (.npz)"),
     "npy": (lambda: b"\x93NUMPY\x01\x00" + bytes(70), "a NumPy array"),
@@ -79,7 +79,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "tar": (tar, "a tar archive"),
     "parquet": (parquet, "a Parquet table"),
     "json": (lambda: b'{"error": "Entry not found"}', "JSON text"),
-    "zeros": (lambda: bytes(4096), "nothing but zeros"),
+    "zeros": (lambda: bytes(4096), "only zeros"),
     "gguf": (lambda: b"GGUF" + struct.pack("<IQQ", 3, 0, 0), GGUF),
     "pickle": (lambda: pickle.dumps({"a": 1}), PYTORCH),
     "torch": (lambda: zipped("archive/data.pkl", "archive/version"), PYTORCH),
@@ -119,7 +119,7 @@ def test_names_of_a_file_are_not_sent_to_the_terminal(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "weights.safetensors"
-    names = ["\x1b[2Jvisual\n.proj", *"vwxyz"]  # as many as the model has layers, or that is the reason
+    names = ["\x1b[2Jvisual\n.proj", *"vwxyz"]  # as many as layers, or the check of the size fails
     safetensors.numpy.save_file({name: np.zeros(3, np.float32) for name in names}, path)
     assert main(["import", str(path), "--out", str(tmp_path / "out"), "--preset", "tiny"]) == 2
     error = capsys.readouterr().err
@@ -129,13 +129,13 @@ def test_names_of_a_file_are_not_sent_to_the_terminal(
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("adapter_config.json", "its adapter_config.json is an adapter (LoRA): merge it into its model first"),
+        ("adapter_config.json", "its adapter_config.json is an adapter (LoRA): merge it into its model"),
         ("flax_model.msgpack", "its flax_model.msgpack is weights of Flax"),
         ("tf_model.h5", "its tf_model.h5 is weights of Keras or TensorFlow"),
         ("saved_model.pb", "its saved_model.pb is a SavedModel of TensorFlow"),
         ("model.ckpt-1000.index", "its model.ckpt-1000.index is a checkpoint of TensorFlow"),
         ("model.onnx", "its model.onnx is an ONNX model"),
-        ("model-f16.gguf", "its model-f16.gguf is a GGUF: give that file itself"),
+        ("model-f16.gguf", "its model-f16.gguf is a GGUF: pass that file instead of the folder"),
     ],
 )
 @pytest.mark.parametrize("described", [True, False])

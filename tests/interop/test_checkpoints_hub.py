@@ -1,4 +1,4 @@
-"""The hub's cache, laid out by hand; nothing here uses the network."""
+"""Checkpoints of the Hugging Face hub, from a cache that the test creates, without a network."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pathlib
 import pytest
 from huggingface_hub import constants
 
-from tclip_jax.interop.hub import fetch
+from tclip_jax.interop.checkpoints import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def snapshot(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """The cached snapshot of org/name, offline."""
+    """Return the cached snapshot of org/name, offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--org--name"
@@ -44,7 +44,7 @@ def test_a_cached_model_needs_no_network(files: tuple[str, ...], snapshot: pathl
 def test_what_is_not_cached_is_an_error_of_one_line(snapshot: pathlib.Path) -> None:
     for source in ("hf-hub:org/other", "hf-hub:org/name@v2", "hf-hub:not a name"):
         with pytest.raises(
-            FileNotFoundError, match=f"^{source}: neither downloaded nor in the local cache: "
+            FileNotFoundError, match=f"^{source}: could not be downloaded and is not in the local cache: "
         ) as raised:
             fetch(source)
         assert "\n" not in str(raised.value)
