@@ -132,28 +132,36 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warmup, cosine decay and, if wanted, a recovery phase at a low learning rate."""
+    """The optimizer, with linear warmup, cosine decay and, if wanted, a recovery phase at a low learning rate."""
 
+    name: str = key("adamw", "adamw, adafactor, lion or muon")
     learning_rate: float = key(1e-3, "the peak", gt=0)
     warmup_steps: int = key(0, "over which the learning rate grows from 0", ge=0, le=MOST)
     recovery_steps: int = key(0, "the last of all steps; the cosine ends where they begin (FTerViT)", ge=0, le=MOST)
     recovery_learning_rate: float = key(0.0, "where the cosine ends, and what is kept from then on", ge=0)
     weight_decay: float = key(0.1, "none for biases, LayerNorm, class embedding, logit scale and learned scales", ge=0)
-    b1: float = key(0.9, "decay of the mean of gradients", ge=0, lt=1)
-    b2: float = key(0.98, "decay of the mean of their squares", ge=0, lt=1)
-    eps: float = key(1e-6, "added to the root of that mean", gt=0)
+    b1: float = key(0.9, "decay of the mean of gradients (the first moment, or momentum)", ge=0, lt=1)
+    b2: float = key(0.98, "decay of the mean of their squares; of the momentum that lion keeps", ge=0, lt=1)
+    eps: float = key(1e-6, "added to the root of that mean (adamw, muon)", gt=0)
+    mu_dtype: Literal["float32", "bfloat16"] = key("float32", "of the first moment; bfloat16 halves its memory")
     clip_norm: float = key(0.0, "of the global gradient; 0: no clipping", ge=0)
-    groups: tuple[tuple[str, dict[str, float]], ...] = key(
+    groups: tuple[tuple[str, dict[str, float] | None], ...] = key(
         (),
-        '(regex, {"learning_rate": factor of the schedule, "weight_decay": instead of the above}) of whole paths'
-        " like clip/image/blocks/mlp/fc1/kernel; the first that matches decides",
+        '(regex, {"learning_rate": factor of the schedule, "weight_decay": instead of the above}), or (regex, None) to'
+        " freeze, of whole paths like clip/image/blocks/mlp/fc1/kernel; the first that matches decides",
     )
     ema_decay: float = key(0.0, "of an average of the latent weights, evaluated beside them; 0: none", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         _as_tuples(self, "groups")
         for pattern, changes in self.groups:
-            from_mapping(GroupConfig, changes, f"config.optimizer.groups {pattern!r}")
+            if changes is not None:
+                from_mapping(GroupConfig, changes, f"config.optimizer.groups {pattern!r}")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parameters are frozen."""
+        return any(changes is None for _, changes in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
