@@ -128,8 +128,9 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warmup, cosine decay and an optional recovery phase at a low, constant learning rate."""
+    """The optimizer, with linear warmup, cosine decay and an optional recovery phase at a constant learning rate."""
 
+    name: str = key("adamw", "adamw, adafactor, lion or muon")
     learning_rate: float = key(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0, le=MOST)
     recovery_steps: int = key(0, "steps of recovery at the end, after the cosine decay (FTerViT)", ge=0, le=MOST)
@@ -137,20 +138,28 @@ class OptimizerConfig:
     weight_decay: float = key(
         0.1, "weight decay; none for biases, LayerNorm, class embedding, logit scale and learned scales", ge=0
     )
-    b1: float = key(0.9, "decay of Adam's first moment", ge=0, lt=1)
-    b2: float = key(0.98, "decay of Adam's second moment", ge=0, lt=1)
-    eps: float = key(1e-6, "added to the root of the second moment", gt=0)
+    b1: float = key(0.9, "decay of the first moment, or momentum", ge=0, lt=1)
+    b2: float = key(0.98, "decay of the second moment; for lion, of its momentum", ge=0, lt=1)
+    eps: float = key(1e-6, "added to the root of the second moment (adamw, muon)", gt=0)
+    mu_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of the first moment; bfloat16 halves its memory")
     clip_norm: float = key(0.0, "maximum global norm of the gradient; 0: no clipping", ge=0)
-    groups: tuple[tuple[str, dict[str, float]], ...] = key(
+    groups: tuple[tuple[str, dict[str, float] | None], ...] = key(
         (),
-        "pairs (regex, {changes}); the first that matches a whole path (clip/image/blocks/mlp/fc1/kernel) applies",
+        "pairs (regex, {changes}), or (regex, None) to freeze; the first that matches a whole path applies"
+        " (clip/image/blocks/mlp/fc1/kernel)",
     )
     ema_decay: float = key(0.0, "decay of an average of the latent weights, evaluated too; 0: none", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         _as_tuples(self, "groups")
         for pattern, changes in self.groups:
-            from_mapping(GroupConfig, changes, f"config.optimizer.groups {pattern!r}")
+            if changes is not None:
+                from_mapping(GroupConfig, changes, f"config.optimizer.groups {pattern!r}")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parameters are frozen."""
+        return any(changes is None for _, changes in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)

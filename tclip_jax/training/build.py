@@ -23,7 +23,7 @@ from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
-from tclip_jax.training.optimizer import make_optimizer, quant_lambda
+from tclip_jax.training.optimizer import make_optimizer, quant_lambda, stop_gradients
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
 
@@ -130,6 +130,7 @@ class Build:
             quant_lambda(self.run.ternary_warmup_steps),
             self.run.optimizer.ema_decay,
             self.run.data.microbatches,
+            functools.partial(stop_gradients, self.run.optimizer),
         )
         return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
 

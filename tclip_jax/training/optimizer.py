@@ -1,4 +1,4 @@
-"""AdamW, its learning rate schedule and parameter groups, the quantization blend, and the moving average."""
+"""Optimizers, their learning rate schedule and parameter groups, the quantization blend, and the moving average."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.runs.config import OptimizerConfig
+from tclip_jax.schema import check_keys
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -64,13 +66,13 @@ def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) 
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW (arXiv 1711.05101), with clipping of the gradient's global norm if `config.clip_norm` is set.
+    """Returns a run's optimizer: clipping of the global norm, `OPTIMIZERS[name]`, decoupled weight decay, schedule.
 
-    Its `update` takes `step`, the number of steps done, which the schedule follows. The count in its state is the
-    number of updates, without skipped steps.
+    `update` takes `step`, the number of steps done, which the schedule follows. The optimizer's own count is that of
+    updates, which excludes skipped steps. Frozen parameters have no moments, and their gradients do not enter the norm.
 
     Raises:
-      ValueError: in `update`, if a group's regex is the first match of no parameter.
+      ValueError: the name is unknown; or, in `init` or `update`, a group's regex is the first match of no parameter.
     """
 
     def decay(updates: Any, params: Any) -> Any:
@@ -82,29 +84,129 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         rate = schedule(step)
         return jax.tree.map(lambda update: -rate * update, updates), state
 
+    check_keys([config.name], OPTIMIZERS, "config.optimizer.name")
     schedule = learning_rate_schedule(config, steps)
-    return optax.chain(
+    optimizer = optax.chain(
         # With or without clipping, the chain has as many elements, so that a resumed run can change it.
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        OPTIMIZERS[config.name](config),
         optax.stateless(decay),
         optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale),
     )
+    if not config.freezes:
+        return optimizer
+    parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
+    return optax.partition(
+        parts, lambda params: jax.tree.map(lambda each: "frozen" if each else "trained", frozen(config, params))
+    )
+
+
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101)."""
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor as in "Scaling Vision Transformers" (arXiv 2106.04560): first moment b1, β₂ = min(b2, 1 − t⁻⁰·⁸)."""
+
+    def decay_rate(step: Any, power: Any) -> jax.Array:
+        return jnp.minimum(config.b2, 1 - jnp.float32(step + 1) ** -power)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, debias=False, accumulator_dtype=config.mu_dtype),
+    )
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Lion (arXiv 2302.06675)."""
+    return optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.mu_dtype)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon (arXiv 2502.16982) with momentum b1 for the matrices of blocks, AdamW for all other parameters.
+
+    A matrix's update has the root mean square of AdamW's, so learning rate and weight decay carry over (equation 4).
+    """
+
+    def labels(params: Any) -> Any:
+        def label(key_path: tuple[Any, ...], is_matrix: bool) -> str:
+            return "muon" if is_matrix and "/blocks/" in path_of(key_path) else "adamw"
+
+        return jax.tree_util.tree_map_with_path(label, decays(params))
+
+    def last_two_axes(updates: Any) -> Any:
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), updates)
+
+    def like_adamw(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape[-2:])) * x, updates)
+
+    momentum = optax.contrib.scale_by_muon(
+        beta=config.b1, mu_dtype=config.mu_dtype, weight_dimension_numbers=last_two_axes
+    )
+    return optax.partition(
+        {"muon": optax.chain(momentum, optax.stateless(like_adamw)), "adamw": _adamw(config)}, labels
+    )
+
+
+# From the value of `optimizer.name` to the transformation of gradients, before weight decay and the learning rate.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def updates_done(state: optax.OptState) -> jax.Array:
+    """The number of updates that an optimizer's state has seen: int32 scalar."""
+    (_, count), *_ = optax.tree.get_all_with_path(state, "count")
+    return count
+
+
+def frozen(config: OptimizerConfig, params: Any) -> Any:
+    """True for the parameters that `optimizer.groups` freezes.
+
+    Raises:
+      ValueError: a group's regex matches no parameter of its own.
+    """
+    _check_groups(config, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _group(config, path) is None, params)
+
+
+def stop_gradients(config: OptimizerConfig, params: Any) -> Any:
+    """`params` with the gradients of frozen ones stopped, so that no backward pass is computed for them alone."""
+    if not config.freezes:
+        return params
+    return jax.tree.map(lambda stop, p: jax.lax.stop_gradient(p) if stop else p, frozen(config, params), params)
+
+
+def _group(config: OptimizerConfig, key_path: tuple[Any, ...]) -> dict[str, float] | None:
+    """The values of the first group whose regex matches a parameter's path; None if they freeze it."""
+    path = path_of(key_path)
+    return next((values for pattern, values in config.groups if re.fullmatch(pattern, path)), {})
 
 
 def _groups(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
-    """Returns a tree of learning rate factors, and a tree of weight decays."""
-    unused = {pattern for pattern, _ in config.groups}
+    """For each trained parameter the factor of its learning rate, and its weight decay."""
+    if not config.freezes:
+        _check_groups(config, params)
 
-    def changes(key_path: tuple[Any, ...], decayed: bool) -> tuple[float, float]:
-        for pattern, values in config.groups:
-            if re.fullmatch(pattern, path_of(key_path)):
-                unused.discard(pattern)
-                amount = values.get("weight_decay", config.weight_decay if decayed else 0.0)
-                return values.get("learning_rate", 1.0), amount
-        return 1.0, config.weight_decay if decayed else 0.0
+    def factor(key_path: tuple[Any, ...], _: Any) -> float:
+        return (_group(config, key_path) or {}).get("learning_rate", 1.0)
 
-    both = jax.tree_util.tree_map_with_path(changes, decays(params))
+    def amount(key_path: tuple[Any, ...], decayed: bool) -> float:
+        return (_group(config, key_path) or {}).get("weight_decay", config.weight_decay if decayed else 0.0)
+
+    decayed = decays(params)
+    return tuple(jax.tree_util.tree_map_with_path(values, decayed) for values in (factor, amount))
+
+
+def _check_groups(config: OptimizerConfig, params: Any) -> None:
+    unused = dict.fromkeys(pattern for pattern, _ in config.groups)
+    for key_path, _ in jax.tree_util.tree_leaves_with_path(params):
+        matching = (pattern for pattern, _ in config.groups if re.fullmatch(pattern, path_of(key_path)))
+        unused.pop(next(matching, ""), None)
     if unused:
-        raise ValueError(f"config.optimizer.groups: {sorted(unused)[0]!r} matches no parameter of its own")
-    return tuple(jax.tree.map(lambda pair, i=i: pair[i], both, is_leaf=lambda x: isinstance(x, tuple)) for i in (0, 1))
+        raise ValueError(f"config.optimizer.groups: {next(iter(unused))!r} matches no parameter of its own")

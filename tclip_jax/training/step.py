@@ -15,7 +15,7 @@ from tclip_jax.losses.grad_cache import gradient_in_parts
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.runs.config import LossConfig
 from tclip_jax.training.objective import Batch, Encoders, Metrics, Objective
-from tclip_jax.training.optimizer import moving_average
+from tclip_jax.training.optimizer import moving_average, updates_done
 from tclip_jax.training.state import TrainState
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -30,6 +30,7 @@ def make_train_step(
     blend: Schedule | None = None,
     ema_decay: float = 0.0,
     microbatches: int = 1,
+    trained: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Returns the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
@@ -44,6 +45,7 @@ def make_train_step(
       blend: maps the step to the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
       ema_decay: decay of the moving average, if the state has one.
       microbatches: parts into which a batch is split to save memory; the result does not depend on it.
+      trained: returns the parameters, with the gradients of frozen ones stopped.
     """
 
     objective = Objective(student, teacher, loss)
@@ -51,8 +53,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
         quant_lambda = blend(state.step) if blend else None
         gradients, metrics = gradient_in_parts(
-            lambda params, rows: objective.encode(params, teacher_params, rows, batch, quant_lambda),
-            lambda params, embeddings, of_layers: objective.loss(params, teacher_params, batch, embeddings, of_layers),
+            lambda params, rows: objective.encode(trained(params), teacher_params, rows, batch, quant_lambda),
+            lambda params, embeddings, of_layers: objective.loss(
+                trained(params), teacher_params, batch, embeddings, of_layers
+            ),
             state.params,
             batch,
             microbatches,
@@ -63,7 +67,7 @@ def make_train_step(
         params["clip"]["logit_scale"] = jnp.clip(params["clip"]["logit_scale"], 0, MAX_LOGIT_SCALE)
         average = state.average
         if average is not None:
-            average = moving_average(average, params["clip"], ema_decay, optax.tree.get(optimizer_state, "count"))
+            average = moving_average(average, params["clip"], ema_decay, updates_done(optimizer_state))
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
         usable = jnp.any(batch["weight"] > 0)
         changes = usable & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
+from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.sharding import path_of
-from tclip_jax.runs.config import OptimizerConfig
-from tclip_jax.training.optimizer import decays, learning_rate_schedule, make_optimizer, moving_average, quant_lambda
+from tclip_jax.planning.estimate import device_bytes
+from tclip_jax.runs.config import OptimizerConfig, run_config
+from tclip_jax.training.build import Build
+from tclip_jax.training.optimizer import (
+    OPTIMIZERS,
+    decays,
+    learning_rate_schedule,
+    make_optimizer,
+    moving_average,
+    quant_lambda,
+    updates_done,
+)
 
 
 def test_warmup_and_cosine_decay() -> None:
@@ -79,6 +94,111 @@ def test_one_step_equals_adamw_by_hand(clip_norm: float) -> None:
     g64 = np.float64(g) * (clip_norm if clip_norm else 1.0)  # |g| = 1
     expected = -0.1 * (g64 / (np.abs(g64) + 1e-3) + 0.2 * w)
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
+def muon(rate: float) -> optax.GradientTransformation:
+    """For the layers of blocks; optax's own takes Nesterov's momentum for all other parameters too."""
+    layers = {"clip": {"blocks": {"kernel": optax.contrib.MuonDimensionNumbers(1, 2)}, "table": optax.MaskedNode()}}
+    blocks = optax.contrib.muon(
+        rate, beta=0.9, weight_decay=0.2, muon_weight_dimension_numbers=layers, consistent_rms=0.2
+    )
+    labels = {"clip": {"blocks": {"kernel": "muon"}, "table": "adamw"}}
+    return optax.partition({"muon": blocks, "adamw": OPTAX["adamw"](rate)}, labels)
+
+
+OPTAX: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": lambda rate: optax.adamw(rate, 0.9, 0.98, 1e-6, weight_decay=0.2),
+    "adafactor": lambda rate: optax.adafactor(
+        rate, momentum=0.9, multiply_by_parameter_scale=False, weight_decay_rate=0.2 * rate
+    ),
+    "lion": lambda rate: optax.lion(rate, 0.9, 0.98, weight_decay=0.2),
+    "muon": muon,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_are_those_of_optax(name: str) -> None:
+    config = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.2, b2=0.98)
+    rng = np.random.default_rng(0)
+    params = {"clip": {"blocks": {"kernel": rng.normal(size=(2, 130, 140))}, "table": rng.normal(size=(150, 3))}}
+    params = expected = jax.tree.map(jnp.float32, params)
+    ours, theirs = make_optimizer(config, 10**7), OPTAX[name](0.1)
+    state, others = ours.init(params), theirs.init(params)
+    for step in range(3):
+        gradients = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params)
+        updates, state = ours.update(gradients, state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        updates, others = theirs.update(gradients, others, expected)
+        expected = optax.apply_updates(expected, updates)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), params, expected)
+    assert updates_done(state) == 3
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config.optimizer.name has no 'adamv': the nearest is 'adamw'"):
+        make_optimizer(OptimizerConfig(name="adamv"), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("adafactor", 0.5, 0.53), ("lion", 0.5, 0.501), ("muon", 0.55, 0.65)]
+)
+def test_optimizers_hold_less_than_adamw_and_bfloat16_halves_the_first_moment(
+    config: ml_collections.ConfigDict, name: str, least: float, most: float
+) -> None:
+    config.model = model_cfg("ViT-B-32")
+
+    def held(**changes: str) -> int:
+        config.optimizer.update(changes)
+        with jax.set_mesh(mesh := make_mesh(2, 4)):
+            state = Build(run_config(config), mesh, None).state_shapes
+            sharded = [x for x in jax.tree.leaves(state.optimizer) if x.sharding.spec[-1:] == ("fsdp",)]
+            assert sharded
+            return device_bytes(state.optimizer)
+
+    adamw, other = held(), held(name=name)
+    assert least < other / adamw < most
+    assert other - held(mu_dtype="bfloat16") == pytest.approx(adamw / 4, rel=0.02)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_frozen_parameters_stay_as_they_are_and_cost_nothing(
+    config: ml_collections.ConfigDict, microbatches: int
+) -> None:
+    config.data.microbatches, config.optimizer.clip_norm = microbatches, 0.1
+    norms, flops, held, mesh = {}, {}, {}, make_mesh(devices=jax.devices()[:1])
+    for frozen in ("", "image", "text"):
+        groups = {"": (), "image": (("clip/image/.*", None),), "text": (("clip/(?!image/).*", None),)}[frozen]
+        config.optimizer.groups = groups
+        build = Build(run_config(config), mesh, None)
+        with jax.set_mesh(mesh):
+            state = build.init_state()
+            before = jax.tree.map(np.asarray, state.params["clip"])
+            rng, rows = np.random.default_rng(0), config.data.batch_size
+            shapes = build.batch_shapes
+            batch = {
+                "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
+                "tokens": rng.integers(0, 9, shapes["tokens"].shape, np.int32),
+                "weight": np.ones(rows, np.float32),
+                "fault": np.zeros(rows, np.int32),
+            }
+            step = build.jitted_step(state).lower(state, batch, None).compile()
+            flops[frozen], held[frozen] = step.cost_analysis()["flops"], device_bytes(build.state_shapes.optimizer)
+            state, metrics = step(state, batch, None)
+            norms[frozen] = float(metrics["gradient_norm"])
+        same = jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, state.params["clip"]))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(same):
+            is_frozen = bool(frozen) and (path_of(path).startswith("image/") is (frozen == "image"))
+            assert leaf is is_frozen or path_of(path).endswith(("qkv/bias", "token_embedding/embedding")), path_of(path)
+    assert norms[""] ** 2 == pytest.approx(norms["image"] ** 2 + norms["text"] ** 2, rel=1e-4)
+    # Without a tower's backward pass; the forward pass is a third.
+    assert flops["image"] + flops["text"] < 1.4 * flops[""]
+    assert held["image"] + held["text"] == pytest.approx(held[""], rel=0.01)
+
+
+def test_a_rule_that_freezes_nothing_is_refused(config: ml_collections.ConfigDict) -> None:
+    config.optimizer.groups = (("clip/.*", {}), ("clip/image/.*", None))
+    with pytest.raises(ValueError, match=r"groups: 'clip/image/\.\*' matches no parameter of its own"):
+        Build(run_config(config), make_mesh(), None).state_shapes  # noqa: B018
 
 
 @pytest.mark.parametrize("decay", [0.25, 0.9, 0.9999])
