@@ -90,6 +90,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     check_batch(run, mesh)
     for line in describe_run(mesh, run.data.batch_size):
         _logger.info("%s", line)
+    if run.optimizer.mu_dtype != "float32":
+        _logger.info("the first moment accumulates in %s (config.optimizer.mu_dtype)", run.optimizer.mu_dtype)
     with together():
         source = open_source(run.data.source, run.data.split)
         cache = open_cache(run, source) if run.data.teacher_cache else None
