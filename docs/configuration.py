@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the declarations: `python docs/configuration.py`."""
+"""Write docs/configuration.md from the declarations of the keys: `python docs/configuration.py`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tclip_jax.ternary import Quantizer
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
-Every key of a run, with its type, default and bounds. `python docs/configuration.py` makes this page from the
-declarations in [config.py](../tclip_jax/runs/config.py) and [sections.py](../tclip_jax/runs/config.py). A
-recipe changes them, and `--config.loss.crd=2.0` on the command line changes them again. A key that is unknown, of
-another type or out of its bounds is refused before anything is written. Numbers are finite.
+This page lists every key of a run, with its type, default and bounds. `python docs/configuration.py` generates it from
+the declarations in [config.py](../tclip_jax/runs/config.py). A recipe changes the defaults, and options such as
+`--config.loss.crd=2.0` override the recipe. A run refuses an unknown key, a value of another type, and a value out of
+bounds, before it writes anything. Numbers must be finite.
 """
 POWERS = {str(2**31 - 1): "2³¹ − 1", str(2**32): "2³²"}
 
 
 def page() -> str:
-    """The whole page."""
+    """Returns the page as Markdown."""
     sections = [field for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)]
     top = [field for field in dataclasses.fields(RunConfig) if field not in sections]
     parts = [HEAD, "## The run\n", _table(RunConfig, top)]
@@ -39,7 +39,7 @@ def page() -> str:
 
 def _first_line(cls: type) -> str:
     if cls is Quantizer:
-        return "Which is explained in [training](training.md#which-weights-and-how).\n"
+        return "[Training](training.md#which-weights-and-how) explains these keys.\n"
     return f"{(cls.__doc__ or '').partition(chr(10))[0]}\n"
 
 
