@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What the launchers share, to be sourced. It works in bash 3.2 too, which is what macOS has.
+# Functions of all launchers, which source this file. Works in bash 3.2, the version of macOS.
 
 dry_run=false
 
-# parse "OPTION ..." "FLAG ..." "$@": sets a variable for each option with a value and each flag (_ for -), and the array
-# `command` to what follows --.
+# parse "OPTION ..." "FLAG ..." "$@": parses the arguments "$@". Sets a variable for each option with a value and for
+# each flag (with _ for -), and sets the array `command` to the words after --.
 parse() {
   local valued=" $1 " flags=" $2 " key
   shift 2
@@ -19,7 +19,7 @@ parse() {
     key=${1#--} key=${key//-/_}
     case $1$valued$flags in
       --*" $key "*) ;;
-      *) fail "no option $1: see --help; what is to be run follows --" ;;
+      *) fail "unknown option $1: --help lists the options; the command follows --" ;;
     esac
     if [[ $flags == *" $key "* ]]; then
       printf -v "$key" true
@@ -30,28 +30,28 @@ parse() {
       shift 2
     fi
   done
-  [ ${#command[@]} -gt 0 ] || fail "nothing is to be run: end with -- train --config NAME --workdir DIR"
+  [ ${#command[@]} -gt 0 ] || fail "no command: end with -- train --config NAME --workdir DIR"
 }
 
-# require NAME ...: the options that must have been given.
+# require NAME ...: fails unless each of these options is set.
 require() {
   local name
   for name in "$@"; do
-    [ -n "${!name}" ] || fail "--${name//_/-} is needed: see --help"
+    [ -n "${!name}" ] || fail "--${name//_/-} is required: see --help"
   done
 }
 
-# number LEAST NAME ...: the options that must be whole numbers of at least LEAST.
+# number LEAST NAME ...: fails unless each of these options is an integer of at least LEAST.
 number() {
   local name least=$1
   for name in "${@:2}"; do
     if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]] || ((10#${!name} < least)); then
-      fail "--${name//_/-} is '${!name}': it must be a whole number, at least $least"
+      fail "--${name//_/-} is '${!name}': it must be an integer, at least $least"
     fi
   done
 }
 
-# quoted WORD ...: as a shell reads them.
+# quoted WORD ...: prints the words, quoted for a shell.
 quoted() {
   local word line='' escaped="'\\''"
   for word in "$@"; do
@@ -63,7 +63,7 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# run COMMAND ...: prints it and runs it; with --dry-run it is printed alone, to stdout, where a dry run's answer belongs.
+# run COMMAND ...: prints the command to stderr and runs it. With --dry-run, only prints it, to stdout.
 run() {
   if $dry_run; then
     echo "+ $(quoted "$@")"
@@ -73,7 +73,7 @@ run() {
   fi
 }
 
-# installation PACKAGE: the command that puts it and Python into ~/.tclip, whatever Python the machine has.
+# installation PACKAGE: prints the command that installs the package in ~/.tclip, with a Python of its own.
 installation() {
   echo "curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet" \
     "&& ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 ~/.tclip" \

@@ -46,7 +46,7 @@ def test_it_begins_again_after_each_preemption(stub: Stub, launch: Run, tmp_path
     stub("tclip", TCLIP + "[ $k -gt 5 ] || exit 75")
     ran = launch("local", "-n", "2", "--restarts", "0", "--", "train")
     assert ran.returncode == 0 and (count(tmp_path, 0), count(tmp_path, 1)) == (6, 6)
-    assert ran.stderr.count("launch/local: preempted, and all is saved: begins again\n") == 5
+    assert ran.stderr.count("launch/local: preempted, the run is saved: restarting\n") == 5
 
 
 @pytest.mark.parametrize(("end", "code"), [("kill -9 $$", 137), ("kill -ABRT $$", 134), ("exit 69", 69)])
@@ -56,7 +56,7 @@ def test_it_begins_again_a_few_times_after_a_signal_or_a_loss(
     stub("tclip", TCLIP + f"[ $k -gt 2 ] || [ $i -eq 0 ] || {end}\n[ $k -gt 2 ] || {{ sleep 0.5; exit 1; }}")
     ran = launch("local", "-n", "2", "--", "train")
     assert ran.returncode == 0 and count(tmp_path) == 3
-    assert f"exit code {code}: begins again, and could 2 times more" in ran.stderr
+    assert f"exit code {code}: restarting; restarts left: 2" in ran.stderr
     ran = launch("local", "-n", "2", "--restarts", "0", "--", "train")
     assert ran.returncode == 0  # it goes by now
 
@@ -65,7 +65,7 @@ def test_restarts_are_bounded(stub: Stub, launch: Run, tmp_path: pathlib.Path) -
     stub("tclip", TCLIP + "kill -9 $$")
     ran = launch("local", "--restarts", "2", "--", "train")
     assert ran.returncode == 137 and count(tmp_path) == 3
-    assert ran.stderr.splitlines()[-1] == "launch/local: exit code 137, and no restart is left"
+    assert ran.stderr.splitlines()[-1] == "launch/local: exit code 137: no restarts left"
 
 
 @pytest.mark.parametrize("code", [1, 2, 42])
@@ -113,13 +113,13 @@ def test_a_second_notice_ends_what_does_not_end(stub: Stub, environ: dict[str, s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "two", "--", "train"], "--processes is 'two': it must be a whole number, at least 1"),
-        (["-n", "0", "--", "train"], "--processes is '0': it must be a whole number, at least 1"),
-        (["--restarts", "-1", "--", "train"], "--restarts is '-1': it must be a whole number, at least 0"),
+        (["-n", "two", "--", "train"], "--processes is 'two': it must be an integer, at least 1"),
+        (["-n", "0", "--", "train"], "--processes is '0': it must be an integer, at least 1"),
+        (["--restarts", "-1", "--", "train"], "--restarts is '-1': it must be an integer, at least 0"),
         (["-n"], "--processes needs a value"),
-        (["-n", "2"], "nothing is to be run: end with -- train --config NAME --workdir DIR"),
-        (["train"], "no option train: see --help; what is to be run follows --"),
-        (["--bogus", "--", "train"], "no option --bogus: see --help; what is to be run follows --"),
+        (["-n", "2"], "no command: end with -- train --config NAME --workdir DIR"),
+        (["train"], "unknown option train: --help lists the options; the command follows --"),
+        (["--bogus", "--", "train"], "unknown option --bogus: --help lists the options; the command follows --"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, launch: Run) -> None:

@@ -52,11 +52,11 @@ def test_every_launcher_has_a_dry_run_and_help_with_an_example(launch: Run) -> N
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("gke --name b16", "--cluster is needed: see --help"),
-        ("tpu-vm --name b --zone z", "--accelerator-type is needed: see --help"),
-        ("tpu-vm --name b --zone z --accelerator-type v9-8", "--runtime-version is needed: none is known for v9-8"),
-        ("slurm --nodes many", "--nodes is 'many': it must be a whole number, at least 1"),
-        ("skypilot", "--accelerators is needed: see --help"),
+        ("gke --name b16", "--cluster is required: see --help"),
+        ("tpu-vm --name b --zone z", "--accelerator-type is required: see --help"),
+        ("tpu-vm --name b --zone z --accelerator-type v9-8", "--runtime-version is required: v9-8 has no default"),
+        ("slurm --nodes many", "--nodes is 'many': it must be an integer, at least 1"),
+        ("skypilot", "--accelerators is required: see --help"),
     ],
 )
 def test_what_is_missing_is_said(call: str, message: str, launch: Run) -> None:
@@ -88,7 +88,7 @@ def test_tpu_vm_asks_again_for_what_was_taken_away(launch: Run, stub: Stub, tmp_
     did = [line.split()[0] for line in (tmp_path / "gcloud.calls").read_text().splitlines()]
     once = ["describe", "create", "describe", "describe", "ssh", "ssh", "ssh"]
     assert did == [*once, "describe", "describe", "delete", *once, "delete"]
-    assert "launch/tpu-vm: b was taken away: asked for again" in ran.stderr
+    assert "launch/tpu-vm: b was lost: requesting it again" in ran.stderr
 
 
 def test_tpu_vm_ends_with_the_code_of_what_it_ran(launch: Run, stub: Stub, tmp_path: pathlib.Path) -> None:
@@ -96,7 +96,7 @@ def test_tpu_vm_ends_with_the_code_of_what_it_ran(launch: Run, stub: Stub, tmp_p
     ran = launch("tpu-vm", "--name", "b", "--zone", "z", "--accelerator-type", "v6e-16", "--", "train")
     assert ran.returncode == 2
     assert ran.stderr.endswith(
-        "give the TPU back: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n"
+        "to delete the TPU: gcloud compute tpus queued-resources delete b --zone=z --force --quiet\n"
     )
 
 

@@ -38,7 +38,7 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path: pathlib.Path) -> 
     # gloo says on stdout that it is connected.
     shown = [line for line in two.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert len(shown) == 1 and shown[0].startswith(f"{tmp_path}/two: done, zero-shot accuracy ")
-    assert "waiting for 2 processes (TCLIP_*) at localhost:" in two.stderr and "begins again" not in two.stderr
+    assert "waiting for 2 processes (TCLIP_*) at localhost:" in two.stderr and "restarting" not in two.stderr
     one = tclip(*RUN, "--workdir", str(tmp_path / "one"), XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert one.returncode == 0 and "waiting" not in one.stderr, one.stderr
     assert len(metrics(tmp_path / "one")) == 5
@@ -57,7 +57,7 @@ def test_a_killed_process_is_noticed_and_both_begin_again(tmp_path: pathlib.Path
         os.kill(int(subprocess.check_output(["pgrep", "-P", str(launched.pid), "-f", "tclip train"]).split()[1]), 9)
         _, said = launched.communicate(timeout=540)
     # Whichever ends first decides: the process that was killed, or the other when it has noticed.
-    ended = re.search(rf"exit code ({128 + signal.SIGKILL}|{LostProcess.exit_code}): begins again", said)
+    ended = re.search(rf"exit code ({128 + signal.SIGKILL}|{LostProcess.exit_code}): restarting", said)
     assert launched.returncode == 0 and ended, said
     steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
     assert steps == list(range(1, 41))
