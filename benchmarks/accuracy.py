@@ -1,11 +1,11 @@
-"""The accuracy that ternary weights keep: `python -m benchmarks.accuracy --out runs/accuracy [--quick] [--json]`.
+"""Accuracy of ternary students: `python -m benchmarks.accuracy --out runs/accuracy [--quick] [--json]`.
 
-On the real images of ../shared/data or TCLIP_TEST_DATA: CIFAR-10 (zero-shot accuracy on its test images) and emoji
-(recall@5 of names among all names, in a drawing style that was never trained on: of names that were, and of the other
-half of the names, which were not). Every variant of configs/accuracy.py is trained with the same seeds, its weights
-packed, and the packed model evaluated. A difference is to the full-precision student with the same distillation and
-learning rates, seed by seed; intervals are of 95 %, by Student's t. What is done is kept in OUT, and the same command
-goes on from there.
+The images are those of ../shared/data or TCLIP_TEST_DATA. On CIFAR-10 the metric is zero-shot accuracy on the test
+images. On emoji it is recall@5 of names, in a drawing style that is not in the training data, for names that are in the
+training data and for names that are not. Every variant of configs/accuracy.py is trained with the same seeds and
+packed, and the packed model is evaluated. Differences are paired by seed, and compare a variant with the full-precision
+student that has the same distillation and learning rates. Intervals are 95 % intervals by Student's t. Finished results
+are stored in OUT; rerun the same command to resume.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tclip_jax.training.loop import train
 from tclip_jax.training.teacher_cache import write_cache
 
 FULL = "full"
-IN_THE_STEP = ("hidden", "relations")  # need more of the teacher than its embeddings
+IN_THE_STEP = ("hidden", "relations")  # need the teacher in the step, not only its embeddings
 METRICS = {
     "cifar10": {"accuracy": ("test", "acc1")},
     "emoji": {"R@5": ("test", "text_retrieval_recall@5"), "R@5 unseen names": ("unseen", "text_retrieval_recall@5")},
@@ -57,10 +57,10 @@ COPIES = {"cifar10": 4, "emoji": 16}
 
 
 def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: int) -> None:
-    """Writes the images of one data set as folders that `folder:` reads, whole or not at all, if it is not there.
+    """Extracts the images of one data set to `folder` as a `folder:` source, atomically, unless the folder exists.
 
     Raises:
-      ValueError: what is there was made of other archives, or with other settings.
+      ValueError: the existing folder was made from other archives or with other settings.
     """
     archives = sorted((shared / data).glob("*.tar*"))
     made_by = keys.recipe(
@@ -70,7 +70,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
     note = folder.with_name(f"{folder.name}.json")
     if folder.exists():
         if differs := keys.difference(json.loads(note.read_text()) if note.exists() else {}, made_by):
-            raise ValueError(f"{folder}: it was laid out otherwise ({differs}): choose another --out")
+            raise ValueError(f"{folder}: it was made from other inputs ({differs}); choose another --out")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(epath.Path(note), json.dumps(made_by, indent=2) + "\n")
@@ -82,7 +82,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
 
 
 def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
-    """`train/<class>/<nnnn>.jpg` and `test/…`: the first images of each class."""
+    """Yields (path, bytes) of the first images of each class: `train/<class>/<nnnn>.jpg` and `test/…`."""
     for name, content in _members(shared / "cifar10_jpg.tar.xz"):
         split, classname, file = ("", "", *pathlib.PurePosixPath(name).parts)[-3:]
         if split in ("train", "test") and int(pathlib.PurePosixPath(file).stem) < per_class:
@@ -90,15 +90,15 @@ def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]
 
 
 def _emoji(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
-    """`train` in one drawing style; in the other `test`, of the same names, and `unseen`, of the other half."""
+    """Yields (path, bytes): `train` in one drawing style; in the other, `test` with the same names and `unseen`."""
     for shard in ("noto", "blob"):
         files: dict[str, dict[str, bytes]] = {}
         for name, content in _members(shared / f"{shard}.tar"):
             stem, _, kind = pathlib.PurePosixPath(name).name.partition(".")
             files.setdefault(stem, {})[kind] = content
         for stem, each in sorted(files.items()):
-            seen = hashlib.sha256(each["txt"].strip()).digest()[0] % 2 == 0
-            split = {("noto", True): "train", ("blob", True): "test", ("blob", False): "unseen"}.get((shard, seen))
+            trained = hashlib.sha256(each["txt"].strip()).digest()[0] % 2 == 0
+            split = {("noto", True): "train", ("blob", True): "test", ("blob", False): "unseen"}.get((shard, trained))
             if split and (per_class > 100 or hashlib.sha256(stem.encode()).digest()[1] < 64):
                 yield f"{split}/{stem}.png", _on_white(each["png"])
                 yield f"{split}/{stem}.txt", each["txt"]
@@ -122,11 +122,11 @@ def _on_white(png: bytes) -> bytes:
 
 
 def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> Any:
-    """The configuration of a variant on the data that was laid out."""
+    """Returns the configuration of a variant on the extracted data."""
     modes = ("" if distilled else ",plain") + (",runlocal" if args.quick else "")
     config = load_recipe(f"accuracy:{data},{who}{modes}")
     config.data.source = f"folder:{args.out}/data/{data}"
-    config.eval.source = ""  # what is evaluated is the packed model, at the end
+    config.eval.source = ""  # the packed model is evaluated instead, at the end
     if who == "average":
         splits = {split for split, _ in METRICS[data].values()}
         shared = {"source": config.data.source, "templates": config.data.templates, "every": 10**9}
@@ -143,13 +143,13 @@ def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> An
 
 
 def place(args: argparse.Namespace, data: str) -> pathlib.Path:
-    """Where the runs of one data set and size are."""
+    """Returns the folder of the runs of one data set and size."""
     sizes = "".join(f"-{name}{value}" for name, value in (("width", args.width), ("steps", args.steps)) if value)
     return pathlib.Path(args.out) / f"{data}{sizes}"
 
 
 def prepare_teacher(args: argparse.Namespace, data: str) -> None:
-    """Trains the teacher of one data set, and stores its embeddings."""
+    """Trains the teacher of one data set and caches its embeddings."""
     folder, config = place(args, data), recipe(args, data, "teacher", True)
     config.steps = config.steps if args.quick else 2 * config.steps
     train(config, folder / "teacher")
@@ -158,10 +158,10 @@ def prepare_teacher(args: argparse.Namespace, data: str) -> None:
 
 
 def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, seed: int) -> dict[str, float]:
-    """Trains and evaluates one variant with one seed, or reads what came of it earlier.
+    """Returns the metrics of one variant and seed: trains and evaluates it, or reads the stored result.
 
     Raises:
-      ValueError: what came of it earlier was made otherwise.
+      ValueError: the stored result was made from other inputs.
     """
     folder = place(args, data)
     name = f"{who}-{'distilled' if distilled else 'plain'}-{seed}"
@@ -174,10 +174,10 @@ def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, s
         config.data.teacher_cache = str(folder / "cache")
     made_by = _made_by(config, data, folder if distilled else None)
     if path.exists():
-        kept = json.loads(path.read_text())
-        if differs := keys.difference(kept.get("made_by", {}), made_by):
-            raise ValueError(f"{path}: this result was made otherwise ({differs}): choose another --out")
-        return kept["result"]
+        stored = json.loads(path.read_text())
+        if differs := keys.difference(stored.get("made_by", {}), made_by):
+            raise ValueError(f"{path}: this result was made from other inputs ({differs}); choose another --out")
+        return stored["result"]
     model = train(config, folder / "runs" / name)
     params = pack_params(model.params, model.rules)
     encoder = Encoder(Model(model.config, model.preprocess, params), batch_size=256)
@@ -201,13 +201,13 @@ def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, s
 
 
 def _made_by(config: Any, data: str, taught_in: pathlib.Path | None) -> keys.Recipe:
-    """All that decides a result: configuration, images, teacher, version; not where they lie."""
-    places = {"data.source": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
-    settled = config.copy_and_resolve_references()
-    settled.update_from_flattened_dict(places)
+    """Returns the inputs that determine a result: configuration, images, teacher, version; without their paths."""
+    paths = {"data.source": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
+    resolved = config.copy_and_resolve_references()
+    resolved.update_from_flattened_dict(paths)
     splits = sorted({"train", *(split for split, _ in METRICS[data].values())})
     return keys.recipe(
-        config=json.loads(settled.to_json()),
+        config=json.loads(resolved.to_json()),
         data={split: described(open_source(config.data.source, split)) for split in splits},
         teacher=TeacherCache.open(taught_in / "cache").made_by if taught_in else None,
         version=software()["tclip_jax"],
@@ -215,7 +215,7 @@ def _made_by(config: Any, data: str, taught_in: pathlib.Path | None) -> keys.Rec
 
 
 def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
-    """The metric of the ternarized average, which the run itself evaluated at its end."""
+    """Returns the metric of the ternarized average of the weights, which the run evaluated at its end."""
     lines = [
         {name: value for name, value in line.items() if name.startswith(f"{split}/")} for line in read_metrics(workdir)
     ]
@@ -223,13 +223,13 @@ def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and how far the 95 % interval of Student's t reaches to either side; NaN of a single value."""
+    """Returns the mean and the half-width of the 95 % interval by Student's t; NaN for a single value."""
     low, high = t_interval(values)
     return float(np.mean(values)), (high - low) / 2
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows aligned, shares in per cent."""
+    """Returns the rows as an aligned table, fractions in per cent."""
     heads = ("data", "variant", "metric", "seeds", "mean", "± 95 %", "to full", "± 95 %")
     lines = [[*heads, "ternary", "(no emb.)", "zeros", "(no emb.)"]]
     for row in rows:
@@ -247,23 +247,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def reference(who: str) -> str:
-    """The full-precision variant that a variant is compared with: that of the same learning rates."""
+    """Returns the full-precision variant with the same learning rates, which a variant is compared with."""
     return f"{FULL}_{who}" if f"{FULL}_{who}" in VARIANTS else FULL
 
 
 def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[dict[str, Any]]:
-    """A row for each metric of a variant; `results` has the results of every variant, seed by seed."""
-    own, full = results[who, distilled], results.get((reference(who), distilled), [])
+    """Yields a row for each metric of a variant. `results` has the results of every variant, one per seed."""
+    variant, full = results[who, distilled], results.get((reference(who), distilled), [])
     for metric in METRICS[data]:
-        mean, half = interval([each[metric] for each in own])
-        pairs = [a[metric] - b[metric] for a, b in zip(own, full, strict=False)]
+        mean, half = interval([each[metric] for each in variant])
+        pairs = [a[metric] - b[metric] for a, b in zip(variant, full, strict=False)]
         difference, difference_half = interval(pairs) if pairs and not who.startswith(FULL) else (math.nan, math.nan)
-        shares = {name: float(np.mean([each[name] for each in own])) for name in own[0] if name not in METRICS[data]}
+        names = [name for name in variant[0] if name not in METRICS[data]]
+        shares = {name: float(np.mean([each[name] for each in variant])) for name in names}
         yield {
             "data": data,
             "variant": who if distilled else f"{who}, plain",
             "metric": metric,
-            "seeds": len(own),
+            "seeds": len(variant),
             "mean": mean,
             "half": half,
             "difference": difference,
@@ -273,15 +274,15 @@ def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[di
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Points to full precision of every variant that has a difference, with their 95 % intervals, a plot a metric."""
+    """Plots the differences from full precision in points, with 95 % intervals; one plot per metric."""
     compared = [row for row in rows if not math.isnan(row["difference"])]
     groups = list(dict.fromkeys((row["data"], row["metric"]) for row in compared))
     most = max(sum((row["data"], row["metric"]) == group for row in compared) for group in groups)
     figure = Figure(figsize=(4.2 * len(groups), 1.2 + 0.28 * most), layout="constrained")
     for axes, (data, metric) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        own = [row for row in compared if (row["data"], row["metric"]) == (data, metric)]
-        points, halves = ([100 * row[name] for row in own] for name in ("difference", "difference_half"))
-        axes.errorbar(points, [row["variant"] for row in own], xerr=halves, fmt="o", color="#d1603d", capsize=3)
+        group = [row for row in compared if (row["data"], row["metric"]) == (data, metric)]
+        points, halves = ([100 * row[name] for row in group] for name in ("difference", "difference_half"))
+        axes.errorbar(points, [row["variant"] for row in group], xerr=halves, fmt="o", color="#d1603d", capsize=3)
         axes.axvline(0, color="#9aa5b1")
         axes.set_title(f"{data}, {metric}", fontsize=10)
         axes.set_xlabel("points to full precision")
@@ -292,7 +293,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of the table; raises ValueError where something in OUT was made otherwise."""
+    """Returns the rows of the table; raises ValueError if a file in OUT was made from other inputs."""
     rows = []
     for data in args.data:
         lay_out(pathlib.Path(args.out) / "data" / data, shared, data, 20 if args.quick else 10**6)
@@ -300,28 +301,34 @@ def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, A
         results: dict[tuple[str, bool], list[dict[str, float]]] = {}
         for seed in range(args.seeds):
             for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
-                found = experiment(args, data, who, distilled, seed)
-                results.setdefault((who, distilled), []).append(found)
-                figures = ", ".join(f"{metric} {found[metric]:.2%}" for metric in METRICS[data])
+                result = experiment(args, data, who, distilled, seed)
+                results.setdefault((who, distilled), []).append(result)
+                figures = ", ".join(f"{metric} {result[metric]:.2%}" for metric in METRICS[data])
                 print(f"{data} seed {seed} {who}{'' if distilled else ', plain'}: {figures}", flush=True)
         rows += [row for who, distilled in results for row in summarize(data, who, distilled, results)]
     return rows
 
 
 def main() -> int:
-    """Prints a line as each experiment ends, then the table, and with --json one object last."""
+    """Prints a line after each experiment, then the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/accuracy", metavar="DIR", help="data, runs and results")
-    parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="default both")
+    parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="data sets (default: both)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--plain", nargs="*", choices=VARIANTS, default=[FULL, "ternaryclip"], help="without teacher")
-    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="default 5")
-    parser.add_argument("--steps", type=number(int, ge=0), default=0, metavar="N", help="instead of the recipe's")
     parser.add_argument(
-        "--width", type=number(int, ge=0), default=0, metavar="N", help="of the models, instead of the recipe's"
+        "--plain", nargs="*", choices=VARIANTS, default=[FULL, "ternaryclip"], help="students trained without a teacher"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the differences and their intervals: .svg, .png, ...")
-    parser.add_argument("--quick", action="store_true", help="tiny models, two variants, four steps, under a minute")
+    parser.add_argument("--seeds", type=count, default=5, metavar="N", help="number of seeds (default 5)")
+    parser.add_argument(
+        "--steps", type=number(int, ge=0), default=0, metavar="N", help="training steps (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--width", type=number(int, ge=0), default=0, metavar="N", help="width of the models (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="plot the differences and their intervals to a file: .svg, .png, ..."
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny models, two variants, four steps; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     if args.quick:
@@ -329,7 +336,7 @@ def main() -> int:
         args.variants, args.plain = [FULL, "average"], []
     shared = pathlib.Path(os.environ.get("TCLIP_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
     if not shared.is_dir():
-        print(f"{shared}: no real images there; set TCLIP_TEST_DATA", file=sys.stderr)
+        print(f"{shared}: this folder of test images does not exist; set TCLIP_TEST_DATA", file=sys.stderr)
         return 2
     try:
         rows = measured(args, shared)

@@ -1,4 +1,4 @@
-"""The artifact of a freshly drawn ViT-B/16 with Q-ALL: bytes, bits a trit, load time and memory.
+"""Size, bits per trit, load time and memory of the artifact of a random ViT-B/16 with Q-ALL.
 
 python -m benchmarks.artifact --json
 """
@@ -26,7 +26,7 @@ from tclip_jax.models.presets import model_cfg
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.ternary import Quantizer
 
-# In a process of its own: what drawing the model took is not to be counted.
+# Runs in a new process, so that the memory of initializing the model is not counted.
 _LOAD = """
 import json, resource, sys, time
 import jax
@@ -46,7 +46,7 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": work, "resident": resident(
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One measured number and the number that it must not be worse than, if any."""
+    """A measured value and its bound, if any."""
 
     name: str
     value: float
@@ -62,7 +62,7 @@ class Figure:
 
 
 def build(preset: str, folder: pathlib.Path) -> tuple[bool, dict[str, Any]]:
-    """Draws, packs, writes, verifies and inspects."""
+    """Writes the artifact of a random model; returns whether it is equal to the model, and its inspection."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     rules = ternary_rules("Q-ALL", Quantizer())
     params = jax.device_get(init_params(CLIP(config), jax.random.key(0)))
@@ -73,7 +73,7 @@ def build(preset: str, folder: pathlib.Path) -> tuple[bool, dict[str, Any]]:
 
 
 def load(folder: pathlib.Path, runs: int) -> dict[str, float]:
-    """Medians of seconds and bytes over fresh processes."""
+    """Returns medians of seconds and bytes of loading, over `runs` new processes."""
     outcomes = []
     for _ in range(runs):
         ran = subprocess.run([sys.executable, "-c", _LOAD, str(folder)], capture_output=True, text=True, check=True)
@@ -82,28 +82,28 @@ def load(folder: pathlib.Path, runs: int) -> dict[str, float]:
 
 
 def figures(preset: str, runs: int) -> list[Figure]:
-    """All figures of one preset; the goals are those of ViT-B/16."""
+    """Returns all figures of one preset. The bounds hold for ViT-B/16."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "artifact"
-        verified, found = build(preset, path)
+        verified, inspected = build(preset, path)
         loaded = load(path, runs)
     whole = preset == "ViT-B-16"
     return [
         Figure("verified to the bit", verified, "", at_least=1),
-        Figure("parameters", found["parameters"], ""),
-        Figure("ternary share", found["ternary_share"], ""),
-        Figure("zeros of trits", found["zeros"], ""),
-        Figure("bits a trit", found["bits_per_trit"], "bits"),
-        Figure("entropy of trits", found["entropy"], "bits"),
-        Figure("bits / entropy", found["bits_per_trit"] / found["entropy"], "", at_most=1.01),
-        *(Figure(name, size, "B") for name, size in found["bytes"].items()),
-        Figure("weight files", found["weight_bytes"], "B"),
-        Figure("whole folder", found["folder_bytes"], "B"),
-        Figure("float32", found["float32_bytes"], "B"),
-        Figure("times smaller than float32", found["compression_real"], "x", at_least=20 if whole else None),
-        Figure("float32 bits / weight bits (theory)", found["compression_theoretical"], "x"),
+        Figure("parameters", inspected["parameters"], ""),
+        Figure("ternary share", inspected["ternary_share"], ""),
+        Figure("zeros of trits", inspected["zeros"], ""),
+        Figure("bits a trit", inspected["bits_per_trit"], "bits"),
+        Figure("entropy of trits", inspected["entropy"], "bits"),
+        Figure("bits / entropy", inspected["bits_per_trit"] / inspected["entropy"], "", at_most=1.01),
+        *(Figure(name, size, "B") for name, size in inspected["bytes"].items()),
+        Figure("weight files", inspected["weight_bytes"], "B"),
+        Figure("whole folder", inspected["folder_bytes"], "B"),
+        Figure("float32", inspected["float32_bytes"], "B"),
+        Figure("times smaller than float32", inspected["compression_real"], "x", at_least=20 if whole else None),
+        Figure("float32 bits / weight bits (theory)", inspected["compression_theoretical"], "x"),
         Figure("load in a fresh process, elapsed", loaded["seconds"], "s"),
-        # The goal is for an idle machine, where no more time passes than the CPU works; elsewhere this can be judged.
+        # Bounded instead of the elapsed time, which depends on the load of the machine.
         Figure("load, of the CPU, all threads", loaded["cpu_seconds"], "s", at_most=2),
         Figure("resident after load, above imports", loaded["resident"], "B"),
     ]
@@ -112,19 +112,19 @@ def figures(preset: str, runs: int) -> list[Figure]:
 def main() -> int:
     """Prints a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.artifact", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the preset 'tiny' loaded once, under a minute")
+    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', loaded once; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     preset = "tiny" if args.quick else "ViT-B-16"
-    found = figures(preset, runs=1 if args.quick else 5)
-    for figure in found:
+    measured = figures(preset, runs=1 if args.quick else 5)
+    for figure in measured:
         goals = (("at most", figure.at_most), ("at least", figure.at_least))
         goal = "".join(f"  {name} {value:g}" for name, value in goals if value is not None)
         value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.4g}"
         print(f"{figure.name:36}{value:>14} {figure.unit:4}{goal}{'' if figure.passed else '  MISSED'}")
-    passed = all(figure.passed for figure in found)
+    passed = all(figure.passed for figure in measured)
     if args.json:
-        rows = [{"name": figure.name, "value": float(figure.value), "passed": figure.passed} for figure in found]
+        rows = [{"name": figure.name, "value": float(figure.value), "passed": figure.passed} for figure in measured]
         print(json.dumps({"preset": preset, "passed": passed, "figures": rows}))
     return 0 if passed else 1
 

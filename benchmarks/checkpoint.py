@@ -1,9 +1,9 @@
-"""How long a checkpoint keeps training waiting: `python -m benchmarks.checkpoint [--quick] [--json]`.
+"""Time for which saving a checkpoint blocks training: `python -m benchmarks.checkpoint [--quick] [--json]`.
 
-Saves the whole state of a run (parameters, both moments of AdamW, the place in the data) after a step, as `tclip train`
-does, and times what blocks the loop, what is then written in the background with its checksums, and the step that runs
-meanwhile. A ratio is the median over rounds of the ratios within a round: on a shared machine only those mean anything.
-Exit code 1 when a save blocks for longer than a step; with --quick, which has too few rounds to judge, always 0.
+Saves the state of a run (parameters and both moments of AdamW) after a step, as `tclip train` does. Times three parts:
+the call that blocks the loop, the write in the background with its checksums, and the step that runs during the write.
+A ratio is the median over rounds of the ratio within a round, because absolute times vary on a shared machine. Exits
+with 1 if a save blocks for longer than a step, and always with 0 under --quick, whose rounds are too few.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tclip_jax.runs.config import base_config, run_config
 from tclip_jax.schema import count
 from tclip_jax.training.build import Build
 
-BUDGET = 1.0  # of a step
+BUDGET = 1.0  # steps
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds that the action takes, its arrays included."""
+    """Returns the seconds until the action has returned and its arrays are computed."""
     started = time.perf_counter()
     jax.block_until_ready(action())
     return time.perf_counter() - started
 
 
 def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of every part in every round after one that compiles; and the bytes of the state."""
+    """Returns the seconds of every part in every round, after a round that compiles, and the bytes of the state."""
     config = base_config()
     config.model, config.preprocess, config.ternary = model_cfg(preset), preprocess_cfg(), "Q-ALL"
     config.data.batch_size, config.remat = batch_size, True
@@ -79,8 +79,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
     parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")
-    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="default 5")
-    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', two rounds, under a minute")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="number of rounds (default 5)")
+    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', two rounds; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     if args.quick:
@@ -96,8 +96,8 @@ def main() -> int:
     if args.json:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         figures = [{"name": "save blocks / step", "ratio": ratio, "budget": BUDGET, "passed": passed}]
-        given = {"preset": args.preset, "batch": args.batch, "bytes": size}
-        print(json.dumps(given | {"seconds": medians, "figures": figures}))
+        setup = {"preset": args.preset, "batch": args.batch, "bytes": size}
+        print(json.dumps(setup | {"seconds": medians, "figures": figures}))
     return 0 if passed or args.quick else 1
 
 

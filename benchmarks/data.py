@@ -1,14 +1,14 @@
-"""The input pipeline: speed beside open_clip's loader, waits, memory, and how fast a run starts and starts again.
+"""The input pipeline: speed against open_clip's loader, waiting time, memory, and the time to start and restart.
 
 python -m benchmarks.data            about fifteen minutes
 python -m benchmarks.data --quick    under a minute: fewer samples and rounds, no training step
 python -m benchmarks.data --quick --json | tail -1
 
-The photos are synthetic: 500 x 375 JPEGs of quality 90 whose luma and chroma are noise with the 1/f spectrum of natural
-images, about 115 kB each, so that decoding costs what it costs for photos. Both loaders read the same tars with two
-worker processes, make random crops of 224 x 224 and 77 tokens, and take turns, each in a process of its own. The one
-of open_clip hands out normalised floats; ours bytes, which the step normalises on the device. Exit code 1 when a figure
-misses its goal; with --quick, which is too short to judge speed, always 0.
+The photos are synthetic: 500 x 375 JPEGs of quality 90 and about 115 kB. Their luma and chroma are noise with the 1/f
+spectrum of natural images, so that they decode as slowly as real photos. Both loaders read the same tars with two
+worker processes, and make random crops of 224 x 224 and 77 tokens. They take turns, each in a new process. open_clip's
+loader returns normalised floats; ours returns bytes, which the step normalises on the device. Exits with 1 if a figure
+misses its goal, and always with 0 under --quick, which is too short to measure speed.
 
 Needs the extra `torch`, and for open_clip's loader `pip install pandas 'webdataset==0.2.86'`.
 """
@@ -72,7 +72,7 @@ Figures = dict[str, Any]
 
 
 def photo(rng: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A JPEG of noise with the spectrum of natural images (D. J. Field, JOSA A 4, 1987: amplitude ~ 1/frequency)."""
+    """Returns a JPEG of noise with the spectrum of natural images: amplitude ~ 1/frequency (Field, JOSA A 4, 1987)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     frequency[0, 0] = 1
 
@@ -89,7 +89,7 @@ def photo(rng: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) ->
 
 
 def write_tars(folder: pathlib.Path, shards: int, samples: int, photos: int = 64) -> str:
-    """Tars as img2dataset writes them, of photos that are drawn again and again, and their pattern."""
+    """Writes tars in the format of img2dataset, sampled from `photos` photos; returns their pattern."""
     rng = np.random.default_rng(0)
     pool = [photo(rng) for _ in range(photos)]
     folder.mkdir()
@@ -108,7 +108,7 @@ def write_tars(folder: pathlib.Path, shards: int, samples: int, photos: int = 64
 
 
 def run_of(pattern: str, batch_size: int = BATCH, workers: int = WORKERS) -> RunConfig:
-    """The configuration of ViT-B/16 on those tars."""
+    """Returns the configuration of ViT-B/16 on the tars."""
     config = base_config()
     config.model = model_cfg("ViT-B-16")
     config.data.update({"source": f"wds:{pattern}", "templates": "none", "augment": "random_resized_crop"})
@@ -117,20 +117,20 @@ def run_of(pattern: str, batch_size: int = BATCH, workers: int = WORKERS) -> Run
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns in a new process."""
+    """Runs a function in a new process and returns its result."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
-    """Images per second, and per second that a processor worked, of open_clip's loader, its shuffle buffer full."""
+    """Returns images per second and per core-second of open_clip's loader, after its shuffle buffer is full."""
     from tclip_jax.numerics.torch_side import import_torch
 
     import_torch().set_num_threads(1)
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
-    # Its workers are to be forked, as on any Linux: a new process here has been spawned, and would spawn them too.
+    # open_clip forks its workers on Linux. This process was spawned, and would spawn them by default.
     multiprocessing.set_start_method("fork", force=True)
     args = argparse.Namespace(
         train_data=pattern,
@@ -145,7 +145,7 @@ def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
     transform = open_clip.image_transform(224, is_train=True)
     info = get_wds_dataset(args, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-16"))
     batches = iter(info.dataloader)
-    # What the workers prepared while nobody asked is not counted.
+    # Discard the batches that the workers prepared before the measurement.
     for _ in range(4 * WORKERS):
         next(batches)
     images, started, worked = 0, time.perf_counter(), process_seconds(os.getpid())
@@ -155,9 +155,9 @@ def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
 
 
 def speed(pattern: str, rounds: int, seconds: float) -> Figures:
-    """Images per second of both loaders, which take turns, and the medians of their ratios.
+    """Returns images per second of both loaders, which take turns, and the medians of their ratios.
 
-    The ratio of images per second that a processor worked is the one to trust on a machine with other load.
+    On a machine with other load, use the ratio of images per core-second.
     """
     ours, theirs = [], []
     for _ in range(rounds):
@@ -175,7 +175,7 @@ def speed(pattern: str, rounds: int, seconds: float) -> Figures:
 
 
 def wait_share(pattern: str, steps: int) -> Figures:
-    """Waiting over all time of training ViT-B/16 ternary on this CPU, eight images a step."""
+    """Returns the fraction of time that ternary ViT-B/16 training waits for data, with eight images per step."""
     from benchmarks.train_step import jax_steps
     from tclip_jax.models.ternary_rules import ternary_rules
     from tclip_jax.ternary import Quantizer
@@ -185,36 +185,36 @@ def wait_share(pattern: str, steps: int) -> Figures:
     step()
     waited, started = 0.0, time.perf_counter()
     for _ in range(steps):
-        asked = time.perf_counter()
+        before = time.perf_counter()
         next(data)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - before
         step()
     spent = time.perf_counter() - started
     return {"wait_share": waited / spent, "step_seconds": (spent - waited) / steps}
 
 
 def memory(pattern: str, samples: int) -> Figures:
-    """How far the memory of all processes strays from its median while so many samples pass, after a tenth of them."""
-    data, seen = train_data(run_of(pattern)), 0
-    held: list[int] = []
+    """Returns the largest deviation of the memory of all processes from its median, over the last 90 % of `samples`."""
+    data, count = train_data(run_of(pattern)), 0
+    sizes: list[int] = []
     step = samples // 50
-    while seen < samples:
-        seen += len(next(data)["weight"])
-        if seen >= samples // 10 + step * len(held):
-            held.append(process_memory(os.getpid()) or 0)
+    while count < samples:
+        count += len(next(data)["weight"])
+        if count >= samples // 10 + step * len(sizes):
+            sizes.append(process_memory(os.getpid()) or 0)
     data.close()
-    middle = statistics.median(held)
-    return {"memory_gib": middle / 2**30, "memory_drift": max(abs(each / middle - 1) for each in held)}
+    median = statistics.median(sizes)
+    return {"memory_gib": median / 2**30, "memory_drift": max(abs(size / median - 1) for size in sizes)}
 
 
 def first_batch(pattern: str, started: float) -> float:
-    """Seconds from `started`, before the process was, to the first batch."""
+    """Returns the seconds from `started`, before this process existed, to the first batch."""
     next(train_data(run_of(pattern, workers=0)))
     return time.time() - started
 
 
 def start(folder: pathlib.Path) -> Figures:
-    """Seconds to the first batch of 1,000 shards, the first time and with the index in the cache."""
+    """Returns the seconds to the first batch of 1,000 shards, without and with a cached index."""
     pattern = write_tars(folder, 1, 10, photos=2)
     for shard in range(1, 1000):
         os.link(folder / "00000.tar", folder / f"{shard:05}.tar")
@@ -224,8 +224,8 @@ def start(folder: pathlib.Path) -> Figures:
 
 
 def billion(folder: pathlib.Path, started: float) -> Figures:
-    """Seconds and memory to the first batch of 10⁹ pairs in 100,000 shards, which exist in the index alone."""
-    logging.disable(logging.WARNING)  # that no sample has an image
+    """Returns seconds and memory to the first batch of 10⁹ pairs in 100,000 shards, of which only the index exists."""
+    logging.disable(logging.WARNING)  # hides the warning that no sample has an image
     data = train_iterator(
         Tars(ShardIndex(folder)),
         tokenizer=Tokenizer(),
@@ -241,7 +241,7 @@ def billion(folder: pathlib.Path, started: float) -> Figures:
 
 
 def restart(pattern: str) -> Figures:
-    """Whether batches after a restart are those that would have come, byte for byte."""
+    """Returns whether the batches after a restart equal those of an uninterrupted iterator, byte for byte."""
     data = train_data(run_of(pattern))
     for _ in range(3):
         next(data)
@@ -252,14 +252,14 @@ def restart(pattern: str) -> Figures:
     again.set_state(state)
     same = all(
         batch[key].tobytes() == value.tobytes()
-        for batch, wanted in zip(again, expected, strict=False)
-        for key, value in wanted.items()
+        for batch, reference in zip(again, expected, strict=False)
+        for key, value in reference.items()
     )
     again.close()
     return {"restart_identical": same}
 
 
-# figure -> (the goal, whether it is a least or a most)
+# figure -> (goal, kind of bound)
 GOALS: dict[str, tuple[float, str]] = {
     "speed_ratio": (1.5, "at least"),
     "core_speed_ratio": (1.5, "at least"),
@@ -273,11 +273,13 @@ GOALS: dict[str, tuple[float, str]] = {
 
 
 def main() -> int:
-    """Prints every figure beside its goal, and with --json one object last."""
+    """Prints every figure next to its goal, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer samples and rounds, under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer samples and rounds; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="of speed, wait, memory, start, billion, restart")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="run only these parts: speed, wait, memory, start, billion, restart"
+    )
     args = parser.parse_args()
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,9 +1,9 @@
-"""`tclip evaluate` against CLIP_benchmark: `python -m benchmarks.evaluation [--quick] [--json]`.
+"""Speed of `tclip evaluate` against CLIP_benchmark: `python -m benchmarks.evaluation [--quick] [--json]`.
 
-The same exported random model, the same webdataset export and the same cores: JAX, and CLIP_benchmark's own functions
-with open_clip in PyTorch, in turn, both in float32. Images are of CIFAR-10's test set if ../shared/data has it, else
-noise. Each run is a whole evaluation, class embeddings included; JAX compiles before the first, and how long that takes
-is said. Exit code 1 when JAX is slower or a metric differs. Needs the extra `test`.
+Both evaluate the same exported random model on the same webdataset export and cores, alternately, in float32: tclip_jax
+in JAX, and the functions of CLIP_benchmark with open_clip in PyTorch. The images are CIFAR-10's test images if
+../shared/data has them, else noise. Each run is a whole evaluation with class embeddings. JAX compiles before the first
+run; the compile time is printed. Exits with 1 if JAX is slower. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ SHARDS = 2
 
 
 def samples(images: int) -> list[tuple[bytes, int]]:
-    """JPEG files and their classes, classes mixed."""
+    """Returns JPEG files and their labels, with mixed classes."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     archive = pathlib.Path(os.environ.get("TCLIP_TEST_DATA", beside)) / "cifar10" / "cifar10_jpg.tar.xz"
     if not archive.exists():
         rng = np.random.default_rng(0)
-        found = []
+        noise = []
         for i in range(images):
             buffer = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "jpeg")
-            found.append((buffer.getvalue(), i % len(CLASSES)))
-        return found
-    each = -(-images // len(CLASSES))
-    wanted = {f"test/{name}/{i:04}.jpg": (i, label) for label, name in enumerate(CLASSES) for i in range(each)}
-    read = {}
+            noise.append((buffer.getvalue(), i % len(CLASSES)))
+        return noise
+    per_class = -(-images // len(CLASSES))
+    members = {f"test/{name}/{i:04}.jpg": (i, label) for label, name in enumerate(CLASSES) for i in range(per_class)}
+    files = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.name in wanted:
-                read[wanted[member.name]] = tar.extractfile(member).read()  # type: ignore[union-attr]
-            if len(read) == len(wanted):
+            if member.name in members:
+                files[members[member.name]] = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if len(files) == len(members):
                 break
-    return [(read[key], key[1]) for key in sorted(read)][:images]
+    return [(files[key], key[1]) for key in sorted(files)][:images]
 
 
 def write_export(folder: pathlib.Path, pictures: Sequence[tuple[bytes, int]]) -> None:
-    """The webdataset export of CLIP_benchmark."""
+    """Writes a webdataset export as CLIP_benchmark does."""
     (folder / "test").mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
@@ -89,7 +89,7 @@ def write_export(folder: pathlib.Path, pictures: Sequence[tuple[bytes, int]]) ->
 
 
 class Theirs:
-    """CLIP_benchmark on the export of a model."""
+    """Evaluates an exported model with CLIP_benchmark."""
 
     def __init__(self, model: pathlib.Path, data: pathlib.Path, batch_size: int, workers: int) -> None:
         import open_clip
@@ -97,7 +97,7 @@ class Theirs:
         builder = importlib.import_module("clip_benchmark.datasets.builder")
         zeroshot_classification = importlib.import_module("clip_benchmark.metrics.zeroshot_classification")
         self._evaluate = zeroshot_classification.evaluate
-        # Its accuracy() makes a number of an array (1,), which NumPy 2.4 refuses.
+        # Its accuracy() calls float() on an array (1,), which NumPy 2.4 refuses.
         vars(zeroshot_classification)["float"] = lambda x: x.item() if isinstance(x, np.ndarray) else builtins.float(x)
         vars(zeroshot_classification)["tqdm"] = lambda x: x
         name = f"local-dir:{model}"
@@ -111,15 +111,15 @@ class Theirs:
         loader = import_torch().utils.data.DataLoader(
             self._data.batched(self._batch_size), batch_size=None, num_workers=self._workers
         )
-        found = self._evaluate(
+        metrics = self._evaluate(
             self._model, loader, self._tokenizer, self._data.classes, self._data.templates, "cpu", amp=False
         )
         gc.collect()
-        return found
+        return metrics
 
 
 def measure(preset: str, images: int, batch_size: int, rounds: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Seconds of both in turn, and the ratio."""
+    """Runs both alternately; returns rates, ratios and metrics."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     params = init_params(CLIP(config), jax.random.key(0))
     export_pytorch(folder / "model", config=config, preprocess=Preprocess(config.vision.image_size), params=params)
@@ -145,7 +145,7 @@ def measure(preset: str, images: int, batch_size: int, rounds: int, folder: path
             started = time.perf_counter()
             metrics[name] = run()
             seconds[name].append(time.perf_counter() - started)
-    # The better of its two ways of reading, round by round.
+    # In each round, the faster of CLIP_benchmark with and without workers.
     ratios = [min(rest) / mine for mine, *rest in zip(*seconds.values(), strict=True)]
     return {
         "preset": preset,
@@ -166,24 +166,24 @@ def measure(preset: str, images: int, batch_size: int, rounds: int, folder: path
 def main() -> int:
     """Prints a table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the preset 'tiny' alone, under a minute")
+    parser.add_argument("--quick", action="store_true", help="only the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     import_torch()
     cases = [("tiny", 1000, 128, 3)] if args.quick else [("tiny", 2000, 128, 5), ("ViT-B-32", 128, 64, 3)]
-    found = []
+    figures = []
     for preset, images, batch_size, rounds in cases:
         with tempfile.TemporaryDirectory() as folder:
-            each = measure(preset, images, batch_size, rounds, pathlib.Path(folder))
-        found.append(each)
-        rates = ", ".join(f"{name} {rate:,.1f}" for name, rate in each["images_per_second"].items())
-        ratios = ", ".join(f"{ratio:.2f}" for ratio in each["ratios"])
-        print(f"{preset}, {images:,} images: {rates} images/s; ratio {each['ratio']:.2f} ({ratios})", flush=True)
-        print(f"  compiled in {each['compile_seconds']:.1f} s, acc1 {each['acc1']:.4f}, load {each['load']:.1f}")
-    passed = all(each["ratio"] >= 1 for each in found)
+            figure = measure(preset, images, batch_size, rounds, pathlib.Path(folder))
+        figures.append(figure)
+        rates = ", ".join(f"{name} {rate:,.1f}" for name, rate in figure["images_per_second"].items())
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in figure["ratios"])
+        print(f"{preset}, {images:,} images: {rates} images/s; ratio {figure['ratio']:.2f} ({ratios})", flush=True)
+        print(f"  compiled in {figure['compile_seconds']:.1f} s, acc1 {figure['acc1']:.4f}, load {figure['load']:.1f}")
+    passed = all(figure["ratio"] >= 1 for figure in figures)
     if args.json:
-        print(json.dumps({"figures": found, "passed": passed}))
+        print(json.dumps({"figures": figures, "passed": passed}))
     return 0 if passed else 1
 
 

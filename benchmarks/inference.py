@@ -1,12 +1,12 @@
-"""Speed and memory of packed inference on this CPU: ratios to dense float32 in JAX, and to open_clip in PyTorch.
+"""Speed and memory of packed inference on this CPU, relative to dense float32 in JAX, and open_clip in PyTorch.
 
 python -m benchmarks.inference            about ten minutes
 python -m benchmarks.inference --quick    under a minute
 python -m benchmarks.inference --quick --json | tail -1
 
-All implementations of a row take turns within one run, and a ratio is of medians, so that other load on the machine
-falls on all alike; the quantization of activations (A8) is included. `--cpu-time` counts the seconds that processors
-worked, which a crowded machine disturbs least. Above 1 is faster than dense float32 JAX.
+All implementations of a row take turns within one run, so that other load on the machine affects all equally. A ratio
+is a ratio of medians; above 1 is faster than dense float32 JAX. A8 includes the quantization of activations.
+`--cpu-time` measures processor seconds, which depend less on other load.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tclip_jax.ternary import Quantizer, TernaryTensor, repack, ternarize, terna
 from tclip_jax.ternary.kernels.native_cpu import instruction_sets
 from tclip_jax.ternary.tensor import Activations
 
-# M of one text, image, and eight images; K, N of ViT-B/16's layers.
+# (M, K, N): M rows of one text, one image or eight images; K, N of the layers of ViT-B/16.
 SHAPES = [
     (1, 768, 3072),
     (8, 768, 3072),
@@ -69,12 +69,12 @@ RowStats = list[dict[str, Any]]
 
 
 def call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """The function of these arguments, waiting for its result."""
+    """Returns a function that calls `function` with the arguments and waits for its result."""
     return lambda: function(*args).block_until_ready()
 
 
 def take_turns(functions: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each function, called in turns until the time is over, five times at least."""
+    """Returns the median seconds of each function; the functions take turns for `seconds`, at least five times."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -84,17 +84,18 @@ def take_turns(functions: dict[str, Callable[[], Any]], seconds: float, clock: C
             start = clock()
             function()
             times[name].append(clock() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def ratios(name: str, found: dict[str, float], baseline: str) -> dict[str, Any]:
-    return {"name": name, "baseline_ms": found[baseline] * 1e3} | {
-        other: found[baseline] / value for other, value in found.items() if other != baseline
+def ratios(name: str, seconds: dict[str, float], baseline: str) -> dict[str, Any]:
+    """Returns a row: milliseconds of the baseline, and the speedup of each other function."""
+    return {"name": name, "baseline_ms": seconds[baseline] * 1e3} | {
+        variant: seconds[baseline] / value for variant, value in seconds.items() if variant != baseline
     }
 
 
 def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
-    """Every implementation, at the shapes of ViT-B/16, group 256."""
+    """Returns the speedups of every implementation of the product, at the shapes of ViT-B/16, group 256."""
     dot = jax.jit(jnp.dot)
     product = jax.jit(ternary_matmul)
     rows = []
@@ -103,7 +104,7 @@ def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
         x, dense = jax.random.normal(jax.random.key(0), (m, k)), w.dequantize()
         functions: dict[str, Callable[[], Any]] = {"dense": call(dot, x, dense)}
         for name, activations in VARIANTS:
-            if name == "native_cpu" and not instruction_sets():  # not built, as the first line printed says
+            if name == "native_cpu" and not instruction_sets():  # not built; the first line of output reports it
                 continue
             packed = jax.device_put(repack(w, implementation=name, activations=activations))
             functions[f"{name} {activations}"] = call(product, x, packed)
@@ -112,7 +113,7 @@ def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
 
 
 def encode_rows(quick: bool, clock: Callable[[], float], torch: bool) -> RowStats:
-    """Whole image encodes, of random weights."""
+    """Returns the speedups of encoding images with random weights."""
     model = _model(quick)
     config = model.config
     encoder = CLIP(config)
@@ -154,7 +155,7 @@ def _torch_encoders(config: CLIPConfig, pixels: Any) -> dict[str, Callable[[], A
 
 
 def _model(quick: bool) -> Model:
-    """A random model whose trits are packed for no device yet."""
+    """Returns a random model whose trits are not yet packed for a device."""
     config = CLIPConfig.from_open_clip(model_cfg("tiny" if quick else "ViT-B-16"))
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(CLIP(config), jax.random.key(0)))
     packed = pack_params(params, ternary_rules("Q-ALL", Quantizer()))
@@ -162,7 +163,7 @@ def _model(quick: bool) -> Model:
 
 
 def _dense(model: Model) -> Any:
-    """The parameters with float32 weights."""
+    """Returns the parameters with dense float32 weights."""
     return jax.tree.map(
         lambda leaf: np.asarray(leaf.dequantize()) if isinstance(leaf, TernaryTensor) else np.asarray(leaf),
         jax.device_get(model.params),
@@ -171,7 +172,7 @@ def _dense(model: Model) -> Any:
 
 
 def accuracy_row(quick: bool) -> dict[str, Any]:
-    """Embeddings of the packed model against dense float32: max |Δ| with A16, the least cosine with A8."""
+    """Compares embeddings of packed and dense float32 models: max |Δ| for A16, smallest cosine for A8."""
     model, rng = _model(quick), np.random.default_rng(0)
     dense = dataclasses.replace(model, params=_dense(model))
     inputs = {
@@ -188,7 +189,7 @@ def accuracy_row(quick: bool) -> dict[str, Any]:
 
 
 def memory_row(quick: bool) -> dict[str, Any]:
-    """float32 over packed: bytes of all parameters, and growth of processes that load and encode one image."""
+    """Returns ratios of float32 to packed: bytes of the parameters, and growth of a process that encodes one image."""
     model = _model(quick)
     packed = repack_params(jax.device_get(model.params))
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
@@ -216,7 +217,7 @@ def memory_row(quick: bool) -> dict[str, Any]:
 
 
 def print_growth(path: pathlib.Path) -> None:
-    """Bytes that this process grows by, over its imports, when it loads a model and encodes an image."""
+    """Prints the bytes by which this process grows when it loads a model and encodes an image."""
     jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
     before = _resident_bytes()
     artifact = read_artifact(path.parent / "artifact") if path.name == "dense" else None
@@ -238,7 +239,7 @@ def _resident_bytes() -> int:
 
 
 def print_table(rows: RowStats) -> None:
-    """One row a line, its ratios beside their names."""
+    """Prints one line per row, with the name and value of each ratio."""
     for row in rows:
         numbers = [f"{key} {value:.2f}x" for key, value in row.items() if key not in ("name", "baseline_ms")]
         print(f"{row['name']:24}dense {row['baseline_ms']:9.2f} ms  {'  '.join(numbers)}", flush=True)
@@ -247,9 +248,9 @@ def print_table(rows: RowStats) -> None:
 def main() -> int:
     """Prints the tables, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="four products and the preset 'tiny', under a minute")
+    parser.add_argument("--quick", action="store_true", help="four products and the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor seconds instead of elapsed ones")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor seconds instead of elapsed seconds")
     parser.add_argument("--encode-only", action="store_true", help="leave out the table of products")
     parser.add_argument("--no-torch", action="store_true", help="leave out open_clip in PyTorch")
     parser.add_argument("--growth", type=pathlib.Path, help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
-"""What importing and exporting cost: `python -m benchmarks.interchange [--quick] [--json]`.
+"""Time and memory of import and export: `python -m benchmarks.interchange [--quick] [--json]`.
 
-Models with random weights, each command in a process of its own: seconds, and by how much it raised the resident memory
-over that of the imported libraries. A ternary model goes through every format and back. Exit code 1 when a figure is
-over its budget. Needs Linux and 6 GB of disk; no PyTorch.
+Runs each command in a new process, on models with random weights. Measures seconds, and peak resident memory above that
+of the imported libraries. A ternary model is also exported to every format and imported back. Exits with 1 if a figure
+is over its budget. Needs Linux and 6 GB of disk; does not need PyTorch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tclip_jax.interop import export, importing
 from tclip_jax.inference import load
 jax.numpy.ones(2).block_until_ready()
 
-def peak():  # resource's figure would begin with the peak of the parent process
+def peak():  # ru_maxrss would include the peak of the parent process
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
 before, started, worked = peak(), time.perf_counter(), time.process_time()
@@ -62,7 +62,7 @@ print(json.dumps([code, time.perf_counter() - started, time.process_time() - wor
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A measured value and the most that it may be, infinity where nothing is promised."""
+    """A measured value and its upper bound; infinity: no bound."""
 
     model: str
     name: str
@@ -76,7 +76,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a command: seconds, those of all threads, the bytes that it added to the peak of resident memory, and that."""
+    """Cost of a command: elapsed seconds, processor seconds, bytes added to the peak resident memory, and that peak."""
 
     seconds: float
     processor: float
@@ -85,7 +85,7 @@ class Cost:
 
 
 def measure(*arguments: str | pathlib.Path) -> Cost:
-    """Runs `tclip` in a process of its own."""
+    """Runs `tclip` in a new process and returns its cost."""
     command = [sys.executable, "-c", _MEASURED, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     code, *cost = json.loads(done.stdout.splitlines()[-1])
@@ -95,7 +95,7 @@ def measure(*arguments: str | pathlib.Path) -> Cost:
 
 
 def run(*arguments: str | pathlib.Path) -> None:
-    """Runs `tclip` here, without its table."""
+    """Runs `tclip` in this process, without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         code = tclip([str(argument) for argument in arguments])
     if code:
@@ -103,23 +103,23 @@ def run(*arguments: str | pathlib.Path) -> None:
 
 
 def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
-    """A folder of open_clip, its weights drawn one by one; returns the bytes of the model in float32."""
+    """Writes a folder of open_clip with random weights, one tensor at a time; returns its bytes in float32."""
     folder.mkdir()
     rng = np.random.default_rng(0)
 
-    def drawn(shape: tuple[int, ...]) -> LazyArray:
+    def random(shape: tuple[int, ...]) -> LazyArray:
         return LazyArray(shape, np.dtype(np.float32), lambda: np.float32(0.02) * rng.standard_normal(shape, np.float32))
 
-    state = {entry.key: drawn(entry.shape) for entry in open_clip_table(config)}
+    state = {entry.key: random(entry.shape) for entry in open_clip_table(config)}
     write_safetensors(folder / "open_clip_model.safetensors", state)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config.to_open_clip()}))
     return 4 * sum(int(np.prod(entry.shape)) for entry in open_clip_table(config))
 
 
 def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterator[Figure]:
-    """Import of a float model, export of that import, and the same again."""
+    """Measures the import of a float model and its export; imports and exports the result again."""
     size, large = write_random(folder / "theirs", config), name == "ViT-L-14"
-    # Of a small model, whatever the libraries allocate is more than the model.
+    # For a small model, the allocations of the libraries exceed the size of the model.
     budget = 1.5 if size > 2**28 else math.inf
     cost = measure("import", folder / "theirs", "--out", folder / "artifact")
     yield Figure(name, "import: seconds", cost.seconds, 20 if large else math.inf)
@@ -137,7 +137,7 @@ def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterato
 
 
 def ternary_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterator[Figure]:
-    """Export of a ternary run and of its artifact, and the trits and scales that come back from every format."""
+    """Measures the export of a ternary run and of its artifact; counts trits and scales that a format changes."""
     size, packed = _write_student(folder, config)
     budget = 1.5 if size > 2**28 else math.inf
     for source, title in ((folder / "run", "a ternary run"), (folder / "student", "its artifact")):
@@ -157,7 +157,7 @@ def ternary_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iter
 
 
 def _write_student(folder: pathlib.Path, config: CLIPConfig) -> tuple[int, dict[str, Any]]:
-    """A run whose latent weights are random, and its artifact; returns the bytes in float32 and the packed weights."""
+    """Writes a run with random latent weights, and its artifact; returns the float32 bytes and the packed weights."""
     recipe = base_config()
     with recipe.unlocked():
         recipe.update({"model": config.to_open_clip(), "ternary": "Q-ALL"})
@@ -177,26 +177,26 @@ def _write_student(folder: pathlib.Path, config: CLIPConfig) -> tuple[int, dict[
 
 
 def _differ(a: pathlib.Path, b: pathlib.Path) -> int:
-    # The model card names the source of the weights, and is of each export's own.
+    # Model cards differ, because they name the source of the weights.
     files = [{path.name: path.read_bytes() for path in each.iterdir() if path.name != "README.md"} for each in (a, b)]
     return sum(files[0].get(name) != files[1].get(name) for name in files[0].keys() | files[1].keys())
 
 
 def _changed(expected: dict[str, Any], folder: pathlib.Path) -> int:
-    """Trits and scales that an artifact has otherwise; all of a weight that is float or grouped otherwise there."""
-    found, count = flatten(read_artifact(folder).params), 0
+    """Counts trits and scales that differ in an artifact; all trits of a weight that is float or has other groups."""
+    imported, count = flatten(read_artifact(folder).params), 0
     for path, leaf in flatten(expected).items():
         if isinstance(leaf, TernaryTensor):
-            other = found[path]
-            if isinstance(other, TernaryTensor) and other.scale.shape == leaf.scale.shape:
-                count += int(np.sum(other.trits != leaf.trits)) + int(np.sum(other.scale != leaf.scale))
+            tensor = imported[path]
+            if isinstance(tensor, TernaryTensor) and tensor.scale.shape == leaf.scale.shape:
+                count += int(np.sum(tensor.trits != leaf.trits)) + int(np.sum(tensor.scale != leaf.scale))
             else:
                 count += leaf.trits.size
     return count
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    """All figures, as they are measured."""
+    """Yields each figure as soon as it is measured."""
     presets = {name: CLIPConfig.from_open_clip(PRESETS[name]) for name in ("ViT-B-16", "ViT-L-14")}
     for measured in (cost_figures, ternary_figures):
         for name, config in {"small": SMALL}.items() if quick else presets.items():
@@ -207,19 +207,19 @@ def figures(quick: bool) -> Iterator[Figure]:
 def main() -> int:
     """Prints a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interchange", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small model alone, under a minute")
+    parser.add_argument("--quick", action="store_true", help="only a small model; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
-    found = []
+    measured = []
     for figure in figures(args.quick):
-        found.append(figure)
+        measured.append(figure)
         budget = f"  budget {figure.budget:g}" if figure.budget < math.inf else ""
         mark = "" if figure.passed else "  OVER"
         print(f"{figure.model:10}{figure.name:60}{figure.value:>12.4g}{budget}{mark}", flush=True)
-    passed = all(figure.passed for figure in found)
+    passed = all(figure.passed for figure in measured)
     if args.json:
         rows = [
-            {**dataclasses.asdict(each), "budget": each.budget if each.budget < math.inf else None} for each in found
+            {**dataclasses.asdict(each), "budget": each.budget if each.budget < math.inf else None} for each in measured
         ]
         print(json.dumps({"passed": passed, "figures": rows}))
     return 0 if passed else 1

@@ -1,9 +1,9 @@
-"""What the losses cost over devices: `python -m benchmarks.losses [--quick] [--tpu TOPOLOGY …] [--json]`.
+"""Time and memory of the losses over devices: `python -m benchmarks.losses [--quick] [--tpu TOPOLOGY …] [--json]`.
 
-Times the value and gradient of InfoNCE and CRD, gathered and in a ring, and of a whole step in one and in four
-microbatches, with what the compiler allocates for temporaries on each device. The devices are eight simulated ones of
-this machine: what a ring costs on real links is not measured, and only ratios within a run mean anything. With --tpu
-nothing runs: the loss alone is compiled ahead of time by libtpu for topologies, with equal rows per chip.
+Times the value and gradient of InfoNCE and CRD, all-gathered and in a ring, and a whole step in one and in four
+microbatches. Also reports the memory that the compiler allocates for temporaries on each device. The devices are eight
+simulated devices of this machine, so the time of a ring on real links is not measured, and only ratios within a run are
+meaningful. With --tpu nothing runs: libtpu compiles the loss ahead of time, with equal rows per chip.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TPU_ROWS = 128  # per chip
 
 
 def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tokens: int) -> Any:
-    """The value, gradient and accuracy of a batch of so many rows, compiled for a mesh."""
+    """Compiles value, gradient and accuracy of the loss of a batch of `rows` for a mesh; also returns the arguments."""
 
     def loss(image: Any, text: Any, scale: Any, their_image: Any, their_text: Any, tokens: Any, weight: Any) -> Any:
         teacher = their_image, their_text, 100.0
@@ -69,13 +69,13 @@ def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tok
 
 
 def largest_array(program: str) -> int:
-    """The elements of the largest array of a compiled program, be it in HBM, in VMEM or within a fusion."""
+    """Returns the number of elements of the largest array of a compiled program, in HBM, VMEM or a fusion."""
     shapes = set(re.findall(r"\b(?:f32|bf16|s32|u32|pred)\[([\d,]+)\]", program))
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
 def for_tpu(topology: str, form: str) -> dict[str, Any]:
-    """What libtpu allocates in HBM for the loss alone; what fits into VMEM is not counted."""
+    """Returns the memory that libtpu allocates in HBM for the loss; arrays in VMEM are not counted."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices).reshape(-1, 1), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
     program, _ = compiled_loss(form, mesh, TPU_ROWS * len(devices), (STUDENT, TEACHER), TEXT)
@@ -92,7 +92,7 @@ def for_tpu(topology: str, form: str) -> dict[str, Any]:
 
 
 def loss_runs(rows: int) -> dict[str, Any]:
-    """(function of no arguments, temporary bytes) of the loss alone, for each form, on simulated devices."""
+    """Returns (function without arguments, compiled program) of the loss in each form, on simulated devices."""
     mesh, rng, runs = make_mesh(4, 2), np.random.default_rng(0), {}
     for form in FORMS:
         program, shapes = compiled_loss(form, mesh, rows, (64, 96), 16)
@@ -110,7 +110,7 @@ def loss_runs(rows: int) -> dict[str, Any]:
 
 
 def step_runs(rows: int) -> dict[str, Any]:
-    """The same of a training step of the preset `tiny`, in one and in four microbatches."""
+    """Returns the same for a training step of the preset `tiny`, in one and in four microbatches."""
     config, optimizer, mesh = (
         CLIPConfig.from_open_clip(model_cfg("tiny")),
         make_optimizer(OptimizerConfig(), 9),
@@ -134,10 +134,12 @@ def step_runs(rows: int) -> dict[str, Any]:
 def main() -> int:
     """Prints seconds, bytes and ratios, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=count, default=4096, metavar="N", help="pairs of a batch (default 4096)")
-    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="default 9")
-    parser.add_argument("--quick", action="store_true", help="512 pairs and two rounds, under a minute")
-    parser.add_argument("--tpu", nargs="+", metavar="TOPOLOGY", help="compile for these instead, as v5e:16x16")
+    parser.add_argument("--rows", type=count, default=4096, metavar="N", help="pairs in a batch (default 4096)")
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="number of rounds (default 9)")
+    parser.add_argument("--quick", action="store_true", help="512 pairs and two rounds; under a minute")
+    parser.add_argument(
+        "--tpu", nargs="+", metavar="TOPOLOGY", help="only compile for these topologies, for example v5e:16x16"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     if args.tpu:

@@ -1,10 +1,10 @@
-"""The README's picture: what ternary weights save and cost, from a finished quick start and the speed of ViT-B/16.
+"""The picture of the README: size, accuracy and speed, from a finished quick start and `benchmarks.inference`.
 
 tclip quickstart --workdir runs/quickstart
 python -m benchmarks.inference --encode-only --json | tail -1 > inference.json
 python -m benchmarks.overview --workdir runs/quickstart --inference inference.json --out docs/figures/overview.svg
 
-It measures nothing itself. Without --inference the times are left out.
+This script measures nothing. Without --inference it leaves out the times.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ FLOAT, TERNARY, OTHER = "#9aa5b1", "#d1603d", "#3b6fb6"
 
 
 def overview(summary: dict[str, Any], encode: dict[str, float] | None) -> Figure:
-    """Bars for bytes and accuracy of the quick start's student, and for milliseconds of an encode of eight images.
+    """Draws bars for size and accuracy of the quick start's student, and for the time to encode eight images.
 
     Args:
       summary: the quick start's summary.json.
-      encode: a row of `benchmarks.inference`: `baseline_ms` of dense float32, and how many times faster the others are.
+      encode: a row of `benchmarks.inference`: `baseline_ms` of dense float32, and the speedup of each variant over it.
     """
     figure = Figure(figsize=(10.5, 2.3), layout="constrained")
     axes = figure.subplots(1, 3 if encode else 2)
@@ -62,7 +62,9 @@ def _bars(axes: Axes, values: dict[str, float], form: str, title: str) -> None:
 def main() -> int:
     """Writes the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overview", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", default="runs/quickstart", metavar="DIR", help="of a finished `tclip quickstart`")
+    parser.add_argument(
+        "--workdir", default="runs/quickstart", metavar="DIR", help="workdir of a finished `tclip quickstart`"
+    )
     parser.add_argument("--inference", type=pathlib.Path, metavar="JSON", help="last line of `benchmarks.inference`")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures/overview.svg"), metavar="FILE")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""How far JAX is from open_clip and transformers: `python -m benchmarks.parity [--quick] [--json]`.
+"""Differences of JAX from open_clip and transformers: `python -m benchmarks.parity [--quick] [--json]`.
 
-Random models of every preset, one after the other: embeddings of both towers, gradients of the contrastive loss, the
-bytes of export → import → export; and pixels and tokens. Exit code 1 when a figure is over its budget. Needs the extra
-`torch`; ViT-L-14 takes most of the minutes, and 9.4 GiB.
+Compares random models of every preset, one at a time: embeddings of both towers, gradients of the contrastive loss, and
+the bytes of export → import → export. Compares pixels and tokens with open_clip. Exits with 1 if a figure is over its
+budget. Needs the extra `torch`. ViT-L-14 takes most of the time, and 9.4 GiB of memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LIBRARIES = ("open_clip", "transformers")
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A measured value and the most (or, of a cosine, the least) that it may be."""
+    """A measured value and its upper bound, or lower bound for a cosine."""
 
     model: str
     name: str
@@ -58,7 +58,7 @@ class Figure:
 
 
 def torch_model(library: str, config: CLIPConfig) -> Any:
-    """A model as the library draws it, and noise, so that no weight that starts at 0 or 1 can be dropped unseen."""
+    """Returns a random model of the library, with noise, so that no weight is exactly at its initial 0 or 1."""
     torch = import_torch()
     torch.manual_seed(0)
     if library == "open_clip":
@@ -76,13 +76,13 @@ def torch_model(library: str, config: CLIPConfig) -> Any:
 
 
 def to_params(library: str, tensors: dict[str, Any], config: CLIPConfig) -> dict[str, Any]:
-    """Our parameter tree from the library's names."""
+    """Converts tensors with the library's names to a parameter tree."""
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     return from_open_clip(arrays if library == "open_clip" else from_hugging_face(arrays, config), config)
 
 
 def torch_loss(library: str, module: Any, pixels: Array, tokens: Array) -> tuple[list[Array], Any]:
-    """Embeddings of length 1 of both towers, and the contrastive loss, whose graph is kept."""
+    """Returns the embeddings of both towers, of length 1, and the contrastive loss with its graph."""
     torch = import_torch()
     images, ids = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), torch.from_numpy(np.array(tokens)).long()
     if library == "open_clip":
@@ -100,13 +100,13 @@ def torch_loss(library: str, module: Any, pixels: Array, tokens: Array) -> tuple
 def jax_loss(
     clip: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Loss and embeddings, and the gradients of the parameters."""
+    """Returns loss and embeddings, and the gradients of the parameters."""
     image, text, scale = clip.apply({"params": params}, pixels, tokens)  # type: ignore[misc]
     return info_nce(*compare(image, text, scale)), (image, text)
 
 
 def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:
-    """Embeddings and gradients of one preset against one library."""
+    """Compares embeddings and gradients of one preset with one library."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     pixels, tokens = sample_batch(Model(config, Preprocess(config.vision.image_size), {}), batch)
     module = torch_model(library, config)
@@ -119,7 +119,7 @@ def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:
     del module
     gc.collect()
     with jax.default_matmul_precision("highest"):
-        # Recomputing blocks changes no gradient, and keeps ViT-L-14 within memory.
+        # Recomputing the blocks does not change gradients, and reduces the memory of ViT-L-14.
         (_, ours), our_gradients = jax_loss(CLIP(config, remat=True), params, pixels, tokens)
     for tower, our, their in zip(("image", "text"), ours, theirs, strict=True):
         a, b = np.float64(our), np.float64(their)
@@ -130,14 +130,14 @@ def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:
 
 
 def gradient_error(ours: Any, theirs: Any) -> float:
-    """The largest over all tensors of max |Δ| / max(max |g| of the tensor, 1e-3 of the largest |g| of all)."""
+    """Returns the largest max |Δ| / max(max |g| of the tensor, 1e-3 · max |g| of all tensors) over all tensors."""
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(theirs))
     errors = jax.tree.map(lambda a, b: abs(np.asarray(a) - b).max() / max(abs(b).max(), 1e-3 * largest), ours, theirs)
     return float(max(jax.tree.leaves(errors)))
 
 
 def export_figures(preset: str) -> Iterator[Figure]:
-    """Files that differ between an export and the export of its import."""
+    """Counts the files that differ between an export and the export of its import."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     params = to_params("open_clip", dict(torch_model("open_clip", config).state_dict()), config)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def _same_bytes(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def input_figures(texts: int, images: int) -> Iterator[Figure]:
-    """Tokens and pixels that differ from open_clip's."""
+    """Counts captions with other tokens than open_clip's; measures the difference of pixels."""
     captions, pictures = sample_texts(texts), sample_images(images)
     p = Preprocess(224)
     tokens, pixels = library_inputs(p, 77, captions, pictures)
@@ -168,7 +168,7 @@ def input_figures(texts: int, images: int) -> Iterator[Figure]:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    """All figures, as they are measured."""
+    """Yields each figure as soon as it is measured."""
     yield from input_figures(5000, 200)
     for preset in ("tiny",) if quick else PRESETS:
         for library in LIBRARIES:
@@ -180,19 +180,19 @@ def figures(quick: bool) -> Iterator[Figure]:
 def main() -> int:
     """Prints a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the preset 'tiny' alone, under a minute")
+    parser.add_argument("--quick", action="store_true", help="only the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Palette images with Transparency")
     import_torch()
-    found = []
+    measured = []
     for figure in figures(args.quick):
-        found.append(figure)
+        measured.append(figure)
         mark = "" if figure.passed else "  OVER"
         print(f"{figure.model:20}{figure.name:50}{figure.value:>12.7g}  budget {figure.budget:g}{mark}", flush=True)
-    passed = all(figure.passed for figure in found)
+    passed = all(figure.passed for figure in measured)
     if args.json:
-        print(json.dumps({"passed": passed, "figures": [dataclasses.asdict(figure) for figure in found]}))
+        print(json.dumps({"passed": passed, "figures": [dataclasses.asdict(figure) for figure in measured]}))
     return 0 if passed else 1
 
 

@@ -1,9 +1,9 @@
 """Memory and time of retrieval recall: `python -m benchmarks.retrieval [--quick] [--json]`.
 
-Peak resident memory of a process that holds N x 512 float32 image embeddings and M caption embeddings, for two M at
-the full N: what it takes beyond the embeddings does not grow with M, so it is that of any M. Then the time against
-NumPy with the whole matrix of scores, runs of both in turn. All million captions of a million images would be 1e15
-operations, hours on a CPU: the full run ranks as many as fit in minutes. Exit code 1 over 4 GiB.
+Measures the peak resident memory of a process with N x 512 float32 image embeddings and M caption embeddings, for two
+values of M. Memory beyond the embeddings does not grow with M. Then measures the time against NumPy with the whole
+matrix of scores; both take turns. A million captions of a million images would need 1e15 operations, hours on a CPU, so
+the full run ranks only as many captions as fit in minutes. Exits with 1 if the peak is over 4 GiB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUDGET_GIB = 4.0
 
 
 def unit_rows(rows: int, seed: int) -> npt.NDArray[np.float32]:
-    """Random unit vectors, made in place: no second copy shows in the peak."""
+    """Returns random unit vectors, computed in place so that no second copy adds to the peak."""
     out = np.empty((rows, WIDTH), np.float32)
     rng = np.random.default_rng(seed)
     for start in range(0, rows, 65_536):
@@ -39,7 +39,7 @@ def unit_rows(rows: int, seed: int) -> npt.NDArray[np.float32]:
 
 
 def embeddings(images: int, captions: int) -> tuple[Any, Any, Any]:
-    """Images, and captions that are near theirs."""
+    """Returns image embeddings, caption embeddings near those of their images, and the image of each caption."""
     image, text = unit_rows(images, 0), unit_rows(captions, 1)
     owners = np.random.default_rng(2).integers(0, images, captions)
     text += 0.2 * image[owners]
@@ -47,7 +47,7 @@ def embeddings(images: int, captions: int) -> tuple[Any, Any, Any]:
 
 
 def measure(images: int, captions: int) -> dict[str, float]:
-    """One case in this process: seconds of ranking, peak and embeddings in GiB, recall@10 as a check."""
+    """Measures one case in this process: seconds, GiB of the peak and of the embeddings, and recall@10 as a check."""
     arguments = embeddings(images, captions)
     before = time.perf_counter()
     ranks = retrieval_ranks(*arguments)
@@ -62,22 +62,22 @@ def measure(images: int, captions: int) -> dict[str, float]:
 
 
 def in_a_process(images: int, captions: int) -> dict[str, float]:
-    """The same in a fresh process, whose peak is of nothing else."""
+    """Measures one case in a new process, so that the peak contains nothing else."""
     command = [sys.executable, "-m", "benchmarks.retrieval", "--case", str(images), str(captions)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def against_numpy(images: int, captions: int, repeats: int) -> float:
-    """Time of NumPy over ours: its scores as one matrix, and the rank of each caption's and each image's own."""
+    """Returns the time of NumPy over ours. NumPy computes all scores as one matrix, then both ranks."""
     image, text, owners = embeddings(images, captions)
 
     def whole() -> None:
         scores = text @ image.T
-        own = scores[np.arange(captions), owners]
-        np.sum(scores > own[:, None], axis=1)
+        positives = scores[np.arange(captions), owners]
+        np.sum(scores > positives[:, None], axis=1)
         best = np.full(images, np.inf, np.float32)
-        np.minimum.at(best, owners, own)
+        np.minimum.at(best, owners, positives)
         np.sum(scores > best, axis=0)
 
     times: dict[str, list[float]] = {"ours": [], "numpy": []}
@@ -93,8 +93,10 @@ def against_numpy(images: int, captions: int, repeats: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50,000 images instead of 1,000,000; under a minute")
-    parser.add_argument("--json", action="store_true", help="one JSON object last")
-    parser.add_argument("--case", nargs=2, type=count, metavar=("IMAGES", "CAPTIONS"), help="one case, in this process")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--case", nargs=2, type=count, metavar=("IMAGES", "CAPTIONS"), help="measure one case in this process"
+    )
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(*args.case)))

@@ -1,9 +1,10 @@
-"""Sharded training against one device: `python -m benchmarks.sharding [--quick] [--json]`.
+"""Differences of sharded training from one device: `python -m benchmarks.sharding [--quick] [--json]`.
 
-A small distilled model in float32 on meshes of eight simulated devices. In full precision both train freely. In ternary
-the mesh does a step from one device's state now and then, and must have its trits, loss and gradients; beside that it
-trains freely, and the first trit that differs is named. In bfloat16 the first step on 2, 4 and 8 devices must have one
-device's loss and norm of the gradient. Exit code 1 when a difference is over its budget.
+Trains a small distilled model in float32 on meshes of eight simulated devices, and on one device. In full precision
+both train on their own. The ternary model on a mesh computes every tenth step from the state of the one-device run, and
+must reproduce its trits, loss and gradients. It also trains on its own, and the first trit that differs is named. In
+bfloat16 the first step on 2, 4 and 8 devices must reproduce the loss and the gradient norm of one device. Exits with 1
+if a difference is over its budget.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Eight devices share the cores with whatever else runs: that one comes late to a collective is no reason to end. Not
-# optimized by LLVM, all is compiled in half the time.
+# Eight devices share the cores with other programs, so a device may be late for a collective: the time-outs are long.
+# Without LLVM's optimizations, compilation takes half the time.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
@@ -73,12 +74,12 @@ class Run(NamedTuple):
     compiled: Any
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, float]:
-        """The next state, and the loss of batch `index`."""
+        """Returns the next state, and the loss of batch `index`."""
         state, metrics = self.step_with_metrics(state, index)
         return state, metrics["loss"]
 
     def step_with_metrics(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, float]]:
-        """The same, and the other metrics."""
+        """Returns the next state, and all metrics of batch `index`."""
         rng = np.random.default_rng(index)
         batch = {
             "image": rng.integers(0, 256, (ROWS, 16, 16, 3), np.uint8),
@@ -86,21 +87,21 @@ class Run(NamedTuple):
             "weight": np.ones(ROWS, np.float32),
         }
         with jax.set_mesh(self.mesh):
-            # Simulated devices that are in different programs can wait for each other forever.
+            # Block: simulated devices that run different programs can deadlock.
             state, metrics = jax.block_until_ready(self.compiled(state, shard_batch(batch, self.mesh), self.teacher))
         return state, {name: float(value) for name, value in metrics.items()}
 
     def trits(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Of every ternary parameter, as this mesh's devices find them."""
+        """Returns the trits of every ternary parameter, computed on this mesh."""
         with jax.set_mesh(self.mesh):
-            seen = jax.device_get(
+            snapshot = jax.device_get(
                 trit_snapshot(state.params["clip"], TERNARY, CONFIG.text.vocab_size * CONFIG.vision.width * 64)
             )
-        return {path: tensor.trits for path, tensor in seen.items()}
+        return {path: tensor.trits for path, tensor in snapshot.items()}
 
 
 class Reference(NamedTuple):
-    """What one device does: the states before each step and after the last, on the host; the losses; the trits."""
+    """A run on one device: states before each step and after the last (on the host), losses, and trits."""
 
     states: list[TrainState]
     losses: list[float]
@@ -108,8 +109,8 @@ class Reference(NamedTuple):
 
 
 @functools.cache
-def drawn() -> tuple[TrainState, Any]:
-    """The state that training starts from and the teacher's parameters, by one device: what differs is of the step."""
+def initial_state() -> tuple[TrainState, Any]:
+    """Returns the initial state and the teacher's parameters, computed on one device so that all meshes start equal."""
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = init_state(CLIP(CONFIG, TERNARY), make_optimizer(OPTIMIZER, 1000), 0, TEACHER, mesh, LOSS)
@@ -118,13 +119,13 @@ def drawn() -> tuple[TrainState, Any]:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of the host on a mesh."""
+    """Puts host arrays on a mesh."""
     return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
 def start(mesh: Mesh, rules: TernaryRules, dtype: jax.typing.DTypeLike = jnp.float32) -> Run:
-    """The same weights on any mesh."""
-    state, teacher = (place(tree, mesh) for tree in drawn())
+    """Returns a run on a mesh with the common initial weights."""
+    state, teacher = (place(tree, mesh) for tree in initial_state())
     optimizer = make_optimizer(OPTIMIZER, 1000)
     student, guide = (Encoders(CLIP(*each, dtype), HALF, HALF) for each in ((CONFIG, rules), (TEACHER, ())))
     step = make_train_step(student, guide, optimizer, LOSS)
@@ -132,7 +133,7 @@ def start(mesh: Mesh, rules: TernaryRules, dtype: jax.typing.DTypeLike = jnp.flo
 
 
 def train(run: Run, steps: int) -> Reference:
-    """Of so many steps."""
+    """Trains `steps` steps and records the reference."""
     state, reference = run.state, Reference([], [], [])
     for index in range(steps):
         reference.states.append(jax.device_get(state))
@@ -144,12 +145,12 @@ def train(run: Run, steps: int) -> Reference:
 
 
 def difference(a: float, b: float) -> float:
-    """Of b from a, relative to a."""
+    """Returns |b − a| / |a|."""
     return abs(b - a) / abs(a)
 
 
 def gradient_difference(before: TrainState, one: TrainState, other: TrainState) -> float:
-    """The largest over parameters of |Δg| / |g|, g from Adam's first moment: m' = b1 · m + (1 − b1) · g."""
+    """Returns the largest |Δg| / |g| over parameters, with g from Adam's first moment: m' = b1 · m + (1 − b1) · g."""
     moments = [optax.tree.get(state.optimizer, "mu") for state in (before, one, other)]
 
     def relative(m: Any, ours: Any, theirs: Any) -> float:
@@ -161,7 +162,7 @@ def gradient_difference(before: TrainState, one: TrainState, other: TrainState) 
 
 
 def first_flip(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> str:
-    """Where the first trit is that differs, or ""."""
+    """Returns the position of the first trit that differs, or ""."""
     for path, mine in ours.items():
         if (where := np.argwhere(mine != theirs[path])).size:
             return f"{path}[{', '.join(map(str, where[0]))}] ({len(where)} there)"
@@ -169,7 +170,7 @@ def first_flip(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> st
 
 
 def compare(sizes: tuple[int, int, int], steps: int, full: Reference, ternary: Reference) -> dict[str, Any]:
-    """The differences of one mesh from one device."""
+    """Returns the differences of one mesh from one device."""
     mesh = make_mesh(*sizes)
     row: dict[str, Any] = {"mesh": dict(zip(AXES, sizes, strict=True)), "full": 0.0}
     run = start(mesh, ())
@@ -198,20 +199,20 @@ def compare(sizes: tuple[int, int, int], steps: int, full: Reference, ternary: R
 
 
 def first_step(sizes: tuple[int, int, int], rules: TernaryRules) -> dict[str, float]:
-    """Metrics of the first step in bfloat16, on a mesh of so many of the devices."""
+    """Returns the metrics of the first step in bfloat16, on a mesh of these sizes."""
     run = start(make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)]), rules, jnp.bfloat16)
     return run.step_with_metrics(run.state, 0)[1]
 
 
 def compare_narrow(meshes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """The differences of meshes from one device in bfloat16, of a full-precision and of a ternary model the larger."""
+    """Returns the larger difference of a full-precision and a ternary model from one device in bfloat16, per mesh."""
     one = {rules: first_step((1, 1, 1), rules) for rules in ((), TERNARY)}
     rows = []
     for sizes in tqdm(meshes, disable=None):
-        found = {rules: first_step(sizes, rules) for rules in one}
+        metrics = {rules: first_step(sizes, rules) for rules in one}
         row: dict[str, Any] = {"mesh": dict(zip(AXES, sizes, strict=True))}
         for name in NARROW_BUDGETS:
-            row[name] = max(difference(one[rules][name], found[rules][name]) for rules in one)
+            row[name] = max(difference(one[rules][name], metrics[rules][name]) for rules in one)
         rows.append(row | {"passed": all(row[name] <= budget for name, budget in NARROW_BUDGETS.items())})
     return rows
 
@@ -219,7 +220,7 @@ def compare_narrow(meshes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any
 def main() -> int:
     """Prints the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharding", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one mesh and 10 steps, under a minute")
+    parser.add_argument("--quick", action="store_true", help="one mesh and 10 steps; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     steps = APART if args.quick else STEPS

@@ -1,4 +1,4 @@
-"""VLIW bundles of a TPU kernel, counted in what libtpu dumps: a static figure of `benchmarks.tpu_static`, no time."""
+"""Counts of VLIW bundles of a TPU kernel in libtpu's dumps, for `benchmarks.tpu_static`; static counts, not times."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _BUNDLE = re.compile(r"\s*0(?:x[0-9a-f]+)?\s+(?:[A-Z]{2})?\s*:\s*(>*)")
 
 
 def dump_flags(folder: str) -> str:
-    """LIBTPU_INIT_ARGS of a process whose kernels are to be counted: undocumented, may be absent from a libtpu."""
+    """Returns LIBTPU_INIT_ARGS that dump kernels to a folder. The flags are undocumented; a libtpu may lack them."""
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
 def dense_dot(x: jax.Array, w: jax.Array, scale: jax.Array, *, blocks: tuple[int, int], vmem: int) -> jax.Array:
-    """The twin: the same grid and dot over dense weights, with one scale a column."""
+    """Multiplies by dense weights with the same grid and dot as the packed kernel, and one scale per column."""
     (m, k), n, (rows, columns) = x.shape, w.shape[1], blocks
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
@@ -50,7 +50,7 @@ def dense_dot(x: jax.Array, w: jax.Array, scale: jax.Array, *, blocks: tuple[int
 
 
 def bundles(function: Callable[..., Any], arguments: list[Any], folder: pathlib.Path) -> tuple[int, int] | None:
-    """Bundles of the one kernel in `function`: outside its inner loop, and inside; None where libtpu dumped none."""
+    """Returns the bundles outside and inside the inner loop of the one kernel in `function`; None without a dump."""
     shutil.rmtree(folder, ignore_errors=True)
     jax.jit(function).lower(*arguments).compile()
     dumped = [path for path in folder.glob("*-final_bundles.txt") if "late-finalization" not in path.name]
@@ -65,15 +65,15 @@ def bundles(function: Callable[..., Any], arguments: list[Any], folder: pathlib.
 def compare(
     device: Device, order: Order, k: int, n: int, groups: int, shard: Callable[..., Any], folder: pathlib.Path
 ) -> dict[str, Any] | None:
-    """Bundles that one block of columns takes for 1576 rows, packed and dense: unpacking once, a dot for each block.
+    """Compares the bundles of the packed and the dense kernel, for one block of columns and 1576 rows.
 
     Args:
-      device: whose blocks are used.
-      order: bf16 or int8 activations and weights.
+      device: the device, which determines the block sizes.
+      order: "bf16" or "int8", the dtype of activations and unpacked weights.
       k, n: shape of the weight.
-      groups: scales along K.
-      shard: makes an abstract array of a shape and dtype on the device.
-      folder: that libtpu dumps to.
+      groups: number of scales along K.
+      shard: function of (shape, dtype) that returns an abstract array on the device.
+      folder: the folder that libtpu dumps to.
     """
     dtype = jnp.dtype(jnp.int8 if order == "int8" else jnp.bfloat16)
     blocks = block_sizes(device, ROWS, k, n, dtype.itemsize, 2)

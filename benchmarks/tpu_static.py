@@ -1,8 +1,9 @@
-"""Compiles the packed products for TPUs, without one: `python -m benchmarks.tpu_static [--quick] [--json]`.
+"""Compiles the packed products for TPUs, without a TPU: `python -m benchmarks.tpu_static [--quick] [--json]`.
 
-Every product of CLIP ViT-B/16 and L/14 for v4, v5e, v5p and v6e, ahead of time by libtpu: compiled, or the error; the
-bytes of its weights; and, at fc1 and fc2 with 1576 rows, the VLIW bundles against a dense kernel with the same blocks.
-Nothing runs: no figure here is a speed. Exit code 1 when a product does not compile or a ratio is over its target.
+libtpu compiles every product of CLIP ViT-B/16 and L/14 ahead of time for v4, v5e, v5p and v6e. The output shows whether
+each compiles, the bytes of its weights, and the VLIW bundles of fc1 and fc2 with 1576 rows, against a dense kernel with
+the same blocks. Nothing runs, so no figure is a speed. Exits with 1 if a product does not compile or a ratio is over
+its target.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ TARGETS = {"bf16": 1.3, "int8": 1.2}
 GROUP = 256
 FC = [(768, 3072), (3072, 768)]  # fc1 and fc2 of ViT-B/16
 LARGEST = (4096, 1024)  # fc2 of ViT-L/14, which fills VMEM
-# Implementation, activations, dtype of x, and the rows it is compiled for. XLA takes up to half a minute for int2 with
-# many rows; float32 is for comparisons of one image; A8 in bf16 is what v4 has.
+# Implementation, activations, dtype of x, and the numbers of rows. XLA takes up to half a minute for int2 with many
+# rows. float32 is for comparisons of one image. v4 has A8 only in bf16.
 PATHS = (
     ("mosaic_tpu", "A16", jnp.bfloat16, ROWS),
     ("mosaic_tpu", "A16", jnp.float32, (197,)),
@@ -55,7 +56,7 @@ PATHS = (
 
 
 def weight_shapes(presets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(K, N) of qkv, out, fc1 and fc2 of both towers, without repeats."""
+    """Returns the distinct (K, N) of qkv, out, fc1 and fc2 of both towers."""
     shapes: dict[tuple[int, int], None] = {}
     for preset in presets:
         for tower in ("vision_cfg", "text_cfg"):
@@ -70,7 +71,7 @@ def mesh_of(device: str, devices: int) -> Mesh:
 
 
 def ternary(k: int, n: int) -> TernaryTensor:
-    """An abstract weight with groups of 256."""
+    """Returns an abstract weight with groups of 256."""
     return jax.eval_shape(
         lambda: TernaryTensor(jnp.zeros((k, n), jnp.int8), jnp.zeros((-(-k // GROUP), n)), min(GROUP, k))
     )
@@ -82,7 +83,7 @@ def abstract(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 
 def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
-    """What the compiler says of x · ŵ: seconds, bytes in HBM and collectives; or the first line of its error."""
+    """Compiles x · ŵ; returns seconds, bytes in HBM and collectives, or the first line of the error."""
     start = time.perf_counter()
     try:
         program = jax.jit(product).lower(x, w).compile()
@@ -98,23 +99,23 @@ def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
 
 
 def weight_bytes(product: Any, w: Any, k: int, dtype: Any) -> int:
-    """Bytes of HBM of the weight alone, by the compiler: it is the only argument of a product with constants."""
+    """Returns the HBM bytes of the weight, which is the only argument of the compiled program."""
     program = jax.jit(lambda w: product(jnp.ones((8, k), dtype), w)).lower(w).compile()
     memory: Any = program.memory_analysis()
     return memory.argument_size_in_bytes
 
 
 def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Every implementation that supports the device, with each shape and number of rows."""
+    """Compiles every implementation that supports the device, with each shape and number of rows."""
     mesh = mesh_of(device, 1)
     with jax.set_mesh(mesh):
         kind = mesh.devices.flat[0].device_kind
-        for name, activations, dtype, own_rows in PATHS:
+        for name, activations, dtype, path_rows in PATHS:
             module = kernel(name)
-            given = {"device_kind": kind, "platform": "tpu", "group": GROUP, "activations": activations, "rows": None}
+            target = {"device_kind": kind, "platform": "tpu", "group": GROUP, "activations": activations, "rows": None}
             product = functools.partial(module.matmul, activations=activations)
             for k, n in shapes:
-                reason = module.unsupported(**given, shape=(k, n), dtype=jnp.dtype(dtype))
+                reason = module.unsupported(**target, shape=(k, n), dtype=jnp.dtype(dtype))
                 if reason or (DEVICES[kind].int8 and (name, activations) == ("mosaic_tpu", "A8")):
                     continue
                 w = abstract(jax.eval_shape(module.pack, ternary(k, n)), mesh, PartitionSpec())
@@ -122,13 +123,13 @@ def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) 
                 cell |= {"dtype": jnp.dtype(dtype).name, "k": k, "n": n}
                 if (name, dtype) == ("mosaic_tpu_int8" if activations == "A8" else "mosaic_tpu", jnp.bfloat16):
                     cell["weight_bytes"] = weight_bytes(product, w, k, dtype)
-                for m in (m for m in rows if m in own_rows):
+                for m in (m for m in rows if m in path_rows):
                     x = abstract(jax.ShapeDtypeStruct((m, k), dtype), mesh, PartitionSpec())
                     yield cell | {"m": m} | compiled(product, x, w)
 
 
 def shared_columns(device: str, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The columns of each weight over the four devices of a mesh."""
+    """Compiles products whose weight is sharded by columns over the four devices of a mesh."""
     mesh = mesh_of(device, 4)
     product = functools.partial(matmul_columns, mesh=mesh, axis="tensor")
     with jax.set_mesh(mesh):
@@ -141,26 +142,26 @@ def shared_columns(device: str, shapes: list[tuple[int, int]]) -> Iterator[dict[
 
 
 def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Bundle ratios at fc1 and fc2 of ViT-B/16, in a process that dumps."""
+    """Yields bundle ratios of fc1 and fc2 of ViT-B/16. This process must have the dump flags."""
     mesh = mesh_of(device, 1)
-    own = DEVICES[mesh.devices.flat[0].device_kind]
+    layout = DEVICES[mesh.devices.flat[0].device_kind]
 
     def shard(shape: tuple[int, ...], dtype: Any) -> Any:
         return abstract(jax.ShapeDtypeStruct(shape, dtype), mesh, PartitionSpec())
 
     with jax.set_mesh(mesh):
-        for order in ("bf16", "int8") if own.int8 else ("bf16",):
+        for order in ("bf16", "int8") if layout.int8 else ("bf16",):
             for k, n in FC:
-                # Scales of groups are free in bf16, folded into the weights, but not in int8.
+                # In bf16 the scales are folded into the weights at no cost. In int8 they are not.
                 for groups in (k // GROUP,) if order == "bf16" else (1, k // GROUP):
-                    row = tpu_bundles.compare(own, order, k, n, groups, shard, folder)
+                    row = tpu_bundles.compare(layout, order, k, n, groups, shard, folder)
                     if row is None:
                         return
                     yield {"device": device, "target": TARGETS[order]} | row
 
 
 def child(device: str, quick: bool, dump: str) -> None:
-    """Prints the rows of one device, each when it is known."""
+    """Prints the rows of one device, each as soon as it is known."""
     shapes = [*FC, LARGEST] if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
     rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (1, 197, 1576) if quick else ROWS)
     if device == "v5e" and not dump:
@@ -170,12 +171,12 @@ def child(device: str, quick: bool, dump: str) -> None:
 
 
 def spawn(device: str, quick: bool, dump: str = "") -> tuple[list[dict[str, Any]], str]:
-    """Rows of one device, and how its process failed: one of its own, so that an abort in XLA ends no other."""
+    """Returns the rows of one device and its failure. A new process isolates an abort in XLA."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     if dump:
         environment["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(dump)
     command = [sys.executable, "-m", "benchmarks.tpu_static", "--child", device, "--dump", dump]
-    with tempfile.TemporaryFile("w+") as errors:  # libtpu writes much there
+    with tempfile.TemporaryFile("w+") as errors:  # a file, because libtpu writes much to stderr
         process = subprocess.Popen(
             command + ["--quick"] * quick, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
@@ -194,10 +195,10 @@ def print_tables(cells: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> 
     sets: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         sets[tuple(cell[key] for key in ("device", "implementation", "activations", "dtype"))].append(cell)
-    for (device, name, activations, dtype), own in sets.items():
-        good = [cell for cell in own if "error" not in cell]
+    for (device, name, activations, dtype), group in sets.items():
+        good = [cell for cell in group if "error" not in cell]
         seconds = f"{np.median([cell['seconds'] for cell in good]):.1f}" if good else "-"
-        count = f"{len(good)}/{len(own)}"
+        count = f"{len(good)}/{len(group)}"
         print(f"{device:<17}{name:<17}{activations:<13}{dtype:<10}{count:>10}{seconds:>14}")
     for cell in cells:
         if "error" in cell:
@@ -229,10 +230,12 @@ def print_tables(cells: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="fc1 and fc2 of ViT-B/16, fc2 of L/14, fewer rows, no bundles"
+        "--quick", action="store_true", help="only fc1 and fc2 of ViT-B/16 and fc2 of L/14, fewer rows, no bundles"
     )
-    parser.add_argument("--devices", nargs="+", choices=TOPOLOGIES, help="default: all, v4 and v5e with --quick")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument(
+        "--devices", nargs="+", choices=TOPOLOGIES, help="devices (default: all; with --quick: v4 and v5e)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dump", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -245,8 +248,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for device in arguments.devices or (("v4", "v5e") if arguments.quick else TOPOLOGIES):
             for dump, rows in (("", cells), (folder, bundles)) if not arguments.quick else (("", cells),):
-                own, failure = spawn(device, arguments.quick, dump)
-                rows += own
+                device_rows, failure = spawn(device, arguments.quick, dump)
+                rows += device_rows
                 failures += [failure] if failure else []
     print_tables(cells, bundles)
     over = [row for row in bundles if row["ratio"] > row["target"]]

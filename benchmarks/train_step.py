@@ -1,9 +1,9 @@
-"""What a training step costs: `python -m benchmarks.train_step [--quick] [--json]`.
+"""Time of a training step: `python -m benchmarks.train_step [--quick] [--json]`.
 
-Times one step (forward, contrastive loss, backward, AdamW) of the same model in full precision and ternary, a look at
-the trits, and the full-precision step of open_clip in PyTorch, which needs the extra `torch`. The runs are interleaved,
-and a ratio is the median over rounds of the ratios within a round: on a shared machine only those mean anything. Exit
-code 1 when a ratio is over its budget; with --quick, which has too few rounds to judge, always 0.
+Times one step (forward, contrastive loss, backward, AdamW) of the same model in full precision and ternary, a trit
+snapshot, and the full-precision step of open_clip in PyTorch, which needs the extra `torch`. The runs are interleaved.
+A ratio is the median over rounds of the ratio within a round, because absolute times vary on a shared machine. Exits
+with 1 if a ratio is over its budget, and always with 0 under --quick, whose rounds are too few.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tclip_jax.training.state import init_state
 from tclip_jax.training.step import make_train_step
 
 OPTIMIZER = OptimizerConfig()
-# ratio -> (of what, to what, the most that it may be)
+# name of the ratio -> (numerator, denominator, upper bound)
 BUDGETS = {
     "ternary / full precision": ("ternary", "full", 1.05),
     "JAX / open_clip in PyTorch": ("full", "torch", 0.9),
@@ -46,7 +46,7 @@ BUDGETS = {
 
 
 def draw_batch(config: CLIPConfig, rows: int) -> dict[str, np.ndarray]:
-    """Random pixels and tokens, the last of each text being its end."""
+    """Returns random pixels and tokens; the last token of each text is the end-of-text token."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.text.vocab_size - 1, (rows, config.text.context_length), np.int32)
     tokens[:, -1] = config.text.vocab_size - 1
@@ -55,7 +55,7 @@ def draw_batch(config: CLIPConfig, rows: int) -> dict[str, np.ndarray]:
 
 
 def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A function that does one step, and one that looks at the trits twice, as telemetry does around a step."""
+    """Returns a function that trains one step, and one that computes a trit snapshot and its metrics."""
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(OPTIMIZER, 1000)
     clip = CLIP(config, rules)
     student = Encoders(clip, OPENAI_MEAN, OPENAI_STD)
@@ -69,15 +69,15 @@ def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Calla
             held["state"], metrics = step(held["state"], batch, None)
         jax.block_until_ready(metrics)
 
-    def observe() -> None:
+    def snapshot() -> None:
         params = held["state"].params["clip"]
         jax.block_until_ready(trit_metrics(trit_snapshot(params, rules), params, rules))
 
-    return run, observe
+    return run, snapshot
 
 
 def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
-    """open_clip's own step with its own loss, on the cores that JAX has."""
+    """Returns a function that trains one step in open_clip, with its loss, on the cores that JAX uses."""
     torch = import_torch()
     import open_clip
 
@@ -106,9 +106,9 @@ def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run in every round; the first run of each compiles.
+    """Returns the seconds of every run in every round; the first run of each compiles.
 
-    Each follows one of its own that is not timed: the step that comes after one of PyTorch's takes half as long again.
+    An untimed run of the same kind precedes each timed run: a JAX step right after a PyTorch step takes 1.5x as long.
     """
     for run in runs.values():
         run()
@@ -127,25 +127,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
     parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")
-    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="default 9")
-    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', three rounds, under a minute")
+    parser.add_argument("--rounds", type=count, default=9, metavar="N", help="number of rounds (default 9)")
+    parser.add_argument("--quick", action="store_true", help="the preset 'tiny', three rounds; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     if args.quick:
         args.preset, args.rounds, args.batch = "tiny", 3, 32
     config, rules = CLIPConfig.from_open_clip(model_cfg(args.preset)), ternary_rules("Q-ALL", Quantizer())
     full, _ = jax_steps(config, args.batch, ())
-    ternary, observe = jax_steps(config, args.batch, rules)
-    runs = {"full": full, "ternary": ternary, "look": observe, "torch": torch_step(config, args.batch)}
+    ternary, snapshot = jax_steps(config, args.batch, rules)
+    runs = {"full": full, "ternary": ternary, "look": snapshot, "torch": torch_step(config, args.batch)}
     seconds = measure(runs, args.rounds)
-    # A look comes once in `telemetry_every` steps.
+    # A trit snapshot is computed once in `telemetry_every` steps.
     seconds["look"] = [each / base_config().telemetry_every for each in seconds["look"]]
     print(f"{args.preset}, batch {args.batch}, {len(os.sched_getaffinity(0))} cores, {args.rounds} rounds")
     for name, values in seconds.items():
         print(f"{name:30}{statistics.median(values):>10.4f} s")
     figures: list[dict[str, Any]] = []
-    for name, (of, to, budget) in BUDGETS.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+    for name, (numerator, denominator, budget) in BUDGETS.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
         figures.append({"name": name, "ratio": ratio, "budget": budget, "passed": ratio <= budget})
         print(f"{name:30}{ratio:>10.3f}    budget {budget:g}{'' if ratio <= budget else '  OVER'}")
     passed = all(figure["passed"] for figure in figures)

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/concepts.md by the package's own quantizer: `python docs/figures.py`."""
+"""Draw the figures of docs/concepts.md with the quantizers of the package: `python docs/figures.py`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MINUS, ZERO, PLUS = "#3b6fb6", "#b9b9b9", "#d1603d"
 
 
 def trit_figure() -> Figure:
-    """The 256 weights of a group as dots over their histogram, coloured by trit, and the three levels."""
+    """Draws a histogram of the 256 weights of a group, coloured by trit, with the thresholds and the levels ±s."""
     w = np.random.default_rng(0).normal(0, 0.02, (256, 1)).astype(np.float32)
-    found = ternarize(w, Quantizer())
-    trits, scale = np.asarray(found.trits), float(found.scale[0, 0])
+    ternary = ternarize(w, Quantizer())
+    trits, scale = np.asarray(ternary.trits), float(ternary.scale[0, 0])
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     edges = np.concatenate([np.linspace(side * scale / 2, side * 3.5 * scale / 2, 13) for side in (-1, 1)])
     edges = np.unique(np.concatenate([edges, np.linspace(-scale / 2, scale / 2, 9)]))
     for trit, color in ((-1, MINUS), (0, ZERO), (1, PLUS)):
-        own = w[trits == trit]
-        axes.hist(own, bins=edges, color=color, label=f"{trit:+d}: {len(own)} weights"[trit == 0 :])
+        weights = w[trits == trit]
+        axes.hist(weights, bins=edges, color=color, label=f"{trit:+d}: {len(weights)} weights"[trit == 0 :])
     for side in (-1, 1):
         axes.axvline(side * scale / 2, color="black", linestyle="--", linewidth=1)
         axes.annotate("", (side * scale, 0), (side * scale, -3), arrowprops={"arrowstyle": "->"}, annotation_clip=False)
@@ -39,16 +39,16 @@ def trit_figure() -> Figure:
 
 
 def group_figure() -> Figure:
-    """A kernel (8, 4) in groups of 4 inputs: latent weights, trits, the scales, and what is computed with."""
+    """Draws a kernel (8, 4) in groups of 4 inputs: latent weights, trits, scales and ternary weights."""
     rng = np.random.default_rng(1)
     w = (rng.normal(0, 1, (8, 4)) * rng.uniform(0.3, 1.6, (2, 4)).repeat(4, 0)).astype(np.float32)
-    found = ternarize(w, Quantizer(group=4))
+    ternary = ternarize(w, Quantizer(group=4))
     figure = Figure(figsize=(9, 3), layout="constrained")
     parts = (
         ("latent w, float32", w, 2.5),
-        ("trits, 1.58 bits", np.asarray(found.trits), 1),
-        ("scales, one a group", np.asarray(found.scale), 2.5),
-        ("ŵ = scale · trit", np.asarray(found.dequantize()), 2.5),
+        ("trits, 1.58 bits", np.asarray(ternary.trits), 1),
+        ("scales, one a group", np.asarray(ternary.scale), 2.5),
+        ("ŵ = scale · trit", np.asarray(ternary.dequantize()), 2.5),
     )
     for axes, (title, values, limit) in zip(figure.subplots(1, 4), parts, strict=True):
         tall = values.repeat(8 // len(values), 0)
@@ -65,15 +65,17 @@ def group_figure() -> Figure:
 
 
 def factor_figure() -> Figure:
-    """Zeros and relative error against the factor k, for Gaussian and Laplacian weights."""
+    """Plots zeros and relative squared error against the factor k, for Gaussian and Laplacian weights."""
     factors, rng = np.linspace(0.2, 4, 20), np.random.default_rng(2)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     zeros, error = figure.subplots(1, 2)
     for name, w in (("Gaussian", rng.normal(size=(1024, 16))), ("Laplacian", rng.laplace(size=(1024, 16)))):
         w32 = w.astype(np.float32)
-        found = [ternarize(w32, Quantizer(factor=float(k), group="channel")) for k in factors]
-        zeros.plot(factors, [100 * float((each.trits == 0).mean()) for each in found], label=name)
-        error.plot(factors, [float(np.square(w32 - each.dequantize()).sum() / np.square(w32).sum()) for each in found])
+        tensors = [ternarize(w32, Quantizer(factor=float(k), group="channel")) for k in factors]
+        zeros.plot(factors, [100 * float((each.trits == 0).mean()) for each in tensors], label=name)
+        error.plot(
+            factors, [float(np.square(w32 - each.dequantize()).sum() / np.square(w32).sum()) for each in tensors]
+        )
     zeros.set(ylabel="zeros, % of trits", xlabel="factor k", ylim=(0, 100))
     error.set(ylabel="Σ(w − ŵ)² / Σw²", xlabel="factor k", ylim=(0, 1))
     for axes in (zeros, error):
@@ -89,8 +91,8 @@ FIGURES = {"trit": trit_figure, "group": group_figure, "factor": factor_figure}
 
 
 def main() -> None:
-    """Writes every figure as SVG, the same bytes each time."""
-    # Text stays text, in one font: its usual list of twelve would be most of a file.
+    """Writes every figure as SVG. The bytes are reproducible."""
+    # Keep text as text. Name one font: the default list of twelve fonts would be repeated at every text.
     matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
     FOLDER.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():

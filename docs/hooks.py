@@ -1,4 +1,4 @@
-"""For MkDocs: a page's links to other files of the repository, which are no pages of the site, become their text."""
+"""MkDocs hook: replace links to files outside docs/ by their text, because the site does not contain these files."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """`[text](../path)` as `text`."""
+    """Returns the page with each `[text](../path)` replaced by `text`."""
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
