@@ -116,6 +116,11 @@ class Checkpoints:
         with self._written():
             self._writer.save(self._folder / str(step), trees)
 
+    def check(self) -> None:
+        """Raises CheckpointError if the background save has failed; does not wait for it."""
+        with self._written():
+            self._writer.check()
+
     def wait(self) -> None:
         """Waits until the background save has finished; raises CheckpointError if it failed."""
         with self._written():

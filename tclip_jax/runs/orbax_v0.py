@@ -36,6 +36,10 @@ class Writer:
         saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._checkpointer.save(folder, args=ocp.args.Composite(**saved))
 
+    def check(self) -> None:
+        """Raises the error of a save that has failed; does not wait."""
+        self._checkpointer.check_for_errors()
+
     def wait(self) -> None:
         """Waits until the save has finished; raises its error."""
         self._checkpointer.wait_until_finished()

@@ -44,6 +44,11 @@ class Writer:
             response = ocp.save_checkpointables_async(building, dict(trees))
         self._pending = self._thread.submit(self._complete, response, building, folder)
 
+    def check(self) -> None:
+        """Raises the error of a save that has failed; does not wait."""
+        if self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until the save has finished; raises its error."""
         pending, self._pending = self._pending, Future[None]()

@@ -201,6 +201,8 @@ class Session:
         Raises:
           Exception: a process has failed; its error is raised everywhere.
         """
+        with self.failure.captured():
+            self._checkpoints.check()
         requests = (self._preemption.code, self._checkpoints.is_late(), self.failure.error is not None)
         stop, late, failed = self._agreement.all_hosts_max(requests)
         if failed:

@@ -106,6 +106,23 @@ def test_a_failed_save_is_one_line_and_keeps_the_step_before(
     assert load_params(tmp_path, abstract(trees(0)["params"]))[0] == 1
 
 
+def test_a_failed_save_is_reported_before_the_next_save(
+    api: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "write_checksums", fail)
+    with Checkpoints(tmp_path, CheckpointConfig()) as saver:
+        saver.check()
+        saver.save(1, trees(1), {})
+        with pytest.raises(CheckpointError, match=r"1: the checkpoint could not be written; .*saved: disk full"):
+            for _ in range(1000):
+                saver.check()
+                time.sleep(0.01)
+    assert saved_steps(tmp_path) == []
+
+
 def test_a_folder_removed_during_the_save_fails_it_and_blocks_no_process(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
