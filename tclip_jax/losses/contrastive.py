@@ -54,7 +54,7 @@ def sigmoid_loss(image: RowStats) -> jax.Array:
     Source: SigLIP, arXiv 2303.15343, section 3.2 and algorithm 1.
     """
     if image.sigmoid is None:
-        raise ValueError("the sigmoid loss needs rows that were compared with a bias")
+        raise ValueError("the sigmoid loss needs statistics with a bias: pass bias to compare")
     return weighted_mean(image.sigmoid, image.mask)
 
 

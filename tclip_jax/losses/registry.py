@@ -108,7 +108,7 @@ def _fd(x: Inputs) -> jax.Array:
 
 
 def _both(x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    assert x.projected is not None and x.teacher is not None, "the loss does not say that it needs a projection"
+    assert x.projected is not None and x.teacher is not None, "the loss does not declare that it needs a projection"
     return x.projected, x.teacher
 
 

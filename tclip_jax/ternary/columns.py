@@ -31,9 +31,9 @@ def repack_columns(w: TernaryTensor, mesh: Mesh, axis: str, **choice: Any) -> Pa
     """
     devices, columns = mesh.shape[axis], w.shape[-1]
     if columns % devices:
-        raise ValueError(f"{columns} columns cannot be shared out evenly over the {devices} devices of axis {axis!r}")
+        raise ValueError(f"{columns} columns cannot be divided evenly among the {devices} devices of axis {axis!r}")
     if w.scale.shape[-1] != columns:
-        raise ValueError(f"{columns} columns share one scale: give each its own to share them out over {axis!r}")
+        raise ValueError(f"{columns} columns share one scale: to shard them over {axis!r}, each needs its own")
     spec = PartitionSpec(*[None] * (len(w.shape) - 1), axis)
     # Kernels do not track over which mesh axes their results vary, so the check is off.
     return jax.shard_map(lambda own: repack(own, **choice), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(

@@ -163,7 +163,7 @@ def choose(
             _log(where, name, "; ".join(passed_over) or "the first choice on this platform")
             return name
         passed_over.append(f"not {name}: {reason}")
-    _log(where, reference.NAME, "; ".join(passed_over) or f"no other is for platform {platform}")
+    _log(where, reference.NAME, "; ".join(passed_over) or f"no other kernel is for platform {platform}")
     return reference.NAME
 
 

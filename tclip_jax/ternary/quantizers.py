@@ -107,7 +107,7 @@ def find_levels(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.A
     group = w.shape[axis] if isinstance(quantizer.group, str) else min(quantizer.group, w.shape[axis])
     if quantizer.learned:
         if alpha is None:
-            raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: it is no function of the weight")
+            raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: pass alpha")
         scale = alpha if quantizer.kind == "lsq" else alpha * jnp.float32(2 / 3)
         scale = _rounded(scale, quantizer)
         return Levels(scale, scale * 0.5, group)

@@ -37,7 +37,7 @@ def unsupported(*, device_kind: str, platform: str, dtype: Any, activations: Act
     if platform != "gpu":
         return f"a GPU kernel does not run on platform {platform}"
     if not re.search(r"\bG?H(20|100|200|800)\b", device_kind):
-        return f"wgmma is of Hopper (H100, H200) alone, and the device is {device_kind}"
+        return f"it needs a Hopper GPU (H100, H200) for wgmma, not {device_kind}"
     if activations == "A16" and dtype != jnp.bfloat16:
         return f"activations are bfloat16, not {dtype}"
     return None

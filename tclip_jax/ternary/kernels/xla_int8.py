@@ -20,12 +20,12 @@ _MOST_ROWS = 1024  # above this, the int32 sums exceed the cache and the int8 do
 
 
 def unsupported(*, platform: str, **_: Any) -> str | None:
-    return None if platform == "cpu" else "it is for CPUs: others have packed weights"
+    return None if platform == "cpu" else "it is for CPUs only: other platforms have kernels with packed weights"
 
 
 def slower(*, rows: int | None, activations: str, **_: Any) -> str | None:
     if activations == "A16":
-        return "its dot takes int8 activations (A8) alone"
+        return "its dot takes int8 activations (A8) only"
     if rows is not None and not _FEWEST_ROWS <= rows <= _MOST_ROWS:
         return f"M is not within {_FEWEST_ROWS} to {_MOST_ROWS}"
     return None
