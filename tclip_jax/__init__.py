@@ -1,7 +1,7 @@
-"""TernaryCLIP (arXiv 2510.21879) in JAX: training by distillation, packed inference, PyTorch export.
+"""TernaryCLIP (arXiv 2510.21879) in JAX: train by distillation, run packed ternary weights, export to PyTorch.
 
 model = tclip_jax.load("runs/quickstart/artifact")
-model.encode_text(["a photo of a cat"])
+embeddings = model.encode_text(["a photo of a cat"])
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "ternary_matmul",
 ]
 
-# Imported when asked for, so that `tclip --help` imports no JAX.
+# Imported on first access, so that `tclip --help` imports no JAX.
 _HOMES = {"Model": "tclip_jax.inference.model", "losses": "tclip_jax", "models": "tclip_jax"} | dict.fromkeys(
     ("Quantizer", "TernaryTensor", "fake_quantize", "ternarize", "ternary_matmul"), "tclip_jax.ternary"
 )
@@ -52,16 +52,24 @@ def __dir__() -> list[str]:
 def load(
     path: epath.PathLike, *, implementation: str | None = None, activations: Literal["A16", "A8"] = "A16"
 ) -> Model:
-    """The model of an artifact or of a training run: `encode_image`, `encode_text`.
+    """Load a model for inference from an artifact, a training run or a checkpoint of another library.
 
     Args:
-      path: folder of an artifact, workdir of a run, or another library's checkpoint.
-      implementation: of the ternary product of an artifact; None: the best for this device.
-      activations: "A8" rounds activations to int8 at each ternary product; "A16" leaves them as they are.
+      path: an artifact folder, the workdir of a run, or a checkpoint: `hf-hub:org/name`, a folder of open_clip or
+        transformers, a file of open_clip, or a GGUF file.
+      implementation: name of the implementation that multiplies packed ternary weights, one of
+        `tclip_jax.ternary.kernels.NAMES`; None selects the preferred one for this device. It has no effect on float
+        weights, such as those of a run.
+      activations: "A16" multiplies the activations as they are. "A8" rounds each token's activations to int8 before
+        each packed product.
+
+    Returns:
+      A `Model`. Its `encode_image` and `encode_text` return L2-normalised embeddings, float32 (N, embed_dim).
 
     Raises:
-      FileNotFoundError: `path` is neither.
-      ValueError: it is broken; one line naming the file and what was expected.
+      FileNotFoundError: `path` is not an artifact, a run or a checkpoint.
+      ValueError: a file is broken (the message names the file and what was expected), or `implementation` cannot run on
+        this device.
     """
     from tclip_jax.inference.load import load_model
 

@@ -1,6 +1,7 @@
-"""Losses of contrastive training and distillation: pure functions on embeddings.
+"""Losses of contrastive training and distillation: pure functions on embeddings and hidden states.
 
-`compare` makes the statistics of a batch that the contrastive losses and the distillation of affinities share.
+`compare` computes the similarity statistics of a batch, which the contrastive losses and the distillation of affinities
+share.
 """
 
 from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy, sigmoid_loss

@@ -1,8 +1,13 @@
-"""Distillation losses between a student's embeddings and a frozen teacher's.
+"""Distillation losses between the embeddings of a student and of a frozen teacher.
 
-Where images are compared with texts of the same model, by `rows.compare`, student and teacher may differ in width;
-`feature_distillation` wants the student projected to the teacher's width and normalised after that, and so does
-CLIP-KD's ICL, which is `contrastive.info_nce` of a student's rows and a teacher's columns.
+The losses of affinities compare each model's images with its own texts by `statistics.compare`, so the widths of both
+models may differ. `feature_distillation` needs student embeddings that are projected to the teacher's width and then
+normalised. CLIP-KD's ICL needs that too; it is `contrastive.info_nce` with rows of the student and columns of the
+teacher.
+
+Notation: p^S_i and p^T_i are the softmax over all texts of the student's and of the teacher's logits of image i; for
+text → image, images and texts are exchanged. Each model has its own logit scale. Means run over the samples that are
+not masked.
 """
 
 from __future__ import annotations
@@ -14,19 +19,40 @@ from tclip_jax.losses.statistics import RowStats, masked_rows, weighted_mean
 
 
 def crd(image: RowStats, text: RowStats) -> jax.Array:
-    """Contrastive relational distillation: ½ [KL(teacher ‖ student) of image → text + of text → image].
+    """Compute CLIP-KD's contrastive relational distillation: KL(teacher ‖ student) of the affinities.
 
-    Source: CLIP-KD, arXiv 2307.12732, L_CRD.
+        L = ½ [mean_i KL(p^T_i ‖ p^S_i) + the same for text → image]
+
+    Args:
+      image: statistics of each image against all texts, (B,), of student and teacher.
+      text: statistics of each text against all images, (B,), of student and teacher.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Source: L_CRD of CLIP-KD, arXiv 2307.12732.
     """
     return kl_mix(image, text, reverse=0)
 
 
 def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
-    """(1 − reverse) · KL(teacher ‖ student) + reverse · KL(student ‖ teacher), the mean of both directions.
+    """Compute a mix of the forward and the reverse KL divergence between the affinities of student and teacher.
 
-    The forward divergence makes the student cover all that the teacher finds likely, the reverse one keeps it from what
-    the teacher finds unlikely. Source: MiniLLM, arXiv 2306.08543, for the reverse. arXiv 2404.02657 weighs
-    the two anew at every token; here the share is fixed.
+        L = ½ [mean_i ((1 − r) · KL(p^T_i ‖ p^S_i) + r · KL(p^S_i ‖ p^T_i)) + the same for text → image]
+
+    The forward divergence makes the student cover everything that is likely for the teacher. The reverse divergence
+    keeps it from what is unlikely for the teacher.
+
+    Args:
+      image: statistics of each image against all texts, (B,), of student and teacher.
+      text: statistics of each text against all images, (B,), of student and teacher.
+      reverse: r, the fraction of the reverse divergence, from 0 (`crd`) to 1.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Source: MiniLLM, arXiv 2306.08543, for the reverse divergence. arXiv 2404.02657 adapts the weights of both at every
+    token; here they are fixed.
     """
 
     def divergence(rows: RowStats) -> jax.Array:
@@ -38,9 +64,19 @@ def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
 
 
 def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
-    """The mean over both directions of the cross entropy between the teacher's and the student's affinities.
+    """Compute the cross entropy between the affinities of teacher and student, the mean of both directions.
 
-    Its gradient is that of `crd`; its value is larger by the teacher's entropy.
+        L = ½ [mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image]
+
+    The gradient is that of `crd`. The value is larger by the entropy of the teacher's affinities.
+
+    Args:
+      image: statistics of each image against all texts, (B,), of student and teacher.
+      text: statistics of each text against all images, (B,), of student and teacher.
+
+    Returns:
+      The loss, a float32 scalar.
+
     Source: `distill_loss` of open_clip's DistillClipLoss.
     """
     image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.mask) for rows in (image, text))
@@ -48,9 +84,18 @@ def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
 
 
 def affinity_mimicking(image: RowStats, text: RowStats) -> jax.Array:
-    """TinyCLIP's affinity mimicking: the sum, not the mean, of the two terms of `open_clip_distillation`.
+    """Compute TinyCLIP's affinity mimicking: `open_clip_distillation` with the sum of both directions, not the mean.
 
-    Source: arXiv 2309.12314, L_distill = L_I2T + L_T2I; the authors' training code then halves it.
+        L = L_I2T + L_T2I = mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image
+
+    Args:
+      image: statistics of each image against all texts, (B,), of student and teacher.
+      text: statistics of each text against all images, (B,), of student and teacher.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Source: L_distill of TinyCLIP, arXiv 2309.12314. The authors' training code then halves it.
     """
     return 2 * open_clip_distillation(image, text)
 
@@ -58,10 +103,26 @@ def affinity_mimicking(image: RowStats, text: RowStats) -> jax.Array:
 def feature_distillation(
     student: jax.Array, teacher: jax.Array, kind: str = "mse", weight: jax.Array | None = None
 ) -> jax.Array:
-    """The distance of one modality's student embeddings (B, D) from the teacher's (B, D).
+    """Compute the distance between the embeddings of student and teacher for one modality.
 
-    `mse` is the mean over all B · D elements, as CLIP-KD computes L_FD (arXiv 2307.12732, weight 2000, image + text);
-    `cosine` is the mean of 1 − cos = D/2 · mse. Raises ValueError for another kind or for different widths.
+        mse:    L = mean_i 1/D Σ_d (x^S_id − x^T_id)²
+        cosine: L = mean_i (1 − ⟨x^S_i, x^T_i⟩) = D/2 · mse
+
+    No gradient reaches the teacher.
+
+    Args:
+      student: L2-normalised embeddings (B, D), projected to the teacher's width.
+      teacher: L2-normalised embeddings (B, D).
+      kind: "mse" or "cosine".
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Raises:
+      ValueError: the shapes differ, or `kind` is unknown.
+
+    Source: L_FD of CLIP-KD, arXiv 2307.12732: mse of images + mse of texts, with weight 2000.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student embeddings {student.shape} must be projected to the teacher's shape {teacher.shape}")

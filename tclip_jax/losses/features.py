@@ -1,8 +1,8 @@
-"""Distillation of what is inside the towers: hidden states, and the relations of queries, keys and values.
+"""Distillation of hidden states inside the towers, and of the relations of queries, keys and values.
 
-States are (B, T, D) floats of any dtype; T must be the same in student and teacher. `valid` is a bool (B, T) mask of
-the tokens that count, None for all. All math is float32, no gradient reaches the teacher, and a loss is a float32
-scalar, 0 where nothing is valid.
+States are floats (B, T, D); student and teacher have the same number of tokens T. `valid` is a bool mask (B, T) of the
+tokens that count; None if all count. All arithmetic is float32, no gradient reaches the teacher, and a loss is a
+float32 scalar, 0 if no token is valid.
 """
 
 from __future__ import annotations
@@ -17,30 +17,60 @@ from tclip_jax.losses.statistics import masked_rows, weighted_mean
 def hidden_matching(
     student: jax.Array, teacher: jax.Array, kind: str = "mse", valid: jax.Array | None = None
 ) -> jax.Array:
-    """The distance of a student's hidden states, projected to the teacher's width, from the teacher's.
+    """Compute the distance between the hidden states of student and teacher.
 
-    `mse` is the mean over tokens and channels of the squared difference (TinyBERT, arXiv 1909.10351, eq. 8); `cosine`
-    is the mean over tokens of 1 − cos, which a few channels of large activations do not rule. Raises ValueError for
-    another kind or for different shapes.
+        mse:    L = mean_n 1/D Σ_d (h^S_nd − h^T_nd)²
+        cosine: L = mean_n (1 − cos(h^S_n, h^T_n))
+
+    The mean runs over the valid tokens n of all samples. A few channels with large activations dominate mse, but not
+    cosine.
+
+    Args:
+      student: states (B, T, D), projected to the teacher's width.
+      teacher: states (B, T, D).
+      kind: "mse" or "cosine".
+      valid: bool (B, T), or None.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Raises:
+      ValueError: the shapes differ, or `kind` is unknown.
+
+    Source: TinyBERT, arXiv 1909.10351, eq. 8 (mse).
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student states {student.shape} must be projected to the teacher's shape {teacher.shape}")
     tokens = None if valid is None else valid.reshape(-1)
     student, teacher = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (student, teacher))
     if kind == "cosine":
-        # Without the invalid first: the derivative of their length may be NaN.
+        # Invalid states become zero first: the derivative of their norm may be NaN.
         student, teacher = (_unit(masked_rows(x, tokens)) for x in (student, teacher))
     return feature_distillation(student, teacher, kind, tokens)
 
 
 def relation_matching(student: jax.Array, teacher: jax.Array, heads: int, valid: jax.Array | None = None) -> jax.Array:
-    """KL(teacher ‖ student) of the relations softmax(A · Aᵀ / √d) between tokens, A being queries, keys or values.
+    """Compute the KL divergence of the student's relations between tokens from the teacher's.
 
-    The mean over samples, `heads` relation heads (into which each model's own width is split, whatever its attention
-    heads are, so widths may differ) and valid tokens. Source: MiniLMv2, arXiv 2012.15828, eq. 3–5; BitDistill.
+        L = mean_n mean_h KL(R^T_nh ‖ R^S_nh),    R_h = softmax(A_h · A_hᵀ / √d)
+
+    A is the queries, the keys or the values of one layer, split into `heads` relation heads A_h of d channels, whatever
+    the attention heads are. The widths of student and teacher may therefore differ. n runs over the valid tokens of all
+    samples; the softmax runs over the valid tokens of the sample.
+
+    Args:
+      student: queries, keys or values (B, T, D).
+      teacher: the same of the teacher, (B, T, D').
+      heads: number of relation heads.
+      valid: bool (B, T), or None.
+
+    Returns:
+      The loss, a float32 scalar.
 
     Raises:
-      ValueError: different numbers of tokens, or a width that `heads` does not divide.
+      ValueError: B or T differs, or `heads` does not divide a width.
+
+    Source: MiniLMv2, arXiv 2012.15828, eq. 3–5; BitDistill.
     """
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"relations of {student.shape[1]} tokens cannot match those of {teacher.shape[1]}")
@@ -60,7 +90,7 @@ def _log_relations(x_BTD: jax.Array, heads: int, valid: jax.Array | None) -> jax
     logits_BHTS = jnp.einsum("bthk,bshk->bhts", x_BTHK, x_BTHK, precision=jax.lax.Precision.HIGHEST)
     logits_BHTS *= (width // heads) ** -0.5
     if valid is not None:
-        # Not -inf: its product with a target of 0 would be NaN.
+        # -inf times a target of 0 would be NaN.
         logits_BHTS = jnp.where(valid[:, None, None, :], logits_BHTS, jnp.finfo(jnp.float32).min)
     return jax.nn.log_softmax(logits_BHTS, axis=-1)
 

@@ -1,6 +1,8 @@
-"""Gradients of a loss that looks at a whole batch, where only a part of it fits through the model at a time.
+"""Gradients of a loss of the whole batch when only a part of the batch fits through the model at a time.
 
-A contrastive loss of parts is not that of the whole, so averaging the parts' gradients would train something else.
+The contrastive loss of a batch is not the mean of the losses of its parts, because its negatives are the whole batch.
+Accumulated gradients of the parts would therefore optimize another loss.
+
 Source: GradCache, arXiv 2101.06983.
 """
 
@@ -24,21 +26,25 @@ def gradient_in_parts(
     parts: int,
     axes: tuple[str, ...],
 ) -> tuple[Any, Any]:
-    """The gradient of `loss(params, *embed(params, batch))` and what else `loss` returns, whatever `parts` is.
+    """Compute the gradient of `loss(params, *embed(params, batch))` with the activations of one part at a time.
 
-    With several, `embed` sees them one after the other, twice: first for its values, from which follows the gradient
-    with respect to them, then to carry that on to the parameters. Activations of one part exist at a time.
+    The result does not depend on `parts`. With several parts, `embed` runs twice on each of them: first for the
+    embeddings, from which the gradient with respect to the embeddings follows, then to propagate that gradient to the
+    parameters.
 
     Args:
-      embed: from parameters and rows of the batch to (a tree of arrays with the same rows, a tree of sums over rows).
-      loss: from parameters, all rows and all sums to (scalar, anything).
-      params: floats.
-      batch: arrays with rows first.
-      parts: equal ones, of the rows of each device: nothing moves between devices.
-      axes: of the mesh in force over which rows lie; without a mesh there is one device.
+      embed: (params, rows of the batch) -> (a pytree of arrays with the same rows, a pytree of sums over rows).
+      loss: (params, all rows, all sums) -> (scalar, auxiliary values).
+      params: a pytree of floats.
+      batch: arrays (B, ...).
+      parts: number of equal parts. Each part has rows of every device, so no data moves between devices.
+      axes: mesh axes that shard the rows over the mesh in force; without a mesh there is one device.
+
+    Returns:
+      The gradient with respect to `params`, and the auxiliary values of `loss`.
 
     Raises:
-      ValueError: the rows of a device do not divide into parts.
+      ValueError: `parts` does not divide the rows of a device.
     """
     if parts == 1:
         return jax.grad(lambda params: loss(params, *embed(params, batch)), has_aux=True)(params)
@@ -56,7 +62,7 @@ def gradient_in_parts(
 
 
 def _split(tree: Any, parts: int, axes: tuple[str, ...]) -> Any:
-    """Arrays (B, …) as (parts, B / parts, …)."""
+    """Reshape arrays (B, …) to (parts, B / parts, …) on every device."""
 
     def split(x: jax.Array) -> jax.Array:
         if len(x) % parts:
@@ -67,7 +73,7 @@ def _split(tree: Any, parts: int, axes: tuple[str, ...]) -> Any:
 
 
 def _join(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Undoes `_split`."""
+    """Undo `_split`."""
 
     def join(x: jax.Array) -> jax.Array:
         return x.reshape(-1, *x.shape[2:])

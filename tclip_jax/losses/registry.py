@@ -1,7 +1,7 @@
-"""The losses by name: what each computes of a batch, and what it needs for that.
+"""The registry of losses: for each name the function and the inputs that it needs.
 
-To add one, write its function in a file of this folder and its line in `LOSSES`. Its weight is then
-`config.loss.<name>`; what it needs is computed only where that weight is not 0.
+To add a loss, write its function in a file of this folder and add its line to `LOSSES`. `config.loss.<name>` is then
+its weight. The inputs that it needs are computed only if the weight is not 0.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ Need = Literal["affinities", "embeddings", "projection", "hidden", "qkv"]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What losses of embeddings are computed from.
+    """Inputs of the losses of embeddings.
 
     Attributes:
-      rows: statistics of image → text and of text → image, with a teacher's for those that need its affinities.
-      student: its image and text embeddings (B, D).
+      rows: statistics of image → text and of text → image, with those of the teacher for losses that need affinities.
+      student: the student's image and text embeddings (B, D).
       weight: (B,), 0 for a masked sample.
-      options: `config.loss`, whose other keys are options of the losses.
+      options: `config.loss`; its other keys are options of the losses.
       heads: learned parameters of the losses.
       compare: `statistics.compare_rows` with the masks and the ring of the batch.
-      projected: the student's image and text embeddings (B, D) at the teacher's width, for those that need them.
-      teacher: the teacher's image and text embeddings (B, D), or None.
+      projected: the student's image and text embeddings (B, D'), projected to the teacher's width, for losses that need
+        them.
+      teacher: the teacher's image and text embeddings (B, D'), or None without a teacher.
     """
 
     rows: tuple[RowStats, RowStats]
@@ -48,14 +49,15 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """What losses of hidden states are computed from: one layer of one tower.
+    """Inputs of the losses of hidden states, for one layer of one tower.
 
     Attributes:
-      student: (B, T, D) of the student's layer: the residual stream after it, or its fused queries, keys and values.
-      teacher: the same of the teacher's layer at that depth.
+      student: states of the student's layer (B, T, D): the residual stream after it, or its queries, keys and values
+        concatenated along the last axis.
+      teacher: the same of the teacher's layer at the same relative depth, (B, T, D').
       valid: bool (B, T), the tokens that count.
       options: `config.loss`.
-      head: learned parameters of this tower for "hidden", or None.
+      head: the learned projection of this tower for "hidden", or None.
     """
 
     student: jax.Array
@@ -67,15 +69,16 @@ class LayerInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss by its name.
+    """An entry of the registry.
 
     Attributes:
-      function: from `Inputs` to a float32 scalar; of a loss that needs "hidden" or "qkv" from `LayerInputs` to several,
-        of which the mean is taken over layers and towers.
-      doc: what it is, for the reference of the configuration.
-      needs: of a teacher: its affinities between images and texts; its embeddings; these and the student's
-        projected to its width; hidden states; queries, keys and values.
-      default: its weight.
+      function: `Inputs` to a float32 scalar. The function of a loss that needs "hidden" or "qkv" maps `LayerInputs` to
+        a list of scalars, which are averaged over layers and towers.
+      doc: description for the configuration reference.
+      needs: inputs from a teacher: "affinities" are its image-text similarities, "embeddings" its embeddings,
+        "projection" its embeddings and the student's projected to its width, "hidden" its hidden states, "qkv" its
+        queries, keys and values.
+      default: default weight.
     """
 
     function: Callable[[Any], Any]
@@ -85,7 +88,7 @@ class Loss:
 
     @property
     def of_layers(self) -> bool:
-        """Whether it looks inside the towers."""
+        """Whether the loss compares hidden states of the towers."""
         return bool({"hidden", "qkv"} & {*self.needs})
 
 
@@ -105,7 +108,7 @@ def _fd(x: Inputs) -> jax.Array:
 
 
 def _both(x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    assert x.projected is not None and x.teacher is not None, "the loss does not say that it needs a projection"
+    assert x.projected is not None and x.teacher is not None, "the loss does not declare that it needs a projection"
     return x.projected, x.teacher
 
 
@@ -135,7 +138,7 @@ LOSSES: dict[str, Loss] = {
     "affinity": Loss(lambda x: affinity_mimicking(*x.rows), "TinyCLIP's affinity mimicking", ("affinities",)),
     "kl": Loss(
         lambda x: kl_mix(x.rows[0], x.rows[1], x.options.kl_reverse),
-        "as crd, a mix of both directions",
+        "as crd, mixed with the reverse KL (kl_reverse)",
         ("affinities",),
     ),
     "icl": Loss(_icl, "contrastive, between student's and teacher's embeddings (CLIP-KD)", ("projection",)),

@@ -1,7 +1,7 @@
-"""Partial statistics of a similarity matrix, merged block by block, and their ring over devices.
+"""Partial statistics of a similarity matrix, merged block by block, and a ring of devices that computes them.
 
-The statistics of a row over some columns and over the others `merge` into those over all, as in online softmax (arXiv
-1805.02867), so no device needs the whole matrix, nor all columns.
+`merge` combines the statistics of a row over two sets of columns into those over both, as online softmax does (arXiv
+1805.02867). No device therefore needs the whole matrix, or all columns.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 PAIRS = "pairs"
-_LOWEST = jnp.finfo(jnp.float32).min  # not -inf: its product with a weight of 0 would be NaN
+_LOWEST = jnp.finfo(jnp.float32).min  # -inf times a weight of 0 would be NaN
 _FAR = -1e30  # as good as -inf below the top, and finite when many are added
 
 
 class Operand(NamedTuple):
-    """Samples as the rows, or as the columns, of a matrix of logits rows · columnsᵀ.
+    """Samples as the rows or the columns of a matrix of logits, rows · columnsᵀ.
 
     Attributes:
-      student: float32 (B, D), zero for a masked sample; of rows, times the scale of the logits.
-      bias: of rows, float32 (B,), is added to the student's logits; None for none, and of columns.
+      student: float32 (B, D), zero for a masked sample; rows are multiplied by the logit scale.
+      bias: float32 (B,), added to the student's logits of each row; None for no bias, and for columns.
       teacher: as `student`, (B, D') of a teacher, or None.
-      tokens: int (B, T), equal ones belong together; None: a row belongs to the column of its own index.
-      index: int32 (B,), which sample of the batch.
+      tokens: int (B, T); samples with equal tokens are positives. None: the positive of a row is the column of its
+        index.
+      index: int32 (B,), position of the sample in the batch.
       mask: bool (B,), False for a masked sample.
     """
 
@@ -40,15 +41,15 @@ class Operand(NamedTuple):
 
 
 class PartialStats(NamedTuple):
-    """Of each row, sums over columns.
+    """Statistics of each row over some columns.
 
     Attributes:
-      top: for each model the largest logit, (B,).
-      sums: for each model Σ exp(logit − top), and the sums of these weights times (logit − top) of each model, each
-        (B,); for `PAIRS` the number of positives, the sum of the student's (logit − top) of them and, with a bias, that
-        of log σ(± logit) of all pairs.
+      top: for each model, the largest logit, (B,).
+      sums: for each model, Σ exp(logit − top) and, for every model, the sum of these weights times that model's
+        (logit − top), each (B,). For `PAIRS`, the number of positives, the sum of the student's (logit − top) over
+        positives and, with a bias, the sum of log σ(± logit) over all pairs.
       best: int32 (B,), the index of the first column with the student's largest logit.
-      hit: bool (B,), whether that is a positive.
+      hit: bool (B,), whether that column is a positive.
     """
 
     top: dict[str, jax.Array]
@@ -58,8 +59,8 @@ class PartialStats(NamedTuple):
 
 
 def logits_of(rows: Operand, columns: Operand) -> dict[str, jax.Array]:
-    """The logits (B, C) of each model, 0 where the row or the column is masked."""
-    # The default precision of an accelerator multiplies in bf16 or TF32: at scale 100 that moves logits by up to 0.05.
+    """Compute the logits (B, C) of each model, 0 if the row or the column is masked."""
+    # Accelerators multiply in bf16 or TF32 by default, which changes logits by up to 0.05 at scale 100.
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     logits = {"student": product(rows.student, columns.student.T)}
     if rows.bias is not None:
@@ -70,20 +71,23 @@ def logits_of(rows: Operand, columns: Operand) -> dict[str, jax.Array]:
 
 
 def positives_of(rows: Operand, columns: Operand) -> jax.Array:
-    """Which pairs belong together: bool (B, C)."""
+    """Compute which pairs are positives: bool (B, C)."""
     if rows.tokens is None or columns.tokens is None:
         equal = rows.index[:, None] == columns.index[None, :]
     else:
-        # Not jnp.all over T: XLA for CPU would hold (B, C, T) bytes, and for TPU move the mask to transpose it.
+        # jnp.all over T would allocate (B, C, T) bytes on CPUs, and move the mask to transpose it on TPUs.
         each = zip(rows.tokens.T, columns.tokens.T, strict=True)
         equal = functools.reduce(operator.and_, (row[:, None] == column[None, :] for row, column in each))
     return equal & rows.mask[:, None] & columns.mask[None, :]
 
 
 def sums_under(rows: Operand, columns: Operand, top: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
-    """`PartialStats.sums` with the given `top`, which has no gradient: what is made of them does not depend on it."""
+    """Compute `PartialStats.sums` relative to the given `top`.
+
+    `top` has no gradient, because the losses do not depend on it.
+    """
     logits, positives = logits_of(rows, columns), positives_of(rows, columns)
-    # Losses are small differences of large logits: what is summed is how far they lie below the top.
+    # Losses are small differences of large logits, so the sums are of distances below the top.
     below = {name: jnp.where(columns.mask[None, :], x - top[name][:, None], 0) for name, x in logits.items()}
     sums = {}
     for name, x in logits.items():
@@ -98,7 +102,7 @@ def sums_under(rows: Operand, columns: Operand, top: dict[str, jax.Array]) -> di
 
 
 def partial_stats(rows: Operand, columns: Operand) -> PartialStats:
-    """Of these columns alone."""
+    """Compute the statistics of the rows over these columns."""
     masked = {name: jnp.where(columns.mask[None, :], x, _LOWEST) for name, x in logits_of(rows, columns).items()}
     top = {name: jax.lax.stop_gradient(jnp.max(x, 1)) for name, x in masked.items()}
     best = jnp.argmax(masked["student"], 1)
@@ -107,13 +111,13 @@ def partial_stats(rows: Operand, columns: Operand) -> PartialStats:
 
 
 def nothing(rows: Operand, columns: Operand) -> PartialStats:
-    """The sums over no columns."""
+    """The statistics over no columns."""
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(partial_stats, rows, columns))
     return empty._replace(top={name: jnp.full_like(x, _LOWEST) for name, x in empty.top.items()})
 
 
 def merge(a: PartialStats, b: PartialStats) -> PartialStats:
-    """The sums over the columns of both."""
+    """Combine the statistics over two sets of columns into those over both."""
     top = {name: jnp.maximum(a.top[name], b.top[name]) for name in a.top}
 
     def under(part: PartialStats) -> dict[str, tuple[jax.Array, ...]]:
@@ -133,11 +137,11 @@ def merge(a: PartialStats, b: PartialStats) -> PartialStats:
 
 
 class Ring(NamedTuple):
-    """How rows meet columns.
+    """Options of the ring of devices.
 
     Attributes:
-      axes: of the mesh in force (`jax.set_mesh`), over which a batch lies; along others it is replicated.
-      chunk: the most columns that a device compares its rows with at a time: memory is O(rows per device · chunk).
+      axes: axes of the mesh in force (`jax.set_mesh`) that shard the batch, which is replicated along all others.
+      chunk: the most columns that a device compares with its rows at a time. Memory is O(rows per device · chunk).
     """
 
     axes: tuple[str, ...]
@@ -146,11 +150,20 @@ class Ring(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def ring_stats(rows: Operand, columns: Operand, ring: Ring) -> PartialStats:
-    """`partial_stats(rows, columns)` where samples lie over `ring.axes`; differentiable in `student` and `bias`.
+    """Compute `partial_stats(rows, columns)` for samples that are sharded over `ring.axes`.
 
-    Every device keeps its rows, and the columns of all visit it one after the other, a chunk at a time. The backward
-    pass has kept no logits, only each row's largest: it sends the columns around once more, and they bring their
-    gradients home.
+    Each device keeps its rows, and the columns of all devices pass through it, a chunk at a time. The forward pass
+    saves only the largest logit of each row. The backward pass sends the columns around the ring once more, and their
+    gradients with them.
+
+    Args:
+      rows: samples (B, ...).
+      columns: samples (B, ...).
+      ring: mesh axes and chunk size.
+
+    Returns:
+      The statistics over all columns, sharded like the rows. They are differentiable with respect to `student` and
+      `bias`.
     """
 
     def on_device(rows: Operand, columns: Operand) -> PartialStats:
@@ -199,7 +212,7 @@ ring_stats.defvjp(_forward, _backward)
 
 
 def _floats(side: Operand) -> Operand:
-    """What has a gradient."""
+    """The fields with a gradient."""
     return Operand(side.student, side.bias)
 
 
@@ -226,9 +239,9 @@ def _send_on(tree: Any, ring: Ring) -> Any:
 
 
 def _split_chunks(tree: Any, ring: Ring) -> Any:
-    """Samples (B, …) as the fewest equal chunks (N, C, …) of at most `ring.chunk`.
+    """Reshape samples (B, …) to the fewest equal chunks (N, C, …) with C at most `ring.chunk`.
 
-    The last is filled up with zeros, which as `Operand.mask` are masked samples: they change no sum.
+    Zeros pad the last chunk. In `Operand.mask` a zero is a masked sample, which changes no sum.
     """
     samples = len(jax.tree.leaves(tree)[0])
     chunks = -(-samples // ring.chunk)
@@ -242,5 +255,5 @@ def _split_chunks(tree: Any, ring: Ring) -> Any:
 
 
 def _join_chunks(chunks: Any, samples: int) -> Any:
-    """Undoes `_split_chunks`."""
+    """Undo `_split_chunks`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:samples], chunks)

@@ -1,9 +1,9 @@
-"""Statistics of similarities per sample, image → text or text → image, from which contrastive losses are computed.
+"""Statistics of image-text similarities per sample, from which the contrastive losses are computed.
 
-Embeddings are (B, D) floats of any dtype, L2-normalised by the caller, and `scale` is exp(logit_scale), a scalar.
-Samples with equal `tokens` (B, T) are positives of each other; None: each sample is its own positive. `weight` (B,) 0
-masks a sample everywhere; None masks none. All math is float32, and a loss is a float32 scalar, 0 when every sample is
-masked. Under `jit` the embeddings may be sharded over the batch: the loss is that of the global batch.
+Embeddings are floats (B, D), L2-normalised by the caller, and `scale` is exp(logit_scale), a scalar. Samples with equal
+`tokens` (B, T) are positives of each other; without tokens each sample is its own positive. `weight` (B,) 0 masks a
+sample everywhere; without weights no sample is masked. All arithmetic is float32. A loss is a float32 scalar, 0 if
+every sample is masked. Under `jit` the embeddings may be sharded over the batch: the loss is that of the global batch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ Pair = tuple[jax.Array, jax.Array, ArrayLike]
 class RowStats(NamedTuple):
     """Statistics of each sample against all samples of the other modality; float32 (B,) unless stated otherwise.
 
+    With p the softmax of a sample's logits z, and P the set of its positives:
+
     Attributes:
-      hard: the cross entropy of a uniform choice among its positives and the softmax of its logits.
-      soft: [by][of]: the cross entropy of the softmax of one model's logits and that of another's, "student" or
-        "teacher"; with [by] = [of] it is the entropy.
-      sigmoid: Σ −log σ(± logit), + for positives; None without a bias.
-      hit: bool, whether the most similar sample (the first of equals) is a positive.
+      hard: −1/|P| Σ_{j ∈ P} log p_j of the student, the cross entropy of a uniform target over the positives.
+      soft: soft[a][b] = −Σ_j p^a_j · log p^b_j, a cross entropy; a and b are "student" or "teacher". soft[a][a] is the
+        entropy of a.
+      sigmoid: Σ_j −log σ(± z_j) of the student, + for positives; None without a bias.
+      hit: bool, whether the most similar sample (the first of equal maxima) is a positive.
       mask: bool, False for a masked sample.
     """
 
@@ -49,12 +51,20 @@ def compare_rows(
     bias: ArrayLike | None = None,
     ring: Ring | None = None,
 ) -> RowStats:
-    """Compares every row with all columns by the logits scale · rows · columnsᵀ + bias.
+    """Compare every row with all columns by the logits scale · rows · columnsᵀ + bias.
 
     Args:
-      teacher: its rows, its columns and its scale; no gradient reaches it.
-      bias: of the student's logits, for `sigmoid_loss`.
-      ring: never hold all columns on one device. The result is the same; without it they are gathered.
+      rows: L2-normalised embeddings (B, D).
+      columns: L2-normalised embeddings (B, D) of the other modality.
+      scale: exp(logit_scale), a scalar.
+      teacher: the teacher's rows (B, D'), columns (B, D') and scale; no gradient reaches them. None without a teacher.
+      tokens: int (B, T); samples with equal tokens are positives. None: each sample is its own positive.
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      bias: scalar added to the student's logits, for `sigmoid_loss`; None for no bias.
+      ring: computes the same without all columns on one device; None gathers the columns.
+
+    Returns:
+      Statistics of each row, (B,).
     """
     mask = sample_mask(weight, len(rows))
     shared = {"tokens": tokens, "index": jnp.arange(len(rows), dtype=jnp.int32), "mask": mask}
@@ -81,7 +91,21 @@ def compare(
     bias: ArrayLike | None = None,
     ring: Ring | None = None,
 ) -> tuple[RowStats, RowStats]:
-    """`compare_rows` of images with texts and of texts with images; `teacher` is image, text and scale."""
+    """Compare images with texts and texts with images, both by `compare_rows`.
+
+    Args:
+      image: L2-normalised embeddings (B, D).
+      text: L2-normalised embeddings (B, D).
+      scale: exp(logit_scale), a scalar.
+      teacher: the teacher's image and text embeddings (B, D') and scale, or None.
+      tokens: as in `compare_rows`.
+      weight: as in `compare_rows`.
+      bias: as in `compare_rows`.
+      ring: as in `compare_rows`.
+
+    Returns:
+      Statistics of each image against all texts, and of each text against all images, (B,).
+    """
     swapped = None if teacher is None else (teacher[1], teacher[0], teacher[2])
     image_rows = compare_rows(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, bias=bias, ring=ring)
     return image_rows, compare_rows(
@@ -90,17 +114,17 @@ def compare(
 
 
 def sample_mask(weight: jax.Array | None, batch: int) -> jax.Array:
-    """The samples that are not masked: bool (B,)."""
+    """Mask of the samples with a weight above 0: bool (B,)."""
     return jnp.ones(batch, bool) if weight is None else weight > 0
 
 
 def masked_rows(embeddings: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """Embeddings (B, D) in float32, zero where masked (a NaN there would reach gradients)."""
+    """Embeddings (B, D) in float32, zero for masked samples, whose NaN would otherwise reach gradients."""
     return jnp.where(sample_mask(weight, len(embeddings))[:, None], embeddings.astype(jnp.float32), 0)
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """The mean of values (B,) over the samples that are not masked, 0 if all are."""
+    """Mean of values (B,) over the samples that are not masked, 0 if all are masked."""
     mask = sample_mask(weight, len(values))
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
 

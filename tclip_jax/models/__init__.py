@@ -1,4 +1,4 @@
-"""CLIP's encoders as thin Flax modules, whose weights may be ternary."""
+"""The CLIP model as Flax modules whose weights may be ternary."""
 
 from tclip_jax.models.clip import CLIP, init_params, param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig

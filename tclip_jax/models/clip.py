@@ -1,4 +1,4 @@
-"""CLIP: two towers into one embedding space."""
+"""The CLIP model: an image tower and a text tower with one embedding space."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from tclip_jax.ternary import initial_alpha
 
 
 class CLIP(nn.Module):
-    """The contrastive image-text model of Radford et al., arXiv 2103.00020, with ternary weights where `rules` say so.
+    """The contrastive image-text model of CLIP (arXiv 2103.00020), with ternary weights as `rules` define.
 
-    Parameters may hold `TernaryTensor` leaves in place of float weights; they are used as they are.
+    The parameter tree may hold `TernaryTensor` or `PackedTensor` leaves instead of float weights; they are used as they
+    are.
 
     Attributes:
       config: the shape of both towers.
-      rules: which parameters are ternary, and how.
-      dtype: of the computation; parameters, LayerNorm, softmax and the returned embeddings stay float32.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation. Parameters, LayerNorm, softmax and the embeddings are float32.
+      remat: whether the backward pass recomputes the activations of each block instead of storing them.
     """
 
     config: CLIPConfig
@@ -46,20 +47,46 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
     def encode_image(self, images_BHWC: jax.Array) -> jax.Array:
-        """Normalised float images to L2-normalised float32 embeddings (B, embed_dim)."""
+        """Encode images.
+
+        Args:
+          images_BHWC: normalised float pixels (B, H, W, 3).
+
+        Returns:
+          L2-normalised embeddings, float32 (B, embed_dim).
+        """
         return normalize_embedding(self.image(images_BHWC))
 
     def encode_text(self, tokens_BT: jax.Array) -> jax.Array:
-        """int32 tokens to L2-normalised float32 embeddings (B, embed_dim)."""
+        """Encode texts.
+
+        Args:
+          tokens_BT: int32 tokens (B, T), T at most the context length.
+
+        Returns:
+          L2-normalised embeddings, float32 (B, embed_dim).
+        """
         return normalize_embedding(self.text(tokens_BT))
 
     def __call__(self, images_BHWC: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Image embeddings, text embeddings, and the scale exp(logit_scale) of their similarities."""
+        """Encode images and texts.
+
+        Returns:
+          Image embeddings, text embeddings, and the scale exp(logit_scale) of their similarities.
+        """
         return self.encode_image(images_BHWC), self.encode_text(tokens_BT), jnp.exp(self.logit_scale)
 
 
 def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
-    """Freshly drawn float32 parameters: a nested dict of arrays; the same weights whatever the rules are."""
+    """Initialise the parameters of a model.
+
+    Args:
+      model: the model; the weights do not depend on its rules.
+      key: a PRNG key.
+
+    Returns:
+      A nested dict of float32 arrays, with the learned scales that the rules need.
+    """
     height, width = model.config.vision.image_size
     images = jnp.zeros((1, height, width, 3))
     tokens = jnp.zeros((1, model.config.text.context_length), jnp.int32)
@@ -67,17 +94,27 @@ def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
 
 
 def param_shapes(config: CLIPConfig, rules: TernaryRules = ()) -> dict[str, Any]:
-    """The parameter tree of a model as jax.ShapeDtypeStruct leaves; allocates nothing.
+    """Compute the parameter tree of a model as jax.ShapeDtypeStruct leaves, without allocating arrays.
 
-    Rules add the learned scales that some quantizers have; a packed model and one of another library have none.
+    Args:
+      config: the shape of both towers.
+      rules: add the learned scales of their quantizers. Packed models and models of other libraries have none.
+
+    Returns:
+      A nested dict as of `init_params`.
     """
     return jax.eval_shape(lambda: init_params(CLIP(config, rules), jax.random.key(0)))
 
 
 def with_learned_scales(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
-    """Float parameters as they come from elsewhere, and beside them the learned scales that the rules ask for.
+    """Add the learned scales that `rules` need to float parameters.
 
-    Each starts from its weight; one that is there already stays.
+    Args:
+      params: float parameters. Learned scales that they have are kept.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+
+    Returns:
+      The parameters; each new scale is the initial α of its weight.
     """
     leaves = flatten_dict(params, sep="/")
     for path in TERNARIZABLE:

@@ -1,4 +1,4 @@
-"""The shape of a CLIP model, in open_clip's own terms."""
+"""The shape of a CLIP model, with the field names of open_clip."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from tclip_jax.schema import check_keys, check_values, from_mapping, key
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision transformer (open_clip's `vision_cfg`); `image_size` is (height, width) in pixels."""
+    """The shape of the vision transformer, open_clip's `vision_cfg`.
 
-    image_size: tuple[int, int] = key((224, 224), "height and width in pixels, or one number", ge=1)
-    patch_size: int = key(16, "pixels; what no whole patch covers of an image, right and below, is not seen", ge=1)
-    width: int = key(768, "of the residual stream", ge=1)
-    layers: int = key(12, "blocks", ge=1)
-    head_width: int = key(64, "channels of a head, a divisor of width", ge=1)
-    mlp_ratio: float = key(4.0, "hidden channels of an MLP over width", gt=0)
-    ls_init_value: float | None = key(None, "LayerScale's first value; None: no LayerScale")
-    pool_type: Literal["tok", "avg"] = key("tok", "the class token, or the mean of the patches")
+    Raises:
+      ValueError: a value is outside its range, the image is smaller than a patch, or `head_width` does not divide
+        `width`.
+    """
+
+    image_size: tuple[int, int] = key((224, 224), "height and width in pixels, or one number for both", ge=1)
+    patch_size: int = key(16, "pixels; right and lower edges without a whole patch are ignored", ge=1)
+    width: int = key(768, "channels of the residual stream", ge=1)
+    layers: int = key(12, "number of blocks", ge=1)
+    head_width: int = key(64, "channels of an attention head; must divide width", ge=1)
+    mlp_ratio: float = key(4.0, "hidden channels of an MLP, divided by width", gt=0)
+    ls_init_value: float | None = key(None, "initial value of LayerScale; None: no LayerScale")
+    pool_type: Literal["tok", "avg"] = key("tok", "tok: the class token; avg: the mean of the patches")
     no_ln_pre: bool = key(False, "no LayerNorm before the blocks")
-    final_ln_after_pool: bool = key(False, "the last LayerNorm after pooling, not before")
+    final_ln_after_pool: bool = key(False, "the last LayerNorm follows the pooling instead of preceding it")
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -37,29 +42,34 @@ class VisionConfig:
 
     @property
     def heads(self) -> int:
+        """Number of attention heads."""
         return self.width // self.head_width
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches in height and width."""
+        """Number of patches along the height and the width."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text transformer (open_clip's `text_cfg`)."""
+    """The shape of the text transformer, open_clip's `text_cfg`.
 
-    context_length: int = key(77, "tokens", ge=1)
-    vocab_size: int = key(49408, "tokens that there are", ge=1)
-    width: int = key(512, "of the residual stream", ge=1)
-    heads: int = key(8, "a divisor of width", ge=1)
-    layers: int = key(12, "blocks", ge=1)
-    mlp_ratio: float = key(4.0, "hidden channels of an MLP over width", gt=0)
-    ls_init_value: float | None = key(None, "LayerScale's first value; None: no LayerScale")
+    Raises:
+      ValueError: a value is outside its range, or `heads` does not divide `width`.
+    """
+
+    context_length: int = key(77, "tokens of a text", ge=1)
+    vocab_size: int = key(49408, "number of different tokens", ge=1)
+    width: int = key(512, "channels of the residual stream", ge=1)
+    heads: int = key(8, "attention heads; must divide width", ge=1)
+    layers: int = key(12, "number of blocks", ge=1)
+    mlp_ratio: float = key(4.0, "hidden channels of an MLP, divided by width", gt=0)
+    ls_init_value: float | None = key(None, "initial value of LayerScale; None: no LayerScale")
     pool_type: Literal["argmax", "last"] = key(
-        "argmax", "the token of the largest number, which ends a text, or the last"
+        "argmax", "argmax: the token with the largest id, which ends a text; last: the last token"
     )
-    no_causal_mask: bool = key(False, "every token attends to all")
+    no_causal_mask: bool = key(False, "every token attends to all tokens")
 
     def __post_init__(self) -> None:
         check_values(TextConfig, vars(self), "text_cfg")
@@ -69,22 +79,33 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, the width of the shared embedding, and the activation: GELU (erf), or x · sigmoid(1.702 x)."""
+    """The shape of a CLIP model.
+
+    Attributes:
+      embed_dim: width of the shared embedding space.
+      vision: shape of the vision transformer.
+      text: shape of the text transformer.
+      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+    """
 
     embed_dim: int
     vision: VisionConfig
     text: TextConfig
-    quick_gelu: bool = key(False, "x · sigmoid(1.702 x) in place of GELU (erf)")
+    quick_gelu: bool = key(False, "x · sigmoid(1.702 x) instead of GELU (erf)")
 
     @classmethod
     def from_open_clip(cls, model_cfg: Mapping[str, Any]) -> CLIPConfig:
-        """From a `model_cfg` of open_clip.
+        """Create a configuration from a `model_cfg` of open_clip.
 
-        Fields of open_clip that say nothing new are accepted: defaults, and what another field makes unused.
+        Other fields of open_clip are accepted if they do not change the model: at their default, or unused because of
+        another field.
+
+        Args:
+          model_cfg: as in open_clip's model_configs.
 
         Raises:
-          ValueError: a model that this is not, saying what the field means in open_clip; or an unknown key, naming it
-            and the nearest that is known.
+          ValueError: the model is not supported (the message has the field and its meaning in open_clip), a key is
+            unknown (the message has the nearest known key), or a value is outside its range.
         """
         model_cfg = native_cfg(model_cfg)
         check_keys(model_cfg, ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"), "model_cfg")
@@ -105,7 +126,9 @@ class CLIPConfig:
         )
 
     def to_open_clip(self) -> dict[str, Any]:
-        """The `model_cfg` that makes open_clip build the same model: what differs from its defaults, and all sizes."""
+        """Return the `model_cfg` from which open_clip builds the same model: all sizes, and the fields that differ from
+        its defaults.
+        """
         vision = _without_defaults(self.vision, ("image_size", "patch_size", "width", "layers", "head_width"))
         if self.vision.image_size[0] == self.vision.image_size[1]:
             vision["image_size"] = self.vision.image_size[0]

@@ -1,7 +1,7 @@
-"""Floating-point operations of a model by formula, and what devices can do at most: the two halves of MFU.
+"""Floating-point operations of a model by formula, and peak FLOP/s of devices: numerator and denominator of MFU.
 
-XLA's own count cannot serve: it takes the body of a scan once. A multiplication and an addition are two operations, and
-only products of matrices count; the rest is below a per cent of a model of a useful width.
+XLA's own count is not usable: it counts the body of a scan once. A multiplication and an addition are two operations.
+Only matrix products count; all else is below 1 % in a model of useful width.
 """
 
 from __future__ import annotations
@@ -28,43 +28,61 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The most dense bfloat16 FLOP/s of a device; None where it is not known, as of a CPU.
+    """Return the peak dense bfloat16 FLOP/s of a device.
 
-    The longest name of `PEAK_FLOPS` decides that the kind is, or goes on from after a blank or a dash ("NVIDIA H100
-    80GB HBM3"). Other precisions are measured against bfloat16 too.
+    The longest name in `PEAK_FLOPS` applies that equals the kind, or is followed by a space or a dash ("NVIDIA H100
+    80GB HBM3"). MFU refers to bfloat16 for all precisions.
+
+    Args:
+      device_kind: `device_kind` of a JAX device.
+
+    Returns:
+      FLOP/s, or None for an unknown device, such as a CPU.
     """
     known = [name for name in PEAK_FLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def image_flops(config: CLIPConfig) -> int:
-    """Of encoding an image: patch embedding, blocks, projection."""
+    """Return the operations that encode one image: patch embedding, blocks and projection."""
     vision, patches = config.vision, config.vision.grid[0] * config.vision.grid[1]
     patch = 2 * patches * 3 * vision.patch_size**2 * vision.width
     return patch + _tower_flops(vision.layers, patches + 1, vision.width, vision.mlp_ratio, config.embed_dim)
 
 
 def text_flops(config: CLIPConfig, length: int | None = None) -> int:
-    """Of encoding a text of `length` tokens, by default the context length: blocks and projection.
+    """Return the operations that encode one text: blocks and projection.
 
-    A causal mask spares nothing: what it hides is computed too.
+    A causal mask saves no operations, because masked products are computed too.
+
+    Args:
+      config: the shape of the model.
+      length: number of tokens; by default the context length.
     """
     text = config.text
     return _tower_flops(text.layers, length or text.context_length, text.width, text.mlp_ratio, config.embed_dim)
 
 
 def train_flops(student: CLIPConfig, teacher: CLIPConfig | None = None, *, remat: bool = False) -> int:
-    """Of a training step, per pair of image and text: three times the student's forward, once the teacher's.
+    """Return the operations of a training step per image-text pair.
 
-    The backward pass costs twice the forward. With `remat` the forward counts once more: what the hardware does, but no
-    part of MFU by convention (PaLM, arXiv 2204.02311, appendix B). The similarities of the loss, 2 · batch · embed_dim
-    per pair and term, are left out: below 0.1 % of a ViT-B/16 at 32,768 pairs.
+    The student counts three times its forward pass, because the backward pass takes twice the forward pass. The teacher
+    counts once. The similarities of the loss, 2 · batch · embed_dim per pair and term, are left out: they are below 0.1
+    % of a ViT-B/16 at 32,768 pairs.
+
+    Args:
+      student: the shape of the student.
+      teacher: the shape of the teacher, or None.
+      remat: count the recomputed forward pass of the student, which the hardware executes. By convention it is not part
+        of MFU (PaLM, arXiv 2204.02311, appendix B).
     """
     forward = image_flops(student) + text_flops(student)
     return (3 + remat) * forward + (image_flops(teacher) + text_flops(teacher) if teacher else 0)
 
 
 def _tower_flops(layers: int, tokens: int, width: int, mlp_ratio: float, embed_dim: int) -> int:
-    """Per layer q, k, v and out, the MLP, logits and their mix; then the projection of one token."""
+    """For each layer: q, k, v and out, the MLP, attention logits and weighted sum of values; then the projection of one
+    token.
+    """
     dense = 2 * tokens * width * (4 * width + 2 * int(width * mlp_ratio))
     return layers * (dense + 4 * tokens * tokens * width) + 2 * width * embed_dim

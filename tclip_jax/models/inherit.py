@@ -1,4 +1,4 @@
-"""A smaller student out of a larger model's weights: TinyCLIP's manual inheritance (arXiv 2309.12314, section 3.2)."""
+"""Initialisation of a student from a larger model: TinyCLIP's manual inheritance (arXiv 2309.12314, section 3.2)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,30 @@ Array = npt.NDArray[np.float32]
 
 
 def chosen_layers(depth: int, student_depth: int) -> list[int]:
-    """`student_depth` of `depth` layers, evenly spaced from the first to the last; of one, the first."""
+    """Select `student_depth` of `depth` layers, evenly spaced from the first to the last.
+
+    A single layer is the first one.
+    """
     return [round(i * (depth - 1) / max(student_depth - 1, 1)) for i in range(student_depth)]
 
 
 def inherit_params(params: Mapping[str, Any], config: CLIPConfig, student: CLIPConfig) -> dict[str, Any]:
-    """Float32 NumPy parameters of `student` from those of a model of shape `config`.
+    """Initialise a student with a part of the weights of a larger model.
 
-    Layers are chosen evenly, heads are the leading ones, and every other axis is cut to its leading channels; ternary
-    weights become the floats that they stand for.
+    Layers are selected evenly spaced, the leading heads are taken, and every other axis is cut to its leading channels.
+    Ternary weights are dequantized.
+
+    Args:
+      params: parameters of the larger model.
+      config: shape of the larger model.
+      student: shape of the student.
+
+    Returns:
+      Float32 NumPy parameters of the student.
 
     Raises:
-      ValueError: a student that is larger somewhere, or sees other patches or another grid of them.
+      ValueError: the student is larger in some dimension, has a parameter that the larger model lacks, or differs in
+        patch size, grid of patches or vocabulary.
     """
     for name, ours, theirs in (
         ("patch size", student.vision.patch_size, config.vision.patch_size),
@@ -70,7 +82,7 @@ def inherit_params(params: Mapping[str, Any], config: CLIPConfig, student: CLIPC
 
 
 def _attention(path: str, whole: Array, shape: tuple[int, ...], heads: int, student_heads: int) -> Array:
-    """Queries, keys and values are cut apart, each by heads: (L, …, 3, heads, head width) or (L, heads, …, W)."""
+    """Cut queries, keys and values separately and by heads: (L, …, 3, heads, head width) or (L, heads, …, W)."""
     if path.endswith(("qkv/kernel", "qkv/bias")):
         split = whole.reshape(*whole.shape[:-1], 3, heads, -1)
         return _leading(path, split, (*shape[:-1], 3, student_heads, shape[-1] // (3 * student_heads))).reshape(shape)
@@ -81,6 +93,6 @@ def _attention(path: str, whole: Array, shape: tuple[int, ...], heads: int, stud
 
 
 def _leading(path: str, whole: Array, shape: tuple[int, ...]) -> Array:
-    if any(size > other for size, other in zip(shape, whole.shape, strict=True)):
+    if any(size > limit for size, limit in zip(shape, whole.shape, strict=True)):
         raise ValueError(f"{path}: the student's {shape} is not within {whole.shape}: only a smaller one can inherit")
     return np.array(whole[tuple(slice(0, size) for size in shape)])

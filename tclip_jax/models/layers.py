@@ -1,4 +1,4 @@
-"""Layers whose weight is float, ternary in training (fake-quantized), a blend of both, or packed."""
+"""Layers whose weight is float, fake-quantized, a blend of both, or packed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from tclip_jax.ternary.sums import dense_product
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "share"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """Stands in a parameter tree for a latent weight that is computed with as share · ŵ + (1 − share) · w.
-
-    At a share of 1 that is ŵ to the bit.
+    """A leaf of a parameter tree that is used as w_eff = λ · ŵ + (1 − λ) · w. For λ = 1, w_eff equals ŵ to the bit.
 
     Attributes:
-      weight: the latent weight, stacked layers on its first axis.
-      share: float32, a scalar, or one for each layer.
+      weight: the latent weight w; stacked layers are on its first axis.
+      share: the quantization blend λ, float32, a scalar or one value per layer.
     """
 
     weight: jax.Array
@@ -36,7 +34,16 @@ class Blend:
 
 
 def blend_params(params: Any, rules: TernaryRules, share: jax.Array) -> Any:
-    """The tree with a `Blend` in place of every latent weight that `rules` name; `share` is a scalar from 0 to 1."""
+    """Replace every latent weight that `rules` select with a `Blend`.
+
+    Args:
+      params: a parameter tree with latent weights.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      share: the quantization blend λ, a scalar from 0 to 1.
+
+    Returns:
+      The new tree.
+    """
 
     def blend(key_path: tuple[Any, ...], leaf: jax.Array) -> Any:
         path = path_of(key_path)
@@ -57,13 +64,16 @@ Initializer = nn.initializers.Initializer
 )
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """A float weight as a matrix, or rows of one, and all that quantizes it; no quantizer: it stays float.
+    """A float weight as a matrix, or some rows of a matrix, and everything that quantizes it.
 
     Attributes:
+      weight: floats (K, N); (V, W) for an embedding table.
       size: number of weights of the whole matrix.
-      alpha: the learned scale, of the kinds of quantizers that have one.
-      share: of the quantized weight where it is blended with the float one.
-      placement: where it is stored and where it is used, of a sharded matrix.
+      quantizer: None if the weight stays float.
+      axis: the input axis, −2 or −1.
+      alpha: the learned scale of the kinds lsq and seq, or None.
+      share: the quantization blend λ; None for 1.
+      placement: shardings of the matrix; None if it is not sharded.
     """
 
     weight: jax.Array
@@ -75,7 +85,10 @@ class Latent:
     placement: Placement | None = None
 
     def rows(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Rows of a table, quantized, in `dtype`; only those are quantized where nothing is sharded."""
+        """Look up rows of a table, quantized, in `dtype`.
+
+        Only these rows are quantized, unless the table is sharded or has one scale.
+        """
         whole = self.quantizer is not None and self.quantizer.group == "tensor"
         if self.placement and not (whole or self.alpha is not None or self.share is not None):
             return look_up(self.weight, index, self.quantizer, self.placement, jnp.dtype(dtype))
@@ -85,15 +98,16 @@ class Latent:
         return dataclasses.replace(self, weight=self.weight[index], alpha=alpha).quantized(dtype).astype(dtype)
 
     def quantized(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """What a product multiplies by, where it is used: float32, which floats that move lose on the way in `dtype`.
+        """Return the float32 matrix that a product uses, gathered for the computation.
 
-        So its gradient is float32 too, and is summed over devices in that.
+        Float weights that move between devices are rounded to `dtype`. The gradient is float32, also where it is summed
+        over devices.
         """
         if self.quantizer is None:
             weight = self.weight
         elif self.share is None:
-            given = (self.weight, self.quantizer, self.axis, self.alpha, self.size)
-            return fake_quantize(*given, jnp.float32, self.placement)
+            arguments = (self.weight, self.quantizer, self.axis, self.alpha, self.size)
+            return fake_quantize(*arguments, jnp.float32, self.placement)
         else:
             quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
             weight = self.share * quantized + (1 - self.share) * self.weight
@@ -103,7 +117,18 @@ class Latent:
 def find_weight(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], rules: TernaryRules
 ) -> PackedTensor | TernaryTensor | Latent:
-    """The parameter `name` of a module as a matrix, with the parameter `name`_scale where its scale is learned."""
+    """Read the parameter `name` of a module as a matrix, and create it during initialisation.
+
+    Args:
+      module: the module, in its own scope.
+      name: name of the parameter. A learned scale is the parameter `name`_scale.
+      init: initializer of the parameter.
+      shape: shape of the parameter; see `matrix_shape` for that of the matrix.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+
+    Returns:
+      The packed or ternary weight of the parameter tree, otherwise a `Latent`.
+    """
     stored: Any = module.get_variable("params", name)
     if isinstance(stored, PackedTensor | TernaryTensor):
         return stored
@@ -118,15 +143,24 @@ def find_weight(
 
 
 def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts: int = 1) -> jax.Array:
-    """x · W in the dtype of `x`; with more `parts` than one, they have an axis before the last."""
+    """Multiply activations by a weight: x · W.
+
+    Args:
+      x: floats (..., K).
+      weight: (K, N).
+      parts: number of equal matrices that W holds side by side.
+
+    Returns:
+      (..., N), or (..., parts, N / parts) for several parts, in the dtype of `x`.
+    """
     if isinstance(weight, PackedTensor | TernaryTensor):
         y = ternary_matmul(x, weight)
         return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
     product = functools.partial(_multiply_latent, parts=parts)
     if weight.quantizer is None:
         return product(x, weight)
-    # Quantized weights of every layer, kept for the backward pass, are as large as the latent ones. Levels and packed
-    # trits are not, and to expand them again takes less time than to write and read the weights.
+    # Quantized weights saved for the backward pass would be as large as the latent weights. Scales and packed trits are
+    # small, and it is faster to expand them again than to write and read quantized weights.
     policy = jax.checkpoint_policies.save_only_these_names(LEVELS)
     return jax.checkpoint(product, prevent_cse=False, policy=policy)(x, weight)
 
@@ -141,10 +175,16 @@ def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """x · W + b with a float or ternary W (K, N).
+    """A dense layer x · W + b with a float or ternary W (K, N).
 
-    With `parts` > 1, W is as many matrices beside each other, and what they give is (..., parts, N / parts): devices
-    along the mesh axis `tensor` share each.
+    Attributes:
+      features: N, the number of outputs.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      use_bias: whether the layer adds b.
+      kernel_init: initializer of W.
+      dtype: dtype of the computation and of the result.
+      parts: number of equal matrices that W holds side by side. With several, the result is (..., parts, N / parts),
+        and devices along the mesh axis `tensor` share each part.
     """
 
     features: int
@@ -161,13 +201,20 @@ class Dense(nn.Module):
         y = multiply(x.astype(self.dtype), kernel, self.parts)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            # In float32, as wherever a parameter meets all tokens: its gradient is a sum over them in this dtype.
+            # In float32, because the gradient of the bias is a sum over all tokens in this dtype.
             y = (y.astype(jnp.float32) + bias.reshape(y.shape[x.ndim - 1 :])).astype(self.dtype)
         return y
 
 
 class Embedding(nn.Module):
-    """Rows of a float or ternary table (V, W); only the gathered rows are quantized."""
+    """An embedding layer: selects rows of a float or ternary table (V, W) by int32 tokens.
+
+    Attributes:
+      entries: V, the size of the vocabulary.
+      features: W, the width.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the result.
+    """
 
     entries: int
     features: int
@@ -181,7 +228,7 @@ class Embedding(nn.Module):
         if isinstance(table, PackedTensor):
             return gather_rows(table, tokens, self.dtype)
         if isinstance(table, TernaryTensor):
-            # Scales that all rows share have one row, which clamping finds for every token.
+            # If all rows share their scales, those have one row; "clip" maps every token to it.
             rows = TernaryTensor(
                 table.trits[tokens], jnp.take(table.scale, tokens, axis=0, mode="clip"), table.group, table.axis
             )
@@ -190,19 +237,28 @@ class Embedding(nn.Module):
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm in float32 with torch's epsilon; Flax's fast variance E[x²] − E[x]² would lose precision."""
+    """A LayerNorm in float32 with PyTorch's epsilon; Flax's fast variance E[x²] − E[x]² would lose precision."""
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
 def gelu(x: jax.Array, quick: bool) -> jax.Array:
-    """GELU by the error function as in torch, or OpenAI's x · sigmoid(1.702 x)."""
+    """GELU by the error function, as in PyTorch; if `quick`, OpenAI's x · sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x) if quick else jax.nn.gelu(x, approximate=False)
 
 
 def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool) -> jax.Array:
-    """softmax(q · kᵀ / √K) · v of each head (B, T, H, K), the softmax in float32; causal: no token sees a later one.
+    """Compute the attention softmax(q · kᵀ / √K) · v of each head, with the softmax in float32.
 
-    What jax.nn.dot_product_attention computes. Moving heads before tokens first is twice as fast in XLA on CPUs.
+    It equals jax.nn.dot_product_attention. Transposing heads before tokens first makes XLA twice as fast on CPUs.
+
+    Args:
+      q_BTHK: queries (B, T, H, K).
+      k_BTHK: keys (B, T, H, K).
+      v_BTHK: values (B, T, H, K).
+      causal: whether a token attends only to itself and earlier tokens.
+
+    Returns:
+      (B, T, H, K).
     """
     q_BHTK, k_BHSK, v_BHSK = (x.transpose(0, 2, 1, 3) for x in (q_BTHK, k_BTHK, v_BTHK))
     logits_BHTS = jnp.einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
@@ -214,16 +270,16 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool
 
 
 def normalize_embedding(x: jax.Array) -> jax.Array:
-    """Rows of length 1 in float32; a zero row stays zero, with a finite gradient."""
+    """L2-normalise rows in float32. A zero row stays zero and has a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def check_tensor(config: CLIPConfig, rules: TernaryRules, tensor: int) -> None:
-    """Checks that `tensor` devices share whole heads, and inputs in whole groups of weights that share a scale.
+    """Check that `tensor` devices can share both towers: whole heads, hidden units and groups of ternary weights.
 
     Raises:
-      ValueError: where they do not, naming the tower or the parameter, and both numbers.
+      ValueError: a number is not divisible; the message has the tower or the parameter, and both numbers.
     """
     if tensor == 1:
         return

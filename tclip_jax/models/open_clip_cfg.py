@@ -1,4 +1,4 @@
-"""open_clip's `model_cfg` to the fields of CLIPConfig: each of its other fields is read, and named if it says more."""
+"""Conversion of open_clip's `model_cfg` to the fields of CLIPConfig; all other fields are checked by name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# `global_average_pool` to `correct_cls_mask` are of older versions of open_clip.
+# Fields from `global_average_pool` to `correct_cls_mask` belong to older versions of open_clip.
 
 
 class _Field(NamedTuple):
     """A field of open_clip that CLIPConfig lacks.
 
     Attributes:
-      meaning: what open_clip does if it has another value than these.
-      same: the values that change nothing here; empty if all do so.
+      meaning: what open_clip does if the value is not in `same`.
+      same: values that do not change the model; empty if no value does.
     """
 
     meaning: str
@@ -36,7 +36,7 @@ _ATTENTION = {
     "output_tokens": _Field("also returns the embedding of each token", (False, None)),
 }
 _MODEL = {
-    # The same model, its text tower's names beginning with "text.".
+    # The model is the same, but names of its text tower's parameters start with "text.".
     "custom_text": _Field("", ()),
     "nonscalar_logit_scale": _Field("", ()),
     "output_dict": _Field("", ()),
@@ -67,7 +67,7 @@ _TEXT = _ATTENTION | {
     "proj_bias": _Field("adds a bias to the projection of texts, as SigLIP does", (False, None)),
     "proj_type": _Field("has another projection of texts than a linear one", ("linear",)),
     "use_pad_mask": _Field("masks padding", (False, None)),
-    # Unused without hf_tokenizer_name, embed_cls and hf_model_name; the last by open_clip itself.
+    # Unused without hf_tokenizer_name, embed_cls and hf_model_name; open_clip itself does not use the last.
     **dict.fromkeys(("tokenizer_mode", "pad_id", "correct_cls_mask", "eos_id"), _Field("", ())),
     **dict.fromkeys(
         ("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pooler_type", "proj", "final_ln_after_pool"),
@@ -75,20 +75,25 @@ _TEXT = _ATTENTION | {
     ),
     "hf_model_name": _Field("", (None, "")),
 }
-# Of training alone: weights that are there were trained, and hold what these began with.
+# They affect only training or its start: trained weights already hold their effect.
 _TRAINING = {"init_logit_scale", "patch_dropout", "pos_embed_type"}
 
 
 def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[str, Any]:
-    """The same model by the fields of CLIPConfig alone; unknown fields are left for their reader to refuse.
+    """Convert a `model_cfg` of open_clip to the fields of CLIPConfig.
+
+    Unknown fields stay; the caller refuses them.
 
     Args:
       model_cfg: as in open_clip_config.json and open_clip's model_configs.
-      trained: whether weights come with it, so that fields of training alone may say anything.
+      trained: whether the model has trained weights, so that fields that affect only training may have any value.
+
+    Returns:
+      The same model in the fields of CLIPConfig.
 
     Raises:
-      ValueError: a model of another kind (ResNet, timm, Hugging Face, CoCa, SigLIP), or a field that says what these
-        models do not have, and what that is.
+      ValueError: the model is of another kind (ResNet, timm, Hugging Face, CoCa, SigLIP), or a field has a value that
+        is not supported; the message has its meaning in open_clip.
     """
     model = dict(model_cfg)
     sections = {name: model[name] for name in ("vision_cfg", "text_cfg") if isinstance(model.get(name), Mapping)}
@@ -123,7 +128,7 @@ def _check_kind(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mappi
 
 
 def _without(section: Mapping[str, Any], fields: Mapping[str, _Field], where: str, trained: bool) -> dict[str, Any]:
-    """The section without these fields, which must say nothing."""
+    """Remove these fields from the section, after a check that they do not change the model."""
     for key, field in fields.items():
         skipped = not field.same or (trained and key in _TRAINING)
         if key in section and not skipped and not any(_same(section[key], value) for value in field.same):
@@ -133,20 +138,23 @@ def _without(section: Mapping[str, Any], fields: Mapping[str, _Field], where: st
     return {key: value for key, value in section.items() if key not in fields}
 
 
-def _same(given: Any, value: Any) -> bool:
-    if isinstance(value, float) and isinstance(given, float):
-        return math.isclose(given, value, rel_tol=1e-4)
-    return given == value
+def _same(stated: Any, value: Any) -> bool:
+    if isinstance(value, float) and isinstance(stated, float):
+        return math.isclose(stated, value, rel_tol=1e-4)
+    return stated == value
 
 
 def _name_end(text: dict[str, Any], stated: Mapping[str, Any]) -> None:
-    """The end of a text by its id, where that is the largest, is the largest token, as `pool_type` "argmax" has it."""
+    """Rename `pool_type` "eos" to "argmax" if the end-of-text id is the largest id: both then select the same token."""
     if text.get("pool_type") == "eos" and stated.get("eos_id") == stated.get("vocab_size", 49408) - 1:
         text["pool_type"] = "argmax"
 
 
 def _make_square(vision: dict[str, Any]) -> None:
-    """One number for square patches, and the head width that open_clip makes of one that does not divide the width."""
+    """Convert the size of square patches to one number, and the head width to the one that open_clip uses.
+
+    From a head width that does not divide the width, open_clip derives a larger one.
+    """
     patch, width, head_width = (vision.get(key) for key in ("patch_size", "width", "head_width"))
     if isinstance(patch, list | tuple) and len(patch) == 2 and patch[0] == patch[1]:
         vision["patch_size"] = patch[0]

@@ -1,4 +1,4 @@
-"""Model shapes by name, as open_clip's `model_cfg` and `preprocess_cfg`."""
+"""Named model shapes, as open_clip's `model_cfg` and `preprocess_cfg`."""
 
 from __future__ import annotations
 
@@ -40,21 +40,24 @@ PRESETS["tiny"]["vision_cfg"]["head_width"] = 32
 
 
 def model_cfg(name: str) -> dict[str, Any]:
-    """A fresh `model_cfg` of a preset, or of an open_clip JSON file when `name` ends in .json.
+    """Return a new `model_cfg` of a preset or of an open_clip JSON file.
+
+    Args:
+      name: name of a preset, or the path of a file if it ends in .json.
 
     Raises:
-      ValueError: no preset of that name, naming the nearest.
-      FileNotFoundError: no such file.
+      ValueError: there is no such preset; the message has the nearest name.
+      FileNotFoundError: there is no such file.
     """
     if name.endswith(".json"):
-        read = json.loads(epath.Path(name).read_text())
-        return {"quick_gelu": False} | read.get("model_cfg", read)
+        cfg = json.loads(epath.Path(name).read_text())
+        return {"quick_gelu": False} | cfg.get("model_cfg", cfg)
     check_keys([name], PRESETS, "the table of model presets")
     return copy.deepcopy(PRESETS[name])
 
 
 def preprocess_cfg() -> dict[str, Any]:
-    """The presets' `preprocess_cfg`: OpenAI's mean and standard deviation, bicubic, short side to size."""
+    """Return the `preprocess_cfg` of the presets: OpenAI's mean and standard deviation, bicubic, short side to size."""
     return {
         "mean": OPENAI_MEAN,
         "std": OPENAI_STD,

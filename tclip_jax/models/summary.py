@@ -1,4 +1,4 @@
-"""The table of a model's parameters: shape, dtype, sharding, ternary or not, and the shares."""
+"""The table of a model's parameters: shape, dtype, sharding, quantizer, and the ternary share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from tclip_jax.parallel.sharding import partition_spec, path_of
 
 
 def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh | AbstractMesh) -> list[dict[str, Any]]:
-    """One dict per parameter: path, shape, size, dtype, sharding, and the quantizer's words or "" for a float."""
+    """Describe each parameter by a dict.
+
+    Args:
+      params: a parameter tree of arrays or jax.ShapeDtypeStruct.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      mesh: the mesh of the shardings.
+
+    Returns:
+      Dicts with path, shape, size, dtype, sharding, and `ternary`, the quantizer's description or "" for a float
+      parameter.
+    """
     rows = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = path_of(key_path)
@@ -32,7 +42,10 @@ def parameter_rows(params: Any, rules: TernaryRules, mesh: Mesh | AbstractMesh) 
 
 
 def parameter_table(rows: list[dict[str, Any]]) -> str:
-    """The rows aligned for a terminal, and below them totals and shares (with and without the token embedding)."""
+    """Format the rows as a table for a terminal.
+
+    Totals and ternary shares, with and without the token embedding, follow below the table.
+    """
     columns = ("path", "shape", "size", "dtype", "sharding", "ternary")
     cells = [columns, *([f"{row[c]:,}" if c == "size" else str(row[c]) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -42,7 +55,7 @@ def parameter_table(rows: list[dict[str, Any]]) -> str:
         )
         for line in cells
     ]
-    # Learned scales become the scales of packed weights, which are not counted as parameters either.
+    # Learned scales do not count as parameters, as the scales of packed weights do not.
     counted = [row for row in rows if not is_learned_scale(row["path"])]
     lines.insert(1, "  ".join("-" * width for width in widths))
     for name, part in (

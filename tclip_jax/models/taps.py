@@ -1,4 +1,4 @@
-"""Activations inside the towers, recorded from outside: no model changes, and only what is asked for is kept."""
+"""Capture of activations inside the towers without changes to the model; only requested activations are kept."""
 
 from __future__ import annotations
 
@@ -19,20 +19,29 @@ _MODULES = {"hidden": "blocks", "qkv": "qkv"}
 def apply_with_states(
     model: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array, towers: Collection[str], kinds: Collection[str]
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], States]:
-    """What the model gives, and of each of `towers` ("image", "text") the states of all its layers.
+    """Apply a model and return the states of all layers of the given towers.
 
     Args:
-      kinds: any of "hidden", the residual stream after each block, and "qkv", its fused queries, keys and values.
+      model: the model.
+      params: its parameters.
+      pixels: normalised float pixels (B, H, W, 3).
+      tokens: int32 tokens (B, T).
+      towers: any of "image" and "text".
+      kinds: any of "hidden", the residual stream after each block, and "qkv", the fused queries, keys and values.
+
+    Returns:
+      The outputs of the model, and for each tower and kind the states of its layers: "hidden" (L, B, T, D) and "qkv"
+      (L, B, T, 3 · D).
     """
     wanted = {_MODULES[kind]: kind for kind in kinds}
     with nn.intercept_methods(functools.partial(_record, wanted, tuple(towers))):
-        given, recorded = model.apply({"params": params}, pixels, tokens, mutable=["taps"])
+        outputs, recorded = model.apply({"params": params}, pixels, tokens, mutable=["taps"])
     states: States = {}
-    for tower, seen in recorded.get("taps", {}).items():
-        blocks = seen["blocks"]
+    for tower, activations in recorded.get("taps", {}).items():
+        blocks = activations["blocks"]
         states[tower] = {"hidden": blocks["hidden"]} if "hidden" in kinds else {}
         states[tower] |= {"qkv": blocks["attention"]["qkv"]["qkv"]} if "qkv" in kinds else {}
-    return given, states
+    return outputs, states
 
 
 def _record(
@@ -52,5 +61,5 @@ def _record(
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> None:
-    """Records an activation in the collection "taps", at the path of its module."""
+    """Record an activation in the collection "taps" at the path of its module."""
     module.sow("taps", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)

@@ -1,4 +1,4 @@
-"""Which parameters are ternary: one list of (regex, quantizer), matched on parameter paths."""
+"""Selection of the ternary parameters: a list of (regex, quantizer) pairs, matched against parameter paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ATTENTION = r"(image|text)/blocks/attention/(qkv|out)/kernel"
 TOKEN_EMBEDDING = r"text/token_embedding/embedding"
 PATCH_EMBEDDING = r"image/patch_embedding/kernel"
 
-# The weights of the models' Dense and Embedding layers and the patch embedding: nothing else can be ternary.
+# The only parameters that can be ternary: weights of Dense and Embedding layers, and the patch embedding.
 TERNARIZABLE = (
     TOKEN_EMBEDDING,
     PATCH_EMBEDDING,
@@ -26,7 +26,7 @@ TERNARIZABLE = (
     ),
 )
 
-# Q-ALL leaves the patch embedding, output projections, class and position embeddings, LayerNorm and biases in float.
+# In Q-ALL the patch embedding, final projections, class and position embeddings, LayerNorm and biases stay float.
 TERNARY_SETS: dict[str, tuple[str, ...]] = {
     "none": (),
     "Q-FFN": (MLP,),
@@ -35,10 +35,17 @@ TERNARY_SETS: dict[str, tuple[str, ...]] = {
 
 
 def ternary_rules(which: str | Sequence[tuple[str, Quantizer]], quantizer: Quantizer) -> TernaryRules:
-    """The rules of a named set with one quantizer, or a list of (regex, quantizer) as it is; first match wins.
+    """Create the rules of a named set, or check a list of rules. The first rule that matches a parameter applies.
+
+    Args:
+      which: a name in `TERNARY_SETS`, or a list of (regex, quantizer) pairs.
+      quantizer: the quantizer of a named set; a list has its own.
+
+    Returns:
+      (regex, quantizer) pairs.
 
     Raises:
-      ValueError: no set of that name, a regex that does not compile, or one that matches nothing.
+      ValueError: there is no such set, or a regex is invalid or matches no parameter that can be ternary.
     """
     if isinstance(which, str):
         if which not in TERNARY_SETS:
@@ -56,23 +63,24 @@ def ternary_rules(which: str | Sequence[tuple[str, Quantizer]], quantizer: Quant
 
 
 def find_quantizer(path: str, rules: TernaryRules) -> Quantizer | None:
-    """The quantizer of the first rule whose regex matches the whole path, or None for a float parameter."""
+    """Return the quantizer of the first rule whose regex matches the whole path; None for a float parameter."""
     return next((quantizer for pattern, quantizer in rules if re.fullmatch(pattern, path)), None)
 
 
 def is_learned_scale(path: str) -> bool:
-    """Whether this is the learned scale beside a weight: "…/kernel_scale" of "…/kernel"."""
+    """Whether the path is that of a learned scale: "…/kernel_scale" beside "…/kernel"."""
     return path.endswith("_scale") and path.removesuffix("_scale") in TERNARIZABLE
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which a weight is quantized and packed: the patch embedding's (h, w, C, N) is (h · w · C, N).
+    """Return the shape in which a weight is quantized and packed.
 
-    Its inputs are thereby in the order of `patchify`: rows, columns, channels.
+    The patch embedding's (h, w, C, N) becomes (h · w · C, N), with inputs in the order of `patchify`: rows, columns,
+    channels. Other shapes stay.
     """
     return (math.prod(shape[:3]), shape[3]) if len(shape) == 4 else shape
 
 
 def input_axis(path: str) -> int:
-    """The axis that groups run along: within the rows of an embedding table, down the columns of a kernel."""
+    """Return the axis along which groups of weights share a scale: −1 for an embedding table, −2 for a kernel."""
     return -1 if path.split("/")[-1] == "embedding" else -2

@@ -13,7 +13,18 @@ from tclip_jax.models.transformer import scan_blocks
 
 
 class TextTransformer(nn.Module):
-    """Tokens (B, T) int32 to embeddings (B, embed_dim), not yet of length 1; T is the context length or less."""
+    """The text tower: int32 tokens (B, T) to float embeddings (B, embed_dim), not yet normalised.
+
+    T is at most the context length.
+
+    Attributes:
+      config: the shape of the tower.
+      embed_dim: width of the shared embedding space.
+      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+      remat: whether the backward pass recomputes the activations of each block.
+    """
 
     config: TextConfig
     embed_dim: int
@@ -40,9 +51,9 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
         )
-        # The end-of-text token has the highest id of the vocabulary.
+        # The end-of-text token has the largest id of the vocabulary.
         end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(len(tokens_BT), x_BTD.shape[1] - 1)
-        # Selected, not gathered: the gradient of that would be a scatter, slow and in the dtype of the computation.
+        # A masked sum, because the gradient of a gather is a scatter, slow and in the dtype of the computation.
         is_end_BT1 = jnp.expand_dims(jnp.arange(x_BTD.shape[1]) == end_B[:, None], -1)
         x_BD = layer_norm("ln_final")(jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32))
         small, bias = nn.initializers.normal(width**-0.5), False

@@ -1,4 +1,4 @@
-"""The pre-norm transformer that both towers share, its blocks scanned over a leading layer axis."""
+"""The pre-norm transformer of both towers, with its blocks scanned over a leading layer axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from tclip_jax.parallel.mesh import constrain_batch
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused q, k, v projection."""
+    """Multi-head self-attention with one fused projection of queries, keys and values.
+
+    Attributes:
+      heads: number of heads.
+      layers: depth of the tower, which scales the initial output projection.
+      causal: whether a token attends only to itself and earlier tokens.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+    """
 
     heads: int
     layers: int
@@ -36,7 +44,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with the activation between them."""
+    """Two dense layers with the activation between them.
+
+    Attributes:
+      hidden: width between the layers.
+      layers: depth of the tower, which scales the initial output layer.
+      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+    """
 
     hidden: int
     layers: int
@@ -55,7 +71,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(ln_1(x)), then x + mlp(ln_2(x)); a scan's body, so it returns (carry, no output)."""
+    """A pre-norm block: x + attention(ln_1(x)), then x + mlp(ln_2(x)). As the body of a scan it returns (carry, None).
+
+    Attributes:
+      heads: number of attention heads.
+      layers: depth of the tower.
+      mlp_ratio: hidden width of the MLP, divided by the width.
+      layer_scale: initial value of LayerScale; None for no LayerScale.
+      causal: whether a token attends only to itself and earlier tokens.
+      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+    """
 
     heads: int
     layers: int
@@ -77,7 +104,7 @@ class Block(nn.Module):
         return constrain_batch(x_BTD), None
 
     def _scaled(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        """LayerScale's per-channel gain, where the model has one."""
+        """Multiply by LayerScale's gain of each channel, if the model has one."""
         if self.layer_scale is None:
             return x_BTD
         gain_D = self.param(name, nn.initializers.constant(self.layer_scale), (x_BTD.shape[-1],))
@@ -97,12 +124,30 @@ def scan_blocks(
     dtype: jax.typing.DTypeLike,
     remat: bool,
 ) -> jax.Array:
-    """Runs `layers` blocks as one scan inside a tower: compiled once, parameters `blocks/…` stacked on a layer axis."""
+    """Apply the blocks of a tower as one scan, which is compiled once.
+
+    Must be called inside a compact module. The parameters `blocks/…` are stacked on a leading layer axis.
+
+    Args:
+      x_BTD: the residual stream (B, T, D).
+      layers: number of blocks.
+      heads: as in `Block`.
+      mlp_ratio: as in `Block`.
+      layer_scale: as in `Block`.
+      causal: as in `Block`.
+      quick_gelu: as in `Block`.
+      rules: as in `Block`.
+      dtype: as in `Block`.
+      remat: whether the backward pass recomputes the activations of each block.
+
+    Returns:
+      The residual stream after the last block, (B, T, D).
+    """
     body = nn.remat(Block, prevent_cse=False) if remat else Block
-    # tclip_jax.numerics records activations in "taps" and replaces them from "reference"; both are empty otherwise.
+    # Collections for `tclip_jax.numerics`, which records "taps" and substitutes "reference"; otherwise empty.
     scanned = nn.scan(
         body, variable_axes={"params": 0, "taps": 0, "reference": 0}, split_rngs={"params": True}, length=layers
     )
-    # The name keeps the wrappers' own (ScanCheckpointBlock_0) out of the parameter paths.
+    # Without a name, that of the wrappers (ScanCheckpointBlock_0) would be in the parameter paths.
     blocks = scanned(heads, layers, mlp_ratio, layer_scale, causal, quick_gelu, rules, dtype, name="blocks")
     return blocks(constrain_batch(x_BTD), None)[0]

@@ -1,4 +1,4 @@
-"""What happens to trits, scales and latent weights in a step: per layer, from two snapshots of the parameters."""
+"""Metrics of trits, scales and latent weights per layer, from trit snapshots before and after a step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import TernaryTensor, ternarize
 from tclip_jax.ternary.tensor import expand_scale
 
-# |w| in units of its scale; the last bin holds all that is beyond.
+# Bins of |w| / scale; one more bin holds all larger values.
 LIMIT = 2**18
 HISTOGRAM_EDGES = tuple(np.arange(0, 2.25, 0.125).tolist())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def trit_snapshot(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[str, TernaryTensor]:
-    """The trits and scales of every ternary parameter as it is now; stacked layers first, others as one layer.
+    """Take a snapshot of the trits and scales of every ternary parameter.
 
-    Of a layer of more than `limit` weights only every n-th output is looked at (of a table, every n-th row).
+    Args:
+      params: a parameter tree with latent weights.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      limit: the most weights of a layer. Of a larger layer only every n-th output is taken (of a table every n-th row),
+        unless the whole matrix has one scale.
+
+    Returns:
+      Path -> trits (L, K, N) and their scales; L is 1 for a parameter without a layer axis.
     """
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    seen = {}
+    snapshot = {}
     for path, leaf in leaves.items():
         quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer:
@@ -37,19 +44,28 @@ def trit_snapshot(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[
             if quantizer.group != "tensor":
                 stride = _stride(weight, limit)
                 weight, alpha = _every(weight, stride, axis), None if alpha is None else _every(alpha, stride, axis)
-            seen[path] = ternarize(weight, quantizer, axis, alpha)
-    return seen
+            snapshot[path] = ternarize(weight, quantizer, axis, alpha)
+    return snapshot
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def trit_metrics(
     before: Mapping[str, TernaryTensor], params: Any, rules: TernaryRules, limit: int = LIMIT
 ) -> dict[str, Any]:
-    """For each ternary parameter, arrays with one entry per layer, of the step between `before` and `params`.
+    """Compute metrics of each ternary parameter for the step from `before` to `params`.
 
-    `zeros`: share of zero trits. `flips`: share of trits that changed. `scale`: mean scale. `drift`: mean |change| of
-    the scales relative to that. `saturated`: share of latent weights beyond their scale, |w| > s. `histogram`: shares
-    of |w| / s between `HISTOGRAM_EDGES` and beyond.
+    Args:
+      before: snapshot before the step, from `trit_snapshot` with the same `rules` and `limit`.
+      params: parameters after the step.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      limit: as in `trit_snapshot`.
+
+    Returns:
+      Path -> metrics, float32 with one entry per layer, fractions from 0 to 1 unless stated otherwise:
+      `zeros`: zero trits. `flips`: trits that changed. `scale`: mean scale (absolute). `drift`: mean |change| of the
+        scales,
+      divided by their mean (relative). `saturated`: latent weights beyond their scale, |w| > s. `histogram` (L, bins):
+      |w| / s between consecutive `HISTOGRAM_EDGES`, and beyond the last.
     """
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     metrics = {}
@@ -77,7 +93,7 @@ def _stride(weight: jax.Array, limit: int) -> int:
 
 
 def _every(x: jax.Array, stride: int, axis: int) -> jax.Array:
-    """Every n-th entry of the axis that is not the input axis."""
+    """Take every n-th entry of the output axis."""
     return x[..., ::stride] if axis == -2 else x[..., ::stride, :]
 
 

@@ -13,7 +13,14 @@ from tclip_jax.models.transformer import scan_blocks
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution with stride = patch and no bias, as the matrix product that it is; the kernel is HWIO."""
+    """A convolution with stride = kernel size and no bias, computed as a matrix product; the kernel is HWIO.
+
+    Attributes:
+      patch: size of a patch in pixels.
+      width: number of output channels.
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+    """
 
     patch: int
     width: int
@@ -28,7 +35,16 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalised images (B, H, W, 3) to embeddings (B, embed_dim), not yet of length 1."""
+    """The image tower: normalised float pixels (B, H, W, 3) to float embeddings (B, embed_dim), not yet normalised.
+
+    Attributes:
+      config: the shape of the tower.
+      embed_dim: width of the shared embedding space.
+      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      dtype: dtype of the computation.
+      remat: whether the backward pass recomputes the activations of each block.
+    """
 
     config: VisionConfig
     embed_dim: int
@@ -45,7 +61,7 @@ class VisionTransformer(nn.Module):
         class_D = self.param("class_embedding", small, (width,))
         position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))
         class_B1D = jnp.broadcast_to(class_D, (len(x_BND), 1, width))
-        # Gradients of both embeddings are sums over the batch: in float32.
+        # In float32, because the gradients of both embeddings are sums over the batch.
         x_BTD = jnp.concatenate([class_B1D, x_BND.astype(jnp.float32)], axis=1) + position_TD
         x_BTD = x_BTD.astype(self.dtype)
         if not cfg.no_ln_pre:
@@ -63,7 +79,7 @@ class VisionTransformer(nn.Module):
             remat=self.remat,
         )
         ln_post = layer_norm("ln_post")
-        # LayerNorm and taking the class token commute.
+        # LayerNorm and the selection of the class token commute.
         if cfg.final_ln_after_pool or cfg.pool_type == "tok":
             x_BD = ln_post(self._pool(x_BTD))
         else:
@@ -76,9 +92,10 @@ class VisionTransformer(nn.Module):
 
 
 def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
-    """(B, H, W, C) to (B, N, patch · patch · C), patches in row order, each flattened as (row, column, channel).
+    """Cut images (B, H, W, C) into patches (B, N, patch · patch · C).
 
-    Rows and columns beyond the last whole patch are left out, as a convolution without padding does.
+    Patches are in row order, each flattened as (row, column, channel). Rows and columns beyond the last whole patch are
+    dropped, as by a convolution without padding.
     """
     batch, height, width, channels = images_BHWC.shape
     rows, columns = height // patch, width // patch

@@ -1,4 +1,4 @@
-"""The arithmetic of ternary weights: functions on arrays that need jax and nothing else of this project."""
+"""Ternary arithmetic as pure functions on arrays: quantize, pack and multiply ternary weights."""
 
 from tclip_jax.ternary.matmul import choose, repack, ternary_matmul
 from tclip_jax.ternary.packing import gather_rows, pack_rows

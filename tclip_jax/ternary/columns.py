@@ -1,4 +1,4 @@
-"""A ternary weight whose columns are shared out over one axis of a mesh (tensor parallelism by outputs)."""
+"""Tensor parallelism by output columns: a packed ternary weight that is sharded over one mesh axis."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
 
 
 def repack_columns(w: TernaryTensor, mesh: Mesh, axis: str, **choice: Any) -> PackedTensor:
-    """Each device's columns of `w`, repacked for its kind; `shape` of the result is that of one device's share.
+    """Pack a ternary weight with its columns sharded over a mesh axis.
+
+    Each device packs its own columns for its own kernel.
 
     Args:
-      w: (..., K, N) trits, with a scale per group or channel.
-      mesh: has `axis`; the weight is repeated over its other axes.
-      axis: the columns' axis.
-      **choice: as `repack` takes.
+      w: trits int8 (..., K, N), with one scale per group or per channel.
+      mesh: a mesh that has `axis`. The weight is replicated over its other axes.
+      axis: name of the mesh axis that shards the columns.
+      **choice: keyword arguments of `repack`.
+
+    Returns:
+      A `PackedTensor` whose arrays are sharded over `axis`. Its `shape` is that of one shard, (K, N / devices).
 
     Raises:
-      ValueError: N is no multiple of the devices along `axis`, or there is one scale for the tensor.
+      ValueError: the number of devices along `axis` does not divide N, or all columns share one scale.
     """
     devices, columns = mesh.shape[axis], w.shape[-1]
     if columns % devices:
-        raise ValueError(f"{columns} columns cannot be shared out evenly over the {devices} devices of axis {axis!r}")
+        raise ValueError(f"{columns} columns cannot be divided evenly among the {devices} devices of axis {axis!r}")
     if w.scale.shape[-1] != columns:
-        raise ValueError(f"{columns} columns share one scale: give each its own to share them out over {axis!r}")
+        raise ValueError(f"{columns} columns share one scale: to shard them over {axis!r}, each needs its own")
     spec = PartitionSpec(*[None] * (len(w.shape) - 1), axis)
-    # A kernel's result does not say over which axes it varies.
+    # Kernels do not track over which mesh axes their results vary, so the check is off.
     return jax.shard_map(lambda own: repack(own, **choice), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
         w
     )
@@ -45,19 +50,24 @@ def matmul_columns(
     rows: str | tuple[str, ...] | None = None,
     activations: Activations | None = None,
 ) -> jax.Array:
-    """x · ŵ of a weight from `repack_columns`: (M, K) gives (M, N), whose columns stay on their devices.
+    """Multiply activations by a weight from `repack_columns`: x · ŵ.
 
-    No weight moves; every device reads all of K. The gradient to x is summed over `axis`.
+    The weight does not move. Each device reads all of K and computes its own columns. The gradient with respect to `x`
+    is summed over `axis` in float32.
 
     Args:
-      x: floats, M sharded over `rows`.
-      w: one layer's weight.
-      mesh, axis: those that `w` was repacked for.
-      rows: axes of the mesh that M is sharded over.
-      activations: as `ternary_matmul` takes.
+      x: floats (M, K), with M sharded over `rows`.
+      w: the packed weight of one layer.
+      mesh: the mesh that `w` is packed for.
+      axis: the mesh axis that shards the columns of `w`.
+      rows: the mesh axes that shard M; None if M is replicated.
+      activations: as in `ternary_matmul`.
+
+    Returns:
+      (M, N) in the dtype of `x`, with M sharded over `rows` and N over `axis`.
     """
     dtype = x.dtype
-    # In float32 and back, so that devices sum the gradient in that.
+    # x enters as float32, so that its gradient is summed over devices in float32.
     return jax.shard_map(
         lambda own_x, own_w: ternary_matmul(own_x.astype(dtype), own_w, activations=activations),
         mesh=mesh,

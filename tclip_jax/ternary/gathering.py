@@ -1,7 +1,7 @@
 """All-gather of sharded weights, as packed trits and scales or as floats.
 
-Every device quantizes its own shard and sends two bits a weight and the scales. Sharding is that of the mesh in force;
-the gathered weights are equal to the bit to those that a single device computes.
+Each device quantizes its own shard and sends 2-bit trits and scales. Shardings refer to the mesh in force
+(`jax.set_mesh`). The gathered weights are bit-identical to those that a single device computes.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ from tclip_jax.ternary.packing import join_2bit, split_2bit
 from tclip_jax.ternary.quantizers import Quantizer, ternarize
 from tclip_jax.ternary.tensor import TernaryTensor
 
-# What `checkpoint_name` calls all that quantized weights follow from: scales, thresholds and packed trits.
+# `checkpoint_name` of the values that determine quantized weights: scales, thresholds and packed trits.
 LEVELS = "levels"
 
 
 class Placement(NamedTuple):
-    """How a matrix (K, N) is sharded over the mesh in force where it is stored, and where it is used.
+    """Shardings of a matrix (K, N) over the mesh in force: as a parameter and in the computation.
 
-    A gradient goes the other way.
+    Gradients move in the opposite direction.
+
+    Attributes:
+      param_spec: sharding of the stored parameter.
+      compute_spec: sharding of the operand of a product.
     """
 
     param_spec: PartitionSpec
     compute_spec: PartitionSpec
 
     def place(self, x: jax.Array) -> jax.Array:
-        """From how it is stored to how it is used; an axis of one entry is not sharded."""
+        """Reshard from `param_spec` to `compute_spec`; an axis of size 1 stays unsharded."""
         return _constrain(_constrain(x, self.param_spec), self.compute_spec)
 
     def place_back(self, x: jax.Array) -> jax.Array:
-        """To how it is stored; a sum over devices is added up there (a reduce-scatter), and not on each of them."""
+        """Reshard to `param_spec`, so that a sum over devices is a reduce-scatter and not an all-reduce."""
         return _constrain(x, self.param_spec)
 
 
@@ -48,9 +52,18 @@ def gather_ternary(
     placement: Placement,
     dtype: jax.typing.DTypeLike,
 ) -> TernaryTensor:
-    """The trits and scales of the latent `w` (K, N) where they are used; scales in `dtype`, or bfloat16 where exact.
+    """Quantize each shard of a matrix, then gather the trits and scales for the computation.
 
-    Arguments are those of `ternarize`.
+    Args:
+      w: latent weights (K, N), sharded as `placement.param_spec`.
+      quantizer: as in `ternarize`.
+      axis: as in `ternarize`.
+      alpha: as in `ternarize`.
+      placement: shardings of `w`.
+      dtype: dtype of the scales. Scales of 8 significant bits are bfloat16 where that is not wider.
+
+    Returns:
+      The quantized weight, sharded as `placement.compute_spec`.
     """
     packed, scale, group = _moved(w, quantizer, axis, alpha, placement, dtype)
     packed, scale = checkpoint_name((packed, scale), LEVELS)
@@ -60,7 +73,11 @@ def gather_ternary(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_float(w: jax.Array, placement: Placement, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The matrix `w` where it is used: it moves in `dtype`, and its gradient as it is, to be summed in that of `w`."""
+    """Gather a sharded matrix for the computation as floats.
+
+    The matrix moves in `dtype` and returns to its own dtype. The gradient moves without a cast, so it is summed over
+    devices in the dtype of `w`.
+    """
     return placement.place(w.astype(dtype)).astype(w.dtype)
 
 
@@ -83,10 +100,20 @@ def look_up(
     placement: Placement,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Rows of a latent table (V, W) in `dtype`, quantized by one whose scale is not learned, or as they are.
+    """Look up rows of a sharded latent embedding table.
 
-    The table moves packed, and only the rows that are looked up are unpacked. Its gradient is added up in the table's
-    own dtype: one token may come thousands of times.
+    A quantized table moves packed, and only the selected rows are unpacked. The gradient of the table is accumulated in
+    the table's own dtype, because one token may occur thousands of times.
+
+    Args:
+      table: latent weights (V, W).
+      index: row numbers, integers (...).
+      quantizer: one whose scale is not learned; None leaves the rows float.
+      placement: shardings of the table.
+      dtype: dtype of the result.
+
+    Returns:
+      Weights (..., W) in `dtype`.
     """
     if quantizer is None:
         return placement.place(table.astype(dtype))[index]
@@ -107,7 +134,7 @@ def _look_up_backward(
 ) -> tuple[jax.Array, None]:
     like, index = residuals
     zeros = jnp.zeros((len(like), gradient.shape[-1]), like.dtype)
-    # Used first: for its own rows alone a device would need the activations of all.
+    # Constrained to compute_spec first: in param_spec, a device would need all activations to compute its rows.
     added = _constrain(zeros.at[index].add(gradient.astype(like.dtype)), placement.compute_spec)
     return placement.place_back(added), None
 
@@ -118,7 +145,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 def _moved(
     w: jax.Array, quantizer: Quantizer, axis: int, alpha: jax.Array | None, placement: Placement, dtype: Any
 ) -> tuple[jax.Array, jax.Array, int]:
-    """Packed trits and scales where they are used, and the length of a group."""
+    """Packed trits and scales, sharded as `compute_spec`, and the group size."""
     own = ternarize(_constrain(w, placement.param_spec), quantizer, axis, alpha)
     narrow = jnp.bfloat16 if quantizer.scale_bits == 8 else jnp.float32
     scale = own.scale.astype(min(narrow, jnp.dtype(dtype), key=lambda each: jnp.dtype(each).itemsize))
@@ -126,7 +153,7 @@ def _moved(
 
 
 def _pack(trits: jax.Array, axis: int, shards: int) -> jax.Array:
-    """Four trits a byte along `axis`, within each of its shards: those a quarter of the shard apart share one."""
+    """Pack four trits into a byte along `axis`, within each shard: those a quarter of the shard apart share a byte."""
     axis %= trits.ndim
     length = trits.shape[axis] // shards
     split = trits.reshape(*trits.shape[:axis], shards, length, *trits.shape[axis + 1 :])
@@ -136,7 +163,7 @@ def _pack(trits: jax.Array, axis: int, shards: int) -> jax.Array:
 
 
 def _unpack(packed: jax.Array, length: int, axis: int, shards: int) -> jax.Array:
-    """The int8 trits of `_pack`, `length` along `axis`."""
+    """Undo `_pack`: int8 trits, `length` along `axis`."""
     axis %= packed.ndim
     split = packed.reshape(*packed.shape[:axis], shards, -1, *packed.shape[axis + 1 :])
     trits = jax.lax.slice_in_dim(jnp.concatenate(split_2bit(split), axis=axis + 1), 0, length // shards, axis=axis + 1)
@@ -144,7 +171,7 @@ def _unpack(packed: jax.Array, length: int, axis: int, shards: int) -> jax.Array
 
 
 def _shards(placement: Placement, axis: int) -> int:
-    """Over how many devices the input axis is both stored and used."""
+    """Number of shards of the input axis, which `param_spec` and `compute_spec` shard alike."""
     names = placement.param_spec[axis]
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if names is None else mesh.shape[names]

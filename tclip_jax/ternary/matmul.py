@@ -1,4 +1,4 @@
-"""The product of activations with a ternary weight, and which implementation computes it."""
+"""Matrix products of activations with ternary weights, and the choice of their implementation."""
 
 from __future__ import annotations
 
@@ -30,26 +30,31 @@ def ternary_matmul(
     activations: Activations | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x · ŵ in the dtype of `x`: (..., K) with a (K, N) ternary weight gives (..., N), accumulated in float32.
+    """Multiply activations by a ternary weight: x · ŵ, accumulated in float32.
 
     A `PackedTensor` is multiplied by the implementation that it is packed for. A `TernaryTensor` is dequantized and
-    multiplied, bit-equal to the fake-quantized product of training, unless an implementation is named here or by the
-    variable TCLIP_IMPLEMENTATION: packing costs more than a product, so `repack` it once.
+    multiplied, bit-identical to the fake-quantized product of training. If `implementation` or the environment variable
+    TCLIP_IMPLEMENTATION names an implementation, a `TernaryTensor` is packed for it in each call. Packing takes longer
+    than a product, so call `repack` once instead.
 
-    Works under jax.jit, jax.vmap and a mesh (rows stay sharded, a packed weight is gathered), and has a gradient to x.
+    The function works under `jax.jit`, `jax.vmap` and a mesh: rows of `x` stay sharded and a packed weight is gathered.
+    It is differentiable with respect to `x`, but not to the scales.
 
     Args:
-      x: floats; NaN and infinity give NaN or infinity in their rows.
-      w: one layer's weight; its scales are not differentiated.
-      activations: "A16" multiplies x as it is; "A8" rounds it to int8 first, with a scale max|x| / 127 for each token,
-        and has the gradient of the product without rounding (straight-through). None: what the weight is packed for,
-        "A16" of a `TernaryTensor`.
-      implementation: one of `kernels.NAMES`.
+      x: floats (..., K). A row with NaN or infinity gives NaN or infinity in its own row of the result.
+      w: a ternary weight (K, N) of one layer.
+      activations: "A16" multiplies `x` as it is. "A8" first rounds each token of `x` to int8 with the scale max|x| /
+        127; its gradient is that of the product without rounding (straight-through). None uses the setting of a
+        `PackedTensor`, and "A16" for a `TernaryTensor`.
+      implementation: one of `kernels.NAMES`, or None.
+
+    Returns:
+      (..., N) in the dtype of `x`.
 
     Raises:
-      TypeError: integers or bools for x, which would cut the product to integers.
-      ValueError: an implementation that does not exist, cannot run here, or is not the one that `w` is packed for; or
-        another K of x than of w.
+      TypeError: `x` is an integer or bool array, in which the product would be truncated.
+      ValueError: K differs between `x` and `w`; or the implementation is unknown, cannot run on this device, or is not
+        the one that `w` is packed for.
     """
     x = jnp.asarray(x)
     check_floating("x", x.dtype)
@@ -78,11 +83,21 @@ def repack(
     activations: Activations = "A16",
     implementation: str | None = None,
 ) -> PackedTensor:
-    """The weight in the order of the implementation that `choose` picks; leading layer axes are kept.
+    """Pack a ternary weight for the implementation that `choose` selects.
+
+    Args:
+      w: integer trits (..., K, N) with `axis` −2 and their scales; leading layer axes stay.
+      rows: as in `choose`.
+      dtype: as in `choose`.
+      activations: as in `choose`; the result's default in `ternary_matmul`.
+      implementation: as in `choose`.
+
+    Returns:
+      The packed weight.
 
     Raises:
-      TypeError: trits that are not integers.
-      ValueError: what `choose` raises.
+      TypeError: the trits are not integers, or `dtype` is not floating.
+      ValueError: the forced implementation is unknown or cannot run; see `choose`.
     """
     if not jnp.issubdtype(w.trits.dtype, jnp.integer):
         raise TypeError(f"trits are {w.trits.dtype}: they must be integers −1, 0 and +1")
@@ -100,22 +115,26 @@ def choose(
     activations: Activations = "A16",
     implementation: str | None = None,
 ) -> str:
-    """The name of the implementation for a (K, N) weight: of shapes and the kind of device alone, nothing is tried.
+    """Choose the implementation of a ternary product from its shapes and the kind of device, without running anything.
 
-    The device is that of the mesh in force, else jax's default. A choice and its reason are logged once, whatever the
-    shapes.
+    The device is that of the mesh in force, otherwise JAX's default device. Each choice is logged once with its reason,
+    whatever the shapes.
 
     Args:
-      shape: (K, N).
-      group: weights along K that share a scale.
-      rows: of x; None when not known yet.
-      dtype: of x.
-      activations: "A16" or "A8".
-      implementation: forces one; else the variable TCLIP_IMPLEMENTATION does, read when a function is traced.
+      shape: (K, N) of the weight.
+      group: number of weights along K that share a scale.
+      rows: M, the number of rows of `x`; None if it is not known yet.
+      dtype: dtype of `x`.
+      activations: "A16" or "A8", see `ternary_matmul`.
+      implementation: name of an implementation to force. By default the environment variable TCLIP_IMPLEMENTATION
+        forces one; it is read when a function is traced.
+
+    Returns:
+      The name of the implementation, one of `kernels.NAMES`.
 
     Raises:
-      TypeError: a dtype that is not floating.
-      ValueError: the forced one does not exist or cannot run, with the reason.
+      TypeError: `dtype` is not floating.
+      ValueError: the forced implementation is unknown or cannot run; the message has the reason.
     """
     check_floating("x", dtype)
     kind, platform = traced_device()
@@ -135,7 +154,7 @@ def choose(
         reason = kernel(forced).unsupported(**given)
         if reason:
             raise ValueError(f"implementation {forced!r} cannot serve {where}, {size}: {reason}")
-        _log(where, forced, "it was asked for")
+        _log(where, forced, "forced")
         return forced
     passed_over: list[str] = []
     for name in PREFERRED.get(platform, ()):
@@ -144,7 +163,7 @@ def choose(
             _log(where, name, "; ".join(passed_over) or "the first choice on this platform")
             return name
         passed_over.append(f"not {name}: {reason}")
-    _log(where, reference.NAME, "; ".join(passed_over) or f"no other is for platform {platform}")
+    _log(where, reference.NAME, "; ".join(passed_over) or f"no other kernel is for platform {platform}")
     return reference.NAME
 
 
@@ -171,7 +190,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @functools.cache
 def _batchable(activations: Activations) -> Any:
-    """The product of (M, K) with one weight, whose vmap over x makes more rows of one product."""
+    """The product of (M, K) with one weight; its vmap over `x` is a single product with more rows."""
 
     @custom_vmap
     def product(x: jax.Array, w: PackedTensor) -> jax.Array:
@@ -205,7 +224,7 @@ def _sharded(x: jax.Array, w: PackedTensor, activations: Activations) -> jax.Arr
 
 
 def _over_all_devices(x: jax.Array, w: PackedTensor, activations: Activations, mesh: AbstractMesh) -> jax.Array:
-    """A product whose rows are spread over all devices, or repeated on each where they do not divide evenly.
+    """The product with its rows sharded over all devices, or replicated if they do not divide evenly.
 
     XLA for TPUs has no custom partitioning (https://github.com/jax-ml/jax/issues/38196).
     """
@@ -225,7 +244,7 @@ def _over_all_devices(x: jax.Array, w: PackedTensor, activations: Activations, m
 def _partitioned(
     shape: tuple[int, int], group: int, layout: str, data_axes: int, scale_axes: int, activations: Activations
 ) -> Any:
-    """A product that the partitioner of XLA takes apart by rows of x, each device with the whole packed weight."""
+    """The product that XLA partitions by rows of `x`; each device has the whole packed weight."""
 
     def local(x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
         w = PackedTensor(data, scale, shape, group, layout)

@@ -1,4 +1,4 @@
-"""Trits in bytes, for disk and memory, and an embedding table packed by rows."""
+"""Packing of trits into bytes, for disk and memory, and embedding tables packed by rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy.typing as npt
 from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor
 
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
-_DIGITS = (np.arange(243)[:, None] // _POWERS % 3).astype(np.int8) - 1  # byte -> its five trits
+_DIGITS = (np.arange(243)[:, None] // _POWERS % 3).astype(np.int8) - 1  # the five trits of each byte
 
 
 def pack_base3(trits: np.ndarray) -> np.ndarray:
-    """Five trits a byte: Σ (t_i + 1) · 3^i, i = 0…4, in C order; the last byte is filled with zero trits.
+    """Pack five trits into a byte in base 3: Σ (t_i + 1) · 3^i for i = 0 … 4.
 
     Args:
-      trits: integers −1, 0, +1, any shape.
+      trits: integers −1, 0 and +1, any shape. They are packed in C order; zero trits fill the last byte.
 
     Returns:
-      uint8 of ceil(size / 5) bytes, each at most 242.
+      uint8 (ceil(size / 5),), each at most 242.
 
     Raises:
-      ValueError: a value that is not a trit.
+      ValueError: a value is not a trit.
     """
     flat = checked_trits(trits).reshape(-1)
     padded = np.zeros(-(-flat.size // 5) * 5, np.int8)
@@ -35,10 +35,17 @@ def pack_base3(trits: np.ndarray) -> np.ndarray:
 
 
 def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The int8 trits of `pack_base3`, in `shape`.
+    """Undo `pack_base3`.
+
+    Args:
+      packed: uint8 (ceil(size / 5),).
+      shape: shape of the trits.
+
+    Returns:
+      int8 trits in `shape`.
 
     Raises:
-      ValueError: a number of bytes that does not fit the shape, or a byte above 242.
+      ValueError: the number of bytes does not fit the shape, or a byte is above 242.
     """
     _check_length(packed, -(-int(np.prod(shape, dtype=np.int64)) // 5), shape)
     if packed.size and packed.max() > 242:
@@ -47,10 +54,17 @@ def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pack_2bit(trits: Any, axis: int = -1) -> Any:
-    """Four consecutive trits along `axis` a byte; zeros fill the last one. NumPy or JAX, as given; see `join_2bit`.
+    """Pack four consecutive trits along `axis` into a byte; zeros fill the last byte. `join_2bit` defines the bits.
+
+    Args:
+      trits: integers −1, 0 and +1, a NumPy or JAX array (..., K, ...).
+      axis: the axis of size K.
+
+    Returns:
+      uint8 (..., ceil(K / 4), ...), a NumPy or JAX array like `trits`.
 
     Raises:
-      ValueError: NumPy integers that are not trits.
+      ValueError: a NumPy array has a value that is not a trit; JAX arrays are not checked.
     """
     xp: Any = np if isinstance(trits, np.ndarray) else jnp
     trits, axis = checked_trits(trits) if xp is np else trits, axis % trits.ndim
@@ -60,10 +74,19 @@ def pack_2bit(trits: Any, axis: int = -1) -> Any:
 
 
 def unpack_2bit(packed: Any, length: int, axis: int = -1) -> Any:
-    """The int8 trits of `pack_2bit`, `length` along `axis`.
+    """Undo `pack_2bit`.
+
+    Args:
+      packed: uint8, a NumPy or JAX array.
+      length: number of trits along `axis`.
+      axis: the packed axis.
+
+    Returns:
+      int8 trits, a NumPy or JAX array like `packed`.
 
     Raises:
-      ValueError: a number of bytes that does not fit the length, or a field of −2 in a NumPy array.
+      ValueError: the number of bytes does not fit `length`, or a NumPy array has a field of −2; JAX arrays are not
+        checked for it.
     """
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     axis %= packed.ndim
@@ -77,25 +100,25 @@ def unpack_2bit(packed: Any, length: int, axis: int = -1) -> Any:
 
 
 def join_2bit(fields: Sequence[Any]) -> Any:
-    """Four arrays of trits as one of uint8: two's-complement fields of two bits, the first array's the lowest."""
+    """Join four arrays of trits into one of uint8: two's-complement fields of 2 bits, the first array lowest."""
     a, b, c, d = (field.astype(np.uint8) & 3 for field in fields)
     return a | b << 2 | c << 4 | d << 6
 
 
 def split_2bit(packed: Any) -> list[Any]:
-    """The four int8 arrays of `join_2bit`."""
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
+    """Undo `join_2bit`: four int8 arrays of trits."""
+    # Each field moves to the top of an int8; the arithmetic shift back extends its sign.
     return [(packed << shift).astype(np.int8) >> 6 for shift in (6, 4, 2, 0)]
 
 
 def checked_trits(trits: npt.ArrayLike) -> np.ndarray:
-    """Trits as int8 in their shape.
+    """Return trits as a C-contiguous int8 array of the same shape.
 
     Raises:
-      ValueError: other than integers −1, 0 and +1.
+      ValueError: the values are not integers −1, 0 and +1.
     """
     found = np.asarray(trits)
-    if found.dtype.kind not in "iu":  # floats would be cut, and 300 would wrap round to 44
+    if found.dtype.kind not in "iu":  # the cast would truncate floats and wrap 300 to 44
         raise ValueError(f"trits are integers −1, 0 and +1, not {found.dtype}")
     if found.size and (found.min() < -1 or found.max() > 1):
         raise ValueError(f"trits are −1, 0 and +1: found {found.min()} to {found.max()}")
@@ -111,10 +134,16 @@ LAYOUT = "rows"
 
 
 def pack_rows(table: TernaryTensor) -> PackedTensor:
-    """Four weights a byte as two's-complement fields: data (V, ceil(W / 4)) uint8, bfloat16 scales where exact.
+    """Pack an embedding table by rows, four weights to a byte.
+
+    Args:
+      table: trits (V, W) and their scales, with `axis` −1.
+
+    Returns:
+      A packed table: data uint8 (V, ceil(W / 4)), scales in bfloat16 where that is exact, otherwise in float32.
 
     Raises:
-      ValueError: trits that are not integers −1, 0 and +1.
+      ValueError: the trits are not integers −1, 0 and +1.
     """
     scale: Any = narrow_scale(np.asarray(table.scale, np.float32))
     rows, width = table.shape
@@ -122,20 +151,28 @@ def pack_rows(table: TernaryTensor) -> PackedTensor:
 
 
 def gather_rows(table: PackedTensor, index: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The weights (…, W) of the rows at `index`.
+    """Look up rows of a packed embedding table.
+
+    Args:
+      table: from `pack_rows`.
+      index: row numbers, integers (...).
+      dtype: dtype of the result, floating.
+
+    Returns:
+      Weights (..., W) in `dtype`.
 
     Raises:
-      TypeError: an index that is not of integers (bools would select), or a dtype that is not floating.
+      TypeError: `index` is not of integers (bools would be a mask), or `dtype` is not floating.
     """
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"the index of rows is {index.dtype}: it must be of integers")
     trits = unpack_2bit(table.data[index], table.shape[1])
-    # A scale that all rows share has one row, which clamping finds for every index.
+    # If all rows share a scale, it has one row; "clip" maps every index to it.
     scale = jnp.take(table.scale, index, axis=0, mode="clip").astype(jnp.float32)
     return TernaryTensor(trits, scale, table.group, -1).dequantize(dtype)
 
 
 def narrow_scale(scale: np.ndarray) -> np.ndarray:
-    """float32 scales as bfloat16 where that loses nothing, as with the 8 significant bits of `Quantizer`."""
+    """Cast float32 scales to bfloat16 if that is exact, as for scales of 8 significant bits."""
     narrow = scale.astype(jnp.bfloat16)
     return narrow if (narrow == scale).all() else scale

@@ -1,4 +1,4 @@
-"""The weights that training computes with: quantized forward, and what stands for their gradient."""
+"""Fake quantization: quantized weights in the forward pass, straight-through gradients in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tclip_jax.ternary.gathering import LEVELS, Placement, gather_ternary
 from tclip_jax.ternary.quantizers import Quantizer, find_levels, group_members, group_totals
 from tclip_jax.ternary.tensor import check_floating, expand_scale
 
-# ParetoQ rounds clip(w/α, ±0.99) · 1.5: beyond this share of α a weight is saturated.
+# ParetoQ rounds 1.5 · clip(w / α, −0.99, 0.99): a weight above 0.99 · α is saturated.
 _SEQ_INSIDE = 0.99
 
 
@@ -26,28 +26,33 @@ def fake_quantize(
     dtype: jax.typing.DTypeLike | None = None,
     placement: Placement | None = None,
 ) -> jax.Array:
-    """ŵ = scale · trit of the latent weights `w` (..., K, N); zeros are +0.0.
+    """Quantize and dequantize latent weights: ŵ = s · t, with a straight-through gradient. Zero trits give +0.0.
 
-    The gradient of a kind whose scale is a function of `w` is the identity (straight-through, no clipping), and its
-    scale is not differentiated (EdgeRazor). With g the gradient of ŵ, s the rounded scale and x = w / s:
+    Let g be the gradient with respect to ŵ, s the rounded scale and x = w / s.
 
-    * lsq (arXiv 1902.08153, eq. 3 and 5): w gets g where |x| < 1, else 0; α gets Σ g · (t − x where |x| < 1, else
-      sign(w)) / sqrt(n), n being the weights that share it.
-    * seq (ParetoQ's code, arXiv 2502.02631), x = w / (1.5 · s): w gets g where |x| ≤ 0.99, else 0; α gets
-      Σ g · (2/3 · t − x where |x| ≤ 0.99, else sign(w)) / sqrt(n), n being the weights of the whole matrix.
+    * factor, twn, least_squares: `w` gets g, without clipping. The scale is not differentiated (EdgeRazor).
+    * lsq (arXiv 1902.08153, eq. 3 and 5): `w` gets g where |x| < 1, else 0. α gets Σ g · d / sqrt(n), where d is t − x
+      if |x| < 1, else sign(w), and n is the number of weights that share α.
+    * seq (the code of ParetoQ, arXiv 2502.02631), with x = w / (1.5 · s): `w` gets g where |x| ≤ 0.99, else 0. α gets
+      Σ g · d / sqrt(n), where d is 2/3 · t − x if |x| ≤ 0.99, else sign(w), and n is the number of weights of the whole
+      matrix.
 
     Args:
-      w: latent weights.
-      quantizer: kind and granularity.
-      axis: the input axis, −1 or −2.
-      alpha: the learned α of the kinds lsq and seq.
-      size: weights of the whole matrix, where `w` is a part of its rows; default K · N.
-      dtype: of ŵ; default that of `w`.
-      placement: of a matrix (K, N) that is stored sharded: its trits and scales go where they are used.
+      w: latent weights, floats (..., K, N).
+      quantizer: kind, group size and significant bits.
+      axis: the input axis: −2 for a kernel, −1 for an embedding table.
+      alpha: the learned α of the kinds lsq and seq, float32 in the shape of the scales.
+      size: number of weights of the whole matrix, if `w` is only some of its rows; default K · N.
+      dtype: dtype of the result; default that of `w`.
+      placement: shardings of a matrix (K, N), whose trits and scales are gathered for the computation; None if the
+        matrix is not sharded.
+
+    Returns:
+      ŵ in the shape of `w`.
 
     Raises:
-      TypeError: weights, or a `dtype`, that are integers or bools.
-      ValueError: a kind that learns its scale, without it.
+      TypeError: the dtype of `w`, or `dtype`, is integer or bool.
+      ValueError: `alpha` is None and the kind learns its scale.
     """
     dtype = jnp.dtype(w.dtype if dtype is None else dtype)
     check_floating("the weight", w.dtype)
@@ -69,7 +74,7 @@ def _quantized(
         return gather_ternary(w, quantizer, axis, alpha, placement, dtype).dequantize(dtype)
     *levels, group = find_levels(w, quantizer, axis, alpha)
     level, threshold = (expand_scale(each, group, w.shape[axis], axis) for each in checkpoint_name(levels, LEVELS))
-    # Selecting, not multiplying, gives +0.0 for every zero trit.
+    # jnp.where gives +0.0 for every zero trit; a product would also give −0.0.
     w32 = w.astype(jnp.float32)
     return jnp.where(jnp.abs(w32) > threshold, jnp.copysign(level, w32), 0.0).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Sums whose bits do not depend on where they are computed, and products of narrow floats with float32 sums."""
+"""Sums with a fixed order, bit-identical on every backend, and float32 sums of products of narrow floats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import jax.numpy as jnp
 
 
 def halving_sum(x: jax.Array, axis: int) -> jax.Array:
-    """Sums along `axis` in a fixed order, keeping the axis: pad to a power of two, then x[:n/2] + x[n/2:] down to 1."""
+    """Sum along `axis` in a fixed order, keeping the axis.
+
+    The axis is padded to a power of two; then x[: n/2] + x[n/2 :] is repeated until one entry remains.
+    """
     axis %= x.ndim
     length = 1 << max(x.shape[axis] - 1, 0).bit_length()
     x = _pad_end(x, length - x.shape[axis], axis)
@@ -18,7 +21,7 @@ def halving_sum(x: jax.Array, axis: int) -> jax.Array:
 
 
 def prefix_sums(x: jax.Array, axis: int) -> jax.Array:
-    """Sums of the first 1, 2, … entries along `axis` in a fixed order: each doubling adds the array shifted by it."""
+    """Cumulative sums along `axis` in a fixed order: add the array shifted by 1, 2, 4, … entries."""
     axis, length, shift = axis % x.ndim, x.shape[axis], 1
     while shift < length:
         kept = jax.lax.slice_in_dim(x, 0, length - shift, axis=axis)
@@ -28,7 +31,7 @@ def prefix_sums(x: jax.Array, axis: int) -> jax.Array:
 
 
 def split_groups(x: jax.Array, group: int, axis: int) -> jax.Array:
-    """(…, K, …) to (…, ceil(K / group), group, …), zeros filling the last group; `axis` is counted from the end."""
+    """Split `axis`: (…, K, …) to (…, ceil(K / group), group, …); zeros fill the last group."""
     axis %= x.ndim
     count = -(-x.shape[axis] // group)
     x = _pad_end(x, count * group - x.shape[axis], axis)
@@ -36,10 +39,16 @@ def split_groups(x: jax.Array, group: int, axis: int) -> jax.Array:
 
 
 def quotient(total: jax.Array, count: jax.Array) -> jax.Array:
-    """The largest float32 whose product with `count` is at most `total`: not every machine rounds a division alike.
+    """The largest float32 whose product with `count` is at most `total`.
 
-    Both are float32, `total` not negative and `count` at least 1; a division may be wrong by two units in the last
-    place.
+    It replaces a division, whose rounding differs between machines by up to two units in the last place.
+
+    Args:
+      total: float32, at least 0.
+      count: float32, at least 1.
+
+    Returns:
+      float32 in the shape of `total`.
     """
     near = jax.lax.bitcast_convert_type(total / count, jnp.int32)
     best = jnp.zeros_like(total)
@@ -57,14 +66,14 @@ Axes = tuple[int, ...]
 
 
 def sum_products(a: jax.Array, b: jax.Array, axes: tuple[Axes, Axes]) -> jax.Array:
-    """`jnp.tensordot(a, b, axes)` of arrays of one float dtype, float32: what devices add up is not rounded before."""
+    """`jnp.tensordot(a, b, axes)` of two arrays of one float dtype, as float32: devices add unrounded partial sums."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
 
     if a.dtype == jnp.float32:
         return product(a, b)
-    # XLA on CPUs has no product of bfloat16 that gives float32, and computes others in float32 anyway.
+    # XLA for CPUs has no bfloat16 product with a float32 result; it multiplies bfloat16 in float32 anyway.
     return jax.lax.platform_dependent(
         a, b, cpu=lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32)), default=product
     )
@@ -72,9 +81,9 @@ def sum_products(a: jax.Array, b: jax.Array, axes: tuple[Axes, Axes]) -> jax.Arr
 
 @jax.custom_vjp
 def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x · w of (..., K) and a float32 w (K, ...) that is rounded to the dtype of `x`, which is that of the result.
+    """Multiply x (..., K) by a float32 weight (K, ...) that is rounded to the dtype of `x`; the result has that dtype.
 
-    Every sum is float32, and so is the gradient of `w`: it is one over all tokens, of all devices.
+    All sums are float32. The gradient of `w` is float32 too, because it is a sum over all tokens of all devices.
     """
     return _dense_forward(x, w)[0]
 
@@ -95,9 +104,9 @@ dense_product.defvjp(_dense_forward, _dense_backward)
 
 
 def _rounded(total: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A float32 product in `dtype`. Where devices share it, each part would else be rounded before they are added."""
+    """A float32 product in `dtype`, rounded after tensor-parallel devices have added their parts of it."""
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
-        # XLA computes in bfloat16 what is only read as bfloat16, an all-reduce too; this reads float32.
+        # XLA would narrow a value whose only use is a cast to bfloat16, even before an all-reduce. This use is float32.
         kept = jnp.finfo(dtype)
         total = jax.lax.reduce_precision(total, kept.nexp, kept.nmant)
     return total.astype(dtype)

@@ -1,4 +1,4 @@
-"""Ternary weights as arrays: trits with their scales, and packed for one implementation of the product."""
+"""Ternary weights as arrays: trits with their scales, or packed for one implementation of the product."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import jax.numpy as jnp
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("trits", "scale"), meta_fields=("group", "axis"))
 @dataclasses.dataclass(frozen=True)
 class TernaryTensor:
-    """A weight ŵ = scale · trit, stored as its two factors.
-
-    Invariants: `scale` has the shape of `trits` but for `axis`, where it has ceil(K / group) entries, or 1 for a scale
-    per output channel; a scale per tensor has 1 on both of the last two axes. Leading axes (stacked layers) are equal.
+    """A ternary weight ŵ = scale · trit, stored as its two factors; a pytree.
 
     Attributes:
-      trits: int8 of −1, 0, +1, shape (..., K, N); for an embedding table (V, W).
-      scale: float32, not negative; 0 only where every trit of the group is 0.
-      group: number of consecutive weights along `axis` that share a scale; the last group may be shorter.
-      axis: the input axis, counted from the end: −2 for a kernel (K, N), −1 for an embedding (V, W).
+      trits: int8 of −1, 0 and +1, shape (..., K, N); (V, W) for an embedding table. Leading axes are stacked layers.
+      scale: float32, at least 0; 0 only if every trit of its group is 0. The shape is that of `trits`, except for
+        `axis`: ceil(K / group) entries, or 1 for a scale per output channel. A scale per tensor has 1 on both of the
+          last axes.
+      group: number of consecutive weights along `axis` that share a scale; the last group may be short.
+      axis: the input axis, counted from the end: −2 for a kernel (K, N), −1 for an embedding table (V, W).
     """
 
     trits: jax.Array
@@ -32,13 +31,20 @@ class TernaryTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the trits."""
         return self.trits.shape
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """The weights scale · trit in `dtype`; exact in bfloat16 too when the scale has 8 significant bits.
+        """Compute the weights scale · trit.
+
+        Args:
+          dtype: dtype of the result. bfloat16 is exact for scales of 8 significant bits.
+
+        Returns:
+          Floats in the shape of the trits.
 
         Raises:
-          TypeError: a dtype that is not floating, in which scales below 1 would be 0.
+          TypeError: `dtype` is not floating, so that scales below 1 would become 0.
         """
         check_floating("the dtype of the weights", dtype)
         scale = expand_scale(self.scale, self.group, self.trits.shape[self.axis], self.axis)
@@ -46,13 +52,13 @@ class TernaryTensor:
 
 
 def check_floating(what: str, dtype: jax.typing.DTypeLike) -> None:
-    """Raises TypeError for integers and bools, in which what is computed would be cut to 0 and 1."""
+    """Raise TypeError if `dtype` is not floating: integers and bools would truncate the values."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{what} is {jnp.dtype(dtype).name}: it must be floating, as float32 or bfloat16")
 
 
 def expand_scale(scale: jax.Array, group: int, length: int, axis: int) -> jax.Array:
-    """Repeats group scales along `axis` to `length` entries; a single scale is left to broadcast."""
+    """Repeat the scales of groups along `axis` to `length` entries; return a single scale unchanged, to broadcast."""
     count = scale.shape[axis]
     if count == 1:
         return scale
@@ -73,15 +79,15 @@ Activations = Literal["A16", "A8"]
 )
 @dataclasses.dataclass(frozen=True)
 class PackedTensor:
-    """A ternary weight repacked for one implementation; only that one knows the order of `data` and `scale`.
+    """A ternary weight packed for one implementation, which defines the layout of `data` and `scale`; a pytree.
 
     Attributes:
-      data: bytes or words; may have a leading layer axis, which nn.scan slices.
+      data: packed trits, bytes or words. A leading layer axis may precede the layout; `nn.scan` slices it.
       scale: float32 or bfloat16.
-      shape: (K, N) of one layer's weight; (V, W) of an embedding table.
-      group: consecutive weights along K (W of a table) that share a scale.
-      layout: name of the implementation; "rows" of an embedding table.
-      activations: how it is multiplied where the caller does not say.
+      shape: (K, N) of the weight of one layer; (V, W) of an embedding table.
+      group: number of consecutive weights along K (W of a table) that share a scale.
+      layout: name of the implementation; "rows" for an embedding table.
+      activations: the default of `ternary_matmul` for this weight.
     """
 
     data: jax.Array
@@ -93,7 +99,10 @@ class PackedTensor:
 
 
 def traced_device() -> tuple[str, str]:
-    """Kind and platform of the device that a function traced now will run on: the mesh's, else jax's default."""
+    """Return kind and platform of the device that a function traced now will run on.
+
+    It is a device of the mesh in force, otherwise JAX's default device.
+    """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is None:
         default = jax.config.values["jax_default_device"]

@@ -29,7 +29,7 @@ def unit_vectors(seed: int, batch: int = BATCH) -> np.ndarray:
 
 
 def on_grid(x: np.ndarray) -> np.ndarray:
-    """Multiples of 2⁻⁸: logits of up to 100 are exact in float32, so that a value is right or its loss is wrong."""
+    """Round to multiples of 2⁻⁸, so that float32 holds logits of up to 100 exactly."""
     return np.round(256 * x) / 256
 
 
@@ -118,13 +118,13 @@ def test_gradients_equal_finite_differences(loss: Loss, oracle: Oracle, scale: f
 @given(weight=st.lists(st.sampled_from([0.0, 1.0]), min_size=BATCH, max_size=BATCH), seed=st.integers(0, 99))
 def test_weight_zero_removes_the_sample(loss: Loss, oracle: Oracle, weight: list[float], seed: int) -> None:
     image, text, mask = on_grid(unit_vectors(seed)), on_grid(unit_vectors(seed + 100)), equal_rows(TOKENS)
-    real = np.array(weight) > 0
-    expected = oracle(image[real], text[real], 100.0, mask[real][:, real]) if real.any() else 0.0
-    image[~real], text[~real] = np.nan, 7.0
+    unmasked = np.array(weight) > 0
+    expected = oracle(image[unmasked], text[unmasked], 100.0, mask[unmasked][:, unmasked]) if unmasked.any() else 0.0
+    image[~unmasked], text[~unmasked] = np.nan, 7.0
     value, gradients = value_and_gradients(loss)(image, text, 100.0, tokens=TOKENS, weight=np.array(weight))
     np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-7)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-    assert not np.any(gradients[0][~real]) and not np.any(gradients[1][~real])
+    assert not np.any(gradients[0][~unmasked]) and not np.any(gradients[1][~unmasked])
 
 
 @every_loss
@@ -179,7 +179,7 @@ def test_token_rows_of_other_lengths_are_not_compared() -> None:
 
 
 def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
-    with pytest.raises(ValueError, match="compared with a bias"):
+    with pytest.raises(ValueError, match="needs statistics with a bias"):
         sigmoid_loss(unit_vectors(0), unit_vectors(1), 1.0, bias=None)
 
 
@@ -198,8 +198,8 @@ def test_repeated_captions_count_as_found() -> None:
 @given(weight=st.lists(st.sampled_from([0.0, 1.0]), min_size=BATCH, max_size=BATCH), seed=st.integers(0, 99))
 def test_retrieval_accuracy_equals_numpy(weight: list[float], seed: int) -> None:
     image, text, mask = unit_vectors(seed), unit_vectors(seed + 100), equal_rows(TOKENS)
-    real = np.flatnonzero(weight)
-    hits = [mask[row, real[np.argmax(text[real] @ image[row])]] for row in real]
+    unmasked = np.flatnonzero(weight)
+    hits = [mask[row, unmasked[np.argmax(text[unmasked] @ image[row])]] for row in unmasked]
     text[np.array(weight) == 0] = 10 * image[0]
     value = retrieval(image, text, TOKENS, np.array(weight))
     np.testing.assert_allclose(value, np.mean(hits) if hits else 0.0, rtol=1e-6)

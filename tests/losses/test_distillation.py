@@ -29,12 +29,12 @@ def unit_vectors(seed: int, batch: int = BATCH, width: int = WIDTH) -> np.ndarra
 
 
 def random_batch(seed: int, batch: int = BATCH) -> tuple[np.ndarray, ...]:
-    """Student image and text, teacher image and text."""
+    """Image and text of the student, then of the teacher."""
     return tuple(unit_vectors(4 * seed + i, batch) for i in range(4))
 
 
 def on_grid(x: np.ndarray) -> np.ndarray:
-    """Multiples of 2⁻⁸: logits of up to 100 are exact in float32, so that a value is right or its loss is wrong."""
+    """Round to multiples of 2⁻⁸, so that float32 holds logits of up to 100 exactly."""
     return np.round(256 * x) / 256
 
 
@@ -73,7 +73,7 @@ def kl_mix_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: An
     return 0.7 * forward + 0.3 * crd_float64(V, T, v, t, teacher_scale, scale)
 
 
-# Each loss beside its oracle, as functions of student v, t, teacher V, T and the two scales.
+# Each loss with its oracle: functions of student v, t, teacher V, T and both scales.
 LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., float]]] = {
     "crd": (
         lambda v, t, V, T, s, S, weight=None: distillation.crd(*both(v, t, s, V, T, S, weight)),
@@ -129,14 +129,14 @@ def test_student_gradient_along_a_direction_equals_finite_differences(name: str,
     batch = (*random_batch(seed), *SCALES)
     _, gradients = value_and_gradients(name)(*batch)
     rng = np.random.default_rng(seed)
-    # Only the student's image, text and scale: the teacher is frozen.
+    # The teacher is frozen, so only the student's image, text and scale vary.
     direction = [rng.normal(size=np.shape(array)) if i in (0, 1, 4) else 0.0 for i, array in enumerate(batch)]
     ahead, behind = (
         oracle(name, *(array + step * d for array, d in zip(batch, direction, strict=True))) for step in (1e-6, -1e-6)
     )
     terms = [np.float64(gradient) * d for gradient, d in zip(gradients, direction, strict=True)]
     slope, magnitude = (sum(np.sum(each(term)) for term in terms) for each in (np.asarray, np.abs))
-    # Of terms that cancel, up to 13 times as large as what remains: float32 rounds them, not their sum.
+    # The terms cancel: they are up to 13 times as large as their sum, so their rounding sets the tolerance.
     np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=0, atol=4e-7 * magnitude)
 
 
@@ -151,14 +151,14 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(weight=st.lists(st.sampled_from([0.0, 1.0]), min_size=BATCH, max_size=BATCH), seed=st.integers(0, 99))
 def test_weight_zero_removes_the_sample(name: str, weight: list[float], seed: int) -> None:
-    batch, real = tuple(map(on_grid, random_batch(seed))), np.array(weight) > 0
-    expected = oracle(name, *(array[real] for array in batch), *SCALES) if real.any() else 0.0
+    batch, unmasked = tuple(map(on_grid, random_batch(seed))), np.array(weight) > 0
+    expected = oracle(name, *(array[unmasked] for array in batch), *SCALES) if unmasked.any() else 0.0
     for array, garbage in zip(batch, (np.nan, 7.0, np.inf, -3.0), strict=True):
-        array[~real] = garbage
+        array[~unmasked] = garbage
     value, gradients = value_and_gradients(name)(*batch, *SCALES, np.array(weight))
     np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-7)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
-    assert not np.any(gradients[0][~real]) and not np.any(gradients[1][~real])
+    assert not np.any(gradients[0][~unmasked]) and not np.any(gradients[1][~unmasked])
 
 
 @every_loss
@@ -182,11 +182,11 @@ def test_bfloat16_embeddings_are_computed_in_float32(name: str) -> None:
 def test_a_sharded_batch_has_the_loss_of_the_whole(name: str) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_sample = NamedSharding(mesh, PartitionSpec("data"))
-    batch, real = random_batch(4, 16), np.arange(16) % 3 > 0
+    batch, unmasked = random_batch(4, 16), np.arange(16) % 3 > 0
     value, gradients = value_and_gradients(name)(
-        *jax.device_put(batch, by_sample), *SCALES, jax.device_put(real, by_sample)
+        *jax.device_put(batch, by_sample), *SCALES, jax.device_put(unmasked, by_sample)
     )
-    np.testing.assert_allclose(value, oracle(name, *(array[real] for array in batch), *SCALES), rtol=2e-6)
+    np.testing.assert_allclose(value, oracle(name, *(array[unmasked] for array in batch), *SCALES), rtol=2e-6)
     assert gradients[0].sharding.is_equivalent_to(by_sample, 2)
 
 

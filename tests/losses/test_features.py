@@ -1,4 +1,4 @@
-"""Losses on hidden states and relations against NumPy float64 and finite differences, and MiniLM's in PyTorch."""
+"""Losses of hidden states and relations against NumPy float64, finite differences and MiniLM in PyTorch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def cosine_float64(s: Any, t: Any, valid: Any) -> float:
 
 
 def relations_float64(s: Any, t: Any, valid: Any, heads: int = 2) -> float:
-    """Sample by sample, with the invalid tokens cut out."""
+    """Compute each sample separately, without its invalid tokens."""
 
     def log_relations(x: Any) -> Any:
         logits = x @ x.T / np.sqrt(x.shape[1])
         return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
     rows = []
-    for ours, theirs, real in zip(s, t, valid, strict=True):
-        if real.any():
-            pairs = zip(np.split(ours[real], heads, 1), np.split(theirs[real], heads, 1), strict=True)
+    for ours, theirs, unmasked in zip(s, t, valid, strict=True):
+        if unmasked.any():
+            pairs = zip(np.split(ours[unmasked], heads, 1), np.split(theirs[unmasked], heads, 1), strict=True)
             divergences = [
                 np.sum(np.exp(q) * (q - p), axis=1) for p, q in ((log_relations(a), log_relations(b)) for a, b in pairs)
             ]

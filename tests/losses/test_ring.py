@@ -1,4 +1,4 @@
-"""Losses over eight simulated devices, gathered and in a ring: those of NumPy float64, in value and gradient."""
+"""Losses over eight simulated devices, gathered and in a ring, equal NumPy float64 in value and gradient."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def unit_vectors(width: int, batch: int = BATCH) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-V, T = unit_vectors(9), unit_vectors(9)  # the teacher's
-# Image, text, scale and bias; image and text projected to the teacher's width, and ICL's scale.
+V, T = unit_vectors(9), unit_vectors(9)  # embeddings of the teacher
+# Image, text, scale, bias, image and text projected to the teacher's width, ICL's scale.
 STUDENT = (
     *(unit_vectors(6), unit_vectors(6), np.float32(20), np.float32(-10)),
     *(unit_vectors(9), unit_vectors(9), np.float32(2.659)),
@@ -53,11 +53,11 @@ def losses(student: Any, fixed: Any, ring: Ring | None) -> jax.Array:
 
 
 def losses_float64(student: Any, tokens: np.ndarray | None) -> np.ndarray:
-    """The same of the samples that exist, each from the whole matrix of logits."""
-    real = WEIGHT > 0
-    v, t, scale, bias, to_V, to_T, icl_scale = (x[real] if np.ndim(x) else x for x in map(np.float64, student))
-    V64, T64 = np.float64(V[real]), np.float64(T[real])
-    keys = np.flatnonzero(real)[:, None] if tokens is None else tokens[real]
+    """The losses of the unmasked samples from the whole matrix of logits."""
+    unmasked = WEIGHT > 0
+    v, t, scale, bias, to_V, to_T, icl_scale = (x[unmasked] if np.ndim(x) else x for x in map(np.float64, student))
+    V64, T64 = np.float64(V[unmasked]), np.float64(T[unmasked])
+    keys = np.flatnonzero(unmasked)[:, None] if tokens is None else tokens[unmasked]
     same = (keys[:, None] == keys[None]).all(-1)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def mesh_of(*shape: int) -> Mesh:
 
 @functools.cache
 def value_and_gradients(ring: Ring | None) -> Callable[..., Any]:
-    """Of all losses, and of their sum with given weights."""
+    """All losses, and the gradient of their weighted sum."""
 
     def run(student: Any, fixed: Any, weights: Any) -> Any:
         values, pull = jax.vjp(lambda student: losses(student, fixed, ring), student)
@@ -96,14 +96,14 @@ def value_and_gradients(ring: Ring | None) -> Callable[..., Any]:
 
 
 def run_on(mesh: Mesh, ring: Ring | None, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Any]]:
-    """The losses, and the gradient of each."""
+    """The losses, and the gradient of each loss."""
     garbage = [np.where(WEIGHT[:, None] > 0, x, np.nan) if np.ndim(x) else x for x in STUDENT]
     place = NamedSharding(mesh, PartitionSpec(AXES)), NamedSharding(mesh, PartitionSpec())
     put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, place[not np.ndim(x)]), tree)  # noqa: E731
     student, fixed = put(tuple(garbage)), put((V, T, tokens, WEIGHT))
     with jax.set_mesh(mesh):
-        found = [value_and_gradients(ring)(student, fixed, weights) for weights in np.eye(8, dtype=np.float32)]
-    return np.asarray(found[0][0]), [jax.device_get(gradients) for _, gradients in found]
+        results = [value_and_gradients(ring)(student, fixed, weights) for weights in np.eye(8, dtype=np.float32)]
+    return np.asarray(results[0][0]), [jax.device_get(gradients) for _, gradients in results]
 
 
 @functools.cache
@@ -131,9 +131,9 @@ def test_one_device_has_the_losses_and_slopes_of_numpy() -> None:
         ((4, 2, 1), None, True),
         ((8, 1, 1), Ring(AXES), True),
         ((2, 2, 2), Ring(AXES, 2), False),
-        ((1, 4, 2), Ring(AXES, 3), True),  # three chunks of three, with a sample that does not exist
-        ((2, 1, 4), Ring(AXES, 5), False),  # four of four
-        ((1, 2, 4), Ring(AXES, 7), True),  # three of six, with two
+        ((1, 4, 2), Ring(AXES, 3), True),  # three chunks of three, with one sample of padding
+        ((2, 1, 4), Ring(AXES, 5), False),  # four chunks of four
+        ((1, 2, 4), Ring(AXES, 7), True),  # three chunks of six, with two samples of padding
         ((1, 1, 8), Ring(AXES, 8), False),  # a ring of one
     ],
 )

@@ -1,4 +1,4 @@
-"""Compiled by libtpu for TPUs that are not there: `benchmarks.losses --tpu`, the losses alone."""
+"""Losses compile with libtpu without a TPU: the losses alone, by `benchmarks.losses --tpu`."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def test_in_a_ring_memory_does_not_grow_with_the_number_of_chips() -> None:
     of = {(cell["form"], cell["chips"]): cell for cell in json.loads(process.stdout.splitlines()[-1])["tpu"]}
     assert of["ring", 64]["temporary_bytes"] <= 1.05 * of["ring", 16]["temporary_bytes"]
     assert of["ring", 64]["largest_array"] == of["ring", 16]["largest_array"]
-    # Gathered, a chip compares its rows with four times as many.
+    # When gathered, each chip compares its rows with four times as many columns.
     assert of["gather", 64]["largest_array"] == 4 * of["gather", 16]["largest_array"]

@@ -31,7 +31,7 @@ TOKENS = np.array([[48, 5, 9, 49, 0, 0, 0, 0], [48, 49, 0, 0, 0, 0, 0, 0], [48, 
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    """Noise around 0, and around 1 for scales: none of them is exactly what it starts as."""
+    """Noise around 0, or around 1 for scales, so that no parameter has its initial value."""
     rng = np.random.default_rng(1)
 
     def leaf(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -62,7 +62,7 @@ def block_shapes(tower: str, layers: int, width: int) -> dict[str, tuple[int, ..
 
 
 def test_parameter_tree() -> None:
-    """Rules, converters, sharding and checkpoints name these paths."""
+    """Rules, converters, sharding and checkpoints depend on these paths."""
     expected = {
         "logit_scale": (),
         "image/patch_embedding/kernel": (8, 8, 3, 32),

@@ -1,4 +1,4 @@
-"""Operations by formula, against those of the program itself and against XLA's count."""
+"""The formulas of operations, against the program itself and XLA's count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config_of(layers: int) -> CLIPConfig:
 
 
 def dot_flops(jaxpr: Any) -> int:
-    """Of every dot_general of a program, those of a scan's body as often as it runs."""
+    """Operations of all dot_general in a program; the body of a scan counts once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -47,14 +47,18 @@ def arguments(config: CLIPConfig, rows: int = 2) -> tuple[Any, jax.ShapeDtypeStr
 @pytest.mark.parametrize("config", [config_of(3), CLIPConfig.from_open_clip(model_cfg("ViT-B-16"))])
 def test_forward_counts_every_product_of_matrices(config: CLIPConfig) -> None:
     params, images, tokens = arguments(config)
-    for method, given, flops in (("encode_image", images, image_flops), ("encode_text", tokens, text_flops)):
-        program = jax.make_jaxpr(lambda p, x, m=method: CLIP(config).apply({"params": p}, x, method=m))(params, given)
+    for method, inputs, flops in (("encode_image", images, image_flops), ("encode_text", tokens, text_flops)):
+        program = jax.make_jaxpr(lambda p, x, m=method: CLIP(config).apply({"params": p}, x, method=m))(params, inputs)
         assert dot_flops(program.jaxpr) == 2 * flops(config)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_training_counts_the_products_of_the_backward_pass(remat: bool) -> None:
-    """All but what nobody needs: the gradient of the pixels, and again what no block or no gradient takes in."""
+    """The formula counts three products that the program lacks.
+
+    These are the gradient with respect to the pixels and, with remat, the recomputation of the patch embedding, of the
+    projections and of the last product of each block.
+    """
     config = config_of(3)
     params, images, tokens = arguments(config)
 
@@ -63,7 +67,7 @@ def test_training_counts_the_products_of_the_backward_pass(remat: bool) -> None:
         return image.sum() + text.sum()
 
     traced = jax.make_jaxpr(jax.grad(total))(params, images, tokens).jaxpr
-    used, _ = pe.dce_jaxpr(traced, [True] * len(traced.outvars))  # as XLA drops what nobody needs
+    used, _ = pe.dce_jaxpr(traced, [True] * len(traced.outvars))  # XLA removes unused operations too
     counted = dot_flops(used) / 2
     patch, projections = 2 * 6 * 3 * 8**2 * 64, 2 * 24 * (64 + 96)
     last_of_blocks = 3 * (2 * 7 * 64 * 256 + 2 * 9 * 96 * 288)
@@ -71,7 +75,7 @@ def test_training_counts_the_products_of_the_backward_pass(remat: bool) -> None:
 
 
 def test_xla_counts_as_many_in_a_model_without_a_scan() -> None:
-    """Of one layer, whose scan runs once; the rest is what is no product: softmax, LayerNorm, GELU."""
+    """One layer, because XLA counts the body of a scan once. Softmax, LayerNorm and GELU are the rest."""
     config = CLIPConfig(
         64,
         VisionConfig((64, 64), patch_size=16, width=768, layers=1),
@@ -82,7 +86,7 @@ def test_xla_counts_as_many_in_a_model_without_a_scan() -> None:
 
 
 def test_known_models() -> None:
-    """open_clip's docs/model_profile.csv, in GFLOPs of an image and of a text."""
+    """GFLOPs of an image and of a text from open_clip's docs/model_profile.csv."""
     base, large = (CLIPConfig.from_open_clip(model_cfg(name)) for name in ("ViT-B-16", "ViT-L-14"))
     for config, image, text in ((base, 35.13, 5.96), (large, 162.03, 13.3)):
         assert image_flops(config) / 1e9 == pytest.approx(image, rel=0.01)

@@ -1,4 +1,4 @@
-"""Weights of a wider and deeper model in a smaller one: exactly which of them, and what cannot be inherited."""
+"""Initialisation from a wider and deeper model: the selected weights, and the cases that are refused."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ def test_layers_are_chosen_evenly() -> None:
 
 def test_leading_channels_and_heads_of_the_chosen_layers() -> None:
     wide = flatten_dict(draw(WIDE), sep="/")
-    found = flatten_dict(inherit_params(draw(WIDE), WIDE, SMALL), sep="/")
-    assert {p: x.shape for p, x in found.items()} == {
+    inherited = flatten_dict(inherit_params(draw(WIDE), WIDE, SMALL), sep="/")
+    assert {p: x.shape for p, x in inherited.items()} == {
         p: x.shape for p, x in flatten_dict(param_shapes(SMALL), sep="/").items()
     }
     layer = {0: 0, 1: 2, 2: 4}
     for i, j in layer.items():
-        qkv, whole = found["image/blocks/attention/qkv/kernel"][i], wide["image/blocks/attention/qkv/kernel"][j]
-        for part in range(3):  # two of four heads of eight
+        qkv, whole = inherited["image/blocks/attention/qkv/kernel"][i], wide["image/blocks/attention/qkv/kernel"][j]
+        for part in range(3):  # two of four heads of width eight
             np.testing.assert_array_equal(qkv[:, 16 * part : 16 * (part + 1)], whole[:16, 32 * part : 32 * part + 16])
-        out = found["image/blocks/attention/out/kernel"][i]
+        out = inherited["image/blocks/attention/out/kernel"][i]
         np.testing.assert_array_equal(out, wide["image/blocks/attention/out/kernel"][j][:16, :16])
         np.testing.assert_array_equal(
-            found["image/blocks/mlp/fc1/kernel"][i], wide["image/blocks/mlp/fc1/kernel"][j][:16, :64]
+            inherited["image/blocks/mlp/fc1/kernel"][i], wide["image/blocks/mlp/fc1/kernel"][j][:16, :64]
         )
-        np.testing.assert_array_equal(found["image/blocks/ln_1/scale"][i], wide["image/blocks/ln_1/scale"][j][:16])
-    np.testing.assert_array_equal(found["image/patch_embedding/kernel"], wide["image/patch_embedding/kernel"][..., :16])
-    np.testing.assert_array_equal(found["text/position_embedding"], wide["text/position_embedding"][:5, :16])
-    np.testing.assert_array_equal(found["text/projection/kernel"], wide["text/projection/kernel"][:16, :8])
+        np.testing.assert_array_equal(inherited["image/blocks/ln_1/scale"][i], wide["image/blocks/ln_1/scale"][j][:16])
+    np.testing.assert_array_equal(
+        inherited["image/patch_embedding/kernel"], wide["image/patch_embedding/kernel"][..., :16]
+    )
+    np.testing.assert_array_equal(inherited["text/position_embedding"], wide["text/position_embedding"][:5, :16])
+    np.testing.assert_array_equal(inherited["text/projection/kernel"], wide["text/projection/kernel"][:16, :8])
 
 
 def test_the_same_shape_inherits_everything_also_from_ternary_weights() -> None:
@@ -60,10 +62,10 @@ def test_the_same_shape_inherits_everything_also_from_ternary_weights() -> None:
     packed = pack_params(params, rules)
     images, tokens = np.zeros((1, 16, 16, 3), np.float32), np.zeros((1, 6), np.int32)
     apply = jax.jit(CLIP(WIDE).apply)
-    expected, found = (
+    expected, inherited = (
         apply({"params": each}, images, tokens)[0] for each in (packed, inherit_params(packed, WIDE, WIDE))
     )
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(inherited, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_embedding_is_the_same_in_training_and_packed(quantizer: Quantizer, dtyp
 def test_only_the_parameter_that_the_rule_names_is_quantized() -> None:
     x, kernel = RNG.standard_normal((3, 20), np.float32), RNG.standard_normal((20, 7), np.float32)
     params = {"params": {"kernel": kernel, "bias": np.zeros(7, np.float32)}}
-    # A regex matches the whole path or nothing.
+    # A regex must match the whole path.
     unquantized = Dense(7, rules=(("kern", Quantizer()), ("bias", Quantizer()))).apply(params, x)
     np.testing.assert_array_equal(unquantized, Dense(7).apply(params, x))
     assert not np.array_equal(unquantized, Dense(7, rules=((".*", Quantizer()),)).apply(params, x))
@@ -100,9 +100,9 @@ def test_attention_is_the_softmax_of_scaled_products(causal: bool) -> None:
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(attend(q, k, v, causal), np.einsum("bhts,bshk->bthk", weights, v), atol=1e-6)
     narrow = [jnp.asarray(each, jnp.bfloat16) for each in (q, k, v)]
-    found, expected = attend(*narrow, causal), jax.nn.dot_product_attention(*narrow, is_causal=causal)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.02)
+    result, expected = attend(*narrow, causal), jax.nn.dot_product_attention(*narrow, is_causal=causal)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(result), np.float32(expected), atol=0.02)
 
 
 def test_gelu_is_torchs_and_openais() -> None:
@@ -114,7 +114,7 @@ def test_gelu_is_torchs_and_openais() -> None:
 
 
 def test_layer_norm_keeps_precision_far_from_zero() -> None:
-    # Here E[x²] − E[x]² would be wrong in the first digit.
+    # E[x²] − E[x]² would be wrong in the first digit here.
     x = 1000 + RNG.standard_normal((4, 64), np.float32)
     scale, bias = RNG.standard_normal((2, 64), np.float32)
 

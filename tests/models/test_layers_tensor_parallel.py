@@ -1,4 +1,4 @@
-"""Which models the devices along `tensor` can share."""
+"""The models that devices along the mesh axis `tensor` can share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B16, L14 = (CLIPConfig.from_open_clip(model_cfg(name)) for name in ("ViT-B-16", 
     [
         (B16, "none", 256, 4),
         (B16, "Q-FFN", 256, 4),  # 3072 / 4 and 2048 / 4 are whole groups
-        (B16, "Q-ALL", 128, 2),  # 768 / 2 and 512 / 2 too
+        (B16, "Q-ALL", 128, 2),  # 768 / 2 and 512 / 2 are whole groups
         (B16, "Q-ALL", "channel", 1),
         (L14, "Q-ALL", 64, 4),
     ],

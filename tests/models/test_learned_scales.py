@@ -1,4 +1,4 @@
-"""Learned scales, a ternary patch embedding, and blended weights: from initialisation to the artifact and open_clip."""
+"""Learned scales, a ternary patch embedding and blended weights, from initialisation to artifact and open_clip."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_scales_lie_beside_their_weights_and_start_from_them() -> None:
     np.testing.assert_array_equal(qkv["kernel_scale"][:, 0], np.abs(qkv["kernel"]).max(1))
     fc1 = params["image"]["blocks"]["mlp"]["fc1"]
     np.testing.assert_allclose(fc1["kernel_scale"][:, 0], 2 * np.abs(fc1["kernel"]).mean(1), rtol=1e-6)
-    # Weights from elsewhere get the same scales, and keep those that they have.
+    # Weights without scales get the same scales; existing scales are kept.
     floats = {path: leaf for path, leaf in flatten(params).items() if not is_learned_scale(path)}
     floats = unflatten_dict(floats, sep="/")
     assert jax.eval_shape(lambda: floats) == param_shapes(CONFIG)
@@ -105,13 +105,13 @@ def test_packed_and_exported_the_model_says_the_same(tmp_path: pathlib.Path) -> 
     verify_artifact(tmp_path / "a", params, RULES)
     artifact = read_artifact(tmp_path / "a")
     assert artifact.rules == RULES and artifact.params["image"]["patch_embedding"]["kernel"].shape == (192, 32)
-    # The exported floats give the same embeddings in a model without rules.
+    # A model without rules computes the same embeddings from the exported floats.
     state = to_open_clip(packed, CONFIG)
     assert state["visual.conv1.weight"].shape == (32, 3, 8, 8)
     floats = from_open_clip(state, CONFIG)
     for ours, theirs in zip(jax.jit(CLIP(CONFIG).apply)({"params": floats}, IMAGES, TOKENS)[:2], expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
-    assert to_open_clip(params, CONFIG).keys() == state.keys()  # latent: the scales beside are left out
+    assert to_open_clip(params, CONFIG).keys() == state.keys()  # the export of latent weights has no learned scales
 
 
 def test_learned_scales_are_sharded_like_their_weights_and_do_not_decay() -> None:

@@ -1,4 +1,4 @@
-"""Every field and every model of the installed open_clip: a model of ours, or one line that says what it means."""
+"""Every field and model of the installed open_clip is supported, or refused with the field's meaning."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SPEC = importlib.util.find_spec("open_clip")
 _FILES = sorted(pathlib.Path(_SPEC.origin).parent.glob("model_configs/*.json")) if _SPEC and _SPEC.origin else []
 SHIPPED = {path.stem: path for path in _FILES}
 
-# Read by us, and therefore checked by CLIPConfig itself.
+# Fields of CLIPConfig, which checks them itself.
 OURS = {
     "vision_cfg": {field.name for field in dataclasses.fields(VisionConfig)},
     "text_cfg": {field.name for field in dataclasses.fields(TextConfig)},
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
 }
-# What open_clip does not use, given the rest of such a model, or overwrites by the weights.
+# Fields that open_clip does not use in these models, or whose effect its weights overwrite.
 UNUSED = {
     "vision_cfg": {"attn_pooler_queries", "attn_pooler_heads"}
     | {"timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"},
@@ -45,25 +45,27 @@ def with_field(section: str, key: str, value: Any) -> dict[str, Any]:
 
 
 def fields_of_open_clip() -> list[tuple[str, str, Any]]:
-    """(section, field, default) of its towers' configurations, of its three models and of its factory."""
+    """(section, field, default) of open_clip's tower configurations, its three models and its factory."""
     import open_clip
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
-    found = [
+    fields = [
         (section, field.name, field.default)
         for section, cls in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg))
         for field in dataclasses.fields(cls)
     ]
     for model in (open_clip.CLIP, CustomTextCLIP, CoCa):
         parameters = list(inspect.signature(model).parameters.values())
-        found += [("", each.name, each.default) for each in parameters if each.name not in ("pad_id", "multimodal_cfg")]
-    return [*found, ("", "custom_text", False)]
+        fields += [
+            ("", each.name, each.default) for each in parameters if each.name not in ("pad_id", "multimodal_cfg")
+        ]
+    return [*fields, ("", "custom_text", False)]
 
 
 @pytest.mark.torch
 def test_every_field_of_open_clip_is_known() -> None:
-    """Its default changes nothing; another value is refused as what it is, never as a misspelling."""
+    """A default changes nothing; another value is refused by its meaning, never as a misspelling."""
     fields = fields_of_open_clip()
     assert len(fields) > 80
     for section, key, default in fields:
@@ -162,7 +164,7 @@ def test_what_only_training_reads_is_taken_with_weights() -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize(("width", "head_width"), [(100, 64), (96, 40), (64, 64)])
 def test_heads_are_counted_as_by_open_clip(width: int, head_width: int) -> None:
-    """A head width that does not divide the width gives whole heads that are wider."""
+    """If the head width does not divide the width, heads are wider."""
     import open_clip
 
     cfg = copy.deepcopy(TINY)

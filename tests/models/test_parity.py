@@ -1,4 +1,4 @@
-"""The model against open_clip's with the same weights, none of which is left at 0 or 1."""
+"""The model against open_clip's with the same weights, all of them away from 0 and 1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 
 
 def both(vision: dict[str, Any], text: dict[str, Any], quick_gelu: bool) -> tuple[Any, CLIPConfig]:
-    """open_clip's model, every weight moved by noise (it starts biases at 0 and norms at 1), and our config of it."""
+    """open_clip's model with noise added to each weight (biases start at 0, norms at 1), and its configuration."""
     import open_clip
     import torch
 
@@ -50,7 +50,7 @@ def both(vision: dict[str, Any], text: dict[str, Any], quick_gelu: bool) -> tupl
 
 
 def inputs(config: CLIPConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images (B, H, W, 3), and tokens whose highest id, the end of text, is followed by zeros."""
+    """Normalised images (B, H, W, 3), and tokens in which zeros follow the end of text, the largest id."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, *config.vision.image_size, 3), np.float32)
     length, end = config.text.context_length, config.text.vocab_size - 1

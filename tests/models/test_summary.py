@@ -1,4 +1,4 @@
-"""The table of parameters, checked against numbers worked out by hand."""
+"""The table of parameters, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_table() -> None:
         " ".join(line.split()) for line in TABLE.splitlines()[2:]
     ]
     header, rule, *body = table.splitlines()
-    # Columns start, and the one of numbers ends, where the header's do.
+    # Columns start at their headers; the column of numbers ends there.
     for name in ("shape", "dtype", "sharding"):
         assert all(line[header.index(name) - 2 : header.index(name)] == "  " for line in body[:4])
     assert all(line[header.index("size") + 3] != " " and line[header.index("size") + 4] == " " for line in body[:4])
@@ -61,4 +61,6 @@ def test_table() -> None:
 
 @pytest.mark.parametrize(("fsdp", "sharding"), [(2, "(None, None, 'fsdp')"), (4, "(None, None, None)")])
 def test_an_axis_that_does_not_divide_is_shown_as_not_sharded(fsdp: int, sharding: str) -> None:
-    assert parameter_rows(PARAMS, (), make_mesh(-1, fsdp))[0]["sharding"] == sharding  # 250 columns
+    assert (
+        parameter_rows(PARAMS, (), make_mesh(-1, fsdp))[0]["sharding"] == sharding
+    )  # four devices do not divide 250 columns

@@ -1,4 +1,4 @@
-"""Which parameters are ternary: the published shares, and what a rule can and cannot name."""
+"""Selection of the ternary parameters: the published shares, and the parameters that a rule can name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUANTIZER = Quantizer(group=64)
 
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, int]:
-    """Parameters of ViT-B-16 by path."""
+    """Number of parameters of ViT-B-16 by path."""
     leaves = jax.tree_util.tree_leaves_with_path(param_shapes(CLIPConfig.from_open_clip(model_cfg("ViT-B-16"))))
     return {path_of(path): math.prod(leaf.shape) for path, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""The telemetry of quantization against NumPy, layer by layer."""
+"""Metrics of trits against NumPy, layer by layer."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def params(seed: int) -> dict[str, Any]:
 def test_metrics_are_those_of_the_step() -> None:
     old, new = params(0), params(1)
     before = trit_snapshot(old, RULES)
-    after, found = trit_snapshot(new, RULES), trit_metrics(before, new, RULES)
-    assert found.keys() == {FC1, QKV, "text/token_embedding/embedding", "image/patch_embedding/kernel"}
+    after, metrics = trit_snapshot(new, RULES), trit_metrics(before, new, RULES)
+    assert metrics.keys() == {FC1, QKV, "text/token_embedding/embedding", "image/patch_embedding/kernel"}
     leaves = flatten_dict(new, sep="/")
     for path in (FC1, QKV):
         w = leaves[path]
@@ -58,7 +58,7 @@ def test_metrics_are_those_of_the_step() -> None:
         level = np.repeat(scale, group, 1)[:, : w.shape[1]]
         x = np.abs(w) / level
         for layer in range(len(w)):
-            values = {name: np.asarray(value)[layer] for name, value in found[path].items()}
+            values = {name: np.asarray(value)[layer] for name, value in metrics[path].items()}
             expected = {
                 "zeros": np.mean(trits[layer] == 0),
                 "flips": np.mean(trits[layer] != was[layer]),
@@ -73,36 +73,36 @@ def test_metrics_are_those_of_the_step() -> None:
     np.testing.assert_array_equal(trit_metrics(after, new, RULES)[FC1]["flips"], 0)
 
 
-def test_of_a_large_weight_every_nth_output_is_looked_at() -> None:
+def test_of_a_large_weight_every_nth_output_is_taken() -> None:
     old, new = params(0), params(1)
     whole, part = trit_snapshot(new, RULES), trit_snapshot(new, RULES, 50)
-    np.testing.assert_array_equal(part[FC1].trits, whole[FC1].trits[..., ::4])  # 32 x 6 weights
+    np.testing.assert_array_equal(part[FC1].trits, whole[FC1].trits[..., ::4])  # 32 x 6 weights, above the limit
     np.testing.assert_array_equal(part[FC1].scale, whole[FC1].scale[..., ::4])
-    np.testing.assert_array_equal(part[QKV].trits, whole[QKV].trits)  # 8 x 6
-    found = trit_metrics(trit_snapshot(old, RULES, 50), new, RULES, 50)
+    np.testing.assert_array_equal(part[QKV].trits, whole[QKV].trits)  # 8 x 6 weights, below the limit
+    metrics = trit_metrics(trit_snapshot(old, RULES, 50), new, RULES, 50)
     flips = np.mean(part[FC1].trits != np.asarray(trit_snapshot(old, RULES, 50)[FC1].trits), axis=(1, 2))
-    np.testing.assert_allclose(found[FC1]["flips"], flips, rtol=1e-6)
-    np.testing.assert_allclose(np.sum(found[FC1]["histogram"], -1), 1, rtol=1e-6)
+    np.testing.assert_allclose(metrics[FC1]["flips"], flips, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(metrics[FC1]["histogram"], -1), 1, rtol=1e-6)
 
 
 def test_of_sharded_weights_every_process_can_read_the_same() -> None:
     old, new, mesh = params(0), params(1), make_mesh(4, 2)
     placed = [jax.device_put(tree, tree_shardings(tree, mesh)) for tree in (old, new)]
     with jax.set_mesh(mesh):
-        found = trit_metrics(trit_snapshot(placed[0], RULES), placed[1], RULES)
+        metrics = trit_metrics(trit_snapshot(placed[0], RULES), placed[1], RULES)
     assert "fsdp" in placed[1]["image"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(metrics))
     expected = trit_metrics(trit_snapshot(old, RULES), new, RULES)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), metrics, expected)
 
 
 def test_a_look_is_one_line_of_the_metrics(tmp_path: pathlib.Path) -> None:
-    found = trit_metrics(trit_snapshot(params(0), RULES), params(1), RULES)
+    metrics = trit_metrics(trit_snapshot(params(0), RULES), params(1), RULES)
     with Telemetry(tmp_path, first_step=0, steps=2, title="t") as telemetry:
         telemetry.write(1, {"loss": 1.0})
-        telemetry.write_trits(1, found)
+        telemetry.write_trits(1, metrics)
     lines = read_metrics(tmp_path)
     assert [line.keys() for line in lines] == [{"step", "loss"}, {"step", "trits"}]
-    assert lines[1]["trits"][FC1]["zeros"] == np.round(np.float64(found[FC1]["zeros"]), 6).tolist()
+    assert lines[1]["trits"][FC1]["zeros"] == np.round(np.float64(metrics[FC1]["zeros"]), 6).tolist()
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert all(f"{name}/{FC1}".encode() in events for name in ("zeros", "flips", "saturated", "latent"))

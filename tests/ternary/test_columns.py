@@ -1,4 +1,4 @@
-"""Columns shared out over a mesh give the product and the gradient of the whole weight."""
+"""Column-sharded ternary weights give the product and the gradient of the whole weight."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_devices_sum_the_gradient_in_float32() -> None:
 
 def test_refuses_columns_that_cannot_be_shared_out() -> None:
     w = ternarize(jnp.ones((16, 10)), Quantizer(group="channel"))
-    with pytest.raises(ValueError, match="10 columns cannot be shared out evenly over the 4 devices of axis 'tensor'"):
+    with pytest.raises(ValueError, match="10 columns cannot be divided evenly among the 4 devices of axis 'tensor'"):
         repack_columns(w, mesh_of(2, 4), "tensor")
     with pytest.raises(ValueError, match="8 columns share one scale"):
         repack_columns(ternarize(jnp.ones((16, 8)), Quantizer(group="tensor")), mesh_of(2, 4), "tensor")
@@ -69,7 +69,7 @@ def test_refuses_columns_that_cannot_be_shared_out() -> None:
 
 @pytest.mark.parametrize("rows", [16, 3])
 def test_on_a_tpu_rows_are_spread_over_all_devices(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where custom partitioning is missing; the reference stands in for a TPU's kernel."""
+    """XLA for TPUs has no custom partitioning; the reference stands in for the TPU kernel."""
     monkeypatch.setattr(matmul, "traced_device", lambda: ("TPU v5 lite", "tpu"))
     w = ternarize(jax.random.normal(jax.random.key(0), (64, 40)), Quantizer(group=16))
     x = jax.random.normal(jax.random.key(1), (rows, 64))

@@ -1,4 +1,4 @@
-"""Which implementation serves: decided on shapes and the kind of device alone."""
+"""The choice of an implementation from shapes and the kind of device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tclip_jax.ternary.tensor import traced_device
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No choice made before, none from outside, and a native library whether there is one or not."""
+    """Clear logged choices and the environment variable, and pretend that the native library is built."""
     matmul._log.cache_clear()
     monkeypatch.delenv(matmul.VARIABLE, raising=False)
     monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("portable",))
@@ -29,7 +29,7 @@ def weight() -> TernaryTensor:
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("arguments", "name"),
     [
         ({}, "native_cpu"),
         ({"activations": "A8", "rows": 1}, "native_cpu"),
@@ -38,8 +38,8 @@ def weight() -> TernaryTensor:
         ({"dtype": np.float16}, "reference"),
     ],
 )
-def test_cpus(given: dict[str, Any], name: str) -> None:
-    assert choose((768, 3072), 256, **given) == name
+def test_cpus(arguments: dict[str, Any], name: str) -> None:
+    assert choose((768, 3072), 256, **arguments) == name
 
 
 def test_without_the_library_xla_serves_and_says_why(
@@ -73,7 +73,7 @@ def test_the_device_is_that_of_the_default_platform(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("kind", "platform", "given", "name"),
+    ("kind", "platform", "arguments", "name"),
     [
         ("TPU v4", "tpu", {}, "mosaic_tpu"),
         ("TPU v4", "tpu", {"activations": "A8"}, "mosaic_tpu"),
@@ -85,10 +85,10 @@ def test_the_device_is_that_of_the_default_platform(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_accelerators(
-    kind: str, platform: str, given: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, platform: str, arguments: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matmul, "traced_device", lambda: (kind, platform))
-    assert choose((768, 3072), 256, **{"dtype": jnp.bfloat16} | given) == name
+    assert choose((768, 3072), 256, **{"dtype": jnp.bfloat16} | arguments) == name
 
 
 def test_what_is_forced_serves_or_says_why_not(weight: TernaryTensor, monkeypatch: pytest.MonkeyPatch) -> None:

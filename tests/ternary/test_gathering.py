@@ -1,4 +1,4 @@
-"""Weights that move between devices as trits and scales: to the bit those of one device, in few bytes."""
+"""Gathered weights are bit-identical to those of one device, and move in few bytes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SIZE = {"f32": 4, "bf16": 2, "u8": 1, "s8": 1}
 
 def draw(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     w = np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
-    w[:8] = 0  # a whole group without a weight
+    w[:8] = 0  # groups of zeros
     return jnp.asarray(w)
 
 
 def gathered(program: str) -> list[tuple[str, int]]:
-    """dtype and bytes of what each all-gather of a compiled program gives."""
-    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program)
-    return [(dtype, SIZE[dtype] * math.prod(int(n) for n in shape.split(","))) for dtype, shape in found]
+    """dtype and bytes of the result of each all-gather in a compiled program."""
+    matches = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", program)
+    return [(dtype, SIZE[dtype] * math.prod(int(n) for n in shape.split(","))) for dtype, shape in matches]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def gathered(program: str) -> list[tuple[str, int]]:
         ((64, 16), -2, OUTPUT, Quantizer(group=16), jnp.float32),
         ((64, 16), -2, COLUMNS, Quantizer(group="channel"), jnp.bfloat16),
         ((64, 8), -2, ROWS, Quantizer(group=8), jnp.float32),
-        ((12, 4), -2, ROWS, Quantizer(group=3, scale_bits=24), jnp.float32),  # 6 rows a shard: not whole bytes
+        ((12, 4), -2, ROWS, Quantizer(group=3, scale_bits=24), jnp.float32),  # 6 rows per shard do not fill whole bytes
         ((27, 8), -2, OUTPUT, Quantizer(group=8, scale_bits=11, kind="twn"), jnp.float32),
         ((64, 16), -2, OUTPUT, Quantizer(group="tensor"), jnp.bfloat16),
         ((16, 20), -1, TABLE, Quantizer(group=8, kind="least_squares"), jnp.bfloat16),
@@ -80,13 +80,13 @@ def test_what_moves_is_two_bits_a_weight_and_the_scales(placement: Placement, ro
     with jax.set_mesh(mesh):
         stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, placement.param_spec))
         move = jax.jit(lambda w: fake_quantize(w, Quantizer(group=128), -2, None, None, jnp.bfloat16, placement))
-        found = gathered(move.lower(stored).compile().as_text())
+        gathers = gathered(move.lower(stored).compile().as_text())
         floats = gathered(jax.jit(lambda w: gather_float(w, placement, jnp.bfloat16)).lower(stored).compile().as_text())
-    part = rows * 64 * gather // 4  # of the weights a device ends with
-    assert sorted(dtype for dtype, _ in found)[-1] == "u8" and len(found) == 2
-    assert dict(found)["u8"] == part // 4
-    # CPUs have no collectives of bfloat16: a scale and a float weight have four bytes here, and two on a TPU.
-    assert sum(size for _, size in found) == part // 4 + 4 * part // 128
+    part = rows * 64 * gather // 4  # number of weights that a device has after the gather
+    assert sorted(dtype for dtype, _ in gathers)[-1] == "u8" and len(gathers) == 2
+    assert dict(gathers)["u8"] == part // 4
+    # CPUs have no bfloat16 collectives: scales and float weights take four bytes here, and two on a TPU.
+    assert sum(size for _, size in gathers) == part // 4 + 4 * part // 128
     assert sum(size for _, size in floats) == 4 * part
     assert part // 4 + 2 * part // 128 <= 2 * part / 2
 
@@ -95,7 +95,7 @@ def test_what_moves_is_two_bits_a_weight_and_the_scales(placement: Placement, ro
 def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantizer: Quantizer | None) -> None:
     table, mesh = draw((16, 20)), make_mesh(2, 2, 2)
     index = jnp.asarray([[3, 3, 15, 9], [3, 0, 3, 12]] * 64)
-    g = jnp.full((*index.shape, 20), 1.0, jnp.bfloat16)  # bfloat16 counts to 256 only
+    g = jnp.full((*index.shape, 20), 1.0, jnp.bfloat16)  # bfloat16 holds integers up to 256 only
 
     def rows(table: jax.Array) -> jax.Array:
         return (table if quantizer is None else fake_quantize(table, quantizer, -1))[index].astype(jnp.bfloat16)
@@ -119,5 +119,5 @@ def test_floats_move_in_the_dtype_they_are_used_in() -> None:
         text = jax.jit(lambda w: gather_float(w, OUTPUT, jnp.bfloat16)).lower(stored).as_text()
     np.testing.assert_array_equal(actual, w.astype(jnp.bfloat16))
     assert gradient.dtype == jnp.float32 and gradient.sharding.is_equivalent_to(stored.sharding, 2)
-    # The conversion comes before the first constraint.
+    # The cast precedes the first sharding constraint.
     assert re.search(r"convert.*?bf16>\n.*sharding_constraint", text)

@@ -1,4 +1,4 @@
-"""Every kind of quantizer: against NumPy float32 to the bit, its properties, and the errors that it is known for."""
+"""All kinds of quantizers: bit-equal to NumPy float32, their properties, and their published errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bits(x: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantized(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> TernaryTensor:
-    """With α where it starts."""
+    """Quantize with α at its initial value."""
     return ternarize(w, quantizer, axis, initial_alpha(w, quantizer, axis) if quantizer.learned else None)
 
 
@@ -82,7 +82,7 @@ def levels_of(group: np.ndarray, kind: str, total: Any = halving) -> tuple[np.fl
 
 
 def numpy_dequantized(w: np.ndarray, quantizer: Quantizer) -> np.ndarray:
-    """ŵ of a kernel (K, N), one group after the other."""
+    """ŵ of a kernel (K, N), group by group."""
     result, (length, outputs) = np.zeros_like(w), w.shape
     if quantizer.group == "tensor":
         scale, threshold = levels_of(
@@ -135,7 +135,7 @@ def test_again_changes_nothing(kind: str, group: Any) -> None:
 @given(hnp.arrays(np.float32, (32, 3), elements=st.floats(-1, 1, width=32)), st.integers(-3, 3))
 @settings(max_examples=40, deadline=None)
 def test_odd_and_equivariant_under_powers_of_two(kind: str, w: np.ndarray, exponent: int) -> None:
-    # Above the smallest scale, where flooring would break the equivariance.
+    # Weights stay above the smallest scale, whose lower bound would break the equivariance.
     w = np.where(np.abs(w) < 2**-6, np.float32(2**-6), w)
     quantizer = Quantizer(2.0, 32, 8, kind)  # type: ignore[arg-type]
     plain, odd, scaled = (quantized(each, quantizer) for each in (w, -w, w * np.float32(2.0**exponent)))
@@ -153,26 +153,26 @@ def test_odd_and_equivariant_under_powers_of_two(kind: str, w: np.ndarray, expon
         ("factor", 2.0, 0.230, 0.264),
         ("twn", 2.0, 0.192, 0.282),
         ("least_squares", 2.0, 0.190, 0.262),
-        ("lsq", 2.0, 0.230, 0.264),  # where α starts
+        ("lsq", 2.0, 0.230, 0.264),  # α at its initial value
     ],
 )
 def test_error_is_no_worse_than_published(kind: str, factor: float, gauss: float, laplace: float) -> None:
     rng = np.random.default_rng(0)
     for draw, expected in ((rng.standard_normal, gauss), (lambda n: rng.laplace(size=n) / 2**0.5, laplace)):
         w = draw((2048, 64)).astype(np.float32)
-        # 2,048 of a channel: the table's are for known statistics. 0.001 is how far a printed figure is rounded.
+        # The published errors are for known statistics, not 2,048 samples per channel. 0.001 covers their rounding.
         error = quantized(w, Quantizer(factor, "channel", 24, kind)).dequantize() - w  # type: ignore[arg-type]
         assert np.mean(np.square(error)) <= expected + 0.001 + 4 * np.std(np.square(error)) / w.size**0.5
 
 
 def test_least_squares_is_the_best_of_all_thresholds() -> None:
     w = np.random.default_rng(1).laplace(size=(64, 5)).astype(np.float32)
-    found = np.asarray(quantized(w, Quantizer(2.0, "channel", 24, "least_squares")).dequantize(), np.float64)
+    dequantized = np.asarray(quantized(w, Quantizer(2.0, "channel", 24, "least_squares")).dequantize(), np.float64)
     for n in range(5):
         magnitude, errors = np.sort(np.abs(np.float64(w[:, n])))[::-1], []
         for kept in range(1, 65):
             errors.append(np.sum(magnitude**2) - magnitude[:kept].sum() ** 2 / kept)
-        assert np.sum((found[:, n] - w[:, n]) ** 2) == pytest.approx(min(errors), rel=1e-6)
+        assert np.sum((dequantized[:, n] - w[:, n]) ** 2) == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_equal_magnitudes_all_survive_and_zeros_have_no_scale() -> None:
@@ -195,8 +195,8 @@ def test_gradient_of_the_weight_and_of_its_learned_scale(kind: str, group: Any) 
         np.testing.assert_array_equal(gradients[0], upstream)
         return
     length = 72 if group == "tensor" else group
-    each = np.float64(alpha if group == "tensor" else np.repeat(alpha, length, 0)[:72])
-    x, g = np.float64(w) / each, np.float64(upstream)
+    scale = np.float64(alpha if group == "tensor" else np.repeat(alpha, length, 0)[:72])
+    x, g = np.float64(w) / scale, np.float64(upstream)
     if kind == "lsq":
         inside, level = np.abs(x) < 1, np.round(np.clip(x, -1, 1))
         members = np.array([[72 * 5]]) if group == "tensor" else np.array([[32], [32], [8]])
@@ -212,7 +212,7 @@ def test_gradient_of_the_weight_and_of_its_learned_scale(kind: str, group: Any) 
 
 
 def test_a_weight_of_exactly_alpha_is_saturated() -> None:
-    """Eq. 3 and 5 of arXiv 1902.08153 are strict: at |w| = α the weight gets nothing, and α gets sign(w) / sqrt(n)."""
+    """Eq. 3 and 5 of arXiv 1902.08153 are strict: at |w| = α the weight gets 0, and α gets sign(w) / sqrt(n)."""
     w, alpha = jnp.array([[0.5], [-0.5], [0.375], [0.0]]), jnp.array([[0.5]])
     quantizer, upstream = Quantizer(2.0, "channel", 24, "lsq"), jnp.array([[1.0], [2.0], [4.0], [8.0]])
     to_w, to_alpha = jax.vjp(lambda w, a: fake_quantize(w, quantizer, -2, a), w, alpha)[1](upstream)
@@ -269,7 +269,7 @@ def test_a_learned_scale_never_falls_below_the_smallest() -> None:
 @settings(max_examples=60, deadline=None)
 def test_quotient_is_the_largest_that_does_not_exceed(pairs: list[tuple[float, int]]) -> None:
     total, count = np.array(pairs, np.float32).T
-    tiny = total < 1e-20  # quotients without all their bits
+    tiny = total < 1e-20  # their quotients may be subnormal and lack bits
     expected = [largest_quotient(t, int(c)) for t, c in zip(total, count, strict=True)]
     np.testing.assert_array_equal(np.where(tiny, 0, quotient(total, count)), np.where(tiny, 0, expected))
 

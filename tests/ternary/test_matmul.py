@@ -1,4 +1,4 @@
-"""The ternary product against NumPy float64: every implementation that runs on a CPU, by one suite."""
+"""The ternary product against NumPy float64, with one suite for all implementations that run on a CPU."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ Array = np.ndarray[Any, Any]
 def draw(rows: int, length: int, columns: int, group: int | str, seed: int = 0) -> tuple[Array, TernaryTensor]:
     """Random activations and a ternary weight whose first column is all zero."""
     rng = np.random.default_rng(seed)
-    own = length if group in ("channel", "tensor") else min(int(group), length)
-    scale = (1, 1) if group == "tensor" else (-(-length // own), columns)
+    size = length if group in ("channel", "tensor") else min(int(group), length)
+    scale = (1, 1) if group == "tensor" else (-(-length // size), columns)
     trits = rng.integers(-1, 2, (length, columns), dtype=np.int8)
     trits[:, 0] = 0
     level = np.asarray(jnp.asarray(rng.uniform(0.01, 1, scale), jnp.bfloat16), np.float32)
     x = rng.standard_normal((rows, length), np.float32)
-    return x, TernaryTensor(trits, level, own)  # type: ignore[arg-type]
+    return x, TernaryTensor(trits, level, size)  # type: ignore[arg-type]
 
 
 def dense(w: TernaryTensor) -> Array:
@@ -55,16 +55,16 @@ def dense(w: TernaryTensor) -> Array:
 
 
 def rounded(x: Array) -> Array:
-    """Each token's values on its grid of 255, in the float32 steps that are documented."""
+    """Each token rounded to its 255 levels, in the documented float32 steps."""
     largest = np.abs(x).max(-1, keepdims=True)
     q = np.rint(x * (np.float32(127) / largest))
     return np.float64(q) * np.float64(largest) / 127
 
 
-def assert_close(found: Any, x: Array, weights: Array) -> None:
-    """Within the bound of a float32 sum in any order, (K + 8) · 2⁻²⁴ · Σ|x·w|, of the float64 product."""
+def assert_close(result: Any, x: Array, weights: Array) -> None:
+    """Check the float64 product within (K + 8) · 2⁻²⁴ · Σ|x·w|, the error bound of a float32 sum in any order."""
     bound = (len(weights) + 8) * 2.0**-24 * (np.abs(x) @ np.abs(weights)) + 1e-30
-    assert (np.abs(np.float64(found) - x @ weights) <= bound).all()
+    assert (np.abs(np.float64(result) - x @ weights) <= bound).all()
 
 
 @on_cpus
@@ -78,17 +78,17 @@ def assert_close(found: Any, x: Array, weights: Array) -> None:
     seed=st.integers(0, 99),
 )
 @example(rows=1, length=1, columns=1, group="tensor", seed=0)
-@example(rows=33, length=588, columns=33, group=256, seed=1)  # L/14's patches: a short last group
-@example(rows=40, length=513, columns=32, group="channel", seed=2)  # one more than two blocks of the native kernel
+@example(rows=33, length=588, columns=33, group=256, seed=1)  # the patches of L/14, with a short last group
+@example(rows=40, length=513, columns=32, group="channel", seed=2)  # two blocks of the native kernel and one more k
 @example(rows=5, length=100, columns=64, group=100, seed=3)
 def test_equals_float64(
     implementation: str, activations: Any, rows: int, length: int, columns: int, group: Any, seed: int
 ) -> None:
     x, w = draw(rows, length, columns, group, seed)
     packed = kernel(implementation).pack(w)
-    found = jax.jit(ternary_matmul, static_argnames="activations")(x, packed, activations=activations)
-    assert (found.shape, found.dtype) == ((rows, columns), jnp.float32)
-    assert_close(found, np.float64(x) if activations == "A16" else rounded(x), dense(w))
+    result = jax.jit(ternary_matmul, static_argnames="activations")(x, packed, activations=activations)
+    assert (result.shape, result.dtype) == ((rows, columns), jnp.float32)
+    assert_close(result, np.float64(x) if activations == "A16" else rounded(x), dense(w))
 
 
 @on_cpus
@@ -117,20 +117,20 @@ def test_scales_of_any_bits_are_kept(implementation: str) -> None:
 def test_bfloat16_activations_give_bfloat16(implementation: str, activations: Any) -> None:
     x, w = draw(35, 96, 40, 32)
     narrow = jnp.asarray(x, jnp.bfloat16)
-    found = ternary_matmul(narrow, kernel(implementation).pack(w), activations=activations)
-    assert found.dtype == jnp.bfloat16
+    result = ternary_matmul(narrow, kernel(implementation).pack(w), activations=activations)
+    assert result.dtype == jnp.bfloat16
     wide = np.asarray(narrow, np.float32)
     expected = (np.float64(wide) if activations == "A16" else rounded(wide)) @ dense(w)
-    np.testing.assert_allclose(np.float64(found), expected, rtol=2**-8, atol=2e-2)
+    np.testing.assert_allclose(np.float64(result), expected, rtol=2**-8, atol=2e-2)
 
 
 @on_cpus
 def test_a_token_of_zeros_stays_zero_and_one_with_nan_spoils_no_other(implementation: str) -> None:
     x, w = draw(36, 64, 8, 32)
     x[3], x[5, 7] = 0, np.nan
-    found = np.asarray(ternary_matmul(x, kernel(implementation).pack(w), activations="A8"))
-    np.testing.assert_array_equal(found[3], 0)
-    assert np.isnan(found[5, 1:]).all() and np.isfinite(np.delete(found, 5, 0)).all()
+    result = np.asarray(ternary_matmul(x, kernel(implementation).pack(w), activations="A8"))
+    np.testing.assert_array_equal(result[3], 0)
+    assert np.isnan(result[5, 1:]).all() and np.isfinite(np.delete(result, 5, 0)).all()
 
 
 @on_cpus
@@ -179,11 +179,11 @@ def test_rows_stay_sharded_over_a_mesh_and_sharded_weights_are_gathered(implemen
                     ),
                     packed,
                 )
-                found = product(sharded, spread)
-                assert found.sharding.is_equivalent_to(sharded.sharding, 2)
+                result = product(sharded, spread)
+                assert result.sharding.is_equivalent_to(sharded.sharding, 2)
                 if axis == PartitionSpec():  # nothing to gather, the rows of x neither
                     assert "all-gather" not in product.lower(sharded, spread).compile().as_text()
-                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [16, 48, "channel", "tensor"])
@@ -245,7 +245,7 @@ def test_two_bits_a_weight_are_resident() -> None:
 @on_cpus
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.bool_])
 def test_integers_are_refused(dtype: Any, implementation: str) -> None:
-    """Their product was cut to integers: 0.25 of it became 0."""
+    """Integers would truncate the product, such as 0.25 to 0."""
     x, w = np.ones((3, 8), dtype), TernaryTensor(jnp.ones((8, 2), jnp.int8), jnp.full((1, 2), 0.25), 8)
     packed = repack(w, implementation=implementation)
     name = np.dtype(dtype).name
@@ -294,9 +294,9 @@ def test_what_is_not_finite_stays_visible_in_its_row(activations: Any, implement
 def test_float64_is_what_jax_makes_of_it(implementation: str) -> None:
     x, w = draw(5, 64, 3, 32)
     packed = repack(w, implementation=implementation)
-    found = ternary_matmul(np.float64(x), packed)  # type: ignore[arg-type]
-    assert found.dtype == jnp.asarray(np.float64(1)).dtype
-    np.testing.assert_array_equal(found, ternary_matmul(x, packed))
+    result = ternary_matmul(np.float64(x), packed)  # type: ignore[arg-type]
+    assert result.dtype == jnp.asarray(np.float64(1)).dtype
+    np.testing.assert_array_equal(result, ternary_matmul(x, packed))
 
 
 @on_cpus

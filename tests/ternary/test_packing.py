@@ -1,4 +1,4 @@
-"""Every trit survives packing, and bytes that hold no trits are refused."""
+"""Trits survive packing, and bytes that hold no trits are refused."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_integers_of_any_kind_are_trits_and_nothing_else_is(pack: Callable[[np.n
     for dtype in (np.int8, np.int16, np.int64):
         np.testing.assert_array_equal(pack(trits.astype(dtype)), pack(trits.astype(np.int8)))
     np.testing.assert_array_equal(pack(trits.T.astype(np.int8)), pack(np.ascontiguousarray(trits.T, np.int8)))
-    for wrong in (trits * 0.7, trits == 1, np.array([np.nan, 1.0]), trits.astype(np.complex64)):
-        with pytest.raises(ValueError, match=rf"^trits are integers −1, 0 and \+1, not {wrong.dtype}$"):
-            pack(wrong)
-    for outside in (256, 2, -257, 2**40):  # 256 is 0 in an int8
+    for invalid in (trits * 0.7, trits == 1, np.array([np.nan, 1.0]), trits.astype(np.complex64)):
+        with pytest.raises(ValueError, match=rf"^trits are integers −1, 0 and \+1, not {invalid.dtype}$"):
+            pack(invalid)
+    for outside in (256, 2, -257, 2**40):  # a cast to int8 turns 256 into 0
         with pytest.raises(ValueError, match=r"^trits are −1, 0 and"):
             pack(np.array([0, outside]))
 

@@ -1,4 +1,4 @@
-"""Embedding tables packed by rows."""
+"""Embedding tables that are packed by rows."""
 
 from __future__ import annotations
 

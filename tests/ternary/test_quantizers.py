@@ -1,4 +1,4 @@
-"""The quantizer against NumPy float32 written out by hand, and to the bit wherever it runs."""
+"""The factor quantizer: bit-equal to NumPy float32, and bit-deterministic in every way of running it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRANULARITIES = (256, 64, 48, "channel", "tensor")
 
 
 def numpy_sum(x: np.ndarray) -> np.float32:
-    """Halving over one vector, in float32."""
+    """`halving_sum` of a vector, in float32."""
     length = 1
     while length < len(x):
         length *= 2
@@ -31,7 +31,7 @@ def numpy_sum(x: np.ndarray) -> np.float32:
 
 
 def numpy_ternarize(w: np.ndarray, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
-    """Trits and dequantised weights of a (K, N) kernel, one group after the other."""
+    """Trits and dequantised weights of a (K, N) kernel, group by group."""
     trits, dequantised = np.zeros(w.shape, np.int8), np.zeros(w.shape, np.float32)
     length, outputs = w.shape
     group = quantizer.group if isinstance(quantizer.group, int) else length
@@ -101,7 +101,7 @@ def test_equal_bits_under_jit_scan_vmap_transposition_and_sharding(group: int | 
         sharded = jax.device_put(w, jax.NamedSharding(mesh, spec))
         runs[str(spec)] = jax.jit(lambda w: fake_quantize(w, quantizer))(sharded)
     if group == "tensor":
-        runs.pop("transposed")  # sums over the outputs first: another order, another tensor
+        runs.pop("transposed")  # it sums over the outputs first, in another order
     for name, run in runs.items():
         np.testing.assert_array_equal(bits(run), expected, err_msg=name)
 
@@ -117,7 +117,7 @@ def test_short_last_group_is_the_mean_of_its_own_members() -> None:
     np.testing.assert_array_equal(ternarize(w, Quantizer(1.0)).scale[:, 0], [4.0, 0.5])
 
 
-# Few shapes, because every new one is compiled anew.
+# Few shapes, because each new shape is compiled.
 @given(
     st.sampled_from([(1, 1), (37, 3)]).flatmap(
         lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-8, 8, width=32))
@@ -136,7 +136,7 @@ def test_levels_are_minus_one_zero_one_times_the_scale(w: np.ndarray) -> None:
 @given(hnp.arrays(np.float32, (32, 3), elements=st.floats(-1, 1, width=32)), st.integers(-3, 3))
 @settings(max_examples=60, deadline=None)
 def test_odd_and_equivariant_under_powers_of_two(w: np.ndarray, exponent: int) -> None:
-    # Above the smallest scale, where flooring would break the equivariance.
+    # Weights stay above the smallest scale, whose lower bound would break the equivariance.
     w = np.where(np.abs(w) < 2**-6, np.float32(2**-6), w)
     plain = ternarize(jnp.asarray(w), Quantizer())
     odd, scaled = ternarize(jnp.asarray(-w), Quantizer()), ternarize(jnp.asarray(w * 2.0**exponent), Quantizer())

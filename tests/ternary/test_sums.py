@@ -1,4 +1,4 @@
-"""Products in bfloat16 whose sums are float32: within a device, and over devices."""
+"""Products of bfloat16 arrays with float32 sums, within a device and over devices."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_values_and_gradients(columns: tuple[int, ...], dtype: Any) -> None:
     np.testing.assert_allclose(np.float64(y), np.tensordot(wide_x, wide_w, 1), **close)
     axes = list(range(2, g.ndim)), list(range(1, w.ndim))
     np.testing.assert_allclose(np.float64(to_x), np.tensordot(wide_g, wide_w, axes), **close)
-    # Not rounded to bfloat16: as near as float32.
+    # The tolerance of float32: the gradient is not rounded to bfloat16.
     np.testing.assert_allclose(to_w, np.tensordot(wide_x, wide_g, ([0, 1], [0, 1])), rtol=1e-5, atol=1e-5)
 
 
 def test_devices_add_what_bfloat16_does_not_hold() -> None:
-    """Each device's part of the sum is 1 + 2⁻⁹, of which bfloat16 keeps the 1."""
+    """Each device's part of the sum is 1 + 2⁻⁹, which bfloat16 would round to 1."""
     mesh = make_mesh()
     x = np.ones((8, 2, 4), np.float32)
     g = np.tile(np.float32([1, 2**-9])[:, None], (8, 1, 3))
@@ -48,7 +48,10 @@ def test_devices_add_what_bfloat16_does_not_hold() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_devices_that_share_a_product_add_what_bfloat16_does_not_hold(backward: bool) -> None:
-    """Inputs lie over devices in the second product of a pair, outputs in the first; four parts of 1 + 2⁻⁹ less 4."""
+    """Devices share the inputs in the forward case and the outputs in the backward case.
+
+    The sum is four times 1 + 2⁻⁹, minus 4.
+    """
     mesh = make_mesh(1, 1, 8)
     parts = np.concatenate([np.tile(np.float32([1, 2**-9]), 4), np.tile(np.float32([-1, 0]), 4)])
     with jax.set_mesh(mesh):

@@ -1,19 +1,20 @@
-"""Implementations of the ternary product, one module each, under one interface.
+"""Implementations of the ternary product, one module each, with one interface.
 
 Each module has
   NAME: str
   unsupported(*, device_kind, platform, rows, shape, group, dtype, activations) -> str | None
-    None if it can run, else why not in one clause; decided from shapes and the kind of device alone, never by trying.
-    `rows` is M, None when not known yet; `shape` is (K, N); `dtype` is that of x.
-  slower(*, …the same) -> str | None
-    None if it is at least as fast as a dense product there, else why not: the dispatcher then passes it over, but it
-    can still be forced.
+    None if the implementation can run, otherwise the reason as one clause. It depends on shapes and the kind of device
+    alone and runs nothing. `rows` is M, or None if it is not known yet; `shape` is (K, N); `dtype` is that of x.
+  slower(*, …, as unsupported) -> str | None
+    None if the implementation is at least as fast as a dense product, otherwise the reason. The dispatcher then skips
+    the implementation unless the caller forces it.
   pack(w: TernaryTensor) -> PackedTensor
-    `w.axis` is −2; leading layer axes are kept. NumPy or JAX arrays in, the same or JAX arrays out.
+    Requires that `w.axis` is −2; keeps leading layer axes. From NumPy arrays to NumPy or JAX arrays, from JAX arrays
+    to JAX arrays.
   unpack(w: PackedTensor) -> jax.Array
-    The float32 weights (…, K, N), scale · trit exactly: for gradients and comparisons.
+    The float32 weights (…, K, N), exactly scale · trit: for gradients and comparisons.
   matmul(x: jax.Array, w: PackedTensor, *, activations) -> jax.Array
-    (M, K) with one layer's weight gives (M, N) in the dtype of x, accumulated in float32.
+    (M, K) and the weight of one layer to (M, N) in the dtype of x, accumulated in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-# What is tried on a platform, best first; `reference` runs everywhere.
+# Candidates of each platform, best first; `reference` runs on all platforms.
 PREFERRED = {
     "cpu": ("native_cpu", "xla_int8"),
     "tpu": ("mosaic_tpu_int8", "mosaic_tpu", "xla_int2"),
@@ -31,10 +32,10 @@ NAMES = ("reference", *dict.fromkeys(name for names in PREFERRED.values() for na
 
 
 def kernel(name: str) -> ModuleType:
-    """The module of that name, imported when it is first asked for.
+    """Import and return the module of an implementation.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the name is not in `NAMES`.
     """
     if name not in NAMES:
         raise ValueError(f"no implementation {name!r} of the ternary product: there are {', '.join(NAMES)}")

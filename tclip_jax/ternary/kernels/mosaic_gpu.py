@@ -1,7 +1,7 @@
-"""Ternary product on a Hopper GPU by Pallas' Mosaic GPU: 2 bits a weight in memory, bf16 in shared memory and wgmma.
+"""Ternary product on Hopper GPUs with Pallas Mosaic GPU: 2 bits per weight in memory, bf16 in shared memory, wgmma.
 
-It has been lowered for CUDA and run by Pallas' GPU interpreter on a CPU, never by a GPU: the dispatcher passes it over
-until it is asked for, and nothing is known of its speed.
+It has been lowered for CUDA and run by Pallas' GPU interpreter on a CPU, but never on a GPU. Its speed is unknown, so
+the dispatcher selects it only if the caller forces it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, e
 
 NAME = "mosaic_gpu"
 
-COLUMNS = 64  # of a block: the rows of one wgmma, whose result is transposed
-BLOCK = 256  # k of a block: 16 fields of 16 words
-STEP = 16  # k that one field of the words of a block holds; groups are padded to whole steps
-_SWIZZLE = 32  # bytes: a step of bf16, so that each is whole tiles of shared memory
+COLUMNS = 64  # columns of a block: the rows of one wgmma, whose result is transposed
+BLOCK = 256  # k of a block: 16 words of 16 fields
+STEP = 16  # k in one field of the words of a block; groups are padded to whole steps
+_SWIZZLE = 32  # bytes of a step in bf16, so that each step is whole tiles of shared memory
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    """All of `ref`; jax before 0.12 wants an index beside it."""
+    """Load all of `ref`; before jax 0.12 `plgpu.load` also takes an index."""
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
@@ -37,7 +37,7 @@ def unsupported(*, device_kind: str, platform: str, dtype: Any, activations: Act
     if platform != "gpu":
         return f"a GPU kernel does not run on platform {platform}"
     if not re.search(r"\bG?H(20|100|200|800)\b", device_kind):
-        return f"wgmma is of Hopper (H100, H200) alone, and the device is {device_kind}"
+        return f"it needs a Hopper GPU (H100, H200) for wgmma, not {device_kind}"
     if activations == "A16" and dtype != jnp.bfloat16:
         return f"activations are bfloat16, not {dtype}"
     return None
@@ -49,9 +49,10 @@ def slower(**_: Any) -> str | None:
 
 @jax.jit
 def pack(w: TernaryTensor) -> PackedTensor:
-    """int32 words (…, N′, K′ / 16) and float32 scales (…, G, N′); K′ is a multiple of 256, N′ of 64.
+    """Pack a weight into int32 words (…, N′, K′ / 16) and float32 scales (…, G, N′).
 
-    k = 256 b + 16 i + c is the two's-complement field i, counted from the lowest, of word 16 b + c.
+    K′ is a multiple of 256, N′ of 64. k = 256 b + 16 i + c is the two's-complement field i, counted from the lowest, of
+    word 16 b + c.
     """
     trits = k_axis.pad(k_axis.spread(w.trits, w.group, STEP, BLOCK, -2), COLUMNS, -1)
     *layers, length, columns = trits.shape
@@ -67,7 +68,7 @@ def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
     words = jax.lax.bitcast_convert_type(jnp.swapaxes(w.data, -1, -2), jnp.uint32)
     blocks = words.reshape(*words.shape[:-2], -1, 1, STEP, words.shape[-1])
-    # Shifted to the top of an int8, the sign comes back with an arithmetic shift.
+    # Each field moves to the top of an int8; the arithmetic shift back extends its sign.
     fields = ((blocks >> _shifts()).astype(jnp.uint8) << 6).astype(jnp.int8) >> 6
     trits = fields.reshape(*words.shape[:-2], -1, words.shape[-1])
     trits = k_axis.gather(trits, w.shape[0], w.group, STEP)
@@ -79,9 +80,10 @@ def _shifts() -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: Any = None) -> jax.Array:
-    """x · ŵ in bf16 with f32 sums; group scales beyond 8 significant bits are rounded to bf16, as the weights are.
+    """Multiply in bf16 with float32 sums: x · ŵ.
 
-    With A8 the rounded activations are bf16 too, which holds ±127 exactly.
+    Weights are rounded to bf16, and with them group scales of more than 8 significant bits. With A8 the rounded
+    activations are bf16 too, which holds ±127 exactly.
     """
     rows, level = (x, None) if activations == "A16" else quantize_activations(x)
     size = next((size for size in (16, 32) if len(x) <= size), 64)
@@ -92,7 +94,7 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret
 
 
 def _dot(x: jax.Array, words: jax.Array, scale: jax.Array, *, group: int, rows: int, interpret: Any) -> jax.Array:
-    """ŵᵀ · x of (K, M) activations: float32 (N, M), in blocks of 64 columns and `rows` rows."""
+    """ŵᵀ · x for activations (K, M): float32 (N, M), in blocks of 64 columns and `rows` rows."""
     (k, m), n = x.shape, words.shape[0]
     tiles = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(_SWIZZLE))
     word_tiles = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(64))
@@ -106,12 +108,12 @@ def _dot(x: jax.Array, words: jax.Array, scale: jax.Array, *, group: int, rows: 
                 words, level = words_smem[...], None
                 for i in range(16):
                     if level is None or group % BLOCK:
-                        # What pads K lies beyond the last group.
+                        # The padding of K lies beyond the last group.
                         j = jnp.minimum((index[0] * BLOCK + i * STEP) // group, scale_gmem.shape[0] - 1)
                         layout = plgpu.Layout.WGMMA.reduce(1)
                         level = _load(scale_gmem.at[j, own_columns], layout)
                         level = jax.lax.broadcast_in_dim(level, (COLUMNS, STEP), (0,))
-                    # The field, shifted to the top and back, keeps its sign.
+                    # The shift to the top and back extends the sign of the field.
                     weights = ((words << (30 - 2 * i)) >> 30).astype(jnp.float32) * level
                     weight_smem[:, pl.ds(i * STEP, STEP)] = weights.astype(jnp.bfloat16)
                 plgpu.commit_smem()

@@ -1,7 +1,7 @@
-"""Ternary product on a TPU with bf16 weights in VMEM, 2 bits a weight in HBM: any TPU from v4, float activations.
+"""Ternary product on TPUs from v4 with float activations: 2 bits per weight in HBM, bf16 weights in VMEM.
 
-Compiled ahead of time for v4, v5e, v5p and v6e (`benchmarks/tpu_static.py`) and run by Pallas' interpreter; it has not
-run on a TPU yet.
+It is compiled ahead of time for v4, v5e, v5p and v6e (`benchmarks/tpu_static.py`) and tested in Pallas' interpreter. It
+has not run on a TPU yet.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def slower(*, dtype: Any, activations: Activations, **_: Any) -> str | None:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """int32 words in the bf16 order; groups that are no multiple of 16 are padded to one."""
+    """Pack int32 words in the bf16 order; groups are padded to multiples of 16."""
     return word_order.pack(w, "bf16", NAME)
 
 
@@ -50,15 +50,16 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:
-    """x · ŵ; with more than 256 rows, group scales beyond 8 significant bits are rounded to bf16, as the weights are.
+    """Multiply: x · ŵ.
 
+    With more than 256 rows, weights are rounded to bf16, and with them group scales of more than 8 significant bits.
     With A8 the rounded activations are bf16 too, which holds ±127 exactly.
     """
     return multiply(x, w, "bf16", activations, interpret=interpret)
 
 
 def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activations, *, interpret: bool) -> jax.Array:
-    """The product in either order, with K of `x` padded as K of `w` is."""
+    """The product in either order, with K of `x` padded like K of `w`."""
     rows, level = (x, None) if activations == "A16" else quantize_activations(x)
     if activations == "A8" and order == "bf16":
         rows = rows.astype(jnp.bfloat16)

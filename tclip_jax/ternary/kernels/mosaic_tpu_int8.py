@@ -1,7 +1,7 @@
-"""Ternary product on a TPU's int8 matrix unit, 2 bits a weight in HBM: A8 on v5e, v5p and v6e (v4 has no int8 dot).
+"""Ternary product on the int8 matrix unit of TPUs v5e, v5p and v6e with A8: 2 bits per weight in HBM.
 
-Compiled ahead of time (`benchmarks/tpu_static.py`) and run by Pallas' interpreter; it has not run on a TPU yet. What it
-gains at many rows is the int8 rate, which dense int8 weights have too.
+v4 has no int8 product. The kernel is compiled ahead of time (`benchmarks/tpu_static.py`) and tested in Pallas'
+interpreter; it has not run on a TPU yet. With many rows its advantage is the int8 rate, which dense int8 weights share.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """int32 words in the int8 order; groups that are no multiple of 128 are padded to one."""
+    """Pack int32 words in the int8 order; groups are padded to multiples of 128."""
     return word_order.pack(w, "int8", NAME)
 
 
@@ -44,10 +44,10 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:
-    """x rounded to int8, times ŵ: int32 sums of each group, scaled in float32.
+    """Multiply `x`, rounded to int8, by ŵ: int32 sums of each group, scaled in float32.
 
     Raises:
-      ValueError: activations other than A8.
+      ValueError: activations other than "A8".
     """
     if activations != "A8":
         raise ValueError(f"{NAME} multiplies int8 activations: activations must be 'A8', not {activations!r}")

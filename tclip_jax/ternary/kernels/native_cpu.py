@@ -1,8 +1,8 @@
-"""The native CPU kernel: C++ over AVX-512 VNNI, AVX-VNNI, AVX2 or NEON, chosen when it is called.
+"""Ternary product on CPUs in C++, for AVX-512 VNNI, AVX-VNNI, AVX2, NEON or any CPU; selected at run time.
 
-With A8 the activations are rounded to int8 and multiplied by the int8 dot instructions. With A16 they stay as they are:
-the weights are unpacked into the first cache, a piece at a time, and multiplied in float32, so that the result equals a
-dense float32 product but for the order of its sums. `hatch_build.py` compiles the library at installation.
+With A8 activations are rounded to int8 and multiplied by int8 dot instructions. With A16 the weights are unpacked into
+the L1 cache piece by piece and multiplied in float32, so the result differs from a dense float32 product only in the
+order of its sums. `hatch_build.py` compiles the library at installation.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ NAME = "native_cpu"
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
 
 _TARGET = "tclip_ternary_matmul"
-_PANEL, _CHUNK = 32, 16  # columns of a panel, k of a chunk: see native/ternary_cpu.cc
-_SHIFTS = np.array([8 * (k % 4) + 2 * (k // 4) for k in range(_CHUNK)], np.uint32)  # of k within a chunk's word
+_PANEL, _CHUNK = 32, 16  # columns of a panel, k of a chunk; see native/ternary_cpu.cc
+_SHIFTS = np.array(
+    [8 * (k % 4) + 2 * (k // 4) for k in range(_CHUNK)], np.uint32
+)  # bits below each k of a chunk in its word
 
 
 def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
     """Needs a CPU, the compiled library, and float32 or bfloat16 activations."""
     if platform != "cpu":
-        return "it runs on CPUs alone"
+        return "it runs on CPUs only"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"activations are {jnp.dtype(dtype).name}: it takes float32 and bfloat16"
     if not instruction_sets():
@@ -39,13 +41,13 @@ def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
 
 
 def slower(**_: Any) -> str | None:
-    """None: faster than dense float32 at every shape measured (docs/performance.md)."""
+    """None: it is faster than dense float32 at every measured shape (docs/performance.md)."""
     return None
 
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
-    """The kernel's instruction sets, best first, '' for one that this CPU lacks; none without the library."""
+    """Instruction sets of the kernel, best first, "" for one that this CPU lacks; empty without the library."""
     if not LIBRARY.exists():
         return ()
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
@@ -59,13 +61,16 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """Two bits a weight: data (…, panels, chunks, 32) uint32, scale (…, panels, groups, 32), bfloat16 where exact."""
+    """Pack 2 bits per weight: data uint32 (…, panels, chunks, 32) and scales (…, panels, groups, 32).
+
+    Scales are bfloat16 if that is exact, otherwise float32.
+    """
     *layers, length, columns = w.shape
     groups, wide = -(-length // w.group), [(0, 0)] * len(layers)
     rows = _padded_rows(length, w.group)
     codes = np.asarray(w.trits, np.int8).view(np.uint8) + np.uint8(1)
     if len(rows) != length:
-        # Groups are padded to whole chunks with the code of a zero: it stands in the added last row.
+        # Groups are padded to whole chunks with code 1, a zero trit, which the added last row holds.
         codes = np.pad(codes, [*wide, (0, 1), (0, 0)], constant_values=1)[..., rows, :]
     codes = np.pad(codes, [*wide, (0, 0), (0, -columns % _PANEL)], constant_values=1)
     chunks = codes.reshape(*layers, len(rows) // _CHUNK, _CHUNK, -1, _PANEL)
@@ -92,7 +97,7 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def _padded_rows(length: int, group: int) -> np.ndarray:
-    """Where each packed k comes from, or `length` where it is padding."""
+    """The source row of each packed k, or `length` for padding."""
     starts = range(0, length, group)
     members = [min(group, length - start) for start in starts]
     return np.concatenate(
@@ -104,7 +109,7 @@ def _padded_rows(length: int, group: int) -> np.ndarray:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, instructions: str | None = None) -> jax.Array:
-    """x · ŵ; `instructions` forces one of `instruction_sets()`, else it is the first that this CPU has."""
+    """Multiply: x · ŵ. `instructions` forces one of `instruction_sets()`; by default the first that this CPU has."""
     sets = instruction_sets()
     index = sets.index(instructions) if instructions else next(i for i, name in enumerate(sets) if name)
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype))

@@ -1,4 +1,4 @@
-"""The reference: dequantize and multiply, in plain jnp; what every other implementation is compared with."""
+"""The reference implementation, dequantize and multiply in jnp, against which all others are tested."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ NAME = "reference"
 
 
 def unsupported(**_: Any) -> str | None:
-    """None: it runs everywhere."""
+    """None: it runs on every platform."""
     return None
 
 
 def slower(**_: Any) -> str | None:
-    """None: it is what the dispatcher falls back to."""
+    """None: it is the dispatcher's fallback."""
     return None
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """Four consecutive k a byte as two's-complement fields, the first lowest: data (…, ceil(K / 4), N) uint8."""
+    """Pack four consecutive k into a byte with `pack_2bit`: data uint8 (…, ceil(K / 4), N)."""
     length, columns = w.shape[-2:]
     return PackedTensor(pack_2bit(jnp.asarray(w.trits), -2), w.scale, (length, columns), w.group, NAME)
 
@@ -37,12 +37,12 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """x · ŵ; with A8, of the activations that `quantize_activations` gives."""
+    """Multiply: x · ŵ; with A8, `x` is rounded by `quantize_activations`."""
     return multiply(x, unpack(w), activations)
 
 
 def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Array:
-    """The product with weights that are dense already."""
+    """Multiply by dense weights."""
     if activations == "A8":
         rounded, level = quantize_activations(x)
         product = jnp.matmul(rounded.astype(dense.dtype), dense, preferred_element_type=jnp.float32)
@@ -51,11 +51,17 @@ def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Ar
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Activations of each token (row of the last axis) as int8, and float32 levels (…, 1): x ≈ int8 · level.
+    """Round the activations of each token (row of the last axis) to int8: x ≈ int8 · level.
 
-    level = max|x| / 127 of the token; values are rounded to nearest, ties to even.
+    Values are rounded to nearest, ties to even.
+
+    Args:
+      x: floats (..., K).
+
+    Returns:
+      int8 (..., K), and levels max|x| / 127, float32 (..., 1).
     """
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    # Rows of zeros would divide by zero.
+    # Avoids a division by zero for rows of zeros.
     largest = jnp.maximum(largest, 2.0**-100)
     return jnp.round(x.astype(jnp.float32) * (127.0 / largest)).astype(jnp.int8), largest / 127.0

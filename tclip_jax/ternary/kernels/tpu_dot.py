@@ -1,4 +1,4 @@
-"""The Pallas TPU kernel: activations times packed ternary words, unpacked once for each block of columns."""
+"""The Pallas TPU kernel: activations times packed ternary words, which it unpacks once for each block of columns."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ def tpu_dot(
     device: Device,
     interpret: bool = False,
 ) -> jax.Array:
-    """x · ŵ in one call: (M, K) with words (K / 16, N) and scales (G, N) gives (M, N), accumulated in f32 or int32.
+    """Compute x · ŵ in one kernel call, accumulated in float32 or int32.
 
-    The grid runs over blocks of columns, then of rows; one dot takes all of K. The words of a block of columns are
-    unpacked into VMEM at its first block of rows. Scales of groups are folded into bf16 or f32 weights there; with int8
-    weights, or few rows, the sums of the groups are scaled in f32 instead. A single scale is applied to the sum. The
-    last block may reach beyond M and N.
+    The grid iterates over blocks of columns, then over blocks of rows; one dot takes all of K. At its first block of
+    rows the kernel unpacks the words of a block of columns into VMEM. Group scales are folded into bf16 or float32
+    weights at that point. With int8 weights, or few rows, the kernel scales the sum of each group in float32 instead. A
+    single scale is applied to the sum. The last block may extend beyond M and N.
 
     Args:
-      x: int8 for the int8 order, else bfloat16, or float32 (six bf16 passes); K as `spread` gives it.
-      words: of `pack_words`.
-      scale: float32, without the order's factor.
-      token_scale: float32 (M, 1), which the rows of the result are multiplied by.
-      order: of the words.
-      group: weights along K from one scale to the next, as packed.
-      out_dtype: of the result.
+      x: (M, K), int8 for the int8 order, otherwise bfloat16 or float32 (six bf16 passes); K is padded by `spread`.
+      words: int32 (K / 16, N) from `pack_words`.
+      scale: float32 (G, N), divided by the order's factor.
+      token_scale: float32 (M, 1) that multiplies the rows of the result, or None.
+      order: order of the words.
+      group: number of packed weights along K from one scale to the next.
+      out_dtype: dtype of the result.
       device: its VMEM and largest blocks.
-      interpret: runs it as plain JAX, on any device.
+      interpret: run as plain JAX on any device.
+
+    Returns:
+      (M, N) in `out_dtype`.
     """
     (m, k), n = x.shape, words.shape[1]
     fold = order == "bf16" and scale.shape[0] > 1 and (x.dtype == jnp.float32 or m > FEW_ROWS or group % BLOCK > 0)
@@ -78,7 +81,7 @@ def _kernel(x_ref: Any, words_ref: Any, scale_ref: Any, *refs: Any, order: Order
     total = jnp.zeros(out_ref.shape, jnp.float32)
     for j in range(sums):
         own = pl.ds(j * group, min(group, k - j * group)) if sums > 1 else pl.ds(0, k)
-        # An int32 holds 127 · 64 · K up to K of 264,000.
+        # An int32 holds 127 · 64 · K for K up to 264,000.
         part = jax.lax.dot(
             x_ref[:, own],
             weight_ref[own, :],
@@ -92,7 +95,7 @@ def _kernel(x_ref: Any, words_ref: Any, scale_ref: Any, *refs: Any, order: Order
 
 
 def _unpack(words_ref: Any, scale_ref: Any, weight_ref: Any, *, order: Order, group: int, fold: bool) -> None:
-    """Words to weights in VMEM, 128 k at a time; with `fold`, times the scales of their groups."""
+    """Unpack words to weights in VMEM, 128 k at a time; with `fold`, multiply them by the scales of their groups."""
     steps, lane = (8, jnp.bfloat16) if order == "bf16" else (4, jnp.int8)
     length = BLOCK // steps
 
@@ -102,7 +105,7 @@ def _unpack(words_ref: Any, scale_ref: Any, weight_ref: Any, *, order: Order, gr
             start = pl.multiple_of(BLOCK * g + length * i, length)
             weights = pltpu.bitcast(unpack_step(words, i, order), lane)
             if fold:
-                # What pads K lies beyond the last group.
+                # The padding of K lies beyond the last group.
                 own = jnp.minimum(start // group, scale_ref.shape[0] - 1)
                 weights = weights.astype(jnp.float32) * scale_ref[pl.ds(own, 1), :]
             weight_ref[pl.ds(start, length), :] = weights.astype(weight_ref.dtype)

@@ -1,7 +1,7 @@
-"""Ternary product by XLA on packed `int2` weights: v5e, v5p and v6e, where it unpacks them inside the dot.
+"""Ternary product by XLA on `int2` weights, for TPUs v5e, v5p and v6e, where XLA unpacks them inside the dot.
 
-The baseline without a kernel. v4 is told apart by its name alone: there XLA aborts the process. Compiled ahead of time
-only; it has not run on a TPU yet.
+It is the baseline without a kernel. Compiled ahead of time only: it has not run on a TPU yet. v4 is excluded by its
+name, because XLA aborts the process there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def slower(**_: Any) -> str | None:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """The trits as int2 (…, K, N) in their own order."""
+    """Cast the trits to int2 (…, K, N), in their own order."""
     trits = jnp.asarray(w.trits).astype(jnp.int2)
     return PackedTensor(trits, jnp.asarray(w.scale, jnp.float32), (w.shape[-2], w.shape[-1]), w.group, NAME)
 
@@ -41,7 +41,7 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """x · ŵ with weights in the dtype of `x`; with A8, int32 sums of each group, scaled in float32."""
+    """Multiply with weights in the dtype of `x`: x · ŵ; with A8, int32 sums of each group, scaled in float32."""
     if activations == "A16":
         weights = w.data.astype(x.dtype) * expand_scale(w.scale, w.group, w.shape[0], -2).astype(x.dtype)
         return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -1,6 +1,6 @@
-"""Ternary product by XLA's int8 dot on CPUs: what serves A8 where the native library was not built.
+"""Ternary product by XLA's int8 dot on CPUs, for A8 where the native library is not built.
 
-The trits are int8 in memory, a quarter of float32; unpacking 2-bit weights in XLA would cost what the dot saves.
+Trits are int8 in memory, a quarter of float32. Unpacking 2-bit weights in XLA would take the time that the dot saves.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, e
 
 NAME = "xla_int8"
 
-_FEWEST_ROWS = 32  # below, XLA's int8 dot takes longer than its float32 dot
-_MOST_ROWS = 1024  # above, its int32 sums leave the cache, and it wins nothing
+_FEWEST_ROWS = 32  # below this, XLA's int8 dot is slower than its float32 dot
+_MOST_ROWS = 1024  # above this, the int32 sums exceed the cache and the int8 dot is no faster
 
 
 def unsupported(*, platform: str, **_: Any) -> str | None:
-    return None if platform == "cpu" else "it is for CPUs: others have packed weights"
+    return None if platform == "cpu" else "it is for CPUs only: other platforms have kernels with packed weights"
 
 
 def slower(*, rows: int | None, activations: str, **_: Any) -> str | None:
     if activations == "A16":
-        return "its dot takes int8 activations (A8) alone"
+        return "its dot takes int8 activations (A8) only"
     if rows is not None and not _FEWEST_ROWS <= rows <= _MOST_ROWS:
         return f"M is not within {_FEWEST_ROWS} to {_MOST_ROWS}"
     return None
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """The trits as they are."""
+    """Keep the int8 trits unchanged."""
     return PackedTensor(w.trits, w.scale, (w.shape[-2], w.shape[-1]), w.group, NAME)
 
 
@@ -42,7 +42,7 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """x · ŵ from int32 sums of each group, scaled in float32; for few rows, or with A16, a float product."""
+    """Multiply with int32 sums of each group, scaled in float32; for few rows, or with A16, multiply floats."""
     if activations == "A16" or x.shape[0] < _FEWEST_ROWS:
         return multiply(x, unpack(w), activations)
     rounded, level = quantize_activations(x)

@@ -1,8 +1,9 @@
-// x · ŵ on CPUs, called by XLA. Weights are 2 bits each; tclip_jax/ternary/kernels/native_cpu.py packs them.
+// x · ŵ on CPUs with weights of 2 bits, called by XLA. tclip_jax/ternary/kernels/native_cpu.py packs the weights.
 //
-// Weights: codes trit + 1, in panels of 32 columns; a panel holds its chunks of 16 k one after another, a chunk one
-// uint32 for each column: bits 8b + 2s and 8b + 2s + 1 are k = 4s + b. Groups are padded to whole chunks, with zeros.
-// A shift and an AND then give four k of every column as bytes, which the int8 dot instructions take.
+// Layout of the weights: a weight is the 2-bit code trit + 1. A panel has 32 columns and consists of consecutive chunks
+// of 16 k. A chunk has one uint32 for each column, whose bits 8b + 2s and 8b + 2s + 1 are k = 4s + b. Zero trits pad
+// each group to whole chunks. A shift and an AND give four k of every column as bytes, the operands of int8 dot
+// instructions.
 
 #include <algorithm>
 #include <atomic>
@@ -28,24 +29,24 @@ namespace {
 
 constexpr int kPanel = 32;
 constexpr int kChunk = 16;
-constexpr int kBlock = 256;  // k summed in int32 before the scale is applied
+constexpr int kBlock = 256;  // most k that are summed in int32 before the scale is applied
 constexpr int64_t kRowsAtOnce = 192;
-constexpr int64_t kProductsPerThread = 1 << 18;  // below, another thread takes longer to wake than to help
+constexpr int64_t kProductsPerThread = 1 << 18;  // with fewer products, waking a thread takes longer than its work
 constexpr float kSmallest = 0x1p-100f;
 
 struct Block {
-  int64_t start, length, group, first;  // in padded k; the first block of the group
+  int64_t start, length, group, first;  // start and length in padded k; first: the first block of its group
 };
 
 struct Shape {
   int64_t rows, columns, padded, stride, blocks, tiles;
 
-  // Rows are spread evenly over the tiles.
+  // Tiles share the rows evenly.
   int64_t first_row(int64_t tile) const { return rows * tile / tiles; }
 };
 
 struct Kernels {
-  int64_t rows;  // the most of a tile
+  int64_t rows;  // largest number of rows of a tile
   void (*panel_a8)(const Shape&, const Block*, int64_t, int64_t, const int8_t*, const int32_t*, const uint32_t*,
                    const float*, float*);
   void (*panel_f32)(const Shape&, const Block*, int64_t, int64_t, const float*, const uint32_t*, const float*, float*);
@@ -139,7 +140,7 @@ struct InstructionSet {
   Kernels kernels;
 };
 
-// Best first.
+// The instruction sets, best first.
 const std::vector<InstructionSet>& InstructionSets() {
   static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
@@ -157,8 +158,8 @@ const std::vector<InstructionSet>& InstructionSets() {
   return sets;
 }
 
-// Runs task(0) … task(count − 1) on the caller and on XLA's threads. The caller waits only for tasks that another
-// thread has begun, so that it cannot wait for a thread that waits for it.
+// Runs task(0) … task(count − 1) on the calling thread and on XLA's threads. The caller waits only for tasks that
+// other threads have started, which avoids a deadlock.
 template <typename Task>
 void ParallelFor(ffi::ThreadPool& pool, int64_t count, int64_t most_threads, const Task& task) {
   struct State {
@@ -240,7 +241,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer data, 
   const Kernels& kernels = sets[instructions].kernels;
   const int64_t tiles = (rows + kernels.rows - 1) / kernels.rows;
   const bool narrow = x.element_type() == ffi::BF16, narrow_scale = scale.element_type() == ffi::BF16;
-  // Rows whose distance is a multiple of 2 KiB would meet in the cache, so those are copied to one that is not.
+  // Rows at a distance of a multiple of 2 KiB share cache sets, so such rows are copied to another stride.
   const bool direct = !int8_activations && !narrow && padded == length && length % 512 != 0;
   const int64_t stride = direct ? length : padded + 64 / (int8_activations ? 1 : 4);
   const Shape shape{rows, columns, padded, stride, static_cast<int64_t>(blocks.size()), tiles};
@@ -310,7 +311,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TclipTernaryMatmul, Product,
                                   .Attr<bool>("int8_activations")
                                   .Attr<int64_t>("instructions"));
 
-// The name of the i-th instruction set, best first; an empty one if this CPU lacks it, null past the last.
+// Returns the name of the i-th instruction set, best first: "" if this CPU lacks it, null after the last one.
 extern "C" const char* TclipInstructions(int64_t i) {
   const auto& sets = InstructionSets();
   if (i >= static_cast<int64_t>(sets.size())) return nullptr;

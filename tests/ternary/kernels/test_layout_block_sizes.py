@@ -42,7 +42,7 @@ def test_vmem_is_the_bytes_of_every_buffer() -> None:
     twice = {"x": rows * k * activation, "words": k * columns // 4, "product": rows * columns * output}
     once = {"weights": k * columns * activation, "sums": rows * columns * 4}
     assert vmem(rows, k, columns, activation, output) == 2 * sum(twice.values()) + sum(once.values())
-    # A float32 x of few rows, where other terms rule.
+    # A float32 x with few rows, where other terms dominate.
     assert vmem(8, 128, 256, 4, 4) == 2 * (8 * 128 * 4 + 128 * 256 // 4 + 8 * 256 * 4) + 128 * 256 * 4 + 8 * 256 * 4
 
 
@@ -62,11 +62,11 @@ def test_devices_are_the_measured_ones() -> None:
         ("TPU v5 lite", 512, 768, 2048, 2, (512, 1024)),
         ("TPU v5 lite", 257, 768, 2048, 2, (257, 1024)),
         ("TPU v5 lite", 256, 768, 2048, 2, (256, 512)),  # few rows: narrower
-        ("TPU v5 lite", 256, 768, 640, 2, (256, 384)),  # two parts of at most 512, in tiles of 128
-        ("TPU v5 lite", 513, 768, 1152, 2, (288, 640)),  # ceil(513 / 2) = 257 in tiles of 32
+        ("TPU v5 lite", 256, 768, 640, 2, (256, 384)),  # two parts of at most 512 in whole tiles of 128
+        ("TPU v5 lite", 513, 768, 1152, 2, (288, 640)),  # ceil(513 / 2) = 257 in whole tiles of 32
         ("TPU v5 lite", 512, 768, 2048, 4, (128, 256)),  # float32
-        ("TPU v4", 512, 3072, 1024, 2, (512, 512)),  # 98 % of what is usable; the longer side is halved
-        ("TPU v4", 512, 4096, 1024, 2, (512, 256)),  # of equal ones the columns
+        ("TPU v4", 512, 3072, 1024, 2, (512, 512)),  # 98 % of the usable VMEM; the longer side is halved
+        ("TPU v4", 512, 4096, 1024, 2, (512, 256)),  # of equal sides the columns are halved
         ("TPU v4", 512, 6144, 1024, 2, (256, 256)),
         ("TPU v4", 512, 16384, 1024, 1, (256, 128)),
         ("TPU v4", 512, 40960, 1024, 1, (32, 128)),  # the smallest block
@@ -75,5 +75,5 @@ def test_devices_are_the_measured_ones() -> None:
 def test_blocks_are_the_largest_that_fit(
     kind: str, rows: int, k: int, columns: int, size: int, blocks: tuple[int, int]
 ) -> None:
-    found = block_sizes(DEVICES[kind], rows, k, columns, size, max(size, 2))
-    assert found == blocks
+    result = block_sizes(DEVICES[kind], rows, k, columns, size, max(size, 2))
+    assert result == blocks

@@ -1,4 +1,4 @@
-"""Groups on whole tiles, against NumPy: what is added are zeros, and they are taken away again."""
+"""Padding of groups to whole tiles, against NumPy: it adds zeros, and `gather` removes them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tclip_jax.ternary.kernels.layout import gather, pad, padded, spread
 
 
 def numpy_spread(x: np.ndarray, group: int, granule: int, multiple: int) -> np.ndarray:
-    """Of a vector: each group of several, zeros up to a whole granule; then zeros up to the multiple."""
+    """`spread` of a vector: pad each of several groups to whole granules, then the vector to the multiple."""
     groups = [x[start : start + group] for start in range(0, len(x), group)]
     if len(groups) > 1:
         size = -(-group // granule) * granule
-        # A last group that is short is not padded where the others need no padding.
+        # A short last group is padded only if the others are.
         whole = [np.pad(each, (0, size - len(each))) for each in groups] if size != group else groups
         x = np.concatenate(whole)
     return np.pad(x, (0, -len(x) % multiple))
@@ -23,11 +23,11 @@ def numpy_spread(x: np.ndarray, group: int, granule: int, multiple: int) -> np.n
 @pytest.mark.parametrize(
     ("length", "group", "granule", "multiple", "expected"),
     [
-        (6, 3, 4, 8, 8),  # two groups of 3 in 4 each
-        (7, 3, 4, 8, 16),  # three in 12, up to 16
-        (7, 4, 4, 8, 8),  # whole granules already: the last group stays short
+        (6, 3, 4, 8, 8),  # two groups of 3, each padded to 4
+        (7, 3, 4, 8, 16),  # three groups padded to 12, then to 16
+        (7, 4, 4, 8, 8),  # groups are whole granules: the last group stays short
         (20, 8, 4, 1, 20),
-        (5, 5, 4, 8, 8),  # one group: the axis alone
+        (5, 5, 4, 8, 8),  # one group: only the axis is padded
         (5, 9, 4, 1, 5),
         (8, 2, 3, 6, 12),
     ],
@@ -37,13 +37,13 @@ def test_spread_pads_groups_and_gather_undoes_it(
     length: int, group: int, granule: int, multiple: int, expected: int, axis: int
 ) -> None:
     x = np.random.default_rng(0).integers(1, 9, (length, length), np.int8)
-    wanted = np.apply_along_axis(numpy_spread, axis, x, group, granule, multiple)
-    assert wanted.shape[axis] == expected
-    found = spread(jnp.asarray(x), group, granule, multiple, axis)
-    np.testing.assert_array_equal(found, wanted)
+    reference = np.apply_along_axis(numpy_spread, axis, x, group, granule, multiple)
+    assert reference.shape[axis] == expected
+    result = spread(jnp.asarray(x), group, granule, multiple, axis)
+    np.testing.assert_array_equal(result, reference)
     if axis == -2:
-        np.testing.assert_array_equal(gather(found, length, group, granule), x)
-        np.testing.assert_array_equal(gather(jnp.stack([found, 2 * found]), length, group, granule), [x, 2 * x])
+        np.testing.assert_array_equal(gather(result, length, group, granule), x)
+        np.testing.assert_array_equal(gather(jnp.stack([result, 2 * result]), length, group, granule), [x, 2 * x])
 
 
 def test_padding_is_at_the_end_of_one_axis() -> None:

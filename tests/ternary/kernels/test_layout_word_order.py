@@ -1,4 +1,4 @@
-"""The words give back the trits, and, shifted and masked, the very bits of bf16 and int8 weights."""
+"""Words give back the trits and, shifted and masked, the bits of bf16 and int8 weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_step_shifted_and_masked_is_a_tile_in_the_order_of_k(
 
 def test_words_are_the_documented_ones() -> None:
     trits = np.zeros((128, 1), np.int8)
-    trits[16 + 2 * 3 + 1] = -1  # bf16: step 1, word 3, upper half; int8: step 0, word 5, lowest but three
+    trits[16 + 2 * 3 + 1] = -1  # bf16: step 1, word 3, upper lane; int8: step 0, word 5, lane 3
     bf16, int8 = (np.asarray(pack_words(jnp.asarray(trits), order))[:, 0].view(np.uint32) for order in ("bf16", "int8"))
     np.testing.assert_array_equal(bf16, [0, 0, 0, 3 << 2 * (8 + 7 - 1), 0, 0, 0, 0])
     np.testing.assert_array_equal(int8, [0, 0, 0, 0, 0, 3 << 2 * (4 * 3 + 3 - 0), 0, 0])

@@ -1,4 +1,4 @@
-"""The Hopper kernel: lowered for CUDA, and its numbers in Pallas' GPU interpreter; no GPU takes part."""
+"""The Hopper kernel without a GPU: lowered for CUDA, and computed by Pallas' GPU interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tclip_jax.ternary.kernels import mosaic_gpu
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.tensor import TernaryTensor
 
-# M, K, N, group: a scale per channel; groups that end within a block of k; padding everywhere; more rows than a block.
+# M, K, N, group: one scale per channel, groups that end within a block of k, padding of axes, several blocks of rows.
 SHAPES = [(1, 256, 64, 256), (3, 512, 130, 256), (17, 300, 64, 100), (70, 520, 64, 48)]
 
 
@@ -63,7 +63,7 @@ def test_equals_float64_in_the_interpreter(
     shape: tuple[int, int, int, int], activations: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    # The interpreter knows a plain read alone, not one with a layout of registers.
+    # The interpreter supports plain reads only, without a register layout.
     monkeypatch.setattr(mosaic_gpu.plgpu, "load", lambda ref, *_, **__: ref[...])
     w = weight(*shape[1:])
     x = jax.random.normal(jax.random.key(0), shape[:2], jnp.bfloat16).astype(jnp.float32)
@@ -100,12 +100,12 @@ def test_is_lowered_for_cuda(rows: int, group: int) -> None:
     ],
 )
 def test_says_where_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "device_kind": "NVIDIA H100 80GB HBM3",
         "platform": "gpu",
         "dtype": jnp.dtype(jnp.bfloat16),
         "activations": "A16",
     }
-    found = mosaic_gpu.unsupported(**given | changes)
-    assert found is None if reason is None else reason in found
+    refusal = mosaic_gpu.unsupported(**arguments | changes)
+    assert refusal is None if reason is None else reason in refusal
     assert "not run on a GPU" in mosaic_gpu.slower()

@@ -1,4 +1,4 @@
-"""The TPU kernels in Pallas' interpreter against NumPy in float64, and where they say that they cannot run."""
+"""The TPU kernels in Pallas' interpreter against NumPy float64, and the cases that they do not support."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATHS = [(mosaic_tpu, "A16"), (mosaic_tpu, "A8"), (mosaic_tpu_int8, "A8")]
 
 
 def weight(length: int, columns: int, group: int, seed: int = 0) -> TernaryTensor:
-    """Trits and scales of 8 significant bits, as the quantizer gives them."""
+    """Trits and scales of 8 significant bits, as a quantizer returns."""
     draw = np.random.default_rng(seed)
     trits = draw.integers(-1, 2, (length, columns), np.int8)
     scale = (draw.integers(128, 256, (-(-length // group), columns)) / 4096).astype(np.float32)
@@ -108,7 +108,7 @@ def test_a_block_holds_all_of_k_for_some_rows_and_columns(monkeypatch: pytest.Mo
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
-    """An infinity in one row, and what lies beyond the last row of a block, stay where they are."""
+    """An infinity, and the padding after the last row of a block, affect no other row."""
     w = weight(128, 128, 128)
     x = jax.random.normal(jax.random.key(0), (600, 128), jnp.bfloat16)
     clean, dirty = (multiply(mosaic_tpu, rows, w, "A16") for rows in (x, x.at[3].set(jnp.inf)))
@@ -154,28 +154,28 @@ GIVEN: dict[str, Any] = {
     ],
 )
 def test_says_where_it_cannot_run(module: ModuleType, changes: dict[str, Any], reason: str | None) -> None:
-    found = module.unsupported(**{**GIVEN, **changes})
-    assert found is None if reason is None else reason in found
+    refusal = module.unsupported(**{**GIVEN, **changes})
+    assert refusal is None if reason is None else reason in refusal
 
 
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_takes_the_largest_k_of_which_the_smallest_block_fits(kind: str, dtype: Any) -> None:
-    """32 rows and 128 columns: twice x, words and product, once the weights and the float32 sums."""
+    """The block is 32 x 128: x, words and product count twice, weights and float32 sums once."""
     size = jnp.dtype(dtype).itemsize
     a_k, fixed = 2 * 32 * size + 2 * 128 // 4 + 128 * size, 32 * 128 * (2 * size + 4)
     largest = (DEVICES[kind].vmem * 3 // 4 - fixed) // a_k
-    given = {**GIVEN, "device_kind": kind, "dtype": jnp.dtype(dtype)}
-    assert mosaic_tpu.unsupported(**{**given, "shape": (largest, 1)}) is None
-    assert mosaic_tpu.unsupported(**{**given, "shape": (largest + 1, 1)}) == f"K of {largest + 1} does not fit VMEM"
+    arguments = {**GIVEN, "device_kind": kind, "dtype": jnp.dtype(dtype)}
+    assert mosaic_tpu.unsupported(**{**arguments, "shape": (largest, 1)}) is None
+    assert mosaic_tpu.unsupported(**{**arguments, "shape": (largest + 1, 1)}) == f"K of {largest + 1} does not fit VMEM"
 
 
 @pytest.mark.parametrize(
     ("order", "dtype", "rows", "group", "dots"),
     [
-        ("bf16", jnp.bfloat16, 256, 128, 3),  # few rows: sums are scaled
-        ("bf16", jnp.bfloat16, 257, 128, 1),  # many: weights are
-        ("bf16", jnp.bfloat16, 8, 64, 1),  # no group ends within a tile
+        ("bf16", jnp.bfloat16, 256, 128, 3),  # few rows: the sums are scaled
+        ("bf16", jnp.bfloat16, 257, 128, 1),  # many rows: the weights are scaled
+        ("bf16", jnp.bfloat16, 8, 64, 1),  # groups end within a tile: the weights are scaled
         ("bf16", jnp.bfloat16, 8, 384, 1),  # one scale
         ("bf16", jnp.float32, 8, 128, 1),
         ("int8", jnp.int8, 8, 128, 3),

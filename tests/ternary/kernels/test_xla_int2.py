@@ -1,4 +1,4 @@
-"""XLA's int2 product against float64, and that no v4 ever sees an int2."""
+"""XLA's int2 product against NumPy float64, and that it is never used on v4."""
 
 from __future__ import annotations
 
