@@ -16,7 +16,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.ternary.kernels import layout as k_axis
 from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor, expand_scale
 
 Order = Literal["bf16", "int8"]
@@ -69,16 +68,16 @@ def pack(w: TernaryTensor, order: Order, layout: str) -> PackedTensor:
 
     N′ is a multiple of 128.
     """
-    trits = k_axis.pad(k_axis.spread(w.trits, w.group, GRANULE[order], BLOCK, -2), 128, -1)
+    trits = pad(spread(w.trits, w.group, GRANULE[order], BLOCK, -2), 128, -1)
     scale = jnp.broadcast_to(w.scale, (*w.scale.shape[:-1], w.shape[-1])).astype(jnp.float32) / _FACTOR[order]
     shape = (w.shape[-2], w.shape[-1])
-    return PackedTensor(pack_words(trits, order), k_axis.pad(scale, 128, -1), shape, w.group, layout)
+    return PackedTensor(pack_words(trits, order), pad(scale, 128, -1), shape, w.group, layout)
 
 
 @functools.partial(jax.jit, static_argnames="order")
 def unpack(w: PackedTensor, order: Order) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    trits = k_axis.gather(unpack_words(w.data, order), w.shape[0], w.group, GRANULE[order])
+    trits = gather(unpack_words(w.data, order), w.shape[0], w.group, GRANULE[order])
     return (trits * expand_scale(w.scale * _FACTOR[order], w.group, w.shape[0], -2))[..., : w.shape[1]]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tclip_jax.ternary.kernels import layout as k_axis
+from tclip_jax.ternary.kernels import layout
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
@@ -54,13 +54,13 @@ def pack(w: TernaryTensor) -> PackedTensor:
     K′ is a multiple of 256, N′ of 64. k = 256 b + 16 i + c is the two's-complement field i, counted from the lowest, of
     word 16 b + c.
     """
-    trits = k_axis.pad(k_axis.spread(w.trits, w.group, STEP, BLOCK, -2), COLUMNS, -1)
+    trits = layout.pad(layout.spread(w.trits, w.group, STEP, BLOCK, -2), COLUMNS, -1)
     *layers, length, columns = trits.shape
     fields = (trits.astype(jnp.uint32) & 3).reshape(*layers, -1, 16, STEP, columns) << _shifts()
     words = jax.lax.bitcast_convert_type(fields.sum(-3, dtype=jnp.uint32), jnp.int32)
     words = jnp.swapaxes(words.reshape(*layers, length // 16, columns), -1, -2)
     scale = jnp.broadcast_to(w.scale, (*w.scale.shape[:-1], w.shape[-1])).astype(jnp.float32)
-    return PackedTensor(words, k_axis.pad(scale, COLUMNS, -1), (w.shape[-2], w.shape[-1]), w.group, NAME)
+    return PackedTensor(words, layout.pad(scale, COLUMNS, -1), (w.shape[-2], w.shape[-1]), w.group, NAME)
 
 
 @jax.jit
@@ -71,7 +71,7 @@ def unpack(w: PackedTensor) -> jax.Array:
     # Each field moves to the top of an int8; the arithmetic shift back extends its sign.
     fields = ((blocks >> _shifts()).astype(jnp.uint8) << 6).astype(jnp.int8) >> 6
     trits = fields.reshape(*words.shape[:-2], -1, words.shape[-1])
-    trits = k_axis.gather(trits, w.shape[0], w.group, STEP)
+    trits = layout.gather(trits, w.shape[0], w.group, STEP)
     return (trits * expand_scale(w.scale, w.group, w.shape[0], -2))[..., : w.shape[1]]
 
 
@@ -87,8 +87,8 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret
     """
     rows, level = (x, None) if activations == "A16" else quantize_activations(x)
     size = next((size for size in (16, 32) if len(x) <= size), 64)
-    rows = k_axis.pad(k_axis.spread(rows.astype(jnp.bfloat16), w.group, STEP, BLOCK, -1), size, 0)
-    product = _dot(rows.T, w.data, w.scale, group=k_axis.padded(w.group, STEP), rows=size, interpret=interpret)
+    rows = layout.pad(layout.spread(rows.astype(jnp.bfloat16), w.group, STEP, BLOCK, -1), size, 0)
+    product = _dot(rows.T, w.data, w.scale, group=layout.padded(w.group, STEP), rows=size, interpret=interpret)
     product = product.T[: len(x), : w.shape[1]]
     return (product if level is None else product * level).astype(x.dtype)
 
@@ -110,8 +110,8 @@ def _dot(x: jax.Array, words: jax.Array, scale: jax.Array, *, group: int, rows: 
                     if level is None or group % BLOCK:
                         # The padding of K lies beyond the last group.
                         j = jnp.minimum((index[0] * BLOCK + i * STEP) // group, scale_gmem.shape[0] - 1)
-                        layout = plgpu.Layout.WGMMA.reduce(1)
-                        level = _load(scale_gmem.at[j, own_columns], layout)
+                        registers = plgpu.Layout.WGMMA.reduce(1)
+                        level = _load(scale_gmem.at[j, own_columns], registers)
                         level = jax.lax.broadcast_in_dim(level, (COLUMNS, STEP), (0,))
                     # The shift to the top and back extends the sign of the field.
                     weights = ((words << (30 - 2 * i)) >> 30).astype(jnp.float32) * level

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.ternary.kernels import layout as k_axis
-from tclip_jax.ternary.kernels import layout as word_order
+from tclip_jax.ternary.kernels import layout
 from tclip_jax.ternary.kernels.layout import DEVICES, SMALLEST, Order, vmem
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
@@ -41,12 +40,12 @@ def slower(*, dtype: Any, activations: Activations, **_: Any) -> str | None:
 
 def pack(w: TernaryTensor) -> PackedTensor:
     """Pack int32 words in the bf16 order; groups are padded to multiples of 16."""
-    return word_order.pack(w, "bf16", NAME)
+    return layout.pack(w, "bf16", NAME)
 
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    return word_order.unpack(w, "bf16")
+    return layout.unpack(w, "bf16")
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:
@@ -64,12 +63,12 @@ def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activatio
     if activations == "A8" and order == "bf16":
         rows = rows.astype(jnp.bfloat16)
     return tpu_dot(
-        k_axis.spread(rows, w.group, word_order.GRANULE[order], word_order.BLOCK, -1),
+        layout.spread(rows, w.group, layout.GRANULE[order], layout.BLOCK, -1),
         w.data,
         w.scale,
         level,
         order=order,
-        group=k_axis.padded(w.group, word_order.GRANULE[order]),
+        group=layout.padded(w.group, layout.GRANULE[order]),
         out_dtype=x.dtype,
         device=DEVICES.get(traced_device()[0], SMALLEST),
         interpret=interpret,

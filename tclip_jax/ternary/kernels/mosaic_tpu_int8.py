@@ -10,9 +10,7 @@ from typing import Any
 
 import jax
 
-from tclip_jax.ternary.kernels import layout as k_axis
-from tclip_jax.ternary.kernels import layout as word_order
-from tclip_jax.ternary.kernels import mosaic_tpu
+from tclip_jax.ternary.kernels import layout, mosaic_tpu
 from tclip_jax.ternary.kernels.layout import DEVICES
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
 
@@ -28,19 +26,19 @@ def unsupported(*, device_kind: str, activations: Activations, **given: Any) -> 
 
 
 def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:
-    if group < shape[0] and group % word_order.BLOCK:
-        return f"groups of {group} are padded to {k_axis.padded(group, word_order.BLOCK)}"
+    if group < shape[0] and group % layout.BLOCK:
+        return f"groups of {group} are padded to {layout.padded(group, layout.BLOCK)}"
     return None
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
     """Pack int32 words in the int8 order; groups are padded to multiples of 128."""
-    return word_order.pack(w, "int8", NAME)
+    return layout.pack(w, "int8", NAME)
 
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    return word_order.unpack(w, "int8")
+    return layout.unpack(w, "int8")
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: bool = False) -> jax.Array:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from tclip_jax.ternary.kernels import layout as k_axis
-from tclip_jax.ternary.kernels import mosaic_tpu, mosaic_tpu_int8
+from tclip_jax.ternary.kernels import layout, mosaic_tpu, mosaic_tpu_int8
 from tclip_jax.ternary.kernels.layout import DEVICES, SMALLEST
 from tclip_jax.ternary.kernels.reference import quantize_activations
 from tclip_jax.ternary.kernels.tpu_dot import tpu_dot
@@ -75,11 +74,11 @@ def test_bf16_activations_lose_nothing_before_the_result_is_rounded(shape: tuple
     packed = mosaic_tpu.pack(w)
     x = jax.random.normal(jax.random.key(0), (rows, length), jnp.bfloat16)
     result = tpu_dot(
-        k_axis.spread(x, group, 16, 128, -1),
+        layout.spread(x, group, 16, 128, -1),
         packed.data,
         packed.scale,
         order="bf16",
-        group=k_axis.padded(group, 16),
+        group=layout.padded(group, 16),
         out_dtype=jnp.float32,
         device=SMALLEST,
         interpret=True,
