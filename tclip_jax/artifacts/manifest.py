@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
+from tclip_jax import keys
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.clip import param_shapes
@@ -80,6 +81,11 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
         if not isinstance(manifest.get(key), dict):
             raise ArtifactError(f"{MANIFEST}: {key} is {_short(manifest.get(key))}: it must be an object")
     return manifest
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of what an artifact's manifest says of its model: configuration, preprocessing and tensors."""
+    return keys.digest({key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")})
 
 
 def describe(manifest: Mapping[str, Any]) -> DeclaredModel:

@@ -23,7 +23,7 @@ from tclip_jax.parallel.sharding import path_of
 from tclip_jax.ternary import PackedTensor, TernaryTensor, pack_rows, repack, ternarize
 from tclip_jax.ternary.tensor import Activations
 
-_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
+compiled_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def pack_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any
         if not np.isfinite(leaf).all():
             raise ValueError(f"{path} holds NaN or infinity: every weight must be finite")
         alpha = jax.device_get(leaves[f"{path}_scale"]) if quantizer.learned else None
-        return jax.device_get(_ternarize(leaf.reshape(matrix_shape(leaf.shape)), quantizer, input_axis(path), alpha))
+        matrix = leaf.reshape(matrix_shape(leaf.shape))
+        return jax.device_get(compiled_ternarize(matrix, quantizer, input_axis(path), alpha))
 
     packed = {path: pack(path, leaf) for path, leaf in leaves.items() if not is_learned_scale(path)}
     return unflatten_dict(packed, sep="/")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tclip_jax import keys
 from tclip_jax.artifacts.format import read_artifact
-from tclip_jax.artifacts.manifest import MANIFEST
+from tclip_jax.artifacts.manifest import MANIFEST, content_digest
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources.content import contents
@@ -145,8 +145,7 @@ def load_known(
 
 
 def _artifact_origin(path: epath.PathLike, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    content = {key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")}
-    return {"source": str(path), "content": keys.digest(content)}
+    return {"source": str(path), "content": content_digest(manifest)}
 
 
 def _file_origin(path: epath.PathLike, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from PIL import Image
 
 from tclip_jax.artifacts.files import check_size
 from tclip_jax.artifacts.format import read_artifact
-from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
+from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, content_digest, parse_manifest
 from tclip_jax.artifacts.pack import repack_leaf, repack_params
 from tclip_jax.data.images import Preprocess, normalize, preprocess
 from tclip_jax.data.tokenizer import Tokenizer
@@ -201,9 +200,7 @@ def fingerprint(model: Model, path: epath.PathLike) -> str:
     manifest = epath.Path(path) / MANIFEST
     if manifest.exists():
         check_size(manifest, MAX_MANIFEST_BYTES)
-        fields = parse_manifest(manifest.read_bytes())
-        contents = [fields[key] for key in ("model_cfg", "preprocess_cfg", "tensors")]
-        return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return content_digest(parse_manifest(manifest.read_bytes()))
     digest = hashlib.blake2b(f"{model!r} {jax.tree.structure(model.params)}".encode(), digest_size=16)
     for leaf in jax.tree.leaves(model.params):
         array = np.ascontiguousarray(leaf)

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from tclip_jax.artifacts.pack import compiled_ternarize
 from tclip_jax.interop.recover import repeat_groups, scale_bits
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.sharding import path_of
-from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
+from tclip_jax.ternary import Quantizer, TernaryTensor
 
 Array = npt.NDArray[Any]
 
-_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
 # Preferred magnitude of the latent weight of a zero trit, as a fraction of s: half of the threshold s/2.
 _ZERO = 0.25
@@ -84,7 +84,7 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
         w = _latent(trits.reshape(-1, 1), scale, trits.size, -2, quantizer.factor).reshape(trits.shape)
     else:
         w = _latent(trits, scale, group, t.axis, quantizer.factor)
-    again = jax.device_get(_ternarize(w, quantizer, t.axis))
+    again = jax.device_get(compiled_ternarize(w, quantizer, t.axis))
     if not np.array_equal(again.trits, trits) or again.scale.tobytes() != scale.tobytes():
         raise ValueError(_why_not(trits, scale, again, quantizer))
     return w
