@@ -57,7 +57,7 @@ COPIES = {"cifar10": 4, "emoji": 16}
 
 
 def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: int) -> None:
-    """Extracts the images of one data set to `folder` as a `folder:` source, atomically, unless the folder exists.
+    """Extract the images of one data set to `folder` as a `folder:` source, atomically, unless the folder exists.
 
     Raises:
       ValueError: the existing folder was made from other archives or with other settings.
@@ -82,7 +82,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
 
 
 def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
-    """Yields (path, bytes) of the first images of each class: `train/<class>/<nnnn>.jpg` and `test/…`."""
+    """Yield (path, bytes) of the first images of each class: `train/<class>/<nnnn>.jpg` and `test/…`."""
     for name, content in _members(shared / "cifar10_jpg.tar.xz"):
         split, classname, file = ("", "", *pathlib.PurePosixPath(name).parts)[-3:]
         if split in ("train", "test") and int(pathlib.PurePosixPath(file).stem) < per_class:
@@ -90,7 +90,7 @@ def _cifar10(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]
 
 
 def _emoji(shared: pathlib.Path, per_class: int) -> Iterator[tuple[str, bytes]]:
-    """Yields (path, bytes): `train` in one drawing style; in the other, `test` with the same names and `unseen`."""
+    """Yield (path, bytes): `train` in one drawing style; in the other, `test` with the same names and `unseen`."""
     for shard in ("noto", "blob"):
         files: dict[str, dict[str, bytes]] = {}
         for name, content in _members(shared / f"{shard}.tar"):
@@ -122,7 +122,7 @@ def _on_white(png: bytes) -> bytes:
 
 
 def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> Any:
-    """Returns the configuration of a variant on the extracted data."""
+    """Return the configuration of a variant on the extracted data."""
     modes = ("" if distilled else ",plain") + (",runlocal" if args.quick else "")
     config = load_recipe(f"accuracy:{data},{who}{modes}")
     config.data.source = f"folder:{args.out}/data/{data}"
@@ -143,13 +143,13 @@ def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> An
 
 
 def place(args: argparse.Namespace, data: str) -> pathlib.Path:
-    """Returns the folder of the runs of one data set and size."""
+    """Return the folder of the runs of one data set and size."""
     sizes = "".join(f"-{name}{value}" for name, value in (("width", args.width), ("steps", args.steps)) if value)
     return pathlib.Path(args.out) / f"{data}{sizes}"
 
 
 def prepare_teacher(args: argparse.Namespace, data: str) -> None:
-    """Trains the teacher of one data set and caches its embeddings."""
+    """Train the teacher of one data set and cache its embeddings."""
     folder, config = place(args, data), recipe(args, data, "teacher", True)
     config.steps = config.steps if args.quick else 2 * config.steps
     train(config, folder / "teacher")
@@ -158,7 +158,7 @@ def prepare_teacher(args: argparse.Namespace, data: str) -> None:
 
 
 def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, seed: int) -> dict[str, float]:
-    """Returns the metrics of one variant and seed: trains and evaluates it, or reads the stored result.
+    """Return the metrics of one variant and seed: train and evaluate it, or read the stored result.
 
     Raises:
       ValueError: the stored result was made from other inputs.
@@ -201,7 +201,7 @@ def experiment(args: argparse.Namespace, data: str, who: str, distilled: bool, s
 
 
 def _made_by(config: Any, data: str, taught_in: pathlib.Path | None) -> keys.Recipe:
-    """Returns the inputs that determine a result: configuration, images, teacher, version; without their paths."""
+    """Return the inputs that determine a result: configuration, images, teacher, version; without their paths."""
     paths = {"data.source": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
     resolved = config.copy_and_resolve_references()
     resolved.update_from_flattened_dict(paths)
@@ -215,7 +215,7 @@ def _made_by(config: Any, data: str, taught_in: pathlib.Path | None) -> keys.Rec
 
 
 def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
-    """Returns the metric of the ternarized average of the weights, which the run evaluated at its end."""
+    """Return the metric of the ternarized average of the weights, which the run evaluated at its end."""
     lines = [
         {name: value for name, value in line.items() if name.startswith(f"{split}/")} for line in read_metrics(workdir)
     ]
@@ -223,13 +223,13 @@ def _of_average(workdir: pathlib.Path, split: str, measured: str) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the half-width of the 95 % interval by Student's t; NaN for a single value."""
+    """Return the mean and the half-width of the 95 % interval by Student's t; NaN for a single value."""
     low, high = t_interval(values)
     return float(np.mean(values)), (high - low) / 2
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows as an aligned table, fractions in per cent."""
+    """Return the rows as an aligned table, fractions in per cent."""
     heads = ("data", "variant", "metric", "seeds", "mean", "± 95 %", "to full", "± 95 %")
     lines = [[*heads, "ternary", "(no emb.)", "zeros", "(no emb.)"]]
     for row in rows:
@@ -247,12 +247,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def reference(who: str) -> str:
-    """Returns the full-precision variant with the same learning rates, which a variant is compared with."""
+    """Return the full-precision variant with the same learning rates, which a variant is compared with."""
     return f"{FULL}_{who}" if f"{FULL}_{who}" in VARIANTS else FULL
 
 
 def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[dict[str, Any]]:
-    """Yields a row for each metric of a variant. `results` has the results of every variant, one per seed."""
+    """Yield a row for each metric of a variant. `results` has the results of every variant, one per seed."""
     variant, full = results[who, distilled], results.get((reference(who), distilled), [])
     for metric in METRICS[data]:
         mean, half = interval([each[metric] for each in variant])
@@ -274,7 +274,7 @@ def summarize(data: str, who: str, distilled: bool, results: Any) -> Iterator[di
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Plots the differences from full precision in points, with 95 % intervals; one plot per metric."""
+    """Plot the differences from full precision in points, with 95 % intervals; one plot per metric."""
     compared = [row for row in rows if not math.isnan(row["difference"])]
     groups = list(dict.fromkeys((row["data"], row["metric"]) for row in compared))
     most = max(sum((row["data"], row["metric"]) == group for row in compared) for group in groups)
@@ -293,7 +293,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of the table; raises ValueError if a file in OUT was made from other inputs."""
+    """Return the rows of the table; raise ValueError if a file in OUT was made from other inputs."""
     rows = []
     for data in args.data:
         lay_out(pathlib.Path(args.out) / "data" / data, shared, data, 20 if args.quick else 10**6)
@@ -310,7 +310,7 @@ def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, A
 
 
 def main() -> int:
-    """Prints a line after each experiment, then the table, and with --json one object last."""
+    """Print a line after each experiment, then the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/accuracy", metavar="DIR", help="data, runs and results")
     parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="data sets (default: both)")

@@ -62,7 +62,7 @@ class Figure:
 
 
 def build(preset: str, folder: pathlib.Path) -> tuple[bool, dict[str, Any]]:
-    """Writes the artifact of a random model; returns whether it is equal to the model, and its inspection."""
+    """Write the artifact of a random model; return whether it is equal to the model, and its inspection."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     rules = ternary_rules("Q-ALL", Quantizer())
     params = jax.device_get(init_params(CLIP(config), jax.random.key(0)))
@@ -73,7 +73,7 @@ def build(preset: str, folder: pathlib.Path) -> tuple[bool, dict[str, Any]]:
 
 
 def load(folder: pathlib.Path, runs: int) -> dict[str, float]:
-    """Returns medians of seconds and bytes of loading, over `runs` new processes."""
+    """Return medians of seconds and bytes of loading, over `runs` new processes."""
     outcomes = []
     for _ in range(runs):
         ran = subprocess.run([sys.executable, "-c", _LOAD, str(folder)], capture_output=True, text=True, check=True)
@@ -82,7 +82,7 @@ def load(folder: pathlib.Path, runs: int) -> dict[str, float]:
 
 
 def figures(preset: str, runs: int) -> list[Figure]:
-    """Returns all figures of one preset. The bounds hold for ViT-B/16."""
+    """Return all figures of one preset. The bounds hold for ViT-B/16."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "artifact"
         verified, inspected = build(preset, path)
@@ -110,7 +110,7 @@ def figures(preset: str, runs: int) -> list[Figure]:
 
 
 def main() -> int:
-    """Prints a line per figure, and with --json one object last."""
+    """Print a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.artifact", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the preset 'tiny', loaded once; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -34,14 +34,14 @@ BUDGET = 1.0  # steps
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Returns the seconds until the action has returned and its arrays are computed."""
+    """Return the seconds until the action has returned and its arrays are computed."""
     started = time.perf_counter()
     jax.block_until_ready(action())
     return time.perf_counter() - started
 
 
 def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Returns the seconds of every part in every round, after a round that compiles, and the bytes of the state."""
+    """Return the seconds of every part in every round, after a round that compiles, and the bytes of the state."""
     config = base_config()
     config.model, config.preprocess, config.ternary = model_cfg(preset), preprocess_cfg(), "Q-ALL"
     config.data.batch_size, config.remat = batch_size, True
@@ -75,7 +75,7 @@ def measure(preset: str, batch_size: int, rounds: int) -> tuple[dict[str, list[f
 
 
 def main() -> int:
-    """Prints seconds and the ratio, and with --json one object last."""
+    """Print seconds and the ratio, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
     parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")

@@ -72,7 +72,7 @@ Figures = dict[str, Any]
 
 
 def photo(rng: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """Returns a JPEG of noise with the spectrum of natural images: amplitude ~ 1/frequency (Field, JOSA A 4, 1987)."""
+    """Return a JPEG of noise with the spectrum of natural images: amplitude ~ 1/frequency (Field, JOSA A 4, 1987)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     frequency[0, 0] = 1
 
@@ -89,7 +89,7 @@ def photo(rng: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) ->
 
 
 def write_tars(folder: pathlib.Path, shards: int, samples: int, photos: int = 64) -> str:
-    """Writes tars in the format of img2dataset, sampled from `photos` photos; returns their pattern."""
+    """Write tars in the format of img2dataset, sampled from `photos` photos; return their pattern."""
     rng = np.random.default_rng(0)
     pool = [photo(rng) for _ in range(photos)]
     folder.mkdir()
@@ -108,7 +108,7 @@ def write_tars(folder: pathlib.Path, shards: int, samples: int, photos: int = 64
 
 
 def run_of(pattern: str, batch_size: int = BATCH, workers: int = WORKERS) -> RunConfig:
-    """Returns the configuration of ViT-B/16 on the tars."""
+    """Return the configuration of ViT-B/16 on the tars."""
     config = base_config()
     config.model = model_cfg("ViT-B-16")
     config.data.update({"source": f"wds:{pattern}", "templates": "none", "augment": "random_resized_crop"})
@@ -117,13 +117,13 @@ def run_of(pattern: str, batch_size: int = BATCH, workers: int = WORKERS) -> Run
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function in a new process and returns its result."""
+    """Run a function in a new process and return its result."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
-    """Returns images per second and per core-second of open_clip's loader, after its shuffle buffer is full."""
+    """Return images per second and per core-second of open_clip's loader, after its shuffle buffer is full."""
     from tclip_jax.numerics.torch_side import import_torch
 
     import_torch().set_num_threads(1)
@@ -155,7 +155,7 @@ def open_clip_speed(pattern: str, seconds: float) -> tuple[float, float]:
 
 
 def speed(pattern: str, rounds: int, seconds: float) -> Figures:
-    """Returns images per second of both loaders, which take turns, and the medians of their ratios.
+    """Return images per second of both loaders, which take turns, and the medians of their ratios.
 
     On a machine with other load, use the ratio of images per core-second.
     """
@@ -175,7 +175,7 @@ def speed(pattern: str, rounds: int, seconds: float) -> Figures:
 
 
 def wait_share(pattern: str, steps: int) -> Figures:
-    """Returns the fraction of time that ternary ViT-B/16 training waits for data, with eight images per step."""
+    """Return the fraction of time that ternary ViT-B/16 training waits for data, with eight images per step."""
     from benchmarks.train_step import jax_steps
     from tclip_jax.models.ternary_rules import ternary_rules
     from tclip_jax.ternary import Quantizer
@@ -194,7 +194,7 @@ def wait_share(pattern: str, steps: int) -> Figures:
 
 
 def memory(pattern: str, samples: int) -> Figures:
-    """Returns the largest deviation of the memory of all processes from its median, over the last 90 % of `samples`."""
+    """Return the largest deviation of the memory of all processes from its median, over the last 90 % of `samples`."""
     data, count = train_data(run_of(pattern)), 0
     sizes: list[int] = []
     step = samples // 50
@@ -208,13 +208,13 @@ def memory(pattern: str, samples: int) -> Figures:
 
 
 def first_batch(pattern: str, started: float) -> float:
-    """Returns the seconds from `started`, before this process existed, to the first batch."""
+    """Return the seconds from `started`, before this process existed, to the first batch."""
     next(train_data(run_of(pattern, workers=0)))
     return time.time() - started
 
 
 def start(folder: pathlib.Path) -> Figures:
-    """Returns the seconds to the first batch of 1,000 shards, without and with a cached index."""
+    """Return the seconds to the first batch of 1,000 shards, without and with a cached index."""
     pattern = write_tars(folder, 1, 10, photos=2)
     for shard in range(1, 1000):
         os.link(folder / "00000.tar", folder / f"{shard:05}.tar")
@@ -224,7 +224,7 @@ def start(folder: pathlib.Path) -> Figures:
 
 
 def billion(folder: pathlib.Path, started: float) -> Figures:
-    """Returns seconds and memory to the first batch of 10⁹ pairs in 100,000 shards, of which only the index exists."""
+    """Return seconds and memory to the first batch of 10⁹ pairs in 100,000 shards, of which only the index exists."""
     logging.disable(logging.WARNING)  # hides the warning that no sample has an image
     data = train_iterator(
         Tars(ShardIndex(folder)),
@@ -241,7 +241,7 @@ def billion(folder: pathlib.Path, started: float) -> Figures:
 
 
 def restart(pattern: str) -> Figures:
-    """Returns whether the batches after a restart equal those of an uninterrupted iterator, byte for byte."""
+    """Return whether the batches after a restart equal those of an uninterrupted iterator, byte for byte."""
     data = train_data(run_of(pattern))
     for _ in range(3):
         next(data)
@@ -273,7 +273,7 @@ GOALS: dict[str, tuple[float, str]] = {
 
 
 def main() -> int:
-    """Prints every figure next to its goal, and with --json one object last."""
+    """Print every figure next to its goal, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer samples and rounds; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -48,7 +48,7 @@ SHARDS = 2
 
 
 def samples(images: int) -> list[tuple[bytes, int]]:
-    """Returns JPEG files and their labels, with mixed classes."""
+    """Return JPEG files and their labels, with mixed classes."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     archive = pathlib.Path(os.environ.get("TCLIP_TEST_DATA", beside)) / "cifar10" / "cifar10_jpg.tar.xz"
     if not archive.exists():
@@ -72,7 +72,7 @@ def samples(images: int) -> list[tuple[bytes, int]]:
 
 
 def write_export(folder: pathlib.Path, pictures: Sequence[tuple[bytes, int]]) -> None:
-    """Writes a webdataset export as CLIP_benchmark does."""
+    """Write a webdataset export as CLIP_benchmark does."""
     (folder / "test").mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
@@ -119,7 +119,7 @@ class Theirs:
 
 
 def measure(preset: str, images: int, batch_size: int, rounds: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs both alternately; returns rates, ratios and metrics."""
+    """Run both alternately; return rates, ratios and metrics."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     params = init_params(CLIP(config), jax.random.key(0))
     export_pytorch(folder / "model", config=config, preprocess=Preprocess(config.vision.image_size), params=params)
@@ -164,7 +164,7 @@ def measure(preset: str, images: int, batch_size: int, rounds: int, folder: path
 
 
 def main() -> int:
-    """Prints a table, and with --json one object last."""
+    """Print a table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

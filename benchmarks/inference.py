@@ -69,12 +69,12 @@ RowStats = list[dict[str, Any]]
 
 
 def call(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Returns a function that calls `function` with the arguments and waits for its result."""
+    """Return a function that calls `function` with the arguments and waits for its result."""
     return lambda: function(*args).block_until_ready()
 
 
 def take_turns(functions: dict[str, Callable[[], Any]], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
-    """Returns the median seconds of each function; the functions take turns for `seconds`, at least five times."""
+    """Return the median seconds of each function; the functions take turns for `seconds`, at least five times."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -88,14 +88,14 @@ def take_turns(functions: dict[str, Callable[[], Any]], seconds: float, clock: C
 
 
 def ratios(name: str, seconds: dict[str, float], baseline: str) -> dict[str, Any]:
-    """Returns a row: milliseconds of the baseline, and the speedup of each other function."""
+    """Return a row: milliseconds of the baseline, and the speedup of each other function."""
     return {"name": name, "baseline_ms": seconds[baseline] * 1e3} | {
         variant: seconds[baseline] / value for variant, value in seconds.items() if variant != baseline
     }
 
 
 def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
-    """Returns the speedups of every implementation of the product, at the shapes of ViT-B/16, group 256."""
+    """Return the speedups of every implementation of the product, at the shapes of ViT-B/16, group 256."""
     dot = jax.jit(jnp.dot)
     product = jax.jit(ternary_matmul)
     rows = []
@@ -113,7 +113,7 @@ def matmul_rows(quick: bool, clock: Callable[[], float]) -> RowStats:
 
 
 def encode_rows(quick: bool, clock: Callable[[], float], torch: bool) -> RowStats:
-    """Returns the speedups of encoding images with random weights."""
+    """Return the speedups of encoding images with random weights."""
     model = _model(quick)
     config = model.config
     encoder = CLIP(config)
@@ -155,7 +155,7 @@ def _torch_encoders(config: CLIPConfig, pixels: Any) -> dict[str, Callable[[], A
 
 
 def _model(quick: bool) -> Model:
-    """Returns a random model whose trits are not yet packed for a device."""
+    """Return a random model whose trits are not yet packed for a device."""
     config = CLIPConfig.from_open_clip(model_cfg("tiny" if quick else "ViT-B-16"))
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(CLIP(config), jax.random.key(0)))
     packed = pack_params(params, ternary_rules("Q-ALL", Quantizer()))
@@ -163,7 +163,7 @@ def _model(quick: bool) -> Model:
 
 
 def _dense(model: Model) -> Any:
-    """Returns the parameters with dense float32 weights."""
+    """Return the parameters with dense float32 weights."""
     return jax.tree.map(
         lambda leaf: np.asarray(leaf.dequantize()) if isinstance(leaf, TernaryTensor) else np.asarray(leaf),
         jax.device_get(model.params),
@@ -172,7 +172,7 @@ def _dense(model: Model) -> Any:
 
 
 def accuracy_row(quick: bool) -> dict[str, Any]:
-    """Compares embeddings of packed and dense float32 models: max |Δ| for A16, smallest cosine for A8."""
+    """Compare embeddings of packed and dense float32 models: max |Δ| for A16, smallest cosine for A8."""
     model, rng = _model(quick), np.random.default_rng(0)
     dense = dataclasses.replace(model, params=_dense(model))
     inputs = {
@@ -189,7 +189,7 @@ def accuracy_row(quick: bool) -> dict[str, Any]:
 
 
 def memory_row(quick: bool) -> dict[str, Any]:
-    """Returns ratios of float32 to packed: bytes of the parameters, and growth of a process that encodes one image."""
+    """Return ratios of float32 to packed: bytes of the parameters, and growth of a process that encodes one image."""
     model = _model(quick)
     packed = repack_params(jax.device_get(model.params))
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
@@ -217,7 +217,7 @@ def memory_row(quick: bool) -> dict[str, Any]:
 
 
 def print_growth(path: pathlib.Path) -> None:
-    """Prints the bytes by which this process grows when it loads a model and encodes an image."""
+    """Print the bytes by which this process grows when it loads a model and encodes an image."""
     jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
     before = _resident_bytes()
     artifact = read_artifact(path.parent / "artifact") if path.name == "dense" else None
@@ -239,14 +239,14 @@ def _resident_bytes() -> int:
 
 
 def print_table(rows: RowStats) -> None:
-    """Prints one line per row, with the name and value of each ratio."""
+    """Print one line per row, with the name and value of each ratio."""
     for row in rows:
         numbers = [f"{key} {value:.2f}x" for key, value in row.items() if key not in ("name", "baseline_ms")]
         print(f"{row['name']:24}dense {row['baseline_ms']:9.2f} ms  {'  '.join(numbers)}", flush=True)
 
 
 def main() -> int:
-    """Prints the tables, and with --json one object last."""
+    """Print the tables, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="four products and the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

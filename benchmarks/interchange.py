@@ -85,7 +85,7 @@ class Cost:
 
 
 def measure(*arguments: str | pathlib.Path) -> Cost:
-    """Runs `tclip` in a new process and returns its cost."""
+    """Run `tclip` in a new process and return its cost."""
     command = [sys.executable, "-c", _MEASURED, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     code, *cost = json.loads(done.stdout.splitlines()[-1])
@@ -95,7 +95,7 @@ def measure(*arguments: str | pathlib.Path) -> Cost:
 
 
 def run(*arguments: str | pathlib.Path) -> None:
-    """Runs `tclip` in this process, without its output."""
+    """Run `tclip` in this process, without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         code = tclip([str(argument) for argument in arguments])
     if code:
@@ -103,7 +103,7 @@ def run(*arguments: str | pathlib.Path) -> None:
 
 
 def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
-    """Writes a folder of open_clip with random weights, one tensor at a time; returns its bytes in float32."""
+    """Write a folder of open_clip with random weights, one tensor at a time; return its bytes in float32."""
     folder.mkdir()
     rng = np.random.default_rng(0)
 
@@ -117,7 +117,7 @@ def write_random(folder: pathlib.Path, config: CLIPConfig) -> int:
 
 
 def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterator[Figure]:
-    """Measures the import of a float model and its export; imports and exports the result again."""
+    """Measure the import of a float model and its export; import and export the result again."""
     size, large = write_random(folder / "theirs", config), name == "ViT-L-14"
     # For a small model, the allocations of the libraries exceed the size of the model.
     budget = 1.5 if size > 2**28 else math.inf
@@ -137,7 +137,7 @@ def cost_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterato
 
 
 def ternary_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iterator[Figure]:
-    """Measures the export of a ternary run and of its artifact; counts trits and scales that a format changes."""
+    """Measure the export of a ternary run and of its artifact; count trits and scales that a format changes."""
     size, packed = _write_student(folder, config)
     budget = 1.5 if size > 2**28 else math.inf
     for source, title in ((folder / "run", "a ternary run"), (folder / "student", "its artifact")):
@@ -157,7 +157,7 @@ def ternary_figures(name: str, config: CLIPConfig, folder: pathlib.Path) -> Iter
 
 
 def _write_student(folder: pathlib.Path, config: CLIPConfig) -> tuple[int, dict[str, Any]]:
-    """Writes a run with random latent weights, and its artifact; returns the float32 bytes and the packed weights."""
+    """Write a run with random latent weights, and its artifact; return the float32 bytes and the packed weights."""
     recipe = base_config()
     with recipe.unlocked():
         recipe.update({"model": config.to_open_clip(), "ternary": "Q-ALL"})
@@ -183,7 +183,7 @@ def _differ(a: pathlib.Path, b: pathlib.Path) -> int:
 
 
 def _changed(expected: dict[str, Any], folder: pathlib.Path) -> int:
-    """Counts trits and scales that differ in an artifact; all trits of a weight that is float or has other groups."""
+    """Count trits and scales that differ in an artifact; all trits of a weight that is float or has other groups."""
     imported, count = flatten(read_artifact(folder).params), 0
     for path, leaf in flatten(expected).items():
         if isinstance(leaf, TernaryTensor):
@@ -196,7 +196,7 @@ def _changed(expected: dict[str, Any], folder: pathlib.Path) -> int:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    """Yields each figure as soon as it is measured."""
+    """Yield each figure as soon as it is measured."""
     presets = {name: CLIPConfig.from_open_clip(PRESETS[name]) for name in ("ViT-B-16", "ViT-L-14")}
     for measured in (cost_figures, ternary_figures):
         for name, config in {"small": SMALL}.items() if quick else presets.items():
@@ -205,7 +205,7 @@ def figures(quick: bool) -> Iterator[Figure]:
 
 
 def main() -> int:
-    """Prints a line per figure, and with --json one object last."""
+    """Print a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interchange", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only a small model; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

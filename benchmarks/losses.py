@@ -51,7 +51,7 @@ TPU_ROWS = 128  # per chip
 
 
 def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tokens: int) -> Any:
-    """Compiles value, gradient and accuracy of the loss of a batch of `rows` for a mesh; also returns the arguments."""
+    """Compile value, gradient and accuracy of the loss of a batch of `rows` for a mesh; also returns the arguments."""
 
     def loss(image: Any, text: Any, scale: Any, their_image: Any, their_text: Any, tokens: Any, weight: Any) -> Any:
         teacher = their_image, their_text, 100.0
@@ -69,13 +69,13 @@ def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tok
 
 
 def largest_array(program: str) -> int:
-    """Returns the number of elements of the largest array of a compiled program, in HBM, VMEM or a fusion."""
+    """Return the number of elements of the largest array of a compiled program, in HBM, VMEM or a fusion."""
     shapes = set(re.findall(r"\b(?:f32|bf16|s32|u32|pred)\[([\d,]+)\]", program))
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
 def for_tpu(topology: str, form: str) -> dict[str, Any]:
-    """Returns the memory that libtpu allocates in HBM for the loss; arrays in VMEM are not counted."""
+    """Return the memory that libtpu allocates in HBM for the loss; arrays in VMEM are not counted."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices).reshape(-1, 1), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
     program, _ = compiled_loss(form, mesh, TPU_ROWS * len(devices), (STUDENT, TEACHER), TEXT)
@@ -92,7 +92,7 @@ def for_tpu(topology: str, form: str) -> dict[str, Any]:
 
 
 def loss_runs(rows: int) -> dict[str, Any]:
-    """Returns (function without arguments, compiled program) of the loss in each form, on simulated devices."""
+    """Return (function without arguments, compiled program) of the loss in each form, on simulated devices."""
     mesh, rng, runs = make_mesh(4, 2), np.random.default_rng(0), {}
     for form in FORMS:
         program, shapes = compiled_loss(form, mesh, rows, (64, 96), 16)
@@ -110,7 +110,7 @@ def loss_runs(rows: int) -> dict[str, Any]:
 
 
 def step_runs(rows: int) -> dict[str, Any]:
-    """Returns the same for a training step of the preset `tiny`, in one and in four microbatches."""
+    """Return the same for a training step of the preset `tiny`, in one and in four microbatches."""
     config, optimizer, mesh = (
         CLIPConfig.from_open_clip(model_cfg("tiny")),
         make_optimizer(OptimizerConfig(), 9),
@@ -132,7 +132,7 @@ def step_runs(rows: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints seconds, bytes and ratios, and with --json one object last."""
+    """Print seconds, bytes and ratios, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=count, default=4096, metavar="N", help="pairs in a batch (default 4096)")
     parser.add_argument("--rounds", type=count, default=9, metavar="N", help="number of rounds (default 9)")

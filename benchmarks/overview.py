@@ -23,7 +23,7 @@ FLOAT, TERNARY, OTHER = "#9aa5b1", "#d1603d", "#3b6fb6"
 
 
 def overview(summary: dict[str, Any], encode: dict[str, float] | None) -> Figure:
-    """Draws bars for size and accuracy of the quick start's student, and for the time to encode eight images.
+    """Draw bars for size and accuracy of the quick start's student, and for the time to encode eight images.
 
     Args:
       summary: the quick start's summary.json.
@@ -60,7 +60,7 @@ def _bars(axes: Axes, values: dict[str, float], form: str, title: str) -> None:
 
 
 def main() -> int:
-    """Writes the picture."""
+    """Write the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overview", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--workdir", default="runs/quickstart", metavar="DIR", help="workdir of a finished `tclip quickstart`"

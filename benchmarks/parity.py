@@ -58,7 +58,7 @@ class Figure:
 
 
 def torch_model(library: str, config: CLIPConfig) -> Any:
-    """Returns a random model of the library, with noise, so that no weight is exactly at its initial 0 or 1."""
+    """Return a random model of the library, with noise, so that no weight is exactly at its initial 0 or 1."""
     torch = import_torch()
     torch.manual_seed(0)
     if library == "open_clip":
@@ -76,13 +76,13 @@ def torch_model(library: str, config: CLIPConfig) -> Any:
 
 
 def to_params(library: str, tensors: dict[str, Any], config: CLIPConfig) -> dict[str, Any]:
-    """Converts tensors with the library's names to a parameter tree."""
+    """Convert tensors with the library's names to a parameter tree."""
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     return from_open_clip(arrays if library == "open_clip" else from_hugging_face(arrays, config), config)
 
 
 def torch_loss(library: str, module: Any, pixels: Array, tokens: Array) -> tuple[list[Array], Any]:
-    """Returns the embeddings of both towers, of length 1, and the contrastive loss with its graph."""
+    """Return the embeddings of both towers, of length 1, and the contrastive loss with its graph."""
     torch = import_torch()
     images, ids = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), torch.from_numpy(np.array(tokens)).long()
     if library == "open_clip":
@@ -100,13 +100,13 @@ def torch_loss(library: str, module: Any, pixels: Array, tokens: Array) -> tuple
 def jax_loss(
     clip: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns loss and embeddings, and the gradients of the parameters."""
+    """Return loss and embeddings, and the gradients of the parameters."""
     image, text, scale = clip.apply({"params": params}, pixels, tokens)  # type: ignore[misc]
     return info_nce(*compare(image, text, scale)), (image, text)
 
 
 def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:
-    """Compares embeddings and gradients of one preset with one library."""
+    """Compare embeddings and gradients of one preset with one library."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     pixels, tokens = sample_batch(Model(config, Preprocess(config.vision.image_size), {}), batch)
     module = torch_model(library, config)
@@ -130,14 +130,14 @@ def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:
 
 
 def gradient_error(ours: Any, theirs: Any) -> float:
-    """Returns the largest max |Δ| / max(max |g| of the tensor, 1e-3 · max |g| of all tensors) over all tensors."""
+    """Return the largest max |Δ| / max(max |g| of the tensor, 1e-3 · max |g| of all tensors) over all tensors."""
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(theirs))
     errors = jax.tree.map(lambda a, b: abs(np.asarray(a) - b).max() / max(abs(b).max(), 1e-3 * largest), ours, theirs)
     return float(max(jax.tree.leaves(errors)))
 
 
 def export_figures(preset: str) -> Iterator[Figure]:
-    """Counts the files that differ between an export and the export of its import."""
+    """Count the files that differ between an export and the export of its import."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     params = to_params("open_clip", dict(torch_model("open_clip", config).state_dict()), config)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def _same_bytes(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def input_figures(texts: int, images: int) -> Iterator[Figure]:
-    """Counts captions with other tokens than open_clip's; measures the difference of pixels."""
+    """Count captions with other tokens than open_clip's; measure the difference of pixels."""
     captions, pictures = sample_texts(texts), sample_images(images)
     p = Preprocess(224)
     tokens, pixels = library_inputs(p, 77, captions, pictures)
@@ -168,7 +168,7 @@ def input_figures(texts: int, images: int) -> Iterator[Figure]:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    """Yields each figure as soon as it is measured."""
+    """Yield each figure as soon as it is measured."""
     yield from input_figures(5000, 200)
     for preset in ("tiny",) if quick else PRESETS:
         for library in LIBRARIES:
@@ -178,7 +178,7 @@ def figures(quick: bool) -> Iterator[Figure]:
 
 
 def main() -> int:
-    """Prints a line per figure, and with --json one object last."""
+    """Print a line per figure, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the preset 'tiny'; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

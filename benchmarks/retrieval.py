@@ -28,7 +28,7 @@ BUDGET_GIB = 4.0
 
 
 def unit_rows(rows: int, seed: int) -> npt.NDArray[np.float32]:
-    """Returns random unit vectors, computed in place so that no second copy adds to the peak."""
+    """Return random unit vectors, computed in place so that no second copy adds to the peak."""
     out = np.empty((rows, WIDTH), np.float32)
     rng = np.random.default_rng(seed)
     for start in range(0, rows, 65_536):
@@ -39,7 +39,7 @@ def unit_rows(rows: int, seed: int) -> npt.NDArray[np.float32]:
 
 
 def embeddings(images: int, captions: int) -> tuple[Any, Any, Any]:
-    """Returns image embeddings, caption embeddings near those of their images, and the image of each caption."""
+    """Return image embeddings, caption embeddings near those of their images, and the image of each caption."""
     image, text = unit_rows(images, 0), unit_rows(captions, 1)
     owners = np.random.default_rng(2).integers(0, images, captions)
     text += 0.2 * image[owners]
@@ -47,7 +47,7 @@ def embeddings(images: int, captions: int) -> tuple[Any, Any, Any]:
 
 
 def measure(images: int, captions: int) -> dict[str, float]:
-    """Measures one case in this process: seconds, GiB of the peak and of the embeddings, and recall@10 as a check."""
+    """Measure one case in this process: seconds, GiB of the peak and of the embeddings, and recall@10 as a check."""
     arguments = embeddings(images, captions)
     before = time.perf_counter()
     ranks = retrieval_ranks(*arguments)
@@ -62,14 +62,14 @@ def measure(images: int, captions: int) -> dict[str, float]:
 
 
 def in_a_process(images: int, captions: int) -> dict[str, float]:
-    """Measures one case in a new process, so that the peak contains nothing else."""
+    """Measure one case in a new process, so that the peak contains nothing else."""
     command = [sys.executable, "-m", "benchmarks.retrieval", "--case", str(images), str(captions)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def against_numpy(images: int, captions: int, repeats: int) -> float:
-    """Returns the time of NumPy over ours. NumPy computes all scores as one matrix, then both ranks."""
+    """Return the time of NumPy over ours. NumPy computes all scores as one matrix, then both ranks."""
     image, text, owners = embeddings(images, captions)
 
     def whole() -> None:

@@ -74,12 +74,12 @@ class Run(NamedTuple):
     compiled: Any
 
     def step(self, state: TrainState, index: int) -> tuple[TrainState, float]:
-        """Returns the next state, and the loss of batch `index`."""
+        """Return the next state, and the loss of batch `index`."""
         state, metrics = self.step_with_metrics(state, index)
         return state, metrics["loss"]
 
     def step_with_metrics(self, state: TrainState, index: int) -> tuple[TrainState, dict[str, float]]:
-        """Returns the next state, and all metrics of batch `index`."""
+        """Return the next state, and all metrics of batch `index`."""
         rng = np.random.default_rng(index)
         batch = {
             "image": rng.integers(0, 256, (ROWS, 16, 16, 3), np.uint8),
@@ -92,7 +92,7 @@ class Run(NamedTuple):
         return state, {name: float(value) for name, value in metrics.items()}
 
     def trits(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns the trits of every ternary parameter, computed on this mesh."""
+        """Return the trits of every ternary parameter, computed on this mesh."""
         with jax.set_mesh(self.mesh):
             snapshot = jax.device_get(
                 trit_snapshot(state.params["clip"], TERNARY, CONFIG.text.vocab_size * CONFIG.vision.width * 64)
@@ -110,7 +110,7 @@ class Reference(NamedTuple):
 
 @functools.cache
 def initial_state() -> tuple[TrainState, Any]:
-    """Returns the initial state and the teacher's parameters, computed on one device so that all meshes start equal."""
+    """Return the initial state and the teacher's parameters, computed on one device so that all meshes start equal."""
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = init_state(CLIP(CONFIG, TERNARY), make_optimizer(OPTIMIZER, 1000), 0, TEACHER, mesh, LOSS)
@@ -119,12 +119,12 @@ def initial_state() -> tuple[TrainState, Any]:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts host arrays on a mesh."""
+    """Put host arrays on a mesh."""
     return jax.device_put(tree, tree_shardings(tree, mesh))
 
 
 def start(mesh: Mesh, rules: TernaryRules, dtype: jax.typing.DTypeLike = jnp.float32) -> Run:
-    """Returns a run on a mesh with the common initial weights."""
+    """Return a run on a mesh with the common initial weights."""
     state, teacher = (place(tree, mesh) for tree in initial_state())
     optimizer = make_optimizer(OPTIMIZER, 1000)
     student, guide = (Encoders(CLIP(*each, dtype), HALF, HALF) for each in ((CONFIG, rules), (TEACHER, ())))
@@ -133,7 +133,7 @@ def start(mesh: Mesh, rules: TernaryRules, dtype: jax.typing.DTypeLike = jnp.flo
 
 
 def train(run: Run, steps: int) -> Reference:
-    """Trains `steps` steps and records the reference."""
+    """Train `steps` steps and record the reference."""
     state, reference = run.state, Reference([], [], [])
     for index in range(steps):
         reference.states.append(jax.device_get(state))
@@ -145,12 +145,12 @@ def train(run: Run, steps: int) -> Reference:
 
 
 def difference(a: float, b: float) -> float:
-    """Returns |b − a| / |a|."""
+    """Return |b − a| / |a|."""
     return abs(b - a) / abs(a)
 
 
 def gradient_difference(before: TrainState, one: TrainState, other: TrainState) -> float:
-    """Returns the largest |Δg| / |g| over parameters, with g from Adam's first moment: m' = b1 · m + (1 − b1) · g."""
+    """Return the largest |Δg| / |g| over parameters, with g from Adam's first moment: m' = b1 · m + (1 − b1) · g."""
     moments = [optax.tree.get(state.optimizer, "mu") for state in (before, one, other)]
 
     def relative(m: Any, ours: Any, theirs: Any) -> float:
@@ -162,7 +162,7 @@ def gradient_difference(before: TrainState, one: TrainState, other: TrainState) 
 
 
 def first_flip(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> str:
-    """Returns the position of the first trit that differs, or ""."""
+    """Return the position of the first trit that differs, or ""."""
     for path, mine in ours.items():
         if (where := np.argwhere(mine != theirs[path])).size:
             return f"{path}[{', '.join(map(str, where[0]))}] ({len(where)} there)"
@@ -170,7 +170,7 @@ def first_flip(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> st
 
 
 def compare(sizes: tuple[int, int, int], steps: int, full: Reference, ternary: Reference) -> dict[str, Any]:
-    """Returns the differences of one mesh from one device."""
+    """Return the differences of one mesh from one device."""
     mesh = make_mesh(*sizes)
     row: dict[str, Any] = {"mesh": dict(zip(AXES, sizes, strict=True)), "full": 0.0}
     run = start(mesh, ())
@@ -199,13 +199,13 @@ def compare(sizes: tuple[int, int, int], steps: int, full: Reference, ternary: R
 
 
 def first_step(sizes: tuple[int, int, int], rules: TernaryRules) -> dict[str, float]:
-    """Returns the metrics of the first step in bfloat16, on a mesh of these sizes."""
+    """Return the metrics of the first step in bfloat16, on a mesh of these sizes."""
     run = start(make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)]), rules, jnp.bfloat16)
     return run.step_with_metrics(run.state, 0)[1]
 
 
 def compare_narrow(meshes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Returns the larger difference of a full-precision and a ternary model from one device in bfloat16, per mesh."""
+    """Return the larger difference of a full-precision and a ternary model from one device in bfloat16, per mesh."""
     one = {rules: first_step((1, 1, 1), rules) for rules in ((), TERNARY)}
     rows = []
     for sizes in tqdm(meshes, disable=None):
@@ -218,7 +218,7 @@ def compare_narrow(meshes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any
 
 
 def main() -> int:
-    """Prints the table, and with --json one object last."""
+    """Print the table, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharding", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one mesh and 10 steps; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

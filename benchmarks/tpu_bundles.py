@@ -22,12 +22,12 @@ _BUNDLE = re.compile(r"\s*0(?:x[0-9a-f]+)?\s+(?:[A-Z]{2})?\s*:\s*(>*)")
 
 
 def dump_flags(folder: str) -> str:
-    """Returns LIBTPU_INIT_ARGS that dump kernels to a folder. The flags are undocumented; a libtpu may lack them."""
+    """Return LIBTPU_INIT_ARGS that dump kernels to a folder. The flags are undocumented; a libtpu may lack them."""
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 
 
 def dense_dot(x: jax.Array, w: jax.Array, scale: jax.Array, *, blocks: tuple[int, int], vmem: int) -> jax.Array:
-    """Multiplies by dense weights with the same grid and dot as the packed kernel, and one scale per column."""
+    """Multiply by dense weights with the same grid and dot as the packed kernel, and one scale per column."""
     (m, k), n, (rows, columns) = x.shape, w.shape[1], blocks
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
@@ -50,7 +50,7 @@ def dense_dot(x: jax.Array, w: jax.Array, scale: jax.Array, *, blocks: tuple[int
 
 
 def bundles(function: Callable[..., Any], arguments: list[Any], folder: pathlib.Path) -> tuple[int, int] | None:
-    """Returns the bundles outside and inside the inner loop of the one kernel in `function`; None without a dump."""
+    """Return the bundles outside and inside the inner loop of the one kernel in `function`; None without a dump."""
     shutil.rmtree(folder, ignore_errors=True)
     jax.jit(function).lower(*arguments).compile()
     dumped = [path for path in folder.glob("*-final_bundles.txt") if "late-finalization" not in path.name]
@@ -65,7 +65,7 @@ def bundles(function: Callable[..., Any], arguments: list[Any], folder: pathlib.
 def compare(
     device: Device, order: Order, k: int, n: int, groups: int, shard: Callable[..., Any], folder: pathlib.Path
 ) -> dict[str, Any] | None:
-    """Compares the bundles of the packed and the dense kernel, for one block of columns and 1576 rows.
+    """Compare the bundles of the packed and the dense kernel, for one block of columns and 1576 rows.
 
     Args:
       device: the device, which determines the block sizes.

@@ -56,7 +56,7 @@ PATHS = (
 
 
 def weight_shapes(presets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Returns the distinct (K, N) of qkv, out, fc1 and fc2 of both towers."""
+    """Return the distinct (K, N) of qkv, out, fc1 and fc2 of both towers."""
     shapes: dict[tuple[int, int], None] = {}
     for preset in presets:
         for tower in ("vision_cfg", "text_cfg"):
@@ -71,7 +71,7 @@ def mesh_of(device: str, devices: int) -> Mesh:
 
 
 def ternary(k: int, n: int) -> TernaryTensor:
-    """Returns an abstract weight with groups of 256."""
+    """Return an abstract weight with groups of 256."""
     return jax.eval_shape(
         lambda: TernaryTensor(jnp.zeros((k, n), jnp.int8), jnp.zeros((-(-k // GROUP), n)), min(GROUP, k))
     )
@@ -83,7 +83,7 @@ def abstract(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 
 
 def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
-    """Compiles x · ŵ; returns seconds, bytes in HBM and collectives, or the first line of the error."""
+    """Compile x · ŵ; return seconds, bytes in HBM and collectives, or the first line of the error."""
     start = time.perf_counter()
     try:
         program = jax.jit(product).lower(x, w).compile()
@@ -99,14 +99,14 @@ def compiled(product: Any, x: Any, w: Any) -> dict[str, Any]:
 
 
 def weight_bytes(product: Any, w: Any, k: int, dtype: Any) -> int:
-    """Returns the HBM bytes of the weight, which is the only argument of the compiled program."""
+    """Return the HBM bytes of the weight, which is the only argument of the compiled program."""
     program = jax.jit(lambda w: product(jnp.ones((8, k), dtype), w)).lower(w).compile()
     memory: Any = program.memory_analysis()
     return memory.argument_size_in_bytes
 
 
 def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Compiles every implementation that supports the device, with each shape and number of rows."""
+    """Compile every implementation that supports the device, with each shape and number of rows."""
     mesh = mesh_of(device, 1)
     with jax.set_mesh(mesh):
         kind = mesh.devices.flat[0].device_kind
@@ -129,7 +129,7 @@ def products(device: str, shapes: list[tuple[int, int]], rows: tuple[int, ...]) 
 
 
 def shared_columns(device: str, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """Compiles products whose weight is sharded by columns over the four devices of a mesh."""
+    """Compile products whose weight is sharded by columns over the four devices of a mesh."""
     mesh = mesh_of(device, 4)
     product = functools.partial(matmul_columns, mesh=mesh, axis="tensor")
     with jax.set_mesh(mesh):
@@ -142,7 +142,7 @@ def shared_columns(device: str, shapes: list[tuple[int, int]]) -> Iterator[dict[
 
 
 def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields bundle ratios of fc1 and fc2 of ViT-B/16. This process must have the dump flags."""
+    """Yield bundle ratios of fc1 and fc2 of ViT-B/16. This process must have the dump flags."""
     mesh = mesh_of(device, 1)
     layout = DEVICES[mesh.devices.flat[0].device_kind]
 
@@ -161,7 +161,7 @@ def ratios(device: str, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def child(device: str, quick: bool, dump: str) -> None:
-    """Prints the rows of one device, each as soon as it is known."""
+    """Print the rows of one device, each as soon as it is known."""
     shapes = [*FC, LARGEST] if quick else weight_shapes(("ViT-B-16", "ViT-L-14"))
     rows = ratios(device, pathlib.Path(dump)) if dump else products(device, shapes, (1, 197, 1576) if quick else ROWS)
     if device == "v5e" and not dump:
@@ -171,7 +171,7 @@ def child(device: str, quick: bool, dump: str) -> None:
 
 
 def spawn(device: str, quick: bool, dump: str = "") -> tuple[list[dict[str, Any]], str]:
-    """Returns the rows of one device and its failure. A new process isolates an abort in XLA."""
+    """Return the rows of one device and its failure. A new process isolates an abort in XLA."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     if dump:
         environment["LIBTPU_INIT_ARGS"] = tpu_bundles.dump_flags(dump)

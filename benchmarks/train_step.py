@@ -46,7 +46,7 @@ BUDGETS = {
 
 
 def draw_batch(config: CLIPConfig, rows: int) -> dict[str, np.ndarray]:
-    """Returns random pixels and tokens; the last token of each text is the end-of-text token."""
+    """Return random pixels and tokens; the last token of each text is the end-of-text token."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.text.vocab_size - 1, (rows, config.text.context_length), np.int32)
     tokens[:, -1] = config.text.vocab_size - 1
@@ -55,7 +55,7 @@ def draw_batch(config: CLIPConfig, rows: int) -> dict[str, np.ndarray]:
 
 
 def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Returns a function that trains one step, and one that computes a trit snapshot and its metrics."""
+    """Return a function that trains one step, and one that computes a trit snapshot and its metrics."""
     mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(OPTIMIZER, 1000)
     clip = CLIP(config, rules)
     student = Encoders(clip, OPENAI_MEAN, OPENAI_STD)
@@ -77,7 +77,7 @@ def jax_steps(config: CLIPConfig, rows: int, rules: TernaryRules) -> tuple[Calla
 
 
 def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
-    """Returns a function that trains one step in open_clip, with its loss, on the cores that JAX uses."""
+    """Return a function that trains one step in open_clip, with its loss, on the cores that JAX uses."""
     torch = import_torch()
     import open_clip
 
@@ -106,7 +106,7 @@ def torch_step(config: CLIPConfig, rows: int) -> Callable[[], None]:
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of every run in every round; the first run of each compiles.
+    """Return the seconds of every run in every round; the first run of each compiles.
 
     An untimed run of the same kind precedes each timed run: a JAX step right after a PyTorch step takes 1.5x as long.
     """
@@ -123,7 +123,7 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def main() -> int:
-    """Prints seconds and ratios, and with --json one object last."""
+    """Print seconds and ratios, and with --json one object last."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="ViT-B-16", help="default ViT-B-16")
     parser.add_argument("--batch", type=count, default=8, metavar="N", help="pairs in a step (default 8)")

@@ -20,7 +20,7 @@ from tclip_jax.runs.config import base_config
 
 
 def _faster(factor: float) -> dict[str, Any]:
-    """Raises the learning rate of latent weights, because a trit changes only after a large change of its weight."""
+    """Raise the learning rate of latent weights, because a trit changes only after a large change of its weight."""
     latent = r"clip/(image|text)/(blocks/.*/kernel|token_embedding/embedding)"
     return {"optimizer.groups": ((latent, {"learning_rate": factor}),)}
 
@@ -53,7 +53,7 @@ DATA = ("cifar10", "emoji")
 
 
 def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is DATA,VARIANT[,plain][,runlocal], where "teacher" is also a variant."""
+    """Return the configuration; `arg` is DATA,VARIANT[,plain][,runlocal], where "teacher" is also a variant."""
     data, who, *modes = f"{arg},teacher".split(",")[: max(arg.count(",") + 1, 2)]
     if data not in DATA or who not in ("teacher", *VARIANTS) or set(modes) - {"plain", "runlocal"}:
         raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {', '.join(DATA)}; teacher, {', '.join(VARIANTS)}")

@@ -18,7 +18,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "" or "runlocal"."""
+    """Return the configuration; `arg` is "" or "runlocal"."""
     if arg not in ("", "runlocal"):
         raise ValueError(f"clip_kd:{arg}: write clip_kd, or clip_kd:runlocal")
     config = base_config()

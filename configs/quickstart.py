@@ -14,7 +14,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "teacher") -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is teacher or student, with an optional suffix ",runlocal"."""
+    """Return the configuration; `arg` is teacher or student, with an optional suffix ",runlocal"."""
     who, _, mode = arg.partition(",")
     if who not in ("teacher", "student") or mode not in ("", "runlocal"):
         raise ValueError(f"quickstart:{arg}: write quickstart:teacher or quickstart:student, and ,runlocal if wanted")

@@ -20,7 +20,7 @@ from tclip_jax.runs.config import base_config
 
 
 def get_config(arg: str = "Q-ALL") -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is none, Q-FFN or Q-ALL, with an optional suffix ",runlocal"."""
+    """Return the configuration; `arg` is none, Q-FFN or Q-ALL, with an optional suffix ",runlocal"."""
     which, _, mode = arg.partition(",")
     if which not in TERNARY_SETS or mode not in ("", "runlocal"):
         raise ValueError(f"ternaryclip:{arg}: write one of {', '.join(TERNARY_SETS)}, and ,runlocal if wanted")

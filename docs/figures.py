@@ -16,7 +16,7 @@ MINUS, ZERO, PLUS = "#3b6fb6", "#b9b9b9", "#d1603d"
 
 
 def trit_figure() -> Figure:
-    """Draws a histogram of the 256 weights of a group, coloured by trit, with the thresholds and the levels ±s."""
+    """Draw a histogram of the 256 weights of a group, coloured by trit, with the thresholds and the levels ±s."""
     w = np.random.default_rng(0).normal(0, 0.02, (256, 1)).astype(np.float32)
     ternary = ternarize(w, Quantizer())
     trits, scale = np.asarray(ternary.trits), float(ternary.scale[0, 0])
@@ -39,7 +39,7 @@ def trit_figure() -> Figure:
 
 
 def group_figure() -> Figure:
-    """Draws a kernel (8, 4) in groups of 4 inputs: latent weights, trits, scales and ternary weights."""
+    """Draw a kernel (8, 4) in groups of 4 inputs: latent weights, trits, scales and ternary weights."""
     rng = np.random.default_rng(1)
     w = (rng.normal(0, 1, (8, 4)) * rng.uniform(0.3, 1.6, (2, 4)).repeat(4, 0)).astype(np.float32)
     ternary = ternarize(w, Quantizer(group=4))
@@ -65,7 +65,7 @@ def group_figure() -> Figure:
 
 
 def factor_figure() -> Figure:
-    """Plots zeros and relative squared error against the factor k, for Gaussian and Laplacian weights."""
+    """Plot zeros and relative squared error against the factor k, for Gaussian and Laplacian weights."""
     factors, rng = np.linspace(0.2, 4, 20), np.random.default_rng(2)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     zeros, error = figure.subplots(1, 2)
@@ -91,7 +91,7 @@ FIGURES = {"trit": trit_figure, "group": group_figure, "factor": factor_figure}
 
 
 def main() -> None:
-    """Writes every figure as SVG. The bytes are reproducible."""
+    """Write every figure as SVG. The bytes are reproducible."""
     # Keep text as text. Name one font: the default list of twelve fonts would be repeated at every text.
     matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
     FOLDER.mkdir(exist_ok=True)

@@ -7,5 +7,5 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Returns the page with each `[text](../path)` replaced by `text`."""
+    """Return the page with each `[text](../path)` replaced by `text`."""
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)

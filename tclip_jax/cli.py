@@ -67,7 +67,7 @@ EXIT_CODES = """Exit codes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and prints an error as one line, or with --debug as a traceback.
+    """Run one command and print an error as one line, or with --debug as a traceback.
 
     Args:
       arguments: the command and its options; None for those of the process.
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Returns whether the reader of stdout or stderr has closed it."""
+    """Return whether the reader of stdout or stderr has closed it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.write("")
@@ -133,7 +133,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def start_logging(debug: bool = False) -> None:
-    """Logs to stderr: messages of this package, warnings of other libraries, and errors of absl.
+    """Log to stderr: messages of this package, warnings of other libraries, and errors of absl.
 
     Orbax and Grain log through absl.
 
@@ -164,7 +164,7 @@ class _Printable(logging.Formatter):
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """Returns one parser of all commands and their options, for shell completion."""
+    """Return one parser of all commands and their options, for shell completion."""
     parser = argparse.ArgumentParser(prog="tclip", description="Ternary CLIP in JAX.")
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for name in sorted(COMMANDS):  # `evaluate` before `evaluate compare`
@@ -179,7 +179,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Adds the options of a command and the options that all commands share."""
+    """Add the options of a command and the options that all commands share."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _module(name).add_arguments(parser)
 
@@ -201,7 +201,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def _error_line(error: Exception) -> str:
-    """Describes an error in one line: an expected error by its message, an unexpected error also by its location."""
+    """Describe an error in one line: an expected error by its message, an unexpected error also by its location."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):
@@ -229,7 +229,7 @@ def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:
-    """Rewrites --config.a.b=value as --config.KEY a.b=value; arguments after -- belong to another command."""
+    """Rewrite --config.a.b=value as --config.KEY a.b=value; arguments after -- belong to another command."""
     split: list[str] = []
     for i, argument in enumerate(arguments):
         if argument == "--":

@@ -17,7 +17,7 @@ _MISSING = object()
 
 
 def recipe(**made_by: Any) -> Recipe:
-    """Returns the arguments as they are after a round trip through JSON.
+    """Return the arguments as they are after a round trip through JSON.
 
     Args:
       made_by: everything that changes the result: names, numbers, digests of data and weights. Dataclasses become
@@ -30,12 +30,12 @@ def recipe(**made_by: Any) -> Recipe:
 
 
 def digest(made_by: Mapping[str, Any]) -> str:
-    """Returns the BLAKE2b digest of a recipe, 32 hexadecimal digits."""
+    """Return the BLAKE2b digest of a recipe, 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(recipe(**made_by), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Returns the differences of two recipes, as "split: 'test', not 'train'; …"; "" if they are equal."""
+    """Return the differences of two recipes, as "split: 'test', not 'train'; …"; "" if they are equal."""
     return "; ".join(_differences(recipe(**stored), recipe(**wanted), ""))
 
 

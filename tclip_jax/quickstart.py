@@ -49,7 +49,7 @@ SHOWN = 24  # test images in the report: mistakes first, then correct prediction
 
 
 def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = "") -> dict[str, Any]:
-    """Trains a teacher and a ternary student, then evaluates, packs and exports the student; resumes an earlier call.
+    """Train a teacher and a ternary student, then evaluate, pack and export the student; resume an earlier call.
 
     Writes the runs teacher/ and student/, the folders artifact/ and export/, and the files report.png and summary.json.
 
@@ -123,7 +123,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Formats the summary as a table for a terminal, with fractions in per cent."""
+    """Format the summary as a table for a terminal, with fractions in per cent."""
     before, steps = summary.get("steps_before", 0), summary.get("steps", 0)
     resumed = f"; {before:,} of {steps:,} training steps by an earlier call" if before else ""
     rows = (
@@ -175,7 +175,7 @@ def write_picture(
     predicted: Sequence[str],
     correct: Sequence[bool],
 ) -> None:
-    """Writes the report of the quick start as a PNG: metrics, trits, and predictions for test images.
+    """Write the report of the quick start as a PNG: metrics, trits, and predictions for test images.
 
     Args:
       path: file to write.
@@ -205,7 +205,7 @@ def write_picture(
 
 
 def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
-    """Plots a metric over the steps, one line per run; accuracies in per cent."""
+    """Plot a metric over the steps, one line per run; accuracies in per cent."""
     is_accuracy = metric.endswith("accuracy")
     for name, lines in curves.items():
         points = [(line["step"], line[metric] * (100 if is_accuracy else 1)) for line in lines if metric in line]
@@ -221,7 +221,7 @@ def plot_curves(axes: Axes, curves: Curves, metric: str, title: str) -> None:
 
 
 def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]) -> None:
-    """Plots the trit snapshots of a run, one line per weight: zeros, flips, drift, saturation, and the final |w|.
+    """Plot the trit snapshots of a run, one line per weight: zeros, flips, drift, saturation, and the final |w|.
 
     Args:
       axes: (5,) array of Axes.
@@ -247,7 +247,7 @@ def plot_dynamics(axes: npt.NDArray[Any], snapshots: Sequence[Mapping[str, Any]]
 
 
 def plot_trits(axes: Axes, params: Mapping[str, Any]) -> None:
-    """Plots the fractions of −1, 0 and +1 in each ternary weight of each layer, as stacked bars."""
+    """Plot the fractions of −1, 0 and +1 in each ternary weight of each layer, as stacked bars."""
     shares = {}
     for path, leaf in flatten(params).items():
         if isinstance(leaf, TernaryTensor):
@@ -274,7 +274,7 @@ def plot_predictions(
     correct: Sequence[bool],
     columns: int = 8,
 ) -> None:
-    """Plots images in a grid, each under its predicted caption: green if correct, red if not."""
+    """Plot images in a grid, each under its predicted caption: green if correct, red if not."""
     rows = max(-(-len(images) // columns), 1)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle("what the ternary student predicts for test images")

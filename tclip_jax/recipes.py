@@ -15,18 +15,18 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 def recipe_folder() -> pathlib.Path:
-    """Returns the folder of shipped recipes."""
+    """Return the folder of shipped recipes."""
     return shipped_folder("configs")
 
 
 def shipped_folder(name: str) -> pathlib.Path:
-    """Returns a folder of the repository: inside the package in a wheel, next to it in a checkout."""
+    """Return a folder of the repository: inside the package in a wheel, next to it in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
 def load_recipe(spec: str) -> ml_collections.ConfigDict:
-    """Returns the configuration of a recipe.
+    """Return the configuration of a recipe.
 
     Args:
       spec: `name[:argument]` for a shipped recipe, or `path.py[:argument]`; the recipe parses the argument.
@@ -55,7 +55,7 @@ def load_recipe(spec: str) -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> ml_collections.ConfigDict:
-    """Sets keys of a configuration in place, and returns it.
+    """Set keys of a configuration in place, and return it.
 
     Args:
       config: the configuration.

@@ -55,7 +55,7 @@ class Key:
 
 
 def key(default: Any = dataclasses.MISSING, doc: str = "", *, written: Any = None, **bounds: Any) -> Any:
-    """Declares a dataclass field as a key of a configuration.
+    """Declare a dataclass field as a key of a configuration.
 
     Args:
       default: the value if the key is absent; without it the key is required.
@@ -67,12 +67,12 @@ def key(default: Any = dataclasses.MISSING, doc: str = "", *, written: Any = Non
 
 
 def key_of(field: dataclasses.Field[Any]) -> Key:
-    """Returns the declaration of a field; for a plain field an empty text and no bounds but finite."""
+    """Return the declaration of a field; for a plain field an empty text and no bounds but finite."""
     return field.metadata.get("key", Key("", Bounds()))
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Returns every key of a declaration with its default, in the form of a configuration file."""
+    """Return every key of a declaration with its default, in the form of a configuration file."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         written = key_of(field).written
@@ -82,7 +82,7 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def number(kind: type[int] | type[float], **bounds: Any) -> Callable[[str], Any]:
-    """Returns an argparse `type` that parses an int or float and checks its `Bounds`."""
+    """Return an argparse `type` that parses an int or float and checks its `Bounds`."""
     allowed = Bounds(**bounds)
 
     def parse(text: str) -> Any:
@@ -102,14 +102,14 @@ _INDEFINITE = {int: "an int", float: "a float"}
 
 
 def plain(text: object, limit: int = 80) -> str:
-    """Returns text of an untrusted file for a one-line error: cut to `limit` characters, escaped if not printable."""
+    """Return text of an untrusted file for a one-line error: cut to `limit` characters, escaped if not printable."""
     start = str(text)[: limit + 1]
     cut = start if len(start) <= limit else f"{start[: limit - 1]}…"
     return cut if cut.isprintable() else repr(cut)
 
 
 def check_keys(names: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Raises ValueError for the first of `names` that is not in `valid`; the error suggests the nearest valid name."""
+    """Raise ValueError for the first of `names` that is not in `valid`; the error suggests the nearest valid name."""
     valid = list(valid)
     for name in names:
         if name not in valid:
@@ -120,7 +120,7 @@ def check_keys(names: Iterable[str], valid: Iterable[str], where: str) -> None:
 def check_names(
     names: Collection[str], expected: Collection[str], what: str, error: type[ValueError] = ValueError
 ) -> None:
-    """Raises `error` unless both collections hold the same names; it lists the first missing and unexpected ones."""
+    """Raise `error` unless both collections hold the same names; it lists the first missing and unexpected ones."""
     mismatches = {"missing": set(expected) - set(names), "unexpected": set(names) - set(expected)}
     if any(mismatches.values()):
         listed = "; ".join(f"{kind} {_first_of(group)}" for kind, group in mismatches.items() if group)
@@ -133,7 +133,7 @@ def _first_of(names: Collection[str], count: int = 5) -> str:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Returns the dataclass `cls` with these values, checked.
+    """Return the dataclass `cls` with these values, checked.
 
     Args:
       cls: the dataclass that declares the keys.
@@ -156,7 +156,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for the first value that does not have the type and bounds of its field in `cls`."""
+    """Raise ValueError for the first value that does not have the type and bounds of its field in `cls`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name not in values:
@@ -169,7 +169,7 @@ def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def describe(hint: Any) -> str:
-    """Returns a type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
+    """Return a type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
@@ -195,7 +195,7 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yields the numbers in a value: itself, or those in nested tuples."""
+    """Yield the numbers in a value: itself, or those in nested tuples."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -28,7 +28,7 @@ def is_local(path: epath.Path) -> bool:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns this machine's folder of indices, copies of remote data and compiled plans; it can be deleted.
+    """Return this machine's folder of indices, copies of remote data and compiled plans; it can be deleted.
 
     TCLIP_CACHE_DIR sets it; the default is ~/.cache/tclip_jax.
     """
@@ -36,7 +36,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def dump_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Returns `content` as JSON with a final newline; one line if `indent` is None. NaN and infinity become null."""
+    """Return `content` as JSON with a final newline; one line if `indent` is None. NaN and infinity become null."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
 
 
@@ -49,14 +49,14 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomic(path: epath.PathLike, data: bytes | str) -> None:
-    """Writes one file atomically: readers get the old content or the new, also after a crash."""
+    """Write one file atomically: readers get the old content or the new, also after a crash."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yields an open binary file that becomes `path` when the block ends; if the block raises, `path` is unchanged.
+    """Yield an open binary file that becomes `path` when the block ends; if the block raises, `path` is unchanged.
 
     The data go to a temporary name beside `path`, which is then renamed. Object stores need this too: closing a file
     after a failed upload can publish a part of it, but a copy appears only when it is complete.
@@ -84,7 +84,7 @@ def atomic_file(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
-    """Yields the name of a local file that becomes `path`: `atomic_file` for libraries that open files by name."""
+    """Yield the name of a local file that becomes `path`: `atomic_file` for libraries that open files by name."""
     path = epath.Path(path)
     _check_parent(path)
     if is_local(path):
@@ -108,7 +108,7 @@ def atomic_local_file(path: epath.PathLike) -> Iterator[str]:
 
 @contextlib.contextmanager
 def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[epath.Path]:
-    """Yields an empty folder that becomes `path` when the block ends; if the block raises, the folder is removed.
+    """Yield an empty folder that becomes `path` when the block ends; if the block raises, the folder is removed.
 
     The folder has a temporary name beside `path` until it is renamed; the folder that it replaces is removed last.
     Object stores rename by copying. A process that is killed during this copy leaves the old folder whole as
@@ -139,7 +139,7 @@ def atomic_folder(path: epath.PathLike, *, overwrite: bool = False) -> Iterator[
 
 
 def _swap(new: epath.Path, path: epath.Path) -> None:
-    """Renames `new` to `path`; the old folder at `path` stays whole beside it until then."""
+    """Rename `new` to `path`; the old folder at `path` stays whole beside it until then."""
     if not path.exists():
         new.rename(path)
     else:
@@ -162,7 +162,7 @@ def _swap(new: epath.Path, path: epath.Path) -> None:
 
 
 def _put_back(old: epath.Path, path: epath.Path, before: dict[str, int]) -> None:
-    """Undoes half a `_swap`. `path` or `old` is whole: an object store copies all files before it removes the first."""
+    """Undo half a `_swap`. `path` or `old` is whole: an object store copies all files before it removes the first."""
     if path.exists() and _lengths(path) == before:
         old.rmtree(missing_ok=True)
     elif old.exists():
@@ -171,7 +171,7 @@ def _put_back(old: epath.Path, path: epath.Path, before: dict[str, int]) -> None
 
 
 def _lengths(folder: epath.Path) -> dict[str, int]:
-    """Returns the bytes of every file below `folder`, by relative path; 0 for an empty folder."""
+    """Return the bytes of every file below `folder`, by relative path; 0 for an empty folder."""
     lengths: dict[str, int] = {}
     for path in folder.iterdir():
         below = {f"{path.name}/{name}": size for name, size in _lengths(path).items()} if path.is_dir() else {}
@@ -189,14 +189,14 @@ def _beside(path: epath.Path, kind: str) -> epath.Path:
 
 
 def sync_tree(folder: epath.Path) -> None:
-    """Flushes a local folder and everything below it to disk (fsync)."""
+    """Flush a local folder and everything below it to disk (fsync)."""
     for path in folder.iterdir():
         sync_tree(path) if path.is_dir() else _sync(path)
     _sync(folder)
 
 
 def _sync(path: epath.Path) -> None:
-    """Flushes a file, or the names in a folder, to disk (fsync)."""
+    """Flush a file, or the names in a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model, the images and the labels."""
+    """Add the options for the model, the images and the labels."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     labels = parser.add_mutually_exclusive_group(required=True)
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_template_arguments(parser: argparse.ArgumentParser, captions: str) -> None:
-    """Adds --templates, for commands that make captions from class names.
+    """Add --templates, for commands that make captions from class names.
 
     Args:
       captions: start of the help text, which names the captions.
@@ -43,7 +43,7 @@ def add_template_arguments(parser: argparse.ArgumentParser, captions: str) -> No
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the most probable labels of each image."""
+    """Print the most probable labels of each image."""
     from tclip_jax.inference.classify import Guess, classify_images, guess_table
     from tclip_jax.inference.inputs import Failure, find_texts
     from tclip_jax.inference.load import load_model

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the kinds of comparison and their options."""
+    """Add the kinds of comparison and their options."""
     form = argparse.ArgumentParser(add_help=False)
     named = argparse.ArgumentParser(add_help=False)
     model = named.add_mutually_exclusive_group()
@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report of a comparison, or writes the golden file."""
+    """Print the report of a comparison, or write the golden file."""
     from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.numerics.activations import BUDGET, activations_report
     from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
@@ -155,7 +155,7 @@ def _load(path: str, args: argparse.Namespace) -> Model:
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
-    """Returns A and B, exchanged if PyTorch runs only A, so that PyTorch is the reference."""
+    """Return A and B, exchanged if PyTorch runs only A, so that PyTorch is the reference."""
     exchange = _in_torch(args.a, args.via) and not _in_torch(args.b, args.via)
     return (args.b, args.a) if exchange else (args.a, args.b)
 
@@ -169,7 +169,7 @@ def _in_torch(path: str, via: str) -> bool:
 
 
 def _record(path: str, model: Model, args: argparse.Namespace) -> Recording:
-    """Records the activations of the model at `path`, on sample inputs made for the loaded `model`."""
+    """Record the activations of the model at `path`, on sample inputs made for the loaded `model`."""
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.inputs import sample_batch
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch

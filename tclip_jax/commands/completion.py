@@ -14,12 +14,12 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the name of the shell."""
+    """Add the name of the shell."""
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the completion script."""
+    """Print the completion script."""
     import shtab
 
     from tclip_jax.cli import whole_parser
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Completes every argument that accepts arbitrary text by file names, since most of them are paths."""
+    """Complete every argument that accepts arbitrary text by file names, since most of them are paths."""
     import shtab
 
     for action in parser._actions:

@@ -19,7 +19,7 @@ from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe and the measurement."""
+    """Add the options for the recipe and the measurement."""
     add_config_arguments(parser)
     parser.add_argument(
         "--workers",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the speed of the input pipeline for each number of workers."""
+    """Print the speed of the input pipeline for each number of workers."""
     import sys
 
     import tqdm

@@ -16,7 +16,7 @@ from tclip_jax.schema import count, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the source and the report."""
+    """Add the options for the source and the report."""
     parser.add_argument("--data", required=True, metavar="SOURCE", help="wds:<pattern>, tfds:<name>, csv:<file>, ...")
     parser.add_argument("--split", help="split of the source, if it has splits (default: train)")
     parser.add_argument(
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report on a source."""
+    """Print the report on a source."""
     from tclip_jax.data.sources import check_split
     from tclip_jax.datasets.check import check, to_json, to_text
 

@@ -17,7 +17,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the source, the data set to write, and the processes."""
+    """Add the options for the source, the data set to write, and the processes."""
     parser.add_argument(
         "--data", required=True, metavar="SOURCE", help="wds:<pattern>, or another source with captions"
     )
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the data set, and prints the numbers of samples kept and dropped."""
+    """Write the data set, and print the numbers of samples kept and dropped."""
     import shlex
 
     from tclip_jax.datasets.prepare import begin, plan, prepare, prepare_with_beam

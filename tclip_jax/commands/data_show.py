@@ -15,14 +15,14 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe, the number of samples and the page."""
+    """Add the options for the recipe, the number of samples and the page."""
     add_config_arguments(parser)
     parser.add_argument("--count", type=count, default=64, metavar="N", help="number of samples (default: 64)")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the page."""
+    """Write the page."""
     import dataclasses
 
     from tclip_jax.datasets.contact_sheet import contact_sheet

@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Examines the installation; starts JAX's backend, but runs no computation."""
+    """Examine the installation; start JAX's backend, but run no computation."""
     return [*_versions(), *_devices(), _precision(), *_optional()]
 
 
@@ -128,12 +128,12 @@ def _host_memory() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the form of the report."""
+    """Add the form of the report."""
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report, with a mark before each line that needs a fix."""
+    """Print the report, with a mark before each line that needs a fix."""
     findings = examine()
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings]))

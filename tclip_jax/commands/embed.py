@@ -16,7 +16,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model, the inputs and the output."""
+    """Add the options for the model, the inputs and the output."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files and folders of images")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the embeddings of all inputs that can be used."""
+    """Write the embeddings of all inputs that can be used."""
     from etils import epath
 
     from tclip_jax.inference.embed import (

@@ -18,7 +18,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model, the data and the results."""
+    """Add the options for the model, the data and the results."""
     parser.add_argument(
         "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of open_clip or transformers"
     )
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the metrics of each data set."""
+    """Print the metrics of each data set."""
     import jax
 
     from tclip_jax.data.prompts import parse_templates
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_suite_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that has no effect with --suite, or without it."""
+    """Raise ValueError for an option that has no effect with --suite, or without it."""
     names = ("split", "templates") if args.suite else ("download", "tfds")
     for name in names:
         if getattr(args, name) and args.suite:

@@ -14,7 +14,7 @@ from tclip_jax.schema import count, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the two folders and the report."""
+    """Add the options for the two folders and the report."""
     parser.add_argument("a", metavar="A", help="results of the baseline")
     parser.add_argument("b", metavar="B", help="results of the model to compare with it")
     parser.add_argument("--intersect", action="store_true", help="compare only the images that are in both results")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the differences of two results."""
+    """Print the differences of two results."""
     import io
 
     from tclip_jax.evaluation.comparison import compare_results

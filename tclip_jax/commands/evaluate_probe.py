@@ -15,7 +15,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model, the data, the probes and the results."""
+    """Add the options for the model, the data, the probes and the results."""
     parser.add_argument(
         "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of another library"
     )
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the accuracy of each probe."""
+    """Print the accuracy of each probe."""
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
     from tclip_jax.inference.load import load_model

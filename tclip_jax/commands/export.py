@@ -12,7 +12,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the model, the formats and the folder."""
+    """Add the options for the model, the formats and the folder."""
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, an artifact, or a source of `tclip import`")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports the model: dequantised weights, and for GGUF trits and scales."""
+    """Export the model: dequantised weights, and for GGUF trits and scales."""
     from tclip_jax.inference.load import load_packed
     from tclip_jax.interop.export import export_pytorch
 

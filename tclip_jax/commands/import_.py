@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the source, the artifact, and the model of a source that does not state it."""
+    """Add the options for the source, the artifact, and the model of a source that does not state it."""
     parser.add_argument("source", metavar="SOURCE", help="hf-hub:org/name[@revision], a folder, or a file")
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     model = parser.add_mutually_exclusive_group()
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the artifact, and prints which parameters are ternary."""
+    """Write the artifact, and print which parameters are ternary."""
     from tclip_jax.artifacts.inspection import weight_bytes
     from tclip_jax.interop.importing import import_checkpoint
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recovery_table(recovered: dict[str, TernaryTensor | NotTernaryError]) -> str:
-    """Returns a table with the group and the scale bits of each parameter, or the reason why it is float."""
+    """Return a table with the group and the scale bits of each parameter, or the reason why it is float."""
     from tclip_jax.interop.recover import scale_bits
     from tclip_jax.ternary import TernaryTensor
 

@@ -12,14 +12,14 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the artifact and the report."""
+    """Add the options for the artifact and the report."""
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder of an artifact")
     parser.add_argument("--plot", metavar="FILE.png", help="also write a plot of sizes and zeros")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints sizes, zeros, provenance and figures of an artifact."""
+    """Print sizes, zeros, provenance and figures of an artifact."""
     from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text, plot_inspection
     from tclip_jax.storage import write_atomic
 

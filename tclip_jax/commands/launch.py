@@ -20,7 +20,7 @@ from tclip_jax.recipes import shipped_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the name of the launcher; its script parses the other arguments."""
+    """Add the name of the launcher; its script parses the other arguments."""
     launchers = sorted(path.name for path in shipped_folder("launch").iterdir() if "." not in path.name)
     parser.add_argument("where", choices=launchers, help="`tclip launch WHERE --help` shows its options")
     parser.add_argument(
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Replaces this process by the launcher's script, with this installation's `tclip` first on its PATH."""
+    """Replace this process by the launcher's script, with this installation's `tclip` first on its PATH."""
     script = shipped_folder("launch") / args.where
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     sys.stdout.flush()

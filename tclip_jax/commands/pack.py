@@ -16,7 +16,7 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the run and the artifact."""
+    """Add the options for the run and the artifact."""
     parser.add_argument(
         "run", metavar="WORKDIR", help="workdir of a run; or WORKDIR@best, WORKDIR@STEP, WORKDIR@average"
     )
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the artifact, and prints its size and compression."""
+    """Write the artifact, and print its size and compression."""
     from etils import epath
 
     from tclip_jax.artifacts.format import write_artifact

@@ -15,13 +15,13 @@ from tclip_jax.recipes import load_recipe, override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe and the table."""
+    """Add the options for the recipe and the table."""
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table, without allocating parameters."""
+    """Print the table, without allocating parameters."""
     import jax
 
     from tclip_jax.models.clip import param_shapes

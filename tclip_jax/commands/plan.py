@@ -18,7 +18,7 @@ from tclip_jax.schema import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe, the topology and the report."""
+    """Add the options for the recipe, the topology and the report."""
     add_config_arguments(parser)
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="chips to plan for: v5e:16x16, v5p:8x8x16, h100:64, …"
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan, or the sweep and its fastest plan that fits."""
+    """Print the plan, or the sweep and its fastest plan that fits."""
     from tclip_jax.planning.hardware import parse_topology
     from tclip_jax.planning.plan import make_plan, plan_text
     from tclip_jax.storage import cache_folder

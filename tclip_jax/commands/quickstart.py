@@ -11,7 +11,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the output."""
+    """Add the options for the output."""
     parser.add_argument(
         "--workdir", default="runs/quickstart", metavar="DIR", help="folder of the output (default: runs/quickstart)"
     )
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the quick start and prints its summary."""
+    """Run the quick start and print its summary."""
     from tclip_jax.quickstart import quickstart, summary_table
 
     summary = quickstart(args.workdir, mode=args.mode)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the actions `index` and `query` and their options."""
+    """Add the actions `index` and `query` and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     index = actions.add_parser(
         "index",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Updates or queries an index."""
+    """Update or query an index."""
     return _index(args) if args.action == "index" else _query(args)
 
 
@@ -95,7 +95,7 @@ def _query(args: argparse.Namespace) -> int:
 
 
 def _query_image(args: argparse.Namespace) -> epath.Path | None:
-    """Returns the path of the image that is the query, or None if the query is a text.
+    """Return the path of the image that is the query, or None if the query is a text.
 
     Raises:
       FileNotFoundError: the query looks like the path of an image, but names no file.

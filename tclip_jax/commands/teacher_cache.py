@@ -15,7 +15,7 @@ from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe, the teacher and the cache."""
+    """Add the options for the recipe, the teacher and the cache."""
     add_config_arguments(parser)
     parser.add_argument("--teacher", required=True, metavar="PATH", help="workdir, artifact or open_clip checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache, local or gs://")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the cache, and prints its size."""
+    """Write the cache, and print its size."""
     import jax
 
     from tclip_jax.parallel.distributed import distributed

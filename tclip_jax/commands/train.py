@@ -14,7 +14,7 @@ from tclip_jax.recipes import load_recipe, override
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --config and its overrides, for commands that read a recipe."""
+    """Add --config and its overrides, for commands that read a recipe."""
     parser.add_argument(
         "--config", required=True, metavar="NAME[:ARG]", help="a recipe: the name of a shipped one, or path.py[:ARG]"
     )
@@ -29,13 +29,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the recipe and the workdir."""
+    """Add the options for the recipe and the workdir."""
     add_config_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, local or gs://")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains the model, and prints the last zero-shot accuracy."""
+    """Train the model, and print the last zero-shot accuracy."""
     import jax
 
     from tclip_jax.parallel.distributed import distributed

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for the artifact and its source."""
+    """Add the options for the artifact and its source."""
     parser.add_argument("artifact", metavar="ARTIFACT", help="folder of the artifact to verify")
     parser.add_argument(
         "origin",
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the differences between an artifact and its source."""
+    """Print the differences between an artifact and its source."""
     from etils import epath
 
     from tclip_jax.artifacts.format import read_artifact

@@ -26,7 +26,7 @@ _ONE_READ = 1 << 24  # bytes that Pillow passes to its decoder at once, for data
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, operations: int = 2, magnitude: int = 9) -> Image.Image:
-    """Applies RandAugment (Cubuk et al., arXiv 1909.13719) to an RGB image.
+    """Apply RandAugment (Cubuk et al., arXiv 1909.13719) to an RGB image.
 
     The draws and strengths are those of torchvision's RandAugment with nearest-neighbour interpolation and black fill.
     torchvision's implementation needs PyTorch and draws from PyTorch's global generator.
@@ -116,7 +116,7 @@ _NAMES = tuple(OPERATIONS)
 def affine(
     image: Image.Image, degrees: float, shift: tuple[float, float], zoom: float, fill: Color | None = None
 ) -> Image.Image:
-    """Rotates and zooms an image about its centre, then shifts it, in one bilinear resampling; returns RGB.
+    """Rotate and zoom an image about its centre, then shift it, in one bilinear resampling; return RGB.
 
     Args:
       image: any mode.
@@ -144,7 +144,7 @@ def random_affine(
     zoom: float = 0.15,
     fill: Color | None = None,
 ) -> Image.Image:
-    """Applies `affine` with uniform random parameters; the zoom is log-uniform.
+    """Apply `affine` with uniform random parameters; the zoom is log-uniform.
 
     Args:
       image: any mode.
@@ -162,7 +162,7 @@ def random_affine(
 def random_crop_box(
     rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """Draws a crop box in an image, as torchvision's RandomResizedCrop does.
+    """Draw a crop box in an image, as torchvision's RandomResizedCrop does.
 
     Args:
       rng: makes the random draws.
@@ -193,7 +193,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """Crops a random box and resizes it with bicubic interpolation: CLIP's training transform.
+    """Crop a random box and resize it with bicubic interpolation: CLIP's training transform.
 
     If a side of the box is at least twice as long as its target, pixels are first averaged by an integer factor. If
     both sides are, a JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size. This is up to four times
@@ -231,7 +231,7 @@ def random_erasing(
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
 ) -> npt.NDArray[np.uint8]:
-    """Fills a random box with a colour (Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896).
+    """Fill a random box with a colour (Zhong et al., "Random Erasing Data Augmentation", arXiv 1708.04896).
 
     The draws are those of torchvision's RandomErasing.
 

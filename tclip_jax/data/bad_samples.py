@@ -55,7 +55,7 @@ class BadSamples:
         self._unusable = 0  # samples since the last batch with a usable one
 
     def add(self, kind: str, name: str, reason: str) -> None:
-        """Lists a sample, unless its name is listed already."""
+        """List a sample, unless its name is listed already."""
         with self._lock:
             if name in self._lines or len(self._lines) >= _MAX_LISTED:
                 return
@@ -83,13 +83,13 @@ class BadSamples:
             _logger.warning("%d bad samples so far (%s)%s", self._listed.total(), kinds, self._location())
 
     def write(self) -> None:
-        """Writes the whole list to the file."""
+        """Write the whole list to the file."""
         self._truncated = False
         if self.path and self._lines:
             write_atomic(self.path, "".join(line + "\n" for line in self._lines.values()))
 
     def check(self, metrics: Mapping[str, Any], samples: int) -> None:
-        """Counts the bad samples of a step and checks their share.
+        """Count the bad samples of a step and check their share.
 
         Every process must call this after every step. All processes then stop at the same step.
 
@@ -113,12 +113,12 @@ class BadSamples:
             self._check_share("the last", self._window_bad, self._window_samples)
 
     def resume(self, counts: Mapping[str, float], samples: int) -> None:
-        """Adds the bad samples of earlier steps, by kind, to the totals that `finish` checks."""
+        """Add the bad samples of earlier steps, by kind, to the totals that `finish` checks."""
         self._total_bad.update({kind: int(count) for kind, count in counts.items()})
         self._total_samples += samples
 
     def finish(self) -> None:
-        """Checks the share over the whole run, however short, and logs it.
+        """Check the share over the whole run, however short, and log it.
 
         Raises:
           ValueError: more than `max_share` of the samples, or all of them, are bad.

@@ -31,7 +31,7 @@ Embeddings = npt.NDArray[np.float16]
 
 
 def copy_generator(seed: int, index: int, copy: int) -> np.random.Generator:
-    """Returns the generator that draws the caption and the augmentation of one copy of a sample."""
+    """Return the generator that draws the caption and the augmentation of one copy of a sample."""
     return np.random.default_rng((seed, index, copy))
 
 
@@ -66,7 +66,7 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: epath.PathLike) -> TeacherCache:
-        """Reads cache.json and checks that every file exists and has the right size.
+        """Read cache.json and check that every file exists and has the right size.
 
         Raises:
           FileNotFoundError: cache.json or another file is missing.
@@ -91,7 +91,7 @@ class TeacherCache:
         return cache
 
     def check(self, file: int) -> None:
-        """Checks that a file of embeddings and its checksums exist and have the right size.
+        """Check that a file of embeddings and its checksums exist and have the right size.
 
         Raises:
           FileNotFoundError: a file is missing.
@@ -109,7 +109,7 @@ class TeacherCache:
                 raise ValueError(f"{path}: {size:,} bytes: a complete file of {kind} has {expected:,}; {remedy}")
 
     def write_manifest(self) -> None:
-        """Writes cache.json, or checks that an existing one is equal.
+        """Write cache.json, or check that an existing one is equal.
 
         Raises:
           ValueError: the folder contains another cache.
@@ -138,15 +138,15 @@ class TeacherCache:
         return -(-self.samples * self.copies // self.file_rows)
 
     def path(self, file: int) -> epath.Path:
-        """Returns the path of a file of embeddings."""
+        """Return the path of a file of embeddings."""
         return epath.Path(self.folder) / f"{file:05}.npy"
 
     def rows_of(self, file: int) -> range:
-        """Returns the rows of the cache that a file contains."""
+        """Return the rows of the cache that a file contains."""
         return range(file * self.file_rows, min((file + 1) * self.file_rows, self.samples * self.copies))
 
     def write(self, file: int, embeddings: Embeddings) -> None:
-        """Writes a file of embeddings (rows, 2, D) and its checksums, each atomically."""
+        """Write a file of embeddings (rows, 2, D) and its checksums, each atomically."""
         buffer = io.BytesIO()
         np.save(buffer, embeddings, allow_pickle=False)
         sums = np.array([zlib.crc32(row.tobytes()) for row in embeddings], "<u4")
@@ -156,7 +156,7 @@ class TeacherCache:
             cached.cache_clear()
 
     def read(self, index: int, copy: int) -> Embeddings:
-        """Returns the embeddings (2, D) of the image and the text of one copy of a sample.
+        """Return the embeddings (2, D) of the image and the text of one copy of a sample.
 
         Raises:
           ValueError: the file is damaged, or was changed after the cache was opened.
@@ -182,7 +182,7 @@ class TeacherCache:
 
 @functools.cache
 def _header(shape: tuple[int, ...]) -> bytes:
-    """Returns the bytes that np.save writes before the values."""
+    """Return the bytes that np.save writes before the values."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f2", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
@@ -196,7 +196,7 @@ def _check_header(path: str, header: bytes) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _sums(path: str) -> npt.NDArray[np.uint32]:
-    """Returns the checksums of a file's rows."""
+    """Return the checksums of a file's rows."""
     return np.frombuffer(epath.Path(path).read_bytes(), "<u4")
 
 
@@ -213,5 +213,5 @@ def _read(path: str, start: int, size: int) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _fetch(path: str) -> bytes:
-    """Reads a file from an object store."""
+    """Read a file from an object store."""
     return epath.Path(path).read_bytes()

@@ -28,7 +28,7 @@ def eval_batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[dict[str, Any]]:
-    """Yields every record once, in order, in batches of one shape: this process's rows of each, which are consecutive.
+    """Yield every record once, in order, in batches of one shape: this process's rows of each, which are consecutive.
 
     A batch is a dict with B = batch_size / process_count rows: `image` (B, H, W, 3) uint8, `label` (B,) or (B, C) int32
     (-1 for none), `weight` (B,) float32, `index` (B,) int32, the position in the source, and two lists, `captions`
@@ -86,5 +86,5 @@ def _pad_and_stack(rows: list[dict[str, Any]], preprocess: Preprocess, batch_siz
 
 
 def to_pil(image: bytes | np.ndarray) -> Image.Image:
-    """Returns a record's image, decoded; raises ValueError where that fails."""
+    """Return a record's image, decoded; raise ValueError where that fails."""
     return images.decode(image) if isinstance(image, bytes) else Image.fromarray(image)

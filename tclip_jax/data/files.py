@@ -41,11 +41,11 @@ class SkippedFiles:
     first: str = ""
 
     def add(self, name: str, kind: str = "") -> None:
-        """Counts a file, by default under its suffix."""
+        """Count a file, by default under its suffix."""
         self.update({kind or suffix(name) or "without a suffix": 1}, printable(name))
 
     def update(self, kinds: dict[str, int], first: str) -> None:
-        """Adds the fields of another count. After 20 kinds, new kinds count as "others"."""
+        """Add the fields of another count. After 20 kinds, new kinds count as "others"."""
         self.first = self.first or first
         for kind, count in kinds.items():
             kind = kind if kind in self.kinds or len(self.kinds) < _MAX_KINDS else "others"
@@ -59,7 +59,7 @@ class SkippedFiles:
 
 
 def suffix(name: str) -> str:
-    """Returns the suffix of a file name in lower case with its dot, or ""."""
+    """Return the suffix of a file name in lower case with its dot, or ""."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -74,7 +74,7 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(root: epath.Path, skipped: SkippedFiles) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
-    """Yields a folder and all folders below it, each with the sorted names of its subfolders and of its files.
+    """Yield a folder and all folders below it, each with the sorted names of its subfolders and of its files.
 
     Hidden files and folders are skipped. Links to folders are followed, except a link to a folder that contains the
     link.
@@ -112,7 +112,7 @@ def _raise(error: OSError) -> Any:
 
 
 def split_lines(text: str) -> list[str]:
-    """Splits a text into lines at \\n, \\r\\n and \\r, as open() does.
+    """Split a text into lines at \\n, \\r\\n and \\r, as open() does.
 
     `str.splitlines` also splits at U+2028, \\x0b, \\x0c, \\x85 and others, which occur inside captions.
     """
@@ -121,7 +121,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: epath.PathLike, max_bytes: int = _MAX_TEXT) -> list[str]:
-    """Reads the lines of a UTF-8 file, blank lines included, and strips white space from each.
+    """Read the lines of a UTF-8 file, blank lines included, and strip white space from each.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -141,7 +141,7 @@ def read_lines(path: epath.PathLike, max_bytes: int = _MAX_TEXT) -> list[str]:
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8 bytes and removes a byte-order mark.
+    """Decode UTF-8 bytes and remove a byte-order mark.
 
     Raises:
       ValueError: the bytes are not UTF-8. The message names the line and the likely format.
@@ -167,6 +167,6 @@ def decode_text(data: bytes) -> str:
 
 
 def compression(head: bytes) -> str:
-    """Returns the compression format of a file with these first bytes and how to unpack it; "" if not compressed."""
+    """Return the compression format of a file with these first bytes and how to unpack it; "" if not compressed."""
     names = next((names for magic, names in _COMPRESSED.items() if head.startswith(magic)), None)
     return f"{names[0]}: unpack it first ({names[1]})" if names else ""

@@ -85,7 +85,7 @@ class Preprocess:
 
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], image_size: int | Sequence[int] = 224) -> Self:
-        """Reads a `preprocess_cfg`; a missing size defaults to the model's `image_size`."""
+        """Read a `preprocess_cfg`; a missing size defaults to the model's `image_size`."""
         padded = cfg.get("fill_color") and cfg.get("resize_mode") == "longest"  # the other modes do not pad
         if cfg.get("mode") not in (None, "RGB") or padded:
             raise ValueError(
@@ -98,11 +98,11 @@ class Preprocess:
         return cls(**{"size": image_size, **known})
 
     def to_open_clip(self) -> dict[str, Any]:
-        """Returns the `preprocess_cfg` for open_clip_config.json."""
+        """Return the `preprocess_cfg` for open_clip_config.json."""
         return {"mode": "RGB", **dataclasses.asdict(self), "fill_color": 0}
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """Returns the preprocessor_config.json for transformers' CLIPImageProcessor.
+        """Return the preprocessor_config.json for transformers' CLIPImageProcessor.
 
         CLIPImageProcessor rounds the start of the crop down and open_clip rounds it to even, so the pixels may be
         shifted by one row or column.
@@ -132,7 +132,7 @@ class Preprocess:
 
 
 def _tuple(values: Any, kind: type) -> tuple[Any, ...]:
-    """Returns the values of a list, tuple or array as a tuple; an empty one if any value is not of that kind."""
+    """Return the values of a list, tuple or array as a tuple; an empty one if any value is not of that kind."""
     is_list = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
     return tuple(values) if is_list and all(isinstance(value, kind) for value in values) else ()
 
@@ -142,7 +142,7 @@ class TooManyPixels(ValueError):
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image and keeps its mode. EXIF orientation is ignored, as in open_clip.
+    """Decode an image and keep its mode. EXIF orientation is ignored, as in open_clip.
 
     An animation gives its first frame. 16-bit grey becomes 8-bit grey; open_clip clips it to white.
 
@@ -155,7 +155,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def open_lazily(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an image; `load` then decodes the pixels. Raises the errors of `decode`."""
+    """Read the header of an image; `load` then decodes the pixels. Raises the errors of `decode`."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -172,7 +172,7 @@ def open_lazily(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _why_unidentified(data: bytes) -> str:
-    """Returns why Pillow does not identify the bytes as an image."""
+    """Return why Pillow does not identify the bytes as an image."""
     known = next((name for name in _UNSUPPORTED if (accepts := Image.OPEN[name][1]) and accepts(data[:16])), None)
     if known:
         return f"the format {known} is not supported"
@@ -180,7 +180,7 @@ def _why_unidentified(data: bytes) -> str:
 
 
 def load(image: Image.Image) -> Image.Image:
-    """Decodes the pixels of an opened image. Raises the errors of `decode`."""
+    """Decode the pixels of an opened image. Raises the errors of `decode`."""
     try:
         image.load()
     except Exception as error:
@@ -198,7 +198,7 @@ def load(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, p: Preprocess) -> npt.NDArray[np.uint8]:
-    """Resizes and crops an image: the steps of open_clip's evaluation transform before ToTensor.
+    """Resize and crop an image: the steps of open_clip's evaluation transform before ToTensor.
 
     Returns:
       The pixels (height, width, 3) uint8; a read-only array.
@@ -218,7 +218,7 @@ def preprocess(image: Image.Image, p: Preprocess) -> npt.NDArray[np.uint8]:
 
 
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Returns (images / 255 − mean) / std in float32.
+    """Return (images / 255 − mean) / std in float32.
 
     Args:
       images: pixels (..., 3) in 0–255, a NumPy or JAX array.
@@ -228,7 +228,7 @@ def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
 
 
 def _resized(height: int, width: int, p: Preprocess) -> tuple[int, int]:
-    """Returns the size before the crop, rounded as in torchvision (square sizes) or timm."""
+    """Return the size before the crop, rounded as in torchvision (square sizes) or timm."""
     if p.resize_mode == "squash":
         return p.size
     if p.resize_mode == "shortest" and p.size[0] == p.size[1]:
@@ -240,5 +240,5 @@ def _resized(height: int, width: int, p: Preprocess) -> tuple[int, int]:
 
 
 def _crop_start(length: int, target: int) -> int:
-    """Returns where a centred crop starts. A negative start pads: Pillow then fills with zeros."""
+    """Return where a centred crop starts. A negative start pads: Pillow then fills with zeros."""
     return round((length - target) / 2) if length >= target else -((target - length) // 2)

@@ -50,7 +50,7 @@ def train_iterator(
     cache: TeacherCache | None = None,
     bad: BadSamples | None = None,
 ) -> TrainIterator:
-    """Returns the endless training batches of one process.
+    """Return the endless training batches of one process.
 
     A batch is a dict with B = batch_size / process_count rows: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32,
     `weight` (B,) float32 and `fault` (B,) int32. A read that fails is retried. A sample that cannot be read is masked:
@@ -148,11 +148,11 @@ class TrainIterator(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the number of rows yielded over all processes and the key of the data, as JSON values."""
+        """Return the number of rows yielded over all processes and the key of the data, as JSON values."""
         return {"samples": self._samples, "data": self._key()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to the position of a state.
+        """Move to the position of a state.
 
         Raises:
           ValueError: the state belongs to other data or another seed, or an older version wrote it.
@@ -171,7 +171,7 @@ class TrainIterator(Iterator[Batch]):
         self._samples = state["samples"]
 
     def close(self) -> None:
-        """Stops the worker processes."""
+        """Stop the worker processes."""
         close: Callable[[], None] | None = getattr(self._batches, "close", None)
         if close is not None:
             close()
@@ -188,7 +188,7 @@ class TrainIterator(Iterator[Batch]):
 
 
 def global_order(source: Source, seed: int) -> grain.MapDataset:
-    """Returns the endless order in which records are drawn, as indices: each part of a mixture in epochs of its own.
+    """Return the endless order in which records are drawn, as indices: each part of a mixture in epochs of its own.
 
     Memory does not grow with the source.
     """
@@ -223,7 +223,7 @@ class TrainRow(grain.transforms.RandomMap):
         self._class_tokens = [tokenizer(prompts.captions(name, templates)) for name in source.classnames]
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Returns a row; with a cache, one whose caption and augmentation the teacher has encoded."""
+        """Return a row; with a cache, one whose caption and augmentation the teacher has encoded."""
         if self._cache is None:
             return self.draw(index, rng)
         copy = int(rng.integers(self._cache.copies))
@@ -232,7 +232,7 @@ class TrainRow(grain.transforms.RandomMap):
         return row | {"teacher_image": image, "teacher_text": text}
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Returns `image`, `tokens`, `weight` and `fault`, and `name` and `reason` of a masked sample as bytes."""
+        """Return `image`, `tokens`, `weight` and `fault`, and `name` and `reason` of a masked sample as bytes."""
         image, tokens = (
             np.zeros((*self._preprocess.size, 3), np.uint8),
             np.zeros(self._tokenizer.context_length, np.int32),
@@ -272,7 +272,7 @@ class TrainRow(grain.transforms.RandomMap):
 
 
 def read(source: Source, index: int) -> Record:
-    """Returns `source[index]`; retries while the file system or network fails.
+    """Return `source[index]`; retry while the file system or network fails.
 
     Raises:
       BadSample: the record cannot be read.
@@ -286,6 +286,6 @@ def has_class(record: Record, source: Source) -> bool:
 
 
 def bad_image(record: Record, error: ValueError) -> BadSample:
-    """Returns the error for a record whose image cannot be decoded."""
+    """Return the error for a record whose image cannot be decoded."""
     kind: Fault = "too_many_pixels" if isinstance(error, images.TooManyPixels) else "corrupt_image"
     return BadSample(kind, record.name, str(error))

@@ -127,7 +127,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns templates.
+    """Return templates.
 
     Args:
       templates: a name in TEMPLATES, one template, or a list of templates.
@@ -152,7 +152,7 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def templates_for(source: object, templates: str | Sequence[str] = "") -> tuple[str, ...]:
-    """Returns the templates for the classes of a source: `templates`, else the source's own, else DEFAULT.
+    """Return the templates for the classes of a source: `templates`, else the source's own, else DEFAULT.
 
     Args:
       source: a `Source`; its own templates are its attribute `templates`.
@@ -169,12 +169,12 @@ def templates_for(source: object, templates: str | Sequence[str] = "") -> tuple[
 
 
 def parse_templates(words: Sequence[str]) -> tuple[str, ...]:
-    """Returns the templates of a command line: one name in TEMPLATES, or templates; () for no words."""
+    """Return the templates of a command line: one name in TEMPLATES, or templates; () for no words."""
     if not words:
         return ()
     return get_templates(words[0] if len(words) == 1 else words)
 
 
 def captions(classname: str, templates: str | Sequence[str]) -> list[str]:
-    """Returns one caption per template; `templates` is as in `get_templates`."""
+    """Return one caption per template; `templates` is as in `get_templates`."""
     return [template.replace("{c}", classname) for template in get_templates(templates)]

@@ -46,7 +46,7 @@ class Tokenizer:
             raise ValueError(f"context_length {self.context_length} has no room for start and end token; use 2 or more")
 
     def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
-        """Returns ids (N, context_length) int32: SOT, the caption, EOT, zeros. It truncates long captions."""
+        """Return ids (N, context_length) int32: SOT, the caption, EOT, zeros. It truncates long captions."""
         captions = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
         ids = np.zeros((len(captions), self.context_length), np.int32)
         ids[:, 0] = SOT
@@ -57,7 +57,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the cleaned caption of one row of ids, up to EOT."""
+        """Return the cleaned caption of one row of ids, up to EOT."""
         caption = []
         for token in map(int, ids):
             if token == EOT:
@@ -67,7 +67,7 @@ class Tokenizer:
         return _byte_pair_encoder().decode(caption).replace(_WORD_END, " ").strip()
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes the files that transformers' CLIPTokenizer, CLIPTokenizerFast and AutoTokenizer load.
+        """Write the files that transformers' CLIPTokenizer, CLIPTokenizerFast and AutoTokenizer load.
 
         Their ids equal those of this class for captions that `clean` (ftfy, HTML entities) does not change, except
         that they pad with EOT, not with zeros.
@@ -88,7 +88,7 @@ class Tokenizer:
 
 @functools.cache
 def vocabulary_files() -> dict[str, str]:
-    """Returns the text of vocab.json and merges.txt, as transformers reads them; all models share this vocabulary."""
+    """Return the text of vocab.json and merges.txt, as transformers reads them; all models share this vocabulary."""
     vocab, merges = _vocabulary()
     lines = ["#version: 0.2", *map(" ".join, merges)]
     return {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines) + "\n"}
@@ -106,14 +106,14 @@ def is_vocabulary(name: str, text: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """Cleans a caption as CLIP does: repairs mojibake and HTML entities, collapses white space, lowers the case."""
+    """Clean a caption as CLIP does: repair mojibake and HTML entities, collapse white space, lower the case."""
     # Web captions are often escaped twice.
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 @functools.cache
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Returns token -> id, and the merges by rank, numbered as in GPT-2 and CLIP."""
+    """Return token -> id, and the merges by rank, numbered as in GPT-2 and CLIP."""
     table = gzip.decompress((resources.files(__package__) / _MERGES_FILE).read_bytes()).decode().split("\n")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -127,7 +127,7 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 @functools.cache
 def _byte_pair_encoder() -> tokenizers.Tokenizer:
-    """Returns the encoder for cleaned text. It is cached per process, so a Tokenizer pickles as one integer."""
+    """Return the encoder for cleaned text. It is cached per process, so a Tokenizer pickles as one integer."""
     vocab, merges = _vocabulary()
     encoder = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=_WORD_END, unk_token=EOT_TOKEN))
     words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True)
@@ -138,7 +138,7 @@ def _byte_pair_encoder() -> tokenizers.Tokenizer:
 
 
 def _standalone_encoder() -> tokenizers.Tokenizer:
-    """Returns a copy that also lower-cases and adds the special tokens, for libraries that read only tokenizer.json."""
+    """Return a copy that also lower-cases and adds the special tokens, for libraries that read only tokenizer.json."""
     encoder = tokenizers.Tokenizer.from_str(_byte_pair_encoder().to_str())
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])

@@ -45,7 +45,7 @@ class InputSpeed:
 
 
 def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float) -> InputSpeed:
-    """Measures the input pipeline of a run in a new process, whose memory is that of the pipeline alone.
+    """Measure the input pipeline of a run in a new process, whose memory is that of the pipeline alone.
 
     The call takes about `seconds`, and as long again to measure waits.
 
@@ -64,7 +64,7 @@ def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float
 
 
 def process_memory(pid: int) -> int | None:
-    """Returns the bytes of memory of a process and its descendants; shared pages count once. None without /proc."""
+    """Return the bytes of memory of a process and its descendants; shared pages count once. None without /proc."""
     total = 0
     for member in _process_tree(pid):
         try:
@@ -80,7 +80,7 @@ def process_memory(pid: int) -> int | None:
 
 
 def process_seconds(pid: int) -> float:
-    """Returns the CPU time in seconds of a process and its descendants; 0 without /proc."""
+    """Return the CPU time in seconds of a process and its descendants; 0 without /proc."""
     ticks = 0
     for member in _process_tree(pid):
         with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def _peak_memory() -> Iterator[list[int]]:
 
 
 def _process_tree(pid: int) -> list[int]:
-    """Lists a process and its descendants."""
+    """List a process and its descendants."""
     members = [pid]
     for member in members:
         for path in pathlib.Path(f"/proc/{member}/task").glob("*/children"):

@@ -65,7 +65,7 @@ class Findings:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, part: Findings) -> None:
-        """Adds the counts and examples of another part of the source."""
+        """Add the counts and examples of another part of the source."""
         shown = Counter(kind for kind, _ in self.examples)
         for kind, reason in part.examples:
             if shown[kind] < _EXAMPLES:
@@ -77,7 +77,7 @@ class Findings:
 
 
 def check(spec: str, split: str, *, workers: int) -> Findings:
-    """Reads every sample of a source once.
+    """Read every sample of a source once.
 
     Memory does not grow with the source: the digests of images go to 256 files, which are sorted one at a time.
 
@@ -112,7 +112,7 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
 
 
 def check_part(spec: str, split: str, start: int, stop: int) -> tuple[Findings, npt.NDArray[np.void]]:
-    """Reads the samples [start, stop).
+    """Read the samples [start, stop).
 
     Returns:
       The counts of these samples, without duplicates, and the digests of their good images, a `_DIGEST` array.
@@ -149,7 +149,7 @@ def _source(spec: str, split: str) -> Source:
 
 
 def quantile(counts: Counter[int], share: float) -> int:
-    """Returns the smallest value v such that a fraction of at least `share` of the items is <= v; 0 without items."""
+    """Return the smallest value v such that a fraction of at least `share` of the items is <= v; 0 without items."""
     cumulative, total = 0, counts.total()
     for value in sorted(counts):
         cumulative += counts[value]
@@ -159,7 +159,7 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def _to_buckets(digests: npt.NDArray[np.void], folder: pathlib.Path) -> None:
-    """Appends each digest to the file of its bucket, so that equal digests are in one file."""
+    """Append each digest to the file of its bucket, so that equal digests are in one file."""
     buckets = digests["high"] % _BUCKETS
     for bucket in np.unique(buckets):
         with open(folder / str(bucket), "ab") as file:
@@ -167,7 +167,7 @@ def _to_buckets(digests: npt.NDArray[np.void], folder: pathlib.Path) -> None:
 
 
 def _count_duplicates(folder: pathlib.Path, findings: Findings) -> None:
-    """Counts equal digests in the files of `folder`, and keeps examples of the largest groups."""
+    """Count equal digests in the files of `folder`, and keep examples of the largest groups."""
     groups: list[list[int]] = []
     for path in folder.iterdir():
         rows = np.sort(np.fromfile(path, _DIGEST))
@@ -195,7 +195,7 @@ _MEASURES = {
 
 
 def to_json(findings: Findings, context_length: int) -> dict[str, Any]:
-    """Returns the counts, the quantiles of sizes, and the fraction of captions longer than `context_length` tokens."""
+    """Return the counts, the quantiles of sizes, and the fraction of captions longer than `context_length` tokens."""
     fields: dict[str, Any] = dict(vars(findings))
     for name in _MEASURES:
         counts = fields.pop(name)
@@ -207,13 +207,13 @@ def to_json(findings: Findings, context_length: int) -> dict[str, Any]:
 
 
 def cut_share(findings: Findings, context_length: int) -> float:
-    """Returns the fraction of captions that have more tokens than `context_length`."""
+    """Return the fraction of captions that have more tokens than `context_length`."""
     cut = sum(count for length, count in findings.tokens.items() if length > context_length)
     return cut / max(findings.tokens.total(), 1)
 
 
 def to_text(findings: Findings, context_length: int) -> str:
-    """Formats the findings as tables, with examples of broken and duplicate samples."""
+    """Format the findings as tables, with examples of broken and duplicate samples."""
     good = findings.samples - findings.broken.total()
     rows = [["samples", f"{findings.samples:,}"], ["good", f"{good:,}"], *_counts("broken: ", findings.broken)]
     rows += [*_counts("format: ", findings.formats), ["duplicates of an earlier image", f"{findings.duplicates:,}"]]
@@ -238,7 +238,7 @@ def _counts(prefix: str, counts: Any) -> list[list[str]]:
 
 
 def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Record, Image.Image]:
-    """Reads one sample and decodes its image.
+    """Read one sample and decode its image.
 
     Args:
       source: where the sample is read.

@@ -18,7 +18,7 @@ _SMALL = 64  # longer side in pixels; smaller images are enlarged without interp
 
 
 def contact_sheet(title: str, batch: Mapping[str, npt.NDArray[Any]], facts: Sequence[tuple[str, str]]) -> str:
-    """Returns an HTML page of a batch, with every image and the caption that its tokens decode to.
+    """Return an HTML page of a batch, with every image and the caption that its tokens decode to.
 
     Args:
       title: title of the page.

@@ -80,7 +80,7 @@ class Outcome:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def drop(self, error: BadSample) -> None:
-        """Counts a dropped sample."""
+        """Count a dropped sample."""
         count = self.dropped.get(error.kind, 0)
         self.dropped[error.kind] = count + 1
         if count < _EXAMPLES:
@@ -104,7 +104,7 @@ class Target:
     files: int
 
     def file(self, part: int) -> epath.Path:
-        """Returns the path of the file of a part."""
+        """Return the path of the file of a part."""
         return epath.Path(self.folder) / f"{self.name}-{self.split}.array_record-{part:05}-of-{self.files:05}"
 
     @property
@@ -113,7 +113,7 @@ class Target:
         return epath.Path(self.folder) / "prepared" / self.split
 
     def outcome(self, part: int) -> Outcome | None:
-        """Returns the outcome of a part, or None if its file is missing or incomplete."""
+        """Return the outcome of a part, or None if its file is missing or incomplete."""
         record, file = self.notes / f"{part:05}.json", self.file(part)
         if not record.exists() or not file.exists():
             return None
@@ -122,14 +122,14 @@ class Target:
 
 
 def features() -> tfds.features.FeaturesDict:
-    """Returns the features of a tf.train.Example: the encoded image, all captions, and the key."""
+    """Return the features of a tf.train.Example: the encoded image, all captions, and the key."""
     text = tfds.features.Text()
     image = tfds.features.Image(shape=(None, None, 3))
     return tfds.features.FeaturesDict({"image": image, "captions": tfds.features.Sequence(text), "key": text})
 
 
 def plan(spec: str, split: str, samples: int) -> tuple[Part, ...]:
-    """Divides a source into parts.
+    """Divide a source into parts.
 
     Args:
       spec: the source; each tar of `wds:<pattern>` becomes one part.
@@ -152,7 +152,7 @@ def plan(spec: str, split: str, samples: int) -> tuple[Part, ...]:
 
 
 def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> Target:
-    """Creates the folder of the data set and writes the plan, or checks the existing plan.
+    """Create the folder of the data set and write the plan, or check the existing plan.
 
     Args:
       out: folder of data sets.
@@ -189,7 +189,7 @@ def begin(out: epath.PathLike, name: str, split: str, parts: Sequence[Part]) -> 
 
 
 def prepare_part(target: Target, number: int, part: Part) -> Outcome:
-    """Writes the file of a part and then its outcome, unless both exist."""
+    """Write the file of a part and then its outcome, unless both exist."""
     if done := target.outcome(number):
         return done
     source = open_source(part.source, target.split)
@@ -214,7 +214,7 @@ def prepare_part(target: Target, number: int, part: Part) -> Outcome:
 
 
 def finish(target: Target) -> Outcome:
-    """Writes the metadata of TFDS for all complete splits.
+    """Write the metadata of TFDS for all complete splits.
 
     Returns:
       The total outcome of this split.
@@ -248,7 +248,7 @@ def finish(target: Target) -> Outcome:
 
 
 def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
-    """Writes every part in worker processes on this machine, then the metadata.
+    """Write every part in worker processes on this machine, then the metadata.
 
     Args:
       target: the data set, from `begin`.
@@ -331,7 +331,7 @@ def _sum(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def prepare_with_beam(target: Target, parts: Sequence[Part], options: Sequence[str]) -> Outcome:
-    """Writes every part in an Apache Beam pipeline, then the metadata.
+    """Write every part in an Apache Beam pipeline, then the metadata.
 
     Args:
       target: the data set, from `begin`; every worker must have access to its folder.

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def allgather_json(value: Any) -> list[Any]:
-    """Returns the JSON value of every process, by process index, on all processes.
+    """Return the JSON value of every process, by process index, on all processes.
 
     A collective: every process must call it equally often and in the same order.
     """
@@ -36,14 +36,14 @@ def allgather_json(value: Any) -> list[Any]:
 
 
 def agreed(error: Exception) -> Exception:
-    """Marks an error that all processes raise at the same place, so that `distributed` shuts down in order."""
+    """Mark an error that all processes raise at the same place, so that `distributed` shuts down in order."""
     error.add_note(_RAISED_BY_ALL)
     return error
 
 
 @contextlib.contextmanager
 def raised_by_all() -> Iterator[None]:
-    """Marks the errors of a block that every process runs with the same values, and so raises alike."""
+    """Mark the errors of a block that every process runs with the same values, and so raises alike."""
     try:
         yield
     except Exception as error:
@@ -72,20 +72,20 @@ class FirstError:
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
-        """Logs and stores an error of the block instead of raising it."""
+        """Log and store an error of the block instead of raising it."""
         try:
             yield
         except Exception as error:
             self.store(error)
 
     def store(self, error: Exception) -> None:
-        """Logs and stores `error`, unless an error is stored already."""
+        """Log and store `error`, unless an error is stored already."""
         if self.error is None:
             self.error = error
             _logger.error("%s", _line(error))
 
     def raise_everywhere(self) -> None:
-        """Raises on every process if any process has stored an error: its own, or `FailedElsewhere`.
+        """Raise on every process if any process has stored an error: its own, or `FailedElsewhere`.
 
         A collective: every process must call it equally often and in the same order.
         """
@@ -99,7 +99,7 @@ class FirstError:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs a block without collectives; if it raises on one process, all processes raise at its end. A collective."""
+    """Run a block without collectives; if it raises on one process, all processes raise at its end. A collective."""
     failure = FirstError()
     try:
         yield
@@ -134,7 +134,7 @@ class Agreement:
         self._maximum = jax.jit(lambda x: jnp.max(x, axis=0), out_shardings=NamedSharding(flat, PartitionSpec()))
 
     def all_hosts_max(self, values: Sequence[int]) -> tuple[int, ...]:
-        """Contributes `values` (int32) and returns the maximum of the previous call's values; zeros at first.
+        """Contribute `values` (int32) and return the maximum of the previous call's values; zeros at first.
 
         A collective: every process must call it equally often and in the same order.
         """

@@ -41,7 +41,7 @@ class LostProcess(OSError):
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Connects the processes of a run for a block; does nothing for a single process.
+    """Connect the processes of a run for a block; do nothing for a single process.
 
     Enter it before jax initializes its devices. If the block raises an error that all processes raise, they shut down
     together. After any other error the program exits without waiting, since the other processes may wait for this
@@ -88,7 +88,7 @@ def distributed() -> Iterator[None]:
 
 
 def meet(processes: Processes, timeout: float, versions: str) -> None:
-    """Waits until all processes have connected to process 0, which listens at the coordinator's port meanwhile.
+    """Wait until all processes have connected to process 0, which listens at the coordinator's port meanwhile.
 
     Args:
       processes: the run, as this process knows it.
@@ -111,7 +111,7 @@ def meet(processes: Processes, timeout: float, versions: str) -> None:
 
 
 def _listen(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
-    """Accepts connections until every process knows that all have connected; returns the problem at the deadline."""
+    """Accept connections until every process knows that all have connected; return the problem at the deadline."""
     missing, unaware = set(range(1, processes.count)), set(range(1, processes.count))
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -145,7 +145,7 @@ def _listen(processes: Processes, hello: dict[str, Any], deadline: float) -> str
 
 
 def _connect(processes: Processes, hello: dict[str, Any], deadline: float) -> str:
-    """Asks process 0 repeatedly until all have connected; returns the problem at the deadline."""
+    """Ask process 0 repeatedly until all have connected; return the problem at the deadline."""
     host, _, port = processes.coordinator.rpartition(":")
     while True:
         try:
@@ -173,7 +173,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
-    """Returns a JSON object sent as one line; {} if the peer sends something else or nothing."""
+    """Return a JSON object sent as one line; {} if the peer sends something else or nothing."""
     try:
         connection.settimeout(_ANSWER_SECONDS)
         with connection.makefile("rb") as file:
@@ -184,7 +184,7 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 def _mismatch(message: dict[str, Any], hello: dict[str, Any]) -> str:
-    """Returns how a peer's message contradicts that of process 0; "" if both belong to one run."""
+    """Return how a peer's message contradicts that of process 0; "" if both belong to one run."""
     for key, text in (("count", "{} processes"), ("tclip", "{}")):
         if message.get(key) != hello[key]:
             theirs, ours = text.format(message.get(key)), text.format(hello[key])
@@ -193,13 +193,13 @@ def _mismatch(message: dict[str, Any], hello: dict[str, Any]) -> str:
 
 
 def _named(indices: Collection[int]) -> str:
-    """Returns 'processes 3, 7, 9, ...'."""
+    """Return 'processes 3, 7, 9, ...'."""
     first = ", ".join(map(str, sorted(indices)[:8]))
     return f"process{'es' if len(indices) > 1 else ''} {first}{', ...' if len(indices) > 8 else ''}"
 
 
 def local_gpus(processes: Processes, environ: Mapping[str, str] = os.environ) -> list[int] | None:
-    """Returns the GPUs that this process uses, as indices into the visible ones; None for all of them.
+    """Return the GPUs that this process uses, as indices into the visible ones; None for all of them.
 
     Launchers make either all GPUs of a host visible to each of its processes, which then divide them, or one GPU to
     each process.
@@ -220,14 +220,14 @@ def local_gpus(processes: Processes, environ: Mapping[str, str] = os.environ) ->
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns the exit code for an error: its `exit_code`, 130 after Ctrl-C, 2 for ValueError and OSError, else 1."""
+    """Return the exit code for an error: its `exit_code`, 130 after Ctrl-C, 2 for ValueError and OSError, else 1."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
 
 
 def _lost(error: BaseException) -> LostProcess | None:
-    """Returns `LostProcess` for the error of a collective whose peer has ended, otherwise None."""
+    """Return `LostProcess` for the error of a collective whose peer has ended, otherwise None."""
     text = str(error)
     if isinstance(error, (ValueError, RuntimeError)) and re.match(_LOST_CODE, text) and re.search(_LOST_SOURCE, text):
         return LostProcess(f"another process has ended (see its log): {text.splitlines()[0][:300]}")
@@ -235,7 +235,7 @@ def _lost(error: BaseException) -> LostProcess | None:
 
 
 def _leave(code: int) -> None:
-    """Exits at once; jax's exit handlers, registered before this one, do not run."""
+    """Exit at once; jax's exit handlers, registered before this one, do not run."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()

@@ -17,7 +17,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 1) -> tuple[int, int, int]:
-    """Returns the sizes of `AXES`.
+    """Return the sizes of `AXES`.
 
     Args:
       devices: number of devices.
@@ -49,7 +49,7 @@ def make_mesh(
     slices: int = -1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Returns a mesh with axes `data`, `fsdp` and `tensor`, of type Auto.
+    """Return a mesh with axes `data`, `fsdp` and `tensor`, of type Auto.
 
     Linen's sharding constraints fail on axes of type Explicit, jax's default.
 
@@ -83,17 +83,17 @@ def make_mesh(
 
 
 def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """Returns a mesh without devices, for computing shardings; see `mesh_sizes`."""
+    """Return a mesh without devices, for computing shardings; see `mesh_sizes`."""
     return AbstractMesh(mesh_sizes(devices, data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows over all axes. With `tensor` among them, processes load distinct rows."""
+    """Return the sharding of a batch: rows over all axes. With `tensor` among them, processes load distinct rows."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns global arrays of the rows that each process holds.
+    """Return global arrays of the rows that each process holds.
 
     Raises:
       ValueError: the number of global rows is not divisible by the number of devices.
@@ -105,18 +105,18 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def mesh_in_force() -> AbstractMesh | None:
-    """Returns the mesh of `jax.set_mesh` if it has `AXES`, otherwise None."""
+    """Return the mesh of `jax.set_mesh` if it has `AXES`, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(AXES) <= set(mesh.axis_names) else None
 
 
 def constrain(x: Any, *spec: str | tuple[str, ...] | None) -> Any:
-    """Constrains the first axes of `x` to these mesh axes and replicates the others; a no-op without a mesh."""
+    """Constrain the first axes of `x` to these mesh axes and replicate the others; a no-op without a mesh."""
     return x if mesh_in_force() is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def constrain_batch(x: Any, *rest: str | None) -> Any:
-    """Constrains the first axis of an activation to `data` and `fsdp`, and the others to `rest`.
+    """Constrain the first axis of an activation to `data` and `fsdp`, and the others to `rest`.
 
     Without the constraint, GSPMD reshards activations instead of gathering weights that are sharded over `fsdp`.
     """
@@ -124,12 +124,12 @@ def constrain_batch(x: Any, *rest: str | None) -> Any:
 
 
 def constrain_replicated(x: Any) -> Any:
-    """Constrains all arrays of a tree to be replicated, so that each process can read them; a no-op without a mesh."""
+    """Constrain all arrays of a tree to be replicated, so that each process can read them; a no-op without a mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def describe_run(mesh: Mesh, batch_size: int) -> tuple[str, ...]:
-    """Returns the first lines of a run's log: process, mesh and batch."""
+    """Return the first lines of a run's log: process, mesh and batch."""
     first, processes = mesh.devices.flat[0], jax.process_count()
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return (

@@ -48,7 +48,7 @@ class Processes:
 
 
 def find_processes(environ: Mapping[str, str] = os.environ) -> Processes | None:
-    """Returns the processes of this run; None for a single process.
+    """Return the processes of this run; None for a single process.
 
     Import jax before the call: on a machine without a TPU, that import sets TPU_SKIP_MDS_QUERY.
 
@@ -171,13 +171,13 @@ def _metadata(environ: Mapping[str, str], name: str) -> str:
 
 
 def _tasks_of_nodes(compact: str) -> list[int]:
-    """Returns the tasks of each node: [4, 4, 2] for "4(x2),2"."""
+    """Return the tasks of each node: [4, 4, 2] for "4(x2),2"."""
     pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", compact)
     return [int(tasks) for tasks, times in pairs for _ in range(int(times or 1))]
 
 
 def _port(job: int) -> int:
-    """Returns jax's port for a job: one of the last 4,096, equal on all hosts, different for consecutive jobs."""
+    """Return jax's port for a job: one of the last 4,096, equal on all hosts, different for consecutive jobs."""
     return 2**16 - 2**12 + job % 2**12
 
 

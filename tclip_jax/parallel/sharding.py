@@ -32,12 +32,12 @@ RULES: tuple[tuple[str, PartitionSpec, PartitionSpec], ...] = (
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-    """Returns a key path of jax.tree_util as a string: 'image/blocks/mlp/fc1/kernel'."""
+    """Return a key path of jax.tree_util as a string: 'image/blocks/mlp/fc1/kernel'."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Returns the spec of a stored parameter: the first matching rule of `RULES`, without mesh axes of size 1.
+    """Return the spec of a stored parameter: the first matching rule of `RULES`, without mesh axes of size 1.
 
     If an array axis is not divisible by all of its mesh axes, it is sharded over the last of them that divide it.
     """
@@ -45,7 +45,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
 
 
 def matrix_specs(path: str, shape: tuple[int, ...]) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """Returns how a matrix (K, N), one layer of a stacked parameter, is sharded over the mesh of `jax.set_mesh`.
+    """Return how a matrix (K, N), one layer of a stacked parameter, is sharded over the mesh of `jax.set_mesh`.
 
     Returns:
       The specs for storage and for the matrix product; None without a mesh, or if the matrix is replicated.
@@ -76,7 +76,7 @@ def _dividing(
 
 
 def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns the NamedSharding of every leaf of a tree of arrays or shapes."""
+    """Return the NamedSharding of every leaf of a tree of arrays or shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(path_of(path), leaf.shape, mesh)), tree
     )

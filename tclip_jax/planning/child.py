@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 def compiled_facts(
     config: Mapping[str, Any], topology: str, teacher_preset: str, cache: epath.PathLike | None
 ) -> StepFacts:
-    """Runs `compile_for` in another process, or reads its result from the cache.
+    """Run `compile_for` in another process, or read its result from the cache.
 
     A cached result records its key: configuration, topology, teacher, code, library versions, and the environment
     variables of JAX and libtpu. A result with another key is compiled again.
@@ -73,7 +73,7 @@ def compiled_facts(
 
 
 def _read(path: epath.Path, made_by: Recipe) -> StepFacts | None:
-    """Reads a cached result; logs a warning and returns None if the file is broken or has another key."""
+    """Read a cached result; log a warning and return None if the file is broken or has another key."""
     try:
         cached = json.loads(path.read_text())
         if changes := difference(cached["made_by"], made_by):
@@ -85,7 +85,7 @@ def _read(path: epath.Path, made_by: Recipe) -> StepFacts | None:
 
 
 def _compile(request: Mapping[str, Any]) -> StepFacts:
-    """Sends a request to a new process of `planning.compile`, and reads its answer."""
+    """Send a request to a new process of `planning.compile`, and read its answer."""
     if not importlib.util.find_spec("libtpu"):
         raise ValueError("libtpu, the compiler for TPUs, is not installed: pip install 'tclip-jax[plan]'")
     if mismatch := libtpu_mismatch():
@@ -122,7 +122,7 @@ def _compile(request: Mapping[str, Any]) -> StepFacts:
 
 
 def libtpu_mismatch() -> str:
-    """Returns a message if the installed libtpu is not the version that jax pins, else "".
+    """Return a message if the installed libtpu is not the version that jax pins, else "".
 
     jaxlib may fail to read programs of another libtpu.
     """
@@ -140,7 +140,7 @@ def libtpu_mismatch() -> str:
 
 
 def _show_progress(topology: str, done: threading.Event) -> None:
-    """Shows the elapsed time on a terminal until `done` is set."""
+    """Show the elapsed time on a terminal until `done` is set."""
     layout = "{desc} {elapsed}"
     with tqdm.tqdm(desc=f"compiling for {topology}", bar_format=layout, leave=False, disable=None) as bar:
         while not done.wait(1):
@@ -148,7 +148,7 @@ def _show_progress(topology: str, done: threading.Event) -> None:
 
 
 def _cache_key(request: Mapping[str, Any]) -> Recipe:
-    """Returns everything that determines the result: request, teacher, code, library versions and environment.
+    """Return everything that determines the result: request, teacher, code, library versions and environment.
 
     Raises:
       ValueError: the architecture of the teacher is unknown.

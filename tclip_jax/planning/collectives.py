@@ -68,7 +68,7 @@ class Collective:
 
 
 def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """Returns the collectives of a program between two or more devices, the largest first.
+    """Return the collectives of a program between two or more devices, the largest first.
 
     Args:
       program: the compiled program.
@@ -87,7 +87,7 @@ def carries_activations(
     least_rows: int,
     weights: Collection[tuple[int, ...]] = (),
 ) -> bool:
-    """Returns whether a collective carries a batch x sequence x width array.
+    """Return whether a collective carries a batch x sequence x width array.
 
     Args:
       collective: the collective.
@@ -106,7 +106,7 @@ def carries_activations(
 
 
 def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
-    """Yields collectives with their computation and executions; the copies of an asynchronous collective count once."""
+    """Yield collectives with their computation and executions; the copies of an asynchronous collective count once."""
     for computation, times in executions(program):
         pending = [computation]
         while pending:
@@ -144,7 +144,7 @@ def _collective(instruction: Instruction, computation: str, times: int, mesh: Ma
 
 
 def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
-    """Parses device ids, (groups, members), in each notation of XLA; a pair of a permutation is a group of two."""
+    """Parse device ids, (groups, members), in each notation of XLA; a pair of a permutation is a group of two."""
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
     listed = pairs or re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", attributes)
     if listed:
@@ -160,7 +160,7 @@ def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
 
 
 def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str, str, str]]) -> Groups:
-    """Expands mesh['a'=2,'b'=8], device_ids=([4,4]T(1,0)) {'a','b':(2)4}: axis a, and 4 in each of 2 parts of b."""
+    """Expand mesh['a'=2,'b'=8], device_ids=([4,4]T(1,0)) {'a','b':(2)4}: axis a, and 4 in each of 2 parts of b."""
     shape: list[int] = []
     inside: list[int] = []
     chosen = {name: (int(before or 1), int(part) if part else sizes[name]) for name, before, part in axes}
@@ -182,7 +182,7 @@ def _named_groups(sizes: Mapping[str, int], order: str, axes: Sequence[tuple[str
 
 
 def _transposed(shape: str, order: str | None) -> Groups:
-    """Expands [4,2]T(1,0): the ids 0 to 7 in the shape (4, 2), transposed by (1, 0)."""
+    """Expand [4,2]T(1,0): the ids 0 to 7 in the shape (4, 2), transposed by (1, 0)."""
     sizes = _numbers(shape)
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else range(len(sizes)))
 
@@ -192,7 +192,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes along which the members of a group differ."""
+    """Return the mesh axes along which the members of a group differ."""
     if groups.max() >= math.prod(mesh.values()):
         return ()
     coordinates = np.stack(np.unravel_index(groups, tuple(mesh.values())))
@@ -209,7 +209,7 @@ _UPDATE = "dynamic-update-slice"
 
 
 def memory_traffic(program: Program) -> int:
-    """Returns the bytes that a device reads from and writes to HBM per step."""
+    """Return the bytes that a device reads from and writes to HBM per step."""
     return sum(
         times * _moved(program, each, program.computations[name])
         for name, times in executions(program)
@@ -218,7 +218,7 @@ def memory_traffic(program: Program) -> int:
 
 
 def _moved(program: Program, each: Instruction, computation: Computation) -> int:
-    """Returns the bytes that one execution of an instruction reads and writes."""
+    """Return the bytes that one execution of an instruction reads and writes."""
     if each.opcode in _FREE or each.opcode.endswith("-done"):
         return 0
     operands = [computation[name].arrays for name in each.operands if name in computation]
@@ -238,7 +238,7 @@ def _moved(program: Program, each: Instruction, computation: Computation) -> int
 
 
 def _read(program: Program, fused: Computation, index: int, arrays: tuple[Array, ...]) -> int:
-    """Returns the bytes that a fusion reads of one operand: the slices that it takes, or the whole operand."""
+    """Return the bytes that a fusion reads of one operand: the slices that it takes, or the whole operand."""
     whole = _bytes(arrays)
     if not whole:
         return 0
@@ -262,7 +262,7 @@ def _read(program: Program, fused: Computation, index: int, arrays: tuple[Array,
 
 
 def _written(program: Program, fused: Computation, arrays: tuple[Array, ...]) -> int:
-    """Returns the bytes that a fusion writes: the updated slices of its results, or the whole results."""
+    """Return the bytes that a fusion writes: the updated slices of its results, or the whole results."""
     root = next(each for each in fused.values() if each.is_root)
     results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     written = 0
@@ -285,5 +285,5 @@ def _bytes(arrays: Iterable[Array]) -> int:
 
 
 def _part(whole: tuple[Array, ...], part: tuple[Array, ...]) -> int:
-    """Returns the bytes of a part of an array, or 0 if the array is on the chip."""
+    """Return the bytes of a part of an array, or 0 if the array is on the chip."""
     return 0 if whole[0].on_chip else sum(array.bytes for array in part)

@@ -33,7 +33,7 @@ from tclip_jax.training.build import Architecture, Build, check_batch
 
 
 def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: str = "") -> StepFacts:
-    """Compiles the step of a configuration for a slice of TPUs with libtpu.
+    """Compile the step of a configuration for a slice of TPUs with libtpu.
 
     Args:
       config: fields of the configuration.
@@ -55,7 +55,7 @@ def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: s
 
 
 def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
-    """Compiles a step for a mesh and returns its facts; without a topology, `links` is empty."""
+    """Compile a step for a mesh and return its facts; without a topology, `links` is empty."""
     started = time.perf_counter()
     with jax.set_mesh(build.mesh):
         shapes = build.state_shapes, build.batch_shapes, build.teacher_shapes
@@ -84,7 +84,7 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
 
 
 def activation_sizes(build: Build) -> frozenset[int]:
-    """Returns sequence · width of the activations of student and teacher, whole and sharded over `tensor`.
+    """Return sequence · width of the activations of student and teacher, whole and sharded over `tensor`.
 
     These are hidden states, queries, keys, values, activations of MLPs, and attention logits.
     """
@@ -95,7 +95,7 @@ def activation_sizes(build: Build) -> frozenset[int]:
 
 
 def weight_shapes(build: Build) -> frozenset[tuple[int, ...]]:
-    """Returns shapes of parameters, sorted and without axes of size 1: whole or sharded, stacked or of one layer."""
+    """Return shapes of parameters, sorted and without axes of size 1: whole or sharded, stacked or of one layer."""
     shapes: set[tuple[int, ...]] = set()
     for leaf in jax.tree.leaves((build.state_shapes.params, build.teacher_shapes)):
         for shape in (leaf.shape, leaf.shape[1:]):
@@ -115,7 +115,7 @@ def _sizes(config: CLIPConfig) -> Iterable[int]:
 
 
 def count_links(mesh: Mesh, topology: Topology, axes: Iterable[Sequence[str]]) -> dict[str, int]:
-    """Counts the links of a device that ring collectives over mesh axes use at once.
+    """Count the links of a device that ring collectives over mesh axes use at once.
 
     Axes use two links in each dimension of the torus that they fill and that closes to a ring, and one link in each
     other dimension along which they lie.
@@ -148,7 +148,7 @@ def _shapes(collective: Collective) -> str:
 
 
 def main() -> int:
-    """Reads a request from stdin, and prints its facts or its error as the last line, after "answer "."""
+    """Read a request from stdin, and print its facts or its error as the last line, after "answer "."""
     request = json.load(sys.stdin)
     try:
         topology = parse_topology(request["topology"])

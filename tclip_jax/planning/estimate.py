@@ -55,7 +55,7 @@ class Memory:
 
 
 def argument_bytes(build: Build) -> dict[str, int]:
-    """Returns the bytes of the inputs of a step on each device, keyed by the first five fields of `Memory`."""
+    """Return the bytes of the inputs of a step on each device, keyed by the first five fields of `Memory`."""
     state = build.state_shapes
     return {
         "parameters": device_bytes((state.params, state.step)),
@@ -67,12 +67,12 @@ def argument_bytes(build: Build) -> dict[str, int]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Returns the bytes that each device holds of a tree of shapes with shardings."""
+    """Return the bytes that each device holds of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compiled_memory(compiled: Any, arguments: dict[str, int]) -> Memory:
-    """Reads the memory statistics of the compiler.
+    """Read the memory statistics of the compiler.
 
     Args:
       compiled: the step, a jax.stages.Compiled.
@@ -134,7 +134,7 @@ _XLA = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") -> StepFacts:
-    """Estimates the facts of a run's step on GPUs.
+    """Estimate the facts of a run's step on GPUs.
 
     Args:
       run: the run.
@@ -166,18 +166,18 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
 
 
 def _rows(build: Build) -> int:
-    """Returns the number of samples per device, or per group of devices along `tensor`."""
+    """Return the number of samples per device, or per group of devices along `tensor`."""
     return build.run.data.batch_size // math.prod(build.mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int]]:
-    """Yields both towers with their sequence lengths."""
+    """Yield both towers with their sequence lengths."""
     yield config.vision, 1 + math.prod(config.vision.grid)
     yield config.text, config.text.context_length
 
 
 def _block(tower: VisionConfig | TextConfig) -> float:
-    """Returns activations per token that a block stores for its backward pass, as a multiple of the width.
+    """Return activations per token that a block stores for its backward pass, as a multiple of the width.
 
     Two norms, queries, keys, values and the attention output are six; the MLP stores its hidden layer twice.
     """
@@ -185,7 +185,7 @@ def _block(tower: VisionConfig | TextConfig) -> float:
 
 
 def _temporaries(build: Build) -> int:
-    """Returns bytes of stored activations, the largest block in use, gradients, and similarities of the loss."""
+    """Return bytes of stored activations, the largest block in use, gradients, and similarities of the loss."""
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
     stored = working = 0.0
@@ -203,7 +203,7 @@ def _temporaries(build: Build) -> int:
 
 
 def _activations(build: Build) -> int:
-    """Returns the HBM traffic of activations in bytes: each array of a block is written once and read twice."""
+    """Return the HBM traffic of activations in bytes: each array of a block is written once and read twice."""
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
     models = [(run.model, 3 + run.remat)]
@@ -218,7 +218,7 @@ def _activations(build: Build) -> int:
 
 
 def _collectives(build: Build) -> Iterator[Collective]:
-    """Yields the collectives of weights, gradients, embeddings, and partial sums of tensor parallelism."""
+    """Yield the collectives of weights, gradients, embeddings, and partial sums of tensor parallelism."""
     run, mesh = build.run, build.mesh.shape
     dtype, fsdp, tensor = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"]
     student = _elements(build.state_shapes.params["clip"]) // tensor

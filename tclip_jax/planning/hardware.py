@@ -98,7 +98,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parses the name of a topology, such as "v5e:16x16" or "h100:64".
+    """Parse the name of a topology, such as "v5e:16x16" or "h100:64".
 
     Raises:
       ValueError: there is no such topology; the message lists all.

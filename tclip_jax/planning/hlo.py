@@ -83,7 +83,7 @@ class Execution(NamedTuple):
 
 
 def parse_program(text: str) -> Program:
-    """Parses the text that `compiled.as_text()` returns.
+    """Parse the text that `compiled.as_text()` returns.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -102,7 +102,7 @@ def parse_program(text: str) -> Program:
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """Yields the computations that run as sequences of instructions, without those fused into one instruction."""
+    """Yield the computations that run as sequences of instructions, without those fused into one instruction."""
     pending = [Execution(program.entry, 1)]
     while pending:
         computation, times = execution = pending.pop()
@@ -116,7 +116,7 @@ def executions(program: Program) -> Iterator[Execution]:
 
 
 def called(instruction: Instruction) -> list[str]:
-    """Lists the computations that an instruction calls or fuses; all branches for a conditional."""
+    """List the computations that an instruction calls or fuses; all branches for a conditional."""
     names = _CALLED.findall(instruction.attributes)
     for branches in _BRANCHES.findall(instruction.attributes):
         names += _NAME.findall(branches) or [name.strip() for name in branches.split(",")]
@@ -124,7 +124,7 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(program: Program, loop: Instruction, computation: Computation) -> int:
-    """Returns how often the body of a loop runs.
+    """Return how often the body of a loop runs.
 
     The count is XLA's own, or the difference of the constant bound and the constant start of the loop's counter.
 
@@ -151,7 +151,7 @@ def trip_count(program: Program, loop: Instruction, computation: Computation) ->
 
 
 def _tuple_element(computation: Computation, name: str, index: int) -> int | None:
-    """Returns the constant start of a loop's counter, behind copies and tuples; None if the start is computed."""
+    """Return the constant start of a loop's counter, behind copies and tuples; None if the start is computed."""
     source = computation.get(name)
     if source is not None and source.opcode == "tuple":
         source = computation.get(source.operands[index])
@@ -175,7 +175,7 @@ def _attribute(instruction: Instruction, name: str) -> str:
 
 
 def _instruction(text: str, name: str, is_root: bool) -> Instruction:
-    """Parses the text after the equal sign: shape, opcode, operands in parentheses, attributes."""
+    """Parse the text after the equal sign: shape, opcode, operands in parentheses, attributes."""
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     arrays, rest = text[:end], text[end:].lstrip()
     opcode, _, _ = rest.partition("(")
@@ -194,7 +194,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index after the parenthesis that closes the one at `start`."""
+    """Return the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")

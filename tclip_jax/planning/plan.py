@@ -77,7 +77,7 @@ class Plan:
         return sum(each.bytes for each in gathers), as_bfloat16
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all figures, in bytes, seconds and fractions."""
+        """Return all figures, in bytes, seconds and fractions."""
         memory, gather = self.facts.memory, self.quantized_gather
         return {
             "topology": self.topology.name,
@@ -103,7 +103,7 @@ def make_plan(
     price: float | None = None,
     cache: epath.PathLike | None = None,
 ) -> Plan:
-    """Plans a run: compiles its step in another process for TPUs, or estimates it by formula for GPUs.
+    """Plan a run: compiles its step in another process for TPUs, or estimates it by formula for GPUs.
 
     Args:
       config: the configuration of the run.
@@ -136,7 +136,7 @@ def make_plan(
 
 
 def plan_text(plan: Plan) -> str:
-    """Formats a plan as tables for a terminal."""
+    """Format a plan as tables for a terminal."""
     facts, time, chips = plan.facts, plan.estimate, plan.chips
     devices = math.prod(facts.mesh.values())
     mesh = ", ".join(f"{name}={size}" for name, size in facts.mesh.items())

@@ -51,7 +51,7 @@ def estimate(
     model_flops: float,
     price: float | None = None,
 ) -> Estimate:
-    """Estimates the time of a step and of a run.
+    """Estimate the time of a step and of a run.
 
     Args:
       facts: memory, traffic and collectives of a step.
@@ -88,7 +88,7 @@ def estimate(
 
 
 def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices: int) -> float:
-    """Returns the bytes/s that a chip can send in a ring collective.
+    """Return the bytes/s that a chip can send in a ring collective.
 
     On a TPU the ring uses `facts.links`. A group of GPUs that fits into a node is assumed to be in one node and to use
     NVLink; a larger group uses the network.
@@ -105,7 +105,7 @@ def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices:
 
 
 def assumptions(topology: Topology, facts: StepFacts) -> list[str]:
-    """Returns lines of text: the rates, their sources, and what the estimate omits."""
+    """Return lines of text: the rates, their sources, and what the estimate omits."""
     chip = topology.chip
     lines = [
         f"peak {chip.peak_flops * chip.devices / 1e12:,.0f} TFLOP/s (bfloat16), HBM {chip.memory / 2**30:.1f} GiB at"

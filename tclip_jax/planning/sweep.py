@@ -50,7 +50,7 @@ class Point:
 
 
 def parse_grid(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Returns all combinations of values of a sweep.
+    """Return all combinations of values of a sweep.
 
     Args:
       texts: axes of the sweep, such as "batch_size=1024,2048".
@@ -73,7 +73,7 @@ def parse_grid(texts: Sequence[str]) -> list[dict[str, str]]:
 def run_sweep(
     configs: Sequence[tuple[dict[str, str], ml_collections.ConfigDict]], topology: Topology, **options: Any
 ) -> list[Point]:
-    """Plans each configuration; an invalid one becomes a point with an error.
+    """Plan each configuration; an invalid one becomes a point with an error.
 
     Args:
       configs: (changes, changed configuration) pairs.
@@ -95,13 +95,13 @@ def run_sweep(
 
 
 def best(points: Sequence[Point]) -> Point | None:
-    """Returns the point with the highest `rate` among those that fit, or None if no point fits."""
+    """Return the point with the highest `rate` among those that fit, or None if no point fits."""
     fitting = [point for point in points if point.plan and point.plan.fits]
     return max(fitting, key=lambda point: point.rate, default=None)
 
 
 def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """Returns the rows of the table: a header, and one row for each point."""
+    """Return the rows of the table: a header, and one row for each point."""
     keys = list(points[0].changes)
     header = (
         "",
@@ -118,14 +118,14 @@ def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
 
 
 def sweep_text(points: Sequence[Point]) -> str:
-    """Formats a sweep for a terminal: the table, the errors, and the best point."""
+    """Format a sweep for a terminal: the table, the errors, and the best point."""
     lines = aligned(sweep_rows(points))
     lines += [f"{point.name}: {point.error}" for point in points if point.error]
     return "\n".join([*lines, "", _verdict(points)])
 
 
 def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
-    """Writes sweep.json and sweep.html, and replaces those of an earlier sweep."""
+    """Write sweep.json and sweep.html, and replaces those of an earlier sweep."""
     parts = [paragraph(_verdict(points), "verdict"), plot(_figure(points), "memory and speed of each point")]
     parts.append(table(sweep_rows(points), marked=[False, *(not (p.plan and p.plan.fits) for p in points)]))
     parts += [paragraph(f"{point.name}: {point.error}", "note") for point in points if point.error]
@@ -137,7 +137,7 @@ def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
 
 
 def _figure(points: Sequence[Point]) -> Any:
-    """Plots images/s against memory; points have their numbers in the table, and a line shows a device's memory."""
+    """Plot images/s against memory; points have their numbers in the table, and a line shows a device's memory."""
     from matplotlib.figure import Figure
 
     plans = [(i, point, point.plan) for i, point in enumerate(points, 1) if point.plan]

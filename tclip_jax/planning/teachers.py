@@ -26,7 +26,7 @@ HUB = {
 
 
 def find_teacher(run: RunConfig, preset: str = "") -> Architecture | TeacherCache | None:
-    """Returns the architecture or the cache of a run's teacher, or None without a teacher.
+    """Return the architecture or the cache of a run's teacher, or None without a teacher.
 
     Args:
       run: the run; its `teacher` is a preset, a run, an artifact, a checkpoint or a key of `HUB`.

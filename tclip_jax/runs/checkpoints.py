@@ -40,13 +40,13 @@ class CheckpointConfig:
 
 
 def kept(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """Returns the steps to keep: the `config.keep` newest and the `config.keep_best` best."""
+    """Return the steps to keep: the `config.keep` newest and the `config.keep_best` best."""
     best = ranked(steps, scores, config)
     return {*sorted(steps)[-config.keep :], *best[max(0, len(best) - config.keep_best) :]}
 
 
 def ranked(steps: Sequence[int], scores: Mapping[int, float], config: CheckpointConfig) -> list[int]:
-    """Returns the steps that have a score, the best last; of equal scores, the newer step is better."""
+    """Return the steps that have a score, the best last; of equal scores, the newer step is better."""
     sign = 1 if config.best_mode == "max" else -1
     return [step for _, step in sorted((sign * scores[step], step) for step in steps if step in scores)]
 
@@ -99,7 +99,7 @@ class Checkpoints:
         return 0 < 60 * self._config.every_minutes <= time.monotonic() - self._saved_at
 
     def save(self, step: int, trees: Mapping[str, Any], position: Mapping[str, Any]) -> None:
-        """Starts to save a step in the background, after the save before it has finished.
+        """Start to save a step in the background, after the save before it has finished.
 
         Args:
           step: the number of steps done.
@@ -117,12 +117,12 @@ class Checkpoints:
             self._writer.save(self._folder / str(step), trees)
 
     def check(self) -> None:
-        """Raises CheckpointError if the background save has failed; does not wait for it."""
+        """Raise CheckpointError if the background save has failed; do not wait for it."""
         with self._written():
             self._writer.check()
 
     def wait(self) -> None:
-        """Waits until the background save has finished; raises CheckpointError if it failed."""
+        """Wait until the background save has finished; raise CheckpointError if it failed."""
         with self._written():
             self._writer.wait()
         if self._saving and self._saving not in self._steps:
@@ -134,7 +134,7 @@ class Checkpoints:
             self._steps = sorted(kept(self._steps, self._scores, self._config))
 
     def restore(self, abstract: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Returns the trees of the newest step, in the shapes and shardings of `abstract`; None if there is no step.
+        """Return the trees of the newest step, in the shapes and shardings of `abstract`; None if there is no step.
 
         Raises:
           CheckpointError: the checkpoint is damaged, or of another configuration.
@@ -149,13 +149,13 @@ class Checkpoints:
         return restored
 
     def score(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Stores the value of `config.best_metric` at a step, if `metrics` has it and it is finite."""
+        """Store the value of `config.best_metric` at a step, if `metrics` has it and it is finite."""
         value = metrics.get(self._config.best_metric)
         if value is not None and math.isfinite(value):
             self._scores[step] = value
 
     def _start(self, whole: Sequence[int] | None) -> list[int]:
-        """On process 0, removes the unfinished files of earlier starts; returns the whole steps."""
+        """On process 0, remove the unfinished files of earlier starts; return the whole steps."""
         if whole is not None:
             set_aside(self._folder, whole)
         if self._folder.is_dir():
@@ -166,7 +166,7 @@ class Checkpoints:
         return saved_steps(self._folder)
 
     def _finish(self, folder: epath.Path) -> None:
-        """Writes the data position and the checksums, on process 0, after all processes have written their arrays."""
+        """Write the data position and the checksums, on process 0, after all processes have written their arrays."""
         try:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder}: no such folder: it was removed while it was written")
@@ -177,7 +177,7 @@ class Checkpoints:
             self._unfinished = error
 
     def _delete(self, steps: Sequence[int]) -> None:
-        """Removes steps. Each is first marked as deleted: a half-removed step must not look like a damaged one."""
+        """Remove steps. Each is first marked as deleted: a half-removed step must not look like a damaged one."""
         for step in steps:
             folder = self._folder / str(step)
             try:
@@ -191,7 +191,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """Turns any error of a save into one CheckpointError, and removes the incomplete checkpoint."""
+        """Turn any error of a save into one CheckpointError, and remove the incomplete checkpoint."""
         try:
             yield
             if self._unfinished:
@@ -215,7 +215,7 @@ class Checkpoints:
 def check_checkpoint(
     folder: epath.PathLike, step: int, abstract: Mapping[str, Any], seek: Callable[[Any], None], changed: str = ""
 ) -> None:
-    """Checks that a run can be resumed from a step, without reading arrays or writing files.
+    """Check that a run can be resumed from a step, without reading arrays or writing files.
 
     Args:
       folder: `checkpoints/` of the run.
@@ -250,7 +250,7 @@ def check_checkpoint(
 def load_params(
     folder: epath.PathLike, abstract: Any, steps: Sequence[int] | None = None, *, average: bool = False
 ) -> tuple[int, Any]:
-    """Returns a whole step in `folder` and its parameters; logs why other steps are skipped. A collective.
+    """Return a whole step in `folder` and its parameters; log why other steps are skipped. A collective.
 
     Args:
       folder: `checkpoints/` of a run.
@@ -277,7 +277,7 @@ def load_params(
 
 
 def _orbax() -> Any:
-    """Returns the module of the Orbax API that TCLIP_ORBAX selects; both write the same format."""
+    """Return the module of the Orbax API that TCLIP_ORBAX selects; both write the same format."""
     if (chosen := os.environ.get("TCLIP_ORBAX", "v0")) not in ("v0", "v1"):
         raise ValueError(f"TCLIP_ORBAX is {chosen!r}: it must be v0 or v1")
     from tclip_jax.runs import orbax_v0, orbax_v1
@@ -286,7 +286,7 @@ def _orbax() -> Any:
 
 
 def _check_shapes(stored: Mapping[str, tuple[int, ...]], abstract: Any, whose: str = "the model's") -> None:
-    """Raises ValueError for the first array whose shape differs; a failure in Orbax would leave reads unfinished."""
+    """Raise ValueError for the first array whose shape differs; a failure in Orbax would leave reads unfinished."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     expected = {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
     for path in sorted(stored.keys() | expected.keys()):
@@ -295,14 +295,14 @@ def _check_shapes(stored: Mapping[str, tuple[int, ...]], abstract: Any, whose: s
 
 
 def _absolute(folder: epath.PathLike) -> epath.Path:
-    """Returns an absolute path; Orbax refuses relative ones, but only when it writes."""
+    """Return an absolute path; Orbax refuses relative ones, but only when it writes."""
     path = epath.Path(folder)
     return path.resolve() if is_local(path) else path
 
 
 @contextlib.contextmanager
 def _explained(folder: epath.Path) -> Iterator[None]:
-    """Turns the errors of Orbax into one CheckpointError."""
+    """Turn the errors of Orbax into one CheckpointError."""
     reason: str | None = None
     try:
         yield
@@ -315,7 +315,7 @@ def _explained(folder: epath.Path) -> Iterator[None]:
 
 
 def _collect_silently() -> None:
-    """Collects the unfinished coroutines that a failure of Orbax leaves, which would print to stderr later."""
+    """Collect the unfinished coroutines that a failure of Orbax leaves, which would print to stderr later."""
     hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
     sys.unraisablehook, asyncio_log.disabled = (lambda _: None), True
     try:

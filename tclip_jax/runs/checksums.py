@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def write_checksums(folder: epath.Path) -> None:
-    """Flushes the files of a checkpoint to disk, then writes their lengths and SHA-256 into its checksums.json."""
+    """Flush the files of a checkpoint to disk, then write their lengths and SHA-256 into its checksums.json."""
     if is_local(folder):
         sync_tree(folder)
     files = {name: path for name, path in files_below(folder).items() if name not in (*_COMMITTED_LATER, CHECKSUMS)}
@@ -37,7 +37,7 @@ def write_checksums(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path, part: str = "", *, contents: bool = True) -> str | None:
-    """Returns the first difference between a checkpoint and its checksums; None if it is whole.
+    """Return the first difference between a checkpoint and its checksums; None if it is whole.
 
     Files directly in `folder`, and files with a name that starts with a dot, may differ.
 
@@ -72,7 +72,7 @@ def damage(folder: epath.Path, part: str = "", *, contents: bool = True) -> str 
 
 
 def _read_entries(path: epath.Path) -> dict[str, dict[str, Any]] | None:
-    """Returns length and SHA-256 by file name; None if the checksums themselves are damaged."""
+    """Return length and SHA-256 by file name; None if the checksums themselves are damaged."""
     try:
         stored = json.loads(path.read_text())
         if isinstance(stored, dict) and "version" in stored:
@@ -107,7 +107,7 @@ def _entry(path: epath.Path) -> dict[str, Any]:
 
 
 def files_below(folder: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
-    """Returns all files in a folder and its sub-folders, by their path relative to it."""
+    """Return all files in a folder and its sub-folders, by their path relative to it."""
     files: dict[str, epath.Path] = {}
     for path in sorted(folder.iterdir()):
         name = f"{prefix}{path.name}"

@@ -191,7 +191,7 @@ class EvalConfig:
 
 
 def _as_tuples(config: Any, *names: str) -> None:
-    """Converts the lists of a JSON file to tuples."""
+    """Convert the lists of a JSON file to tuples."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, str):
@@ -254,13 +254,13 @@ class RunConfig:
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Returns every key with its default; recipes start from it."""
+    """Return every key with its default; recipes start from it."""
     # `run_config` checks the types: some keys accept several, and its errors are clearer.
     return ml_collections.ConfigDict(defaults(RunConfig), type_safe=False)
 
 
 def run_config(config: ml_collections.ConfigDict) -> RunConfig:
-    """Checks a configuration and converts it; absent keys have their defaults.
+    """Check a configuration and convert it; absent keys have their defaults.
 
     Raises:
       ValueError: a key is unknown, a value has the wrong type or is out of bounds, or values contradict each other.
@@ -289,7 +289,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
-    """Returns the resolved configuration of the run in `workdir`.
+    """Return the resolved configuration of the run in `workdir`.
 
     Raises:
       FileNotFoundError: `workdir` has no config.json.
@@ -307,7 +307,7 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
 
 
 def _ternary_pairs(value: Any) -> str | tuple[Any, ...]:
-    """Returns `config.ternary` with pairs as tuples, which are lists in JSON."""
+    """Return `config.ternary` with pairs as tuples, which are lists in JSON."""
     if isinstance(value, str):
         return value
     valid = isinstance(value, (list, tuple)) and all(
@@ -320,7 +320,7 @@ def _ternary_pairs(value: Any) -> str | tuple[Any, ...]:
 
 
 def _check_contradictions(run: RunConfig) -> None:
-    """Raises ValueError for values that are valid alone but contradict each other."""
+    """Raise ValueError for values that are valid alone but contradict each other."""
     check_tensor(run.model, run.rules, max(run.mesh.tensor, 1))
     trace = run.profile_steps
     if trace and not (len(trace) == 2 and trace[0] <= trace[1] <= run.steps):

@@ -30,22 +30,22 @@ class Writer:
         )
 
     def save(self, folder: epath.Path, trees: Mapping[str, Any]) -> None:
-        """Waits for the previous save, then starts to write each tree into the sub-folder of its name."""
+        """Wait for the previous save, then start to write each tree into the sub-folder of its name."""
         self._checkpointer.wait_until_finished()
         self._folder = folder
         saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._checkpointer.save(folder, args=ocp.args.Composite(**saved))
 
     def check(self) -> None:
-        """Raises the error of a save that has failed; does not wait."""
+        """Raise the error of a save that has failed; do not wait."""
         self._checkpointer.check_for_errors()
 
     def wait(self) -> None:
-        """Waits until the save has finished; raises its error."""
+        """Wait until the save has finished; raise its error."""
         self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
-        """Stops the background threads."""
+        """Stop the background threads."""
         self._checkpointer.close()
 
     def _finished(self) -> None:
@@ -58,7 +58,7 @@ class Writer:
 
 
 def read_tree(folder: epath.Path, abstract: Any, limit: int | None = None) -> Any:
-    """Returns the tree in `folder`, in the shapes and shardings of `abstract`.
+    """Return the tree in `folder`, in the shapes and shardings of `abstract`.
 
     Args:
       folder: the sub-folder of one tree.
@@ -71,7 +71,7 @@ def read_tree(folder: epath.Path, abstract: Any, limit: int | None = None) -> An
 
 
 def read_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each array in `folder`, by its path, from the metadata."""
+    """Return the shape of each array in `folder`, by its path, from the metadata."""
     stored = ocp.StandardCheckpointHandler().metadata(folder)
     if stored is None:
         raise ValueError("the metadata of its arrays cannot be read")

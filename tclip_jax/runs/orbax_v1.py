@@ -34,7 +34,7 @@ class Writer:
         self._pending.set_result(None)
 
     def save(self, folder: epath.Path, trees: Mapping[str, Any]) -> None:
-        """Waits for the previous save, then starts to write each tree into the sub-folder of its name."""
+        """Wait for the previous save, then start to write each tree into the sub-folder of its name."""
         self.wait()
         # The next start removes folders with such names.
         building = folder.parent / f"{folder.name}.orbax-v1" if is_local(folder) else folder
@@ -45,18 +45,18 @@ class Writer:
         self._pending = self._thread.submit(self._complete, response, building, folder)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed; does not wait."""
+        """Raise the error of a save that has failed; do not wait."""
         if self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save has finished; raises its error."""
+        """Wait until the save has finished; raise its error."""
         pending, self._pending = self._pending, Future[None]()
         self._pending.set_result(None)
         pending.result()
 
     def close(self) -> None:
-        """Stops the background thread."""
+        """Stop the background thread."""
         self._thread.shutdown()
 
     def _complete(self, response: Any, building: epath.Path, folder: epath.Path) -> None:

@@ -40,7 +40,7 @@ class StepPath(NamedTuple):
 
 
 def split_step(path: epath.PathLike) -> StepPath:
-    """Parses "runs/a", "runs/a@best", "runs/a@1200", "runs/a@average", "runs/a@best-average", "runs/a@1200-average"."""
+    """Parse "runs/a", "runs/a@best", "runs/a@1200", "runs/a@average", "runs/a@best-average", "runs/a@1200-average"."""
     match = re.fullmatch(r"(.+)@(?:(best|\d+)(-average)?|(average))", str(path), re.DOTALL)
     if not match or epath.Path(path).exists():
         return StepPath(epath.Path(path))
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: epath.PathLike, mesh: Mesh | None = None) -> Weights:
-    """Returns the weights of a step of a run. A collective.
+    """Return the weights of a step of a run. A collective.
 
     Args:
       path: a workdir and an optional step, see `split_step`.
@@ -81,7 +81,7 @@ def read_weights(path: epath.PathLike, mesh: Mesh | None = None) -> Weights:
 
 
 def weights_origin(path: epath.PathLike, step: int) -> dict[str, Any]:
-    """Returns {"source", "step", "content"} of the weights that `read_weights` read; "content" is a digest."""
+    """Return {"source", "step", "content"} of the weights that `read_weights` read; "content" is a digest."""
     workdir, _, average = split_step(path)
     folder, config = workdir / "checkpoints" / str(step) / ("average" if average else "params"), read_config(workdir)
     files = {name: str(file) for name, file in files_below(folder).items()}
@@ -95,7 +95,7 @@ def weights_origin(path: epath.PathLike, step: int) -> dict[str, Any]:
 
 
 def _best_steps(workdir: epath.Path, config: CheckpointConfig) -> list[int]:
-    """Returns the saved steps that have the metric, the best first."""
+    """Return the saved steps that have the metric, the best first."""
     metric, steps = config.best_metric, all_steps(workdir / "checkpoints")
     scores = {line["step"]: line[metric] for line in read_metrics(workdir) if line.get(metric) is not None}
     best = ranked(steps, scores, config)

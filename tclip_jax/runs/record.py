@@ -28,7 +28,7 @@ Changes = dict[str, list[Any]]
 
 
 def read_history(workdir: epath.PathLike) -> list[Record]:
-    """Returns the lines of history.jsonl, the oldest first; for an older run without it, one line of config.json.
+    """Return the lines of history.jsonl, the oldest first; for an older run without it, one line of config.json.
 
     Raises:
       ValueError: the file is not JSON.
@@ -47,19 +47,19 @@ def read_history(workdir: epath.PathLike) -> list[Record]:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without a last line that a crash has truncated."""
+    """Return the lines of metrics.jsonl, without a last line that a crash has truncated."""
     path = epath.Path(workdir) / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in whole]
 
 
 def record_at(history: Iterable[Record], step: int) -> Record:
-    """Returns the record of the start that made `step`; {} if the history is empty."""
+    """Return the record of the start that made `step`; {} if the history is empty."""
     return next((line for line in reversed(list(history)) if line["step"] < step or not line["step"]), {})
 
 
 def changes(old: Any, new: Any, path: str = "") -> Changes:
-    """Returns the values that differ, as {key: [old, new]}. 1 equals 1.0; keys that `old` lacks are ignored."""
+    """Return the values that differ, as {key: [old, new]}. 1 equals 1.0; keys that `old` lacks are ignored."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         changed: Changes = {}
         for name in new:
@@ -70,7 +70,7 @@ def changes(old: Any, new: Any, path: str = "") -> Changes:
 
 
 def in_words(changed: Changes, prefixes: Collection[str] = ("",)) -> str:
-    """Returns "loss.crd 1 → 3, steps 80 → 90" for the keys that start with one of `prefixes`."""
+    """Return "loss.crd 1 → 3, steps 80 → 90" for the keys that start with one of `prefixes`."""
     return ", ".join(
         f"{key} {_short(old)} → {_short(new)}"
         for key, (old, new) in changed.items()
@@ -79,7 +79,7 @@ def in_words(changed: Changes, prefixes: Collection[str] = ("",)) -> str:
 
 
 def write_record(workdir: epath.PathLike, record: Record, step: int, changed: Changes) -> None:
-    """Writes config.json, and appends to history.jsonl if the start at `step` is the first or changed something."""
+    """Write config.json, and append to history.jsonl if the start at `step` is the first or changed something."""
     workdir = epath.Path(workdir)
     lines = [line for line in read_history(workdir) if line["step"] < step] if step else []
     if changed or not lines or not (workdir / HISTORY).exists():
@@ -90,7 +90,7 @@ def write_record(workdir: epath.PathLike, record: Record, step: int, changed: Ch
 
 @functools.cache
 def software() -> dict[str, str]:
-    """Returns the versions of this package and of jax, and the git commit if it is known."""
+    """Return the versions of this package and of jax, and the git commit if it is known."""
     distribution = importlib.metadata.distribution("tclip-jax")
     versions = {"tclip_jax": distribution.version, "jax": importlib.metadata.version("jax")}
     installed = json.loads(distribution.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
@@ -99,7 +99,7 @@ def software() -> dict[str, str]:
 
 
 def _git_commit(folder: pathlib.Path) -> str | None:
-    """Returns the commit of a git checkout, with "-dirty" if files are modified; None if `folder` is not its root."""
+    """Return the commit of a git checkout, with "-dirty" if files are modified; None if `folder` is not its root."""
     # A folder of installed packages may be inside the checkout of another project.
     if not (folder / ".git").exists():
         return None
@@ -116,7 +116,7 @@ def _short(value: Any) -> str:
 
 
 def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False) -> dict[str, Any]:
-    """Returns the provenance of the weights of a step, from history.jsonl and metrics.jsonl.
+    """Return the provenance of the weights of a step, from history.jsonl and metrics.jsonl.
 
     Returns:
       A mapping with "step"; "average", if the weights are the moving average; "data" ("source", "split", "samples",
@@ -139,7 +139,7 @@ def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False)
 
 
 def run_figures(workdir: epath.PathLike, step: int, *, average: bool = False) -> dict[str, float]:
-    """Returns the evaluation metrics of a step's weights, or of their moving average."""
+    """Return the evaluation metrics of a step's weights, or of their moving average."""
     lines = [line for line in _metrics(workdir, step) if "loss" not in line]
     values = {name: value for line in lines for name, value in line.items() if name != "step" and value is not None}
     suffix = "_of_average"

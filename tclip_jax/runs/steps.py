@@ -17,20 +17,20 @@ _logger = logging.getLogger(__name__)
 
 
 def all_steps(folder: epath.PathLike) -> list[int]:
-    """Returns the steps with a sub-folder in `folder`, ascending, whole or not; [] if `folder` does not exist."""
+    """Return the steps with a sub-folder in `folder`, ascending, whole or not; [] if `folder` does not exist."""
     folder = epath.Path(folder)
     names = [path.name for path in (folder.iterdir() if folder.is_dir() else ())]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
 
 
 def saved_steps(folder: epath.PathLike) -> list[int]:
-    """Returns the steps whose files all exist with the right lengths; reading a step compares the contents too."""
+    """Return the steps whose files all exist with the right lengths; reading a step compares the contents too."""
     folder = epath.Path(folder)
     return [step for step in all_steps(folder) if not damage(folder / str(step), contents=False)]
 
 
 def whole_steps(folder: epath.PathLike) -> list[int]:
-    """Returns `saved_steps` without newer steps whose contents are damaged: training resumes from the last one.
+    """Return `saved_steps` without newer steps whose contents are damaged: training resumes from the last one.
 
     The files are unchanged; `set_aside` renames the damaged steps. A collective: process 0 decides.
 
@@ -41,7 +41,7 @@ def whole_steps(folder: epath.PathLike) -> list[int]:
 
 
 def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
-    """Renames the steps that are not in `whole` to `<step>.damaged`, and removes unfinished ones; logs both."""
+    """Rename the steps that are not in `whole` to `<step>.damaged`, and remove unfinished ones; log both."""
     folder = epath.Path(folder)
     for step in sorted({*all_steps(folder)} - {*whole}, reverse=True):
         saved, aside = folder / str(step), folder / f"{step}.damaged"
@@ -57,7 +57,7 @@ def set_aside(folder: epath.PathLike, whole: Sequence[int]) -> None:
 
 
 def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") -> int:
-    """Returns the first whole step of `steps`; logs why earlier ones are not whole. A collective: process 0 decides.
+    """Return the first whole step of `steps`; log why earlier ones are not whole. A collective: process 0 decides.
 
     Args:
       folder: the checkpoints of a run.
@@ -85,7 +85,7 @@ def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") ->
 
 
 def decided(decide: Callable[[], Any]) -> Any:
-    """Returns on every process the result of `decide` on process 0, or raises its error there. A collective.
+    """Return on every process the result of `decide` on process 0, or raise its error there. A collective.
 
     Decisions about files belong to one process: a file that one machine has written may not be visible to another yet.
 

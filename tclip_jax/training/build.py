@@ -37,7 +37,7 @@ class Architecture(NamedTuple):
 
 
 def check_batch(run: RunConfig, mesh: Mesh) -> None:
-    """Raises ValueError if the global batch is not divisible by the devices, or a device's rows by the microbatches."""
+    """Raise ValueError if the global batch is not divisible by the devices, or a device's rows by the microbatches."""
     if run.data.batch_size % mesh.size:
         raise ValueError(f"global batch {run.data.batch_size} is not divisible by {mesh.size} devices")
     rows, parts = run.data.batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES), run.data.microbatches
@@ -80,7 +80,7 @@ class Build:
         return make_optimizer(self.run.optimizer, self.run.steps)
 
     def init_state(self, start: Any = None) -> TrainState:
-        """Returns the state at step 0, from the model's parameters `start` or random ones."""
+        """Return the state at step 0, from the model's parameters `start` or random ones."""
         teacher, averaged = self.teacher, self.run.optimizer.ema_decay > 0
         shape = teacher.embed_dim if isinstance(teacher, TeacherCache) else teacher.config if teacher else None
         return init_state(
@@ -117,7 +117,7 @@ class Build:
         }
 
     def jitted_step(self, state: TrainState) -> Any:
-        """Returns the jitted step (state, batch, teacher's parameters) -> (state, metrics), which donates the state.
+        """Return the jitted step (state, batch, teacher's parameters) -> (state, metrics), which donates the state.
 
         Args:
           state: arrays or shapes, for the shardings of the result.

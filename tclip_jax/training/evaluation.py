@@ -57,7 +57,7 @@ class Evaluation:
         )
 
     def __call__(self, model: Model, mesh: Mesh) -> dict[str, float]:
-        """Returns the metrics of a model, evaluated in float32.
+        """Return the metrics of a model, evaluated in float32.
 
         Args:
           model: the model.

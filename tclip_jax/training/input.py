@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 def open_input(
     run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
 ) -> tuple[ResumableIterator, BadSamples]:
-    """Returns a run's batches as global arrays, and its record of bad samples. A collective.
+    """Return a run's batches as global arrays, and its record of bad samples. A collective.
 
     Each process writes a record of its own: bad_samples.jsonl, and bad_samples.p.jsonl for process p > 0.
 
@@ -65,7 +65,7 @@ def train_data(
     cache: TeacherCache | None = None,
     bad: BadSamples | None = None,
 ) -> TrainIterator:
-    """Returns `train_iterator` of a run's configuration, over `source` or the source that the configuration names.
+    """Return `train_iterator` of a run's configuration, over `source` or the source that the configuration names.
 
     Raises:
       FileNotFoundError, ValueError: the data are missing or do not fit the configuration.
@@ -99,12 +99,12 @@ class ResumableIterator:
         self.position = self._iterator.get_state()
 
     def seek(self, position: Any) -> None:
-        """Moves to a `position`."""
+        """Move to a `position`."""
         self._iterator.set_state(position)
         self.position = position
 
     def __next__(self) -> dict[str, Any]:
-        """Returns the next batch; raises RuntimeError when workers are killed three times in a row."""
+        """Return the next batch; raise RuntimeError when workers are killed three times in a row."""
         for attempt in range(_ATTEMPTS):
             try:
                 batch = next(self._iterator)
@@ -120,7 +120,7 @@ class ResumableIterator:
         return batch
 
     def close(self) -> None:
-        """Stops the workers."""
+        """Stop the workers."""
         self._iterator.close()
 
 
@@ -157,17 +157,17 @@ class DevicePrefetch:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the iterator's state after the last batch that was yielded."""
+        """Return the iterator's state after the last batch that was yielded."""
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Drops the batches sent ahead and sets the iterator's state."""
+        """Drop the batches sent ahead and set the iterator's state."""
         self._drop()
         self._iterator.set_state(state)
         self._state, self._error = state, None
 
     def close(self) -> None:
-        """Stops the thread and closes the iterator."""
+        """Stop the thread and close the iterator."""
         self._drop()
         self._pool.shutdown()
         self._iterator.close()

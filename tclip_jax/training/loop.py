@@ -10,7 +10,7 @@ from tclip_jax.training.session import Session, prepare
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
-    """Trains to `config.steps`, resuming from the newest whole checkpoint in `workdir` if there is one.
+    """Train to `config.steps`, resuming from the newest whole checkpoint in `workdir` if there is one.
 
     Writes to `workdir`: config.json (resolved), history.jsonl (changes at each restart), checkpoints/, metrics.jsonl,
     tensorboard/, bad_samples.jsonl if there are bad samples, and heartbeats/ with several processes. The metrics of a

@@ -47,20 +47,20 @@ class EventFile:
         self._add(Event(session_log=SessionLog(status=SessionLog.START)), first_step)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Adds a finite number."""
+        """Add a finite number."""
         self._add(Event(summary=scalar(name, value)), step)
 
     def histogram(self, name: str, step: int, **parts: Any) -> None:
-        """Adds a histogram by its `min`, `max`, `num`, `sum`, `sum_squares`, `bucket_limits` and `bucket_counts`."""
+        """Add a histogram by its `min`, `max`, `num`, `sum`, `sum_squares`, `bucket_limits` and `bucket_counts`."""
         self._add(Event(summary=histogram_raw(name, **parts)), step)
 
     def flush(self) -> None:
-        """Writes all added events to the file."""
+        """Write all added events to the file."""
         self._file.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes the file."""
+        """Flush and close the file."""
         self._file.close()
 
     def _add(self, event: Event, step: int) -> None:
@@ -144,7 +144,7 @@ class Telemetry:
         return self._first and self.failure.error is None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the scalars of `step`, without zeros of `bad/…`, and advances the progress bar."""
+        """Write the scalars of `step`, without zeros of `bad/…`, and advance the progress bar."""
         if not self._active:
             return
         scalars = {name: float(value) for name, value in metrics.items()}
@@ -161,7 +161,7 @@ class Telemetry:
             self._bar.set_postfix_str(f"loss {scalars['loss']:.3f}", refresh=False)
 
     def write_trits(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes `trit_metrics` of `step`: a line {"step", "trits"}, and means over layers to TensorBoard."""
+        """Write `trit_metrics` of `step`: a line {"step", "trits"}, and means over layers to TensorBoard."""
         if not self._active:
             return
         values = {path: {name: np.asarray(value) for name, value in each.items()} for path, each in metrics.items()}
@@ -177,7 +177,7 @@ class Telemetry:
                 self._write_histogram(f"latent/{path}", each["histogram"].mean(axis=0), step)
 
     def sync(self) -> None:
-        """Writes all lines to metrics.jsonl, and flushes a local file to disk (fsync)."""
+        """Write all lines to metrics.jsonl, and flush a local file to disk (fsync)."""
         if not self._active:
             return
         with self.failure.captured():
@@ -189,7 +189,7 @@ class Telemetry:
                 self._flush()
 
     def _write_histogram(self, name: str, shares: npt.NDArray[np.floating], step: int) -> None:
-        """Adds a histogram of |w| / s; its last bin, which is unbounded, is drawn as wide as the others."""
+        """Add a histogram of |w| / s; its last bin, which is unbounded, is drawn as wide as the others."""
         width = HISTOGRAM_EDGES[1]
         limits = [*HISTOGRAM_EDGES[1:], HISTOGRAM_EDGES[-1] + width]
         centres = np.array(limits) - width / 2
@@ -206,7 +206,7 @@ class Telemetry:
         )
 
     def _append(self, values: dict[str, Any]) -> None:
-        """Appends a line to a local file; an object store gets the whole file at every 1,000th line and in `sync`."""
+        """Append a line to a local file; an object store gets the whole file at every 1,000th line and in `sync`."""
         line = dump_json(values, indent=None)
         self._lines.append(line)
         if is_local(self._path):
@@ -220,7 +220,7 @@ class Telemetry:
 
 
 def check_telemetry(wandb_project: str) -> None:
-    """Raises ValueError if `wandb_project` is set and wandb is not installed."""
+    """Raise ValueError if `wandb_project` is set and wandb is not installed."""
     if wandb_project:
         _import_wandb(wandb_project)
 
@@ -233,7 +233,7 @@ def _import_wandb(project: str) -> Any:
 
 
 def _open_wandb(workdir: epath.PathLike, project: str, title: str, config: Mapping[str, Any] | None) -> Any:
-    """Starts the Weights & Biases run of a workdir, or resumes it."""
+    """Start the Weights & Biases run of a workdir, or resume it."""
     run_id = hashlib.sha256(os.fspath(epath.Path(workdir).resolve()).encode()).hexdigest()[:12]
     wandb = _import_wandb(project)
     return wandb.init(project=project, name=title, id=run_id, resume="allow", config=dict(config or {}))
@@ -271,7 +271,7 @@ class MetricsLogger:
         self._names: set[str] = set()
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the pending metrics, and stores those of `step`, which the devices may still compute.
+        """Write the pending metrics, and store those of `step`, which the devices may still compute.
 
         Raises:
           ValueError: too many steps in a row were skipped, or too many samples are bad.
@@ -280,7 +280,7 @@ class MetricsLogger:
         self._pending = {step: metrics}
 
     def flush(self) -> None:
-        """Waits for the pending metrics and writes them; raises the errors of `add`."""
+        """Wait for the pending metrics and write them; raise the errors of `add`."""
         pending, self._pending = self._pending, {}
         for step, metrics in pending.items():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -301,13 +301,13 @@ class MetricsLogger:
                 self._bad.finish()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes metrics whose values are known at once."""
+        """Write metrics whose values are known at once."""
         self._telemetry.write(step, metrics)
         self._checkpoints.score(step, metrics)
         self._names |= metrics.keys()
 
     def check_measured(self, metric: str) -> None:
-        """Raises ValueError if no step had `metric`, by which the best step is chosen."""
+        """Raise ValueError if no step had `metric`, by which the best step is chosen."""
         if metric in self._names:
             return
         near = difflib.get_close_matches(metric, self._names, 3, 0.3)

@@ -25,7 +25,7 @@ from tclip_jax.runs.config import LossConfig
 def init_heads(
     key: jax.Array, student: CLIPConfig, teacher: CLIPConfig | int | None, loss: LossConfig
 ) -> dict[str, Any]:
-    """Returns the learned parameters of the losses whose weight is not 0; weight decay would shrink any others.
+    """Return the learned parameters of the losses whose weight is not 0; weight decay would shrink any others.
 
     Args:
       key: PRNG key of the projections.
@@ -74,19 +74,19 @@ Metrics = dict[str, jax.Array]
 
 
 def same_depth(layer: int, depth: int, teacher_depth: int) -> int:
-    """Returns the teacher's layer at the relative depth of a student's layer; the last layer maps to the last."""
+    """Return the teacher's layer at the relative depth of a student's layer; the last layer maps to the last."""
     return -(-(layer % depth + 1) * teacher_depth // depth) - 1
 
 
 def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
-    """Returns the mask of valid tokens for each tower: bool (B, T) for texts, (B, 1) for images."""
+    """Return the mask of valid tokens for each tower: bool (B, T) for texts, (B, 1) for images."""
     tokens, mask = batch["tokens"], (batch["weight"] > 0)[:, None]
     # Tokens after the end of a text are padding.
     return {"image": mask, "text": mask & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
 
 
 def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch) -> Metrics:
-    """Returns the losses of hidden states and relations, each the mean over layers and towers.
+    """Return the losses of hidden states and relations, each the mean over layers and towers.
 
     Args:
       heads: learned parameters, see `init_heads`.
@@ -123,7 +123,7 @@ class Encoders:
     def __call__(
         self, params: Any, batch: Batch, loss: LossConfig | None = None
     ) -> tuple[jax.Array, jax.Array, States]:
-        """Returns the embeddings (B, D) of a batch's uint8 images and tokens, and the states that `loss` compares."""
+        """Return the embeddings (B, D) of a batch's uint8 images and tokens, and the states that `loss` compares."""
         pixels = normalize(batch["image"], self.mean, self.std)
         if loss is None or not loss.states:
             image, text, _ = self.model.apply({"params": params}, pixels, batch["tokens"])  # type: ignore[misc]
@@ -159,7 +159,7 @@ class Objective:
     def encode(
         self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, quant_lambda: jax.Array | None = None
     ) -> tuple[Embeddings, Metrics]:
-        """Returns the embeddings of some rows, and their part of the losses of hidden states.
+        """Return the embeddings of some rows, and their part of the losses of hidden states.
 
         Args:
           params: the student's parameters `clip`, and `heads`.
@@ -184,7 +184,7 @@ class Objective:
     def loss(
         self, params: Any, teacher_params: Any, batch: Batch, embeddings: Embeddings, of_layers: Metrics
     ) -> tuple[jax.Array, Metrics]:
-        """Returns the weighted sum of the losses, and the metrics: each loss unweighted, and `batch_accuracy`.
+        """Return the weighted sum of the losses, and the metrics: each loss unweighted, and `batch_accuracy`.
 
         Args:
           params: the student's parameters `clip`, and `heads`.
@@ -219,7 +219,7 @@ class Objective:
 
 
 def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) -> None:
-    """Raises ValueError if the teacher cannot encode the student's batches, or their states cannot be compared."""
+    """Raise ValueError if the teacher cannot encode the student's batches, or their states cannot be compared."""
     ours, theirs = student.vision.image_size, teacher.vision.image_size
     if ours != theirs:
         sizes = f"{theirs}, the student's {ours}"

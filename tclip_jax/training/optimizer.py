@@ -18,7 +18,7 @@ from tclip_jax.schema import check_keys
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule: linear warmup from 0, cosine decay to the recovery learning rate, then that rate."""
+    """Return the schedule: linear warmup from 0, cosine decay to the recovery learning rate, then that rate."""
     end = config.recovery_learning_rate
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, steps - config.recovery_steps, end
@@ -26,7 +26,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
-    """Returns the schedule of the blend λ in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on.
+    """Return the schedule of the blend λ in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on.
 
     None for λ = 1 throughout, if `steps` is 0.
     """
@@ -36,7 +36,7 @@ def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
 
 
 def decays(params: Any) -> Any:
-    """Returns a tree with True for the leaves with weight decay: matrices, but not vectors, scalars or learned scales.
+    """Return a tree with True for the leaves with weight decay: matrices, but not vectors, scalars or learned scales.
 
     The leading layer axis of stacked blocks is not counted.
     """
@@ -49,7 +49,7 @@ def decays(params: Any) -> Any:
 
 
 def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) -> Any:
-    """Returns the exponential moving average of the parameters after every update; initial parameters have no weight.
+    """Return the exponential moving average of the parameters after every update; initial parameters have no weight.
 
     After n updates it is Σᵢ dⁿ⁻ⁱ wᵢ / Σᵢ dⁿ⁻ⁱ, where wᵢ are the parameters after update i = 1 … n, as in
     `optax.ema(decay, debias=True)`. After the first update it equals the parameters.
@@ -66,7 +66,7 @@ def moving_average(average: Any, params: Any, decay: float, updates: jax.Array) 
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Returns a run's optimizer: clipping of the global norm, `OPTIMIZERS[name]`, decoupled weight decay, schedule.
+    """Return a run's optimizer: clipping of the global norm, `OPTIMIZERS[name]`, decoupled weight decay, schedule.
 
     `update` takes `step`, the number of steps done, which the schedule follows. The optimizer's own count is that of
     updates, which excludes skipped steps. Frozen parameters have no moments, and their gradients do not enter the norm.

@@ -43,7 +43,7 @@ class PreemptionHandler:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Sets the code, and does nothing else: a signal may interrupt any operation."""
+        """Set the code, and do nothing else: a signal may interrupt any operation."""
         if number == signal.SIGINT and self.code == INTERRUPTED:
             raise KeyboardInterrupt
         self.code = max(self.code, RESTART if number == signal.SIGTERM else INTERRUPTED)

@@ -82,7 +82,7 @@ class Prepared:
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepared:
-    """Checks a run and opens its data, teacher and evaluations. A collective. Raises the errors of `loop.train`."""
+    """Check a run and open its data, teacher and evaluations. A collective. Raises the errors of `loop.train`."""
     run, workdir = run_config(config), epath.Path(workdir)
     if run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", run.compile_cache)
@@ -145,7 +145,7 @@ class Session:
         return self._stack.__exit__(kind, error, at)
 
     def restore(self) -> TrainState:
-        """Opens the metrics, records the start, runs missed evaluations, and returns the state.
+        """Open the metrics, record the start, run missed evaluations, and return the state.
 
         The state is that of the newest checkpoint, or the initial state.
         """
@@ -181,7 +181,7 @@ class Session:
         return state
 
     def next_batch(self, step: int, previous: Any) -> Any:
-        """Returns the batch of a step; `previous` is the batch of the step before, None at first."""
+        """Return the batch of a step; `previous` is the batch of the step before, None at first."""
         self._watchdog.step(step)
         with self.failure.captured():
             self._trace.before(step)
@@ -189,14 +189,14 @@ class Session:
             return _next_batch(self._prepared.data, previous, self.failure)
 
     def train_step(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """Dispatches the jitted step; returns the next state and the metrics without waiting for them."""
+        """Dispatch the jitted step; return the next state and the metrics without waiting for them."""
         if self._is_snapshot_due(step):
             self._snapshot = trit_snapshot(state.params["clip"], self._run.rules)
         with self._timer.during("step" if step > self._prepared.first_step + 1 else "compile"):
             return self._step_function(state, batch, self._prepared.teacher_params)
 
     def agree(self) -> tuple[int, bool]:
-        """Returns the exit code with which all processes stop (0: none does), and whether a time-based save is due.
+        """Return the exit code with which all processes stop (0: none does), and whether a time-based save is due.
 
         Raises:
           Exception: a process has failed; its error is raised everywhere.
@@ -210,7 +210,7 @@ class Session:
         return stop, bool(late)
 
     def record(self, step: int, metrics: Any, state: TrainState) -> None:
-        """Writes the metrics of the previous step, and stores those of this step until they are computed."""
+        """Write the metrics of the previous step, and store those of this step until they are computed."""
         self._metrics.flush()
         with self.failure.captured():
             self._trace.after(step, metrics)
@@ -221,7 +221,7 @@ class Session:
             self._snapshot = {}
 
     def due(self, step: int) -> list[Evaluation]:
-        """Returns the evaluations that are due after a step."""
+        """Return the evaluations that are due after a step."""
         return [each for each in self._prepared.evaluations if each.is_due(step, self._run.steps)]
 
     def is_save_due(self, step: int, *, late: bool) -> bool:
@@ -230,7 +230,7 @@ class Session:
         return self._checkpoints.is_due(step, late=late) or bool(evaluated) or step == self._run.steps
 
     def save(self, step: int, state: TrainState) -> None:
-        """Writes all metrics up to a step, then starts to save its state in the background."""
+        """Write all metrics up to a step, then start to save its state in the background."""
         self._metrics.finish() if step == self._run.steps else self._metrics.flush()
         self._telemetry.sync()
         self.failure.raise_everywhere()
@@ -238,14 +238,14 @@ class Session:
             self._checkpoints.save(step, state.trees(), self._prepared.data.position)
 
     def stop(self, step: int, code: int) -> NoReturn:
-        """Waits until the saved step is whole, then raises `Stopped`."""
+        """Wait until the saved step is whole, then raise `Stopped`."""
         self._checkpoints.wait()
         if jax.process_index() == 0:
             _logger.warning("stopping after a signal: step %d is saved; run the same command to resume", step)
         raise Stopped(code)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Runs the evaluations that are due after a step."""
+        """Run the evaluations that are due after a step."""
         due, prepared = self.due(step), self._prepared
         if due:
             self._metrics.flush()
@@ -262,7 +262,7 @@ class Session:
 def _load_teacher(
     run: RunConfig, cache: TeacherCache | None, mesh: Mesh
 ) -> tuple[Architecture | None, Any, dict[str, Any] | None]:
-    """Returns the teacher that runs in the step, its parameters over `mesh`, and its origin, also of a cache."""
+    """Return the teacher that runs in the step, its parameters over `mesh`, and its origin, also of a cache."""
     if not run.teacher:
         return None, None, cache.origin if cache else None
     teacher, origin = load_known(run.teacher, mesh)
@@ -271,7 +271,7 @@ def _load_teacher(
 
 
 def _next_batch(data: ResumableIterator, previous: Any, failure: FirstError) -> Any:
-    """Returns the next batch; on a process of several whose data fail, the previous batch.
+    """Return the next batch; on a process of several whose data fail, the previous batch.
 
     That process then takes part in one more step, which is not saved, before all processes raise its error. If there is
     no previous batch, all processes raise the error here.
@@ -296,7 +296,7 @@ def _evaluate(
     state: TrainState,
     timer: StepTimer,
 ) -> None:
-    """Evaluates the weights and their moving average, whose metrics have the suffix `_of_average`."""
+    """Evaluate the weights and their moving average, whose metrics have the suffix `_of_average`."""
     run = build.run
     for each in evaluations:
         with timer.during("evaluate"):
@@ -312,7 +312,7 @@ def _evaluate(
 
 
 def _flops(build: Build) -> int:
-    """Returns the model FLOPs per image-text pair."""
+    """Return the model FLOPs per image-text pair."""
     teacher = build.teacher
     return train_flops(
         build.run.model, None if teacher is None or isinstance(teacher, TeacherCache) else teacher.config
@@ -322,7 +322,7 @@ def _flops(build: Build) -> int:
 def _read_written(
     workdir: epath.Path, step: int, checkpoints: Checkpoints, bad: BadSamples, batch_size: int
 ) -> list[str]:
-    """Reads metrics.jsonl to restore the scores of `checkpoints` and the counts of `bad`.
+    """Read metrics.jsonl to restore the scores of `checkpoints` and the counts of `bad`.
 
     Returns:
       The names of the metrics of `step`.

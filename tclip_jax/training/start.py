@@ -42,7 +42,7 @@ from tclip_jax.ternary import TernaryTensor
 
 
 def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
-    """Returns the initial parameters by `config.init` or `config.inherit`, over `mesh`, and their origin.
+    """Return the initial parameters by `config.init` or `config.inherit`, over `mesh`, and their origin.
 
     Both are None if neither key is set. Raises the errors of `initial_weights`, `load_known` and `inherit_params`.
     """
@@ -58,7 +58,7 @@ def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None
 
 
 def initial_weights(run: RunConfig, source: Stored | None = None) -> dict[str, Any]:
-    """Returns the latent float32 weights (NumPy) that `config.init` selects.
+    """Return the latent float32 weights (NumPy) that `config.init` selects.
 
     Float weights, also those of a run, become latent weights unchanged. Ternary weights, also those that a foreign
     checkpoint stores as floats equal to scale · trit, depend on `config.init_scales`. "keep" finds latent weights that
@@ -94,7 +94,7 @@ def initial_weights(run: RunConfig, source: Stored | None = None) -> dict[str, A
 
 
 def _check_same(run: RunConfig, source: Stored) -> None:
-    """Raises ValueError for the first difference of the models or their pixel statistics."""
+    """Raise ValueError for the first difference of the models or their pixel statistics."""
     pixels = (("mean", source.preprocess.mean, run.preprocess.mean), ("std", source.preprocess.std, run.preprocess.std))
     theirs, ours = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (source.config, run.model))
     model = [(f"model {option}", theirs[option], ours[option]) for option in theirs]
@@ -104,7 +104,7 @@ def _check_same(run: RunConfig, source: Stored) -> None:
 
 
 def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
-    """Returns `params` with a `TernaryTensor` for every float weight that has a rule and equals scale · trit."""
+    """Return `params` with a `TernaryTensor` for every float weight that has a rule and equals scale · trit."""
     leaves = flatten(params)
     for path in TERNARIZABLE:
         if find_quantizer(path, rules) and not isinstance(leaves[path], TernaryTensor):
@@ -167,7 +167,7 @@ class Resume:
         self.changed: Changes = decided(lambda: self._compare(resolved))
 
     def begin(self) -> None:
-        """Writes config.json and history.jsonl and logs the changes, on process 0."""
+        """Write config.json and history.jsonl and log the changes, on process 0."""
         if jax.process_index() == 0:
             for key, values in self.changed.items():
                 _logger.info("%s from step %d", in_words({key: values}), self._step)
@@ -205,7 +205,7 @@ class Resume:
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a stored configuration with the defaults of keys that did not exist when it was written."""
+    """Return a stored configuration with the defaults of keys that did not exist when it was written."""
     base = json.loads(base_config().to_json())
     whole = ("model", "preprocess", "quantizer")
     return {
@@ -217,7 +217,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(config: dict[str, Any], record: Record) -> dict[str, Any]:
-    """Returns the configuration and the record as one mapping, with both under `data` and `teacher`."""
+    """Return the configuration and the record as one mapping, with both under `data` and `teacher`."""
     data = {**config["data"], **{key: each for key, each in (record.get("data") or {}).items() if key != "source"}}
     teacher = {"source": config["teacher"], "content": (record.get("teacher") or {}).get("content")}
     return {**config, "data": data, "teacher": teacher, "software": record.get("software") or {}}

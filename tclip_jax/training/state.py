@@ -35,7 +35,7 @@ class TrainState(flax.struct.PyTreeNode):
     average: Any = None
 
     def trees(self) -> dict[str, Any]:
-        """Returns the trees of a checkpoint: `params` of the model, `average` if there is one, and `training`."""
+        """Return the trees of a checkpoint: `params` of the model, `average` if there is one, and `training`."""
         heads = {name: tree for name, tree in self.params.items() if name != "clip"}
         average = {} if self.average is None else {"average": self.average}
         rest = {"step": self.step, "heads": heads, "optimizer": self.optimizer}
@@ -43,7 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def of_trees(cls, trees: Mapping[str, Any]) -> TrainState:
-        """Returns the state of these trees; the inverse of `trees`."""
+        """Return the state of these trees; the inverse of `trees`."""
         training = trees["training"]
         params = {"clip": trees["params"]} | training["heads"]
         return cls(training["step"], params, training["optimizer"], trees.get("average"))
@@ -60,7 +60,7 @@ def init_state(
     average: bool = False,
     start: Any = None,
 ) -> TrainState:
-    """Returns the state at step 0; each array is created in its own sharding.
+    """Return the state at step 0; each array is created in its own sharding.
 
     Args:
       model: the model.

@@ -32,7 +32,7 @@ def make_train_step(
     microbatches: int = 1,
     trained: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """Returns the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
+    """Return the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
     If the loss or the gradient is not finite, or the batch has no usable sample, the step is skipped: only the step
     number changes, and the metric `skipped_steps` is 1 instead of 0.
@@ -85,5 +85,5 @@ def make_train_step(
 
 
 def keep_if(changes: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Returns `new` if `changes`, otherwise `old` with the step of `new`, which the schedules follow."""
+    """Return `new` if `changes`, otherwise `old` with the step of `new`, which the schedules follow."""
     return jax.tree.map(lambda a, b: jnp.where(changes, a, b), new, old).replace(step=new.step)

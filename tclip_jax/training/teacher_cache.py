@@ -38,7 +38,7 @@ _THREADS = 4  # threads that decode images, and batches that are prefetched
 def write_cache(
     folder: epath.PathLike, run: RunConfig, teacher: str, *, copies: int, batch_size: int = 128, file_rows: int = 4096
 ) -> TeacherCache:
-    """Embeds every sample of `run.data` `copies` times, resuming where an earlier call stopped. A collective.
+    """Embed every sample of `run.data` `copies` times, resuming where an earlier call stopped. A collective.
 
     A few batches of images and one file of embeddings are in memory at a time. With several processes, each writes
     different files from its own devices. They share the folder, and wait for each other after every file.
@@ -89,7 +89,7 @@ def write_cache(
 
 
 def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
-    """Returns the cache of a run, after a comparison of its inputs with those of the run.
+    """Return the cache of a run, after a comparison of its inputs with those of the run.
 
     Args:
       run: the configuration.
@@ -107,7 +107,7 @@ def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
 
 
 def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe:
-    """Returns the recipe of a teacher's inputs, without the seed: augmentation, preprocessing, and data if `source`."""
+    """Return the recipe of a teacher's inputs, without the seed: augmentation, preprocessing, and data if `source`."""
     pixels = dataclasses.asdict(run.preprocess)
     opened: dict[str, Any] = {}
     if source is not None:
@@ -123,7 +123,7 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
 
 
 def train_row(run: RunConfig, source: Source) -> TrainRow:
-    """Returns the function that makes a training row of a sample."""
+    """Return the function that makes a training row of a sample."""
     tokenizer = Tokenizer(run.model.text.context_length)
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
@@ -139,7 +139,7 @@ def _is_whole(cache: TeacherCache, file: int) -> bool:
 def _embed(
     cache: TeacherCache, files: Sequence[int], model: Model, row: TrainRow, mesh: Mesh, batch_size: int
 ) -> Iterator[tuple[int, Embeddings]]:
-    """Yields each file with its embeddings, float16 (rows, 2, D), computed on the devices of this process."""
+    """Yield each file with its embeddings, float16 (rows, 2, D), computed on the devices of this process."""
     size = -(-batch_size // mesh.size) * mesh.size
     encoders = Encoders(CLIP(model.config, model.rules), model.preprocess.mean, model.preprocess.std)
     encode = jax.jit(lambda params, batch: jnp.stack(encoders(params, batch)[:2], axis=1))
@@ -155,7 +155,7 @@ def _embed(
 
 
 def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int) -> Iterator[Any]:
-    """Yields batches of `image` and `tokens` with `size` rows, file after file; zeros pad the last batch of a file."""
+    """Yield batches of `image` and `tokens` with `size` rows, file after file; zeros pad the last batch of a file."""
     parts = [rows[i : i + size] for rows in map(cache.rows_of, files) for i in range(0, len(rows), size)]
 
     def load(number: int) -> dict[str, Any]:

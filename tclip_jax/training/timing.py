@@ -35,7 +35,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """Sets the phase of a block."""
+        """Set the phase of a block."""
         before = self.now
         self._enter(phase)
         try:
@@ -44,7 +44,7 @@ class StepTimer:
             self._enter(before)
 
     def take(self) -> dict[str, float]:
-        """Returns the seconds of each phase that occurred, and resets them."""
+        """Return the seconds of each phase that occurred, and resets them."""
         self._enter(self.now)
         seconds, self._seconds = self._seconds, {}
         return seconds
@@ -78,14 +78,14 @@ class Throughput:
         self._steps = 0
 
     def metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics of one step, from its seconds by phase."""
+        """Return the metrics of one step, from its seconds by phase."""
         self._steps += 1
         for phase, value in seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + value
         return self._rates(seconds, 1) | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def line(self, step: int, steps: int, metrics: Mapping[str, Any]) -> str | None:
-        """Returns the log line for the steps since the last one, with the loss of `metrics`; None if none is due."""
+        """Return the log line for the steps since the last one, with the loss of `metrics`; None if none is due."""
         if not self._log_every or step % self._log_every:
             return None
         rates, total = self._rates(self._seconds, self._steps), sum(self._seconds.values())
@@ -134,13 +134,13 @@ class Trace:
             _logger.error("%s: the trace could not be written: %s", self._folder, failure)
 
     def before(self, step: int) -> None:
-        """Starts the trace, if `step` is the first; call it before the step is dispatched."""
+        """Start the trace, if `step` is the first; call it before the step is dispatched."""
         if step == self._first:
             jax.profiler.start_trace(os.fspath(self._folder))
             self._running = True
 
     def after(self, step: int, metrics: Any) -> None:
-        """Ends the trace after the last step, whose metrics it waits for; call it after the step is dispatched."""
+        """End the trace after the last step, whose metrics it waits for; call it after the step is dispatched."""
         if self._running and step == self._last:
             jax.block_until_ready(metrics)
             self.__exit__(None, None, None)

@@ -86,7 +86,7 @@ class Watchdog:
             self._thread.join()
 
     def step(self, step: int) -> None:
-        """Records that `step` begins, and the step before has ended."""
+        """Record that `step` begins, and the step before has ended."""
         self._step, self._ended, self._behind = step, time.monotonic(), None
 
     def _watch(self) -> None:
@@ -148,7 +148,7 @@ class Watchdog:
 
 
 def slowest(beats: Mapping[int, Heartbeat], silence: float) -> tuple[int, ...]:
-    """Returns the processes that are behind.
+    """Return the processes that are behind.
 
     These are the processes without a new heartbeat for `silence` seconds. If there are none, they are the processes at
     the lowest step, and among these the ones in other phases than `step`: a process that waits for the devices waits
@@ -161,7 +161,7 @@ def slowest(beats: Mapping[int, Heartbeat], silence: float) -> tuple[int, ...]:
 
 
 def stall_report(beats: Mapping[int, Heartbeat], behind: tuple[int, ...], silence: float) -> str:
-    """Returns one line with step and phase of the processes that are behind, and the steps of the others."""
+    """Return one line with step and phase of the processes that are behind, and the steps of the others."""
 
     def one(index: int) -> str:
         beat = beats[index]

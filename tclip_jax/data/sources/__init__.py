@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def open_source(spec: str, split: str) -> Source:
-    """Opens a data source and logs its notes.
+    """Open a data source and log its notes.
 
     Args:
       spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]`, `wds:<tars or folder>`, `arrayrecord:<files>`,
@@ -57,7 +57,7 @@ def open_source(spec: str, split: str) -> Source:
 
 
 def check_split(spec: str, split: str) -> None:
-    """Refuses an explicit split that a source would ignore.
+    """Refuse an explicit split that a source would ignore.
 
     Raises:
       ValueError: the source is of files, tars or tables, which have no splits, or a folder has no such subfolder.

@@ -21,7 +21,7 @@ _OPEN_FILES = 256  # readers kept open; each holds the offsets of its chunks, a 
 
 
 def open_files(pattern: str, split: str) -> ArrayRecord:
-    """Opens the files of a pattern; `split` is ignored.
+    """Open the files of a pattern; `split` is ignored.
 
     Raises:
       FileNotFoundError: no file matches.
@@ -78,7 +78,7 @@ def _first(features: Any, keys: tuple[str, ...]) -> list[bytes]:
 
 
 def scan(path: str) -> Scan:
-    """Reads the number of records of a file from its footer.
+    """Read the number of records of a file from its footer.
 
     Raises:
       FileNotFoundError: the file does not exist.

@@ -91,7 +91,7 @@ class Source(Protocol):
 
 
 def digest(source: Source) -> str:
-    """Returns the number of records and a digest that changes with any image, caption and label.
+    """Return the number of records and a digest that changes with any image, caption and label.
 
     The digest is equal on every host and for a copy at another path. docs/data.md describes how it is computed and what
     it costs.
@@ -100,7 +100,7 @@ def digest(source: Source) -> str:
 
 
 def described(source: Source) -> dict[str, Any]:
-    """Returns `digest` as {"samples", "content"}; for a mixture {"samples", "parts"}, with one entry per source."""
+    """Return `digest` as {"samples", "content"}; for a mixture {"samples", "parts"}, with one entry per source."""
     sources = getattr(source, "sources", ())
     if sources:
         weights = [weight for weight, _ in source.parts]  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def described(source: Source) -> dict[str, Any]:
 
 
 def _records_digest(source: Source) -> str:
-    """Returns a digest of all records, for a source without `digest`."""
+    """Return a digest of all records, for a source without `digest`."""
     total = hashlib.blake2b("\n".join(source.classnames).encode(), digest_size=16)
     for index in range(len(source)):
         try:
@@ -132,12 +132,12 @@ def _records_digest(source: Source) -> str:
 
 
 def notes(source: Source) -> list[str]:
-    """Returns the source's notes for the log: skipped files, and likely mistakes in the data."""
+    """Return the source's notes for the log: skipped files, and likely mistakes in the data."""
     return list(getattr(source, "notes", ()))
 
 
 def decode_caption(data: bytes, name: str) -> str:
-    """Decodes a caption, which may have several lines, from UTF-8.
+    """Decode a caption, which may have several lines, from UTF-8.
 
     Args:
       data: the bytes.
@@ -153,5 +153,5 @@ def decode_caption(data: bytes, name: str) -> str:
 
 
 def decode_captions(data: bytes, name: str) -> tuple[str, ...]:
-    """Decodes a file with one caption per line and drops blank lines. Raises as `decode_caption`."""
+    """Decode a file with one caption per line and drop blank lines. Raises as `decode_caption`."""
     return tuple(line.strip() for line in split_lines(decode_caption(data, name)) if line.strip())

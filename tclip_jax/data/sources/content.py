@@ -48,7 +48,7 @@ _warnings, _warnings_lock = set[str](), threading.Lock()
 
 
 def contents(paths: Iterable[str], *, total: int | None = None, max_bytes: int | None = None) -> Iterator[str]:
-    """Yields a digest of each file's content, in order; files with equal content have equal digests on every host.
+    """Yield a digest of each file's content, in order; files with equal content have equal digests on every host.
 
     Args:
       paths: local paths or URLs.
@@ -64,7 +64,7 @@ def contents(paths: Iterable[str], *, total: int | None = None, max_bytes: int |
 
 
 def combined(parts: Iterable[str]) -> str:
-    """Returns a digest (32 hexadecimal digits) of strings in their order."""
+    """Return a digest (32 hexadecimal digits) of strings in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogateescape")
@@ -73,7 +73,7 @@ def combined(parts: Iterable[str]) -> str:
 
 
 def stamps(paths: Sequence[str]) -> list[str]:
-    """Returns a string per file that changes when the file does, without reading it.
+    """Return a string per file that changes when the file does, without reading it.
 
     A local file's stamp has its size, times and inode, and starts with `size_and_mtime`. A remote file's stamp is the
     checksum that its store gives.
@@ -85,7 +85,7 @@ def stamps(paths: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(path: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time run the block. The system releases the lock when a process ends."""
+    """Let one process at a time run the block. The system releases the lock when a process ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -120,7 +120,7 @@ def _contents(
 
 
 def _read(path: str) -> str:
-    """Returns the digest of a file's bytes, or why it cannot be read."""
+    """Return the digest of a file's bytes, or why it cannot be read."""
     try:
         with open(path, "rb", buffering=0, opener=open_nonblocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -147,7 +147,7 @@ class _DigestCache:
             )
 
     def load(self, stamped: Mapping[str, str]) -> dict[str, str]:
-        """Returns the digests of the files whose stamps have not changed since they were read."""
+        """Return the digests of the files whose stamps have not changed since they were read."""
         rows: list[tuple[bytes, str, str]] = []
         with self._optional():
             if self._database and stamped:
@@ -157,7 +157,7 @@ class _DigestCache:
         return {name: digest for path, stamp, digest in rows if stamped[name := os.fsdecode(path)] == stamp}
 
     def store(self, path: str, stamp: str, digest: str) -> None:
-        """Stores a digest, unless the file was changed during the read or just before it."""
+        """Store a digest, unless the file was changed during the read or just before it."""
         changed = max(map(int, stamp.split("-")[1:3]))
         if not self._database or _local_stamp(path) != stamp or time.time_ns() - changed < _RECENT_NS:
             return
@@ -171,7 +171,7 @@ class _DigestCache:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Lets one process at a time run the block, and then commits."""
+        """Let one process at a time run the block, and then commits."""
         with contextlib.ExitStack() as stack:
             with self._optional() if self._database else contextlib.suppress(OSError):
                 stack.enter_context(exclusive(cache_folder() / "content.lock"))
@@ -244,7 +244,7 @@ def _remote_stamps(folder: str, urls: Sequence[str], pool: concurrent.futures.Ex
 
 
 def _checksum(metadata: Mapping[str, Any], folder: str) -> str:
-    """Returns the checksum in a store's metadata of a file, or the size and time."""
+    """Return the checksum in a store's metadata of a file, or the size and time."""
     # Azure nests it in content_settings, the Hugging Face hub in lfs.
     nested = [value for value in metadata.values() if isinstance(value, Mapping)]
     values = {name: value for mapping in (*nested, metadata) for name, value in mapping.items()}
@@ -263,7 +263,7 @@ def _checksum(metadata: Mapping[str, Any], folder: str) -> str:
 
 
 def _warn_once(message: str) -> None:
-    """Logs a warning once per process."""
+    """Log a warning once per process."""
     with _warnings_lock:
         if message not in _warnings:
             _warnings.add(message)

@@ -43,7 +43,7 @@ class Digits:
 
 @functools.cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Returns images (1797, 8, 8, 3) uint8 and labels (1797,) in the order before the split."""
+    """Return images (1797, 8, 8, 3) uint8 and labels (1797,) in the order before the split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

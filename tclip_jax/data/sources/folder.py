@@ -89,7 +89,7 @@ class Folder:
 def _labelled(
     root: str, classes: list[str], images: list[str], skipped: SkippedFiles
 ) -> tuple[list[_Sample], list[str]]:
-    """Returns the samples ordered by class, and the classes without images."""
+    """Return the samples ordered by class, and the classes without images."""
     labels = {name: number for number, name in enumerate(classes)}
     samples: list[_Sample] = []
     for image in images:

@@ -18,7 +18,7 @@ _PLUS = re.compile(r"\+(?=(?:\d+\.?\d*|\.\d+)\*[a-z]+(?::|\+|$))")
 
 
 def open_mixture(argument: str, split: str) -> Mixture:
-    """Opens the sources in `0.7*wds:…+0.3*csv:…`."""
+    """Open the sources in `0.7*wds:…+0.3*csv:…`."""
     weights, specs = zip(*parse(argument), strict=True)
     return Mixture(weights, [open_source(spec, split) for spec in specs])
 
@@ -76,7 +76,7 @@ class Mixture:
 
 
 def parse(argument: str) -> list[tuple[float, str]]:
-    """Returns the weights and specs in `0.7*wds:…+0.3*csv:…`. A `+` separates parts only before a weight and a `*`.
+    """Return the weights and specs in `0.7*wds:…+0.3*csv:…`. A `+` separates parts only before a weight and a `*`.
 
     Raises:
       ValueError: a part has no weight above 0.

@@ -15,7 +15,7 @@ _MAX_NAMES = 10_000_000
 
 
 def find_files(pattern: str) -> list[str]:
-    """Returns the files that a pattern names, as absolute paths or URLs.
+    """Return the files that a pattern names, as absolute paths or URLs.
 
     Args:
       pattern: paths or URLs with braces and globs, joined by `::`. The files keep the order of the pattern; those of a
@@ -49,7 +49,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands `{000..999}`, `{0..9..2}` and `{a,b}` as a shell does; other braces are kept.
+    """Expand `{000..999}`, `{0..9..2}` and `{a,b}` as a shell does; other braces are kept.
 
     The library braceexpand is not used: it builds all numbers of a range before the first name, so a short pattern can
     use all memory, and it refuses a brace that is not closed.
@@ -78,7 +78,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _closing_brace(pattern: str, start: int) -> int:
-    """Returns the index of the brace that closes the brace at `start`, or 0."""
+    """Return the index of the brace that closes the brace at `start`, or 0."""
     depth = 0
     for index in range(start, len(pattern)):
         depth += {"{": 1, "}": -1}.get(pattern[index], 0)
@@ -88,7 +88,7 @@ def _closing_brace(pattern: str, start: int) -> int:
 
 
 def _choices(body: str) -> Iterator[str] | None:
-    """Returns what the text between two braces expands to, or None if it is neither a range nor a list."""
+    """Return what the text between two braces expands to, or None if it is neither a range nor a list."""
     if match := _RANGE.fullmatch(body):
         return _numbers(*match.groups())
     parts, depth, start = [], 0, 0

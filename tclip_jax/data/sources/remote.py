@@ -30,7 +30,7 @@ def is_remote(path: str) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for a URL, and the path in it.
+    """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
       ValueError: the protocol is unknown, or its package is not installed.
@@ -44,7 +44,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def retry(read: Callable[[], Result], name: str, error_type: type[Exception] = Exception) -> Result:
-    """Calls `read` until it succeeds, at most `len(RETRY_SECONDS) + 1` times.
+    """Call `read` until it succeeds, at most `len(RETRY_SECONDS) + 1` times.
 
     The library tenacity is not used: its arguments would be as long as this loop.
 
@@ -70,7 +70,7 @@ def retry(read: Callable[[], Result], name: str, error_type: type[Exception] = E
 
 
 def read_file(path: str, name: str = "") -> bytes:
-    """Reads a whole file.
+    """Read a whole file.
 
     Args:
       path: local path or URL.
@@ -101,12 +101,12 @@ def open_nonblocking(path: str, flags: int) -> int:
 
 
 def size_and_mtime(status: os.stat_result) -> str:
-    """Returns the start of a local file's stamp (`content.stamps`), which changes when the file is written."""
+    """Return the start of a local file's stamp (`content.stamps`), which changes when the file is written."""
     return f"{status.st_size}-{status.st_mtime_ns}-"
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Opens a local file or a URL for reading."""
+    """Open a local file or a URL for reading."""
     if not is_remote(path):
         return open(path, "rb")
     system, remote_path = file_system(path)
@@ -114,7 +114,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_range(path: str, start: int, stop: int, *, stamp: str, name: str) -> bytes:
-    """Reads the bytes [start, stop) of a tar.
+    """Read the bytes [start, stop) of a tar.
 
     Args:
       path: local path or URL.
@@ -163,7 +163,7 @@ class Mirror:
         self._lock = threading.Lock()
 
     def read(self, url: str, start: int, stop: int, stamp: str, name: str) -> bytes:
-        """Reads the bytes [start, stop) from the copy, or from the store and writes them to the copy."""
+        """Read the bytes [start, stop) from the copy, or from the store and write them to the copy."""
         copy = self._folder / hashlib.sha256(f"{url}\n{stamp}".encode()).hexdigest()[:32]
         if copy.exists():
             with open(copy, "rb", buffering=0) as file:
@@ -198,5 +198,5 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
 
 @functools.cache
 def mirror() -> Mirror:
-    """Returns this process's cache of remote samples. TCLIP_CACHE_GIB bounds it; the default is 50 GiB."""
+    """Return this process's cache of remote samples. TCLIP_CACHE_GIB bounds it; the default is 50 GiB."""
     return Mirror(cache_folder() / "samples", int(float(os.environ.get("TCLIP_CACHE_GIB", "50")) * 2**30))

@@ -140,7 +140,7 @@ class ShardIndex:
         return combined(contents(self.shards, total=len(self.shards)))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns the shard of a sample, and the sample's index in that shard.
+        """Return the shard of a sample, and the sample's index in that shard.
 
         Raises:
           BadSample: the sample stands for the lost samples of a damaged shard.
@@ -154,7 +154,7 @@ class ShardIndex:
         return shard, index - int(self._starts[shard])
 
     def sample(self, index: int) -> np.void:
-        """Reads the SAMPLE of a sample in tars."""
+        """Read the SAMPLE of a sample in tars."""
         # Not a memory map: all its pages would in time count as this process's memory.
         data = os.pread(self._descriptor, SAMPLE.itemsize, index * SAMPLE.itemsize)
         return np.frombuffer(data, SAMPLE)[0]
@@ -167,7 +167,7 @@ class ShardIndex:
 
 
 def open_index(kind: str, shards: Sequence[str], scan: Callable[[str], Scan]) -> ShardIndex:
-    """Opens the index of shards in the cache folder, or makes it.
+    """Open the index of shards in the cache folder, or make it.
 
     Interrupted indexing resumes. If a shard has changed, a new index is made.
 
@@ -262,7 +262,7 @@ def _write_rest(
     faults: npt.NDArray[np.uint8],
     skipped: SkippedFiles,
 ) -> None:
-    """Writes all files of an index except samples.bin."""
+    """Write all files of an index except samples.bin."""
     for name, lines in (("shards", shards), ("stamps", stamped)):
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
     for name, array in (("starts", starts), ("sizes", sizes), ("faults", faults)):
@@ -273,7 +273,7 @@ def _write_rest(
 
 
 def write_sparse_index(folder: pathlib.Path, *, shards: int = 100_000, samples: int = 10_000) -> None:
-    """Writes an index of tars that do not exist, to measure the cost of large indexes.
+    """Write an index of tars that do not exist, to measure the cost of large indexes.
 
     samples.bin is a sparse file of zeros, so no sample has an image. `Tars(ShardIndex(folder))` is the source.
 

@@ -43,12 +43,12 @@ _SCHEMA = pa.schema([("path", _TEXT), ("bytes", _TEXT), ("captions", _TEXTS)])
 
 
 def open_csv(argument: str, split: str) -> Table:
-    """Opens the rows of CSV or TSV files; `split` is ignored."""
+    """Open the rows of CSV or TSV files; `split` is ignored."""
     return Table(_cached(argument, "csv"))
 
 
 def open_parquet(argument: str, split: str) -> Table:
-    """Opens the rows of Parquet files; `split` is ignored."""
+    """Open the rows of Parquet files; `split` is ignored."""
     return Table(_cached(argument, "parquet"))
 
 
@@ -132,7 +132,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _cached(argument: str, kind: str) -> pathlib.Path:
-    """Returns the Arrow file of tables; writes it and the notes beside it if it does not exist.
+    """Return the Arrow file of tables; write it and the notes beside it if it does not exist.
 
     Raises:
       FileNotFoundError: a table does not exist.
@@ -165,7 +165,7 @@ def _cached(argument: str, kind: str) -> pathlib.Path:
 
 
 def _options(argument: str) -> tuple[str, dict[str, str]]:
-    """Returns the pattern, and the columns in `?image=…&caption=…` after it."""
+    """Return the pattern, and the columns in `?image=…&caption=…` after it."""
     pattern, _, options = argument.partition("?")
     selected = {}
     for option in options.split("&") if options else ():
@@ -229,7 +229,7 @@ _Columns = tuple[list[Any], list[Any], list[Any]]  # paths, images, captions
 
 
 def _csv(text: IO[str], selected: dict[str, str], notes: list[str]) -> Iterator[_Columns]:
-    """Yields the columns as bytes, so that a caption that is not UTF-8 makes its row bad, not the table."""
+    """Yield the columns as bytes, so that a caption that is not UTF-8 makes its row bad, not the table."""
     lines = _Lines(text)
     if not (header := next(lines, "")):
         raise ValueError("an empty file")
@@ -311,7 +311,7 @@ def _item(kind: pa.DataType) -> pa.DataType:
 
 
 def _columns(names: Sequence[str], selected: dict[str, str], notes: list[str]) -> list[str]:
-    """Returns the names of the image column and of the caption column."""
+    """Return the names of the image column and of the caption column."""
     result = []
     for key, known in (("image", _IMAGE_COLUMNS), ("caption", _CAPTION_COLUMNS)):
         candidates = (selected[key],) if key in selected else known

@@ -82,7 +82,7 @@ class Tars:
 
 
 def scan(path: str) -> Scan:
-    """Finds the samples of a tar.
+    """Find the samples of a tar.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -120,7 +120,7 @@ def _scan(path: str) -> Scan:
 
 
 def _samples(files: Sequence[Member], skipped: SkippedFiles) -> Iterator[npt.NDArray[np.void]]:
-    """Yields a SAMPLE for each run of files with one key. A repeated suffix within a run starts another sample."""
+    """Yield a SAMPLE for each run of files with one key. A repeated suffix within a run starts another sample."""
     keys: set[str] = set()
     for key, run in itertools.groupby(files, lambda member: member.key):
         samples: list[dict[str, Member]] = [{}]
@@ -164,7 +164,7 @@ class Member(NamedTuple):
 
 
 def members(file: IO[bytes], skipped: SkippedFiles) -> Iterator[Member]:
-    """Yields the files of a tar that have a key and a suffix, in order. Nothing in a header is trusted.
+    """Yield the files of a tar that have a key and a suffix, in order. Nothing in a header is trusted.
 
     Args:
       file: the open tar.
@@ -204,20 +204,20 @@ def members(file: IO[bytes], skipped: SkippedFiles) -> Iterator[Member]:
 
 
 def select_image(files: Mapping[str, Member], order: Sequence[str]) -> Member | None:
-    """Returns the image among the files of a sample, by suffix: the first in `order`, else any image format."""
+    """Return the image among the files of a sample, by suffix: the first in `order`, else any image format."""
     others = (suffix for suffix in sorted(files) if f".{suffix}" in SUFFIXES)
     return next((files[suffix] for suffix in (*order, *others) if suffix in files), None)
 
 
 def skip_unused(files: Mapping[str, Member], used: Sequence[Member | None], skipped: SkippedFiles) -> None:
-    """Counts the files of a sample that are not used."""
+    """Count the files of a sample that are not used."""
     for member in files.values():
         if member not in used:
             skipped.add(f"{member.key}.{member.suffix}", f".{member.suffix}")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Splits the name of a member into key and suffix as webdataset does: at the first dot after the last slash.
+    """Split the name of a member into key and suffix as webdataset does: at the first dot after the last slash.
 
     Returns None for a file that belongs to no sample. webdataset's pattern `((?:.*/|)[^.]+)[.]([^/]*)` is equivalent,
     but takes quadratic time, and a header may have a name of a million characters.
@@ -230,7 +230,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def first_key(data: bytes) -> str:
-    """Returns the key of the member whose header starts `data`. Characters that are not UTF-8 are replaced.
+    """Return the key of the member whose header starts `data`. Characters that are not UTF-8 are replaced.
 
     Raises:
       tarfile.TarError: `data` does not start with the header of a file of a sample.
@@ -245,7 +245,7 @@ def first_key(data: bytes) -> str:
 
 @contextlib.contextmanager
 def _only_tar_errors() -> Iterator[None]:
-    """Converts the errors of tarfile for a number in a header that is invalid, or too large for memory."""
+    """Convert the errors of tarfile for a number in a header that is invalid, or too large for memory."""
     try:
         yield
     except (ValueError, OverflowError, MemoryError) as error:

@@ -55,7 +55,7 @@ class Tfds:
 
 
 def open_prepared(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
-    """Opens a prepared data set.
+    """Open a prepared data set.
 
     Args:
       name: `<name>[/config][:version]`.
@@ -98,7 +98,7 @@ def open_prepared(name: str, split: str, data_dir: str) -> tuple[Any, Any]:
 
 
 def read_record(records: Any, index: int, name: str) -> dict[str, Any]:
-    """Reads one of the records that `open_prepared` returns.
+    """Read one of the records that `open_prepared` returns.
 
     Args:
       records: the records.
@@ -118,14 +118,14 @@ def read_record(records: Any, index: int, name: str) -> dict[str, Any]:
 
 
 def record_contents(info: tfds.core.DatasetInfo, split: str) -> list[str]:
-    """Returns the range of records that a split reads of each file, and the digests of the files."""
+    """Return the range of records that a split reads of each file, and the digests of the files."""
     parts = info.splits[split].file_instructions
     spans = [f"{part.skip}+{part.take} of {part.examples_in_shard}" for part in parts]
     return [*spans, *contents([os.fspath(part.filename) for part in parts], total=len(parts))]
 
 
 def _texts(value: Any, name: str) -> Iterator[str]:
-    """Yields the texts of a decoded feature: bytes, a sequence of bytes, or dicts with bytes as `text`."""
+    """Yield the texts of a decoded feature: bytes, a sequence of bytes, or dicts with bytes as `text`."""
     if isinstance(value, bytes):
         yield decode_caption(value, name)
         return

@@ -35,7 +35,7 @@ _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|txz|tbz2?|tzst|zip|7z)$", re.IGNORECASE)
 
 
 def open_webdataset(argument: str, split: str) -> Source:
-    """Opens the tars of a pattern (braces, globs, `::`, paths or URLs), or a split of an export in a folder.
+    """Open the tars of a pattern (braces, globs, `::`, paths or URLs), or a split of an export in a folder.
 
     Raises:
       FileNotFoundError: a tar or the folder does not exist.
@@ -177,7 +177,7 @@ def _class_index(text: bytes) -> int:
 
 
 def _multi_hot(data: bytes, classes: int) -> np.ndarray:
-    """Returns the vector (classes,) int32 of an .npy file; −1 everywhere unless it has this shape and only 0 and 1."""
+    """Return the vector (classes,) int32 of an .npy file; −1 everywhere unless it has this shape and only 0 and 1."""
     invalid = np.full(classes, -1, np.int32)
     file = io.BytesIO(data)
     try:

@@ -30,7 +30,7 @@ _SHIFTS = np.array(
 
 
 def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
-    """Needs a CPU, the compiled library, and float32 or bfloat16 activations."""
+    """Need a CPU, the compiled library, and float32 or bfloat16 activations."""
     if platform != "cpu":
         return "it runs on CPUs only"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
