@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from tclip_jax.schema import plain
@@ -38,6 +40,7 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _RESIZE_MODES = ("shortest", "longest", "squash")
 
 Array = TypeVar("Array", npt.NDArray[Any], jax.Array)
+Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -82,6 +85,25 @@ class Preprocess:
             raise ValueError(f"resize_mode {resize_mode!r:.80} is not one of {', '.join(_RESIZE_MODES)}")
         values = (both, means, deviations, interpolation, resize_mode)
         self.__dict__.update(zip(self.__dataclass_fields__, values, strict=True))
+
+    def __call__(self, images: Picture | Sequence[Picture]) -> npt.NDArray[np.float32]:
+        """Open, resize, crop and normalise images: the input of a model.
+
+        Args:
+          images: one image or several, of any size: paths of image files, PIL images, or uint8 arrays (H, W, 3). An
+            array (N, H, W, 3) is N images.
+
+        Returns:
+          Normalised pixels, float32 (N, height, width, 3); N is 1 for one image.
+
+        Raises:
+          FileNotFoundError: there is no file at a path.
+          ValueError: a file is not a usable image (the message names the file), or an array is not uint8 (H, W, 3).
+        """
+        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) == 3
+        pictures: Any = [images] if single else images
+        pixels = [preprocess(open_picture(picture), self) for picture in pictures]
+        return normalize(np.reshape(pixels, (-1, *self.size, 3)), self.mean, self.std)
 
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], image_size: int | Sequence[int] = 224) -> Self:
@@ -135,6 +157,22 @@ def _tuple(values: Any, kind: type) -> tuple[Any, ...]:
     """Return the values of a list, tuple or array as a tuple; an empty one if any value is not of that kind."""
     is_list = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
     return tuple(values) if is_list and all(isinstance(value, kind) for value in values) else ()
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Return an image from a path, an array or a PIL image; raise the errors of `Preprocess.__call__`."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        try:
+            return decode(epath.Path(picture).read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{os.fspath(picture)}: no such file") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{os.fspath(picture)}: {error}") from None
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+        raise ValueError(f"an image is {picture.dtype} {picture.shape}: it must be uint8 (H, W, 3)")
+    return Image.fromarray(np.asarray(picture))
 
 
 class TooManyPixels(ValueError):

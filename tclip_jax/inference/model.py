@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,18 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from tclip_jax.artifacts.files import check_size
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, content_digest, parse_manifest
-from tclip_jax.artifacts.pack import repack_leaf, repack_params
-from tclip_jax.data.images import Preprocess, normalize, preprocess
+from tclip_jax.artifacts.pack import flatten, pack_params, repack_leaf, repack_params
+from tclip_jax.data.images import Picture, Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
-from tclip_jax.ternary.tensor import Activations, PackedTensor
+from tclip_jax.schema import check_keys
+from tclip_jax.ternary.matmul import unpack
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -110,26 +114,80 @@ class Model:
         """The factor of cosine similarities before the softmax: the exponential of the parameter `logit_scale`."""
         return math.exp(self.params["logit_scale"])
 
-    def encode_image(
-        self, images: Image.Image | Sequence[Image.Image] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
-    ) -> Embeddings:
+    def apply_image(self, params: Any, pixels: jax.Array) -> jax.Array:
+        """Encode images by a pure function, for jit, vmap, export, and grad with respect to pixels or latent weights.
+
+        Args:
+          params: `model.params`, or a tree of the same structure.
+          pixels: normalised floats (N, H, W, 3), as `model.preprocess` returns them.
+
+        Returns:
+          L2-normalised embeddings, float32 (N, embed_dim).
+        """
+        return CLIP(self.config, self.rules).apply({"params": params}, pixels, method="encode_image")  # type: ignore[return-value]
+
+    def apply_text(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Encode texts by a pure function, for jit, vmap, export, and grad with respect to latent weights.
+
+        Args:
+          params: `model.params`, or a tree of the same structure.
+          tokens: integers (N, context_length), as `model.tokenize` returns them.
+
+        Returns:
+          L2-normalised embeddings, float32 (N, embed_dim).
+        """
+        return CLIP(self.config, self.rules).apply({"params": params}, tokens, method="encode_text")  # type: ignore[return-value]
+
+    def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
+        """Return the tokens of one text or several, int32 (N, context_length)."""
+        return Tokenizer(self.config.text.context_length)(texts)
+
+    def trits(self, path: str) -> TernaryTensor:
+        """Return the trits and scales of a ternary weight, packed or latent.
+
+        Args:
+          path: path of a parameter, such as "image/blocks/mlp/fc1/kernel"; `tclip params` lists them.
+
+        Returns:
+          Trits int8 (layers, K, N) for a weight of the blocks, (V, W) for the token embedding, (K, N) for the patch
+          embedding with K = patch height · width · 3. In a packed model, the scale of a group without nonzero trits
+          is 0.
+
+        Raises:
+          ValueError: there is no such parameter (the message names the nearest), or it is not ternary.
+        """
+        leaves = flatten(self.params)
+        check_keys([path], leaves, "the model")
+        weights = {name: leaves[name] for name in (path, f"{path}_scale") if name in leaves}
+        leaf = flatten(pack_params(unflatten_dict(weights, sep="/"), self.rules)).get(path, leaves[path])
+        if isinstance(leaf, PackedTensor):
+            return unpack(leaf)
+        if not isinstance(leaf, TernaryTensor):
+            raise ValueError(f"{path} is not ternary: it is {leaf.dtype} {leaf.shape}")
+        return jax.tree.map(jnp.asarray, leaf)
+
+    def encode_image(self, images: Picture | Sequence[Picture], *, batch_size: int = 64) -> Embeddings:
         """Encode images in batches.
 
         Args:
-          images: PIL images, or normalised float pixels (N, H, W, 3).
+          images: one image or several, as `model.preprocess` takes them: paths, PIL images, uint8 arrays (H, W, 3) or
+            (N, H, W, 3) of any size; or normalised float pixels (N, H, W, 3) of the model's size.
           batch_size: images per batch.
 
         Returns:
           L2-normalised embeddings (N, embed_dim) float32.
 
         Raises:
-          ValueError: an array has another shape or dtype, or `batch_size` is not positive.
+          FileNotFoundError: there is no file at a path.
+          ValueError: a file is not a usable image, an array has another shape or dtype, or `batch_size` is not
+            positive.
         """
-        if isinstance(images, np.ndarray | jax.Array):
+        if isinstance(images, np.ndarray | jax.Array) and images.dtype != np.uint8:
             pixels = self._checked_pixels(images)
             return self._batched("encode_image", len(pixels), batch_size, lambda part: pixels[part])
-        pictures = [images] if isinstance(images, Image.Image) else images
-        return self._batched("encode_image", len(pictures), batch_size, lambda part: self._prepared(pictures[part]))
+        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) == 3
+        pictures: Any = [images] if single else images
+        return self._batched("encode_image", len(pictures), batch_size, lambda part: self.preprocess(pictures[part]))
 
     def encode_text(
         self, texts: str | Sequence[str] | npt.NDArray[Any] | jax.Array, *, batch_size: int = 64
@@ -146,8 +204,7 @@ class Model:
         Raises:
           ValueError: tokens have another shape or dtype or are not in the vocabulary, or `batch_size` is not positive.
         """
-        raw = texts if isinstance(texts, np.ndarray | jax.Array) else Tokenizer(self.config.text.context_length)(texts)
-        tokens = self._checked_tokens(raw)
+        tokens = self._checked_tokens(texts if isinstance(texts, np.ndarray | jax.Array) else self.tokenize(texts))
         return self._batched("encode_text", len(tokens), batch_size, lambda part: tokens[part])
 
     def _batched(
@@ -166,15 +223,14 @@ class Model:
             _return_memory_of_compiling(encoder, padded.shape, method)
         return embeddings
 
-    def _prepared(self, pictures: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        pixels = np.stack([preprocess(picture, self.preprocess) for picture in pictures])
-        return normalize(pixels, self.preprocess.mean, self.preprocess.std)
-
     def _checked_pixels(self, images: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.float32]:
         expected = (*self.config.vision.image_size, 3)
         if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, np.floating):
             kind = f"{images.dtype} {images.shape}"
-            raise ValueError(f"images are {kind}: they must be normalised floats (N, {', '.join(map(str, expected))})")
+            raise ValueError(
+                f"images are {kind}: they must be uint8 (N, H, W, 3), or normalised floats"
+                f" (N, {', '.join(map(str, expected))})"
+            )
         return np.asarray(images, np.float32)
 
     def _checked_tokens(self, texts: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.int32]:

@@ -1,6 +1,6 @@
 """Ternary arithmetic as pure functions on arrays: quantize, pack and multiply ternary weights."""
 
-from tclip_jax.ternary.matmul import choose, repack, ternary_matmul
+from tclip_jax.ternary.matmul import choose, repack, ternary_matmul, unpack
 from tclip_jax.ternary.packing import gather_rows, pack_rows
 from tclip_jax.ternary.quantizers import Quantizer, initial_alpha, ternarize
 from tclip_jax.ternary.straight_through import fake_quantize
@@ -18,4 +18,5 @@ __all__ = [
     "repack",
     "ternarize",
     "ternary_matmul",
+    "unpack",
 ]

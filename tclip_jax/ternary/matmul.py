@@ -15,7 +15,9 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from tclip_jax.ternary import packing
 from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
+from tclip_jax.ternary.sums import split_groups
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, check_floating, traced_device
 
 VARIABLE = "TCLIP_IMPLEMENTATION"
@@ -104,6 +106,24 @@ def repack(
     shape = (w.shape[-2], w.shape[-1])
     name = choose(shape, w.group, rows=rows, dtype=dtype, activations=activations, implementation=implementation)
     return dataclasses.replace(kernel(name).pack(w), activations=activations)
+
+
+def unpack(w: PackedTensor) -> TernaryTensor:
+    """Undo `repack` and `pack_rows`.
+
+    Args:
+      w: a packed weight, with or without a layer axis, or a packed embedding table.
+
+    Returns:
+      Trits (..., K, N) with `axis` −2 and a scale for each group and output, 0 if all trits of the group are 0; or
+      trits (V, W) of a table with `axis` −1 and the packed scales.
+    """
+    if w.layout == packing.LAYOUT:
+        trits = packing.unpack_2bit(jnp.asarray(w.data), w.shape[1])
+        return TernaryTensor(trits, jnp.asarray(w.scale, jnp.float32), w.group, -1)
+    dense = kernel(w.layout).unpack(w)
+    scale = split_groups(jnp.abs(dense), min(w.group, w.shape[0]), -2).max(axis=-2)
+    return TernaryTensor(jnp.sign(dense).astype(jnp.int8), scale, w.group)
 
 
 def choose(

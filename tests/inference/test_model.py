@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,12 +117,75 @@ def test_parameters_are_arguments_of_the_program(packed_model: Model) -> None:
     assert sum(np.size(constant) for constant in program.consts) < parameters / 100
 
 
-def test_pictures_are_preprocessed_for_the_model(packed_model: Model) -> None:
+def test_images_are_preprocessed_for_the_model(packed_model: Model, tmp_path: pathlib.Path) -> None:
     pictures = [Image.fromarray(RNG.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(3)]
     pixels = np.stack([images.preprocess(picture, packed_model.preprocess) for picture in pictures])
     expected = packed_model.encode_image(images.normalize(pixels, images.OPENAI_MEAN, images.OPENAI_STD))
     np.testing.assert_array_equal(packed_model.encode_image(pictures), expected)
     np.testing.assert_allclose(packed_model.encode_image(pictures[0])[0], expected[0], atol=1e-6)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    same: list[Any] = [paths, [str(path) for path in paths], [np.asarray(picture) for picture in pictures]]
+    for each in same:
+        np.testing.assert_array_equal(packed_model.encode_image(each), expected)
+        np.testing.assert_allclose(packed_model.encode_image(each[0]), expected[:1], atol=1e-6)
+    stacked = np.stack([np.asarray(pictures[0])] * 3)
+    np.testing.assert_allclose(packed_model.encode_image(stacked), expected[[0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(packed_model.encode_image(jnp.asarray(stacked)), expected[[0, 0, 0]], atol=1e-6)
+    assert packed_model.encode_image([]).shape == (0, 8) and packed_model.preprocess([]).shape == (0, 16, 16, 3)
+    np.testing.assert_array_equal(packed_model.encode_image(packed_model.preprocess(paths)), expected)
+
+
+def test_a_file_that_is_not_an_image_is_named(packed_model: Model, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a.png: not a usable image \(10 bytes\)"):
+        packed_model.encode_image(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"b\.png: no such file$"):
+        packed_model.encode_image([tmp_path / "b.png"])
+
+
+@pytest.mark.parametrize("which", ["packed", "repacked", "latent"])
+def test_apply_is_pure(which: str, packed_model: Model, fake_quantized: Model) -> None:
+    model = {"packed": packed_model, "repacked": packed_model.repacked(), "latent": fake_quantized}[which]
+    for name, inputs in (("image", PIXELS), ("text", TOKENS)):
+        apply, encode = getattr(model, f"apply_{name}"), getattr(model, f"encode_{name}")
+        expected = encode(inputs)
+        for function in (apply, jax.jit(apply)):
+            embeddings = function(model.params, jnp.asarray(inputs))
+            assert isinstance(embeddings, jax.Array) and embeddings.dtype == jnp.float32
+            np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+        single = jax.vmap(lambda one, apply=apply: apply(model.params, one[None])[0])
+        np.testing.assert_allclose(single(jnp.asarray(inputs)), expected, atol=1e-6)
+    slope = jax.grad(lambda pixels: model.apply_image(model.params, pixels)[:, 0].sum())(jnp.asarray(PIXELS))
+    assert slope.shape == PIXELS.shape and np.abs(slope).max() > 0
+
+
+def test_latent_weights_have_gradients(fake_quantized: Model) -> None:
+    total = lambda params: fake_quantized.apply_image(params, jnp.asarray(PIXELS)).sum()  # noqa: E731
+    gradients = flatten(jax.grad(total)(fake_quantized.params))
+    assert np.abs(gradients["image/blocks/mlp/fc1/kernel"]).max() > 0
+
+
+def test_trits_of_any_layer_packed_or_not(packed_model: Model, fake_quantized: Model) -> None:
+    for path, leaf in flatten(packed_model.params).items():
+        if not isinstance(leaf, TernaryTensor):
+            with pytest.raises(ValueError, match=rf"^{path} is not ternary: it is float32 \("):
+                packed_model.trits(path)
+            continue
+        for model in (packed_model, packed_model.repacked(), fake_quantized):
+            weight = model.trits(path)
+            assert (weight.axis, weight.trits.dtype) == (leaf.axis, jnp.int8)
+            np.testing.assert_array_equal(weight.trits, leaf.trits)
+            np.testing.assert_array_equal(weight.dequantize(), leaf.dequantize())
+    assert packed_model.trits("image/blocks/mlp/fc1/kernel").shape == (2, 24, 96)
+    with pytest.raises(ValueError, match="the model has no 'image/fc1': the nearest is"):
+        packed_model.trits("image/fc1")
+
+
+def test_tokenize_gives_the_tokens_that_encode_text_uses(packed_model: Model) -> None:
+    np.testing.assert_array_equal(packed_model.tokenize("a dog"), [[49406, 320, 1929, 49407, 0, 0]])
+    assert packed_model.tokenize(["a dog", "a cat"]).shape == (2, 6)
 
 
 def test_texts_are_tokenized(model_config: CLIPConfig, preprocess: Preprocess, latent: Tree) -> None:
@@ -139,7 +203,9 @@ def test_texts_are_tokenized(model_config: CLIPConfig, preprocess: Preprocess, l
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (np.zeros((1, 16, 16, 3), np.uint8), r"images are uint8 \(1, 16, 16, 3\): they must be normalised floats"),
+        (np.zeros((1, 16, 16, 3), np.int32), r"images are int32 \(1, 16, 16, 3\): they must be uint8 \(N, H, W, 3\)"),
+        (np.zeros((1, 16, 16, 4), np.uint8), r"an image is uint8 \(16, 16, 4\): it must be uint8 \(H, W, 3\)"),
+        (np.zeros((16, 16), np.uint8), r"an image is uint8 \(16,\): it must be uint8 \(H, W, 3\)"),
         (np.zeros((16, 16, 3)), r"images are float64 \(16, 16, 3\): .* \(N, 16, 16, 3\)"),
         (np.zeros((1, 3, 16, 16)), r"images are float64 \(1, 3, 16, 16\)"),
     ],

@@ -25,6 +25,7 @@ from tclip_jax.ternary import (
     repack,
     ternarize,
     ternary_matmul,
+    unpack,
 )
 from tclip_jax.ternary.kernels import kernel, native_cpu
 from tclip_jax.ternary.kernels.reference import quantize_activations
@@ -102,6 +103,26 @@ def test_packing_keeps_trits_scales_and_layers(implementation: str, group: Any) 
     np.testing.assert_array_equal(module.unpack(packed), [dense(layer) for layer in layers])
     second = jax.tree.map(lambda leaf: leaf[1], packed)
     np.testing.assert_array_equal(module.unpack(second), dense(layers[1]))
+
+
+@on_cpus
+@pytest.mark.parametrize("group", [20, 64, "channel", "tensor"])
+def test_unpack_gives_trits_and_scales(implementation: str, group: Any) -> None:
+    layers = [draw(1, 100, 50, group, seed)[1] for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    unpacked = unpack(kernel(implementation).pack(stacked))
+    assert unpacked.trits.dtype == jnp.int8 and unpacked.axis == -2
+    np.testing.assert_array_equal(unpacked.trits, stacked.trits)
+    np.testing.assert_array_equal(unpacked.dequantize(), stacked.dequantize())
+
+
+def test_unpack_gives_a_table_with_its_scales() -> None:
+    w = draw(1, 100, 50, 20)[1]
+    table = TernaryTensor(w.trits, np.full((100, 3), 0.5, np.float32), 20, -1)  # type: ignore[arg-type]
+    unpacked = unpack(pack_rows(table))
+    np.testing.assert_array_equal(unpacked.trits, table.trits)
+    np.testing.assert_array_equal(unpacked.scale, table.scale)
+    assert unpacked.axis == -1
 
 
 @on_cpus
