@@ -151,19 +151,19 @@ def test_apply_is_pure(which: str, packed_model: Model, fake_quantized: Model) -
     for name, inputs in (("image", PIXELS), ("text", TOKENS)):
         apply, encode = getattr(model, f"apply_{name}"), getattr(model, f"encode_{name}")
         expected = encode(inputs)
-        for function in (apply, jax.jit(apply)):
-            embeddings = function(model.params, jnp.asarray(inputs))
-            assert isinstance(embeddings, jax.Array) and embeddings.dtype == jnp.float32
-            np.testing.assert_allclose(embeddings, expected, atol=1e-6)
-        single = jax.vmap(lambda one, apply=apply: apply(model.params, one[None])[0])
-        np.testing.assert_allclose(single(jnp.asarray(inputs)), expected, atol=1e-6)
-    slope = jax.grad(lambda pixels: model.apply_image(model.params, pixels)[:, 0].sum())(jnp.asarray(PIXELS))
+        embeddings = jax.jit(apply)(model.params, jnp.asarray(inputs))
+        assert isinstance(embeddings, jax.Array) and embeddings.dtype == jnp.float32
+        np.testing.assert_allclose(embeddings, expected, atol=1e-6)
+        single = jax.jit(jax.vmap(lambda params, one, apply=apply: apply(params, one[None])[0], (None, 0)))
+        np.testing.assert_allclose(single(model.params, jnp.asarray(inputs)), expected, atol=1e-6)
+    total = lambda pixels, params: model.apply_image(params, pixels)[:, 0].sum()  # noqa: E731
+    slope = jax.jit(jax.grad(total))(jnp.asarray(PIXELS), model.params)
     assert slope.shape == PIXELS.shape and np.abs(slope).max() > 0
 
 
 def test_latent_weights_have_gradients(fake_quantized: Model) -> None:
     total = lambda params: fake_quantized.apply_image(params, jnp.asarray(PIXELS)).sum()  # noqa: E731
-    gradients = flatten(jax.grad(total)(fake_quantized.params))
+    gradients = flatten(jax.jit(jax.grad(total))(fake_quantized.params))
     assert np.abs(gradients["image/blocks/mlp/fc1/kernel"]).max() > 0
 
 
