@@ -51,7 +51,7 @@ SHOWN = 24  # test images in the report: mistakes first, then correct prediction
 def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = "") -> dict[str, Any]:
     """Train a teacher and a ternary student, then evaluate, pack and export the student; resume an earlier call.
 
-    Writes the runs teacher/ and student/, the folders artifact/ and export/, and the files report.png and summary.json.
+    Write the runs teacher/ and student/, the folders artifact/ and export/, and the files report.png and summary.json.
 
     Args:
       workdir: folder of the output.

@@ -1,4 +1,4 @@
-"""Loads recipes by name or path, and overrides their keys from the command line."""
+"""Load recipes by name or path, and override their keys from the command line."""
 
 from __future__ import annotations
 

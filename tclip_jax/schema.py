@@ -47,7 +47,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """The part of a declaration beside name, type and default: see `key`."""
+    """A declaration without its name, type and default; see `key`."""
 
     doc: str
     bounds: Bounds

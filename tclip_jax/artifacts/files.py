@@ -25,7 +25,7 @@ def file_entry(path: epath.Path) -> dict[str, Any]:
 
 
 def sha256(path: epath.Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal; read the file in pieces."""
+    """Return the SHA-256 of a file in hexadecimal, reading the file in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -89,7 +89,7 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
-    """Return the model that a manifest describes, with its parameter shapes; allocates no parameters.
+    """Return the model that a manifest describes, with its parameter shapes, without allocating parameters.
 
     Raises:
       ArtifactError: the configuration is invalid, or the model has more than `MAX_PARAMETERS` parameters.

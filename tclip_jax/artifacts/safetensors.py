@@ -82,7 +82,7 @@ _CHUNK = 16 * 2**20
 
 
 def read_safetensors(path: epath.PathLike) -> dict[str, LazyArray]:
-    """Return the tensors of a file by name, lazily; check the header and the file's size.
+    """Check a file's header and size, and return its tensors by name, lazily.
 
     Raises:
       ValueError: the file is truncated or not a safetensors file.

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = argparse.ArgumentParser(add_help=False)
     named = argparse.ArgumentParser(add_help=False)
     model = named.add_mutually_exclusive_group()
-    model.add_argument("--preset", metavar="NAME", help="model of a file that does not state it, such as ViT-B-16")
+    model.add_argument("--preset", metavar="NAME", help="preset for a file without metadata, such as ViT-B-16")
     model.add_argument("--model-cfg", metavar="JSON", help="the same, as an open_clip configuration file")
     form.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     form.add_argument("--html", metavar="FILE", help="also write one self-contained page with plots")

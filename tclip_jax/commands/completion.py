@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Complete every argument that accepts arbitrary text by file names, since most of them are paths."""
+    """Complete every argument that accepts arbitrary text with file names, since most of them are paths."""
     import shtab
 
     for action in parser._actions:

@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Examine the installation; start JAX's backend, but run no computation."""
+    """Examine the installation. This starts JAX's backend, but runs no computation."""
     return [*_versions(), *_devices(), _precision(), *_optional()]
 
 

@@ -3,7 +3,7 @@
   tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
   tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
 
-With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Results that OUT already holds are reused, and
+With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Results that OUT already holds are reused, or
 refused if their model, data, templates or options differ.
 Exit codes: 0 every image of every data set counts; 1 a data set has no result; 2 an error, nothing is measured; 3 every
 data set has a result, but in one some images do not count.

@@ -3,7 +3,7 @@
   tclip evaluate compare eval/main eval/branch --max-drop 0.2 --json
 
 A and B are folders that `tclip evaluate --out` wrote; differences are B − A. The exit code is 0 if every data set was
-compared, 1 if one was not compared or dropped by more than --max-drop, 2 after an error.
+compared, 1 if one was not compared or its metric fell by more than --max-drop, 2 after an error.
 """
 
 from __future__ import annotations

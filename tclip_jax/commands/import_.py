@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="hf-hub:org/name[@revision], a folder, or a file")
     parser.add_argument("--out", required=True, metavar="DIR", help="the artifact, a new folder")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", metavar="NAME", help="model of a file that does not state it, such as ViT-B-16")
+    model.add_argument("--preset", metavar="NAME", help="preset for a file without metadata, such as ViT-B-16")
     model.add_argument("--model-cfg", metavar="JSON", help="the same, as an open_clip configuration file")
     parser.add_argument(
         "--image-size", type=count, metavar="N", help="interpolate the position embeddings to this image size"

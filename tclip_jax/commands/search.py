@@ -3,8 +3,8 @@
   tclip search query pictures.index "a handwritten digit three." --top 20 --html three.html
   tclip search query pictures.index pictures/0007.png
 
-A query that names a file is an image, any other query is a text. A query with a / or with the suffix of an image that
-names no file is refused. --text and --image set the kind of the query.
+A query that names a file is an image; any other query is a text. A query with a / or with the suffix of an image is
+refused if no such file exists. --text and --image set the kind of the query.
 Index a folder again to update its index: only new and changed files are embedded. An image that cannot be read is
 reported and left out; the exit code is then 1. The HTML page contains its images and loads nothing.
 """

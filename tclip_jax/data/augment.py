@@ -239,7 +239,7 @@ def random_erasing(
       pixels: (H, W, 3).
       rng: makes the random draws.
       fill: the colour.
-      probability: of erasing a box.
+      probability: probability of erasing a box.
       scale: bounds of the box's fraction of the image area.
       ratio: bounds of height / width, which is log-uniform.
 

@@ -28,7 +28,7 @@ def eval_batches(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[dict[str, Any]]:
-    """Yield every record once, in order, in batches of one shape: this process's rows of each, which are consecutive.
+    """Yield this process's rows of every batch. Batches have one shape and hold each record once, in order.
 
     A batch is a dict with B = batch_size / process_count rows: `image` (B, H, W, 3) uint8, `label` (B,) or (B, C) int32
     (-1 for none), `weight` (B,) float32, `index` (B,) int32, the position in the source, and two lists, `captions`

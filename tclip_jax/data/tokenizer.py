@@ -46,7 +46,7 @@ class Tokenizer:
             raise ValueError(f"context_length {self.context_length} has no room for start and end token; use 2 or more")
 
     def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
-        """Return ids (N, context_length) int32: SOT, the caption, EOT, zeros. It truncates long captions."""
+        """Return ids (N, context_length) int32: SOT, the caption, EOT, zeros. Long captions are truncated."""
         captions = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
         ids = np.zeros((len(captions), self.context_length), np.int32)
         ids[:, 0] = SOT

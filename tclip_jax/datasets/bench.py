@@ -1,4 +1,4 @@
-"""Measures the input pipeline: images per second, waits of a training step, and memory."""
+"""Measure the input pipeline: images per second, waits of a training step, and memory."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """Samples `process_memory` during the block; yields a list of its maximum, or an empty list if it is unknown."""
+    """Sample `process_memory` during the block; yield a list with the maximum, or an empty list if it is unknown."""
     peak: list[int] = []
     done = threading.Event()
 

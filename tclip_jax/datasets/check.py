@@ -1,4 +1,4 @@
-"""Reads a source once and reports broken samples, sizes of images and captions, and duplicate images."""
+"""Read a source once and report broken samples, sizes of images and captions, and duplicate images."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def examine(source: Source, index: int, *, captioned: bool = True) -> tuple[Reco
 
     Args:
       source: where the sample is read.
-      index: of the sample.
+      index: index of the sample.
       captioned: whether the sample needs a caption; otherwise a valid class label is enough.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Renders a batch as an HTML page of the images and captions that the model receives."""
+"""Render a batch as an HTML page of the images and captions that the model receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converts captioned images to ArrayRecord files of TensorFlow Datasets, part by part, on one machine or many.
+"""Convert captioned images to ArrayRecord files of TensorFlow Datasets, part by part, on one machine or many.
 
     <out>/<name>/1.0.0/
       <name>-<split>.array_record-00000-of-00020   tf.train.Examples with image, captions and key; one file per part

@@ -1,1 +1,1 @@
-"""How good a model is, and pictures of it."""
+"""Evaluation of models: accuracy, probes, comparisons and HTML reports."""

@@ -216,7 +216,7 @@ def _compare(
 
 
 def _without_model(result: Result, intersect: bool) -> Recipe:
-    """Return what made a result, without what may differ between A and B: the model, and the images if `intersect`."""
+    """Return `made_by` of a result without the parts that may differ: the model, and the images if `intersect`."""
     data = {key: value for key, value in result.made_by.get("data", {}).items() if key != "content" or not intersect}
     return {**result.made_by, "model": {}, "data": data}
 

@@ -50,7 +50,7 @@ class Encoder:
     Args:
       model: the model; its parameters are placed on the mesh.
       batch_size: rows over all devices.
-      dtype: of the computation. float32 uses the highest matmul precision, also on a TPU.
+      dtype: dtype of the computation. float32 uses the highest matmul precision, also on a TPU.
       mesh: the devices; None for all.
 
     Attributes:

@@ -18,7 +18,7 @@ from tclip_jax.keys import Recipe
 
 _RECALL = re.compile(r"(image|text)_retrieval_recall@(\d{1,9})")
 _NEVER = np.iinfo(np.int64).max
-_TOLERANCE = 1e-6  # between a metric in a result file, possibly computed in float32, and that of its predictions
+_TOLERANCE = 1e-6  # allowed difference of a stored metric (possibly from float32) and its recomputed value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Predicted:
         return bootstrap_differences(table, *measures, resamples=resamples, seed=seed)
 
     def _hits(self, metric: str) -> npt.NDArray[Any]:
-        """Return the number of hits of each image (N,): of its captions for image recall, else 0 or 1 or a fraction."""
+        """Return the hits of each image (N,): a count over its captions for image recall, else 0, 1 or a fraction."""
         recall = _RECALL.fullmatch(metric)
         if recall and recall[1] == "image":
             return np.count_nonzero(self.arrays["image_ranks"] < int(recall[2]), axis=1)

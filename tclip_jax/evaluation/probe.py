@@ -71,7 +71,7 @@ def linear_probe(train: Embeddings, labels: Integers, test: Embeddings, *, seed:
 
 
 def few_shot(train: Embeddings, labels: Integers, test: Embeddings, *, shots: int, seed: int) -> Probe:
-    """As `linear_probe`, on `shots` images per class, drawn by `seed`; min(shots, 4) other images per class select C.
+    """Fit a probe on `shots` images per class, drawn by `seed`; min(shots, 4) other images per class select C.
 
     Raises:
       ValueError: a class has fewer images than `shots`, or no image is left to select C.

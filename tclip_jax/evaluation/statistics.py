@@ -68,7 +68,7 @@ def bootstrap_differences(
 def bootstrap_map_differences(
     scores_a: Numbers, scores_b: Numbers, targets: Numbers, *, resamples: int, seed: int | Sequence[int]
 ) -> npt.NDArray[np.float64]:
-    """As `bootstrap_differences`, for mean average precision, which needs the scores of every image.
+    """Return the `bootstrap_differences` of mean average precision, which needs the scores of every image.
 
     Args:
       scores_a, scores_b: scores of either model (N, C).

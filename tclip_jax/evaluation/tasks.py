@@ -60,7 +60,7 @@ def suite_tasks(
 
 
 def opened(tasks: Sequence[Task]) -> list[Task]:
-    """Open the data of all tasks, so that repeated evaluations do not open it again. Raises the errors of `open`."""
+    """Open the data of all tasks, so that repeated evaluations do not open it again. See `open` for errors."""
     pairs = [(task, task.open()) for task in tasks]
     return [task._replace(open=lambda data=data: data) for task, data in pairs]  # type: ignore[misc]
 

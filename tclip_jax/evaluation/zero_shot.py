@@ -86,7 +86,7 @@ def classify(encoder: Encoder, source: Source, templates: Templates, progress: P
 def classify_several(
     encoder: Encoder, source: Source, templates: Templates, progress: Progress = _no_progress
 ) -> Outcome:
-    """Evaluate multi-label classification: mean_average_precision. Raises the same errors as `classify`."""
+    """Evaluate multi-label classification: mean_average_precision. The errors are those of `classify`."""
     count = len(_classnames(source))
     classes = class_embeddings(encoder, source.classnames, templates)
     records, scores = encode_source(encoder, source, lambda images: 100 * images @ classes.T, progress)

@@ -67,7 +67,7 @@ def load_run(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[int, Model
 
 
 def load_stored(path: epath.PathLike) -> Stored:
-    """As `load_model`, in host memory and for writing or initialising weights. Foreign weights are read lazily."""
+    """Load a model to host memory, to write or initialise weights. Weights of other libraries are read lazily."""
     if (epath.Path(path) / MANIFEST).exists():
         with together():
             artifact = read_artifact(path, jax.device_put)
@@ -90,7 +90,7 @@ def load_stored(path: epath.PathLike) -> Stored:
 
 
 def load_packed(path: epath.PathLike) -> Stored:
-    """As `load_stored`, with latent weights packed. Each latent weight is freed once it is packed."""
+    """Load a model as `load_stored` does, and pack its latent weights. Each of them is freed once it is packed."""
     config, preprocess, params, rules, *about = load_stored(path)
     if rules:
         leaves, packed = flatten(params), dict[str, Any]()
@@ -121,7 +121,7 @@ def load_model(path: epath.PathLike, mesh: Mesh | None = None, *, like: str | No
 def load_known(
     path: epath.PathLike, mesh: Mesh | None = None, *, like: str | None = None
 ) -> tuple[Model, dict[str, Any]]:
-    """As `load_model`, and return the origin of the model.
+    """Load a model as `load_model` does, and return its origin too.
 
     Returns:
       The model and its origin: "source", which is `path`, and "content", a digest of the stored weights and

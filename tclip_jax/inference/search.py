@@ -71,7 +71,7 @@ def build_index(
     """Write the index of all images in a folder and its subfolders, or update an existing index.
 
     An embedding is reused if the model, its activations and the key of the file (see `image_items`) are the same. An
-    interrupted call leaves the old index, and its partial work for the next call in `<out>.partial`.
+    interrupted call keeps the old index, and leaves its partial work in `<out>.partial` for the next call.
 
     Args:
       model: the model.

@@ -1,1 +1,1 @@
-"""To and from the files of other people's libraries."""
+"""Conversion to and from the files of other libraries."""

@@ -95,8 +95,8 @@ def is_checkpoint(source: epath.PathLike) -> bool:
 def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_size: int | None = None) -> Checkpoint:
     """Open a checkpoint of another library without reading its weights.
 
-    A folder that holds files of both libraries is opened as open_clip's, which has the more complete metadata, if it
-    has open_clip weights. A GGUF contains its own metadata and ternary weights, and is read at once.
+    A folder with both libraries' files and open_clip weights is read as open_clip's, whose metadata is more complete.
+    A GGUF contains its own metadata and ternary weights, and is read at once.
 
     Args:
       source: `hf-hub:org/name`, a folder of open_clip or transformers, a weights file of open_clip, an OpenAI archive,

@@ -1,4 +1,4 @@
-"""Write example inputs with JAX's embeddings, and a script that compares open_clip's and transformers' with them."""
+"""Write inputs with JAX's embeddings, and a script that compares them with those of open_clip and transformers."""
 
 from __future__ import annotations
 

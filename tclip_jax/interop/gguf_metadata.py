@@ -62,7 +62,7 @@ class GgufEntry(NamedTuple):
       name: name in the file.
       path: path in our tree, joined by slashes.
       layer: index on our leading layer axis; None if the parameter is not stacked.
-      part: which of `parts` equal parts along the outputs it is, as q, k, v of qkv.
+      part: index among `parts` equal parts along the outputs, such as q, k and v of qkv.
       parts: number of parts.
     """
 
@@ -73,7 +73,7 @@ class GgufEntry(NamedTuple):
     parts: int = 1
 
     def view(self, stacked: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the view of the array at `path`, or of its scales, that is this tensor, with the outputs first."""
+        """Return this tensor as a view of `stacked` (the array at `path`, or its scales), with the outputs first."""
         value = stacked if self.layer is None else stacked[self.layer]
         value = np.split(value, self.parts, axis=-1)[self.part]
         if self.path == PATCH_EMBEDDING:

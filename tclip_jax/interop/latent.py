@@ -68,7 +68,7 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
 
     Raises:
       ValueError: the quantizer cannot produce the scales: a group has several, a scale has too many significant bits,
-        or more than 2/k of a group is nonzero, although each nonzero must exceed s/2 (for k = 2: no zeros).
+        or 2/k or more of a group is nonzero, although each nonzero must exceed s/2 (for k = 2: no zeros).
     """
     if quantizer.kind != "factor":
         raise ValueError(f"latent weights exist only for quantizers of kind factor, not {quantizer.kind}")
@@ -136,7 +136,7 @@ def _latent(trits: Array, scale: Array, group: int, axis: int, factor: float) ->
 
 
 def _totals(scale: Array, factor: Array) -> Array:
-    """Return for each scale a float32 total with total · factor == scale, if one of the five nearest has it."""
+    """Return for each scale a float32 total with total · factor == scale, if one of the five nearest qualifies."""
     nearest = (scale / factor.astype(np.float64)).astype(np.float32)
     total = nearest
     for direction in (np.float32(np.inf), np.float32(0)):

@@ -144,7 +144,7 @@ def _write(leaf: Any, entry: OpenClipEntry, shape: tuple[int, ...]) -> npt.NDArr
 def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:
     """Return the parameter tree, float32 NumPy arrays, of an open_clip state dict; each tensor is read once.
 
-    Accepts any float dtype, names with the prefixes of wrappers (`unwrapped`), the `text.` prefix of CustomTextCLIP, a
+    Accept any float dtype, names with the prefixes of wrappers (`unwrapped`), the `text.` prefix of CustomTextCLIP, a
     logit_scale of shape (1,), and the extra numbers in OpenAI's archives.
 
     Raises:

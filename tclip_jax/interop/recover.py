@@ -18,14 +18,14 @@ _SAMPLE = 64  # outputs to test first, so that float weights are refused quickly
 
 
 class NotTernaryError(ValueError):
-    """Weights are not scale · trit. The message names the first such group, and the fraction of groups that are."""
+    """Weights are not scale · trit. The message names the first group that fails, and the fraction that fits."""
 
 
 def recover_ternary(w: Any, axis: int = -2) -> TernaryTensor:
     """Recover the trits and scales of weights that equal scale · trit, with the largest possible groups.
 
-    A group size is accepted only if scale · trit equals `w` in every element, in float32, where float16 and bfloat16
-    are exact. −0 equals +0.
+    A group size is accepted only if scale · trit equals `w` in every element, in float32. float16 and bfloat16
+    are converted exactly. −0 equals +0.
 
     Args:
       w: floats (K, N) or (L, K, N), lazy or not; one layer at a time is in memory.

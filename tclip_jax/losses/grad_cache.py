@@ -1,4 +1,4 @@
-"""Gradients of a loss of the whole batch when only a part of the batch fits through the model at a time.
+"""Gradients of a loss over the whole batch when the activations of only a part fit in memory.
 
 The contrastive loss of a batch is not the mean of the losses of its parts, because its negatives are the whole batch.
 Accumulated gradients of the parts would therefore optimize another loss.

@@ -29,7 +29,7 @@ class Inputs:
       rows: statistics of image → text and of text → image, with those of the teacher for losses that need affinities.
       student: the student's image and text embeddings (B, D).
       weight: (B,), 0 for a masked sample.
-      options: `config.loss`; its other keys are options of the losses.
+      options: `config.loss`; its keys other than the weights are options of the losses.
       heads: learned parameters of the losses.
       compare: `statistics.compare_rows` with the masks and the ring of the batch.
       projected: the student's image and text embeddings (B, D'), projected to the teacher's width, for losses that need

@@ -22,7 +22,7 @@ Pair = tuple[jax.Array, jax.Array, ArrayLike]
 class RowStats(NamedTuple):
     """Statistics of each sample against all samples of the other modality; float32 (B,) unless stated otherwise.
 
-    With p the softmax of a sample's logits z, and P the set of its positives:
+    p is the softmax of a sample's logits z, and P is the set of its positives.
 
     Attributes:
       hard: −1/|P| Σ_{j ∈ P} log p_j of the student, the cross entropy of a uniform target over the positives.

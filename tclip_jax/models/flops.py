@@ -44,14 +44,14 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def image_flops(config: CLIPConfig) -> int:
-    """Return the operations that encode one image: patch embedding, blocks and projection."""
+    """Return the number of operations that encode one image: patch embedding, blocks and projection."""
     vision, patches = config.vision, config.vision.grid[0] * config.vision.grid[1]
     patch = 2 * patches * 3 * vision.patch_size**2 * vision.width
     return patch + _tower_flops(vision.layers, patches + 1, vision.width, vision.mlp_ratio, config.embed_dim)
 
 
 def text_flops(config: CLIPConfig, length: int | None = None) -> int:
-    """Return the operations that encode one text: blocks and projection.
+    """Return the number of operations that encode one text: blocks and projection.
 
     A causal mask saves no operations, because masked products are computed too.
 
@@ -64,7 +64,7 @@ def text_flops(config: CLIPConfig, length: int | None = None) -> int:
 
 
 def train_flops(student: CLIPConfig, teacher: CLIPConfig | None = None, *, remat: bool = False) -> int:
-    """Return the operations of a training step per image-text pair.
+    """Return the number of operations of a training step per image-text pair.
 
     The student counts three times its forward pass, because the backward pass takes twice the forward pass. The teacher
     counts once. The similarities of the loss, 2 · batch · embed_dim per pair and term, are left out: they are below 0.1

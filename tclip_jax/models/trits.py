@@ -63,7 +63,7 @@ def trit_metrics(
     Returns:
       Path -> metrics, float32 with one entry per layer, fractions from 0 to 1 unless stated otherwise:
       `zeros`: zero trits. `flips`: trits that changed. `scale`: mean scale (absolute). `drift`: mean |change| of the
-        scales,
+      scales,
       divided by their mean (relative). `saturated`: latent weights beyond their scale, |w| > s. `histogram` (L, bins):
       |w| / s between consecutive `HISTOGRAM_EDGES`, and beyond the last.
     """

@@ -117,7 +117,7 @@ def compare_taps(ours: Taps, reference: Taps) -> list[Difference]:
 
 
 def first_over(differences: Sequence[Difference], budget: float) -> dict[str, str]:
-    """Return the name of the first tap over budget of each tower that has one, by tower."""
+    """Return the name of the first tap over the budget, by tower; omit towers without such a tap."""
     first: dict[str, str] = {}
     for difference in differences:
         if difference.over(budget):

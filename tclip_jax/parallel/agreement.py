@@ -43,7 +43,7 @@ def agreed(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def raised_by_all() -> Iterator[None]:
-    """Mark the errors of a block that every process runs with the same values, and so raises alike."""
+    """Mark the errors of a block that all processes run with the same values, so that all raise the same error."""
     try:
         yield
     except Exception as error:
@@ -85,7 +85,7 @@ class FirstError:
             _logger.error("%s", _line(error))
 
     def raise_everywhere(self) -> None:
-        """Raise on every process if any process has stored an error: its own, or `FailedElsewhere`.
+        """If any process has stored an error, raise on every process: its own error, or `FailedElsewhere`.
 
         A collective: every process must call it equally often and in the same order.
         """

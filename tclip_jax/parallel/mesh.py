@@ -54,7 +54,7 @@ def make_mesh(
     Linen's sharding constraints fail on axes of type Explicit, jax's default.
 
     Args:
-      data: see `mesh_sizes`, also for `fsdp` and `tensor`.
+      data, fsdp, tensor: see `mesh_sizes`.
       slices: groups of devices with a slower network between them; `data` spans them. These are TPU slices, or
         processes if the devices have no slice index. −1: as many as the devices belong to.
       devices: default jax.devices().
@@ -88,7 +88,7 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a batch: rows over all axes. With `tensor` among them, processes load distinct rows."""
+    """Return the sharding of a batch: rows over all axes, also `tensor`, so that processes load distinct rows."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 

@@ -1,7 +1,7 @@
 """Detection of a run's processes from the environment variables of its launcher.
 
 Hand-written, because jax detects them only inside `jax.distributed.initialize`, whose wait neither names a missing
-process nor ends with an exit code that launchers restart, and because jax (0.10) does not detect Open MPI 5, believes
+process nor ends with an exit code that launchers restart. Moreover, jax (0.10) does not detect Open MPI 5, believes
 SLURM_NTASKS where a single task runs, and does not read GKE's TPU_PROCESS_ADDRESSES_PATH (jax 0.12 does).
 """
 

@@ -1,1 +1,1 @@
-"""What a run needs on a machine that is not there: memory, collectives and time, from the compiled step."""
+"""Plans of runs on machines that are not available: memory, collectives and time, compiled or by formula."""

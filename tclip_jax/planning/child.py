@@ -1,4 +1,4 @@
-"""Compiles a step in another process (`planning.compile`), and caches the result."""
+"""Compile a step in another process (`planning.compile`), and cache the result."""
 
 from __future__ import annotations
 

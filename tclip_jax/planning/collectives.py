@@ -1,4 +1,4 @@
-"""Counts the bytes that a compiled step moves, by collectives over the mesh and to and from HBM."""
+"""Count the bytes that a compiled step moves, by collectives over the mesh and to and from HBM."""
 
 from __future__ import annotations
 

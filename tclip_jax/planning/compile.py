@@ -1,4 +1,4 @@
-"""Compiles the training step of a run for TPUs, on a machine without TPUs.
+"""Compile the training step of a run for TPUs, on a machine without TPUs.
 
 As a program, `python -m tclip_jax.planning.compile` answers one request on stdin. `planning.child` starts one process
 for each compilation, because libtpu may abort its process and logs to its terminal.

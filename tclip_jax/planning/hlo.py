@@ -1,4 +1,4 @@
-"""Parses the text of a compiled XLA program: its instructions, their arrays, and how often each is executed.
+"""Parse the text of a compiled XLA program: its instructions, their arrays, and how often each is executed.
 
 The text is parsed because jaxlib returns HloModuleProto only as bytes, and no dependency of this package decodes them.
 """

@@ -103,7 +103,7 @@ def make_plan(
     price: float | None = None,
     cache: epath.PathLike | None = None,
 ) -> Plan:
-    """Plan a run: compiles its step in another process for TPUs, or estimates it by formula for GPUs.
+    """Plan a run: compile its step in another process for TPUs, or estimate it by formula for GPUs.
 
     Args:
       config: the configuration of the run.

@@ -22,7 +22,7 @@ class Estimate:
       flops: FLOPs per device and step, with recomputation.
       mfu: upper bound of the model FLOPs utilization: FLOPs without recomputation / (peak rate · `overlapped`).
       images_per_second: throughput of all devices at `overlapped`.
-      hours, chip_hours: of all steps of the recipe at `overlapped`.
+      hours, chip_hours: hours and chip-hours of all steps of the recipe at `overlapped`.
       serial_hours: hours of all steps at `serial`.
       cost: cost of `chip_hours`; None without a price.
     """

@@ -125,7 +125,7 @@ def sweep_text(points: Sequence[Point]) -> str:
 
 
 def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
-    """Write sweep.json and sweep.html, and replaces those of an earlier sweep."""
+    """Write sweep.json and sweep.html, replacing those of an earlier sweep."""
     parts = [paragraph(_verdict(points), "verdict"), plot(_figure(points), "memory and speed of each point")]
     parts.append(table(sweep_rows(points), marked=[False, *(not (p.plan and p.plan.fits) for p in points)]))
     parts += [paragraph(f"{point.name}: {point.error}", "note") for point in points if point.error]

@@ -68,7 +68,7 @@ class Writer:
 
 
 def read_tree(folder: epath.Path, abstract: Any, limit: int | None = None) -> Any:
-    """As `orbax_v0.read_tree`; reads the checkpoints of both APIs."""
+    """Read a tree as `orbax_v0.read_tree` does, from checkpoints of both APIs."""
     context = ocp.Context()
     context.memory_options.read_concurrent_bytes = limit
     with context:

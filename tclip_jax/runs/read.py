@@ -29,7 +29,7 @@ class StepPath(NamedTuple):
     """A step of a run.
 
     Attributes:
-      workdir: of the run.
+      workdir: workdir of the run.
       step: a number, "best" for the best saved step, or "" for the newest.
       average: whether to read the moving average of the weights (`config.optimizer.ema_decay`) instead of the weights.
     """

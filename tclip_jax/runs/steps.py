@@ -30,7 +30,7 @@ def saved_steps(folder: epath.PathLike) -> list[int]:
 
 
 def whole_steps(folder: epath.PathLike) -> list[int]:
-    """Return `saved_steps` without newer steps whose contents are damaged: training resumes from the last one.
+    """Return `saved_steps` without damaged steps at its end; training resumes from the last remaining step.
 
     The files are unchanged; `set_aside` renames the damaged steps. A collective: process 0 decides.
 
@@ -85,7 +85,7 @@ def first_whole(folder: epath.PathLike, steps: Sequence[int], part: str = "") ->
 
 
 def decided(decide: Callable[[], Any]) -> Any:
-    """Return on every process the result of `decide` on process 0, or raise its error there. A collective.
+    """Run `decide` on process 0; return its result or raise its error on every process. A collective.
 
     Decisions about files belong to one process: a file that one machine has written may not be visible to another yet.
 

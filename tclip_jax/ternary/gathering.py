@@ -25,7 +25,7 @@ LEVELS = "levels"
 class Placement(NamedTuple):
     """Shardings of a matrix (K, N) over the mesh in force: as a parameter and in the computation.
 
-    Gradients move in the opposite direction.
+    Weights move from `param_spec` to `compute_spec`, gradients move back.
 
     Attributes:
       param_spec: sharding of the stored parameter.
@@ -60,7 +60,7 @@ def gather_ternary(
       axis: as in `ternarize`.
       alpha: as in `ternarize`.
       placement: shardings of `w`.
-      dtype: dtype of the scales. Scales of 8 significant bits are bfloat16 where that is not wider.
+      dtype: dtype of the scales. Scales of 8 significant bits are bfloat16 if that is not wider than `dtype`.
 
     Returns:
       The quantized weight, sharded as `placement.compute_spec`.

@@ -40,7 +40,7 @@ def ternary_matmul(
     than a product, so call `repack` once instead.
 
     The function works under `jax.jit`, `jax.vmap` and a mesh: rows of `x` stay sharded and a packed weight is gathered.
-    It is differentiable with respect to `x`, but not to the scales.
+    It is differentiable with respect to `x`, but not with respect to the scales.
 
     Args:
       x: floats (..., K). A row with NaN or infinity gives NaN or infinity in its own row of the result.

@@ -19,7 +19,7 @@ class TernaryTensor:
       trits: int8 of −1, 0 and +1, shape (..., K, N); (V, W) for an embedding table. Leading axes are stacked layers.
       scale: float32, at least 0; 0 only if every trit of its group is 0. The shape is that of `trits`, except for
         `axis`: ceil(K / group) entries, or 1 for a scale per output channel. A scale per tensor has 1 on both of the
-          last axes.
+        last axes.
       group: number of consecutive weights along `axis` that share a scale; the last group may be short.
       axis: the input axis, counted from the end: −2 for a kernel (K, N), −1 for an embedding table (V, W).
     """
@@ -44,7 +44,7 @@ class TernaryTensor:
           Floats in the shape of the trits.
 
         Raises:
-          TypeError: `dtype` is not floating, so that scales below 1 would become 0.
+          TypeError: `dtype` is not floating; scales below 1 would become 0.
         """
         check_floating("the dtype of the weights", dtype)
         scale = expand_scale(self.scale, self.group, self.trits.shape[self.axis], self.axis)

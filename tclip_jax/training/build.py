@@ -55,7 +55,7 @@ class Build:
     Attributes:
       run: the configuration.
       mesh: the devices; shapes and compilation also work with devices that this machine does not have.
-      teacher: a model that runs in the step, a cache of its embeddings, or None.
+      teacher: the teacher's model if it runs in the step, a cache of its embeddings, or None.
 
     Raises:
       ValueError: the teacher does not fit the student, see `check_teacher`.

@@ -34,7 +34,7 @@ class EvaluationError(ValueError):
 
 
 class Evaluation:
-    """One evaluation of the configuration; opens its data, and raises the error of opening them."""
+    """One evaluation of the configuration. The constructor opens its data, and raises an error if that fails."""
 
     def __init__(self, config: EvalConfig) -> None:
         self._config = config
@@ -69,7 +69,7 @@ class Evaluation:
           that are excluded, if there are any.
 
         Raises:
-          EvaluationError: no evaluation so far had a result, or a data set failed `MAX_FAILURES` times in a row.
+          EvaluationError: no evaluation so far had a result, or `MAX_FAILURES` evaluations in a row had failures.
         """
         encoder = Encoder(model, batch_size=self._config.batch_size, mesh=mesh)
         report = evaluate(encoder, self._tasks, model="", title=self._config.name)

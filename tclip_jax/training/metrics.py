@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 class EventFile:
-    """A TensorBoard file; in its folder, it hides the events of older files at `first_step` and later."""
+    """A TensorBoard file that hides events of older files in its folder at `first_step` and later."""
 
     def __init__(self, folder: epath.PathLike, first_step: int) -> None:
         directory_check(os.fspath(folder))
@@ -73,17 +73,17 @@ class EventFile:
 class Telemetry:
     """A context manager that writes the metrics of a run; on other processes than 0 it does nothing.
 
-    An error of writing, such as a full disk, is stored in `failure`, and nothing more is written. The caller raises it
+    A write error, such as a full disk, is stored in `failure`; nothing more is written. The caller raises the error
     on all processes; otherwise the exit of the context raises it.
 
     When a run is resumed, repeated steps are removed from metrics.jsonl and hidden in TensorBoard, so that each step
     appears once. In metrics.jsonl, numbers that are not finite are null.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       first_step: the step that is resumed, 0 for a new run.
-      steps: of the whole run.
-      title: of the progress bar and the Weights & Biases run.
+      steps: number of steps of the whole run.
+      title: title of the progress bar and of the Weights & Biases run.
       wandb_project: "" for none.
       config: the configuration, for Weights & Biases.
 
@@ -244,9 +244,9 @@ class MetricsLogger:
 
     Args:
       telemetry: writes the metrics.
-      checkpoints: get the scores that decide which steps are best.
+      checkpoints: receives the scores that decide which steps are best.
       throughput: makes the log lines.
-      steps: of the whole run.
+      steps: number of steps of the whole run.
       max_skipped: skipped steps in a row that stop the run. A step is skipped if its loss or gradient is not finite, or
         its batch has no usable sample.
       bad: checks the fraction of bad samples.
@@ -294,7 +294,7 @@ class MetricsLogger:
                 self._check_skipped(step, values)
 
     def finish(self) -> None:
-        """As `flush`, after the last step of a run; also checks the bad samples of a short run."""
+        """Flush after the last step of a run, and check the bad samples of the whole run, even a short one."""
         self.flush()
         with raised_by_all():
             if self._bad:

@@ -148,7 +148,7 @@ class Objective:
 
     Attributes:
       student: the model that is trained.
-      teacher: a model that runs in the step, the logit scale of a teacher whose embeddings are in the batch, or None.
+      teacher: the teacher's model if it runs in the step, its logit scale if batches hold its embeddings, or None.
       config: weights and options of the losses.
     """
 
@@ -163,7 +163,7 @@ class Objective:
 
         Args:
           params: the student's parameters `clip`, and `heads`.
-          teacher_params: of a teacher that runs in the step, or None.
+          teacher_params: the teacher's parameters if it runs in the step, otherwise None.
           batch: some rows of `whole`, or all.
           whole: the batch.
           quant_lambda: the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
@@ -188,9 +188,9 @@ class Objective:
 
         Args:
           params: the student's parameters `clip`, and `heads`.
-          teacher_params: of a teacher that runs in the step, or None.
+          teacher_params: the teacher's parameters if it runs in the step, otherwise None.
           batch: the whole batch.
-          embeddings: of the whole batch.
+          embeddings: embeddings of the whole batch.
           of_layers: the losses of hidden states, see `layer_losses`.
         """
         image, text, teacher = embeddings

@@ -72,7 +72,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     updates, which excludes skipped steps. Frozen parameters have no moments, and their gradients do not enter the norm.
 
     Raises:
-      ValueError: the name is unknown; or, in `init` or `update`, a group's regex is the first match of no parameter.
+      ValueError: the name is unknown; or, in `init` or `update`, a group has no parameter.
     """
 
     def decay(updates: Any, params: Any) -> Any:
@@ -87,7 +87,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     check_keys([config.name], OPTIMIZERS, "config.optimizer.name")
     schedule = learning_rate_schedule(config, steps)
     optimizer = optax.chain(
-        # With or without clipping, the chain has as many elements, so that a resumed run can change it.
+        # The chain has the same length with and without clipping, so that a resumed run can change `clip_norm`.
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         OPTIMIZERS[config.name](config),
         optax.stateless(decay),
@@ -169,21 +169,21 @@ def frozen(config: OptimizerConfig, params: Any) -> Any:
     """True for the parameters that `optimizer.groups` freezes.
 
     Raises:
-      ValueError: a group's regex matches no parameter of its own.
+      ValueError: a group's regex is not the first to match any parameter.
     """
     _check_groups(config, params)
     return jax.tree_util.tree_map_with_path(lambda path, _: _group(config, path) is None, params)
 
 
 def stop_gradients(config: OptimizerConfig, params: Any) -> Any:
-    """`params` with the gradients of frozen ones stopped, so that no backward pass is computed for them alone."""
+    """Stop the gradients of frozen parameters, so that no backward pass is computed for these alone."""
     if not config.freezes:
         return params
     return jax.tree.map(lambda stop, p: jax.lax.stop_gradient(p) if stop else p, frozen(config, params), params)
 
 
 def _group(config: OptimizerConfig, key_path: tuple[Any, ...]) -> dict[str, float] | None:
-    """The values of the first group whose regex matches a parameter's path; None if they freeze it."""
+    """Return the values of the first group whose regex matches a path: {} without a match, None if it freezes."""
     path = path_of(key_path)
     return next((values for pattern, values in config.groups if re.fullmatch(pattern, path)), {})
 

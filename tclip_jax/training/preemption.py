@@ -19,7 +19,7 @@ class Stopped(SystemExit):
 class PreemptionHandler:
     """A context manager in which SIGTERM and SIGINT set `code` instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt. In another thread than the main one, where Python allows no handlers, it
+    A second SIGINT raises KeyboardInterrupt. Outside the main thread, where Python allows no handlers, the manager
     does nothing.
 
     Attributes:

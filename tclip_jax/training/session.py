@@ -50,14 +50,14 @@ class Prepared:
     Attributes:
       run: the checked configuration.
       config: the configuration as the caller passed it, for the records.
-      workdir: of the run.
+      workdir: workdir of the run.
       mesh: the devices.
       data: batches as global arrays.
       bad: the record of bad samples.
       build: student, optimizer and step.
       teacher_params: sharded parameters of a teacher that runs in the step, or None.
       evaluations: with their data open.
-      whole: the whole checkpoints' steps, of which the newest is resumed.
+      whole: the steps with a whole checkpoint; the run resumes from the newest.
       start: initial parameters, or None for random ones; dropped when the state has copied them.
       resume: the comparison with earlier starts.
     """
@@ -262,7 +262,7 @@ class Session:
 def _load_teacher(
     run: RunConfig, cache: TeacherCache | None, mesh: Mesh
 ) -> tuple[Architecture | None, Any, dict[str, Any] | None]:
-    """Return the teacher that runs in the step, its parameters over `mesh`, and its origin, also of a cache."""
+    """Return the teacher that runs in the step, its parameters over `mesh`, and its origin or that of the cache."""
     if not run.teacher:
         return None, None, cache.origin if cache else None
     teacher, origin = load_known(run.teacher, mesh)
@@ -271,7 +271,7 @@ def _load_teacher(
 
 
 def _next_batch(data: ResumableIterator, previous: Any, failure: FirstError) -> Any:
-    """Return the next batch; on a process of several whose data fail, the previous batch.
+    """Return the next batch, or the previous batch if the data of one of several processes fail.
 
     That process then takes part in one more step, which is not saved, before all processes raise its error. If there is
     no previous batch, all processes raise the error here.

@@ -131,11 +131,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Resume:
-    """The changes of a start since earlier starts in the workdir. A collective; only `begin` writes files.
+    """The changes of the configuration since earlier starts in the workdir. A collective; only `begin` writes files.
 
     Args:
       config: the configuration.
-      workdir: of the run.
+      workdir: workdir of the run.
       step: the step that is resumed, 0 for a new run.
       data: {"source", "split", "samples", "content"} of the training data.
       teacher: {"source", "content", …} of the teacher, or None.

@@ -65,7 +65,7 @@ def init_state(
     Args:
       model: the model.
       optimizer: of all parameters.
-      seed: of the random parameters.
+      seed: seed of the random parameters.
       teacher: the teacher's configuration, its embed_dim if only its embeddings are known, or None.
       mesh: the devices.
       loss: the losses, which decide about distillation heads.

@@ -39,13 +39,13 @@ def make_train_step(
 
     Args:
       student: the model that is trained.
-      teacher: a model that runs in the step, the logit scale of a teacher whose embeddings are in the batch, or None.
-      optimizer: of all parameters, see `make_optimizer`.
+      teacher: the teacher's model if it runs in the step, its logit scale if batches hold its embeddings, or None.
+      optimizer: optimizer of all parameters, see `make_optimizer`.
       loss: weights and options of the losses.
       blend: maps the step to the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
       ema_decay: decay of the moving average, if the state has one.
       microbatches: parts into which a batch is split to save memory; the result does not depend on it.
-      trained: returns the parameters, with the gradients of frozen ones stopped.
+      trained: maps the parameters to themselves, and stops the gradients of frozen parameters.
     """
 
     objective = Objective(student, teacher, loss)

@@ -44,7 +44,7 @@ class StepTimer:
             self._enter(before)
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each phase that occurred, and resets them."""
+        """Return the seconds spent in each phase since the last call, and reset them."""
         self._enter(self.now)
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -61,7 +61,7 @@ class Watchdog:
     Args:
       workdir: of the run, shared by all processes.
       timer: the phases of this process.
-      minutes: without a finished step that count as a stall; 0 for no watchdog.
+      minutes: time without a finished step that counts as a stall; 0 for no watchdog.
       leave: exit after a stall.
     """
 

@@ -26,7 +26,7 @@ Fault = Literal[
 ]
 # The kinds of fault. A batch has the index in this list.
 FAULTS = ("none", *get_args(Fault))
-# Bounds an image file, and what an image and its caption span of a tar. A path in a table may name an endless file.
+# Limit of an image file, and of an image and its caption in a tar. A path in a table may name an endless file.
 MAX_SAMPLE_BYTES = 1 << 28
 # If a sample has several images, open_clip's training uses the first of these suffixes.
 OPEN_CLIP_ORDER = ("jpg", "png", "jpeg", "webp")

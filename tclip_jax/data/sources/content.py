@@ -171,7 +171,7 @@ class _DigestCache:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let one process at a time run the block, and then commits."""
+        """Let one process at a time run the block, then commit."""
         with contextlib.ExitStack() as stack:
             with self._optional() if self._database else contextlib.suppress(OSError):
                 stack.enter_context(exclusive(cache_folder() / "content.lock"))

@@ -29,7 +29,7 @@ class Folder:
     The data is captioned if any image `x.jpg` has a sibling `x.txt` (UTF-8, one caption per line); images without one
     then have no captions. Otherwise each image is labelled by the top subfolder that contains it. Every subfolder is a
     class; underscores in its name become spaces. Classes and images are ordered as in torchvision's ImageFolder.
-    An image is a file with the suffix of one, in lower or upper case. `notes` counts all other files. An image and its
+    An image is a file with an image suffix, in lower or upper case. `notes` counts all other files. An image and its
     captions are read when their record is accessed.
     """
 

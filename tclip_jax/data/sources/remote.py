@@ -163,7 +163,7 @@ class Mirror:
         self._lock = threading.Lock()
 
     def read(self, url: str, start: int, stop: int, stamp: str, name: str) -> bytes:
-        """Read the bytes [start, stop) from the copy, or from the store and write them to the copy."""
+        """Read the bytes [start, stop) from the copy. If it lacks them, read them from the store and add them."""
         copy = self._folder / hashlib.sha256(f"{url}\n{stamp}".encode()).hexdigest()[:32]
         if copy.exists():
             with open(copy, "rb", buffering=0) as file:

@@ -245,7 +245,7 @@ def first_key(data: bytes) -> str:
 
 @contextlib.contextmanager
 def _only_tar_errors() -> Iterator[None]:
-    """Convert the errors of tarfile for a number in a header that is invalid, or too large for memory."""
+    """Convert to TarError what tarfile raises for a header's number that is invalid or too large for memory."""
     try:
         yield
     except (ValueError, OverflowError, MemoryError) as error:

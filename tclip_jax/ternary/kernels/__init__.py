@@ -9,8 +9,8 @@ Each module has
     None if the implementation is at least as fast as a dense product, otherwise the reason. The dispatcher then skips
     the implementation unless the caller forces it.
   pack(w: TernaryTensor) -> PackedTensor
-    Requires that `w.axis` is −2; keeps leading layer axes. From NumPy arrays to NumPy or JAX arrays, from JAX arrays
-    to JAX arrays.
+    Requires that `w.axis` is −2; keeps leading layer axes. Takes NumPy or JAX arrays, and returns NumPy or JAX arrays,
+    as the implementation needs them.
   unpack(w: PackedTensor) -> jax.Array
     The float32 weights (…, K, N), exactly scale · trit: for gradients and comparisons.
   matmul(x: jax.Array, w: PackedTensor, *, activations) -> jax.Array

@@ -39,7 +39,7 @@ def slower(*, dtype: Any, activations: Activations, **_: Any) -> str | None:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """Pack int32 words in the bf16 order; groups are padded to multiples of 16."""
+    """Pack trits into int32 words in the bf16 order; groups are padded to multiples of 16."""
     return layout.pack(w, "bf16", NAME)
 
 

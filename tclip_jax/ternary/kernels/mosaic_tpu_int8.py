@@ -32,7 +32,7 @@ def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
-    """Pack int32 words in the int8 order; groups are padded to multiples of 128."""
+    """Pack trits into int32 words in the int8 order; groups are padded to multiples of 128."""
     return layout.pack(w, "int8", NAME)
 
 

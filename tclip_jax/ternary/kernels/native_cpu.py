@@ -30,7 +30,7 @@ _SHIFTS = np.array(
 
 
 def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
-    """Need a CPU, the compiled library, and float32 or bfloat16 activations."""
+    """Return why the kernel cannot run: no CPU, no compiled library, or activations other than float32 or bfloat16."""
     if platform != "cpu":
         return "it runs on CPUs only"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
