@@ -166,7 +166,9 @@ class Model:
             raise ValueError(f"{path} is not ternary: it is {leaf.dtype} {leaf.shape}")
         return jax.tree.map(jnp.asarray, leaf)
 
-    def encode_image(self, images: Picture | Sequence[Picture], *, batch_size: int = 64) -> Embeddings:
+    def encode_image(
+        self, images: Picture | Sequence[Picture] | npt.NDArray[Any], *, batch_size: int = 64
+    ) -> Embeddings:
         """Encode images in batches.
 
         Args:
