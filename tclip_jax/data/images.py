@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar
 import jax
 import numpy as np
 import numpy.typing as npt
-from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from tclip_jax.schema import plain
@@ -100,9 +99,7 @@ class Preprocess:
           FileNotFoundError: there is no file at a path.
           ValueError: a file is not a usable image (the message names the file), or an array is not uint8 (H, W, 3).
         """
-        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) == 3
-        pictures: Any = [images] if single else images
-        pixels = [preprocess(open_picture(picture), self) for picture in pictures]
+        pixels = [preprocess(_open(picture), self) for picture in as_sequence(images)]
         return normalize(np.reshape(pixels, (-1, *self.size, 3)), self.mean, self.std)
 
     @classmethod
@@ -159,17 +156,31 @@ def _tuple(values: Any, kind: type) -> tuple[Any, ...]:
     return tuple(values) if is_list and all(isinstance(value, kind) for value in values) else ()
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Return an image from a path, an array or a PIL image; raise the errors of `Preprocess.__call__`."""
+def as_sequence(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
+    """Return one image as a sequence of one, and several images unchanged."""
+    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) == 3
+    return [images] if single else images  # type: ignore[list-item, return-value]
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read and decode an image file; raise the errors of `read_file` and `decode`."""
+    from tclip_jax.data.sources.remote import read_file  # which imports this module
+
+    return decode(read_file(os.fspath(path)))
+
+
+def _open(picture: Picture) -> Image.Image:
+    """Return a picture as a PIL image; raise the errors of `Preprocess.__call__`."""
     if isinstance(picture, Image.Image):
         return picture
     if isinstance(picture, str | os.PathLike):
         try:
-            return decode(epath.Path(picture).read_bytes())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{os.fspath(picture)}: no such file") from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{os.fspath(picture)}: {error}") from None
+            return read_picture(picture)
+        except ValueError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(f"{os.fspath(picture)}: no such file") from None
+            reason = str(error).removeprefix(f"{os.fspath(picture)}: ")
+            raise ValueError(f"{os.fspath(picture)}: {reason}") from None
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(f"an image is {picture.dtype} {picture.shape}: it must be uint8 (H, W, 3)")
     return Image.fromarray(np.asarray(picture))

@@ -19,8 +19,7 @@ import pyarrow.parquet
 import tqdm
 from etils import epath
 
-from tclip_jax.data.images import decode, normalize, preprocess
-from tclip_jax.data.sources.remote import read_file
+from tclip_jax.data.images import read_picture
 from tclip_jax.inference.inputs import Failure, Item
 from tclip_jax.inference.model import Embeddings, Model, fingerprint
 from tclip_jax.keys import digest, recipe
@@ -101,8 +100,7 @@ def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:
     Raises:
       ValueError: the file is unreadable, not a usable image, or larger than 256 MiB.
     """
-    p = model.preprocess
-    return normalize(preprocess(decode(read_file(os.fspath(path))), p), p.mean, p.std)
+    return model.preprocess(read_picture(path))[0]
 
 
 def embeddings_mark(model: Model, path: epath.PathLike) -> str:

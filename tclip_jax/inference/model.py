@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 from flax.traverse_util import unflatten_dict
-from PIL import Image
 
 from tclip_jax.artifacts.files import check_size
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, content_digest, parse_manifest
 from tclip_jax.artifacts.pack import flatten, pack_params, repack_leaf, repack_params
-from tclip_jax.data.images import Picture, Preprocess
+from tclip_jax.data.images import Picture, Preprocess, as_sequence
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
@@ -187,8 +185,7 @@ class Model:
         if isinstance(images, np.ndarray | jax.Array) and images.dtype != np.uint8:
             pixels = self._checked_pixels(images)
             return self._batched("encode_image", len(pixels), batch_size, lambda part: pixels[part])
-        single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) == 3
-        pictures: Any = [images] if single else images
+        pictures = as_sequence(images)
         return self._batched("encode_image", len(pictures), batch_size, lambda part: self.preprocess(pictures[part]))
 
     def encode_text(

@@ -16,7 +16,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from tclip_jax.data.images import decode
-from tclip_jax.inference.embed import Store, chunked, embed_images, embeddings_mark, read_image, write_npy_header
+from tclip_jax.inference.embed import Store, chunked, embed_images, embeddings_mark, write_npy_header
 from tclip_jax.inference.inputs import Failure, find_images, image_items
 from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.pages import data_uri, page, paragraph, printable
@@ -191,10 +191,7 @@ def query_index(model: Model, index: Index, query: str | epath.Path, top: int = 
     if isinstance(query, str):
         (embedding,) = model.encode_text([query])
     else:
-        try:
-            (embedding,) = model.encode_image(read_image(model, query)[None])
-        except ValueError as error:
-            raise ValueError(f"{query}: {error}") from None
+        (embedding,) = model.encode_image(query)
     rows, scores = nearest(index.embeddings, embedding, top)
     return [Result(index.names[row], float(score)) for row, score in zip(rows, scores, strict=True)]
 

@@ -130,7 +130,7 @@ class GroupConfig:
 class OptimizerConfig:
     """The optimizer, with linear warmup, cosine decay and an optional recovery phase at a constant learning rate."""
 
-    name: str = key("adamw", "adamw, adafactor, lion or muon")
+    name: Literal["adamw", "adafactor", "lion", "muon"] = key("adamw", "the optimizer")
     learning_rate: float = key(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0, le=MOST)
     recovery_steps: int = key(0, "steps of recovery at the end, after the cosine decay (FTerViT)", ge=0, le=MOST)

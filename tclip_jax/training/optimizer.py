@@ -14,7 +14,6 @@ import optax.contrib
 
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.runs.config import OptimizerConfig
-from tclip_jax.schema import check_keys
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -72,7 +71,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     updates, which excludes skipped steps. Frozen parameters have no moments, and their gradients do not enter the norm.
 
     Raises:
-      ValueError: the name is unknown; or, in `init` or `update`, a group has no parameter.
+      ValueError: in `init` or `update`, a group has no parameter.
     """
 
     def decay(updates: Any, params: Any) -> Any:
@@ -84,7 +83,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         rate = schedule(step)
         return jax.tree.map(lambda update: -rate * update, updates), state
 
-    check_keys([config.name], OPTIMIZERS, "config.optimizer.name")
     schedule = learning_rate_schedule(config, steps)
     optimizer = optax.chain(
         # The chain has the same length with and without clipping, so that a resumed run can change `clip_norm`.

@@ -30,7 +30,7 @@ def make_train_step(
     blend: Schedule | None = None,
     ema_decay: float = 0.0,
     microbatches: int = 1,
-    trained: Callable[[Any], Any] = lambda params: params,
+    freeze: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Return the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
@@ -45,7 +45,7 @@ def make_train_step(
       blend: maps the step to the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
       ema_decay: decay of the moving average, if the state has one.
       microbatches: parts into which a batch is split to save memory; the result does not depend on it.
-      trained: maps the parameters to themselves, and stops the gradients of frozen parameters.
+      freeze: returns its argument, the parameters, with the gradients of frozen ones stopped.
     """
 
     objective = Objective(student, teacher, loss)
@@ -53,9 +53,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
         quant_lambda = blend(state.step) if blend else None
         gradients, metrics = gradient_in_parts(
-            lambda params, rows: objective.encode(trained(params), teacher_params, rows, batch, quant_lambda),
+            lambda params, rows: objective.encode(freeze(params), teacher_params, rows, batch, quant_lambda),
             lambda params, embeddings, of_layers: objective.loss(
-                trained(params), teacher_params, batch, embeddings, of_layers
+                freeze(params), teacher_params, batch, embeddings, of_layers
             ),
             state.params,
             batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -143,6 +144,10 @@ def test_a_file_that_is_not_an_image_is_named(packed_model: Model, tmp_path: pat
         packed_model.encode_image(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match=r"b\.png: no such file$"):
         packed_model.encode_image([tmp_path / "b.png"])
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, reason in ((tmp_path / "pipe.png", "not a regular file"), (tmp_path, "IsADirectoryError")):
+        with pytest.raises(ValueError, match=rf"^{path}: .*{reason}"):
+            packed_model.encode_image(path)
 
 
 @pytest.mark.parametrize("which", ["packed", "repacked", "latent"])
