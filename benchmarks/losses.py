@@ -30,8 +30,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD
-from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy
-from tclip_jax.losses.distillation import crd
+from tclip_jax.losses.contrastive import accuracy_of_rows, info_nce_of_rows
+from tclip_jax.losses.distillation import crd_of_rows
 from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
@@ -56,7 +56,7 @@ def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tok
     def loss(image: Any, text: Any, scale: Any, their_image: Any, their_text: Any, tokens: Any, weight: Any) -> Any:
         teacher = their_image, their_text, 100.0
         sides = compare(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, ring=FORMS[form])
-        return info_nce(*sides) + crd(*sides), retrieval_accuracy(sides[0])
+        return info_nce_of_rows(*sides) + crd_of_rows(*sides), accuracy_of_rows(sides[0])
 
     def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec(BATCH_AXES) if dims else PartitionSpec()

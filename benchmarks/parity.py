@@ -32,7 +32,6 @@ from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import from_open_clip
 from tclip_jax.losses.contrastive import info_nce
-from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
@@ -102,7 +101,7 @@ def jax_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Return loss and embeddings, and the gradients of the parameters."""
     image, text, scale = clip.apply({"params": params}, pixels, tokens)  # type: ignore[misc]
-    return info_nce(*compare(image, text, scale)), (image, text)
+    return info_nce(image, text, scale), (image, text)
 
 
 def model_figures(preset: str, library: str, batch: int) -> Iterator[Figure]:

@@ -60,7 +60,7 @@ CONFIG = CLIPConfig(
 )
 TEACHER = CLIPConfig(48, CONFIG.vision, CONFIG.text)
 TERNARY = ternary_rules("Q-ALL", Quantizer(group=8))
-LOSS = LossConfig(task=1.0, crd=1.0, fd=10.0)  # type: ignore[call-arg]
+LOSS = LossConfig(task=1.0, crd=1.0, fd=10.0)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
 HALF = (0.5, 0.5, 0.5)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-import typing
-from typing import Any
+from collections.abc import Sequence
 
-from tclip_jax.models.config import TextConfig, VisionConfig
-from tclip_jax.runs.config import EvalConfig, GroupConfig, RunConfig
-from tclip_jax.schema import Bounds, describe, key_of
+from tclip_jax.data.images import Preprocess
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.runs.config import GroupConfig, RunConfig
+from tclip_jax.runs.reference import KeyReference, key_references, keys_of
 from tclip_jax.ternary import Quantizer
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
@@ -18,23 +17,28 @@ HEAD = """# Configuration
 Every key of a run, with its type, default and bounds. `python docs/configuration.py` generates this page from the
 declarations in [config.py](../tclip_jax/runs/config.py). A recipe sets keys, and the command line overrides them:
 `--config.loss.crd=2.0`. A key that is unknown, has the wrong type or is out of bounds is refused before anything is
-written. Numbers are finite.
+written. Numbers are finite. `tclip config RECIPE` prints the same for a recipe, with its values.
 """
-POWERS = {str(2**31 - 1): "2³¹ − 1", str(2**32): "2³²"}
+_CLASSES = {
+    "": RunConfig,
+    "model": CLIPConfig,
+    "model.vision_cfg": VisionConfig,
+    "model.text_cfg": TextConfig,
+    "preprocess": Preprocess,
+}
 
 
 def page() -> str:
     """The whole page."""
-    sections = [field for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default)]
-    top = [field for field in dataclasses.fields(RunConfig) if field not in sections]
-    parts = [HEAD, "## The run\n", _table(RunConfig, top)]
-    for field in sections:
-        parts += [f"## `{field.name}`\n", _first_line(type(field.default)), _table(type(field.default))]
-    parts += ["## Each of `evals`\n", "The keys of `eval`, and a name.\n", _table(EvalConfig)]
-    parts += ["## Each of `optimizer.groups`\n", _first_line(GroupConfig), _table(GroupConfig)]
-    parts += ["## `model.vision_cfg`\n", _first_line(VisionConfig), _table(VisionConfig)]
-    parts += ["## `model.text_cfg`\n", _first_line(TextConfig), _table(TextConfig)]
-    return "\n".join(parts)
+    parts, sections = [HEAD], dict.fromkeys(key.section for key in key_references())
+    for section in sections:
+        cls = _CLASSES.get(section) or type(getattr(RunConfig, section))
+        keys = [key for key in key_references() if key.section == section]
+        parts += [f"## `{section}`\n" if section else "## The run\n", _first_line(cls), _table(keys)]
+    parts += ["## Each of `evals`\n", "The keys of `eval`, and a name.\n"]
+    return "\n".join(
+        [*parts, "## Each of `optimizer.groups`\n", _first_line(GroupConfig), _table(keys_of(GroupConfig))]
+    )
 
 
 def _first_line(cls: type) -> str:
@@ -43,16 +47,11 @@ def _first_line(cls: type) -> str:
     return f"{(cls.__doc__ or '').partition(chr(10))[0]}\n"
 
 
-def _table(cls: type, fields: list[dataclasses.Field[Any]] | None = None) -> str:
-    hints = typing.get_type_hints(cls)
+def _table(keys: Sequence[KeyReference]) -> str:
     lines = ["| key | type | default | bounds | what |", "|---|---|---|---|---|"]
-    for field in fields or dataclasses.fields(cls):
-        declared = key_of(field)
-        bounds = "" if declared.bounds == Bounds() else str(declared.bounds)
-        for digits, power in POWERS.items():
-            bounds = bounds.replace(digits, power)
-        default = "of the preset `tiny`" if declared.written else f"`{field.default!r}`"
-        cells = (f"`{field.name}`", describe(hints[field.name]), default, bounds, declared.doc)
+    for key in keys:
+        name = key.path.rpartition(".")[2]
+        cells = (f"`{name}`", key.type, f"`{key.default!r}`", key.bounds, key.doc)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -19,12 +19,14 @@ from typing import Any
 import tqdm.contrib.logging
 
 from tclip_jax.pages import printable
+from tclip_jax.registry import load_plugin
 
 # Command -> purpose. The module tclip_jax.commands.NAME defines add_arguments(parser) and run(args); its docstring ends
 # the help text. NAME is the command with underscores for spaces and hyphens; `import`, a keyword, is import_.
 COMMANDS = {
     "quickstart": "train a teacher and a ternary student on real images, evaluate, pack and export",
     "train": "train a model from a recipe, or resume a run",
+    "config": "print the configuration of a recipe: values, types, bounds and meanings",
     "plan": "estimate memory, communication and step time of a run without a TPU",
     "launch": "run a command in several processes: on this machine, TPU VMs, GKE, SLURM or SkyPilot",
     "teacher-cache": "compute a teacher's embeddings once, so that training steps do not run the teacher",
@@ -119,6 +121,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     args = parser.parse_args(_split_overrides(arguments[length:]))
     start_logging(args.debug)
     try:
+        for plugin in args.plugin:
+            load_plugin(plugin)
         with tqdm.contrib.logging.logging_redirect_tqdm():
             code: int | None = module.run(args)
     except KeyboardInterrupt:
@@ -181,6 +185,13 @@ def whole_parser() -> argparse.ArgumentParser:
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the options of a command and the options that all commands share."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module with quantizers, losses, data sources or augmentations of your own; repeatable",
+    )
     _module(name).add_arguments(parser)
 
 

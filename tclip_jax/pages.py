@@ -98,10 +98,11 @@ def data_uri(image: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines with columns two spaces apart, the first aligned left and the others right."""
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:
+    """Return lines with columns two spaces apart, the first aligned left and the others right, or all left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    others = str.rjust if right else str.ljust
+    return ["  ".join([row[0].ljust(widths[0]), *map(others, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 # Control characters move the cursor and direction marks reorder text, so both can falsify the output of a terminal.

@@ -1,14 +1,16 @@
-"""Load recipes by name or path, and override their keys from the command line."""
+"""Load recipes by name or path, override their keys from the command line, and point errors to the recipe's line."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import pathlib
-from collections.abc import Iterable
+import re
+import traceback
+from collections.abc import Iterable, Sequence
 
 import ml_collections
 
+from tclip_jax.registry import load_file
 from tclip_jax.schema import check_keys, plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -25,33 +27,71 @@ def shipped_folder(name: str) -> pathlib.Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def recipe_path(spec: str) -> pathlib.Path:
+    """Return the file of a recipe, for the arguments and errors of `load_recipe`."""
+    name = spec.partition(":")[0]
+    if not name.endswith(".py"):
+        folder = recipe_folder()
+        check_keys([name], (path.stem for path in folder.glob("[!_]*.py")), f"the recipe folder {folder}")
+        return folder / f"{name}.py"
+    if not (path := pathlib.Path(name)).is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    return path
+
+
 def load_recipe(spec: str) -> ml_collections.ConfigDict:
-    """Return the configuration of a recipe.
+    """Return the configuration of a recipe. The plug-ins that its file registers stay registered.
 
     Args:
       spec: `name[:argument]` for a shipped recipe, or `path.py[:argument]`; the recipe parses the argument.
 
     Raises:
-      ValueError: no shipped recipe has that name (the message names the nearest), or the file has no get_config.
+      ValueError: no shipped recipe has that name (the message names the nearest), the file has no get_config, or it
+        fails (the message has its line).
       FileNotFoundError: there is no file at that path.
     """
-    name, _, argument = spec.partition(":")
-    if name.endswith(".py"):
-        path = pathlib.Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such recipe file")
-    else:
-        check_keys(
-            [name], (path.stem for path in recipe_folder().glob("[!_]*.py")), f"the recipe folder {recipe_folder()}"
-        )
-        path = recipe_folder() / f"{name}.py"
-    module_spec = importlib.util.spec_from_file_location(f"tclip_recipe_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None, path
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} is not a recipe: it must define get_config(argument)")
-    return module.get_config(argument) if argument else module.get_config()
+    path, argument = recipe_path(spec).resolve(), spec.partition(":")[2]
+    try:
+        module = load_file(path)
+        if hasattr(module, "get_config"):
+            return module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        line = _line_that_failed(path, error)
+        if line is None:
+            raise
+        raise ValueError(f"{recipe_path(spec)}:{line}: {_reason(error)}") from error
+    raise ValueError(f"{path} is not a recipe: it must define get_config(argument)")
+
+
+def resolve(spec: str, assignments: Sequence[str] = (), *, teacher_may_miss: bool = False) -> ml_collections.ConfigDict:
+    """Load a recipe, override keys, and check the result by `run_config`.
+
+    Args:
+      spec: as in `load_recipe`.
+      assignments: as in `override`.
+      teacher_may_miss: accept losses that need a teacher without one, for commands that do not train.
+
+    Raises:
+      ValueError: the recipe, an assignment or a value is invalid; the message has the line of the recipe, if the recipe
+        sets the value.
+      FileNotFoundError: there is no such recipe file.
+    """
+    from tclip_jax.runs.config import run_config
+
+    config = override(load_recipe(spec), assignments)
+    checked = config.copy_and_resolve_references()
+    if teacher_may_miss and not (config.get("teacher") or config.get("data", {}).get("teacher_cache")):
+        checked.teacher = "any"
+    try:
+        run_config(checked)
+    except ValueError as error:
+        path, keys = recipe_path(spec), _keys_in(str(error))
+        overridden = {assignment.partition("=")[0].split(".")[-1] for assignment in assignments}
+        line = None if keys[-1:] and keys[-1] in overridden else _line_that_sets(path, keys)
+        if line is None:
+            raise
+        raise ValueError(f"{path}:{line}: {error}") from error
+    return config
 
 
 def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> ml_collections.ConfigDict:
@@ -76,8 +116,8 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             section, name = section[key], f"{name}.{key}"
             if not isinstance(section, ml_collections.ConfigDict):
                 raise ValueError(f"{name} is a value, not a section: write --{name}=VALUE")
-        # A model_cfg may omit keys of open_clip that have defaults, so these keys may be new.
-        if not path.startswith(("model.", "preprocess.")):
+        # A model_cfg may omit keys of open_clip that have defaults, and plug-ins declare the options of a quantizer.
+        if not path.startswith(("model.", "preprocess.", "quantizer.options.")):
             check_keys([leaf], section, name)
         try:
             value = ast.literal_eval(text)
@@ -93,3 +133,47 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             except OverflowError:  # The integer is too large for a float.
                 raise ValueError(f"config.{path} is a number of {len(text)} digits: it must be finite") from None
     return config
+
+
+def _line_that_failed(path: pathlib.Path, error: Exception) -> int | None:
+    """Return the line of a recipe where an error arose; None if the recipe raises it, as for a wrong argument."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and frames[-1].filename == str(path):
+        return None
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+
+
+def _reason(error: Exception) -> str:
+    """Describe the error of a recipe in one line."""
+    text = " ".join(str(error).split())
+    if match := re.fullmatch(r"'(\w+)' Did you mean \"(\w+)\" instead of .*", text):  # of ml_collections
+        return f"the configuration has no {match[1]!r}: the nearest is {match[2]!r}"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _keys_in(message: str) -> list[str]:
+    """Return the path of the key that an error of `run_config` is about, such as ["optimizer", "learning_rate"]."""
+    match = re.match(r"([\w.]+)(?:\[\d+\])?(?: has no '(\w+)')?", message)
+    return [] if match is None else [*match[1].removeprefix("config.").split("."), *filter(None, [match[2]])]
+
+
+def _line_that_sets(path: pathlib.Path, keys: Sequence[str]) -> int | None:
+    """Return the last line of a recipe that sets a key: by attribute, by index, by keyword, or in a dict."""
+    if not keys:
+        return None
+    found: dict[bool, int] = {}  # whether the section is named too -> line
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names = [ast.unparse(node.value).split(".")[-1], node.attr]
+        elif isinstance(node, ast.keyword) and node.arg:
+            names = ["", node.arg]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = ["", node.value]
+        else:
+            continue
+        if names[-1] == keys[-1]:
+            whole = names[-2] == (keys[-2] if len(keys) > 1 else "config")
+            found[whole] = max(found.get(whole, 0), node.lineno)
+    return found.get(True, found.get(False))

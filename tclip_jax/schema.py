@@ -71,10 +71,20 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
     return field.metadata.get("key", Key("", Bounds()))
 
 
+def declared(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Return the keys of a declaration by name: field and type. A class may declare more by a method `more_keys`."""
+    parts = (cls.more_keys(), cls) if hasattr(cls, "more_keys") else (cls,)
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for part in parts:
+        hints = typing.get_type_hints(part)
+        found |= {field.name: (field, hints[field.name]) for field in dataclasses.fields(part) if field.repr}
+    return found
+
+
 def defaults(cls: type) -> dict[str, Any]:
     """Return every key of a declaration with its default, in the form of a configuration file."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
+    for field, _ in declared(cls).values():
         written = key_of(field).written
         value = field.default if written is None else written
         values[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else copy.deepcopy(value)
@@ -146,9 +156,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {values!r:.80}: it must be a mapping with the keys of {cls.__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = declared(cls)
     check_keys(values, fields, where)
-    for name, field in fields.items():
+    for name, (field, _) in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} lacks {name!r}")
     check_values(cls, values, where)
@@ -157,13 +167,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for the first value that does not have the type and bounds of its field in `cls`."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field, hint in declared(cls).values():
         if field.name not in values:
             continue
         value, bounds = values[field.name], key_of(field).bounds
-        if not _matches(value, hints[field.name]):
-            raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {describe(hints[field.name])}")
+        if not _matches(value, hint):
+            raise ValueError(f"{where}.{field.name} is {value!r:.80}: it must be {describe(hint)}")
         if any(each not in bounds for each in _numbers(value)):
             raise ValueError(f"{where}.{field.name} is {value!r}: it must be {bounds}")
 
@@ -191,13 +200,17 @@ def _matches(value: Any, hint: Any) -> bool:
             return False
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(hints) == len(value) and all(map(_matches, value, hints))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _matches(name, arguments[0]) and _matches(each, arguments[1]) for name, each in value.items()
+        )
     return hint is Any or isinstance(value, origin or hint)
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the numbers in a value: itself, or those in nested tuples."""
+    """Yield the numbers in a value: itself, or those in nested tuples and mappings."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(item)

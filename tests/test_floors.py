@@ -17,6 +17,7 @@ FLOORS = {
     "keys": 0,
     "storage": 0,
     "schema": 0,
+    "registry": 0,
     "pages": 0,
     "ternary": 1,
     "data": 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -134,7 +133,7 @@ def write_artifact(
         fields = {
             "model_cfg": config.to_open_clip(),
             "preprocess_cfg": preprocess.to_open_clip(),
-            "ternary": [[pattern, dataclasses.asdict(quantizer)] for pattern, quantizer in rules],
+            "ternary": [[pattern, quantizer.to_dict()] for pattern, quantizer in rules],
             "tensors": tensors,
             "files": {path.name: weights.get(path.name) or file_entry(path) for path in sorted(building.iterdir())},
             "figures": dict(figures or {}),

@@ -14,7 +14,7 @@ import dataclasses
 import json
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import load_recipe, override
+from tclip_jax.recipes import resolve
 from tclip_jax.schema import number
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.runs.config import run_config
 
     # Batches are measured without a teacher cache.
-    config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
+    config = run_config(resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides]))
     speeds = [
         measure(config, workers, seconds=args.seconds, step_seconds=args.step_seconds)
         for workers in tqdm.tqdm(args.workers or [config.data.workers], desc="bench", disable=not sys.stderr.isatty())

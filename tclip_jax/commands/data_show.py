@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import load_recipe, override
+from tclip_jax.recipes import resolve
 from tclip_jax.schema import count
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.storage import write_atomic
     from tclip_jax.training.input import train_data
 
-    config = run_config(override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides]))
+    config = run_config(resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides]))
     # One batch of `count` samples: their order and augmentation do not depend on the batch size.
     data = dataclasses.replace(config.data, batch_size=args.count, workers=0)
     batch = next(train_data(dataclasses.replace(config, data=data)))

@@ -11,7 +11,7 @@ import json
 import math
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import load_recipe, override
+from tclip_jax.recipes import resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.runs.config import run_config
 
     # The table does not depend on the teacher, which need not exist.
-    run = run_config(override(load_recipe(args.config), ["teacher=any", *args.overrides]))
+    run = run_config(resolve(args.config, ["teacher=any", *args.overrides]))
     sizes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     devices = jax.device_count() if -1 in sizes else math.prod(sizes)
     rows = parameter_rows(param_shapes(run.model, run.rules), run.rules, abstract_mesh(devices, *sizes))

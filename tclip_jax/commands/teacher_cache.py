@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import load_recipe, override
+from tclip_jax.recipes import resolve
 from tclip_jax.schema import count
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.training.teacher_cache import write_cache
 
     # --teacher replaces the teacher and the cache of the recipe.
-    config = override(load_recipe(args.config), ["teacher=any", "data.teacher_cache=", *args.overrides])
+    config = resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides])
     with distributed():
         cache = write_cache(args.out, run_config(config), args.teacher, copies=args.copies, batch_size=args.batch_size)
         if jax.process_index():

@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tclip_jax.data.images import Preprocess, load, preprocess
+from tclip_jax.registry import Registry
 
 Box = tuple[int, int, int, int]
 Color = tuple[int, int, int]
@@ -285,10 +286,13 @@ def _strong(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> npt.
 
 
 # The values of config.data.augment. Each function returns (height, width, 3) uint8 pixels of the preprocessing's size.
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "none": _none,
-    "affine": _affine,
-    "random_resized_crop": _random_resized_crop,  # 0.9 to 1 of the area, as in CLIP, open_clip and CLIP-KD
-    "wide_crop": _wide_crop,  # 0.4 to 1 of the area
-    "strong": _strong,  # 0.08 to 1 of the area, RandAugment, random erasing; for reinforced training (MobileCLIP)
-}
+AUGMENTATIONS: Registry[Augmentation] = Registry(
+    "augmentation",
+    {
+        "none": _none,
+        "affine": _affine,
+        "random_resized_crop": _random_resized_crop,  # 0.9 to 1 of the area, as in CLIP, open_clip and CLIP-KD
+        "wide_crop": _wide_crop,  # 0.4 to 1 of the area
+        "strong": _strong,  # 0.08 to 1 of the area, RandAugment, random erasing; for reinforced training (MobileCLIP)
+    },
+)

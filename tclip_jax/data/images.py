@@ -7,14 +7,14 @@ import io
 import numbers
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from tclip_jax.schema import plain
+from tclip_jax.schema import key, plain
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,11 +57,15 @@ class Preprocess:
       ValueError: a value that open_clip does not support either.
     """
 
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    resize_mode: str
+    size: tuple[int, int] = key(doc="(height, width) in pixels, or one number for both; None: those of the model")
+    mean: tuple[float, ...] = key(OPENAI_MEAN, "mean of the R, G and B values in 0–1")
+    std: tuple[float, ...] = key(OPENAI_STD, "standard deviation of the R, G and B values in 0–1", gt=0)
+    interpolation: Literal["bicubic", "bilinear"] = key("bicubic", "resampling of the resized image")
+    resize_mode: Literal["shortest", "longest", "squash"] = key(
+        "shortest",
+        "shortest: resize the shortest side and crop the centre; longest: resize the longest side and pad with zeros;"
+        " squash: resize both sides",
+    )
 
     def __init__(
         self,

@@ -78,8 +78,6 @@ def train_iterator(
     """
     if batch_size % process_count:
         raise ValueError(f"global batch {batch_size} is not divisible by {process_count} processes")
-    if augment not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {augment!r}: choose one of {', '.join(AUGMENTATIONS)}")
     if not 0 < len(source) <= _MAX_RECORDS:
         raise ValueError(f"the source has {len(source) or 'no'} records: 1 to {_MAX_RECORDS:,} can be shuffled")
     if cache is not None and cache.samples != len(source):
@@ -216,7 +214,7 @@ class TrainRow(grain.transforms.RandomMap):
         self._source = source
         self._tokenizer = tokenizer
         self._preprocess = preprocess
-        self._augment = augment
+        self._augment = AUGMENTATIONS.find(augment, "the augmentation")
         self._cache = cache
         templates = prompts.templates_for(source, templates) if source.classnames else ()
         # One (templates, T) array for each class: labelled data is tokenized once, here.
@@ -257,7 +255,7 @@ class TrainRow(grain.transforms.RandomMap):
         pixels = record.image
         try:
             image = images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
-            return AUGMENTATIONS[self._augment](image, rng, self._preprocess)
+            return self._augment(image, rng, self._preprocess)
         except ValueError as error:
             raise bad_image(record, error) from None
 

@@ -1,10 +1,12 @@
 """Losses of contrastive training and distillation: pure functions on embeddings and hidden states.
 
-`compare` computes the similarity statistics of a batch, which the contrastive losses and the distillation of affinities
-share.
+    loss = info_nce(image, text, scale) + crd(image, text, scale, (teacher_image, teacher_text, teacher_scale))
+
+Under `jax.jit` XLA computes the similarities that several losses share once. `compare` computes them explicitly, for
+the functions `…_of_rows` of contrastive.py and distillation.py.
 """
 
-from tclip_jax.losses.contrastive import info_nce, retrieval_accuracy, sigmoid_loss
+from tclip_jax.losses.contrastive import info_nce, interactive_contrastive, retrieval_accuracy, sigmoid_loss
 from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
 from tclip_jax.losses.features import hidden_matching, relation_matching
 from tclip_jax.losses.ring import Ring
@@ -20,6 +22,7 @@ __all__ = [
     "feature_distillation",
     "hidden_matching",
     "info_nce",
+    "interactive_contrastive",
     "kl_mix",
     "open_clip_distillation",
     "relation_matching",

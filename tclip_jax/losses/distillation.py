@@ -1,41 +1,63 @@
 """Distillation losses between the embeddings of a student and of a frozen teacher.
 
-The losses of affinities compare each model's images with its own texts by `statistics.compare`, so the widths of both
-models may differ. `feature_distillation` needs student embeddings that are projected to the teacher's width and then
-normalised. CLIP-KD's ICL needs that too; it is `contrastive.info_nce` with rows of the student and columns of the
-teacher.
+The losses of affinities compare each model's images with its own texts, so the widths of both models may differ.
+`feature_distillation`, and ICL in contrastive.py, need student embeddings that are projected to the teacher's width and
+then normalised.
 
 Notation: p^S_i and p^T_i are the softmax over all texts of the student's and of the teacher's logits of image i; for
 text → image, images and texts are exchanged. Each model has its own logit scale. Means run over the samples that are
-not masked.
+not masked. `…_of_rows` are the same losses from statistics of a batch that were computed before.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from tclip_jax.losses.statistics import RowStats, masked_rows, weighted_mean
+from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.statistics import Pair, RowStats, compare, masked_rows, weighted_mean
 
 
-def crd(image: RowStats, text: RowStats) -> jax.Array:
+def crd(
+    image: jax.Array,
+    text: jax.Array,
+    scale: ArrayLike,
+    teacher: Pair,
+    *,
+    weight: jax.Array | None = None,
+    ring: Ring | None = None,
+) -> jax.Array:
     """Compute CLIP-KD's contrastive relational distillation: KL(teacher ‖ student) of the affinities.
 
         L = ½ [mean_i KL(p^T_i ‖ p^S_i) + the same for text → image]
 
     Args:
-      image: statistics of each image against all texts, (B,), of student and teacher.
-      text: statistics of each text against all images, (B,), of student and teacher.
+      image: the student's L2-normalised embeddings (B, D).
+      text: the student's L2-normalised embeddings (B, D).
+      scale: the student's exp(logit_scale), a scalar.
+      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      ring: computes the same without all embeddings on one device.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: L_CRD of CLIP-KD, arXiv 2307.12732.
     """
-    return kl_mix(image, text, reverse=0)
+    return crd_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
 
 
-def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
+def kl_mix(
+    image: jax.Array,
+    text: jax.Array,
+    scale: ArrayLike,
+    teacher: Pair,
+    reverse: float = 0.5,
+    *,
+    weight: jax.Array | None = None,
+    ring: Ring | None = None,
+) -> jax.Array:
     """Compute a mix of the forward and the reverse KL divergence between the affinities of student and teacher.
 
         L = ½ [mean_i ((1 − r) · KL(p^T_i ‖ p^S_i) + r · KL(p^S_i ‖ p^T_i)) + the same for text → image]
@@ -44,9 +66,13 @@ def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
     keeps it from what is unlikely for the teacher.
 
     Args:
-      image: statistics of each image against all texts, (B,), of student and teacher.
-      text: statistics of each text against all images, (B,), of student and teacher.
+      image: the student's L2-normalised embeddings (B, D).
+      text: the student's L2-normalised embeddings (B, D).
+      scale: the student's exp(logit_scale), a scalar.
+      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
       reverse: r, the fraction of the reverse divergence, from 0 (`crd`) to 1.
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      ring: computes the same without all embeddings on one device.
 
     Returns:
       The loss, a float32 scalar.
@@ -54,16 +80,18 @@ def kl_mix(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
     Source: MiniLLM, arXiv 2306.08543, for the reverse divergence. arXiv 2404.02657 adapts the weights of both at every
     token; here they are fixed.
     """
-
-    def divergence(rows: RowStats) -> jax.Array:
-        student, teacher = rows.soft["student"], rows.soft["teacher"]
-        forward, backward = teacher["student"] - teacher["teacher"], student["teacher"] - student["student"]
-        return weighted_mean((1 - reverse) * forward + reverse * backward, rows.mask)
-
-    return (divergence(image) + divergence(text)) / 2
+    return kl_mix_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring), reverse)
 
 
-def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
+def open_clip_distillation(
+    image: jax.Array,
+    text: jax.Array,
+    scale: ArrayLike,
+    teacher: Pair,
+    *,
+    weight: jax.Array | None = None,
+    ring: Ring | None = None,
+) -> jax.Array:
     """Compute the cross entropy between the affinities of teacher and student, the mean of both directions.
 
         L = ½ [mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image]
@@ -71,33 +99,48 @@ def open_clip_distillation(image: RowStats, text: RowStats) -> jax.Array:
     The gradient is that of `crd`. The value is larger by the entropy of the teacher's affinities.
 
     Args:
-      image: statistics of each image against all texts, (B,), of student and teacher.
-      text: statistics of each text against all images, (B,), of student and teacher.
+      image: the student's L2-normalised embeddings (B, D).
+      text: the student's L2-normalised embeddings (B, D).
+      scale: the student's exp(logit_scale), a scalar.
+      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      ring: computes the same without all embeddings on one device.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: `distill_loss` of open_clip's DistillClipLoss.
     """
-    image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.mask) for rows in (image, text))
-    return (image_to_text + text_to_image) / 2
+    return open_clip_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
 
 
-def affinity_mimicking(image: RowStats, text: RowStats) -> jax.Array:
+def affinity_mimicking(
+    image: jax.Array,
+    text: jax.Array,
+    scale: ArrayLike,
+    teacher: Pair,
+    *,
+    weight: jax.Array | None = None,
+    ring: Ring | None = None,
+) -> jax.Array:
     """Compute TinyCLIP's affinity mimicking: `open_clip_distillation` with the sum of both directions, not the mean.
 
         L = L_I2T + L_T2I = mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image
 
     Args:
-      image: statistics of each image against all texts, (B,), of student and teacher.
-      text: statistics of each text against all images, (B,), of student and teacher.
+      image: the student's L2-normalised embeddings (B, D).
+      text: the student's L2-normalised embeddings (B, D).
+      scale: the student's exp(logit_scale), a scalar.
+      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      ring: computes the same without all embeddings on one device.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: L_distill of TinyCLIP, arXiv 2309.12314. The authors' training code then halves it.
     """
-    return 2 * open_clip_distillation(image, text)
+    return affinity_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
 
 
 def feature_distillation(
@@ -132,3 +175,30 @@ def feature_distillation(
     if kind == "cosine":
         return weighted_mean(1 - jnp.sum(student * teacher, axis=-1), weight)
     raise ValueError(f"feature distillation {kind!r} is unknown: use 'mse' or 'cosine'")
+
+
+def crd_of_rows(image: RowStats, text: RowStats) -> jax.Array:
+    """`crd` from the statistics of each image and of each text, (B,), of student and teacher."""
+    return kl_mix_of_rows(image, text, reverse=0)
+
+
+def kl_mix_of_rows(image: RowStats, text: RowStats, reverse: float = 0.5) -> jax.Array:
+    """`kl_mix` from the statistics of each image and of each text, (B,), of student and teacher."""
+
+    def divergence(rows: RowStats) -> jax.Array:
+        student, teacher = rows.soft["student"], rows.soft["teacher"]
+        forward, backward = teacher["student"] - teacher["teacher"], student["teacher"] - student["student"]
+        return weighted_mean((1 - reverse) * forward + reverse * backward, rows.mask)
+
+    return (divergence(image) + divergence(text)) / 2
+
+
+def open_clip_of_rows(image: RowStats, text: RowStats) -> jax.Array:
+    """`open_clip_distillation` from the statistics of each image and of each text, (B,), of student and teacher."""
+    image_to_text, text_to_image = (weighted_mean(rows.soft["teacher"]["student"], rows.mask) for rows in (image, text))
+    return (image_to_text + text_to_image) / 2
+
+
+def affinity_of_rows(image: RowStats, text: RowStats) -> jax.Array:
+    """`affinity_mimicking` from the statistics of each image and of each text, (B,), of student and teacher."""
+    return 2 * open_clip_of_rows(image, text)

@@ -1,7 +1,7 @@
 """The registry of losses: for each name the function and the inputs that it needs.
 
-To add a loss, write its function in a file of this folder and add its line to `LOSSES`. `config.loss.<name>` is then
-its weight. The inputs that it needs are computed only if the weight is not 0.
+`config.loss.<name>` is the weight of a loss. The inputs that it needs are computed only if the weight is not 0.
+Plug-ins add losses by `tclip_jax.plugins.loss`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tclip_jax.losses.contrastive import info_nce, sigmoid_loss
-from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
+from tclip_jax.losses.contrastive import info_nce_of_rows, sigmoid_of_rows
+from tclip_jax.losses.distillation import (
+    affinity_of_rows,
+    crd_of_rows,
+    feature_distillation,
+    kl_mix_of_rows,
+    open_clip_of_rows,
+)
 from tclip_jax.losses.features import hidden_matching, relation_matching
 from tclip_jax.losses.statistics import RowStats
+from tclip_jax.registry import Registry
 
 Need = Literal["affinities", "embeddings", "projection", "hidden", "qkv"]
 
@@ -30,7 +37,7 @@ class Inputs:
       student: the student's image and text embeddings (B, D).
       weight: (B,), 0 for a masked sample.
       options: `config.loss`; its keys other than the weights are options of the losses.
-      heads: learned parameters of the losses.
+      heads: learned parameters of the losses; those of a loss with `init_head` are at its name.
       compare: `statistics.compare_rows` with the masks and the ring of the batch.
       projected: the student's image and text embeddings (B, D'), projected to the teacher's width, for losses that need
         them.
@@ -79,12 +86,15 @@ class Loss:
         "projection" its embeddings and the student's projected to its width, "hidden" its hidden states, "qkv" its
         queries, keys and values.
       default: default weight.
+      init_head: (PRNG key, width of the student's embeddings, width of the teacher's embeddings or None) -> learned
+        parameters of the loss, a pytree of float32 arrays, which it finds in `Inputs.heads[name]`. None: it has none.
     """
 
     function: Callable[[Any], Any]
     doc: str
     needs: tuple[Need, ...] = ()
     default: float = 0.0
+    init_head: Callable[[jax.Array, int, int | None], Any] | None = None
 
     @property
     def of_layers(self) -> bool:
@@ -93,13 +103,13 @@ class Loss:
 
 
 def _task(x: Inputs) -> jax.Array:
-    return sigmoid_loss(x.rows[0]) if x.options.sigmoid else info_nce(*x.rows)
+    return sigmoid_of_rows(x.rows[0]) if x.options.sigmoid else info_nce_of_rows(*x.rows)
 
 
 def _icl(x: Inputs) -> jax.Array:
     (image, text), (their_image, their_text) = _both(x)
     scale = x.heads["icl_scale"]
-    return info_nce(x.compare(image, their_text, scale), x.compare(text, their_image, scale))
+    return info_nce_of_rows(x.compare(image, their_text, scale), x.compare(text, their_image, scale))
 
 
 def _fd(x: Inputs) -> jax.Array:
@@ -123,28 +133,31 @@ def _relations(x: LayerInputs) -> list[jax.Array]:
     return [relation_matching(ours, theirs, x.options.relation_heads, x.valid) for ours, theirs in pairs]
 
 
-LOSSES: dict[str, Loss] = {
-    "hidden": Loss(_hidden, "distance to the teacher's hidden states, by a learned projection", ("hidden",)),
-    "relations": Loss(
-        _relations, "KL to the teacher's relations of queries, of keys and of values (MiniLM, BitDistill)", ("qkv",)
-    ),
-    "task": Loss(_task, "contrastive, between the student's images and texts", default=1.0),
-    "crd": Loss(
-        lambda x: crd(*x.rows),
-        "KL to the teacher's image-text similarities (CLIP-KD, arXiv 2307.12732)",
-        ("affinities",),
-    ),
-    "open_clip": Loss(lambda x: open_clip_distillation(*x.rows), "open_clip's DistillClipLoss", ("affinities",)),
-    "affinity": Loss(lambda x: affinity_mimicking(*x.rows), "TinyCLIP's affinity mimicking", ("affinities",)),
-    "kl": Loss(
-        lambda x: kl_mix(x.rows[0], x.rows[1], x.options.kl_reverse),
-        "as crd, mixed with the reverse KL (kl_reverse)",
-        ("affinities",),
-    ),
-    "icl": Loss(_icl, "contrastive, between student's and teacher's embeddings (CLIP-KD)", ("projection",)),
-    "fd": Loss(
-        _fd,
-        "distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse",
-        ("projection",),
-    ),
-}
+LOSSES: Registry[Loss] = Registry(
+    "loss",
+    {
+        "hidden": Loss(_hidden, "distance to the teacher's hidden states, by a learned projection", ("hidden",)),
+        "relations": Loss(
+            _relations, "KL to the teacher's relations of queries, of keys and of values (MiniLM, BitDistill)", ("qkv",)
+        ),
+        "task": Loss(_task, "contrastive, between the student's images and texts", default=1.0),
+        "crd": Loss(
+            lambda x: crd_of_rows(*x.rows),
+            "KL to the teacher's image-text similarities (CLIP-KD, arXiv 2307.12732)",
+            ("affinities",),
+        ),
+        "open_clip": Loss(lambda x: open_clip_of_rows(*x.rows), "open_clip's DistillClipLoss", ("affinities",)),
+        "affinity": Loss(lambda x: affinity_of_rows(*x.rows), "TinyCLIP's affinity mimicking", ("affinities",)),
+        "kl": Loss(
+            lambda x: kl_mix_of_rows(x.rows[0], x.rows[1], x.options.kl_reverse),
+            "as crd, mixed with the reverse KL (kl_reverse)",
+            ("affinities",),
+        ),
+        "icl": Loss(_icl, "contrastive, between student's and teacher's embeddings (CLIP-KD)", ("projection",)),
+        "fd": Loss(
+            _fd,
+            "distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse",
+            ("projection",),
+        ),
+    },
+)

@@ -88,9 +88,9 @@ class CLIPConfig:
       quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
     """
 
-    embed_dim: int
-    vision: VisionConfig
-    text: TextConfig
+    embed_dim: int = key(doc="width of the embeddings that images and texts share")
+    vision: VisionConfig = key(doc="the vision transformer")
+    text: TextConfig = key(doc="the text transformer")
     quick_gelu: bool = key(False, "x · sigmoid(1.702 x) instead of GELU (erf)")
 
     @classmethod

@@ -55,11 +55,13 @@ def blend_params(params: Any, rules: TernaryRules, share: jax.Array) -> Any:
 
 
 Initializer = nn.initializers.Initializer
+# The collection of Flax's `rngs` for quantizers that draw random numbers.
+QUANTIZER_RNG = "quantizer"
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("weight", "alpha", "share"),
+    data_fields=("weight", "alpha", "share", "key"),
     meta_fields=("size", "quantizer", "axis", "placement"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,10 @@ class Latent:
       size: number of weights of the whole matrix.
       quantizer: None if the weight stays float.
       axis: the input axis, −2 or −1.
-      alpha: the learned scale of the kinds lsq and seq, or None.
+      alpha: the learned scale of the kinds that have one, or None.
       share: the quantization blend λ; None for 1.
       placement: shardings of the matrix; None if it is not sharded.
+      key: PRNG key of a quantizer that draws random numbers; None makes it deterministic.
     """
 
     weight: jax.Array
@@ -83,14 +86,17 @@ class Latent:
     alpha: jax.Array | None = None
     share: jax.Array | None = None
     placement: Placement | None = None
+    key: jax.Array | None = None
 
     def rows(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Look up rows of a table, quantized, in `dtype`.
 
-        Only these rows are quantized, unless the table is sharded or has one scale.
+        Only these rows are quantized, unless the table is sharded, has one scale, or is quantized with noise, which is
+        the same for each use of a row.
         """
-        whole = self.quantizer is not None and self.quantizer.group == "tensor"
-        if self.placement and not (whole or self.alpha is not None or self.share is not None):
+        whole = self.quantizer is not None and (self.quantizer.group == "tensor" or self.key is not None)
+        plain = self.quantizer is None or self.quantizer.rule.gradient is None
+        if self.placement and plain and not whole and self.share is None:
             return look_up(self.weight, index, self.quantizer, self.placement, jnp.dtype(dtype))
         if self.placement or whole:
             return self.quantized(jnp.float32)[index].astype(dtype)
@@ -103,14 +109,14 @@ class Latent:
         Float weights that move between devices are rounded to `dtype`. The gradient is float32, also where it is summed
         over devices.
         """
-        if self.quantizer is None:
-            weight = self.weight
-        elif self.share is None:
-            arguments = (self.weight, self.quantizer, self.axis, self.alpha, self.size)
-            return fake_quantize(*arguments, jnp.float32, self.placement)
-        else:
-            quantized = fake_quantize(self.weight, self.quantizer, self.axis, self.alpha, self.size)
-            weight = self.share * quantized + (1 - self.share) * self.weight
+        weight = self.weight
+        if self.quantizer is not None:
+            quantize = functools.partial(
+                fake_quantize, self.weight, self.quantizer, self.axis, self.alpha, self.size, key=self.key
+            )
+            if self.share is None:
+                return quantize(dtype=jnp.float32, placement=self.placement)
+            weight = self.share * quantize() + (1 - self.share) * self.weight
         return gather_float(weight, self.placement, jnp.dtype(dtype)) if self.placement else weight
 
 
@@ -139,7 +145,10 @@ def find_weight(
     weight, quantizer, axis = value.reshape(matrix_shape(shape)), find_quantizer(path, rules), input_axis(path)
     alpha = module.get_variable("params", f"{name}_scale") if quantizer and quantizer.learned else None
     specs = matrix_specs(path, weight.shape)
-    return Latent(weight, weight.size, quantizer, axis, alpha, share, specs and Placement(*specs))
+    placement, key = specs and Placement(*specs), None
+    if quantizer and quantizer.rule.random and module.has_rng(QUANTIZER_RNG):
+        key = module.make_rng(QUANTIZER_RNG)
+    return Latent(weight, weight.size, quantizer, axis, alpha, share, placement, key)
 
 
 def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts: int = 1) -> jax.Array:

@@ -17,7 +17,13 @@ _MODULES = {"hidden": "blocks", "qkv": "qkv"}
 
 
 def apply_with_states(
-    model: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array, towers: Collection[str], kinds: Collection[str]
+    model: CLIP,
+    params: Any,
+    pixels: jax.Array,
+    tokens: jax.Array,
+    towers: Collection[str],
+    kinds: Collection[str],
+    rngs: dict[str, jax.Array] | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], States]:
     """Apply a model and return the states of all layers of the given towers.
 
@@ -28,6 +34,7 @@ def apply_with_states(
       tokens: int32 tokens (B, T).
       towers: any of "image" and "text".
       kinds: any of "hidden", the residual stream after each block, and "qkv", the fused queries, keys and values.
+      rngs: PRNG keys, as `flax.linen.Module.apply` takes them.
 
     Returns:
       The outputs of the model, and for each tower and kind the states of its layers: "hidden" (L, B, T, D) and "qkv"
@@ -35,7 +42,7 @@ def apply_with_states(
     """
     wanted = {_MODULES[kind]: kind for kind in kinds}
     with nn.intercept_methods(functools.partial(_record, wanted, tuple(towers))):
-        outputs, recorded = model.apply({"params": params}, pixels, tokens, mutable=["taps"])
+        outputs, recorded = model.apply({"params": params}, pixels, tokens, mutable=["taps"], rngs=rngs)
     states: States = {}
     for tower, activations in recorded.get("taps", {}).items():
         blocks = activations["blocks"]

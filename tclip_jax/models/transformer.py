@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.layers import Dense, attend, gelu, layer_norm
+from tclip_jax.models.layers import QUANTIZER_RNG, Dense, attend, gelu, layer_norm
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import constrain_batch
 
@@ -146,7 +146,10 @@ def scan_blocks(
     body = nn.remat(Block, prevent_cse=False) if remat else Block
     # Collections for `tclip_jax.numerics`, which records "taps" and substitutes "reference"; otherwise empty.
     scanned = nn.scan(
-        body, variable_axes={"params": 0, "taps": 0, "reference": 0}, split_rngs={"params": True}, length=layers
+        body,
+        variable_axes={"params": 0, "taps": 0, "reference": 0},
+        split_rngs={"params": True, QUANTIZER_RNG: True},
+        length=layers,
     )
     # Without a name, that of the wrappers (ScanCheckpointBlock_0) would be in the parameter paths.
     blocks = scanned(heads, layers, mlp_ratio, layer_scale, causal, quick_gelu, rules, dtype, name="blocks")

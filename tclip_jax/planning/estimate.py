@@ -148,21 +148,25 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
     mesh: Any = abstract_mesh(topology.devices, run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     check_batch(run, mesh)
     build = Build(run, mesh, find_teacher(run, teacher_preset))
-    arguments = argument_bytes(build)
-    temporaries = _temporaries(build)
+    memory = formula_memory(build)
     collectives = tuple(sorted(_collectives(build), key=lambda each: -each.sent_bytes))
     return StepFacts(
         how="by formula",
         mesh=dict(mesh.shape),
-        memory=Memory(**arguments, padding=0, temporaries=temporaries, outputs=0, program=0),
+        memory=memory,
         peak=0,
         # The step reads and writes the state; it writes each activation once and reads it twice.
-        traffic=2 * (arguments["parameters"] + arguments["optimizer"] + arguments["average"]) + _activations(build),
+        traffic=2 * (memory.parameters + memory.optimizer + memory.average) + _activations(build),
         collectives=collectives,
         moving_activations=(),
         links={},
         seconds=0.0,
     )
+
+
+def formula_memory(build: Build) -> Memory:
+    """Estimate the memory of a step on each device: exact for its inputs, by formula for activations and gradients."""
+    return Memory(**argument_bytes(build), padding=0, temporaries=_temporaries(build), outputs=0, program=0)
 
 
 def _rows(build: Build) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ml_collections
 from etils import epath
@@ -15,12 +14,14 @@ from etils import epath
 from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.prompts import get_templates
+from tclip_jax.data.sources import source_specs
 from tclip_jax.losses.registry import LOSSES, Need
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.layers import check_tensor
 from tclip_jax.models.presets import model_cfg, preprocess_cfg
 from tclip_jax.models.ternary_rules import TernaryRules, ternary_rules
 from tclip_jax.runs.checkpoints import CheckpointConfig
+from tclip_jax.runs.checks import REGISTRIES, check_plugin, check_run
+from tclip_jax.runs.record import last_record
 from tclip_jax.schema import MOST, check_keys, defaults, from_mapping, key
 from tclip_jax.ternary import Quantizer
 
@@ -36,7 +37,9 @@ class DataConfig:
     templates: str | tuple[str, ...] = key(
         "", "captions for class names: a set of prompts, or a list with {c}; empty: the data set's prompts, or `simple`"
     )
-    augment: str = key("none", f"augmentation: one of {', '.join(AUGMENTATIONS)}")
+    augment: str = key(
+        "none", "augmentation: none, affine, random_resized_crop, wide_crop, strong, or the name of a plug-in"
+    )
     batch_size: int = key(128, "global batch size in images, over all devices", ge=1, le=MOST)
     microbatches: int = key(1, "parts of a batch, to save memory; the loss is the whole batch's", ge=1, le=MOST)
     workers: int = key(0, "processes that prepare batches; 0: threads", ge=0, le=1024)
@@ -47,30 +50,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _as_tuples(self, "templates")
-        check_keys([self.augment], AUGMENTATIONS, "config.data.augment")
+        AUGMENTATIONS.find(self.augment, "config.data.augment")
         if self.templates:
             get_templates(self.templates)
 
 
-if TYPE_CHECKING:
+@dataclasses.dataclass(frozen=True, init=False)
+class LossConfig:
+    """The weight of each loss, and options of the losses. All losses but `task` need a teacher.
 
-    class _LossWeights:
-        """A float field for each of `LOSSES`."""
+    Args:
+      values: weights by the names in `LOSSES`, and options.
 
-        def __getattr__(self, name: str) -> float: ...
+    Attributes:
+      weights: the losses whose weight is not 0, and their weights.
+    """
 
-else:
-    _LossWeights = dataclasses.make_dataclass(
-        "_LossWeights",
-        [(name, float, key(loss.default, f"weight: {loss.doc}", ge=0)) for name, loss in LOSSES.items()],
-        frozen=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig(_LossWeights):
-    """The weight of each loss, and options of the losses. All losses but `task` need a teacher."""
-
+    weights: dict[str, float] = dataclasses.field(repr=False, hash=False)
     task_kind: Literal["info_nce", "sigmoid"] = key("info_nce", "sigmoid: SigLIP's loss, with a learned bias from −10")
     fd_kind: Literal["mse", "cosine"] = key("mse", "distance of fd")
     kl_reverse: float = key(0.5, "weight of KL(student ‖ teacher) in kl; the rest is KL(teacher ‖ student)", ge=0, le=1)
@@ -86,16 +82,22 @@ class LossConfig(_LossWeights):
     distributed: Literal["gather", "ring"] = key("gather", "all-gather embeddings, or pass them around a ring")
     ring_chunk: int = key(1024, "ring: remote embeddings that a device compares at a time", ge=1, le=MOST)
 
-    def __post_init__(self) -> None:
+    @staticmethod
+    def more_keys() -> type:
+        """Return a declaration of the weights, which depends on the registered losses."""
+        weights = {name: key(loss.default, f"weight: {loss.doc}", ge=0) for name, loss in LOSSES.items()}
+        return dataclasses.make_dataclass("Weights", [(name, float, each) for name, each in weights.items()])
+
+    def __init__(self, **values: Any) -> None:
+        check_keys(values, keys := defaults(LossConfig), "config.loss")
+        values = keys | values
+        weights = {name: values.pop(name) for name in LOSSES}
+        for name, value in {**values, "weights": {name: each for name, each in weights.items() if each}}.items():
+            object.__setattr__(self, name, value)
         _as_tuples(self, "layers", "towers")
         check_keys(self.towers, ("image", "text"), "config.loss.towers")
         if not self.weights:
             raise ValueError("config.loss: all weights are 0: set at least one above 0")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The losses whose weight is not 0, and their weights."""
-        return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
 
     def needs(self, need: Need) -> bool:
         """Whether a loss whose weight is not 0 has this need."""
@@ -110,7 +112,7 @@ class LossConfig(_LossWeights):
     @property
     def sigmoid(self) -> bool:
         """Whether the student's logits have a bias, as in SigLIP."""
-        return bool(self.task) and self.task_kind == "sigmoid"
+        return "task" in self.weights and self.task_kind == "sigmoid"
 
     @property
     def needs_teacher(self) -> tuple[str, ...]:
@@ -252,6 +254,18 @@ class RunConfig:
             self.quantizer,
         )
 
+    @property
+    def plugins(self) -> dict[str, dict[str, str]]:
+        """The plug-ins that the run uses, as {"loss gap": {"file": its file, "sha256": that of the file}}."""
+        used = {
+            "quantizer": [quantizer.kind for _, quantizer in self.rules],
+            "loss": [*self.loss.weights],
+            "augmentation": [self.data.augment],
+            "source": [spec.partition(":")[0] for spec in source_specs(self.data.source)],
+        }
+        named = {f"{what} {name}": REGISTRIES[what].plugin(name) for what, names in used.items() for name in names}
+        return {name: plugin for name, plugin in named.items() if plugin}
+
 
 def base_config() -> ml_collections.ConfigDict:
     """Return every key with its default; recipes start from it."""
@@ -284,7 +298,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
         "evals": tuple(from_mapping(EvalConfig, each, f"config.evals[{i}]") for i, each in enumerate(evals)),
     }
     run = from_mapping(RunConfig, values | converted, "config")
-    _check_contradictions(run)
+    check_run(run)
     return run
 
 
@@ -299,7 +313,10 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected the workdir of `tclip train`, or an artifact")
     try:
-        return run_config(ml_collections.ConfigDict(json.loads(path.read_text())))
+        values = json.loads(path.read_text())
+        for name, plugin in (last_record(workdir).get("plugins") or {}).items():
+            check_plugin(name, plugin)
+        return run_config(ml_collections.ConfigDict(values))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     except ValueError as error:
@@ -317,62 +334,3 @@ def _ternary_pairs(value: Any) -> str | tuple[Any, ...]:
     if not valid:
         raise ValueError(f"config.ternary is {value!r}: it must be a name, or a list of (regex, {{changed keys}})")
     return tuple((pattern, dict(changes)) for pattern, changes in value)
-
-
-def _check_contradictions(run: RunConfig) -> None:
-    """Raise ValueError for values that are valid alone but contradict each other."""
-    check_tensor(run.model, run.rules, max(run.mesh.tensor, 1))
-    trace = run.profile_steps
-    if trace and not (len(trace) == 2 and trace[0] <= trace[1] <= run.steps):
-        raise ValueError(f"config.profile_steps is {trace}: it must be (first, last), first <= last <= steps")
-    if run.data.batch_size % run.data.microbatches:
-        raise ValueError(
-            f"config.data.batch_size {run.data.batch_size} is not divisible by"
-            f" config.data.microbatches {run.data.microbatches}"
-        )
-    if run.init and run.inherit:
-        raise ValueError("config.init and config.inherit both set the initial weights: leave one of them empty")
-    names = [each.name for each in run.evals]
-    if len({*names, ""}) <= len(names):
-        raise ValueError(
-            f"config.evals has the names {names}: each evaluation needs a different name that is not empty"
-        )
-    if not all(each.source for each in run.evals):
-        raise ValueError("config.evals: each evaluation needs a source")
-    if run.optimizer.warmup_steps >= run.steps:
-        raise ValueError(
-            f"config.optimizer.warmup_steps {run.optimizer.warmup_steps} is not below config.steps {run.steps}"
-        )
-    if run.optimizer.recovery_learning_rate > run.optimizer.learning_rate:
-        raise ValueError(
-            f"config.optimizer.recovery_learning_rate {run.optimizer.recovery_learning_rate} is above"
-            f" config.optimizer.learning_rate {run.optimizer.learning_rate}"
-        )
-    if run.preprocess.size != run.model.vision.image_size:
-        raise ValueError(
-            f"config.preprocess.size {run.preprocess.size} is not the model's image size {run.model.vision.image_size}"
-        )
-    for name, count in (
-        ("ternary_warmup_steps", run.ternary_warmup_steps),
-        ("optimizer.recovery_steps", run.optimizer.recovery_steps + run.optimizer.warmup_steps),
-    ):
-        if count >= run.steps:
-            raise ValueError(f"config.{name} (with the warmup) {count} is not below config.steps {run.steps}")
-    for pattern, _ in run.optimizer.groups:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"config.optimizer.groups {pattern!r} is not a regular expression: {error}") from None
-    if run.teacher and run.data.teacher_cache:
-        raise ValueError("config.teacher and config.data.teacher_cache are two teachers: set one of them")
-    if run.loss.needs_teacher and not (run.teacher or run.data.teacher_cache):
-        raise ValueError(
-            f"config.loss.{run.loss.needs_teacher[0]} needs a teacher: set config.teacher to a workdir or an artifact"
-        )
-    if run.loss.states and run.data.teacher_cache:
-        raise ValueError("config.loss.hidden and relations need a teacher in the step: a cache holds only embeddings")
-    for tower, depth in (("image", run.model.vision.layers), ("text", run.model.text.layers)):
-        if run.loss.states and tower in run.loss.towers:
-            for layer in run.loss.layers:
-                if not -depth <= layer < depth:
-                    raise ValueError(f"config.loss.layers has {layer}: the {tower} tower has {depth} layers")

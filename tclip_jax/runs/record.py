@@ -2,7 +2,7 @@
 
     history.jsonl   a line for the first start, and for each later start that changed something:
                     {"step": done before the start, "changed": {key: [old, new]}, "config": resolved, "data",
-                    "teacher", "init", "software"}
+                    "teacher", "init", "software", "plugins"}
 
 A refused start writes nothing. When a restart repeats steps, their lines are dropped.
 """
@@ -56,6 +56,11 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 def record_at(history: Iterable[Record], step: int) -> Record:
     """Return the record of the start that made `step`; {} if the history is empty."""
     return next((line for line in reversed(list(history)) if line["step"] < step or not line["step"]), {})
+
+
+def last_record(workdir: epath.PathLike) -> Record:
+    """Return the record of the latest start; {} without a history."""
+    return (read_history(workdir) or [{}])[-1]
 
 
 def changes(old: Any, new: Any, path: str = "") -> Changes:
@@ -121,6 +126,7 @@ def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False)
     Returns:
       A mapping with "step"; "average", if the weights are the moving average; "data" ("source", "split", "samples",
       "content"); "teacher" and "init", if there are any ("source", "content", and for a run "step"); "software";
+      "plugins", if there are any ("file", "sha256");
       "changed", the changed keys by the step after which they changed; "metrics", the losses of the step. Values that
       an older version did not record are absent.
     """
@@ -130,7 +136,7 @@ def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False)
     named = {"data": {key: config["data"][key] for key in ("source", "split")}} if "data" in config else {}
     if config.get("teacher"):
         named["teacher"] = {"source": config["teacher"]}
-    known = {name: record[name] for name in ("data", "teacher", "init", "software") if record.get(name)}
+    known = {name: record[name] for name in ("data", "teacher", "init", "software", "plugins") if record.get(name)}
     changed = {str(line["step"]): line["changed"] for line in history if line["changed"]}
     losses = [line for line in _metrics(workdir, step) if "loss" in line]
     metrics = {name: value for line in losses for name, value in line.items() if name.startswith("loss")}

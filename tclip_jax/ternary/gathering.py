@@ -49,6 +49,7 @@ def gather_ternary(
     quantizer: Quantizer,
     axis: int,
     alpha: jax.Array | None,
+    key: jax.Array | None,
     placement: Placement,
     dtype: jax.typing.DTypeLike,
 ) -> TernaryTensor:
@@ -59,13 +60,14 @@ def gather_ternary(
       quantizer: as in `ternarize`.
       axis: as in `ternarize`.
       alpha: as in `ternarize`.
+      key: as in `ternarize`.
       placement: shardings of `w`.
       dtype: dtype of the scales. Scales of 8 significant bits are bfloat16 if that is not wider than `dtype`.
 
     Returns:
       The quantized weight, sharded as `placement.compute_spec`.
     """
-    packed, scale, group = _moved(w, quantizer, axis, alpha, placement, dtype)
+    packed, scale, group = _moved(w, quantizer, axis, alpha, key, placement, dtype)
     packed, scale = checkpoint_name((packed, scale), LEVELS)
     trits = _unpack(packed, w.shape[axis], axis, _shards(placement, axis))
     return TernaryTensor(trits, scale, group, axis)
@@ -108,7 +110,7 @@ def look_up(
     Args:
       table: latent weights (V, W).
       index: row numbers, integers (...).
-      quantizer: one whose scale is not learned; None leaves the rows float.
+      quantizer: one with a straight-through gradient and without noise; None leaves the rows float.
       placement: shardings of the table.
       dtype: dtype of the result.
 
@@ -117,7 +119,7 @@ def look_up(
     """
     if quantizer is None:
         return placement.place(table.astype(dtype))[index]
-    packed, scale, group = _moved(table, quantizer, -1, None, placement, dtype)
+    packed, scale, group = _moved(table, quantizer, -1, None, None, placement, dtype)
     trits = _unpack(packed[index], table.shape[-1], -1, 1)
     return TernaryTensor(trits, jnp.take(scale, index, axis=0, mode="clip"), group, -1).dequantize(dtype)
 
@@ -143,10 +145,16 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _moved(
-    w: jax.Array, quantizer: Quantizer, axis: int, alpha: jax.Array | None, placement: Placement, dtype: Any
+    w: jax.Array,
+    quantizer: Quantizer,
+    axis: int,
+    alpha: jax.Array | None,
+    key: jax.Array | None,
+    placement: Placement,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array, int]:
     """Packed trits and scales, sharded as `compute_spec`, and the group size."""
-    own = ternarize(_constrain(w, placement.param_spec), quantizer, axis, alpha)
+    own = ternarize(_constrain(w, placement.param_spec), quantizer, axis, alpha, key)
     narrow = jnp.bfloat16 if quantizer.scale_bits == 8 else jnp.float32
     scale = own.scale.astype(min(narrow, jnp.dtype(dtype), key=lambda each: jnp.dtype(each).itemsize))
     return placement.place(_pack(own.trits, axis, _shards(placement, axis))), placement.place(scale), own.group

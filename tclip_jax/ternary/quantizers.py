@@ -1,4 +1,4 @@
-"""Quantization of float weights to trits and scales: five kinds of quantizers behind one function.
+"""Quantization of float weights to trits and scales. The kinds of quantizers are in kinds.py and in plug-ins.
 
 Results are bit-identical under jit, eager execution, scan and sharding, and in NumPy. To that end sums have a fixed
 order, no result depends on how a division is rounded, and scales have few significant bits.
@@ -7,6 +7,7 @@ order, no result depends on how a division is rounded, and scales have few signi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,9 +15,45 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.schema import check_values, key
-from tclip_jax.ternary.sums import halving_sum, prefix_sums, quotient, split_groups
+from tclip_jax.registry import Registry
+from tclip_jax.schema import check_keys, check_values, key
+from tclip_jax.ternary.sums import halving_sum, split_groups
 from tclip_jax.ternary.tensor import TernaryTensor, check_floating, expand_scale
+
+LevelsRule = Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of quantizer, an entry of `QUANTIZERS`.
+
+    Attributes:
+      levels: (w, quantizer, axis) -> (raw scale, threshold). `w` is float (..., K, N). The raw scale is float32 in the
+        shape of `TernaryTensor.scale`: 0 or more, and 0 only for a group of zeros; `find_levels` rounds it to
+        `quantizer.scale_bits`. The threshold has the shape of the scale, or that of `w` for one per weight; None is
+        half the rounded scale. Groups are independent of each other.
+      gradient: (g, w, scale, threshold, quantizer, axis, size) -> gradient of `w`, in float32. `g` is the gradient of
+        ŵ; scale and threshold broadcast to `w`; `size` is the number of weights of the whole matrix. With
+        `initial_alpha` it returns a pair, the second being the gradient of α. None is the straight-through gradient g.
+      initial_alpha: (w, quantizer, axis) -> α, float32 in the shape of the scales, a learned parameter. `levels` then
+        gets it as keyword `alpha`, and its raw scale may have any sign.
+      random: `levels` gets a PRNG key as keyword `key`, another one for every weight and step; None in packing,
+        evaluation and snapshots, where the kind must be deterministic.
+      options: the options of the kind, by name, and their defaults; see `Quantizer.option`.
+    """
+
+    levels: LevelsRule
+    gradient: Callable[..., Any] | None = None
+    initial_alpha: Callable[[jax.Array, Quantizer, int], jax.Array] | None = None
+    random: bool = False
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.initial_alpha and not self.gradient:
+            raise ValueError("a kind of quantizer with a learned scale needs a gradient")
+
+
+QUANTIZERS: Registry[Kind] = Registry("quantizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +70,17 @@ class Quantizer:
     | lsq | s = α, learned, starts at 2 · m; Δ = s/2 | LSQ, arXiv 1902.08153 |
     | seq | s = 2/3 · α, α learned, starts at the largest magnitude; Δ = s/2 = α/3 | ParetoQ, arXiv 2502.02631 |
 
+    Plug-ins register other kinds, see `tclip_jax.plugins.quantizer`.
+
     Attributes:
       factor: k of kind "factor".
       group: number of consecutive weights along the input axis that share a scale; "channel" for one scale per output;
         "tensor" for one scale per matrix.
       scale_bits: significant bits of a scale. 8 bits are exact in float16, bfloat16 and float32, 11 bits in float16 and
         float32, 24 bits in float32.
-      kind: the rule for scale and threshold, see the table.
+      kind: the rule for scale and threshold, a name in `QUANTIZERS`. It is checked at its first use, because the record
+        of an artifact may name a kind of a plug-in that is not installed.
+      options: values of the options that the kind of a plug-in declares: a mapping or pairs, kept as sorted pairs.
 
     Raises:
       ValueError: a value is outside its range.
@@ -48,10 +89,34 @@ class Quantizer:
     factor: float = key(2.0, 'k of kind "factor": TernaryCLIP 2, BitNet b1.58 1', gt=0)
     group: int | Literal["channel", "tensor"] = key(256, "weights of the input axis that share a scale", ge=1)
     scale_bits: Literal[8, 11, 24] = key(8, "significant bits of a scale")
-    kind: Literal["factor", "twn", "least_squares", "lsq", "seq"] = key("factor", "rule for scale and threshold")
+    kind: str = key(
+        "factor", "rule for scale and threshold: factor, twn, least_squares, lsq, seq, or the name of a plug-in"
+    )
+    options: Mapping[str, float] | tuple[tuple[str, float], ...] = key(
+        (), "values of the options that a plug-in's kind declares, by name", written={}
+    )
 
     def __post_init__(self) -> None:
         check_values(Quantizer, vars(self), "quantizer")
+        if not self.kind.isidentifier():
+            raise ValueError(f"quantizer.kind is {self.kind!r:.80}: it must be a name")
+        options = self.options.items() if isinstance(self.options, Mapping) else self.options
+        object.__setattr__(self, "options", tuple(sorted((name, value) for name, value in options)))
+
+    @property
+    def rule(self) -> Kind:
+        """The kind's entry in `QUANTIZERS`.
+
+        Raises:
+          ValueError: there is no such kind, or it has no such option.
+        """
+        rule = QUANTIZERS.find(self.kind, "quantizer.kind")
+        check_keys(dict(self.options), rule.options, f"quantizer.options of kind {self.kind}")
+        return rule
+
+    def option(self, name: str) -> float:
+        """Return the value of an option of the kind, or its default."""
+        return (dict(self.rule.options) | dict(self.options))[name]
 
     @property
     def smallest_scale(self) -> float:
@@ -64,12 +129,18 @@ class Quantizer:
     @property
     def learned(self) -> bool:
         """Whether the scale is computed from a learned parameter α instead of the weight."""
-        return self.kind in ("lsq", "seq")
+        return self.rule.initial_alpha is not None
 
     @property
     def description(self) -> str:
         """Short text for tables, such as "k=2 group=256" or "lsq group=channel"."""
-        return f"{f'k={self.factor:g}' if self.kind == 'factor' else self.kind} group={self.group}"
+        options = "".join(f" {name}={value:g}" for name, value in dict(self.options).items())
+        return f"{f'k={self.factor:g}' if self.kind == 'factor' else self.kind}{options} group={self.group}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as JSON, without `options` if there are none."""
+        values = dataclasses.asdict(self) | {"options": dict(self.options)}
+        return values if self.options else {name: value for name, value in values.items() if name != "options"}
 
 
 class Levels(NamedTuple):
@@ -77,7 +148,7 @@ class Levels(NamedTuple):
 
     Attributes:
       scale: s, float32 in the shape of `TernaryTensor.scale`.
-      threshold: Δ, float32 in the same shape.
+      threshold: Δ, float32 in the same shape, or in the shape of the weight.
       group: number of weights along the input axis that share them.
     """
 
@@ -85,59 +156,60 @@ class Levels(NamedTuple):
     threshold: jax.Array
     group: int
 
+    def expanded(self, length: int, axis: int) -> tuple[jax.Array, jax.Array]:
+        """Return scale and threshold broadcastable to a weight with `length` inputs along `axis`."""
+        scale = expand_scale(self.scale, self.group, length, axis)
+        if self.threshold.shape[axis] == length:
+            return scale, self.threshold
+        return scale, expand_scale(self.threshold, self.group, length, axis)
 
-def find_levels(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None) -> Levels:
+
+def find_levels(
+    w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None, key: jax.Array | None = None
+) -> Levels:
     """Compute the scale and the threshold of each group of weights.
 
     Args:
       w: floats (..., K, N).
       quantizer: kind, group size and significant bits.
       axis: the input axis, −1 or −2.
-      alpha: the learned α of the kinds lsq and seq, float32 in the shape of the scales.
+      alpha: the learned α of the kinds that learn their scale, float32 in the shape of the scales.
+      key: PRNG key of the kinds that draw random numbers; None makes them deterministic.
 
     Returns:
-      The levels. A scale that is not learned is +0 for a group of zeros, and NaN or infinity for a group with NaN or
-      infinity. All others are at least `quantizer.smallest_scale`.
+      The levels. A scale that is not learned is +0 for a group of zeros, and NaN or
+      infinity for a group with NaN or infinity. All others are at least `quantizer.smallest_scale`.
 
     Raises:
       TypeError: the weights are integers or bools.
-      ValueError: `alpha` is None and the kind learns its scale.
+      ValueError: the kind is unknown, `alpha` is None and the kind learns its scale, or a plug-in's scale or threshold
+        has another shape than it must have.
     """
     check_floating("the weight", w.dtype)
-    group = w.shape[axis] if isinstance(quantizer.group, str) else min(quantizer.group, w.shape[axis])
-    if quantizer.learned:
-        if alpha is None:
-            raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: pass alpha")
-        scale = alpha if quantizer.kind == "lsq" else alpha * jnp.float32(2 / 3)
-        scale = _rounded(scale, quantizer)
-        return Levels(scale, scale * 0.5, group)
-    magnitude = jnp.abs(w).astype(jnp.float32)
-    if quantizer.kind == "least_squares":
-        raw = _least_squares(magnitude, quantizer, group, axis)
-        scale = jnp.where(raw == 0, 0.0, _rounded(raw, quantizer))
-        return Levels(scale, scale * 0.5, group)
-    total, members = group_totals(magnitude, quantizer, axis), group_members(w.shape, quantizer, axis)
-    if quantizer.kind == "twn":
-        threshold = total * jnp.asarray(0.7 / members, jnp.float32)
-        kept = magnitude > expand_scale(threshold, group, w.shape[axis], axis)
-        count = group_totals(kept.astype(jnp.float32), quantizer, axis)
-        raw = quotient(group_totals(jnp.where(kept, magnitude, 0), quantizer, axis), jnp.maximum(count, 1))
-        raw = jnp.where(jnp.isfinite(total), raw, total)  # no weight is above a threshold of NaN or infinity
-        return Levels(jnp.where(total == 0, 0.0, _rounded(raw, quantizer)), threshold, group)
-    # k/n is one constant: under jit XLA would turn a division by n into a multiplication, which rounds differently.
-    raw = total * jnp.asarray(quantizer.factor / members, jnp.float32)
-    scale = jnp.where(total == 0, 0.0, _rounded(raw, quantizer))
-    return Levels(scale, scale * 0.5, group)
+    rule, group = quantizer.rule, group_size(w.shape, quantizer, axis)
+    if rule.initial_alpha and alpha is None:
+        raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: pass alpha")
+    inputs = {"alpha": alpha} if rule.initial_alpha else {}
+    scale, threshold = rule.levels(w, quantizer, axis, **inputs, **({"key": key} if rule.random else {}))
+    shape = scale_shape(w.shape, quantizer, axis)
+    if scale.shape != shape or (threshold is not None and threshold.shape not in (shape, w.shape)):
+        thresholds = None if threshold is None else threshold.shape
+        raise ValueError(
+            f"the quantizer {quantizer.kind} gives scales {scale.shape} and thresholds {thresholds} for a weight"
+            f" {w.shape}: scales must be {shape}, thresholds that or {w.shape}"
+        )
+    rounded = _rounded(scale.astype(jnp.float32), quantizer)
+    if not rule.initial_alpha:
+        rounded = jnp.where(scale == 0, 0.0, rounded)
+    return Levels(rounded, rounded * 0.5 if threshold is None else threshold.astype(jnp.float32), group)
 
 
 def initial_alpha(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Array:
     """Compute the initial value of the learned α: 2 · mean|w| for lsq, max|w| for seq.
 
-    The values are those of LSQ (arXiv 1902.08153) and ParetoQ (arXiv 2502.02631).
-
     Args:
       w: floats (..., K, N).
-      quantizer: of kind lsq or seq.
+      quantizer: of a kind that learns its scale.
       axis: the input axis, −1 or −2.
 
     Returns:
@@ -145,47 +217,72 @@ def initial_alpha(w: jax.Array, quantizer: Quantizer, axis: int = -2) -> jax.Arr
 
     Raises:
       TypeError: the weights are integers or bools.
+      ValueError: the kind is unknown, or does not learn its scale.
     """
     check_floating("the weight", w.dtype)
-    if quantizer.kind == "lsq":
-        return find_levels(w, Quantizer(2.0, quantizer.group, 24), axis).scale
-    magnitude = jnp.abs(w).astype(jnp.float32)
-    if quantizer.group == "tensor":
-        return magnitude.max(axis=(-1, -2), keepdims=True)
-    group = w.shape[axis] if quantizer.group == "channel" else min(quantizer.group, w.shape[axis])
-    return split_groups(magnitude, group, axis).max(axis=axis % w.ndim + 1)
+    initial = quantizer.rule.initial_alpha
+    if initial is None:
+        raise ValueError(f"the quantizer {quantizer.kind} has no learned scale")
+    return initial(w, quantizer, axis)
 
 
-def ternarize(w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None) -> TernaryTensor:
+def ternarize(
+    w: jax.Array, quantizer: Quantizer, axis: int = -2, alpha: jax.Array | None = None, key: jax.Array | None = None
+) -> TernaryTensor:
     """Quantize latent weights to trits and scales: t = sign(w) · (|w| > Δ), with s and Δ as in `Quantizer`.
 
     Args:
       w: floats (..., K, N); (V, W) for an embedding table.
       quantizer: kind, group size and significant bits.
       axis: the input axis: −2 for a kernel, −1 for an embedding table.
-      alpha: the learned α of the kinds lsq and seq, float32 in the shape of the scales.
+      alpha: the learned α of the kinds that learn their scale, float32 in the shape of the scales.
+      key: PRNG key of the kinds that draw random numbers; None makes them deterministic.
 
     Returns:
       Trits int8 in the shape of `w`, and float32 scales.
 
     Raises:
       TypeError: the weights are integers or bools.
-      ValueError: `alpha` is None and the kind learns its scale.
+      ValueError: as `find_levels`.
     """
-    scale, threshold, group = find_levels(w, quantizer, axis, alpha)
-    threshold = expand_scale(threshold, group, w.shape[axis], axis)
+    levels = find_levels(w, quantizer, axis, alpha, key)
+    _, threshold = levels.expanded(w.shape[axis], axis)
     w = w.astype(jnp.float32)
     trits = (w > threshold).astype(jnp.int8) - (w < -threshold).astype(jnp.int8)
-    return TernaryTensor(trits, scale, group, axis)
+    return TernaryTensor(trits, levels.scale, levels.group, axis)
+
+
+def group_size(shape: tuple[int, ...], quantizer: Quantizer, axis: int) -> int:
+    """Number of consecutive weights along the input axis that share a scale."""
+    return shape[axis] if isinstance(quantizer.group, str) else min(quantizer.group, shape[axis])
+
+
+def scale_shape(shape: tuple[int, ...], quantizer: Quantizer, axis: int) -> tuple[int, ...]:
+    """Shape of the scales of a weight with this shape."""
+    axis %= len(shape)
+    if quantizer.group == "tensor":
+        return (*shape[:-2], 1, 1)
+    return (*shape[:axis], -(-shape[axis] // group_size(shape, quantizer, axis)), *shape[axis + 1 :])
 
 
 def group_totals(x: jax.Array, quantizer: Quantizer, axis: int) -> jax.Array:
     """Sum `x` (..., K, N) over the weights that share a scale, in a fixed order, to the shape of the scales."""
     if quantizer.group == "tensor":
         return halving_sum(halving_sum(x, axis), -3 - axis)
-    group = x.shape[axis] if quantizer.group == "channel" else min(quantizer.group, x.shape[axis])
     along = axis % x.ndim + 1
-    return halving_sum(split_groups(x, group, axis), along).squeeze(along)
+    return halving_sum(split_groups(x, group_size(x.shape, quantizer, axis), axis), along).squeeze(along)
+
+
+def group_means(x: jax.Array, quantizer: Quantizer, axis: int, times: float = 1.0) -> jax.Array:
+    """`times` the mean of `x` (..., K, N), float32, over the weights that share a scale, to the shape of the scales.
+
+    The result is bit-identical under jit, scan and sharding. It is 0 only if the sum is 0: a tiny mean is raised to the
+    smallest normal float32.
+    """
+    total = group_totals(x, quantizer, axis)
+    # times/n is one constant: under jit XLA would turn a division by n into a multiplication, which rounds differently.
+    mean = total * jnp.asarray(times / group_members(x.shape, quantizer, axis), jnp.float32)
+    return jnp.where(total == 0, 0.0, jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
 
 
 def group_members(shape: tuple[int, ...], quantizer: Quantizer, axis: int) -> npt.NDArray[Any]:
@@ -193,7 +290,7 @@ def group_members(shape: tuple[int, ...], quantizer: Quantizer, axis: int) -> np
     length = shape[axis]
     if quantizer.group == "tensor":
         return np.array(length * shape[-3 - axis])
-    group = length if quantizer.group == "channel" else min(quantizer.group, length)
+    group = group_size(shape, quantizer, axis)
     own = np.minimum(group, length - group * np.arange(-(-length // group)))
     return np.expand_dims(own, -1) if axis == -2 else own
 
@@ -203,19 +300,3 @@ def _rounded(scale: jax.Array, quantizer: Quantizer) -> jax.Array:
         # XLA may remove a cast to a narrow dtype and back.
         scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=quantizer.scale_bits - 1)
     return jnp.maximum(scale, quantizer.smallest_scale)
-
-
-def _least_squares(magnitude: jax.Array, quantizer: Quantizer, group: int, axis: int) -> jax.Array:
-    """The scale with the least squared error: the mean of the j largest magnitudes of each group.
-
-    j maximises (sum of the j largest)² / j; the smallest j wins a tie.
-    """
-    if quantizer.group == "tensor":
-        x, along = magnitude.reshape(*magnitude.shape[:-2], 1, -1, 1), magnitude.ndim - 1
-    else:
-        x, along = split_groups(magnitude, group, axis), axis % magnitude.ndim + 1
-    sums = prefix_sums(jnp.flip(jnp.sort(x, axis=along), along), along)
-    counts = np.expand_dims(np.arange(1.0, x.shape[along] + 1), tuple(range(1, x.ndim - along)))
-    # Zeros that pad the last group are sorted last and do not increase a sum, so argmax does not select them.
-    best = jnp.argmax(sums * jnp.asarray(counts**-0.5, jnp.float32), axis=along, keepdims=True)
-    return jnp.take_along_axis(sums * jnp.asarray(1 / counts, jnp.float32), best, axis=along).squeeze(along)

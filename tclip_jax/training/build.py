@@ -131,6 +131,7 @@ class Build:
             self.run.optimizer.ema_decay,
             self.run.data.microbatches,
             functools.partial(stop_gradients, self.run.optimizer),
+            self.run.seed if any(quantizer.rule.random for _, quantizer in self.run.rules) else None,
         )
         return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
 

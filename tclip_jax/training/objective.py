@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from tclip_jax.data.images import normalize
-from tclip_jax.losses.contrastive import retrieval_accuracy
+from tclip_jax.losses.contrastive import accuracy_of_rows
 from tclip_jax.losses.registry import LOSSES, Inputs, LayerInputs, Need
 from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.layers import blend_params, normalize_embedding
+from tclip_jax.models.layers import QUANTIZER_RNG, blend_params, normalize_embedding
 from tclip_jax.models.taps import States, apply_with_states
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.runs.config import LossConfig
@@ -41,15 +41,18 @@ def init_heads(
     heads: dict[str, Any] = {}
     if loss.sigmoid:
         heads["sigmoid_bias"] = jnp.float32(-10)
-    if teacher is None:
+    width = teacher.embed_dim if isinstance(teacher, CLIPConfig) else teacher
+    for i, name in enumerate(loss.weights):
+        if init_head := LOSSES[name].init_head:
+            heads[name] = init_head(jax.random.fold_in(key, 16 + i), student.embed_dim, width)
+    if teacher is None or width is None:
         return heads
     if loss.needs("projection"):
-        width = teacher if isinstance(teacher, int) else teacher.embed_dim
         for name, each in zip(("image", "text"), jax.random.split(key), strict=True):
             heads[name] = _linear(each, student.embed_dim, width)
-    if loss.icl:
+    if "icl" in loss.weights:
         heads["icl_scale"] = jnp.float32(2.659)
-    if loss.hidden and not isinstance(teacher, int):
+    if "hidden" in loss.weights and not isinstance(teacher, int):
         widths = {
             "image": (student.vision.width, teacher.vision.width),
             "text": (student.text.width, teacher.text.width),
@@ -121,15 +124,18 @@ class Encoders:
     std: tuple[float, ...]
 
     def __call__(
-        self, params: Any, batch: Batch, loss: LossConfig | None = None
+        self, params: Any, batch: Batch, loss: LossConfig | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, States]:
-        """Return the embeddings (B, D) of a batch's uint8 images and tokens, and the states that `loss` compares."""
-        pixels = normalize(batch["image"], self.mean, self.std)
+        """Return the embeddings (B, D) of a batch's uint8 images and tokens, and the states that `loss` compares.
+
+        `key` is the PRNG key of quantizers that draw random numbers; None makes them deterministic.
+        """
+        pixels, rngs = normalize(batch["image"], self.mean, self.std), None if key is None else {QUANTIZER_RNG: key}
         if loss is None or not loss.states:
-            image, text, _ = self.model.apply({"params": params}, pixels, batch["tokens"])  # type: ignore[misc]
+            image, text, _ = self.model.apply({"params": params}, pixels, batch["tokens"], rngs=rngs)  # type: ignore[misc]
             return image, text, {}
         (image, text, _), states = apply_with_states(
-            self.model, params, pixels, batch["tokens"], loss.towers, loss.states
+            self.model, params, pixels, batch["tokens"], loss.towers, loss.states, rngs
         )
         return image, text, states
 
@@ -157,7 +163,13 @@ class Objective:
     config: LossConfig
 
     def encode(
-        self, params: Any, teacher_params: Any, batch: Batch, whole: Batch, quant_lambda: jax.Array | None = None
+        self,
+        params: Any,
+        teacher_params: Any,
+        batch: Batch,
+        whole: Batch,
+        quant_lambda: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[Embeddings, Metrics]:
         """Return the embeddings of some rows, and their part of the losses of hidden states.
 
@@ -167,11 +179,12 @@ class Objective:
           batch: some rows of `whole`, or all.
           whole: the batch.
           quant_lambda: the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
+          key: PRNG key of the student's quantizers that draw random numbers.
         """
         clip = params["clip"]
         if quant_lambda is not None:
             clip = blend_params(clip, self.student.model.rules, quant_lambda)
-        image, text, states = self.student(clip, batch, self.config)
+        image, text, states = self.student(clip, batch, self.config, key)
         if self.teacher is None:
             return Embeddings(image, text), {}
         if not isinstance(self.teacher, Encoders):
@@ -215,7 +228,7 @@ class Objective:
                 losses[name] = LOSSES[name].function(inputs)
         total = sum((config.weights[name] * value for name, value in losses.items()), jnp.float32(0))
         metrics = {"loss": total, **{f"loss/{name}": value for name, value in losses.items()}}
-        return total, metrics | {"batch_accuracy": retrieval_accuracy(rows[0])}
+        return total, metrics | {"batch_accuracy": accuracy_of_rows(rows[0])}
 
 
 def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) -> None:
@@ -237,7 +250,7 @@ def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) ->
         )
     for name, model in (("student", student), ("teacher", teacher)):
         for tower, width in (("image", model.vision.width), ("text", model.text.width)):
-            if loss.relations and tower in loss.towers and width % loss.relation_heads:
+            if "relations" in loss.weights and tower in loss.towers and width % loss.relation_heads:
                 raise ValueError(
                     f"config.loss.relation_heads is {loss.relation_heads}: it must divide {width}, the width of the"
                     f" {name}'s {tower} tower"

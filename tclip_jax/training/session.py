@@ -105,7 +105,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     first = max(whole, default=0)
     start, init_origin = start_params(run, mesh) if not first else (None, None)
     data_origin = {"source": run.data.source, "split": run.data.split, **described(source)}
-    resume = Resume(config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin)
+    resume = Resume(
+        config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin, plugins=run.plugins
+    )
     if first:
         changed = in_words(resume.changed, ("loss", "optimizer", "teacher", "data.teacher_cache"))
         with jax.set_mesh(mesh):

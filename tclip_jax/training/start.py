@@ -122,7 +122,7 @@ _FIXED = ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inher
 # Keys that do not change the weights, except by rounding of sums in another order.
 _FREE = (
     *("mesh.", "checkpoint.", "eval.", "evals", "remat", "telemetry_every", "log_every", "max_skipped_steps"),
-    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "software."),
+    *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "software.", "plugins."),
     *("data.workers", "data.microbatches", "data.max_bad_share"),
 )
 _PATHS = ("teacher.source", "data.source", "data.teacher_cache")  # their contents are compared instead
@@ -140,6 +140,7 @@ class Resume:
       data: {"source", "split", "samples", "content"} of the training data.
       teacher: {"source", "content", …} of the teacher, or None.
       init: {"source", "content", …} of the initial weights, or None.
+      plugins: the plug-ins of the run, as `RunConfig.plugins`.
 
     Attributes:
       changed: the changed keys, as {key: [old, new]}.
@@ -158,11 +159,13 @@ class Resume:
         data: dict[str, Any],
         teacher: dict[str, Any] | None,
         init: dict[str, Any] | None,
+        plugins: dict[str, dict[str, str]] | None = None,
     ) -> None:
         self._workdir, self._step = epath.Path(workdir), step
         resolved = json.loads(config.to_json())
         self._record: Record = {
-            "config": resolved, "data": data, "teacher": teacher, "init": init, "software": software()
+            "config": resolved, "data": data, "teacher": teacher, "init": init, "software": software(),
+            "plugins": plugins or {},
         }  # fmt: skip
         self.changed: Changes = decided(lambda: self._compare(resolved))
 
@@ -186,7 +189,7 @@ class Resume:
             return {}
         if self._record["init"] is None:
             self._record["init"] = previous.get("init")
-        parts = {name: previous.get(name) for name in ("data", "teacher", "software") if previous.get(name)}
+        parts = {name: previous.get(name) for name in ("data", "teacher", "software", "plugins") if previous.get(name)}
         changed = changes(_merged(before, parts), _merged(resolved, self._record))
         steps = resolved["steps"]
         if self._step > steps:
@@ -207,7 +210,7 @@ class Resume:
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration with the defaults of keys that did not exist when it was written."""
     base = json.loads(base_config().to_json())
-    whole = ("model", "preprocess", "quantizer")
+    whole = ("model", "preprocess")
     return {
         key: {**default, **config.get(key, {})}
         if isinstance(default, dict) and key not in whole
@@ -220,4 +223,10 @@ def _merged(config: dict[str, Any], record: Record) -> dict[str, Any]:
     """Return the configuration and the record as one mapping, with both under `data` and `teacher`."""
     data = {**config["data"], **{key: each for key, each in (record.get("data") or {}).items() if key != "source"}}
     teacher = {"source": config["teacher"], "content": (record.get("teacher") or {}).get("content")}
-    return {**config, "data": data, "teacher": teacher, "software": record.get("software") or {}}
+    return {
+        **config,
+        "data": data,
+        "teacher": teacher,
+        "software": record.get("software") or {},
+        "plugins": record.get("plugins") or {},
+    }

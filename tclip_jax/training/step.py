@@ -31,6 +31,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     microbatches: int = 1,
     freeze: Callable[[Any], Any] = lambda params: params,
+    noise_seed: int | None = None,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Return the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
@@ -46,14 +47,16 @@ def make_train_step(
       ema_decay: decay of the moving average, if the state has one.
       microbatches: parts into which a batch is split to save memory; the result does not depend on it.
       freeze: returns its argument, the parameters, with the gradients of frozen ones stopped.
+      noise_seed: random seed of quantizers that draw random numbers, other ones in each step; None if there are none.
     """
 
     objective = Objective(student, teacher, loss)
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
         quant_lambda = blend(state.step) if blend else None
+        noise = None if noise_seed is None else jax.random.fold_in(jax.random.key(noise_seed), state.step)
         gradients, metrics = gradient_in_parts(
-            lambda params, rows: objective.encode(freeze(params), teacher_params, rows, batch, quant_lambda),
+            lambda params, rows: objective.encode(freeze(params), teacher_params, rows, batch, quant_lambda, noise),
             lambda params, embeddings, of_layers: objective.loss(
                 freeze(params), teacher_params, batch, embeddings, of_layers
             ),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from tclip_jax import keys
 from tclip_jax.data import prompts
-from tclip_jax.data.augment import DRAWS
+from tclip_jax.data.augment import AUGMENTATIONS, DRAWS
 from tclip_jax.data.embedding_store import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import Source, described, open_source
@@ -116,6 +116,7 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
     return keys.recipe(
         augment=run.data.augment,
         draws=DRAWS,
+        **({"augment_plugin": plugin} if (plugin := AUGMENTATIONS.plugin(run.data.augment)) else {}),
         context_length=run.model.text.context_length,
         **{name: pixels[name] for name in ("size", "interpolation", "resize_mode")},
         **opened,

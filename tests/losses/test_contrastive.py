@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tclip_jax.losses import contrastive
+from tclip_jax import losses
+from tclip_jax.losses.contrastive import sigmoid_of_rows
 from tclip_jax.losses.ring import Operand, positives_of
-from tclip_jax.losses.statistics import compare, compare_rows, masked_rows
+from tclip_jax.losses.statistics import compare_rows, masked_rows
 
 BATCH, WIDTH = 8, 6
 BIAS = -10.0
@@ -51,24 +52,14 @@ def sigmoid_loss_float64(image: np.ndarray, text: np.ndarray, scale: float, posi
     return np.logaddexp(0, -np.where(positives, logits, -logits)).sum() / len(image)
 
 
-def info_nce(image: Any, text: Any, scale: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
-    return contrastive.info_nce(*compare(image, text, scale, tokens=tokens, weight=weight))
-
-
-def sigmoid_loss(
-    image: Any, text: Any, scale: Any, bias: Any = BIAS, tokens: Any = None, weight: Any = None
-) -> jax.Array:
-    return contrastive.sigmoid_loss(compare_rows(image, text, scale, tokens=tokens, weight=weight, bias=bias))
-
-
-def retrieval_accuracy(image: Any, text: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
-    return contrastive.retrieval_accuracy(compare_rows(image, text, 1.0, tokens=tokens, weight=weight))
+def sigmoid_loss(image: Any, text: Any, scale: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
+    return losses.sigmoid_loss(image, text, scale, BIAS, tokens=tokens, weight=weight)
 
 
 Loss = Callable[..., jax.Array]
 Oracle = Callable[..., float]
 LOSSES: dict[str, tuple[Loss, Oracle]] = {
-    "info_nce": (jax.jit(info_nce), info_nce_float64),
+    "info_nce": (jax.jit(losses.info_nce), info_nce_float64),
     "sigmoid_loss": (jax.jit(sigmoid_loss), sigmoid_loss_float64),
 }
 
@@ -79,7 +70,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[jax.Array, tuple[jax.
 
 
 every_loss = pytest.mark.parametrize("loss, oracle", LOSSES.values(), ids=LOSSES)
-retrieval = jax.jit(retrieval_accuracy)
+retrieval = jax.jit(losses.retrieval_accuracy)
 pairs = jax.jit(positives_of)
 
 
@@ -180,7 +171,7 @@ def test_token_rows_of_other_lengths_are_not_compared() -> None:
 
 def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="needs statistics with a bias"):
-        sigmoid_loss(unit_vectors(0), unit_vectors(1), 1.0, bias=None)
+        sigmoid_of_rows(compare_rows(unit_vectors(0), unit_vectors(1), 1.0))
 
 
 def test_masked_rows_are_zeros_in_float32() -> None:
@@ -190,8 +181,8 @@ def test_masked_rows_are_zeros_in_float32() -> None:
 
 def test_repeated_captions_count_as_found() -> None:
     image, text = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[[1, 0, 2, 3]]
-    assert retrieval_accuracy(image, text) == 0.5
-    assert retrieval_accuracy(image, text, np.array([[9], [9], [1], [2]])) == 1.0
+    assert losses.retrieval_accuracy(image, text) == 0.5
+    assert losses.retrieval_accuracy(image, text, tokens=np.array([[9], [9], [1], [2]])) == 1.0
 
 
 @settings(max_examples=25, deadline=None)
@@ -201,7 +192,7 @@ def test_retrieval_accuracy_equals_numpy(weight: list[float], seed: int) -> None
     unmasked = np.flatnonzero(weight)
     hits = [mask[row, unmasked[np.argmax(text[unmasked] @ image[row])]] for row in unmasked]
     text[np.array(weight) == 0] = 10 * image[0]
-    value = retrieval(image, text, TOKENS, np.array(weight))
+    value = retrieval(image, text, tokens=TOKENS, weight=np.array(weight))
     np.testing.assert_allclose(value, np.mean(hits) if hits else 0.0, rtol=1e-6)
 
 
@@ -218,7 +209,7 @@ def test_value_and_gradients_equal_open_clip(name: str, scale: float) -> None:
         np.float32(scale),
         *([np.float32(-10)] if name == "SigLipLoss" else []),
     ]
-    loss = info_nce if name == "ClipLoss" else sigmoid_loss
+    loss = losses.info_nce if name == "ClipLoss" else losses.sigmoid_loss
     tensors = [torch.tensor(argument, dtype=torch.float64, requires_grad=True) for argument in arguments]
     expected = getattr(open_clip.loss, name)()(*tensors)
     expected.backward()

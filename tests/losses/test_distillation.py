@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tclip_jax.losses import contrastive, distillation
-from tclip_jax.losses.distillation import feature_distillation
-from tclip_jax.losses.statistics import RowStats, compare, compare_rows
+from tclip_jax import losses
+from tclip_jax.losses import feature_distillation
 
 BATCH, WIDTH = 8, 6
 SCALES = np.float32(20), np.float32(100)
@@ -58,14 +57,9 @@ def icl_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: Any) 
     return -np.mean(np.diag(log_softmax(scale * v @ T.T)) + np.diag(log_softmax(scale * t @ V.T))) / 2
 
 
-def both(v: Any, t: Any, s: Any, V: Any, T: Any, S: Any, weight: Any = None) -> tuple[RowStats, RowStats]:
-    return compare(v, t, s, teacher=(V, T, S), weight=weight)
-
-
 def icl(v: Any, t: Any, V: Any, T: Any, scale: Any, tokens: Any = None, weight: Any = None) -> jax.Array:
     V, T = jax.lax.stop_gradient((V, T))
-    pairs = ((v, T), (t, V))
-    return contrastive.info_nce(*(compare_rows(*pair, scale, tokens=tokens, weight=weight) for pair in pairs))
+    return losses.interactive_contrastive(v, t, V, T, scale, tokens=tokens, weight=weight)
 
 
 def kl_mix_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: Any) -> float:
@@ -76,19 +70,19 @@ def kl_mix_float64(v: Any, t: Any, V: Any, T: Any, scale: Any, teacher_scale: An
 # Each loss with its oracle: functions of student v, t, teacher V, T and both scales.
 LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., float]]] = {
     "crd": (
-        lambda v, t, V, T, s, S, weight=None: distillation.crd(*both(v, t, s, V, T, S, weight)),
+        lambda v, t, V, T, s, S, weight=None: losses.crd(v, t, s, (V, T, S), weight=weight),
         crd_float64,
     ),
     "kl_mix": (
-        lambda v, t, V, T, s, S, weight=None: distillation.kl_mix(*both(v, t, s, V, T, S, weight), 0.3),
+        lambda v, t, V, T, s, S, weight=None: losses.kl_mix(v, t, s, (V, T, S), 0.3, weight=weight),
         kl_mix_float64,
     ),
     "open_clip": (
-        lambda v, t, V, T, s, S, weight=None: distillation.open_clip_distillation(*both(v, t, s, V, T, S, weight)),
+        lambda v, t, V, T, s, S, weight=None: losses.open_clip_distillation(v, t, s, (V, T, S), weight=weight),
         lambda *batch: affinity_mimicking_float64(*batch) / 2,
     ),
     "affinity_mimicking": (
-        lambda v, t, V, T, s, S, weight=None: distillation.affinity_mimicking(*both(v, t, s, V, T, S, weight)),
+        lambda v, t, V, T, s, S, weight=None: losses.affinity_mimicking(v, t, s, (V, T, S), weight=weight),
         affinity_mimicking_float64,
     ),
     "icl": (lambda v, t, V, T, s, S, weight=None: icl(v, t, V, T, s, weight=weight), icl_float64),
@@ -192,15 +186,13 @@ def test_a_sharded_batch_has_the_loss_of_the_whole(name: str) -> None:
 
 def test_the_teacher_may_be_wider_than_the_student() -> None:
     v, t, V, T = unit_vectors(0), unit_vectors(1), unit_vectors(2, width=11), unit_vectors(3, width=11)
-    np.testing.assert_allclose(
-        distillation.crd(*both(v, t, 20.0, V, T, 100.0)), oracle("crd", v, t, V, T, *SCALES), rtol=2e-6
-    )
+    np.testing.assert_allclose(losses.crd(v, t, 20.0, (V, T, 100.0)), oracle("crd", v, t, V, T, *SCALES), rtol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_crd_of_a_student_that_equals_its_teacher_is_zero(scale: float) -> None:
     v, t, _, _ = random_batch(5)
-    value, gradient = jax.value_and_grad(lambda x: distillation.crd(*both(x, t, scale, v, t, scale)))(v)
+    value, gradient = jax.value_and_grad(lambda x: losses.crd(x, t, scale, (v, t, scale)))(v)
     assert value == 0
     np.testing.assert_allclose(gradient, 0, atol=1e-6 * scale)
 
@@ -267,3 +259,16 @@ def test_value_and_gradients_equal_pytorch(name: str) -> None:
     np.testing.assert_allclose(value, expected.item(), rtol=2e-6)
     for gradient, tensor in zip(gradients, batch, strict=True):
         np.testing.assert_allclose(gradient, 0 if tensor.grad is None else tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_share_their_similarities_under_jit() -> None:
+    """XLA merges equal products: two losses together cost hardly more than one of them."""
+    v, t, V, T = random_batch(0, 64)
+    arguments = (v, t, 20.0, (V, T, 50.0))
+
+    def flops(*functions: Callable[..., jax.Array]) -> float:
+        both = jax.jit(lambda *arguments: sum(function(*arguments) for function in functions))
+        return both.lower(*arguments).compile().cost_analysis()["flops"]
+
+    one, three = flops(losses.crd), flops(losses.crd, losses.open_clip_distillation, losses.kl_mix)
+    assert three < 1.2 * one

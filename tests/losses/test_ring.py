@@ -44,10 +44,10 @@ def losses(student: Any, fixed: Any, ring: Ring | None) -> jax.Array:
     rows = compare(v, t, scale, teacher=(V, T, 50.0), bias=bias, **how)
     crossed = compare_rows(to_V, T, icl_scale, **how), compare_rows(to_T, V, icl_scale, **how)
     values = (
-        *(contrastive.info_nce(*rows), contrastive.sigmoid_loss(rows[0])),
-        *(distillation.crd(*rows), distillation.kl_mix(*rows, 0.3)),
-        *(distillation.open_clip_distillation(*rows), distillation.affinity_mimicking(*rows)),
-        *(contrastive.info_nce(*crossed), contrastive.retrieval_accuracy(rows[0])),
+        *(contrastive.info_nce_of_rows(*rows), contrastive.sigmoid_of_rows(rows[0])),
+        *(distillation.crd_of_rows(*rows), distillation.kl_mix_of_rows(*rows, 0.3)),
+        *(distillation.open_clip_of_rows(*rows), distillation.affinity_of_rows(*rows)),
+        *(contrastive.info_nce_of_rows(*crossed), contrastive.accuracy_of_rows(rows[0])),
     )
     return jnp.stack(values)
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.ternary import Quantizer, fake_quantize, ternarize
+from tclip_jax.ternary import Quantizer, fake_quantize, initial_alpha, ternarize
 from tclip_jax.ternary.sums import halving_sum
 
 GRANULARITIES = (256, 64, 48, "channel", "tensor")
@@ -220,9 +220,23 @@ def test_halving_sum_equals_numpy_and_is_a_sum(x: np.ndarray) -> None:
         ((2.0, True), "group is True: it must be int or one of 'channel', 'tensor'"),
         ((2.0, "row"), "'channel'"),
         ((2.0, 256, 9), "must be one of 8, 11, 24"),
-        ((2.0, 256, 8, "ttq"), "kind is 'ttq': it must be one of 'factor', 'twn'"),
+        ((2.0, 256, 8, 3), "kind is 3: it must be str"),
     ],
 )
 def test_refuses_impossible_values(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Quantizer(*arguments)
+
+
+def test_refuses_an_unknown_kind_when_it_is_used() -> None:
+    unknown, w = Quantizer(kind="ttq"), jnp.ones((4, 4))
+    for use in (
+        lambda: ternarize(w, unknown),
+        lambda: fake_quantize(w, unknown),
+        lambda: initial_alpha(w, unknown),
+        lambda: unknown.learned,
+    ):
+        with pytest.raises(ValueError, match="kind is 'ttq': it must be one of 'factor', 'twn'"):
+            use()
+    with pytest.raises(ValueError, match="options of kind factor has no 'wdth'"):
+        ternarize(w, Quantizer(options={"wdth": 1.0}))

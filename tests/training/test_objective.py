@@ -105,16 +105,16 @@ def test_every_loss_equals_its_function_and_they_add_up() -> None:
             a, b = (jnp.split(states[tower]["qkv"][k], 3, -1) for states, k in ((inside, i), (teacher_inside, j)))
             relations += [relation_matching(x, y, 2, valid[tower]) for x, y in zip(a, b, strict=True)]
     expected = {
-        "task": contrastive.sigmoid_loss(rows[0]),
-        "crd": distillation.crd(*rows),
-        "icl": contrastive.info_nce(
+        "task": contrastive.sigmoid_of_rows(rows[0]),
+        "crd": distillation.crd_of_rows(*rows),
+        "icl": contrastive.info_nce_of_rows(
             compare_rows(to_image, theirs[1], 2.659, **how), compare_rows(to_text, theirs[0], 2.659, **how)
         ),
         "fd": distillation.feature_distillation(to_image, theirs[0], "cosine", weight)
         + distillation.feature_distillation(to_text, theirs[1], "cosine", weight),
-        "open_clip": distillation.open_clip_distillation(*rows),
-        "affinity": distillation.affinity_mimicking(*rows),
-        "kl": distillation.kl_mix(*rows, 0.3),
+        "open_clip": distillation.open_clip_of_rows(*rows),
+        "affinity": distillation.affinity_of_rows(*rows),
+        "kl": distillation.kl_mix_of_rows(*rows, 0.3),
         "hidden": np.mean(hidden),
         "relations": np.mean(relations),
     }

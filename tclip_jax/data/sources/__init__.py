@@ -5,26 +5,64 @@ from __future__ import annotations
 import importlib
 import logging
 import multiprocessing
+from collections.abc import Callable
+from typing import NamedTuple
 
 from etils import epath
 
 from tclip_jax.data.sources.base import FAULTS, BadSample, Record, Source, described, digest, notes
+from tclip_jax.registry import Registry
 
-__all__ = ["FAULTS", "BadSample", "Record", "Source", "check_split", "described", "digest", "notes", "open_source"]
+__all__ = [
+    "FAULTS",
+    "SOURCES",
+    "BadSample",
+    "Record",
+    "Source",
+    "SourceKind",
+    "check_split",
+    "described",
+    "digest",
+    "notes",
+    "open_source",
+    "source_specs",
+]
 
 _logger = logging.getLogger(__name__)
 
-# kind -> (usage, "module:function" to call with the argument after the colon and the split); imported on first use.
-_KINDS = {
-    "arrayrecord": ("arrayrecord:<files>", "tclip_jax.data.sources.array_record:open_files"),
-    "csv": ("csv:<files>", "tclip_jax.data.sources.table:open_csv"),
-    "digits": ("digits", "tclip_jax.data.sources.digits:Digits"),
-    "folder": ("folder:<path>", "tclip_jax.data.sources.folder:Folder"),
-    "mixture": ("mixture:<weight>*<source>+…", "tclip_jax.data.sources.mixture:open_mixture"),
-    "parquet": ("parquet:<files>", "tclip_jax.data.sources.table:open_parquet"),
-    "tfds": ("tfds:<name>[@<data_dir>]", "tclip_jax.data.sources.tfds:Tfds"),
-    "wds": ("wds:<tars or folder>", "tclip_jax.data.sources.webdataset:open_webdataset"),
-}
+
+class SourceKind(NamedTuple):
+    """A kind of data source, an entry of `SOURCES`.
+
+    Attributes:
+      usage: how it is written, such as "folder:<path>".
+      opens: (argument after the colon, split) -> source; or "module:function", which is imported on first use.
+    """
+
+    usage: str
+    opens: str | Callable[[str, str], Source]
+
+    def open(self, argument: str, split: str) -> Source:
+        """Open a source."""
+        if not isinstance(self.opens, str):
+            return self.opens(argument, split)
+        module, _, name = self.opens.partition(":")
+        return getattr(importlib.import_module(f"tclip_jax.data.sources.{module}"), name)(argument, split)
+
+
+SOURCES = Registry(
+    "data source",
+    {
+        "arrayrecord": SourceKind("arrayrecord:<files>", "array_record:open_files"),
+        "csv": SourceKind("csv:<files>", "table:open_csv"),
+        "digits": SourceKind("digits", "digits:Digits"),
+        "folder": SourceKind("folder:<path>", "folder:Folder"),
+        "mixture": SourceKind("mixture:<weight>*<source>+…", "mixture:open_mixture"),
+        "parquet": SourceKind("parquet:<files>", "table:open_parquet"),
+        "tfds": SourceKind("tfds:<name>[@<data_dir>]", "tfds:Tfds"),
+        "wds": SourceKind("wds:<tars or folder>", "webdataset:open_webdataset"),
+    },
+)
 
 
 def open_source(spec: str, split: str) -> Source:
@@ -32,8 +70,8 @@ def open_source(spec: str, split: str) -> Source:
 
     Args:
       spec: `digits`, `folder:<path>`, `tfds:<name>[@<data_dir>]`, `wds:<tars or folder>`, `arrayrecord:<files>`,
-        `csv:<files>`, `parquet:<files>` or `mixture:<weight>*<source>+…`. Patterns of tars and files may use braces,
-        globs, and `::` between patterns.
+        `csv:<files>`, `parquet:<files>`, `mixture:<weight>*<source>+…`, or that of a plug-in. Patterns of tars and
+        files may use braces, globs, and `::` between patterns.
       split: `train`, `test`, … as the kind of source defines them. Tars, files and tables ignore it.
 
     Raises:
@@ -41,12 +79,10 @@ def open_source(spec: str, split: str) -> Source:
       FileNotFoundError: the data does not exist.
     """
     kind, _, argument = spec.partition(":")
-    if kind not in _KINDS:
-        raise ValueError(
-            f"unknown data source {spec!r}: write one of {', '.join(usage for usage, _ in _KINDS.values())}"
-        )
-    module, _, name = _KINDS[kind][1].partition(":")
-    source = getattr(importlib.import_module(module), name)(argument, split)
+    if kind not in SOURCES:
+        usages = ", ".join(each.usage for each in SOURCES.values())
+        raise ValueError(f"unknown data source {spec!r}: write one of {usages}, or that of a plug-in")
+    source = SOURCES[kind].open(argument, split)
     if not len(source):
         raise ValueError(f"{spec}: the source has no samples" + (f" ({split})" if kind in ("tfds", "wds") else ""))
     # Each note is logged once: the sources of a mixture are opened here too, and worker processes open them again.
@@ -54,6 +90,16 @@ def open_source(spec: str, split: str) -> Source:
         for note in notes(source):
             _logger.warning("%s", note)
     return source
+
+
+def source_specs(spec: str) -> list[str]:
+    """Return the sources of a mixture, or the source itself."""
+    kind, _, argument = spec.partition(":")
+    if kind != "mixture":
+        return [spec]
+    from tclip_jax.data.sources.mixture import parse
+
+    return [part for _, part in parse(argument)]
 
 
 def check_split(spec: str, split: str) -> None:
@@ -64,9 +110,7 @@ def check_split(spec: str, split: str) -> None:
     """
     kind, _, argument = spec.partition(":")
     if kind == "mixture":
-        from tclip_jax.data.sources.mixture import parse
-
-        for _, part in parse(argument):
+        for part in source_specs(spec):
             check_split(part, split)
     folder = epath.Path(argument).expanduser()
     if kind in ("arrayrecord", "csv", "parquet") or (kind == "wds" and not folder.is_dir()):
