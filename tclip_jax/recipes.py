@@ -148,8 +148,8 @@ def _line_that_failed(path: pathlib.Path, error: Exception) -> int | None:
 def _reason(error: Exception) -> str:
     """Describe the error of a recipe in one line."""
     text = " ".join(str(error).split())
-    if match := re.fullmatch(r"'(\w+)' Did you mean \"(\w+)\" instead of .*", text):  # of ml_collections
-        return f"the configuration has no {match[1]!r}: the nearest is {match[2]!r}"
+    if match := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):  # of ml_collections
+        return f"the configuration has no {match[2]!r}: the nearest is {match[1]!r}"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 

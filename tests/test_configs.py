@@ -28,7 +28,7 @@ def test_recipe_is_a_run(spec: str) -> None:
     assert run.steps == (4 if "runlocal" in spec else run.steps)
     assert bool(run.rules) != any(name in spec for name in (",full", ",teacher", "ternaryclip:none", "clip_kd"))
     if "runlocal" not in spec and "accuracy" not in spec:
-        assert run.model.vision.width == 768 and run.teacher and run.loss.fd == 2000
+        assert run.model.vision.width == 768 and run.teacher and run.loss.weights["fd"] == 2000
 
 
 @pytest.mark.parametrize("spec", ["ternaryclip:Q-SOME", "ternaryclip:Q-ALL,local", "clip_kd:x", "accuracy:mnist,full"])

@@ -36,7 +36,7 @@ def test_recipes_inside_an_installed_package_come_first(
 def test_quickstart_is_a_valid_run(who: str, mode: str) -> None:
     config = load_recipe(f"quickstart:{who}{mode}")
     run = run_config(override(config, ["teacher=runs/teacher"] if who == "student" else []))
-    assert bool(run.rules) == bool(run.loss.crd) == (who == "student")
+    assert bool(run.rules) == ("crd" in run.loss.weights) == (who == "student")
     assert run.steps == (4 if mode else {"teacher": 400, "student": 500}[who])
     assert run.data.source == run.eval.source == "digits"
 

@@ -28,7 +28,7 @@ def changed(**changes: Any) -> ml_collections.ConfigDict:
 def test_the_defaults_are_valid() -> None:
     run = run_config(base_config())
     assert run.model.vision.image_size == run.preprocess.size == (32, 32)
-    assert run.rules == () and run.loss.task == 1.0 and run.optimizer.b2 == 0.98
+    assert run.rules == () and run.loss.weights == {"task": 1.0} and run.optimizer.b2 == 0.98
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -195,7 +195,7 @@ def test_every_number_has_bounds_that_are_enforced(path: str, field: dataclasses
             "groups 'a'.learning_rate is -1.0: it must be at least 0",
         ),
         ("optimizer.recovery_learning_rate", 1.0, "recovery_learning_rate 1.0 is above config.optimizer.learning_rate"),
-        ("data.augment", "blur", "config.data.augment has no 'blur': the nearest is"),
+        ("data.augment", "blur", "config.data.augment is 'blur': it must be one of 'none', 'affine'"),
         ("data.templates", ["a photo"], r"template 'a photo' has no \{c\}"),
         ("eval.templates", "nowhere", "templates 'nowhere': no such name"),
     ],

@@ -120,7 +120,7 @@ def test_every_loss_equals_its_function_and_they_add_up() -> None:
     }
     for name, value in expected.items():
         assert metrics[f"loss/{name}"] == pytest.approx(float(value), rel=2e-4), name
-    assert metrics["loss"] == pytest.approx(sum(getattr(loss, k) * metrics[f"loss/{k}"] for k in expected), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(sum(loss.weights[k] * metrics[f"loss/{k}"] for k in expected), rel=1e-5)
     for path, leaf in flatten_dict(gradients, sep="/").items():
         # Positions after the last valid token, and key biases, which a softmax cancels, have no gradient.
         assert np.isfinite(leaf).all() and (np.any(leaf) or path.endswith("bias")), path

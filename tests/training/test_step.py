@@ -119,7 +119,7 @@ def test_the_loss_is_the_weighted_sum_and_each_model_normalizes_its_pixels() -> 
     run, batch = run_on(1, loss=loss), batch_of(0)
     _, metrics = run.step(run.state, batch)
     terms = {name: metrics[f"loss/{name}"] for name in ("task", "crd", "icl", "fd")}
-    assert metrics["loss"] == pytest.approx(sum(getattr(loss, name) * term for name, term in terms.items()), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(sum(loss.weights[name] * term for name, term in terms.items()), rel=1e-5)
 
     def embed(config: CLIPConfig, params: Any, mean: Any, std: Any) -> Any:
         pixels = (np.float32(batch["image"]) / 255 - np.float32(mean)) / np.float32(std)
@@ -213,7 +213,7 @@ poisoned.defvjp(lambda x, poison: (x, poison), lambda poison, g: (g * poison, jn
 class Table(Encoders):
     """An encoder whose embeddings are its parameters; the batch's `poison` multiplies the gradient of the images."""
 
-    def __call__(self, params: Any, batch: Any, loss: Any = None) -> Any:
+    def __call__(self, params: Any, batch: Any, loss: Any = None, key: Any = None) -> Any:
         image, text = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (params["image"], params["text"]))
         return poisoned(image, batch["poison"][0]), text, {}
 
