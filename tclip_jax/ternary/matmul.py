@@ -60,9 +60,9 @@ def ternary_matmul(
     """
     x = jnp.asarray(x)
     check_floating("x", x.dtype)
-    length = w.shape[0] if isinstance(w, PackedTensor) else w.shape[-2]
-    if not x.ndim or x.shape[-1] != length:
-        raise ValueError(f"x is {x.shape}: its last axis must be the {length} inputs of the weight {tuple(w.shape)}")
+    shape = w.layer_shape if isinstance(w, PackedTensor) else w.shape
+    if not x.ndim or x.shape[-1] != shape[-2]:
+        raise ValueError(f"x is {x.shape}: its last axis must be the {shape[-2]} inputs of the weight {tuple(shape)}")
     if isinstance(w, PackedTensor):
         if implementation not in (None, w.layout):
             raise ValueError(f"the weight is packed for {w.layout!r}, not for {implementation!r}: repack it from trits")
@@ -119,10 +119,10 @@ def unpack(w: PackedTensor) -> TernaryTensor:
       trits (V, W) of a table with `axis` −1 and the packed scales.
     """
     if w.layout == packing.LAYOUT:
-        trits = packing.unpack_2bit(jnp.asarray(w.data), w.shape[1])
+        trits = packing.unpack_2bit(jnp.asarray(w.data), w.layer_shape[1])
         return TernaryTensor(trits, jnp.asarray(w.scale, jnp.float32), w.group, -1)
     dense = kernel(w.layout).unpack(w)
-    scale = split_groups(jnp.abs(dense), min(w.group, w.shape[0]), -2).max(axis=-2)
+    scale = split_groups(jnp.abs(dense), min(w.group, w.layer_shape[0]), -2).max(axis=-2)
     return TernaryTensor(jnp.sign(dense).astype(jnp.int8), scale, w.group)
 
 
@@ -220,7 +220,7 @@ def _batchable(activations: Activations) -> Any:
     def batched(size: int, is_batched: Any, x: jax.Array, w: PackedTensor) -> tuple[jax.Array, bool]:
         x_batched, w_batched = is_batched
         if not any(jax.tree.leaves(w_batched)):
-            return product(x.reshape(-1, x.shape[-1]), w).reshape(size, x.shape[1], w.shape[1]), True
+            return product(x.reshape(-1, x.shape[-1]), w).reshape(size, x.shape[1], w.layer_shape[1]), True
 
         def one(i: jax.Array) -> jax.Array:
             own = [jnp.asarray(leaf)[i] if mapped else leaf for leaf, mapped in zip(leaves, flags, strict=True)]
@@ -239,7 +239,7 @@ def _sharded(x: jax.Array, w: PackedTensor, activations: Activations) -> jax.Arr
         return kernel(w.layout).matmul(x, w, activations=activations)
     if traced_device()[1] == "tpu":
         return _over_all_devices(x, w, activations, mesh)
-    static = (w.shape, w.group, w.layout, w.data.ndim, w.scale.ndim, activations)
+    static = (w.layer_shape, w.group, w.layout, w.data.ndim, w.scale.ndim, activations)
     return _partitioned(*static)(x, w.data, w.scale)
 
 

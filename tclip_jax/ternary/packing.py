@@ -166,7 +166,7 @@ def gather_rows(table: PackedTensor, index: jax.Array, dtype: jax.typing.DTypeLi
     """
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"the index of rows is {index.dtype}: it must be of integers")
-    trits = unpack_2bit(table.data[index], table.shape[1])
+    trits = unpack_2bit(table.data[index], table.layer_shape[1])
     # If all rows share a scale, it has one row; "clip" maps every index to it.
     scale = jnp.take(table.scale, index, axis=0, mode="clip").astype(jnp.float32)
     return TernaryTensor(trits, scale, table.group, -1).dequantize(dtype)

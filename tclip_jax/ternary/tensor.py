@@ -75,16 +75,18 @@ Activations = Literal["A16", "A8"]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("data", "scale"),
-    meta_fields=("shape", "group", "layout", "activations"),
+    meta_fields=("layer_shape", "group", "layout", "activations"),
 )
 @dataclasses.dataclass(frozen=True)
 class PackedTensor:
     """A ternary weight packed for one implementation, which defines the layout of `data` and `scale`; a pytree.
 
+    `trits`, `dequantize` and `shape` are those of the `TernaryTensor` that `tclip_jax.ternary.unpack` returns.
+
     Attributes:
       data: packed trits, bytes or words. A leading layer axis may precede the layout; `nn.scan` slices it.
       scale: float32 or bfloat16.
-      shape: (K, N) of the weight of one layer; (V, W) of an embedding table.
+      layer_shape: (K, N) of the weight of one layer; (V, W) of an embedding table.
       group: number of consecutive weights along K (W of a table) that share a scale.
       layout: name of the implementation; "rows" for an embedding table.
       activations: the default of `ternary_matmul` for this weight.
@@ -92,10 +94,30 @@ class PackedTensor:
 
     data: jax.Array
     scale: jax.Array
-    shape: tuple[int, int]
+    layer_shape: tuple[int, int]
     group: int
     layout: str
     activations: Activations = "A16"
+
+    @property
+    def trits(self) -> jax.Array:
+        """The trits, int8, with the layer axis if there is one."""
+        return _unpack(self).trits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the trits."""
+        return jax.eval_shape(_unpack, self).shape
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Compute the weights as `TernaryTensor.dequantize`."""
+        return _unpack(self).dequantize(dtype)
+
+
+def _unpack(w: PackedTensor) -> TernaryTensor:
+    from tclip_jax.ternary.matmul import unpack  # the implementations import this file
+
+    return unpack(w)
 
 
 def traced_device() -> tuple[str, str]:

@@ -26,7 +26,7 @@ def test_product_and_gradient_are_those_of_the_whole_weight(activations: Any) ->
     w = ternarize(jax.random.normal(jax.random.key(0), (64, 40)), Quantizer(group=16))
     x = jax.random.normal(jax.random.key(1), (6, 64))
     packed = repack_columns(w, mesh, "tensor", implementation="reference")
-    assert packed.shape == (64, 10) and packed.data.shape == (16, 40)
+    assert packed.layer_shape == (64, 10) and packed.data.shape == (16, 40)
     assert packed.data.sharding.shard_shape(packed.data.shape) == (16, 10)
 
     def loss(multiply: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:

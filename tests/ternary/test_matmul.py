@@ -99,8 +99,11 @@ def test_packing_keeps_trits_scales_and_layers(implementation: str, group: Any) 
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     module = kernel(implementation)
     packed = module.pack(stacked)
-    assert (packed.shape, packed.group, packed.layout) == ((100, 37), stacked.group, implementation)
+    assert (packed.layer_shape, packed.group, packed.layout) == ((100, 37), stacked.group, implementation)
     np.testing.assert_array_equal(module.unpack(packed), [dense(layer) for layer in layers])
+    assert packed.shape == packed.trits.shape == (3, 100, 37)
+    np.testing.assert_array_equal(packed.trits, stacked.trits)
+    np.testing.assert_array_equal(packed.dequantize(), [dense(layer) for layer in layers])
     second = jax.tree.map(lambda leaf: leaf[1], packed)
     np.testing.assert_array_equal(module.unpack(second), dense(layers[1]))
 
@@ -251,7 +254,7 @@ def test_instruction_sets_agree(instructions: str, rows: int, group: Any) -> Non
 def test_operands_that_do_not_fit_are_refused_by_the_native_kernel() -> None:
     x, w = draw(2, 64, 32, 32)
     packed = native_cpu.pack(w)
-    short = PackedTensor(packed.data[:, :-1], packed.scale, packed.shape, packed.group, packed.layout)
+    short = PackedTensor(packed.data[:, :-1], packed.scale, packed.layer_shape, packed.group, packed.layout)
     with pytest.raises(jax.errors.JaxRuntimeError, match="operands do not fit together"):
         native_cpu.matmul(jnp.asarray(x), short, activations="A16")
 

@@ -77,8 +77,8 @@ def pack(w: TernaryTensor, order: Order, layout: str) -> PackedTensor:
 @functools.partial(jax.jit, static_argnames="order")
 def unpack(w: PackedTensor, order: Order) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    trits = gather(unpack_words(w.data, order), w.shape[0], w.group, GRANULE[order])
-    return (trits * expand_scale(w.scale * _FACTOR[order], w.group, w.shape[0], -2))[..., : w.shape[1]]
+    trits = gather(unpack_words(w.data, order), w.layer_shape[0], w.group, GRANULE[order])
+    return (trits * expand_scale(w.scale * _FACTOR[order], w.group, w.layer_shape[0], -2))[..., : w.layer_shape[1]]
 
 
 def pad(array: jax.Array, multiple: int, axis: int) -> jax.Array:

@@ -71,8 +71,8 @@ def unpack(w: PackedTensor) -> jax.Array:
     # Each field moves to the top of an int8; the arithmetic shift back extends its sign.
     fields = ((blocks >> _shifts()).astype(jnp.uint8) << 6).astype(jnp.int8) >> 6
     trits = fields.reshape(*words.shape[:-2], -1, words.shape[-1])
-    trits = layout.gather(trits, w.shape[0], w.group, STEP)
-    return (trits * expand_scale(w.scale, w.group, w.shape[0], -2))[..., : w.shape[1]]
+    trits = layout.gather(trits, w.layer_shape[0], w.group, STEP)
+    return (trits * expand_scale(w.scale, w.group, w.layer_shape[0], -2))[..., : w.layer_shape[1]]
 
 
 def _shifts() -> jax.Array:
@@ -89,7 +89,7 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret
     size = next((size for size in (16, 32) if len(x) <= size), 64)
     rows = layout.pad(layout.spread(rows.astype(jnp.bfloat16), w.group, STEP, BLOCK, -1), size, 0)
     product = _dot(rows.T, w.data, w.scale, group=layout.padded(w.group, STEP), rows=size, interpret=interpret)
-    product = product.T[: len(x), : w.shape[1]]
+    product = product.T[: len(x), : w.layer_shape[1]]
     return (product if level is None else product * level).astype(x.dtype)
 
 

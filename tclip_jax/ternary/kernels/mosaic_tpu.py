@@ -72,4 +72,4 @@ def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activatio
         out_dtype=x.dtype,
         device=DEVICES.get(traced_device()[0], SMALLEST),
         interpret=interpret,
-    )[:, : w.shape[1]]
+    )[:, : w.layer_shape[1]]

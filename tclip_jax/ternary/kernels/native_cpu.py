@@ -86,7 +86,7 @@ def pack(w: TernaryTensor) -> PackedTensor:
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    length, columns = w.shape
+    length, columns = w.layer_shape
     rows = _padded_rows(length, w.group)
     *layers, panels, chunks, _ = w.data.shape
     codes = jnp.moveaxis(w.data, -3, -2).reshape(*layers, chunks, 1, panels * _PANEL) >> _SHIFTS[:, None] & 3
@@ -112,5 +112,5 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, instructi
     """Multiply: x · ŵ. `instructions` forces one of `instruction_sets()`; by default the first that this CPU has."""
     sets = instruction_sets()
     index = sets.index(instructions) if instructions else next(i for i, name in enumerate(sets) if name)
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype))
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], w.layer_shape[1]), x.dtype))
     return call(x, w.data, w.scale, group=w.group, int8_activations=activations == "A8", instructions=np.int64(index))

@@ -32,8 +32,8 @@ def pack(w: TernaryTensor) -> PackedTensor:
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    trits = unpack_2bit(jnp.asarray(w.data), w.shape[0], -2)
-    return trits.astype(jnp.float32) * expand_scale(w.scale, w.group, w.shape[0], -2).astype(jnp.float32)
+    trits = unpack_2bit(jnp.asarray(w.data), w.layer_shape[0], -2)
+    return trits.astype(jnp.float32) * expand_scale(w.scale, w.group, w.layer_shape[0], -2).astype(jnp.float32)
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:

@@ -37,16 +37,16 @@ def pack(w: TernaryTensor) -> PackedTensor:
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    return w.data.astype(jnp.float32) * expand_scale(w.scale, w.group, w.shape[0], -2)
+    return w.data.astype(jnp.float32) * expand_scale(w.scale, w.group, w.layer_shape[0], -2)
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
     """Multiply with weights in the dtype of `x`: x · ŵ; with A8, int32 sums of each group, scaled in float32."""
     if activations == "A16":
-        weights = w.data.astype(x.dtype) * expand_scale(w.scale, w.group, w.shape[0], -2).astype(x.dtype)
+        weights = w.data.astype(x.dtype) * expand_scale(w.scale, w.group, w.layer_shape[0], -2).astype(x.dtype)
         return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
     rows, level = quantize_activations(x)
-    total = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    total = jnp.zeros((x.shape[0], w.layer_shape[1]), jnp.float32)
     for j in range(w.scale.shape[-2]):
         own = slice(j * w.group, (j + 1) * w.group)
         part = jnp.matmul(rows[:, own], w.data[own].astype(jnp.int8), preferred_element_type=jnp.int32)

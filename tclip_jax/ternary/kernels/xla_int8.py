@@ -38,7 +38,7 @@ def pack(w: TernaryTensor) -> PackedTensor:
 
 def unpack(w: PackedTensor) -> jax.Array:
     """The float32 weights (…, K, N)."""
-    return w.data.astype(jnp.float32) * expand_scale(w.scale, w.group, w.shape[0], -2)
+    return w.data.astype(jnp.float32) * expand_scale(w.scale, w.group, w.layer_shape[0], -2)
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
@@ -46,7 +46,7 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Ar
     if activations == "A16" or x.shape[0] < _FEWEST_ROWS:
         return multiply(x, unpack(w), activations)
     rounded, level = quantize_activations(x)
-    total = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    total = jnp.zeros((x.shape[0], w.layer_shape[1]), jnp.float32)
     for j in range(w.scale.shape[-2]):
         own = slice(j * w.group, (j + 1) * w.group)
         part = jnp.matmul(rounded[:, own], w.data[own], preferred_element_type=jnp.int32)

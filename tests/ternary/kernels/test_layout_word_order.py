@@ -59,7 +59,11 @@ def test_any_weight_round_trips(length: int, columns: int, group: int, order: Or
     for levels in (scale, scale[..., :1]) if length == group else (scale,):
         w = TernaryTensor(jnp.asarray(trits_of(0, 2, length, columns)), jnp.asarray(levels), group)
         packed = pack(w, order, "layout")
-        assert packed.shape == (length, columns) and packed.data.shape[-1] % 128 == 0 and packed.data.dtype == jnp.int32
+        assert (
+            packed.layer_shape == (length, columns)
+            and packed.data.shape[-1] % 128 == 0
+            and packed.data.dtype == jnp.int32
+        )
         np.testing.assert_array_equal(unpack(packed, order), np.asarray(w.dequantize()))
     one = TernaryTensor(w.trits[1], w.scale[1], group)
     np.testing.assert_array_equal(pack(one, order, "layout").data, packed.data[1])
