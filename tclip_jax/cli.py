@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import tqdm.contrib.logging
 
@@ -112,11 +112,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     if name not in COMMANDS:
         group = [command for command in COMMANDS if command.startswith(f"{name} ")]
         if not group and name[0] != "-":
-            nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
-            _top_parser(COMMANDS).error(f"no command {name!r}: the nearest is {nearest!r}; tclip --help lists all")
+            near = [f"the nearest is {each!r}; " for each in difflib.get_close_matches(name, COMMANDS, 1)]
+            _top_parser(COMMANDS).error(f"no command {name!r}: {''.join(near)}tclip --help lists all")
         unknown = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
         _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
-    module, parser = _module(name), argparse.ArgumentParser(prog=f"tclip {name}", **_settings(name))
+    module, parser = _module(name), _Parser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
     args = parser.parse_args(_split_overrides(arguments[length:]))
     start_logging(args.debug)
@@ -237,6 +237,13 @@ def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     for name in names:
         commands.add_parser(name, help=COMMANDS[name])
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors show overrides as they were written, before `_split_overrides`."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message.replace("--config.KEY ", "--config."))
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MOST = 2**31 - 1  # counts of steps and rows are int32 on devices
+_NEAR = 0.5  # similarity of two names, 0 to 1, from which an error suggests one for the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +120,18 @@ def plain(text: object, limit: int = 80) -> str:
 
 
 def check_keys(names: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Raise ValueError for the first of `names` that is not in `valid`; the error suggests the nearest valid name."""
+    """Raise ValueError for the first of `names` that is not in `valid`; see `suggestion` for the rest of the error."""
     valid = list(valid)
     for name in names:
         if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, 1, 0.0)
-            raise ValueError(f"{where} has no {name!r:.80}" + (f": the nearest is {near[0]!r}" if near else ""))
+            raise ValueError(f"{where} has no {name!r:.80}{suggestion(str(name), valid)}")
+
+
+def suggestion(name: str, valid: Collection[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest valid name or, if none is near, the valid names."""
+    if near := difflib.get_close_matches(name, valid, 1, _NEAR):
+        return f": the nearest is {near[0]!r}"
+    return f": it has {_first_of(valid, 12)}" if valid else ""
 
 
 def check_names(

@@ -64,6 +64,13 @@ def test_the_name_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[st
 def test_a_misspelt_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(["trian", "--config", "x"]) == 2
     assert "tclip: error: no command 'trian': the nearest is 'train'; tclip --help" in capsys.readouterr().err
+    assert main_exit(["bfloat16"]) == 2
+    assert "tclip: error: no command 'bfloat16': tclip --help lists all\n" in capsys.readouterr().err
+
+
+def test_an_override_of_a_command_without_a_recipe_is_shown_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_exit(["doctor", "--config.steps=3", "--bogus"]) == 2
+    assert "tclip doctor: error: unrecognized arguments: --config.steps=3 --bogus\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

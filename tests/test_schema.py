@@ -52,7 +52,7 @@ def test_values_of_the_right_types_are_unchanged(values: dict[str, Any]) -> None
     [
         ({}, "settings lacks 'steps'"),
         ({"steps": 1, "rat": 2}, "settings has no 'rat': the nearest is 'rate'"),
-        ({"steps": 1, 7: 2}, "settings has no 7: the nearest is "),
+        ({"steps": 1, 7: 2}, "settings has no 7: it has "),
         ({"steps": 1.0}, "settings.steps is 1.0: it must be int"),
         ({"steps": True}, "settings.steps is True: it must be int"),
         ({"steps": 1, "rate": "1e-3"}, "settings.rate is '1e-3': it must be float"),
@@ -87,6 +87,10 @@ def test_check_keys_names_the_first_unknown_key_and_the_nearest_valid_one() -> N
         check_keys(["seed", "stepz", "sede"], ["seed", "steps"], "the table")
     with pytest.raises(ValueError, match=r"^the table has no 'seed'$"):
         check_keys(["seed"], [], "the table")
+    with pytest.raises(ValueError, match=r"^the table has no 'bfloat16': it has loss, seed, steps$"):
+        check_keys(["bfloat16"], ["seed", "loss", "steps"], "the table")
+    with pytest.raises(ValueError, match=r"^the table has no 'x': it has 00, .*, 11 and 3 more$"):
+        check_keys(["x"], [f"{i:02}" for i in range(15)], "the table")
 
 
 @dataclasses.dataclass(frozen=True)

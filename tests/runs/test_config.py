@@ -76,12 +76,15 @@ def test_round_trip_through_json() -> None:
         ({"loss__hidden": 1.0}, "config.loss.hidden needs a teacher"),
         ({"loss__relations": 1.0, "data__teacher_cache": "c"}, "need a teacher in the step"),
         ({"loss__hidden": 1.0, "teacher": "t", "loss__layers": (5,)}, "config.loss.layers has 5: the image tower has"),
-        ({"loss__towers": ("vision",)}, "config.loss.towers has no 'vision': the nearest is"),
+        ({"loss__towers": ("vision",)}, "config.loss.towers has no 'vision': it has image, text$"),
         ({"teacher": "t", "data__teacher_cache": "c"}, "are two teachers"),
         ({"ternary_warmup_steps": 1000}, "ternary_warmup_steps .* 1000 is not below config.steps 1000"),
         ({"optimizer__recovery_steps": 1000}, "recovery_steps .* is not below config.steps 1000"),
         ({"optimizer__groups": [("(", {})]}, "groups '\\(' is not a regular expression"),
-        ({"optimizer__groups": [("a", {"rate": 1.0})]}, "groups 'a' has no 'rate': the nearest is"),
+        (
+            {"optimizer__groups": [("a", {"rate": 1.0})]},
+            "groups 'a' has no 'rate': it has learning_rate, weight_decay$",
+        ),
         ({"quantizer__kind": "lsg"}, "kind is 'lsg': it must be one of 'factor', 'twn'"),
         ({"evals": ({"name": "a", "sauce": "digits"},)}, r"config.evals\[0\] has no 'sauce': the nearest is 'source'"),
         (
