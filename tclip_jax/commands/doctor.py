@@ -1,34 +1,39 @@
 """Example:
   tclip doctor
 
-The exit code is 0 if everything required is installed and works, 1 if not. A line that starts with ! names a problem
-and its fix.
+Optional packages are imported, each in a process of its own, because an installed package may be unusable. A line that
+starts with ! names a problem and its fix. The exit code is 0 if everything required is installed and works, 1 if not.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import tqdm
 
 from tclip_jax.planning.child import libtpu_mismatch
 
 PACKAGES = ("tclip-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
-# package -> (extra that installs it, purpose)
+# package -> (extra that installs it, purpose, statement that uses it)
 OPTIONAL = {
-    "torch": ("torch", "reads .bin and .pt weights, runs references of `tclip compare`"),
-    "open_clip_torch": ("torch", "runs references of `tclip compare`"),
-    "transformers": ("torch", "runs references of `tclip compare`"),
-    "gguf": ("gguf", "reads and writes GGUF files"),
-    "libtpu": ("plan", "compiles for TPUs in `tclip plan`"),
+    "torch": ("torch", "reads .bin and .pt weights, runs references of `tclip compare`", "import torch"),
+    "open_clip_torch": ("torch", "runs references of `tclip compare`", "import open_clip"),
+    "transformers": ("torch", "runs references of `tclip compare`", "import transformers.models.clip.modeling_clip"),
+    "gguf": ("gguf", "reads and writes GGUF files", "import gguf"),
+    "libtpu": ("plan", "compiles for TPUs in `tclip plan`", "import libtpu"),
 }
+_IMPORT_SECONDS = 120
 # device file of an accelerator -> extra that installs a JAX for it
 _DEVICE_FILES = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
 _GIB = 2**30
@@ -42,12 +47,14 @@ class Finding(NamedTuple):
       value: its version or state.
       remedy: how to fix it; "" if nothing is wrong.
       optional: whether the program also works without the remedy.
+      broken: whether an optional package is installed, but cannot be imported.
     """
 
     name: str
     value: str
     remedy: str = ""
     optional: bool = False
+    broken: bool = False
 
 
 def examine() -> list[Finding]:
@@ -103,10 +110,39 @@ def _precision() -> Finding:
 
 
 def _optional() -> Iterator[Finding]:
-    for name, (extra, purpose) in OPTIONAL.items():
-        version = _version(name)
-        remedy = "" if version else f"{purpose}: pip install 'tclip-jax[{extra}]'"
-        yield Finding(name, version or "not installed", remedy, optional=True)
+    versions = {name: _version(name) for name in OPTIONAL}
+    errors = import_errors({name: OPTIONAL[name][2] for name, version in versions.items() if version})
+    for name, (extra, purpose, _) in OPTIONAL.items():
+        version, error = versions[name], errors.get(name, "")
+        if error:
+            fix = f"pip install --force-reinstall 'tclip-jax[{extra}]'"
+            if "torchvision" in error:
+                fix = "torch and torchvision are of different builds: install both from one index"
+            yield Finding(name, f"{version}, but it cannot be imported: {error}", fix, optional=True, broken=True)
+        elif version:
+            yield Finding(name, version, optional=True)
+        else:
+            yield Finding(name, "not installed", f"{purpose}: pip install 'tclip-jax[{extra}]'", optional=True)
+
+
+def import_errors(statements: Mapping[str, str]) -> dict[str, str]:
+    """Run each statement in a Python process of its own, all at once; return the last line of its error by name."""
+
+    def error_of(statement: str) -> str:
+        command = [sys.executable, "-c", statement]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"it takes more than {_IMPORT_SECONDS} s"
+        lines = done.stderr.split("\n") if done.returncode else []
+        return next(
+            (line.strip() for line in reversed(lines) if line.strip()), f"exit code {done.returncode}" if lines else ""
+        )
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        futures = {name: pool.submit(error_of, statement) for name, statement in statements.items()}
+        bar = tqdm.tqdm(futures.items(), "imports", unit="package", disable=None, leave=False)
+        return {name: error for name, future in bar if (error := future.result())}
 
 
 def _version(package: str) -> str | None:
@@ -139,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:
         width = max(len(finding.name) for finding in findings)
-        for name, value, remedy, optional in findings:
-            mark = "!" if remedy and not optional else " "
+        for name, value, remedy, optional, broken in findings:
+            mark = "!" if broken or (remedy and not optional) else " "
             print(f"{mark} {name:{width}}  {value}" + (f"; {remedy}" if remedy else ""))
     return int(any(finding.remedy and not finding.optional for finding in findings))

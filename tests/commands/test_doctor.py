@@ -10,6 +10,15 @@ import pytest
 
 from tclip_jax.cli import main
 from tclip_jax.commands import doctor
+from tclip_jax.commands.doctor import import_errors as real_import_errors
+
+
+@pytest.fixture(autouse=True)
+def imports(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The errors of imports by package, in place of imports, which take seconds."""
+    errors: dict[str, str] = {}
+    monkeypatch.setattr(doctor, "import_errors", lambda statements: errors)
+    return errors
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -57,6 +66,20 @@ def test_an_accelerator_that_jax_does_not_use(monkeypatch: pytest.MonkeyPatch) -
     assert findings()["devices"].remedy == "/dev/nvidia0 exists: pip install 'tclip-jax[cuda]'"
 
 
+def test_an_optional_package_that_cannot_be_imported_is_a_problem(
+    imports: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "3.3.0")
+    imports |= {"open_clip_torch": "RuntimeError: operator torchvision::nms does not exist", "gguf": "ImportError: no"}
+    assert main(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert [" ".join(line.split()) for line in lines] == [
+        "! open_clip_torch 3.3.0, but it cannot be imported: RuntimeError: operator torchvision::nms does not exist; "
+        "torch and torchvision are of different builds: install both from one index",
+        "! gguf 3.3.0, but it cannot be imported: ImportError: no; pip install --force-reinstall 'tclip-jax[gguf]'",
+    ]
+
+
 def test_the_matmul_precision_is_shown() -> None:
     assert findings()["matmul of float32"].value.startswith("bfloat16 on a TPU")
     with jax.default_matmul_precision("highest"):
@@ -80,3 +103,17 @@ def test_a_libtpu_that_jax_does_not_pin(monkeypatch: pytest.MonkeyPatch) -> None
     assert findings()["libtpu and jax"].remedy == remedy
     versions["libtpu"] = "0.0.42.1"
     assert "libtpu and jax" not in findings()
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("import json", ""),
+        ("import json.nothing", "ModuleNotFoundError: No module named 'json.nothing'"),
+        ("raise RuntimeError('first\\nlast\\n')", "last"),
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import sys; print('a warning', file=sys.stderr)", ""),
+    ],
+)
+def test_a_statement_runs_in_its_own_process(statement: str, error: str) -> None:
+    assert real_import_errors({"a package": statement}) == ({"a package": error} if error else {})
