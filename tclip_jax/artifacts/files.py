@@ -59,12 +59,24 @@ def check_files(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
 def check_size(path: epath.Path, limit: int, size: Any = None) -> None:
     """Raise ArtifactError unless `path` exists with at most `limit` bytes and, if `size` is given, exactly `size`."""
     if not path.exists():
-        raise ArtifactError(f"{path} is missing: a complete artifact has it")
+        raise ArtifactError(_missing(path))
     length = path.stat().length
     if size is not None and length != size:
         raise ArtifactError(f"{path} has {length} bytes: {MANIFEST} gives {size!r:.80}")
     if length > limit:
         raise ArtifactError(f"{path} has {length} bytes: its limit is {limit}")
+
+
+def _missing(path: epath.Path) -> str:
+    """Return the error of a missing file, which says what the folder is if it is not an artifact."""
+    folder = path.parent
+    if path.name == MANIFEST and not folder.is_dir():
+        return f"{folder}: {'a file' if folder.exists() else 'no such folder'}; expected the folder of an artifact"
+    if path.name == MANIFEST and (folder / "checkpoints").is_dir():
+        return f"{folder} is the workdir of a run: `tclip pack {folder} --out DIR` makes an artifact of it"
+    if path.name == MANIFEST and any((folder / name).exists() for name in ("open_clip_config.json", "config.json")):
+        return f"{folder} is a checkpoint of another library: `tclip import {folder} --out DIR` makes an artifact of it"
+    return f"{path} is missing: a complete artifact has it"
 
 
 def open_safetensors(path: epath.Path) -> dict[str, LazyArray]:

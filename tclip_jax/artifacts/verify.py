@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import ArtifactError
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.images import Preprocess
+from tclip_jax.keys import difference
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, matrix_shape
 from tclip_jax.schema import check_names
@@ -64,8 +66,13 @@ def verify_artifact(
     differences = []
     for name, value, wanted in (("model", artifact.config, config), ("preprocessing", artifact.preprocess, preprocess)):
         if wanted is not None and value != wanted:
-            differences.append(f"{name} is {value}: expected {wanted}")
-    for path, leaf in expected.items():
+            differences.append(f"{name}: {difference(dataclasses.asdict(value), dataclasses.asdict(wanted))}")
+    if config is not None and config != artifact.config:
+        # The difference of the models explains parameters of another size.
+        same = [path for path in actual if math.prod(actual[path].shape) == math.prod(np.shape(expected[path]))]
+        actual = {path: actual[path] for path in same}
+    for path in actual:
+        leaf = expected[path]
         reasons = _reasons(actual[path], leaf, artifact.manifest["tensors"][path]["dtype"])
         differences += [f"{path}: {reason}" for reason in reasons]
     ternary = [leaf for leaf in actual.values() if isinstance(leaf, TernaryTensor)]

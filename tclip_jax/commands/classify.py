@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 
 from tclip_jax.data.prompts import DEFAULT, parse_templates
@@ -53,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
         labels, _ = find_texts(args.labels_file)
     else:
         labels = [label.strip() for label in args.labels.split(",")]
+        if len(labels) == 1 and (labels[0].endswith(".txt") or pathlib.Path(labels[0]).is_file()):
+            raise ValueError(
+                f"--labels {labels[0]} is one label: for a file of labels, write --labels-file {labels[0]}"
+            )
     templates = parse_templates(args.templates) or DEFAULT
     outcomes = classify_images(load_model(args.model).repacked(), args.images, labels, templates, args.batch_size)
     guesses = [outcome for outcome in outcomes if isinstance(outcome, Guess)]

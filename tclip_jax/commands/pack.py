@@ -41,11 +41,14 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.inference.load import load_run
+    from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.runs.read import split_step
     from tclip_jax.runs.record import run_figures, run_provenance
 
     if (epath.Path(args.run) / MANIFEST).exists():
         raise ValueError(f"{args.run} is an artifact, already packed: expected the workdir of `tclip train`")
+    if is_checkpoint(args.run):
+        raise ValueError(f"{args.run} is a checkpoint of another library: `tclip import` makes an artifact of it")
     figures = _read_figures(args.figures) if args.figures else {}
     step, model = load_run(args.run)
     workdir, _, average = split_step(args.run)

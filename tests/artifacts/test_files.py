@@ -88,3 +88,24 @@ def test_bytes_that_are_not_safetensors_are_refused(data: bytes, tmp_path: pathl
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(ArtifactError, match=r"/x is (not a safetensors file|truncated)"):
         open_safetensors(epath.Path(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "nowhere: no such folder; expected the folder of an artifact"),
+        (["checkpoints/100/params", "config.json"], "is the workdir of a run: `tclip pack .*x --out DIR` makes an"),
+        (["open_clip_config.json"], "is a checkpoint of another library: `tclip import .*x --out DIR` makes an"),
+        (["config.json"], "is a checkpoint of another library: "),
+        (["picture.png"], r"x/tclip\.json is missing: a complete artifact has it$"),
+    ],
+)
+def test_the_error_says_what_a_folder_is(files: list[str] | None, message: str, tmp_path: pathlib.Path) -> None:
+    for file in files or ():
+        (tmp_path / "x" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / file).write_text("")
+    with pytest.raises(ArtifactError, match=message):
+        read_artifact(tmp_path / ("nowhere" if files is None else "x"))
+    if files == ["picture.png"]:
+        with pytest.raises(ArtifactError, match=r"picture\.png: a file; expected the folder"):
+            read_artifact(tmp_path / "x" / "picture.png")

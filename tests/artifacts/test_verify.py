@@ -95,8 +95,14 @@ def test_another_model_is_noticed(
 ) -> None:
     other = dataclasses.replace(config, quick_gelu=True)
     (difference,) = verify_artifact(written, packed, config=other, preprocess=preprocess).differences
-    assert difference.startswith("model is CLIPConfig(")
+    assert difference == "model: quick_gelu: False, not True"
     (difference,) = verify_artifact(written, packed, preprocess=Preprocess(16, resize_mode="squash")).differences
-    assert difference.startswith("preprocessing is Preprocess(")
+    assert difference == "preprocessing: resize_mode: 'shortest', not 'squash'"
+    wider = dataclasses.replace(config, embed_dim=config.embed_dim + 1)
+    params = copy.deepcopy(packed)
+    kernel = np.asarray(packed["image"]["projection"]["kernel"])
+    params["image"]["projection"]["kernel"] = np.pad(kernel, ((0, 0), (0, 1)))
+    differences = verify_artifact(written, params, config=wider).differences
+    assert differences == (f"model: embed_dim: {config.embed_dim}, not {wider.embed_dim}",)
     with pytest.raises(ArtifactError, match="tensors does not fit the model: unexpected logit_scale"):
         verify_artifact(written, {name: leaf for name, leaf in packed.items() if name != "logit_scale"})

@@ -65,3 +65,15 @@ def test_the_command(
     assert failure["image"] == bad and failure["error"].startswith("not a usable image")
     assert main([*arguments, "--templates", "opnai"]) == 2
     assert "no such name; use openai" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", ["labels.txt", "./names"])
+def test_a_file_is_not_taken_for_a_label(
+    labels: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names").write_text("cat\ndog\n")
+    assert main(["classify", "artifact", "cat.jpg", "--labels", labels]) == 2
+    assert capsys.readouterr().err == (
+        f"tclip classify: error: --labels {labels} is one label: for a file of labels, write --labels-file {labels}\n"
+    )
