@@ -22,6 +22,7 @@ SCRIPT, DATA = "check.py", "check.safetensors"
 _SCRIPT = '''\
 """Compare the embeddings of open_clip and transformers with those that JAX computed at export: python check.py"""
 
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -32,17 +33,25 @@ from safetensors.torch import load_file
 folder = pathlib.Path(__file__).resolve().parent
 stored = load_file(folder / "check.safetensors")
 embeddings = {}
-with torch.no_grad():
-    if (folder / "open_clip_model.safetensors").exists() and importlib.util.find_spec("open_clip"):
-        import open_clip
 
+
+def library(weights, name):
+    """Import a library that is installed and has weights here; None if there is none, or if the import fails."""
+    if (folder / weights).exists() and importlib.util.find_spec(name.partition(".")[0]):
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # torchvision raises RuntimeError if it does not fit torch
+            print(f"{name.partition('.')[0]} cannot be imported: {' '.join(repr(error).split())}")
+    return None
+
+
+with torch.no_grad():
+    if open_clip := library("open_clip_model.safetensors", "open_clip"):
         model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
         embeddings["open_clip image"] = model.encode_image(stored["pixels"], normalize=True)
         embeddings["open_clip text"] = model.encode_text(stored["tokens"], normalize=True)
-    if (folder / "model.safetensors").exists() and importlib.util.find_spec("transformers"):
-        from transformers import CLIPModel
-
-        output = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()(
+    if clip := library("model.safetensors", "transformers.models.clip.modeling_clip"):
+        output = clip.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()(
             pixel_values=stored["pixels"], input_ids=stored["tokens"]
         )
         embeddings["transformers image"], embeddings["transformers text"] = output.image_embeds, output.text_embeds

@@ -32,14 +32,15 @@ FORMATS = ("open_clip", "hf", *GGUF_KINDS)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # format -> name of the library on the hub
+
 # transformers refuses safetensors files without this metadata.
 _METADATA = {"format": "pt"}
 
 _CARD = """\
 ---
-library_name: open_clip
-pipeline_tag: zero-shot-image-classification
-tags: [clip, transformers, ternary]
+{library}pipeline_tag: zero-shot-image-classification
+tags: [{tags}]
 ---
 # {title}
 
@@ -65,7 +66,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 from transformers import CLIPModel, CLIPProcessor
 
 model = CLIPModel.from_pretrained("FOLDER")
-processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")  # torchvision resizes a little differently
+# The default, torchvision, resizes differently: usually pixels by up to 2 of 255, and embeddings by about 1e-4.
+processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")
 ```
 """,
     "gguf": """
@@ -168,11 +170,14 @@ def model_card(
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
-    about = f"A CLIP model with {total:,} parameters, exported from tclip_jax as {dtype}."
+    libraries = [name for name in _LIBRARIES if name in formats]
+    kind = dtype if libraries else "GGUF"
+    about = f"A CLIP model with {total:,} parameters, exported from tclip_jax as {kind}."
     if ternary:
+        about += f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale)."
+    if ternary and libraries:
         about += (
-            f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale). The safetensors files store them"
-            " as floats, scale · trit, and are as large as those of a float model."
+            " The safetensors files store them as floats, scale · trit, and are as large as those of a float model."
         )
     table = ""
     for title, entries in (("measured", figures), ("provenance", provenance)):
@@ -180,7 +185,16 @@ def model_card(
         table += f"\n| {title} | |\n|---|---|\n{rows}" if rows else ""
     usage = "".join(text for name, text in _USAGE.items() if any(chosen.startswith(name) for chosen in formats))
     title = "Ternary CLIP" if ternary else "CLIP"
-    return _CARD.format(title=title, about=about, usage=usage, check=_CHECK if check else "", table=table)
+    names = [_LIBRARIES[name] for name in libraries] + ["gguf"] * any(name in GGUF_KINDS for name in formats)
+    return _CARD.format(
+        library=f"library_name: {names[0]}\n" if libraries else "",
+        tags=", ".join(["clip", *(["ternary"] if ternary else []), *names]),
+        title=title,
+        about=about,
+        usage=usage,
+        check=_CHECK if check else "",
+        table=table,
+    )
 
 
 def _cell(value: Any) -> str:

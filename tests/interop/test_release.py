@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import pathlib
@@ -15,13 +16,14 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
-from tclip_jax.inference.load import load_model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.inference.load import load_model, load_packed
+from tclip_jax.interop.export import export_pytorch, model_card
 from tclip_jax.interop.latent import latent_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
@@ -84,6 +86,60 @@ def test_the_card_has_the_figures_of_the_artifact(release: pathlib.Path) -> None
     )
     assert "| measured | |\n|---|---|\n" + rows in card
     assert "`python check.py`" in card
+
+
+@pytest.mark.parametrize(
+    ("formats", "header", "absent"),
+    [
+        (["open_clip", "hf"], "library_name: open_clip\nX\ntags: [clip, ternary, open_clip, transformers]", ["gguf"]),
+        (["hf"], "library_name: transformers\nX\ntags: [clip, ternary, transformers]", ["open_clip", "gguf"]),
+        (["open_clip"], "library_name: open_clip\nX\ntags: [clip, ternary, open_clip]", ["transformers", "gguf"]),
+        (["gguf-tq1_0"], "X\ntags: [clip, ternary, gguf]", ["open_clip", "transformers", "safetensors", "float32"]),
+    ],
+)
+def test_the_card_names_only_what_was_exported(
+    formats: list[str], header: str, absent: list[str], student: pathlib.Path
+) -> None:
+    card = model_card(load_packed(student).params, "float32", {}, formats)
+    header = header.replace("X", "pipeline_tag: zero-shot-image-classification")
+    assert card.startswith(f"---\n{header}\n---\n# Ternary CLIP\n")
+    assert not any(word in card.lower() for word in absent)
+    assert "of them are ternary" in card and ("2 of 255" in card) is ("hf" in formats)
+
+
+@pytest.mark.torch
+def test_the_pixels_of_the_other_backend_differ_as_the_card_says(release: pathlib.Path) -> None:
+    import transformers
+
+    rng = np.random.default_rng(0)
+    sizes = ((48, 64), (500, 375), (300, 200), (33, 90))
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+    pil, other = (
+        transformers.CLIPProcessor.from_pretrained(release, **backend).image_processor(images, return_tensors="np")
+        for backend in ({"backend": "pil"}, {})
+    )
+    spread = 255 * np.array(Preprocess(32).std)[:, None, None]
+    differences = spread * np.abs(np.asarray(pil["pixel_values"]) - np.asarray(other["pixel_values"]))
+    assert 0 < differences.max() < 2.01 and differences.mean() < 0.01
+    assert "usually pixels by up to 2 of 255" in (release / "README.md").read_text()
+
+
+@pytest.mark.torch
+def test_the_check_script_reports_a_library_that_cannot_be_imported(
+    release: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.import_module
+
+    def without_open_clip(name: str, package: str | None = None) -> Any:
+        if name == "open_clip":
+            raise RuntimeError("operator torchvision::nms\ndoes not exist")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without_open_clip)
+    assert run_check(release) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "open_clip cannot be imported: RuntimeError('operator torchvision::nms\\ndoes not exist')"
+    assert [line.split()[0] for line in lines[1:]] == ["transformers", "transformers"]
 
 
 @pytest.mark.torch
