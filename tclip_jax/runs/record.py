@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from tclip_jax import keys
 from tclip_jax.storage import write_atomic
 
 CONFIG, HISTORY = "config.json", "history.jsonl"
@@ -95,12 +96,21 @@ def write_record(workdir: epath.PathLike, record: Record, step: int, changed: Ch
 
 @functools.cache
 def software() -> dict[str, str]:
-    """Return the versions of this package and of jax, and the git commit if it is known."""
+    """Return the versions of this package and of jax, and the git commits that are known.
+
+    "commit" is that of this package, "working_tree" that of another checkout in whose folders the process was started,
+    such as the one of the recipe.
+    """
     distribution = importlib.metadata.distribution("tclip-jax")
     versions = {"tclip_jax": distribution.version, "jax": importlib.metadata.version("jax")}
     installed = json.loads(distribution.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
-    commit = _git_commit(pathlib.Path(__file__).resolve().parents[2]) or installed
-    return versions | ({"commit": commit} if commit else {})
+    package, here = pathlib.Path(__file__).resolve().parents[2], pathlib.Path.cwd()
+    checkout = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), package)
+    commits = {
+        "commit": _git_commit(package) or installed,
+        "working_tree": _git_commit(checkout) if checkout != package else None,
+    }
+    return versions | {name: commit for name, commit in commits.items() if commit}
 
 
 def _git_commit(folder: pathlib.Path) -> str | None:
@@ -124,16 +134,18 @@ def run_provenance(workdir: epath.PathLike, step: int, *, average: bool = False)
     """Return the provenance of the weights of a step, from history.jsonl and metrics.jsonl.
 
     Returns:
-      A mapping with "step"; "average", if the weights are the moving average; "data" ("source", "split", "samples",
-      "content"); "teacher" and "init", if there are any ("source", "content", and for a run "step"); "software";
-      "plugins", if there are any ("file", "sha256");
-      "changed", the changed keys by the step after which they changed; "metrics", the losses of the step. Values that
-      an older version did not record are absent.
+      A mapping with "step"; "average", if the weights are the moving average; "config", the digest of the resolved
+      configuration; "data" ("source", "split", "samples", "content"); "teacher" and "init", if there are any ("source",
+      "content", and for a run "step"); "software"; "plugins", if there are any ("file", "sha256"); "changed", the
+      changed keys by the step after which they changed; "metrics", the losses of the step. Values that an older version
+      did not record are absent.
     """
     history = [line for line in read_history(workdir) if line["step"] < step or not line["step"]]
     record = record_at(history, step)
     config = record.get("config", {})
-    named = {"data": {key: config["data"][key] for key in ("source", "split")}} if "data" in config else {}
+    named: dict[str, Any] = {"config": keys.digest(config)} if config else {}
+    if "data" in config:
+        named["data"] = {key: config["data"][key] for key in ("source", "split")}
     if config.get("teacher"):
         named["teacher"] = {"source": config["teacher"]}
     known = {name: record[name] for name in ("data", "teacher", "init", "software", "plugins") if record.get(name)}

@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 
+from tclip_jax import keys
 from tclip_jax.runs import record
-from tclip_jax.runs.record import changes, in_words, read_history, record_at, write_record
+from tclip_jax.runs.record import changes, in_words, read_history, record_at, run_provenance, write_record
 
 
 def test_changes_are_named_by_their_keys() -> None:
@@ -55,20 +56,59 @@ def test_a_run_without_a_history_has_one_line_of_its_config(tmp_path: pathlib.Pa
         read_history(tmp_path)
 
 
-def test_only_the_root_of_a_checkout_has_a_commit(tmp_path: pathlib.Path) -> None:
-    def git(*words: str) -> str:
-        options = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        command = ["git", *options, "-C", str(tmp_path), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def git(folder: pathlib.Path, *words: str) -> str:
+    options = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    command = ["git", *options, "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+
+def commit_file(folder: pathlib.Path) -> str:
+    """Make `folder` a checkout with one file, and return its commit."""
+    git(folder, "init", "-q")
+    (folder / "file").write_text("a")
+    git(folder, "add", "file")
+    git(folder, "commit", "-q", "-m", "first")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_only_the_root_of_a_checkout_has_a_commit(tmp_path: pathlib.Path) -> None:
     (tmp_path / "package").mkdir()
     assert record._git_commit(tmp_path) is None
-    git("init", "-q")
-    (tmp_path / "file").write_text("a")
-    git("add", "file")
-    git("commit", "-q", "-m", "first")
-    commit = git("rev-parse", "HEAD")
+    commit = commit_file(tmp_path)
     assert record._git_commit(tmp_path) == commit and record._git_commit(tmp_path / "package") is None
     (tmp_path / "file").write_text("b")
     assert record._git_commit(tmp_path) == f"{commit}-dirty"
     assert record.software()["tclip_jax"] and record.software()["jax"]
+
+
+def test_the_checkout_of_the_recipe_is_recorded_beside_the_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path / "recipes")
+    software = record.software.__wrapped__
+    assert "working_tree" not in software()
+    commit = commit_file(tmp_path)
+    assert software()["working_tree"] == commit != software().get("commit")
+    (tmp_path / "file").write_text("b")
+    assert software()["working_tree"] == f"{commit}-dirty"
+    monkeypatch.chdir(pathlib.Path(record.__file__).parent)
+    assert "working_tree" not in software()
+
+
+def test_the_provenance_names_configuration_data_teacher_and_software(tmp_path: pathlib.Path) -> None:
+    config = {"teacher": "runs/teacher", "steps": 9, "data": {"source": "folder:a", "split": "train", "workers": 2}}
+    made_by = {
+        "data": {"source": "folder:a", "split": "train", "samples": 5, "content": "dd"},
+        "teacher": {"source": "runs/teacher", "step": 4, "content": "tt"},
+        "init": None,
+        "software": {"tclip_jax": "1", "commit": "cc", "working_tree": "ww"},
+    }
+    write_record(tmp_path, {"config": config, **made_by}, 0, {})
+    provenance = run_provenance(tmp_path, 9)
+    known = {name: part for name, part in made_by.items() if part}
+    assert provenance == {"step": 9, "config": keys.digest(config), **known}
+    write_record(tmp_path, {"config": {**config, "steps": 10}, **made_by}, 9, {"steps": [9, 10]})
+    assert run_provenance(tmp_path, 9) == provenance
+    later = run_provenance(tmp_path, 10)
+    assert later["config"] == keys.digest({**config, "steps": 10}) and later["changed"] == {"9": {"steps": [9, 10]}}
