@@ -30,7 +30,8 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in self._forbidden
         self.tags.append((tag, dict(attrs)))
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        addresses = [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.addresses += [address for address in addresses if not address.startswith("#")]
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)

@@ -1,10 +1,12 @@
 """Examples:
   tclip evaluate runs/quickstart/artifact --data digits --split test --templates digits
   tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
+  tclip evaluate student/ --data birds=folder:/data/cub/images --data wds:/data/flowers/*.tar --out results/student
   tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
 
-With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Results that OUT already holds are reused, or
-refused if their model, data, templates or options differ.
+With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Otherwise it is a source, whose results are
+named NAME, or after its last folder or file. Results that OUT already holds are reused, or refused if their model,
+data, templates or options differ.
 Exit codes: 0 every image of every data set counts; 1 a data set has no result; 2 an error, nothing is measured; 3 every
 data set has a result, but in one some images do not count.
 """
@@ -22,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of open_clip or transformers"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder>",
-    )
+    add_data_argument(parser)
     parser.add_argument("--suite", help="clip-benchmark-41, imagenet, vtab, retrieval, or names separated by commas")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of results: a JSON file and the predictions of each data set"
@@ -51,6 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="also write a page with example mistakes; needs --out")
 
 
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --data, for commands that measure data sets or those of a suite."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="[NAME=]DATA",
+        help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder or"
+        " tars>; repeat it for more sources",
+    )
+
+
+def exports_folder(args: argparse.Namespace) -> str:
+    """Return the only --data of a suite; raise ValueError if there are several."""
+    if len(args.data) > 1:
+        raise ValueError(f"--suite takes one folder of exports, but --data is {' and '.join(args.data)}")
+    return args.data[0]
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the metrics of each data set."""
     import jax
@@ -60,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.page import report_table, write_page
     from tclip_jax.evaluation.runner import evaluate
-    from tclip_jax.evaluation.tasks import SPLIT, source_task, suite_tasks
+    from tclip_jax.evaluation.tasks import SPLIT, named_sources, source_task, suite_tasks
     from tclip_jax.inference.load import load_model
     from tclip_jax.inference.model import fingerprint
     from tclip_jax.parallel.distributed import distributed
@@ -72,17 +89,19 @@ def run(args: argparse.Namespace) -> int:
     with distributed():
         first = jax.process_index() == 0
         if args.suite:
-            tasks = suite_tasks(args.data, args.suite, args.download, args.tfds)
+            tasks = suite_tasks(exports_folder(args), args.suite, args.download, args.tfds)
         else:
-            if args.split:
-                check_split(args.data, args.split)
-            tasks = [source_task(args.data, args.split or SPLIT, parse_templates(args.templates))]
+            for _, spec in named_sources(args.data):
+                if args.split:
+                    check_split(spec, args.split)
+            templates = parse_templates(args.templates)
+            tasks = [source_task(source, args.split or SPLIT, templates) for source in args.data]
         model, name = load_model(args.model), args.name or args.model
         weights = fingerprint(model, args.model)
         encoder = Encoder(model, batch_size=args.batch_size, dtype=args.dtype)
         report = evaluate(encoder, tasks, model=name, weights=weights, out=args.out)
-        if report.errors and not args.suite:
-            raise ValueError(report.errors[args.data])
+        if report.errors and len(tasks) == 1 and not args.suite:
+            raise ValueError(*report.errors.values())
         if args.html and first:
             write_page(args.html, report, args.out, tasks)
         if first and args.json:
@@ -97,6 +116,6 @@ def _check_suite_options(args: argparse.Namespace) -> None:
     names = ("split", "templates") if args.suite else ("download", "tfds")
     for name in names:
         if getattr(args, name) and args.suite:
-            raise ValueError(f"--{name} is for one source: with --suite, the exports define splits and templates")
+            raise ValueError(f"--{name} is for sources: with --suite, the exports define splits and templates")
         if getattr(args, name):
             raise ValueError(f"--{name} is for exports: it needs --suite")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from tclip_jax.commands.evaluate import add_data_argument, exports_folder
 from tclip_jax.schema import count
 
 
@@ -19,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="workdir of a run, an artifact, or a checkpoint of another library"
     )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="with --suite a folder of exports, else a source: digits, folder:<path>, tfds:<name>, wds:<folder>",
-    )
+    add_data_argument(parser)
     parser.add_argument(
         "--suite", help="names of data sets and suites, separated by commas; each with splits train and test"
     )
@@ -62,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the accuracy of each probe."""
     from tclip_jax.evaluation.encoder import Encoder
     from tclip_jax.evaluation.probe_suite import probe, probe_table, source_pair, suite_pairs
+    from tclip_jax.evaluation.tasks import named_sources
     from tclip_jax.inference.load import load_model
     from tclip_jax.inference.model import fingerprint
     from tclip_jax.storage import dump_json
@@ -70,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--seeds is for few-shot probes: it needs --shots K")
     if args.download and not args.suite:
         raise ValueError("--download is for exports: it needs --suite")
-    pairs = suite_pairs(args.data, args.suite, args.download) if args.suite else [source_pair(args.data)]
+    if args.suite:
+        pairs = suite_pairs(exports_folder(args), args.suite, args.download)
+    else:
+        pairs = [source_pair(*pair) for pair in named_sources(args.data)]
     model = load_model(args.model)
     results, errors = probe(
         Encoder(model, batch_size=args.batch_size, dtype=args.dtype),
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         seeds=5 if args.seeds is None else args.seeds,
         cache=args.cache,
     )
-    if errors and not args.suite:
-        raise ValueError(errors[args.data])
+    if errors and len(pairs) == 1 and not args.suite:
+        raise ValueError(*errors.values())
     if args.json:
         print(dump_json({"results": [dataclasses.asdict(result) for result in results], "failed": errors}))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -17,6 +18,8 @@ from tclip_jax.evaluation.results import PROBE_C, SUMMARY, Result, predictions_p
 from tclip_jax.evaluation.statistics import interval
 from tclip_jax.evaluation.suite import main_metric
 from tclip_jax.keys import Recipe, difference
+
+_PROBE = re.compile(r"linear_probe|\d+_shot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +68,34 @@ class Row:
 
     Attributes:
       dataset: name of the data set.
+      probe: "linear_probe" or "<k>_shot"; "" for a zero-shot result.
       metric: the metric that tables show.
       images: number of compared images; 0 if a side has no predictions.
       only_a, only_b: number of images left out because the other side does not have them.
       deltas: the differences by metric.
       flips: the changed images; None for few-shot and multi-label results, and without predictions.
+      source: specification of the data of A for `open_source`; "" for an export of a suite.
       split, content: split and content digest of the data of A; "" if its result does not record them.
       checked: whether both results record what made them, so that data and templates are known to be equal.
     """
 
     dataset: str
+    probe: str
     metric: str
     images: int
     only_a: int
     only_b: int
     deltas: Mapping[str, Delta]
     flips: Flips | None
+    source: str = ""
     split: str = ""
     content: str = ""
     checked: bool = False
+
+    @property
+    def name(self) -> str:
+        """The data set and the probe, as tables show them."""
+        return _named(self.dataset, self.probe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Comparison:
     Attributes:
       a, b: the folders.
       models: names of the evaluated models in A and in B.
-      rows: the compared data sets, sorted by file name in A.
+      rows: the compared data sets, sorted by file name in A; those of probes by probe first.
       refused: the reasons why data sets were not compared, by name.
       mean: mean of the main metrics over all rows; its interval resamples the images of every data set.
       resamples, seed: arguments of the bootstrap.
@@ -119,7 +131,7 @@ def compare_results(
     Results without predictions are compared without intervals.
 
     Args:
-      a, b: folders written by `tclip evaluate --out`.
+      a, b: folders written by `tclip evaluate --out` or `tclip evaluate probe --out`.
       intersect: compare the common images if the images differ.
       resamples: resamples of the bootstrap. With 2,000, the ends of a 95 % interval vary by about 5 % of its length.
       seed: seed of the bootstrap.
@@ -131,25 +143,40 @@ def compare_results(
     results_a, results_b = _results(a), _results(b)
     rows, samples, refused = [], [], {}
     names = tqdm.tqdm(dict.fromkeys([*results_a, *results_b]), "resampling", unit="set", disable=None, leave=False)
-    for name in names:
-        if name not in results_a or name not in results_b:
-            refused[name] = f"only in {a if name in results_a else b}"
+    for key in names:
+        probe, dataset = key
+        if key not in results_a or key not in results_b:
+            refused[_named(dataset, probe)] = f"only in {a if key in results_a else b}"
             continue
+        folder_a, folder_b = (epath.Path(folder) / probe for folder in (a, b))
         try:
-            row, differences = _compare(a, b, results_a[name], results_b[name], intersect, resamples, seed)
+            row, differences = _compare(folder_a, folder_b, results_a[key], results_b[key], intersect, resamples, seed)
         except ValueError as error:
-            refused[name] = str(error)
+            refused[_named(dataset, probe)] = str(error)
             continue
+        row = dataclasses.replace(row, probe=probe)
         rows.append(row)
         samples.append(differences)
     models = (_models(results_a), _models(results_b))
     return Comparison(str(a), str(b), models, tuple(rows), refused, _mean(rows, samples), resamples, seed)
 
 
-def _results(folder: epath.PathLike) -> dict[str, Result]:
+def _results(folder: epath.PathLike) -> dict[tuple[str, str], Result]:
+    """Return the results of a folder by ("", data set); those of a folder of probes by (probe, data set)."""
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; it must be an output folder of `tclip evaluate --out`")
+    if results := _read_results(folder):
+        return {("", name): result for name, result in results.items()}
+    probes = [path.name for path in folder.iterdir() if _PROBE.fullmatch(path.name) and path.is_dir()]
+    probes.sort(key=lambda name: int(name.partition("_")[0]) if name[0].isdigit() else 0)
+    found = {(probe, name): each for probe in probes for name, each in _read_results(folder / probe).items()}
+    if not found:
+        raise ValueError(f"{folder}: it has no results (<dataset>.json), and no probes (linear_probe/, <k>_shot/)")
+    return found
+
+
+def _read_results(folder: epath.Path) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name != SUMMARY:
@@ -157,12 +184,14 @@ def _results(folder: epath.PathLike) -> dict[str, Result]:
             if result.dataset in results:
                 raise ValueError(f"{path}: a second result of {result.dataset}; a folder must hold those of one model")
             results[result.dataset] = result
-    if not results:
-        raise ValueError(f"{folder}: it has no results (<dataset>.json)")
     return results
 
 
-def _models(results: Mapping[str, Result]) -> str:
+def _named(dataset: str, probe: str) -> str:
+    return f"{dataset}, {probe.replace('_', ' ')}" if probe else dataset
+
+
+def _models(results: Mapping[tuple[str, str], Result]) -> str:
     return ", ".join(dict.fromkeys(f"{r.model} ({r.pretrained})" for r in results.values()))
 
 
@@ -185,7 +214,7 @@ def _compare(
     if checked and (differs := difference(*(_without_model(each, intersect) for each in (result_a, result_b)))):
         raise ValueError(f"A and B differ in more than the model: {differs}")
     data = result_a.made_by.get("data", {})
-    split, content = (str(data.get(key, "")) for key in ("split", "content"))
+    about = (result_a.source, str(data.get("split", "")), str(data.get("content", "")), checked)
     common = [metric for metric in result_a.metrics if metric in result_b.metrics and metric != PROBE_C]
     main = main_metric(common)
     if not main:
@@ -193,7 +222,7 @@ def _compare(
     deltas = {metric: Delta(result_a.metrics[metric], result_b.metrics[metric]) for metric in common}
     paths = [predictions_path(folder, name) for folder in (a, b)]
     if not all(path.exists() for path in paths):
-        return Row(name, main, 0, 0, 0, deltas, None, split, content, checked), np.empty(0)
+        return Row(name, "", main, 0, 0, 0, deltas, None, *about), np.empty(0)
     first, second = (Predicted.read(folder, name, result.made_by) for folder, result in ((a, result_a), (b, result_b)))
     for side, result in ((first, result_a), (second, result_b)):
         side.check(result.metrics)
@@ -211,7 +240,7 @@ def _compare(
     for metric, differences in samples.items():
         deltas[metric] = Delta(first.value(metric), second.value(metric), *interval(differences))
     flips = _flips(first, second)
-    row = Row(name, main, len(first.keys), only[0], only[1], deltas, flips, split, content, checked)
+    row = Row(name, "", main, len(first.keys), only[0], only[1], deltas, flips, *about)
     return row, samples.get(main, np.empty(0))
 
 

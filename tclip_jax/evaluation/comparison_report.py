@@ -19,7 +19,7 @@ from tclip_jax.evaluation.page import cards
 from tclip_jax.evaluation.results import read_predictions
 from tclip_jax.evaluation.suite import DATASETS
 from tclip_jax.evaluation.tasks import SPLIT, check_content
-from tclip_jax.pages import aligned, details, heading, page, paragraph, plot, table
+from tclip_jax.pages import aligned, details, fit_rows, heading, page, paragraph, plot, table
 
 _HEADINGS = ("dataset", "metric", "images", "A %", "B %", "B − A", "95 % interval", "", "lost", "gained", "p")
 _SHORT = {
@@ -47,27 +47,30 @@ class Pictures(NamedTuple):
 def flipped(comparison: Comparison, root: epath.PathLike | None, limit: int = 7) -> dict[str, Pictures]:
     """Read up to `limit` lost and `limit` gained images of every data set with changed predictions.
 
+    The mapping is by the name of the row.
+
     Args:
       comparison: the comparison.
-      root: folder of the webdataset exports, for data sets in `DATASETS`; None to skip these. The name of any other
-        data set is its specification for `open_source`.
+      root: folder of the webdataset exports of suites; None to skip these. Results of other data state its source.
       limit: number of images of either kind.
     """
     pictures = {}
     rows = [(row, row.flips) for row in comparison.rows if row.flips and (row.flips.lost or row.flips.gained)]
     for row, flips in tqdm.tqdm(rows, "images", unit="set", disable=None, leave=False):
-        name = row.dataset
-        if name in DATASETS and root is None:
-            continue
-        spec = f"wds:{epath.Path(root).expanduser() / DATASETS[name].folder}" if name in DATASETS else name
+        spec = row.source or row.dataset  # an older result is named after its source
+        if not row.source and row.dataset in DATASETS:
+            if root is None:
+                continue
+            spec = f"wds:{epath.Path(root).expanduser() / DATASETS[row.dataset].folder}"
         try:
             source = open_source(spec, row.split or SPLIT)
             check_content(spec, source, row.content)
-            a, b = (read_predictions(folder, name) for folder in (comparison.a, comparison.b))
+            folders = (epath.Path(folder) / row.probe for folder in (comparison.a, comparison.b))
+            a, b = (read_predictions(folder, row.dataset) for folder in folders)
             lost, gained = (tuple(changed(a, b, keys, source, limit)) for keys in (flips.lost, flips.gained))
-            pictures[name] = Pictures(lost, gained, "")
+            pictures[row.name] = Pictures(lost, gained, "")
         except (ValueError, OSError) as error:
-            pictures[name] = Pictures((), (), str(error))
+            pictures[row.name] = Pictures((), (), str(error))
     return pictures
 
 
@@ -96,8 +99,13 @@ def verdict(comparison: Comparison) -> list[str]:
     better, worse = (sum(each.clear and (each.delta > 0) is positive for each in main) for positive in (True, False))
     mean = comparison.mean
     spread = "" if math.isnan(mean.low) else f" ({100 * mean.low:+.2f} to {100 * mean.high:+.2f})"
+    figures = f"{100 * mean.a:.2f} % in A, {100 * mean.b:.2f} % in B, {100 * mean.delta:+.2f}{spread}"
+    if len(main) == 1:
+        word = "better" if better else "worse" if worse else "better or worse"
+        clear = f"B is {'' if better or worse else 'not '}clearly {word}"
+        return [f"{comparison.rows[0].name}: {figures}", f"{clear}; about 1 of 20 equal pairs looks clear by chance"]
     return [
-        f"mean of {len(main)}: {100 * mean.a:.2f} % in A, {100 * mean.b:.2f} % in B, {100 * mean.delta:+.2f}{spread}",
+        f"mean of {len(main)}: {figures}",
         f"B is clearly better on {better}, clearly worse on {worse}; about 1 of 20 equal pairs looks clear by chance",
     ]
 
@@ -107,19 +115,25 @@ def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingPr
 
     Args:
       comparison: the comparison.
-      pictures: output of `flipped`. The page shows only the keys of the changed images of other data sets.
+      pictures: output of `flipped`. The page shows only the names of the changed images of other data sets.
     """
     color = ("good" if comparison.mean.delta > 0 else "bad") if comparison.mean.clear else ""
     parts = [paragraph(line, f"verdict {color}") for line in verdict(comparison)]
     sides = [["A", comparison.a, comparison.models[0]], ["B", comparison.b, comparison.models[1]]]
     parts += [table(sides, header=False), *(paragraph(line, "note") for line in _notes(comparison))]
+    flips = {f"set-{i}": (row, row.flips) for i, row in enumerate(comparison.rows) if row.flips}
     if comparison.rows:
         parts += [plot(plot_deltas(comparison), "B − A with its 95 % interval, by data set")]
-        marked = [False, *(_worse(row.deltas[row.metric]) for row in comparison.rows), False]
-        parts += [heading("Data sets"), table(_table(comparison), marked=marked)]
-        parts += [details("All metrics", table(_metrics(comparison)))]
-    flips = [(row.dataset, row.flips) for row in comparison.rows if row.flips]
-    parts += [heading("Changed images"), *(_changed(*each, pictures) for each in flips)] if flips else []
+        marked = [False, *(_worse(row.deltas[row.metric]) for row in comparison.rows)]
+        links = {row.name: anchor for anchor, (row, _) in flips.items()}
+        parts += [heading("Data sets"), table(_table(comparison), marked=marked, links=links)]
+    if flips:
+        parts.append(heading("Changed images"))
+        if any(row.name not in pictures and (each.lost or each.gained) for row, each in flips.values()):
+            parts.append(paragraph("--data DIR, the folder of the exports, adds the images of a suite.", "note"))
+        parts += [_changed(row.name, each, pictures, anchor) for anchor, (row, each) in flips.items()]
+    if comparison.rows:
+        parts += [heading("All metrics"), table(_metrics(comparison))]
     parts.append(
         paragraph(
             f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}. "
@@ -132,20 +146,23 @@ def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingPr
 
 
 def plot_deltas(comparison: Comparison) -> Figure:
-    """Plot the difference of each data set with its interval, in points and sorted, and the mean below."""
+    """Plot the difference of each data set with its interval, in points, the worst on top, and the mean below."""
     rows = sorted(comparison.rows, key=lambda row: row.deltas[row.metric].delta)
-    names = [*(row.dataset for row in rows), "mean"]
-    deltas = [*(row.deltas[row.metric] for row in rows), comparison.mean]
-    figure = Figure(figsize=(11, 1.3 + 0.24 * len(names)), layout="constrained", dpi=110)
+    # The mean is half a row below the others; of a single row it would repeat the row.
+    above = 1.5 if len(rows) > 1 else 0.0
+    lines = [(above + len(rows) - 1 - i, row.name, row.deltas[row.metric], "o") for i, row in enumerate(rows)]
+    lines += [(0.0, "mean", comparison.mean, "D")] if above else []
+    figure = Figure(layout="constrained", dpi=110)
     axes = figure.subplots()
-    for y, each in zip([*range(len(rows)), len(rows) + 0.5], deltas, strict=True):
+    fit_rows(axes, above + len(rows))
+    for y, _, each, marker in lines:
         color = ("#2a7d3f" if each.delta > 0 else "#c0392b") if each.clear else "#777777"
         if not math.isnan(each.low):
             axes.plot([100 * each.low, 100 * each.high], [y, y], color=color, linewidth=2, alpha=0.5)
-        axes.plot(100 * each.delta, y, marker="D" if y > len(rows) else "o", color=color, markersize=6)
+        axes.plot(100 * each.delta, y, marker=marker, color=color, markersize=6)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks([*range(len(rows)), len(rows) + 0.5], names)
-    axes.invert_yaxis()
+    axes.set_yticks([y for y, *_ in lines], [name for _, name, *_ in lines])
+    axes.margins(x=0.1)
     axes.set(xlabel="B − A, points (95 % interval)")
     axes.grid(axis="x", alpha=0.3)
     return figure
@@ -157,8 +174,8 @@ def _worse(delta: Delta) -> bool:
 
 def _table(comparison: Comparison) -> list[list[str]]:
     rows = [list(_HEADINGS), *(_line(row) for row in comparison.rows)]
-    mean = _figures(comparison.mean)
-    return [*rows, ["mean", "", "", *mean, "", "", ""]]
+    mean = ["mean", "", "", *_figures(comparison.mean), "", "", ""]
+    return [*rows, *([mean] if len(comparison.rows) > 1 else [])]
 
 
 def _line(row: Row) -> list[str]:
@@ -166,7 +183,7 @@ def _line(row: Row) -> list[str]:
     if row.flips:
         flips = [f"{len(row.flips.lost):,}", f"{len(row.flips.gained):,}", f"{row.flips.p:.2g}"]
     images = f"{row.images:,}" if row.images else "–"
-    return [row.dataset, _short(row.metric), images, *_figures(row.deltas[row.metric]), *flips]
+    return [row.name, _short(row.metric), images, *_figures(row.deltas[row.metric]), *flips]
 
 
 def _figures(delta: Delta) -> list[str]:
@@ -179,7 +196,7 @@ def _metrics(comparison: Comparison) -> list[list[str]]:
     lines = [["dataset", *_HEADINGS[1:2], *_HEADINGS[3:8]]]
     for row in comparison.rows:
         shown = {metric: delta for metric, delta in row.deltas.items() if not math.isnan(delta.delta)}
-        lines += [[row.dataset, _short(metric), *_figures(delta)] for metric, delta in shown.items()]
+        lines += [[row.name, _short(metric), *_figures(delta)] for metric, delta in shown.items()]
     return lines
 
 
@@ -191,24 +208,26 @@ def _short(metric: str) -> str:
 def _notes(comparison: Comparison) -> list[str]:
     lines = [f"not compared: {name}: {reason}" for name, reason in comparison.refused.items()]
     lines += [
-        f"{row.dataset}: compared on {row.images:,} images; left out {row.only_a:,} only in A, {row.only_b:,} only in B"
+        f"{row.name}: compared on {row.images:,} images; left out {row.only_a:,} only in A, {row.only_b:,} only in B"
         for row in comparison.rows
         if row.only_a or row.only_b
     ]
-    unchecked = [row.dataset for row in comparison.rows if not row.checked]
+    unchecked = [row.name for row in comparison.rows if not row.checked]
     if unchecked:
         lines.append(f"a result does not record what made it, so data and templates may differ: {', '.join(unchecked)}")
-    without = [row.dataset for row in comparison.rows if not row.images]
+    without = [row.name for row in comparison.rows if not row.images]
     return [*lines, f"no predictions, so no intervals: {', '.join(without)}"] if without else lines
 
 
-def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures]) -> str:
+def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures], anchor: str) -> str:
     shown = pictures.get(name, Pictures((), (), ""))
     title = f"{name}: {len(flips.lost):,} lost, {len(flips.gained):,} gained"
     parts = [paragraph(f"no images: {shown.error}", "note")] if shown.error else []
     for kind, images in (("lost", shown.lost), ("gained", shown.gained)):
         parts += [paragraph(kind), cards(images)] if images else []
-    return details(title, "".join([*parts, _keys(flips)]))
+    if flips.lost or flips.gained:
+        parts.append(details("names of the changed images", _keys(flips), is_open=not (shown.lost or shown.gained)))
+    return details(title, "".join(parts), anchor=anchor)
 
 
 def _keys(flips: Flips) -> str:

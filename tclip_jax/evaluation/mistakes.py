@@ -26,12 +26,14 @@ class Example(NamedTuple):
       small: whether the image is less than half the size at which the page shows it.
       truth: the class or classes of the image, or one of its captions.
       predicted: description of the prediction.
+      name: name of the sample.
     """
 
     thumbnail: bytes
     small: bool
     truth: str
     predicted: str
+    name: str
 
 
 def examples(predictions: Predictions, source: Source, limit: int) -> list[Example]:
@@ -105,7 +107,7 @@ def _example(record: Record, truth: str, predicted: str) -> Example | None:
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
-    return Example(buffer.getvalue(), small, truth[:_MAX_CHARACTERS], predicted[:_MAX_CHARACTERS])
+    return Example(buffer.getvalue(), small, truth[:_MAX_CHARACTERS], predicted[:_MAX_CHARACTERS], record.name)
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:

@@ -16,7 +16,18 @@ from tclip_jax.evaluation.results import Predictions, Result, read_predictions
 from tclip_jax.evaluation.runner import AVERAGES, Report
 from tclip_jax.evaluation.suite import main_metric
 from tclip_jax.evaluation.tasks import Task, check_content
-from tclip_jax.pages import aligned, data_uri, details, heading, page, paragraph, plot, table
+from tclip_jax.pages import (
+    aligned,
+    data_uri,
+    details,
+    fit_rows,
+    heading,
+    page,
+    paragraph,
+    plot,
+    sample_name,
+    table,
+)
 from tclip_jax.storage import write_atomic
 
 _COLUMNS = {
@@ -76,8 +87,8 @@ def _per_cent(value: float | None) -> str:
 
 
 _LEGEND = (
-    "Below each image are the truth and the prediction. The mistakes are spread evenly over a data set. In retrieval, "
-    "they are the images whose captions rank worst."
+    "Below each image are the truth, the prediction and the name. The mistakes are spread evenly over a data set. In "
+    "retrieval, they are the images whose captions rank worst."
 )
 
 
@@ -99,14 +110,18 @@ def to_html(report: Report, out: epath.PathLike, tasks: Sequence[Task], *, limit
     results = list(report.results.values())
     parts = [paragraph(line, "verdict") for line in average_lines(report)]
     parts += [paragraph(line, "verdict bad") for line in problem_lines(report)]
+    measured = {f"set-{i}": task for i, task in enumerate(tasks) if task.dataset.name in report.results}
     if results:
         partial = [False, *(name in report.partial for name in report.results)]
-        parts += [_facts(results), plot(plot_metrics(results), "the main metric of every data set")]
-        parts += [heading("Data sets, in per cent"), table(table_rows(report), marked=partial)]
+        links = {task.dataset.name: anchor for anchor, task in measured.items()}
+        parts += [plot(plot_metrics(results), "the main metric of every data set")]
+        parts += [heading("Data sets, in per cent"), table(table_rows(report), marked=partial, links=links)]
         parts += [heading("Mistakes"), paragraph(_LEGEND, "note")]
-    measured = [task for task in tasks if task.dataset.name in report.results]
-    for task in tqdm.tqdm(measured, "report", unit="set", disable=None, leave=False):
-        parts.append(_section(report.results[task.dataset.name], out, task, limit))
+    for anchor, task in tqdm.tqdm(measured.items(), "report", unit="set", disable=None, leave=False):
+        title, section = _section(report.results[task.dataset.name], out, task, limit)
+        parts.append(details(title, section, anchor=anchor))
+    if results:
+        parts += [heading("Model and machine"), _facts(results)]
     models = dict.fromkeys(result.model for result in results)
     return page(f"Evaluation of {', '.join(models) or 'nothing'}", "\n".join(parts))
 
@@ -120,12 +135,12 @@ def plot_metrics(results: Sequence[Result]) -> Figure:
     """Plot the main metric of each data set in per cent, the best one on top."""
     bars = {result.dataset: 100 * _main(result)[1] for result in results if not math.isnan(_main(result)[1])}
     names = sorted(bars, key=lambda name: bars[name])
-    figure = Figure(figsize=(11, 1 + 0.22 * len(names)), layout="constrained", dpi=110)
+    figure = Figure(layout="constrained", dpi=110)
     axes = figure.subplots()
+    fit_rows(axes, len(names))
     container = axes.barh(names, [bars[name] for name in names], color="#3b6fb6")
     axes.bar_label(container, fmt="%.1f", padding=3, fontsize=8)
-    axes.set(xlim=(0, 105), xlabel="%: acc1; mAP if multi-label; image recall@5 for retrieval")
-    axes.margins(y=0.01)
+    axes.set(xlim=(0, 108), xlabel="%: acc1; mAP if multi-label; image recall@5 for retrieval")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -141,10 +156,11 @@ def _facts(results: Sequence[Result]) -> str:
     seconds = sum(result.seconds for result in results)
     rows = [["weights", first.pretrained], ["dtype", first.dtype], ["images", f"{sum(r.samples for r in results):,}"]]
     rows += [["seconds", f"{seconds:,.1f}"], *([name, str(value)] for name, value in first.versions.items())]
-    return details("Model and machine", table(rows, header=False))
+    return table(rows, header=False)
 
 
-def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str:
+def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> tuple[str, str]:
+    """Return the title of a data set, and the HTML of its mistakes."""
     metric, value = _main(result)
     title = f"{result.dataset}: {metric} {100 * value:.2f} %, {result.samples:,} images"
     try:
@@ -153,8 +169,8 @@ def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> str
         check_content(result.dataset, source, result.made_by.get("data", {}).get("content", ""))
         images = cards(examples(predictions, source, limit))
     except (OSError, ValueError) as error:
-        return details(title, paragraph(f"no examples: {error}", "note"))
-    return details(title, images + _classes(predictions, source.classnames, limit))
+        return title, paragraph(f"no examples: {error}", "note")
+    return title, images + _classes(predictions, source.classnames, limit)
 
 
 def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) -> str:
@@ -178,5 +194,7 @@ def _card(example: Example) -> str:
     kind = ' class="small"' if example.small else ""
     picture = f'<img{kind} alt="" src="{data_uri(example.thumbnail, "jpeg")}">'
     truth, predicted = html.escape(example.truth), html.escape(example.predicted)
-    caption = f'<span class="good">{truth}</span><br><span class="bad">{predicted}</span>'
+    caption = (
+        f'<span class="good">{truth}</span><br><span class="bad">{predicted}</span><br>{sample_name(example.name)}'
+    )
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

@@ -39,15 +39,22 @@ _logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """The name of a data set, and a function that opens one of its splits `train` and `test`."""
+    """The training and test images of a data set.
+
+    Attributes:
+      name: name of the data set.
+      open: opens its split `train` or `test`.
+      source: specification for `open_source`; "" for an export of a suite.
+    """
 
     name: str
     open: Callable[[str], Source]
+    source: str = ""
 
 
-def source_pair(spec: str) -> Pair:
+def source_pair(name: str, spec: str) -> Pair:
     """Return the splits of a source; `spec` is a specification for `open_source`."""
-    return Pair(spec, functools.partial(open_source, spec))
+    return Pair(name, functools.partial(open_source, spec), spec)
 
 
 def suite_pairs(root: epath.PathLike, suite: str, download: bool = False) -> list[Pair]:
@@ -114,7 +121,8 @@ def probe(
                 sources = [pair.open(split) for split in (_TRAIN, SPLIT)]
             except (ValueError, OSError) as error:
                 errors[pair.name] = str(error)
-                _logger.warning("%s: no result: %s", pair.name, error)
+                if len(pairs) > 1:
+                    _logger.warning("%s: no result: %s", pair.name, error)
                 continue
             made_by = {name: _made_by(encoder, weights, pair.name, sources, name, seeds) for name in names}
             existing = {name: find_result(epath.Path(out) / name, pair.name, made_by[name]) for name in names}
@@ -154,6 +162,7 @@ def probe(
                         samples=len(test.labels),
                         failed={why: count for why, count in unused.items() if count},
                         made_by=made_by[name],
+                        source=pair.source,
                     )
                     results.append(result)
                     (epath.Path(out) / name).mkdir(parents=True, exist_ok=True)
@@ -162,7 +171,8 @@ def probe(
                     raise ValueError("; ".join(failed))
             except (ValueError, OSError) as error:
                 errors[pair.name] = str(error)
-                _logger.warning("%s: no result: %s", pair.name, error)
+                if len(pairs) > 1:
+                    _logger.warning("%s: no result: %s", pair.name, error)
     return results, errors
 
 

@@ -42,6 +42,7 @@ class Result:
       samples: number of images that the metrics count.
       failed: number of images that the metrics do not count, by reason.
       made_by: everything that determines the metrics, from `keys.recipe`; empty in files of other programs.
+      source: where the data was, a specification for `open_source`; "" for an export of a suite.
     """
 
     dataset: str
@@ -56,6 +57,7 @@ class Result:
     samples: int = 0
     failed: dict[str, Any] = dataclasses.field(default_factory=dict)
     made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
 
 
 def result_path(out: epath.PathLike, dataset: str) -> epath.Path:

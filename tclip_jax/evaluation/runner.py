@@ -222,6 +222,7 @@ def _measure(encoder: Encoder, task: Task, model: str, weights: str, bar: tqdm.t
         samples=outcome.samples,
         failed=outcome.failed | {why: count for why, count in counts.items() if count},
         made_by=_made_by(encoder, weights, task.split, opened),
+        source=task.source,
     )
     return result, outcome.predictions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,15 @@ from etils import epath
 from tclip_jax.data.prompts import get_templates, templates_for
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.sources.webdataset import CLASSNAMES, DATASET_TYPE, SHARD_COUNT, TEMPLATES, Kind, Webdataset
+from tclip_jax.evaluation.results import SUMMARY
 from tclip_jax.evaluation.suite import Dataset, find_datasets
 from tclip_jax.evaluation.tfds_source import MAY_DIFFER, TfdsRow
 from tclip_jax.evaluation.zero_shot import Templates
 
 SPLIT = "test"
+_SPLITS = ("train", "test", "val", "valid", "validation")
+_SUFFIX = re.compile(r"\.(csv|tsv|parquet|tar|array_?record)$")
+_SUMMARY = SUMMARY.removesuffix(".json")
 
 _logger = logging.getLogger(__name__)
 
@@ -30,11 +35,13 @@ class Task(NamedTuple):
       open: opens the data and returns the data set, its source, and its templates as a list of captions with `{c}`,
         which is empty for retrieval. It raises FileNotFoundError or ValueError if data is missing or invalid.
       split: name of the split.
+      source: specification for `open_source`; "" for an export of a suite.
     """
 
     dataset: Dataset
     open: Callable[[], tuple[Dataset, Source, tuple[str, ...]]]
     split: str = SPLIT
+    source: str = ""
 
 
 def suite_tasks(
@@ -69,11 +76,51 @@ def source_task(source: str, split: str = SPLIT, templates: Templates = "") -> T
     """Return the task of a single source. Its data determines the kind of evaluation.
 
     Args:
-      source: specification for `open_source`.
+      source: argument of `named_source`.
       split: name of the split.
       templates: argument of `get_templates`; "" for the templates of the data.
+
+    Raises:
+      ValueError: the name of the data set is not valid.
     """
-    return Task(Dataset(source, 0, 0), functools.partial(_open_source, source, split, templates), split)
+    name, spec = named_source(source)
+    return Task(Dataset(name, 0, 0), functools.partial(_open_source, name, spec, split, templates), split, spec)
+
+
+def named_sources(sources: Sequence[str]) -> list[tuple[str, str]]:
+    """Return `named_source` of each; raise ValueError if two have one name."""
+    pairs = [named_source(source) for source in sources]
+    names = [name.replace("/", "-") for name, _ in pairs]  # as in the names of their files
+    if repeated := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"two data sets are named {repeated!r}: write NAME=SOURCE for one of them")
+    return pairs
+
+
+def named_source(text: str) -> tuple[str, str]:
+    """Return the name of a data set and the specification of its source.
+
+    Args:
+      text: `NAME=SOURCE`; or only SOURCE, which is named after the last folder or file in it: `folder:/data/birds` and
+        `wds:/data/birds/*.tar` are birds.
+
+    Raises:
+      ValueError: the name has a character that is not a letter, digit or one of _ . + - /, or names another file.
+    """
+    if match := re.fullmatch(r"([^:=]*)=(.*)", text, re.DOTALL):
+        name, spec = match.groups()
+        if not re.fullmatch(r"\w[\w./+-]*", name):
+            raise ValueError(f"the name {name!r} of {spec}: it must be letters, digits and _ . + - /")
+        if name == _SUMMARY:
+            raise ValueError(f"the name {name!r} of {spec}: {name}.json is another file of the results")
+        return name, spec
+    kind, _, path = text.partition(":")
+    path = path if kind == "folder" else re.split(r"@|\?|::", path)[0]
+    parts = [
+        part.strip(".") for part in path.split("/") if kind != "mixture" and re.fullmatch(r"[\w.+ -]*\w[\w.+ -]*", part)
+    ]
+    words = parts[-2:] if kind == "tfds" or (parts and parts[-1] in _SPLITS) else parts[-1:]
+    name = re.sub(" +", "-", _SUFFIX.sub("", "-".join(words))) or kind
+    return (f"{kind}-{name}" if name == _SUMMARY else name), text
 
 
 def check_content(name: str, source: Source, content: str) -> None:
@@ -82,8 +129,8 @@ def check_content(name: str, source: Source, content: str) -> None:
         raise ValueError(f"{name}: the data has changed since the evaluation")
 
 
-def _open_source(name: str, split: str, templates: Templates) -> tuple[Dataset, Source, tuple[str, ...]]:
-    source = open_source(name, split)
+def _open_source(name: str, spec: str, split: str, templates: Templates) -> tuple[Dataset, Source, tuple[str, ...]]:
+    source = open_source(spec, split)
     kind: Kind = "classification" if source.classnames else "retrieval"
     kind = source.kind if isinstance(source, Webdataset) else kind
     dataset = Dataset(name, 0, 0, kind=kind)

@@ -15,8 +15,8 @@ from tclip_jax.cli import main
     [
         ("evaluate m --data x --download", "--download is for exports: it needs --suite"),
         ("evaluate m --data x --tfds x", "--tfds is for exports: it needs --suite"),
-        ("evaluate m --data x --suite mnist --split test", "--split is for one source"),
-        ("evaluate m --data x --suite mnist --templates none", "--templates is for one source"),
+        ("evaluate m --data x --suite mnist --split test", "--split is for sources"),
+        ("evaluate m --data x --suite mnist --templates none", "--templates is for sources"),
         ("evaluate m --data x --html p.html", "--html needs --out DIR"),
         ("evaluate m --data csv:x.csv --split val", "csv:x.csv: has no splits, so there is no 'val'"),
         ("evaluate m --data parquet:x --split val", "parquet:x: has no splits, so there is no 'val'"),

@@ -120,9 +120,9 @@ def test_one_export_is_scored_with_its_own_templates(
     names, labels = [f"thing {i}" for i in range(10)], targets_of("mnist")
     folder = exports.write(tmp_path / "wds_mnist", labels, names, ("a bad drawing of {c}, 1874", "the {c}'s shadow"))
     theirs = both[1]("mnist", folder)
-    single = evaluate(both[0], [source_task(f"wds:{folder}")], model="m").results[f"wds:{folder}"]
+    single = evaluate(both[0], [source_task(f"wds:{folder}")], model="m").results["wds_mnist"]
     row = evaluate(both[0], suite_tasks(tmp_path, "mnist"), model="m").results["mnist"]
-    simple = evaluate(both[0], [source_task(f"wds:{folder}", "test", "simple")], model="m").results[f"wds:{folder}"]
+    simple = evaluate(both[0], [source_task(f"wds:{folder}", "test", "simple")], model="m").results["wds_mnist"]
     assert single.metrics == row.metrics == pytest.approx(theirs, abs=1e-6)
     assert simple.metrics != single.metrics
 

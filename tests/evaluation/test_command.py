@@ -84,15 +84,44 @@ def test_templates_and_options_that_do_not_apply(
     for options, message in (
         (["--download"], "--download is for exports: it needs --suite"),
         (["--tfds", exports], "--tfds is for exports: it needs --suite"),
-        (["--suite", "mnist", "--split", "test"], "--split is for one source: with --suite, the exports define splits"),
+        (["--suite", "mnist", "--split", "test"], "--split is for sources: with --suite, the exports define splits"),
         (
             ["--suite", "mnist", "--templates", "none"],
-            "--templates is for one source: with --suite, the exports define",
+            "--templates is for sources: with --suite, the exports define",
         ),
         (["--html", "x.html"], "--html needs --out DIR"),
     ):
         code, out, error = run(*options)
         assert (code, out) == (2, "") and error.startswith(f"tclip evaluate: error: {message}")
+
+
+def test_several_sources_have_names(
+    artifact: pathlib.Path, tmp_path: pathlib.Path, exports: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("birds/test", "more birds"):
+        for label in ("wren", "owl"):
+            (tmp_path / folder / label).mkdir(parents=True)
+            (tmp_path / folder / label / "0.png").write_bytes(exports.picture(len(folder + label)))
+    out, birds, more = tmp_path / "out", f"folder:{tmp_path}/birds", f"folder:{tmp_path}/more birds"
+    command = ["evaluate", str(artifact), "--out", str(out), "--html", str(tmp_path / "page.html")]
+    assert main([*command, "--data", birds, "--data", f"mine={more}", "--data", "digits"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]] == ["birds", "mine", "digits"]
+    assert {path.name for path in out.glob("*.json")} == {"birds.json", "mine.json", "digits.json", "summary.json"}
+    stored = json.loads((out / "mine.json").read_text())
+    assert stored["dataset"] == "mine" and stored["source"] == more
+    assert main(["evaluate", "compare", str(out), str(out), "--html", str(tmp_path / "compare.html")]) == 0
+    capsys.readouterr()
+    assert main([*command, "--data", birds, "--data", f"birds={more}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "tclip evaluate: error: two data sets are named 'birds': write NAME=SOURCE for one of them"
+    )
+    assert main([*command, "--data", "a", "--data", "b", "--suite", "mnist"]) == 2
+    assert "error: --suite takes one folder of exports, but --data is a and b" in capsys.readouterr().err
+    # One of several sources that fails does not stop the others.
+    assert main([*command, "--data", "x=folder:nowhere", "--data", "digits"]) == 1
+    assert "FAILED   x: nowhere: no such folder" in capsys.readouterr().out
+    assert main([*command, "--data", "x=folder:nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tclip evaluate: error: nowhere: no such folder")
 
 
 def test_results_of_another_split_or_other_templates_are_refused(

@@ -331,3 +331,54 @@ def test_plot_shows_every_difference_in_order(
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.format == "PNG"
     assert (tmp_path / "p.html").stat().st_size > 10_000
+
+
+def test_one_data_set_has_no_mean_and_lies_within_the_frame(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    for folder in folders:
+        for path in folder.glob("[!m]*"):
+            path.unlink()
+    compared = compare_results(*folders, resamples=200)
+    text = to_text(compared)
+    assert "\nmean" not in text and text.splitlines()[-2].startswith("mnist: ")
+    assert text.splitlines()[-1].startswith("B is clearly better; about 1 of 20")
+    (axes,) = plot_deltas(compared).axes
+    (dot,) = [line for line in axes.lines if line.get_marker() in ("o", "D")]
+    low, high = axes.get_ylim()
+    assert low + 0.5 <= dot.get_ydata()[0] <= high - 0.5
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mnist"]
+
+
+def test_the_page_is_open_and_its_table_leads_to_the_images(folders: tuple[pathlib.Path, pathlib.Path]) -> None:
+    page = Page(to_html(compare_results(*folders, resamples=200)))
+    assert "All metrics" in page.words
+    anchors = [attributes.get("id") for tag, attributes in page.tags if tag == "details" and "id" in attributes]
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(anchors) == 3 and links == [f"#{anchor}" for anchor in anchors]
+    assert all("open" in attributes for tag, attributes in page.tags if tag == "details")
+    assert any(word.startswith("--data DIR, the folder of the exports, adds the images") for word in page.words)
+
+
+def test_folders_of_probes_are_compared_probe_by_probe(tmp_path: pathlib.Path) -> None:
+    for side, accuracy in (("a", 0.5), ("b", 0.8)):
+        for probe in ("16_shot", "2_shot", "linear_probe", "elsewhere"):
+            (tmp_path / side / probe).mkdir(parents=True)
+            classified(tmp_path / side / probe, "mnist", accuracy)
+    (tmp_path / "a" / "4_shot").mkdir()
+    classified(tmp_path / "a" / "4_shot", "cars", 0.5)
+    compared = compare_results(tmp_path / "a", tmp_path / "b", resamples=100)
+    assert [(row.dataset, row.probe) for row in compared.rows] == [
+        ("mnist", "linear_probe"),
+        ("mnist", "2_shot"),
+        ("mnist", "16_shot"),
+    ]
+    assert compared.refused == {"cars, 4 shot": f"only in {tmp_path}/a"}
+    assert "mnist, 16 shot" in to_text(compared) and "mnist, linear probe" in Page(to_html(compared)).text
+    classified(tmp_path / "a", "cars", 0.5)  # results of its own come first
+    assert set(compare_results(tmp_path / "a", tmp_path / "b", resamples=100).refused) == {
+        *("cars", "mnist, linear probe", "mnist, 2 shot", "mnist, 16 shot")
+    }
+    (tmp_path / "none").mkdir()
+    with pytest.raises(
+        ValueError, match=r"none: it has no results \(<dataset>\.json\), and no probes \(linear_probe/, "
+    ):
+        compare_results(tmp_path / "none", tmp_path / "b")

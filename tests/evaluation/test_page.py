@@ -81,7 +81,41 @@ def test_the_plot_shows_every_main_metric() -> None:
     ]
     (axes,) = plot_metrics(results).axes
     assert [bar.get_width() for bar in axes.patches] == [25, 50, 75]
+    assert_within_the_frame(axes)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "d", "b"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 41])
+def test_bars_have_space_within_the_frame(count: int) -> None:
+    results = [Result(f"set {i}", "m", "w", "t", {"acc1": (i + 1) / count}) for i in range(count)]
+    figure = plot_metrics(results)
+    assert_within_the_frame(figure.axes[0])
+    assert figure.get_figheight() / (count + 4) < 0.4
+
+
+def assert_within_the_frame(axes: Any) -> None:
+    low, high = axes.get_ylim()
+    edges = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches]
+    assert min(bottom for bottom, _ in edges) - low == pytest.approx(high - max(top for _, top in edges))
+    assert min(bottom for bottom, _ in edges) - low > 0.3
+
+
+def test_mistakes_are_open_and_the_table_leads_to_them(evaluated: Any) -> None:
+    page = Page(to_html(*evaluated))
+    sections = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert len(sections) == 3 and all("open" in section for section in sections)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == [f"#{section['id']}" for section in sections]
+    assert "Model and machine" in page.words and "python" in page.words
+    # The name of a sample is that of the predictions; its end is shown.
+    names = [attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes]
+    _, out, _ = evaluated
+    assert set(names) <= {key for name in ("mnist", "flickr8k", "voc2007_multilabel") for key in keys(out, name)}
+    assert any(word == f"…/{'/'.join(names[0].split('/')[-2:])}" for word in page.words)
+
+
+def keys(out: pathlib.Path, name: str) -> set[str]:
+    return set(read_predictions(out, name)["keys"])
 
 
 class Pictures:

@@ -244,6 +244,10 @@ def test_a_suite_of_probes_resumes_and_compares(
         compared = compare_results(tmp_path / "a" / name, tmp_path / "b" / name, resamples=100)
         assert not compared.refused and compared.rows[0].deltas["acc1"].delta == 0 and compared.rows[0].metric == "acc1"
         assert "C" not in compared.rows[0].deltas, "C is not a fraction"
+    both = compare_results(tmp_path / "a", tmp_path / "b", resamples=100)
+    assert [row.probe for row in both.rows] == ["linear_probe", "1_shot", "2_shot"] and not both.refused
+    assert [row.name for row in both.rows] == ["mnist, linear probe", "mnist, 1 shot", "mnist, 2 shot"]
+    assert both.rows[0].flips and both.rows[0].flips.lost == () and both.mean.delta == 0
 
 
 class Classes:

@@ -114,12 +114,12 @@ def test_a_result_is_reused_only_if_the_same_inputs_made_it(
 ) -> None:
     export, out = root / "wds_renderedsst2", tmp_path / "out"
     (root / "wds_renderedsst2" / "test").rename(export / "val")
-    task, name = source_task(f"wds:{export}", "val"), f"wds:{export}"
+    task, spec, name = source_task(f"wds:{export}", "val"), f"wds:{export}", "wds_renderedsst2"
     first = evaluate(exports.Direct(), [task], model="m", weights="w", out=out).results[name]
     model = exports.Direct()
     again = evaluate(model, [task], model="m", weights="w", out=out).results[name]
     assert model.encoded == [] and again.metrics == pytest.approx(first.metrics, nan_ok=True, abs=0)
-    assert read_result(out / f"{name.replace('/', '-')}.json").made_by == first.made_by == again.made_by
+    assert read_result(out / "wds_renderedsst2.json").made_by == first.made_by == again.made_by
 
     def refused(message: str, task: Any = task, weights: str = "w", dtype: str = "float32") -> None:
         other = exports.Direct()
@@ -132,10 +132,10 @@ def test_a_result_is_reused_only_if_the_same_inputs_made_it(
     refused(r"made with different inputs \(model\.dtype: 'float32', not 'bfloat16'\)", dtype="bfloat16")
     refused(
         r"made with different inputs \(task\.templates: \['a photo of a \{c\}\.'.*, not \['\{c\}'\]\)",
-        source_task(name, "val", "none"),
+        source_task(spec, "val", "none"),
     )
     exports.write(export, [1 - i % 2 for i in range(IMAGES)], ["c0", "c1"])
-    refused(r"made with different inputs \(.*data\.split: 'val', not 'test'\)", source_task(name, "test"))
+    refused(r"made with different inputs \(.*data\.split: 'val', not 'test'\)", source_task(spec, "test"))
     exports.write(root / "other", [i % 2 for i in range(IMAGES)], ["c0", "c1"], images={7: exports.picture(99)})
     (export / "val").rename(export / "old")
     (root / "other" / "test").rename(export / "val")
@@ -144,7 +144,7 @@ def test_a_result_is_reused_only_if_the_same_inputs_made_it(
     (export / "old").rename(export / "val")
     (export / "classnames.txt").write_text("c1\nc0\n")
     refused(r"made with different inputs \(.*data\.classes: \['c0', 'c1'\], not \['c1', 'c0'\].*\)")
-    path = out / f"{name.replace('/', '-')}.json"
+    path = out / "wds_renderedsst2.json"
     old = json.loads(path.read_text())
     del old["made_by"]
     path.write_text(json.dumps(old))
@@ -255,7 +255,9 @@ def test_single_sources(exports: types.SimpleNamespace, root: pathlib.Path, tmp_
     ):
         source = f"wds:{root}/wds_{name}"
         report = evaluate(exports.Direct(), [source_task(source)], model="m", out=tmp_path / "out")
-        assert metric in report.results[source].metrics and report.partial == {}
+        result = report.results[f"wds_{name}"]
+        assert metric in result.metrics and result.source == source and report.partial == {}
+        assert (tmp_path / "out" / f"wds_{name}.json").exists()
     (again,) = opened([source_task("digits", "test", ("{c}",))])
     assert again.open() is again.open() and len(again.open()[1]) == 397
     with pytest.raises(ValueError, match="unknown data source 'imagenet'"):
