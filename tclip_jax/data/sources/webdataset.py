@@ -18,6 +18,7 @@ from tclip_jax.data.files import SkippedFiles, compression, is_hidden, read_line
 from tclip_jax.data.sources.base import Record, Source, decode_caption
 from tclip_jax.data.sources.content import combined, contents
 from tclip_jax.data.sources.patterns import find_files
+from tclip_jax.data.sources.remote import retry
 from tclip_jax.data.sources.shard_index import open_index
 from tclip_jax.data.sources.tars import Member, Tars, members, scan, select_image, skip_unused
 from tclip_jax.pages import printable
@@ -35,14 +36,23 @@ _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|txz|tbz2?|tzst|zip|7z)$", re.IGNORECASE)
 
 
 def open_webdataset(argument: str, split: str) -> Source:
-    """Open the tars of a pattern (braces, globs, `::`, paths or URLs), or a split of an export in a folder.
+    """Open the tars of a pattern (braces, globs, `::`, paths or URLs), a split of an export, or all tars of a folder.
+
+    A folder is an export if it has one of an export's text files. Otherwise its tars, or those of its folder `split`,
+    are read as img2dataset writes them.
 
     Raises:
       FileNotFoundError: a tar or the folder does not exist.
-      ValueError: no tar can be read, a tar is compressed, or the folder is not an export.
+      ValueError: no tar can be read, a tar is compressed, or the folder is neither an export nor of tars.
     """
     if _TAR.search(argument) or glob.has_magic(argument) or "{" in argument:
         return Tars(open_index("tar", find_files(argument), scan))
+    folder = epath.Path(argument).expanduser()
+    text_files = (CLASSNAMES, TEMPLATES, DATASET_TYPE, f"{split}/{SHARD_COUNT}")
+    if not any((folder / name).exists() for name in text_files):
+        for tars in (folder / split, folder):
+            if tars.is_dir() and any(path.name.endswith(".tar") for path in tars.iterdir()):
+                return Tars(open_index("tar", find_files(f"{glob.escape(str(tars))}/*.tar"), scan))
     return Webdataset(argument, split)
 
 
@@ -81,8 +91,8 @@ class Webdataset:
             raise ValueError(f"{self._folder}: a file; expected tars, or the folder of an export of CLIP_benchmark")
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder}: no such folder; expected a webdataset export of CLIP_benchmark")
-        if not (self._folder / split).is_dir() and any(path.name.endswith(".tar") for path in self._folder.iterdir()):
-            raise ValueError(f"{self._folder}: a folder of tars, not an export: write wds:{self._folder}/*.tar")
+        if not (self._folder / split).is_dir() and (splits := self._splits()):
+            raise FileNotFoundError(f"{self._folder}: no split {split!r}; it has {', '.join(splits)}")
         count_file = self._folder / split / SHARD_COUNT
         count = " ".join(_read_lines(count_file)).strip()
         if not re.fullmatch(r"[1-9]\d{0,5}", count):
@@ -122,17 +132,24 @@ class Webdataset:
         shard, key, image, target = self._samples[index]
         files = [member for member in (image, target) if member]
         start = min((member.start for member in files), default=0)
-        # The members of a sample are adjacent: one read fetches them, which matters on object stores.
-        with self._shard(shard).open("rb") as file:
-            file.seek(start)
-            data = file.read(max((member.stop for member in files), default=0) - start)
-        pixels, label = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
         name = printable(f"{self._folder.name}/{self._split}/{shard}.tar/{key}")
+
+        def read() -> bytes:
+            # The members of a sample are adjacent: one read fetches them, which matters on object stores.
+            with self._shard(shard).open("rb") as file:
+                file.seek(start)
+                return file.read(max((member.stop for member in files), default=0) - start)
+
+        data = retry(read, name, OSError)
+        pixels, label = (data[m.start - start : m.stop - start] if m else b"" for m in (image, target))
         if self.kind == "retrieval":
             return Record(pixels, tuple(split_lines(decode_caption(label, name))), -1, name)
         if self.kind == "multilabel":
             return Record(pixels, (), _multi_hot(label, len(self.classnames)), name)
         return Record(pixels, (), _class_index(label), name)
+
+    def _splits(self) -> list[str]:
+        return sorted(path.parent.name for path in self._folder.glob(f"*/{SHARD_COUNT}"))
 
     def _shard(self, number: int) -> epath.Path:
         return self._folder / self._split / f"{number}.tar"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gc
+import glob
 import gzip
 import io
 import lzma
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from tclip_jax.data.sources import BadSample, open_source
+from tclip_jax.data.sources import BadSample, open_source, remote
 from tclip_jax.data.sources.webdataset import Webdataset
 from tests.tars import write_tar
 
@@ -109,12 +110,38 @@ def test_compressed_shards_are_refused(tmp_path: pathlib.Path, kind: str) -> Non
         Webdataset(str(folder), "test")
 
 
-def test_a_folder_of_tars_is_not_an_export(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("inside", ["", "train", "train [1]"])
+def test_a_folder_of_tars_is_read_as_its_tars(tmp_path: pathlib.Path, inside: str) -> None:
+    folder, tars = tmp_path / "cc12m", tmp_path / "cc12m" / inside
+    for number in (1, 0):
+        write_tar(tars / f"{number}.tar", [(f"{number}.jpg", b"x"), (f"{number}.txt", b"a caption\nof two lines")])
+    (tars / "stats.json").write_text("{}")
+    source = open_source(f"wds:{folder}", inside or "train")
+    same = open_source(f"wds:{glob.escape(str(tars))}/*.tar", "train")
+    assert [source[i] for i in range(len(source))] == [same[i] for i in range(len(same))]
+    assert [record.name for record in map(source.__getitem__, range(2))] == [f"{tars}/0.tar/0", f"{tars}/1.tar/1"]
+    assert source[0].captions == ("a caption\nof two lines",) and source.classnames == ()
+
+
+def test_an_export_is_never_read_as_a_folder_of_tars(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train/nshards\.txt: no such file; a webdataset export of CLIP_b"):
         open_source(f"wds:{tmp_path}", "train")
-    (tmp_path / "0.tar").touch()
-    with pytest.raises(ValueError, match=r"a folder of tars, not an export: write wds:.*/\*\.tar"):
-        open_source(f"wds:{tmp_path}", "train")
+    folder = write(tmp_path / "x", {"0.png": b"", "0.txt": b"a"}, dataset_type="retrieval")
+    with pytest.raises(FileNotFoundError, match=r"x: no split 'train'; it has test$"):
+        open_source(f"wds:{folder}", "train")
+    (folder / "test" / "nshards.txt").unlink()  # as after an interrupted download
+    with pytest.raises(FileNotFoundError, match=r"test/nshards\.txt: no such file"):
+        open_source(f"wds:{folder}", "test")
+
+
+def test_a_sample_that_cannot_be_read_has_its_own_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0,))
+    source = Webdataset(str(write(tmp_path / "x", {"a.png": b"", "a.cls": b"0"}, classnames="a\n")), "test")
+    name = source[0].name
+    (tmp_path / "x" / "test" / "0.tar").unlink()
+    with pytest.raises(BadSample) as error:
+        source[0]
+    assert (error.value.kind, error.value.name) == ("unreadable", name)
 
 
 @pytest.mark.parametrize(
