@@ -2,7 +2,8 @@
   tclip data show --config quickstart:student --out digits.html
   tclip data show --config clip_kd --config.data.source='wds:/data/cc12m/*.tar' --count 128 --out sheet.html
 
-The page shows the first samples of the run, with the crops, captions and order of `tclip train`.
+The page shows the first samples of the run, with the crops, captions and order of `tclip train`, and why a sample is
+bad.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides]))
     # One batch of `count` samples: their order and augmentation do not depend on the batch size.
     data = dataclasses.replace(config.data, batch_size=args.count, workers=0)
-    batch = next(train_data(dataclasses.replace(config, data=data)))
+    rows = train_data(dataclasses.replace(config, data=data))
+    batch = next(rows)
+    names, reasons = (
+        [each.decode("utf-8", "replace") for each in part.tolist()] for part in (rows.names, rows.reasons)
+    )
     facts = [("source", f"{data.source} {data.split}"), ("augmentation", data.augment), ("seed", str(config.seed))]
-    write_atomic(args.out, contact_sheet(f"The first {args.count} samples of {args.config}", batch, facts))
-    print(f"{args.out}: {args.count} samples of {data.source}, {int((batch['weight'] == 0).sum())} of weight 0")
+    title = f"The first {args.count} samples of {args.config}"
+    write_atomic(args.out, contact_sheet(title, batch, names, reasons, facts))
+    print(f"{args.out}: {args.count} samples of {data.source}, {int((batch['weight'] == 0).sum())} of them bad")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,13 +53,14 @@ def eval_batches(
 
 
 def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, Any]:
-    image, weight, record = np.zeros((*preprocess.size, 3), np.uint8), 0, Record(b"", (), -1, f"record {index}")
+    image, weight, record = np.zeros((*preprocess.size, 3), np.uint8), 0, Record(b"", (), -1, "")
     try:
         record = read(source, index)
         image, weight = images.preprocess(to_pil(record.image), preprocess), 1
     except ValueError as error:
         bad = error if isinstance(error, BadSample) else bad_image(record, error)
         _bad.add(bad.kind, bad.name, bad.reason)
+        record = dataclasses.replace(record, name=bad.name)
     return {
         "image": image,
         "label": record.label,

@@ -109,6 +109,10 @@ class TrainIterator(Iterator[Batch]):
       batch_size: rows over all processes.
       process_index, process_count, workers, threads, prefetch: as in `train_iterator`.
       bad: records the masked samples of this process.
+
+    Attributes:
+      names, reasons: the names of the samples of the last batch, and why they are masked ("" for good samples), as
+        UTF-8 (B,) bytes.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class TrainIterator(Iterator[Batch]):
         self._process_index, self._process_count = process_index, process_count
         self._workers, self._options = workers, grain.ReadOptions(threads, max(threads, prefetch))
         self._bad = bad
+        self.names = self.reasons = np.zeros(0, "S")
         self._samples = 0
         self._batches: Iterator[Any] | None = None  # the first `next` starts it, and with it the workers
 
@@ -139,9 +144,9 @@ class TrainIterator(Iterator[Batch]):
             self._batches = self._start()
         batch = next(self._batches)
         self._samples += self._batch_size
-        names, reasons = batch.pop("name"), batch.pop("reason")
+        self.names, self.reasons = batch.pop("name"), batch.pop("reason")
         for row in np.flatnonzero(batch["fault"]):
-            name, reason = (bytes(each[row]).decode("utf-8", "replace") for each in (names, reasons))
+            name, reason = (bytes(each[row]).decode("utf-8", "replace") for each in (self.names, self.reasons))
             self._bad.add(FAULTS[batch["fault"][row]], name, reason)
         return batch
 
@@ -230,7 +235,7 @@ class TrainRow(grain.transforms.RandomMap):
         return row | {"teacher_image": image, "teacher_text": text}
 
     def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Return `image`, `tokens`, `weight` and `fault`, and `name` and `reason` of a masked sample as bytes."""
+        """Return `image`, `tokens`, `weight` and `fault`, and `name` and, if it is masked, `reason` as bytes."""
         image, tokens = (
             np.zeros((*self._preprocess.size, 3), np.uint8),
             np.zeros(self._tokenizer.context_length, np.int32),
@@ -238,6 +243,7 @@ class TrainRow(grain.transforms.RandomMap):
         fault, name, reason = 0, "", ""
         try:
             record = read(self._source, index)
+            name = record.name
             tokens, image = self._tokens(record, rng), self._view(record, rng)
         except BadSample as error:
             tokens[:] = 0
@@ -247,7 +253,7 @@ class TrainRow(grain.transforms.RandomMap):
             "tokens": tokens,
             "weight": np.float32(not fault),
             "fault": np.int32(fault),
-            "name": np.array(name.encode()[-_NAME_BYTES:], f"S{_NAME_BYTES}"),
+            "name": np.array(name.encode("utf-8", "backslashreplace")[-_NAME_BYTES:], f"S{_NAME_BYTES}"),
             "reason": np.array(reason.encode()[:_REASON_BYTES], f"S{_REASON_BYTES}"),
         }
 

@@ -47,7 +47,7 @@ class Findings:
       captions: number of captions of an image -> images.
       tokens: length in tokens, with the start and end tokens and before truncation -> captions.
       duplicates: images that equal an earlier image byte for byte.
-      duplicate_examples: indices of the samples of the largest groups of equal images.
+      duplicate_examples: names of the samples of the largest groups of equal images.
       notes: files that the source skips, and its assumptions.
     """
 
@@ -61,7 +61,7 @@ class Findings:
     captions: Counter[int] = dataclasses.field(default_factory=Counter)
     tokens: Counter[int] = dataclasses.field(default_factory=Counter)
     duplicates: int = 0
-    duplicate_examples: list[list[int]] = dataclasses.field(default_factory=list)
+    duplicate_examples: list[list[str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, part: Findings) -> None:
@@ -107,7 +107,8 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
                 _to_buckets(digests, buckets)
                 bar.update(part.samples)
                 bar.set_postfix_str(f"{findings.broken.total():,} broken", refresh=False)
-        _count_duplicates(buckets, findings)
+        findings.duplicates, groups = _count_duplicates(buckets)
+    findings.duplicate_examples = [[source[index].name for index in group] for group in groups]
     return findings
 
 
@@ -166,18 +167,18 @@ def _to_buckets(digests: npt.NDArray[np.void], folder: pathlib.Path) -> None:
             file.write(digests[buckets == bucket].tobytes())
 
 
-def _count_duplicates(folder: pathlib.Path, findings: Findings) -> None:
-    """Count equal digests in the files of `folder`, and keep examples of the largest groups."""
-    groups: list[list[int]] = []
+def _count_duplicates(folder: pathlib.Path) -> tuple[int, list[list[int]]]:
+    """Return how many digests in the files of `folder` equal another, and the indices of the largest groups."""
+    duplicates, groups = 0, list[list[int]]()
     for path in folder.iterdir():
         rows = np.sort(np.fromfile(path, _DIGEST))
         is_first = np.append(True, (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1]))
         starts = np.flatnonzero(is_first)
         sizes = np.diff(np.append(starts, len(rows)))
-        findings.duplicates += len(rows) - len(starts)
+        duplicates += len(rows) - len(starts)
         largest = np.argsort(-sizes, kind="stable")[:_EXAMPLES]
         groups += [_indices(rows, starts[i], sizes[i]) for i in largest if sizes[i] > 1]
-    findings.duplicate_examples = sorted(groups, key=lambda group: (-len(group), group))[:_EXAMPLES]
+    return duplicates, sorted(groups, key=lambda group: (-len(group), group))[:_EXAMPLES]
 
 
 def _indices(rows: npt.NDArray[np.void], start: int, size: int) -> list[int]:
@@ -226,8 +227,8 @@ def to_text(findings: Findings, context_length: int) -> str:
     if findings.examples:
         lines += ["", "Broken, the first of each kind:", *(f"  {kind}: {reason}" for kind, reason in findings.examples)]
     if findings.duplicate_examples:
-        groups = (", ".join(map(str, group)) for group in findings.duplicate_examples)
-        lines += ["", "Equal images, by index in the source:", *(f"  {group}" for group in groups)]
+        groups = (", ".join(group) for group in findings.duplicate_examples)
+        lines += ["", "Equal images, the largest groups:", *(f"  {group}" for group in groups)]
     if findings.notes:
         lines += ["", "Skipped by the source:", *(f"  {note}" for note in findings.notes)]
     return "\n".join(lines)

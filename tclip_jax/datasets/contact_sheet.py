@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,45 +12,67 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tclip_jax.data.sources import FAULTS
 from tclip_jax.data.tokenizer import EOT, Tokenizer
-from tclip_jax.pages import data_uri, page, paragraph, table
+from tclip_jax.pages import data_uri, page, paragraph, sample_name, table
 
 _SMALL = 64  # longer side in pixels; smaller images are enlarged without interpolation
 
 
-def contact_sheet(title: str, batch: Mapping[str, npt.NDArray[Any]], facts: Sequence[tuple[str, str]]) -> str:
-    """Return an HTML page of a batch, with every image and the caption that its tokens decode to.
+def contact_sheet(
+    title: str,
+    batch: Mapping[str, npt.NDArray[Any]],
+    names: Sequence[str],
+    reasons: Sequence[str],
+    facts: Sequence[tuple[str, str]],
+) -> str:
+    """Return an HTML page of a batch, with every image, the caption that its tokens decode to, and its name.
 
     Args:
       title: title of the page.
-      batch: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32 and `weight` (B,) float32.
+      batch: `image` (B, H, W, 3) uint8, `tokens` (B, T) int32, `weight` (B,) float32 and `fault` (B,) int32.
+      names: names of the samples.
+      reasons: why samples are masked; "" for good samples.
       facts: (name, value) rows of the table at the top of the page.
     """
     tokens, weight = batch["tokens"], batch["weight"]
     tokenizer = Tokenizer(tokens.shape[1])
     lengths = (tokens == EOT).argmax(axis=1) + 1
     good = weight > 0
-    rows = [*facts, ("samples", f"{len(weight):,}"), ("of weight 0", f"{(~good).sum():,}")]
+    kinds = Counter(FAULTS[fault] for fault in batch["fault"][~good])
+    rows = [*facts, ("samples", f"{len(weight):,}"), ("bad", f"{(~good).sum():,}")]
+    rows += [(f"bad: {kind}", f"{count:,}") for kind, count in kinds.most_common()]
     if good.any():
         mean, std = (f(batch["image"][good], axis=(0, 1, 2)) / 255 for f in (np.mean, np.std))
         rows += [("mean of R, G, B", _numbers(mean)), ("their standard deviation", _numbers(std))]
         full = (lengths[good] == tokens.shape[1]).mean()
         rows.append((f"captions that fill all {tokens.shape[1]} tokens", f"{full:.1%}"))
     cards = "".join(
-        _card(image, tokenizer.decode(row), length, bool(is_good))
-        for image, row, length, is_good in zip(batch["image"], tokens, lengths, good, strict=True)
+        _card(image, f"{tokenizer.decode(row)}\n{length} tokens", name)
+        if is_good
+        else _bad_card(FAULTS[fault], reason, name)
+        for image, row, length, is_good, fault, name, reason in zip(
+            batch["image"], tokens, lengths, good, batch["fault"], names, reasons, strict=True
+        )
     )
-    note = paragraph("Input of the model: pixels after augmentation, captions after tokenization.", "note")
+    note = paragraph(
+        "Input of the model: pixels after augmentation, captions after tokenization. A bad sample is masked.", "note"
+    )
     return page(title, f'{note}{table(rows, header=False)}<div class="cards">{cards}</div>')
 
 
-def _card(pixels: npt.NDArray[np.uint8], caption: str, length: int, is_good: bool) -> str:
+def _card(pixels: npt.NDArray[np.uint8], caption: str, name: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     small = ' class="small"' if max(pixels.shape[:2]) < _SMALL else ""
     picture = f'<img{small} alt="" src="{data_uri(buffer.getvalue(), "png")}">'
-    words = f"{html.escape(caption)}<br>{length} tokens" if is_good else '<span class="bad">bad: weight 0</span>'
-    return f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
+    words = html.escape(caption).replace("\n", "<br>")
+    return f"<figure>{picture}<figcaption>{words}<br>{sample_name(name)}</figcaption></figure>"
+
+
+def _bad_card(kind: str, reason: str, name: str) -> str:
+    words = f'<span class="bad">bad: {kind}<br>{html.escape(reason)}</span>'
+    return f"<figure>{words}<figcaption>{sample_name(name)}</figcaption></figure>"
 
 
 def _numbers(values: Sequence[float]) -> str:

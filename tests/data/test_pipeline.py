@@ -14,7 +14,7 @@ import pytest
 from tclip_jax.data.embedding_store import copy_generator
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import Batch, TrainIterator, TrainRow, global_order, train_iterator
-from tclip_jax.data.sources import FAULTS, Record, open_source, remote
+from tclip_jax.data.sources import FAULTS, BadSample, Record, open_source, remote
 from tclip_jax.data.sources.mixture import Mixture
 from tclip_jax.data.tokenizer import EOT, SOT, Tokenizer
 from tests.data.records import CLASSNAMES, Records, labelled, png
@@ -339,3 +339,25 @@ def test_real_images_and_captions(tmp_path: pathlib.Path, shared_data: pathlib.P
     assert len(source) == 12 and batch["weight"].tolist() == [1] * 12
     assert (batch["tokens"][:, 0] == SOT).all() and (batch["tokens"] == EOT).any(axis=1).all()
     assert batch["image"].reshape(12, -1).std(axis=1).min() > 1
+
+
+def test_the_names_and_reasons_of_a_batch_are_in_the_order_of_its_rows() -> None:
+    class Named:
+        classnames = ()
+
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Record:
+            if index % 3 == 0:
+                raise BadSample("unreadable", f"sample {index}", "the disk is gone")
+            return Record(np.full((4, 4, 3), index, np.uint8), ("a",), -1, f"sample {index}")
+
+    iterator = iterate(Named(), batch_size=12)
+    batch = next(iterator)
+    for image, fault, name, reason in zip(
+        batch["image"], batch["fault"], iterator.names, iterator.reasons, strict=True
+    ):
+        index = int(name.decode().split()[1])
+        assert reason == (b"the disk is gone" if index % 3 == 0 else b"")
+        assert bool(fault) is (index % 3 == 0) and image.max() == (0 if fault else index)

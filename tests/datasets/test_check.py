@@ -15,6 +15,7 @@ from tclip_jax.datasets import check as check_module
 from tclip_jax.datasets.check import Findings, check, examine, quantile
 
 BROKEN = {"corrupt_image": 1, "no_caption": 1, "broken_shard": 1, "empty_shard": 1}
+TWINS = ("00000.tar/000000", "00001.tar/000013")  # samples of one image
 
 
 def test_planted_faults_are_counted(
@@ -31,11 +32,15 @@ def test_planted_faults_are_counted(
     assert report["tokens"]["0"] == 3 and report["tokens"]["1"] == 122 and report["cut_share"] == 1 / 7
     assert report["notes"] == [f"{tars}/00000.tar and 3 more: 1 file skipped: 1 .json; first 000012.json"]
     # 000013 has the image of 000000.
-    assert report["duplicates"] == 1 and report["duplicate_examples"] == [[0, 6]]
+    assert report["duplicates"] == 1 and report["duplicate_examples"] == [[f"{tars}/{name}" for name in TWINS]]
 
     assert cli.main(command) == 1
     text = capsys.readouterr().out
-    assert "broken: corrupt_image" in text and "captions cut at 20 tokens" in text and "\n  0, 6" in text
+    assert (
+        "broken: corrupt_image" in text
+        and "captions cut at 20 tokens" in text
+        and f"\n  {tars}/{TWINS[0]}, {tars}/" in text
+    )
     assert f"\nSkipped by the source:\n  {tars}/00000.tar and 3 more: 1 file skipped" in text
     assert cli.main(["data", "check", "--data", f"wds:{tars}/00000.tar", "--workers", "1"]) == 0
 
@@ -57,7 +62,7 @@ def test_duplicates_match_a_dictionary(tmp_path: pathlib.Path, jpeg: collections
         (tmp_path / f"{i}.txt").write_text("x")
     findings = check(f"folder:{tmp_path}", "train", workers=1)
     assert findings.duplicates == len(seeds) - len(set(seeds))
-    assert findings.duplicate_examples == [[1, 3, 5], [0, 6]]
+    assert findings.duplicate_examples == [[f"{tmp_path}/{i}.jpg" for i in group] for group in ([1, 3, 5], [0, 6])]
 
 
 def test_labelled_images_need_no_captions(tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tclip_jax import cli
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.datasets.contact_sheet import contact_sheet
+from tests.pages import Page
 
 
 def pictures(page: str) -> list[np.ndarray]:
@@ -24,11 +25,16 @@ def pictures(page: str) -> list[np.ndarray]:
 def test_the_page_shows_pixels_and_captions() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     tokens = Tokenizer(8)(["A <b>dog</b>", "a very long caption that is cut at some place", ""])
-    page = contact_sheet("<title>", {"image": image, "tokens": tokens, "weight": np.array([1, 1, 0])}, [("seed", "3")])
-    for shown, expected in zip(pictures(page), image, strict=True):
+    batch = {"image": image, "tokens": tokens, "weight": np.array([1, 1, 0]), "fault": np.array([0, 0, 1])}
+    names, reasons = ["/data/pets/a.png", "b.png", "/data/c<b>.png"], ["", "", "not a <usable> image"]
+    page = contact_sheet("<title>", batch, names, reasons, [("seed", "3")])
+    for shown, expected in zip(pictures(page), image[:2], strict=True):
         np.testing.assert_array_equal(shown, expected)
     assert "a &lt; b &gt; dog" in page and "<b>dog" not in page and "&lt;title&gt;" in page
-    assert "8 tokens" in page and "bad: weight 0" in page and "<td>seed</td><td>3</td>" in page
+    assert "8 tokens" in page and "<td>seed</td><td>3</td>" in page
+    assert "bad: corrupt_image<br>not a &lt;usable&gt; image" in page
+    assert 'title="/data/pets/a.png">…/pets/a.png<' in page and ">b.png<" in page and "…/data/c&lt;b&gt;.png<" in page
+    assert "<td>bad</td><td>1</td>" in page and "<td>bad: corrupt_image</td><td>1</td>" in page
     assert "captions that fill all 8 tokens</td><td>100.0%" in page
 
 
@@ -43,6 +49,22 @@ def test_the_command_shows_the_first_samples_of_the_run(
     assert [len(sheet) for sheet in sheets] == [4, 6]
     for short, long in zip(*sheets, strict=False):
         np.testing.assert_array_equal(short, long)
-    assert "6 samples of digits, 0 of weight 0" in capsys.readouterr().out
+    assert "6 samples of digits, 0 of them bad" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["data", "show", "--config", "quickstart:student", "--count", "0", "--out", "x"])
+
+
+def test_a_bad_sample_is_shown_with_its_name_and_reason(
+    tars: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.html"
+    command = ["data", "show", "--config", "quickstart:student", f"--config.data.source=wds:{tars}/*.tar"]
+    assert cli.main([*command, "--count", "11", "--out", str(sheet)]) == 0
+    printed = capsys.readouterr()
+    assert "11 samples of wds:" in printed.out and "4 of them bad" in printed.out
+    page = Page(sheet.read_text())
+    kinds = [word.removeprefix("bad: ") for word in page.words if word.startswith("bad: ")]
+    assert {*kinds} == {"corrupt_image", "no_caption", "broken_shard", "empty_shard"} and len(page.pictures()) == 7
+    names = {attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes}
+    listed = [line.split(": ")[0].removeprefix("WARNING ") for line in printed.err.splitlines() if "is masked" in line]
+    assert len(listed) == 4 and {*listed} <= names

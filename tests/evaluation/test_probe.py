@@ -222,7 +222,7 @@ def test_a_suite_of_probes_resumes_and_compares(
     for side in ("a", "b"):
         results, errors = probe(exports.Direct(), pairs, model=side, out=tmp_path / side, **options)
     assert [(each.task, each.samples) for each in results] == [("linear_probe", 8), ("1_shot", 8), ("2_shot", 8)]
-    assert list(errors) == ["cars", "flickr8k"] and "wds_cars/train/nshards.txt: no such file" in errors["cars"]
+    assert list(errors) == ["cars", "flickr8k"] and "wds_cars: no split 'train'; it has test" in errors["cars"]
     assert results[0].failed == {"test: unreadable or without a class": 1}
     linear, shots = (read_predictions(tmp_path / "a" / name, "mnist") for name in ("linear_probe", "2_shot"))
     assert results[0].metrics["acc1"] == np.mean(linear["top"][:, 0] == linear["labels"])
