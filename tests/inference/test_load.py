@@ -140,6 +140,13 @@ def cut_short(
     return tmp_path / "run"
 
 
+def test_a_run_loads_without_a_warning(cut_short: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
+    tclip_jax.load(f"{cut_short}@2")
+    # Orbax warns through absl, for example of a missing _CHECKPOINT_METADATA.
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
 def test_every_reader_takes_the_newest_complete_step_and_logs_it(
     cut_short: pathlib.Path,
     tmp_path: pathlib.Path,
