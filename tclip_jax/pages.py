@@ -122,15 +122,14 @@ def plot(figure: Any, alt: str) -> str:
     return f'<div class="wide"><img class="plot" alt="{html.escape(alt)}" style="width: {width:.0f}px" {picture}></div>'
 
 
-def fit_rows(axes: Any, rows: float, width: float = 8.0) -> None:
+def fit_rows(axes: Any, rows: float) -> None:
     """Size a plot of rows by their number, with the same space around one row as around forty.
 
     Args:
       axes: the axes; the rows are at 0, 1, …, the first at the bottom.
-      rows: number of rows.
-      width: width of the figure in inches.
+      rows: number of rows, with the space between them.
     """
-    axes.figure.set_size_inches(width, 0.8 + 0.25 * (rows + 0.5))
+    axes.figure.set_size_inches(8, 0.8 + 0.25 * (rows + 0.5))
     axes.set_ylim(-0.75, rows - 0.25)
 
 
