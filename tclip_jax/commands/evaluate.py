@@ -1,7 +1,7 @@
 """Examples:
   tclip evaluate runs/quickstart/artifact --data digits --split test --templates digits
   tclip evaluate student/ --data exports/ --suite clip-benchmark-41 --out results/student
-  tclip evaluate student/ --data birds=folder:/data/cub/images --data wds:/data/flowers/*.tar --out results/student
+  tclip evaluate student/ --data birds=folder:/data/cub/images --data wds:/data/flowers --out results/student
   tclip evaluate open_clip/ViT-B-32 --data exports/ --suite imagenet,vtab/cifar10 --download --out results/b32
 
 With --suite, DATA is a folder of webdataset exports (docs/evaluate.md). Otherwise it is a source, whose results are
