@@ -21,6 +21,7 @@ from tclip_jax.cli import main
         ("evaluate m --data csv:x.csv --split val", "csv:x.csv: has no splits, so there is no 'val'"),
         ("evaluate m --data parquet:x --split val", "parquet:x: has no splits, so there is no 'val'"),
         ("evaluate m --data 'wds:x/{0..3}.tar' --split val", "wds:x/{0..3}.tar: has no splits, so there is no 'val'"),
+        ("evaluate m --data wds:pictures/cat --split val", "wds:pictures/cat: has no splits, so there is no 'val'"),
         ("evaluate m --data folder:pictures --split test", "folder:pictures: no split 'test': no folder of that name"),
         ("evaluate compare a b --data exports", "--data is for the images of the page: it needs --html FILE"),
         ("evaluate probe m --data x --out o --download", "--download is for exports: it needs --suite"),
@@ -47,6 +48,7 @@ def test_an_option_without_effect_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    (tmp_path / "pictures" / "cat" / "0.tar").touch()
     assert main(shlex.split(call)) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()

@@ -113,7 +113,8 @@ def check_split(spec: str, split: str) -> None:
         for part in source_specs(spec):
             check_split(part, split)
     folder = epath.Path(argument).expanduser()
-    if kind in ("arrayrecord", "csv", "parquet") or (kind == "wds" and not folder.is_dir()):
+    is_of_tars = kind == "wds" and (not folder.is_dir() or any(folder.glob("*.tar")))
+    if kind in ("arrayrecord", "csv", "parquet") or is_of_tars:
         raise ValueError(f"{spec}: has no splits, so there is no {split!r}")
     if kind == "folder" and folder.is_dir() and not (folder / split).is_dir():
         raise ValueError(f"{spec}: no split {split!r}: no folder of that name in it")

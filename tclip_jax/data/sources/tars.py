@@ -29,7 +29,9 @@ from tclip_jax.data.sources.base import (
 )
 from tclip_jax.data.sources.remote import open_file, read_range, retry
 from tclip_jax.data.sources.shard_index import SAMPLE, Scan, ShardIndex
+from tclip_jax.pages import printable
 
+_HEADERS = 8192  # bytes that hold a member's header and the extended headers of a long name
 _METADATA = re.compile(r"__[^/]*__($|/)")
 _REASONS: dict[Fault, str] = {
     "no_image": f"no image ({', '.join(OPEN_CLIP_ORDER)} or another format), or an empty one",
@@ -70,6 +72,9 @@ class Tars:
         start, image, image_size, text, text_size, fault, _ = self._index.sample(index).item()
         kind: Any = FAULTS[fault] if fault else "no_image" if not image_size else "no_caption"
         if fault or not (image_size and text_size):
+            key = _key_at(path, start)
+            # A key that occurs again needs its position too: bad samples are listed by name.
+            name = f"{path}/{key} (sample {row})" if key and kind == "duplicate_key" else f"{path}/{key or row}"
             raise BadSample(kind, name, _REASONS[kind])
         stop = max(image + image_size, text + text_size)
         data = read_range(path, start, start + stop, stamp=self._index.stamps[shard], name=name)
@@ -227,6 +232,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     if dot < 0 or "/" not in rooted[rooted.rfind(".") + 1 : -1]:
         return None
     return name[:dot], name[dot + 1 :]
+
+
+def _key_at(path: str, start: int) -> str:
+    """Return the key of the member whose header is at byte `start` of a tar; "" if it cannot be read."""
+    try:
+        with open_file(path) as file:
+            file.seek(start)
+            return printable(first_key(file.read(_HEADERS)))
+    except Exception:  # the libraries of stores raise any type, and the position names the sample too
+        return ""
 
 
 def first_key(data: bytes) -> str:

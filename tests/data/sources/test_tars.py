@@ -57,6 +57,13 @@ def contents(source: Source) -> list[str]:
     return result
 
 
+def name_of(source: Source, index: int) -> str:
+    try:
+        return source[index].name
+    except BadSample as error:
+        return error.name
+
+
 def opened(tmp_path: pathlib.Path, *shards: bytes) -> Source:
     for i, data in enumerate(shards):
         (tmp_path / f"{i}.tar").write_bytes(data)
@@ -112,6 +119,13 @@ def test_bad_samples_keep_their_positions(tmp_path: pathlib.Path) -> None:
         "! empty_shard",
         "! broken_shard",
     ]
+    names = {name_of(source, i).removeprefix(f"{tmp_path}/0.tar/"): i for i in range(14)}
+    assert list(names) == [
+        *("0", "1", "2", "3", "../../etc/passwd", "/root/x", "4", "5", "6"),
+        *("6 (sample 9)", "0 (sample 10)", "7", "7 (sample 12)", "8"),
+    ]
+    (tmp_path / "0.tar").unlink()
+    assert name_of(source, 9) == f"{tmp_path}/0.tar/9"  # the position, where the key cannot be read
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "v1.0/a/", "long" * 30 + "/" + "name" * 20, "é" * 70])
