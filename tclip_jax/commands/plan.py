@@ -1,6 +1,7 @@
 """Examples:
   tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --config.data.batch_size=32768 --config.mesh.fsdp=16
-  tclip plan --config ternaryclip:Q-ALL --topology v5e:16x16 --sweep batch_size=16384,32768 mesh.fsdp=1,16 --out sweep
+  tclip plan --config ternaryclip:Q-ALL --topology v5litepod-256 --sweep batch_size=16384,32768 mesh.fsdp=1,16 --out s
+  tclip plan --config ternaryclip:Q-ALL --topology h100:8 --sweep optimizer.name=adamw,adafactor,lion,muon
 
 For TPUs the command compiles the training step of `tclip train`, without a TPU and without training. For GPUs
 (h100:64) it estimates by formula. The exit code is 0 if the run fits into memory, 1 if not, 2 after an error.
@@ -21,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the recipe, the topology and the report."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="chips to plan for: v5e:16x16, v5p:8x8x16, h100:64, …"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="chips to plan for: a shape (v5e:16x16, v5p:8x8x16), an accelerator type (v5litepod-256), GPUs (h100:64)",
     )
     parser.add_argument(
         "--teacher-preset", default="", metavar="NAME", help="architecture of the teacher, such as ViT-L-14"
@@ -29,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=number(float, ge=0), metavar="X", help="price of a chip-hour, to estimate the cost"
     )
+    parser.add_argument(
+        "--efficiency",
+        type=number(float, gt=0, le=1),
+        default=0.5,
+        metavar="X",
+        help="fraction of the peak rate that matrix products reach at the slow end of the estimate (default: 0.5)",
+    )
     parser.add_argument("--cache", metavar="DIR", help="folder of compiled plans (default: $TCLIP_CACHE_DIR/plans)")
     parser.add_argument(
         "--sweep",
         nargs="+",
         metavar="KEY=A,B",
-        help="plan every combination: batch_size=A,B, mesh.fsdp=1,16, mesh.tensor=1,2, remat=True,False",
+        help="plan every combination: batch_size=A,B, mesh.fsdp=1,16, remat=True,False, optimizer.name=adamw,lion",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for sweep.json and sweep.html of a sweep")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -56,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     shared = {
         "teacher_preset": args.teacher_preset,
         "price": args.price,
+        "efficiency": args.efficiency,
         "cache": args.cache or cache_folder() / "plans",
     }
     if args.sweep:

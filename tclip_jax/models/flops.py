@@ -63,11 +63,18 @@ def text_flops(config: CLIPConfig, length: int | None = None) -> int:
     return _tower_flops(text.layers, length or text.context_length, text.width, text.mlp_ratio, config.embed_dim)
 
 
-def train_flops(student: CLIPConfig, teacher: CLIPConfig | None = None, *, remat: bool = False) -> int:
+def train_flops(
+    student: CLIPConfig,
+    teacher: CLIPConfig | None = None,
+    *,
+    remat: bool = False,
+    grad_cache: bool = False,
+    teacher_passes: int = 1,
+) -> int:
     """Return the number of operations of a training step per image-text pair.
 
-    The student counts three times its forward pass, because the backward pass takes twice the forward pass. The teacher
-    counts once. The similarities of the loss, 2 · batch · embed_dim per pair and term, are left out: they are below 0.1
+    The student counts three times its forward pass, because the backward pass takes twice the forward pass. The
+    similarities of the loss, 2 · batch · embed_dim per pair and term, are left out: they are below 0.1
     % of a ViT-B/16 at 32,768 pairs.
 
     Args:
@@ -75,9 +82,12 @@ def train_flops(student: CLIPConfig, teacher: CLIPConfig | None = None, *, remat
       teacher: the shape of the teacher, or None.
       remat: count the recomputed forward pass of the student, which the hardware executes. By convention it is not part
         of MFU (PaLM, arXiv 2204.02311, appendix B).
+      grad_cache: count the further forward pass of the student that microbatches take; not part of MFU either.
+      teacher_passes: forward passes of the teacher.
     """
     forward = image_flops(student) + text_flops(student)
-    return (3 + remat) * forward + (image_flops(teacher) + text_flops(teacher) if teacher else 0)
+    taught = image_flops(teacher) + text_flops(teacher) if teacher else 0
+    return (3 + remat + grad_cache) * forward + teacher_passes * taught
 
 
 def _tower_flops(layers: int, tokens: int, width: int, mlp_ratio: float, embed_dim: int) -> int:

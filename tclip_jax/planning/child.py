@@ -89,7 +89,7 @@ def _compile(request: Mapping[str, Any]) -> StepFacts:
     if not importlib.util.find_spec("libtpu"):
         raise ValueError("libtpu, the compiler for TPUs, is not installed: pip install 'tclip-jax[plan]'")
     if mismatch := libtpu_mismatch():
-        _logger.warning("%s", mismatch)
+        raise ValueError(f"{mismatch}; jaxlib cannot read every program of another libtpu")
     command = [sys.executable, "-m", "tclip_jax.planning.compile"]
     with tempfile.TemporaryFile("w+") as errors:  # libtpu logs much to stderr
         process = subprocess.Popen(
@@ -113,7 +113,6 @@ def _compile(request: Mapping[str, Any]) -> StepFacts:
         if process.returncode or not answers:
             errors.seek(0)
             reason = (errors.read().strip().splitlines() or ["no error message"])[-1]
-            reason += f" ({mismatch})" if mismatch else ""
             raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {reason}")
     answer = json.loads(answers[-1])
     if "error" in answer:
@@ -140,9 +139,11 @@ def libtpu_mismatch() -> str:
 
 
 def _show_progress(topology: str, done: threading.Event) -> None:
-    """Show the elapsed time on a terminal until `done` is set."""
+    """Show the elapsed time until `done` is set, if stderr is a terminal; otherwise log a line."""
     layout = "{desc} {elapsed}"
     with tqdm.tqdm(desc=f"compiling for {topology}", bar_format=layout, leave=False, disable=None) as bar:
+        if bar.disable:
+            _logger.info("compiling for %s: minutes for a model of full size", topology)
         while not done.wait(1):
             bar.refresh()
 

@@ -67,7 +67,7 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
     memory = compiled_memory(compiled, argument_bytes(build))
     rows = build.run.data.batch_size
     sizes = activation_sizes(build)
-    least_rows = rows // math.prod(mesh[axis] for axis in BATCH_AXES)
+    least_rows = rows // math.prod(mesh[axis] for axis in BATCH_AXES) // build.run.data.microbatches
     weights = weight_shapes(build)
     moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows, weights))
     return StepFacts(

@@ -1,8 +1,8 @@
 """Facts of a step before it runs: memory, HBM traffic and collectives, from the compiled program or by formula.
 
 Plans for GPUs are estimated by formula, so they are less exact than compiled plans for TPUs. Sharding is exact, since
-the formulas use the sharding rules of training. Activations are those of a transformer with fused attention, which
-stores no logits (as in cuDNN and Pallas); with remat, each layer stores one hidden state.
+the formulas use the sharding rules of training. Activations are those of a transformer whose attention is not fused, as
+in `models.layers.attend`: its logits are arrays in HBM. With remat, each layer stores one hidden state.
 """
 
 from __future__ import annotations
@@ -180,51 +180,70 @@ def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int
     yield config.text, config.text.context_length
 
 
-def _block(tower: VisionConfig | TextConfig) -> float:
-    """Return activations per token that a block stores for its backward pass, as a multiple of the width.
+def _block(
+    tower: VisionConfig | TextConfig, tokens: int, itemsize: int, moves: int = 1, attention_moves: int = 1
+) -> float:
+    """Return bytes per row of the activations that a block stores for its backward pass.
 
-    Two norms, queries, keys, values and the attention output are six; the MLP stores its hidden layer twice.
+    Two norms, queries, keys, values and the attention output are six arrays of the width; the MLP stores its hidden
+    layer twice. Attention stores its logits in float32, and its weights.
+
+    Args:
+      tower: the tower of the block.
+      tokens: length of the sequence.
+      itemsize: bytes of an activation.
+      moves, attention_moves: how often an array of the width, or of attention, is counted.
     """
-    return 6 + 2 * tower.mlp_ratio
+    arrays = moves * (6 + 2 * tower.mlp_ratio) * tokens * tower.width * itemsize
+    return arrays + attention_moves * tower.heads * tokens**2 * (4 + itemsize)
 
 
 def _temporaries(build: Build) -> int:
     """Return bytes of stored activations, the largest block in use, gradients, and similarities of the loss."""
-    run, rows = build.run, _rows(build)
+    run, parts = build.run, build.run.data.microbatches
+    rows = _rows(build) // parts
     itemsize = 2 if run.dtype == "bfloat16" else 4
     stored = working = 0.0
     for tower, tokens in _towers(run.model):
-        hidden = rows * tokens * tower.width * itemsize
-        stored += tower.layers * hidden * (1 if run.remat else _block(tower))
-        working = max(working, _block(tower) * hidden)
+        block = _block(tower, tokens, itemsize)
+        stored += rows * tower.layers * (tokens * tower.width * itemsize if run.remat else block)
+        working = max(working, rows * block)
     if isinstance(build.teacher, Architecture):
-        widest = (rows * tokens * tower.width * _block(tower) for tower, tokens in _towers(build.teacher.config))
-        working = max(working, itemsize * max(widest))
-    gradients = device_bytes(build.state_shapes.params)
+        blocks = (_block(tower, tokens, itemsize) for tower, tokens in _towers(build.teacher.config))
+        working = max(working, rows * max(blocks))
+    gradients = device_bytes(build.state_shapes.params) * (2 if parts > 1 else 1)  # a part's, and their sum
     # Similarities of images with texts and of texts with images of the global batch, and their gradients, in float32.
-    similarities = 4 * 4 * rows * run.data.batch_size
+    similarities = 4 * 4 * _rows(build) * run.data.batch_size
     return int(stored + working + gradients + similarities)
 
 
 def _activations(build: Build) -> int:
-    """Return the HBM traffic of activations in bytes: each array of a block is written once and read twice."""
+    """Return the HBM traffic of activations in bytes.
+
+    A pass writes each array of a block once and reads it twice; it writes and reads those of attention once.
+    """
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
-    models = [(run.model, 3 + run.remat)]
+    models = [(run.model, 1 + _passes(run))]  # the backward pass moves twice as much
     if isinstance(build.teacher, Architecture):
         models.append((build.teacher.config, 1))
     traffic = (
-        passes * 3 * tower.layers * _block(tower) * rows * tokens * tower.width * itemsize
+        passes * tower.layers * rows * _block(tower, tokens, itemsize, moves=3, attention_moves=2)
         for config, passes in models
         for tower, tokens in _towers(config)
     )
     return int(sum(traffic))
 
 
+def _passes(run: RunConfig) -> int:
+    """Return how often a step passes the student's layers: forward, backward, and again for remat or microbatches."""
+    return 2 + run.remat + (run.data.microbatches > 1)
+
+
 def _collectives(build: Build) -> Iterator[Collective]:
     """Yield the collectives of weights, gradients, embeddings, and partial sums of tensor parallelism."""
     run, mesh = build.run, build.mesh.shape
-    dtype, fsdp, tensor = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"]
+    dtype, fsdp, tensor, parts = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"], run.data.microbatches
     student = _elements(build.state_shapes.params["clip"]) // tensor
     if fsdp > 1:
         # Ternary weights are gathered as four trits per byte. Their scales are small and not counted.
@@ -232,14 +251,14 @@ def _collectives(build: Build) -> Iterator[Collective]:
         floats, packed = Array(dtype, (student - trits,)), Array("u8", (trits // 4,))
         for array in (floats, packed):
             if array.size:
-                yield Collective("all-gather", (array,), ("fsdp",), fsdp, 2 + run.remat, "weights")
+                yield Collective("all-gather", (array,), ("fsdp",), fsdp, parts * _passes(run), "weights")
         if build.teacher_shapes is not None:
             weights = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
-            yield Collective("all-gather", weights, ("fsdp",), fsdp, 1, "the teacher's weights")
-        yield Collective("reduce-scatter", (Array("f32", (student,)),), ("fsdp",), fsdp, 1, "gradients")
+            yield Collective("all-gather", weights, ("fsdp",), fsdp, parts, "the teacher's weights")
+        yield Collective("reduce-scatter", (Array("f32", (student,)),), ("fsdp",), fsdp, parts, "gradients")
     if mesh["data"] > 1:
         shard = (Array("f32", (student // fsdp,)),)
-        yield Collective("all-reduce", shard, ("data",), mesh["data"], 1, "gradients")
+        yield Collective("all-reduce", shard, ("data",), mesh["data"], parts, "gradients")
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
     if shards > 1:
         embeddings = (Array("f32", (2, run.data.batch_size, run.model.embed_dim)),)
@@ -248,7 +267,7 @@ def _collectives(build: Build) -> Iterator[Collective]:
     if mesh["tensor"] > 1:
         for tower, tokens in _towers(run.model):
             hidden = (Array("f32", (_rows(build), tokens, tower.width)),)
-            times = tower.layers * 2 * (2 + run.remat)  # after attention and after the MLP, in each pass
+            times = tower.layers * 2 * _passes(run)  # after attention and after the MLP, in each pass
             yield Collective("all-reduce", hidden, ("tensor",), mesh["tensor"], times, "partial sums")
 
 

@@ -27,6 +27,8 @@ class Chip:
       torus: number of dimensions of the torus; 0 for GPUs.
       ring: a dimension of a slice closes to a ring if its size is a multiple of `ring`; 0 for GPUs.
       devices: number of JAX devices per chip.
+      type: Google Cloud's name of the type, as in the accelerator type "v5litepod-16"; "" for GPUs.
+      cores: what a chip adds to the number in an accelerator type: its TensorCores, or 1 if the number counts chips.
     """
 
     device_kind: str
@@ -38,6 +40,8 @@ class Chip:
     torus: int = 0
     ring: int = 0
     devices: int = 1
+    type: str = ""
+    cores: int = 1
 
     @property
     def peak_flops(self) -> float:
@@ -47,11 +51,13 @@ class Chip:
 
 # The bandwidth of a TPU link is the "inter-chip interconnect bandwidth" / ports: 4 in a 2D torus, 6 in a 3D torus.
 TPUS = {
-    "v4": Chip("TPU v4", 32 * 2**30, 1228e9, 50e9, f"{_SHEETS}/v4", torus=3, ring=4),
-    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16),
-    "v5p": Chip("TPU v5", 95 * 10**9, 2765e9, 100e9, f"{_SHEETS}/v5p", torus=3, ring=4),
-    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16),
-    "tpu7x": Chip("TPU7x", 192 * 2**30, 7370e9, 200e9, f"{_SHEETS}/tpu7x", torus=3, ring=4, devices=2),
+    "v4": Chip("TPU v4", 32 * 2**30, 1228e9, 50e9, f"{_SHEETS}/v4", torus=3, ring=4, type="v4", cores=2),
+    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16, type="v5litepod"),
+    "v5p": Chip("TPU v5", 95 * 10**9, 2765e9, 100e9, f"{_SHEETS}/v5p", torus=3, ring=4, type="v5p", cores=2),
+    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16, type="v6e"),
+    "tpu7x": Chip(
+        *("TPU7x", 192 * 2**30, 7370e9, 200e9, f"{_SHEETS}/tpu7x"), torus=3, ring=4, devices=2, type="tpu7x", cores=2
+    ),
 }
 NODE = 8  # GPUs connected by NVLink
 GPUS = {
@@ -59,6 +65,7 @@ GPUS = {
     "h100": Chip("NVIDIA H100", 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100", 50e9),
     "h200": Chip("NVIDIA H200", 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200", 50e9),
 }
+_POD = 256  # chips of the largest slice of a 2D torus that Google Cloud offers
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 16))
 _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
@@ -93,30 +100,66 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
+    def accelerator_type(self) -> str:
+        """Google Cloud's name of this slice, such as "v5litepod-16"; "" for GPUs, or if it means another shape."""
+        name = f"{self.chip.type}-{self.chips * self.chip.cores}"
+        return name if not self.is_gpu and _slice_shape(self.kind, self.chips) == self.shape else ""
+
+    @property
     def is_gpu(self) -> bool:
         return self.kind in GPUS
 
 
 def parse_topology(name: str) -> Topology:
-    """Parse the name of a topology, such as "v5e:16x16" or "h100:64".
+    """Parse the name of a topology, or of accelerators as `tclip launch` takes them.
+
+    Args:
+      name: "v5e:16x16" or "h100:64"; "v5litepod-256" or "v4-32" (Google Cloud); "tpu-v6e-16" or "H100:8" (SkyPilot).
 
     Raises:
       ValueError: there is no such topology; the message lists all.
     """
-    kind, _, text = name.partition(":")
+    lowered = name.lower().removeprefix("tpu-")
+    kind, _, text = lowered.partition(":")
     numbers = text.split("x")
     shape = tuple(int(number) for number in numbers if number.isascii() and number.isdigit())
     if len(shape) == len(numbers) and (
         (kind in GPUS and len(shape) == 1 and 1 <= shape[0] <= MOST_CHIPS)
-        or (kind in TPUS and shape in (_FLAT if TPUS[kind].torus == 2 else (*_SMALL, *_cubes())))
+        or (kind in TPUS and shape in _slice_shapes(kind))
     ):
         return Topology(kind, shape)
+    if topology := _parse_accelerator_type(lowered):
+        return topology
     flat, small = (", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (_FLAT, _SMALL))
     raise ValueError(
         f"there is no topology {name!r}: choose from v5e, v6e: {flat}; v4, v5p, tpu7x: {small}, or three of 4, 8, 12"
-        f" and 16 with at most {MOST_CHIPS:,} chips, such as v5p:8x8x16; {', '.join(GPUS)}: a number, such as h100:64"
+        f" and 16 with at most {MOST_CHIPS:,} chips, such as v5p:8x8x16; {', '.join(GPUS)}: a number, such as h100:64;"
+        " or an accelerator type: v5litepod-16, v6e-16 (16 chips), v4-32, v5p-32, tpu7x-32 (16 chips of 2 TensorCores)"
     )
 
 
-def _cubes() -> list[tuple[int, ...]]:
-    return [shape for shape in itertools.product((4, 8, 12, 16), repeat=3) if math.prod(shape) <= MOST_CHIPS]
+def _parse_accelerator_type(name: str) -> Topology | None:
+    """Return the slice that an accelerator type of Google Cloud means, such as "v4-32", or None."""
+    version, _, text = name.partition("-")
+    for kind, chip in TPUS.items():
+        if version in (kind, chip.type) and text.isascii() and text.isdigit() and int(text) % chip.cores == 0:
+            shape = _slice_shape(kind, int(text) // chip.cores)
+            return Topology(kind, shape) if shape else None
+    return None
+
+
+def _slice_shape(kind: str, chips: int) -> tuple[int, ...] | None:
+    """Return the shape of a slice if only its number of chips is given: the one nearest to a square or cube."""
+    if TPUS[kind].torus == 2 and chips > _POD:
+        return None
+    shapes = (shape for shape in _slice_shapes(kind) if math.prod(shape) == chips)
+    # Sizes ascend, except in the smallest slice.
+    return min((shape for shape in shapes if list(shape) == sorted(shape) or shape == _SMALL[0]), key=sum, default=None)
+
+
+def _slice_shapes(kind: str) -> list[tuple[int, ...]]:
+    """List the shapes of slices that can be planned for."""
+    if TPUS[kind].torus == 2:
+        return list(_FLAT)
+    cubes = itertools.product((4, 8, 12, 16), repeat=3)
+    return [*_SMALL, *(shape for shape in cubes if math.prod(shape) <= MOST_CHIPS)]

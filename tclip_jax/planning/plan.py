@@ -1,4 +1,4 @@
-"""A plan of a run on a topology: its memory, whether it fits, and a lower bound of its time."""
+"""A plan of a run on a topology: its memory, whether it fits, and the range of its time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tclip_jax.pages import aligned
 from tclip_jax.planning.child import compiled_facts
 from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import Topology
-from tclip_jax.planning.roofline import Estimate, assumptions, estimate
+from tclip_jax.planning.roofline import EFFICIENCY, Estimate, assumptions, estimate
 from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import RunConfig, run_config
 
@@ -81,6 +81,7 @@ class Plan:
         memory, gather = self.facts.memory, self.quantized_gather
         return {
             "topology": self.topology.name,
+            "accelerator_type": self.topology.accelerator_type,
             "chips": self.chips,
             "batch_size": self.run.data.batch_size,
             "remat": self.run.remat,
@@ -88,7 +89,7 @@ class Plan:
             "device_memory": self.device_memory,
             "memory": dataclasses.asdict(memory) | {"total": memory.total},
             "pair_flops": self.pair_flops,
-            "estimate": dataclasses.asdict(self.estimate),
+            "estimate": self.estimate.to_json(),
             "quantized_gather": gather and {"bytes": gather[0], "bfloat16": gather[1]},
             "assumptions": assumptions(self.topology, self.facts),
             **{name: value for name, value in self.facts.to_json().items() if name != "memory"},
@@ -101,6 +102,7 @@ def make_plan(
     *,
     teacher_preset: str = "",
     price: float | None = None,
+    efficiency: float = EFFICIENCY,
     cache: epath.PathLike | None = None,
 ) -> Plan:
     """Plan a run: compile its step in another process for TPUs, or estimate it by formula for GPUs.
@@ -110,6 +112,7 @@ def make_plan(
       topology: where the run is planned.
       teacher_preset: see `find_teacher`.
       price: price of a chip-hour, in any currency.
+      efficiency: fraction of the peak rate that matrix products reach at the slow end of the estimate.
       cache: folder of compiled results; None for no cache.
 
     Raises:
@@ -122,7 +125,14 @@ def make_plan(
     else:
         facts = compiled_facts(json.loads(config.to_json()), topology.name, teacher_preset, cache)
     shape = None if teacher is None or isinstance(teacher, TeacherCache) else teacher.config
-    pair_flops = train_flops(run.model, shape, remat=run.remat)
+    grad_cache = run.data.microbatches > 1
+    pair_flops = train_flops(
+        run.model,
+        shape,
+        remat=run.remat,
+        grad_cache=grad_cache,
+        teacher_passes=1 + (grad_cache and bool(run.loss.states)),
+    )
     time = estimate(
         facts,
         topology,
@@ -131,20 +141,24 @@ def make_plan(
         pair_flops=pair_flops,
         model_flops=train_flops(run.model, shape),
         price=price,
+        efficiency=efficiency,
     )
     return Plan(run, topology, facts, time, pair_flops)
 
 
 def plan_text(plan: Plan) -> str:
-    """Format a plan as tables for a terminal."""
-    facts, time, chips = plan.facts, plan.estimate, plan.chips
+    """Format a plan for a terminal: what it is, whether it fits and how long it takes, then tables."""
+    facts, time, run = plan.facts, plan.estimate, plan.run
     devices = math.prod(facts.mesh.values())
     mesh = ", ".join(f"{name}={size}" for name, size in facts.mesh.items())
-    batch = plan.run.data.batch_size
-    sent = sum(each.sent_bytes for each in facts.collectives)
+    batch, parts = run.data.batch_size, run.data.microbatches
+    name = plan.topology.name + (f" ({plan.topology.accelerator_type})" if plan.topology.accelerator_type else "")
+    per_device = f"{batch // devices:,} per device" + (f" in {parts:,} microbatches" if parts > 1 else "")
     how = f"compiled in {facts.seconds:.0f} s" if facts.how == "compiled" else "by formula"
+    sent = sum(each.sent_bytes for each in facts.collectives)
     lines = [
-        f"{plan.topology.name}: {chips:,} chips, mesh {mesh}; batch {batch:,}, {batch // devices:,} per device; {how}",
+        f"{name}: {plan.chips:,} chips, mesh {mesh}; batch {batch:,}, {per_device}; {how}",
+        *_verdict_lines(plan),
         "",
         *_memory_lines(plan),
         "",
@@ -155,36 +169,56 @@ def plan_text(plan: Plan) -> str:
         "",
         *aligned(
             [
-                ("lower bounds of a step", "seconds"),
+                ("a step at peak rates", "seconds"),
                 (f"compute, {time.flops / 1e12:,.2f} TFLOP per device", f"{time.compute:.4f}"),
-                (f"memory, {facts.traffic / 1e9:,.1f} GB per device to and from HBM", f"{time.memory:.4f}"),
-                (
-                    f"network, {sent / 1e9:,.2f} GB per device",
-                    f"{time.network:.4f}",
-                ),
-                ("if everything overlaps", f"{time.overlapped:.4f}"),
+                (f"HBM, {facts.traffic / 1e9:,.1f} GB per device to and from", f"{time.memory:.4f}"),
+                (f"network, {sent / 1e9:,.2f} GB per device", f"{time.network:.4f}"),
+                ("if everything overlaps", f"{time.fast.seconds:.4f}"),
                 ("if nothing overlaps", f"{time.serial:.4f}"),
             ]
         ),
-        "",
-        f"at most {time.images_per_second:,.0f} images/s, {time.images_per_second / chips:,.0f} per chip,"
-        f" {time.mfu:.0%} MFU",
-        f"{plan.run.steps:,} steps: {time.hours:,.1f} to {time.serial_hours:,.1f} hours, at least"
-        f" {time.chip_hours:,.0f} chip-hours" + ("" if time.cost is None else f", a cost of {time.cost:,.0f}"),
         "",
         "assumed: " + "\n         ".join(assumptions(plan.topology, facts)),
     ]
     return "\n".join(lines)
 
 
+def _verdict_lines(plan: Plan) -> list[str]:
+    """Say whether the run fits, and its speed, time and cost as ranges whose ends are explained."""
+    time, chips = plan.estimate, plan.chips
+    total, limit = plan.facts.memory.total, plan.device_memory
+    slow, fast = time.slow, time.fast
+    end = (
+        f"matrix products at {time.efficiency:.0%} of the peak rate, an assumption that --efficiency changes"
+        if slow.seconds > time.serial
+        else f"peak rates, nothing overlaps: slower than matrix products at {time.efficiency:.0%} of the peak rate"
+    )
+    cost = "" if slow.cost is None else f", a cost of {between(plan, 'cost')}"
+    return [
+        f"{'fits' if plan.fits else 'does NOT fit'}: {total / _GIB:.2f} of {limit / _GIB:.1f} GiB per device,"
+        f" {total / limit:.0%}",
+        f"{between(plan, 'images_per_second')} images/s, {slow.images_per_second / chips:,.0f} to"
+        f" {fast.images_per_second / chips:,.0f} per chip; {slow.mfu:.0%} to {fast.mfu:.0%} MFU",
+        f"{plan.run.steps:,} steps: {between(plan, 'hours')} hours, {between(plan, 'chip_hours')} chip-hours{cost}",
+        f"  slow end: {end}",
+        f"  fast end: a bound that no run passes: peak rates, everything overlaps, {time.bound_by} takes longest",
+    ]
+
+
+def between(plan: Plan, field: str, separator: str = " to ", scale: float = 1.0) -> str:
+    """Format a field of `Speed` as a range, the smaller number first, with two significant digits or more."""
+    ends = sorted(scale * getattr(speed, field) for speed in (plan.estimate.slow, plan.estimate.fast))
+    return separator.join(f"{end:,.{max(0, 1 - math.floor(math.log10(end))) if end > 0 else 0}f}" for end in ends)
+
+
 def _memory_lines(plan: Plan) -> list[str]:
-    memory, limit = plan.facts.memory, plan.device_memory
-    rows = [("per device", "GiB")]
+    memory = plan.facts.memory
+    rows = [("memory per device", "GiB")]
     rows += [(name, f"{size / _GIB:.3f}") for name, size in dataclasses.asdict(memory).items() if size]
     rows.append(("total", f"{memory.total / _GIB:.3f}"))
-    verdict = "fits" if plan.fits else "does NOT fit"
-    peak = f"; peak {plan.facts.peak / _GIB:.3f} GiB" if plan.facts.peak else ""
-    return [*aligned(rows), f"{verdict}: {memory.total / limit:.0%} of {limit / _GIB:.1f} GiB{peak}"]
+    if plan.facts.peak:
+        rows.append(("peak of live arrays", f"{plan.facts.peak / _GIB:.3f}"))
+    return aligned(rows)
 
 
 def _collective_lines(facts: StepFacts) -> list[str]:

@@ -4,41 +4,72 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from tclip_jax.planning.estimate import StepFacts
 from tclip_jax.planning.hardware import NODE, Chip, Topology
 
+# Fraction of the peak rate that the matrix products of a step are assumed to reach. Published training runs on TPUs
+# reach 35 to 65 %: ViT-22B 54.9 % of v4 (arXiv 2302.05442), MaxText's models 35 to 50 % of v6e and 53 to 65 % of v5p
+# (maxtext.readthedocs.io, "Optimized models tiering").
+EFFICIENCY = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A step time, and the figures of a run that follow from it.
+
+    Attributes:
+      seconds: time of a step.
+      mfu: model FLOPs utilization: FLOPs without recomputation / (peak rate · `seconds`).
+      images_per_second: throughput of all devices.
+      hours, chip_hours: hours and chip-hours of all steps of the recipe.
+      cost: cost of `chip_hours`; None without a price.
+    """
+
+    seconds: float
+    mfu: float
+    images_per_second: float
+    hours: float
+    chip_hours: float
+    cost: float | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Lower bounds of the step time in seconds, and the figures of a run that follow from them.
+    """The time of a step in seconds, as a range.
 
     Attributes:
       compute: time of all matrix products at the peak rate, with recomputation.
       memory: time of the HBM traffic at the HBM bandwidth.
       network: time of the sent bytes at the bandwidth of the links.
-      overlapped: the maximum of the three, if all of them overlap.
-      serial: the sum of the three, if none of them overlap.
       flops: FLOPs per device and step, with recomputation.
-      mfu: upper bound of the model FLOPs utilization: FLOPs without recomputation / (peak rate · `overlapped`).
-      images_per_second: throughput of all devices at `overlapped`.
-      hours, chip_hours: hours and chip-hours of all steps of the recipe at `overlapped`.
-      serial_hours: hours of all steps at `serial`.
-      cost: cost of `chip_hours`; None without a price.
+      efficiency: fraction of the peak rate that matrix products are assumed to reach at the slow end.
+      fast: lower bound of the time: the maximum of compute, memory and network, if all of them overlap.
+      slow: the larger of `serial` and compute / efficiency. A run may be slower.
     """
 
     compute: float
     memory: float
     network: float
-    overlapped: float
-    serial: float
     flops: float
-    mfu: float
-    images_per_second: float
-    hours: float
-    chip_hours: float
-    serial_hours: float
-    cost: float | None
+    efficiency: float
+    fast: Speed
+    slow: Speed
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step if nothing overlaps, at peak rates."""
+        return self.compute + self.memory + self.network
+
+    @property
+    def bound_by(self) -> str:
+        """What takes longest at peak rates: "compute", "HBM" or "network"."""
+        times = {"compute": self.compute, "HBM": self.memory, "network": self.network}
+        return max(times, key=lambda name: times[name])
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"serial": self.serial, "bound_by": self.bound_by}
 
 
 def estimate(
@@ -50,6 +81,7 @@ def estimate(
     pair_flops: float,
     model_flops: float,
     price: float | None = None,
+    efficiency: float = EFFICIENCY,
 ) -> Estimate:
     """Estimate the time of a step and of a run.
 
@@ -61,6 +93,7 @@ def estimate(
       pair_flops: FLOPs per pair with recomputation (`train_flops`).
       model_flops: FLOPs per pair without recomputation.
       price: price of a chip-hour, in any currency.
+      efficiency: see `Estimate`.
     """
     chip, devices = topology.chip, math.prod(facts.mesh.values())
     flops = batch * pair_flops / devices
@@ -69,22 +102,15 @@ def estimate(
         each.sent_bytes * chip.devices / link_bandwidth(chip, facts, each.axes, each.devices)
         for each in facts.collectives
     )
-    overlapped, serial = max(compute, memory, network), compute + memory + network
-    hours, chips = steps * overlapped / 3600, devices // chip.devices
-    return Estimate(
-        compute=compute,
-        memory=memory,
-        network=network,
-        overlapped=overlapped,
-        serial=serial,
-        flops=flops,
-        mfu=batch * model_flops / devices / chip.peak_flops / overlapped,
-        images_per_second=batch / overlapped,
-        hours=hours,
-        chip_hours=hours * chips,
-        serial_hours=steps * serial / 3600,
-        cost=None if price is None else price * hours * chips,
-    )
+
+    def speed(seconds: float) -> Speed:
+        hours = steps * seconds / 3600
+        chip_hours = hours * (devices // chip.devices)
+        mfu = batch * model_flops / devices / chip.peak_flops / seconds
+        return Speed(seconds, mfu, batch / seconds, hours, chip_hours, None if price is None else price * chip_hours)
+
+    fast, slow = max(compute, memory, network), max(compute + memory + network, compute / efficiency)
+    return Estimate(compute, memory, network, flops, efficiency, speed(fast), speed(slow))
 
 
 def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices: int) -> float:
@@ -119,7 +145,8 @@ def assumptions(topology: Topology, facts: StepFacts) -> list[str]:
             f"NVLink {chip.link / 1e9:.0f} GB/s each way among {NODE} GPUs; network {chip.network / 1e9:.0f} GB/s a GPU"
         )
     lines += [
-        "FLOPs by formula: matrix products of three student forward passes (four with remat) and one of the teacher",
+        "FLOPs by formula: matrix products of three student forward passes (one more with remat, one more with"
+        " microbatches) and one of the teacher; frozen parameters count as if they were trained",
         "HBM bytes from the compiled program: operands and results of each instruction that are in HBM"
         if facts.how == "compiled"
         else "memory, HBM bytes and collectives by formula, without compilation: within a factor of about 1.5",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,22 @@ from etils import epath
 
 from tclip_jax.pages import aligned, page, paragraph, plot, table
 from tclip_jax.planning.hardware import Topology
-from tclip_jax.planning.plan import Plan, make_plan
+from tclip_jax.planning.plan import Plan, between, make_plan
 from tclip_jax.planning.roofline import assumptions
 from tclip_jax.storage import atomic_folder
 
 _GIB = 2**30
 _SHORT = {"batch_size": "data.batch_size"}
+# Parts of the memory in the plot -> fields of `Memory`, and a colour.
+_PARTS = {
+    "parameters and average": (("parameters", "average"), "#2f5d8a"),
+    "optimizer": (("optimizer",), "#6fa3d4"),
+    "teacher": (("teacher",), "#8a6bb1"),
+    "activations, gradients, gathered weights": (("temporaries",), "#e0a030"),
+    "batch, program, padding, metrics": (("batch", "program", "padding", "outputs"), "#9a9a9a"),
+}
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +49,23 @@ class Point:
 
     @property
     def name(self) -> str:
-        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.changes.items())
+        return ", ".join(f"{_short(key)}={value}" for key, value in self.changes.items())
 
     @property
-    def rate(self) -> float:
-        """Images/s of all devices if nothing overlaps; sweeps compare this rate, because it favours no kind of work."""
-        return self.plan.run.data.batch_size / self.plan.estimate.serial if self.plan else 0.0
+    def result(self) -> str:
+        """What the plan found, in a line."""
+        if self.plan is None:
+            return self.error
+        memory = f"{self.plan.facts.memory.total / _GIB:.2f} GiB, {'fits' if self.plan.fits else 'does NOT fit'}"
+        return f"{memory}, {between(self.plan, 'images_per_second')} images/s"
+
+    @property
+    def rate(self) -> tuple[float, float]:
+        """Images/s of all devices at the slow end, then if nothing overlaps, which decides between equal points."""
+        if self.plan is None:
+            return 0.0, 0.0
+        time = self.plan.estimate
+        return time.slow.images_per_second, self.plan.run.data.batch_size / time.serial
 
     def to_json(self) -> dict[str, Any]:
         return {"changes": self.changes, "error": self.error, "plan": self.plan and self.plan.to_json()}
@@ -53,7 +75,7 @@ def parse_grid(texts: Sequence[str]) -> list[dict[str, str]]:
     """Return all combinations of values of a sweep.
 
     Args:
-      texts: axes of the sweep, such as "batch_size=1024,2048".
+      texts: axes of the sweep, such as "batch_size=1024,2048"; commas within brackets do not separate values.
 
     Returns:
       For each combination: key of the configuration -> value, as text.
@@ -66,14 +88,30 @@ def parse_grid(texts: Sequence[str]) -> list[dict[str, str]]:
         key, _, values = text.partition("=")
         if not values:
             raise ValueError(f"--sweep {text!r} has no values: write KEY=A,B, such as batch_size=16384,32768")
-        axes.append([(_SHORT.get(key, key), value) for value in values.split(",")])
+        axes.append([(_SHORT.get(key, key), value) for value in _split(values)])
     return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("data.").removeprefix("mesh.")
+
+
+def _split(text: str) -> list[str]:
+    """Split a text at its commas, except within brackets."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
 
 
 def run_sweep(
     configs: Sequence[tuple[dict[str, str], ml_collections.ConfigDict]], topology: Topology, **options: Any
 ) -> list[Point]:
-    """Plan each configuration; an invalid one becomes a point with an error.
+    """Plan each configuration; an invalid one becomes a point with an error. The log has a line for each.
 
     Args:
       configs: (changes, changed configuration) pairs.
@@ -83,12 +121,16 @@ def run_sweep(
     Raises:
       ValueError: no configuration can be planned.
     """
-    points = []
-    for changes, config in tqdm.tqdm(configs, "sweep", unit="plan", disable=None):
-        try:
-            points.append(Point(changes, make_plan(config, topology, **options)))
-        except ValueError as error:
-            points.append(Point(changes, None, str(error)))
+    points: list[Point] = []
+    with tqdm.tqdm(total=len(configs), desc="sweep", unit="plan", disable=None, leave=False) as bar:
+        for i, (changes, config) in enumerate(configs, 1):
+            bar.set_postfix_str(Point(changes, None).name)
+            try:
+                points.append(Point(changes, make_plan(config, topology, **options)))
+            except ValueError as error:
+                points.append(Point(changes, None, str(error)))
+            _logger.info("%d of %d: %s: %s", i, len(configs), points[-1].name, points[-1].result)
+            bar.update()
     if all(point.plan is None for point in points):
         raise ValueError(f"no point of the sweep can be planned; {points[0].name}: {points[0].error}")
     return points
@@ -101,33 +143,47 @@ def best(points: Sequence[Point]) -> Point | None:
 
 
 def sweep_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
-    """Return the rows of the table: a header, and one row for each point."""
+    """Return the rows of the table: a header with units, and one row for each point."""
     keys = list(points[0].changes)
-    header = (
-        "",
-        *(key.rpartition(".")[2] for key in keys),
-        "GiB",
-        "fits",
-        "compute",
-        "memory",
-        "network",
-        "s",
-        "images/s",
+    priced = any(point.plan and point.plan.estimate.slow.cost is not None for point in points)
+    header = ("", *map(_short, keys), *_COLUMNS, *(("cost",) if priced else ()))
+    return [header, *((str(i), *_row(point, keys, priced)) for i, point in enumerate(points, 1))]
+
+
+_COLUMNS = ("fits", "GiB", "optimizer GiB", "bound by", "images/s", "MFU %", "hours", "chip-hours")
+
+
+def _row(point: Point, keys: Sequence[str], priced: bool) -> tuple[str, ...]:
+    values, plan = tuple(point.changes[key] for key in keys), point.plan
+    if plan is None:
+        return (*values, *("-",) * (len(_COLUMNS) + priced))
+    memory = plan.facts.memory
+    return (
+        *values,
+        f"{'yes' if plan.fits else 'NO'}, {memory.total / plan.device_memory:.0%}",
+        f"{memory.total / _GIB:.2f}",
+        f"{memory.optimizer / _GIB:.3f}",
+        plan.estimate.bound_by,
+        between(plan, "images_per_second", " – "),
+        between(plan, "mfu", " – ", 100),
+        between(plan, "hours", " – "),
+        between(plan, "chip_hours", " – "),
+        *((between(plan, "cost", " – "),) if priced else ()),
     )
-    return [header, *((str(i), *_row(point, keys)) for i, point in enumerate(points, 1))]
 
 
 def sweep_text(points: Sequence[Point]) -> str:
     """Format a sweep for a terminal: the table, the errors, and the best point."""
     lines = aligned(sweep_rows(points))
     lines += [f"{point.name}: {point.error}" for point in points if point.error]
-    return "\n".join([*lines, "", _verdict(points)])
+    return "\n".join([*lines, "", _explanation(points), _verdict(points)])
 
 
 def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
     """Write sweep.json and sweep.html, replacing those of an earlier sweep."""
     parts = [paragraph(_verdict(points), "verdict"), plot(_figure(points), "memory and speed of each point")]
     parts.append(table(sweep_rows(points), marked=[False, *(not (p.plan and p.plan.fits) for p in points)]))
+    parts.append(paragraph(_explanation(points)))
     parts += [paragraph(f"{point.name}: {point.error}", "note") for point in points if point.error]
     first = next(point.plan for point in points if point.plan)
     parts += [paragraph(f"Assumption: {line}", "note") for line in assumptions(first.topology, first.facts)]
@@ -137,39 +193,44 @@ def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
 
 
 def _figure(points: Sequence[Point]) -> Any:
-    """Plot images/s against memory; points have their numbers in the table, and a line shows a device's memory."""
+    """Draw a row for each point: its memory by content beside the memory of a device, and its range of images/s."""
     from matplotlib.figure import Figure
 
     plans = [(i, point, point.plan) for i, point in enumerate(points, 1) if point.plan]
-    figure = Figure(figsize=(9, 5), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    for i, point, plan in plans:
-        size = plan.facts.memory.total / _GIB
-        axes.plot(size, point.rate, "o", color="#3b6fb6" if plan.fits else "#c0392b")
-        axes.annotate(str(i), (size, point.rate), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    limit = plans[0][2].device_memory / _GIB
-    if max(plan.facts.memory.total for _, _, plan in plans) > limit * _GIB / 2:
-        axes.axvline(limit, color="#c0392b", linestyle="--", label=f"memory of a device: {limit:.1f} GiB")
-        axes.legend()
-    axes.margins(0.1)
-    axes.set(xlabel="GiB per device", ylabel="images/s if nothing overlaps", ylim=(0, None), xlim=(0, None))
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(12, 1.8 + 0.34 * len(plans)), layout="constrained", dpi=110)
+    memory, speed = figure.subplots(1, 2, sharey=True)
+    rows, limit = range(len(plans)), plans[0][2].device_memory / _GIB
+    start = [0.0] * len(plans)
+    for label, (fields, color) in _PARTS.items():
+        sizes = [sum(getattr(plan.facts.memory, field) for field in fields) / _GIB for _, _, plan in plans]
+        memory.barh(rows, sizes, left=start, height=0.7, color=color, label=label)
+        start = [left + size for left, size in zip(start, sizes, strict=True)]
+    memory.axvline(limit, color="#c0392b", linestyle="--", label=f"memory of a device, {limit:.1f} GiB")
+    memory.set(xlabel="memory per device, GiB", xlim=(0, 1.05 * max(limit, *start)))
+    memory.set_yticks(rows, [f"{i}: {point.name}" for i, point, _ in plans], fontsize=8)
+    memory.invert_yaxis()
+    for row, (_, _, plan) in enumerate(plans):
+        ends = plan.estimate.slow.images_per_second, plan.estimate.fast.images_per_second
+        speed.plot(ends, (row, row), "|-", color="#3b6fb6" if plan.fits else "#c0392b", linewidth=4, markersize=11)
+    speed.set(xlabel="images/s of all devices, slow to fast end (red: does not fit)", xlim=(0, None))
+    for axes in (memory, speed):
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def _row(point: Point, keys: Sequence[str]) -> tuple[str, ...]:
-    values = tuple(point.changes[key] for key in keys)
-    plan = point.plan
-    if plan is None:
-        return (*values, *("-",) * 7)
-    time = plan.estimate
-    seconds = (f"{value:.3f}" for value in (time.compute, time.memory, time.network, time.serial))
-    fits = "yes" if plan.fits else "NO"
-    return (*values, f"{plan.facts.memory.total / _GIB:.2f}", fits, *seconds, f"{point.rate:,.0f}")
+def _explanation(points: Sequence[Point]) -> str:
+    time = next(point.plan.estimate for point in points if point.plan)
+    return (
+        "GiB per device; ranges from the bound (peak rates, everything overlaps) to the slow end (nothing overlaps, or"
+        f" matrix products at {time.efficiency:.0%} of the peak rate, an assumption, if that is slower)"
+    )
 
 
 def _verdict(points: Sequence[Point]) -> str:
     point = best(points)
     if point is None or point.plan is None:
         return "no point fits into memory"
-    return f"best that fits: {point.name}, {point.rate:,.0f} images/s if nothing overlaps"
+    return f"best at the slow end that fits: {point.name}, {between(point.plan, 'images_per_second')} images/s"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import threading
 from typing import Any
 
 import ml_collections
@@ -14,6 +15,7 @@ import pytest
 from tclip_jax.cli import main
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.flops import image_flops, text_flops
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.planning import child
 from tclip_jax.planning.collectives import Collective
@@ -21,7 +23,8 @@ from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import parse_topology
 from tclip_jax.planning.hlo import Array
 from tclip_jax.planning.plan import Plan, make_plan, plan_text
-from tclip_jax.planning.sweep import Point, best, parse_grid
+from tclip_jax.planning.roofline import Speed
+from tclip_jax.planning.sweep import Point, _figure, best, parse_grid
 from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import run_config
 
@@ -35,13 +38,47 @@ def changed(plan: Plan, **changes: Any) -> Plan:
 
 def test_a_plan_states_whether_it_fits(config: ml_collections.ConfigDict) -> None:
     plan = make_plan(config, H100)
-    assert plan.fits and f"fits: 0% of {80e9 / 2**30:.1f} GiB" in plan_text(plan)
+    assert plan.fits and plan_text(plan).splitlines()[1].startswith("fits: 0.")
+    assert f" of {80e9 / 2**30:.1f} GiB per device, 0%" in plan_text(plan)
     large = changed(plan, memory=dataclasses.replace(plan.facts.memory, temporaries=10**11))
-    assert not large.fits and "does NOT fit: 125% of 74.5 GiB" in plan_text(large)
+    assert not large.fits and "does NOT fit: 93.16 of 74.5 GiB per device, 125%" in plan_text(large)
     assert large.to_json()["fits"] is False and large.to_json()["memory"]["total"] > 10**11
-    text = plan_text(make_plan(config, H100, price=1e12))
+    text = plan_text(plan)
     assert "8 chips, mesh data=4, fsdp=2, tensor=1; batch 64, 8 per device; by formula" in text
-    assert "1,000 steps: " in text and "a cost of" in text
+    assert "v5e:4x4 (v5litepod-16): " in plan_text(dataclasses.replace(plan, topology=parse_topology("v5e:4x4")))
+
+
+def test_speed_time_and_cost_are_ranges_whose_ends_are_explained(config: ml_collections.ConfigDict) -> None:
+    plan = make_plan(config, H100, price=2.0, efficiency=0.25)
+    slow = Speed(seconds=8.0, mfu=0.2, images_per_second=5000.0, hours=40.0, chip_hours=320.0, cost=640.0)
+    fast = Speed(seconds=2.0, mfu=0.8, images_per_second=20_000.0, hours=10.0, chip_hours=80.0, cost=160.0)
+    time = dataclasses.replace(plan.estimate, compute=2.0, memory=1.0, network=0.5, slow=slow, fast=fast)
+    lines = plan_text(dataclasses.replace(plan, estimate=time)).splitlines()
+    assert lines[2:6] == [
+        "5,000 to 20,000 images/s, 625 to 2,500 per chip; 20% to 80% MFU",
+        "1,000 steps: 10 to 40 hours, 80 to 320 chip-hours, a cost of 160 to 640",
+        "  slow end: matrix products at 25% of the peak rate, an assumption that --efficiency changes",
+        "  fast end: a bound that no run passes: peak rates, everything overlaps, compute takes longest",
+    ]
+    serial = dataclasses.replace(time, memory=9.0, slow=dataclasses.replace(slow, seconds=11.5))
+    text = plan_text(dataclasses.replace(plan, estimate=serial))
+    assert "slow end: peak rates, nothing overlaps: slower than matrix products at 25% of the peak rate" in text
+    assert "everything overlaps, HBM takes longest" in text
+
+
+def test_microbatches_take_less_memory_and_one_more_forward_pass(config: ml_collections.ConfigDict) -> None:
+    config.data.batch_size = 8192
+    whole = make_plan(config, H100)
+    config.data.microbatches = 4
+    parts = make_plan(config, H100)
+    assert parts.facts.memory.temporaries < whole.facts.memory.temporaries
+    student = image_flops(parts.run.model) + text_flops(parts.run.model)
+    assert parts.pair_flops - whole.pair_flops == student
+    assert parts.estimate.fast.mfu < whole.estimate.fast.mfu and "1,024 per device in 4 microbatches" in plan_text(
+        parts
+    )
+    config.loss.hidden = 1.0  # the teacher, of the same shape, runs twice too
+    assert make_plan(config, H100).pair_flops - whole.pair_flops == 2 * student
 
 
 def test_weights_gathered_as_trits(config: ml_collections.ConfigDict) -> None:
@@ -67,22 +104,28 @@ def test_a_sweep_of_gpus(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "sweep"
     sweep = ["--sweep", "batch_size=32768", "mesh.fsdp=1,3", "remat=True,False", "--out", str(out)]
     assert main([*RECIPE, "h100:64", *sweep]) == 0
-    text = capsys.readouterr().out
-    assert text.splitlines()[0].split()[:4] == ["batch_size", "fsdp", "remat", "GiB"]
+    text, log = capsys.readouterr()
+    header, *rows = text.splitlines()
+    names = ["batch_size", "fsdp", "remat", "fits", "GiB", "optimizer", "GiB", "bound", "by", "images/s", "MFU", "%"]
+    assert header.split() == [*names, "hours", "chip-hours"]
+    assert rows[0].split()[:6] == ["1", "32768", "1", "True", "yes,", "17%"] and rows[2].split()[4:] == ["-"] * 8
+    assert "matrix products at 50% of the peak rate, an assumption" in text
     assert "batch_size=32768, fsdp=3, remat=True: mesh data=-1, fsdp=3, tensor=1 does not fit 64 devices" in text
-    assert "best that fits: batch_size=32768, fsdp=1, remat=False" in text
+    assert "best at the slow end that fits: batch_size=32768, fsdp=1, remat=False, " in text
+    assert "1 of 4: batch_size=32768, fsdp=1, remat=True: " in log and "4 of 4: " in log
     points = json.loads((out / "sweep.json").read_text())
     assert len(points) == 4 and sum(point["plan"] is None for point in points) == 2
     assert (out / "sweep.html").read_text().count("<img") == 1
     # Remat needs more time and less memory.
     stored, recomputed = points[1]["plan"], points[0]["plan"]
     assert stored["estimate"]["serial"] < recomputed["estimate"]["serial"]
+    assert stored["estimate"]["slow"]["hours"] > stored["estimate"]["fast"]["hours"]
     assert stored["memory"]["total"] > recomputed["memory"]["total"]
 
 
 def test_the_best_is_the_fastest_that_fits(config: ml_collections.ConfigDict) -> None:
     plan = make_plan(config, H100)
-    slow = dataclasses.replace(plan, estimate=dataclasses.replace(plan.estimate, serial=9.0))
+    slow = dataclasses.replace(plan, estimate=dataclasses.replace(plan.estimate, memory=9.0))
     large = changed(plan, memory=dataclasses.replace(plan.facts.memory, temporaries=10**11))
     points = [Point({"a": "1"}, slow), Point({"a": "2"}, large), Point({"a": "3"}, plan), Point({"a": "4"}, None, "no")]
     assert best(points) is points[2] and best(points[1:2]) is None
@@ -92,6 +135,11 @@ def test_grids() -> None:
     assert parse_grid(["batch_size=1,2", "remat=True"]) == [
         {"data.batch_size": "1", "remat": "True"},
         {"data.batch_size": "2", "remat": "True"},
+    ]
+    groups = parse_grid(["optimizer.groups=(),[('clip/(image|text)/.*', None), ('x', {'learning_rate': 0.1})]"])
+    assert [each["optimizer.groups"] for each in groups] == [
+        "()",
+        "[('clip/(image|text)/.*', None), ('x', {'learning_rate': 0.1})]",
     ]
     with pytest.raises(ValueError, match="'remat' has no values"):
         parse_grid(["remat"])
@@ -113,7 +161,7 @@ def test_compiled_plans_are_cached_until_their_key_changes(
     v5e = parse_topology("v5e:2x4")
     first = make_plan(config, v5e, cache=tmp_path / "cache")
     again = make_plan(config, v5e, cache=tmp_path / "cache", price=2.0)
-    assert len(requests) == 1 and again.facts == first.facts and again.estimate.cost
+    assert len(requests) == 1 and again.facts == first.facts and again.estimate.slow.cost
     make_plan(config, v5e, cache=tmp_path / "cache", teacher_preset="tiny")
     make_plan(config, v5e)
     assert len(requests) == 3 and len(list((tmp_path / "cache").iterdir())) == 2
@@ -214,8 +262,9 @@ def test_the_architecture_of_a_teacher_needs_no_weights(
 )
 def test_errors_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RECIPE, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("tclip plan: error: ") and words in error and error.count("\n") == 1
+    *lines, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("tclip plan: error: ") and words in error
+    assert len(lines) == ("fsdp=3" in words)  # a sweep logs each of its points
 
 
 def test_a_machine_without_libtpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +274,42 @@ def test_a_machine_without_libtpu(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "libtpu, the compiler for TPUs, is not installed: pip install 'tclip-jax[plan]'" in capsys.readouterr().err
 
 
+def test_another_libtpu_is_refused_before_it_compiles(
+    config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"jax": "0.10.2", "libtpu": "0.0.52"}
+    monkeypatch.setattr(child.importlib.metadata, "version", versions.get)
+    monkeypatch.setattr(child.importlib.metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(child.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(child.subprocess, "Popen", None)
+    with pytest.raises(ValueError, match=r"libtpu is 0\.0\.52, but jax 0\.10\.2 needs ==0\.0\.42\.\*: pip install"):
+        make_plan(config, parse_topology("v6e:2x2"))
+
+
+def test_the_log_says_what_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    """On a terminal a bar shows it; pytest's stderr is none."""
+    done = threading.Event()
+    done.set()
+    with caplog.at_level("INFO", "tclip_jax"):
+        child._show_progress("v5e:4x4", done)
+    assert caplog.messages == ["compiling for v5e:4x4: minutes for a model of full size"]
+
+
+def test_every_point_has_a_row_in_the_plot_and_nothing_is_clipped(config: ml_collections.ConfigDict) -> None:
+    plan = make_plan(config, H100)
+    large = changed(plan, memory=dataclasses.replace(plan.facts.memory, temporaries=10**11))
+    figure = _figure([Point({"a": "1"}, plan), Point({"a": "2"}, None, "no"), Point({"a": "3"}, large)])
+    memory, speed = figure.axes
+    assert [label.get_text() for label in memory.get_yticklabels()] == ["1: a=1", "3: a=3"]
+    (limit,) = (line for line in memory.lines if "memory of a device, 74.5 GiB" in str(line.get_label()))
+    ends = [max(bar.get_x() + bar.get_width() for bar in memory.patches), limit.get_xdata()[0]]
+    assert ends == pytest.approx([large.facts.memory.total / 2**30, 80e9 / 2**30])
+    assert max(ends) < memory.get_xlim()[1] and memory.get_ylim() == speed.get_ylim()
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in (*memory.get_yticklabels(), *figure.legends[0].get_texts())]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
 @pytest.mark.tpu_compile
 def test_the_command_on_a_small_topology(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--config.model.embed_dim=64", "--config.dtype=bfloat16", "--config.teacher=tiny", "--config.mesh.fsdp=2"]
@@ -232,12 +317,14 @@ def test_the_command_on_a_small_topology(tmp_path: pathlib.Path, capsys: pytest.
     command = ["plan", "--config", "ternaryclip:Q-ALL,runlocal", "--topology", "v5e:2x2", *tiny, *text]
     command += ["--cache", str(tmp_path)]
     assert main([*command, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
     assert plan["how"] == "compiled" and plan["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and plan["fits"]
     assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], rel=1e-3)
     assert plan["links"] and all(each["axes"] for each in plan["collectives"])
     assert {each["times"] for each in plan["collectives"]} >= {1, 2, 3}
-    assert 0 < plan["estimate"]["mfu"] <= 1
+    assert 0 < plan["estimate"]["slow"]["mfu"] < plan["estimate"]["fast"]["mfu"] <= 1
+    assert "compiling for v5e:2x2" in captured.err
     # The second call reads the cache. Errors of the configuration come from the other process as one line.
     assert main(command) == 0
     assert "mesh data=2, fsdp=2, tensor=1; batch 64, 16 per device; compiled in" in capsys.readouterr().out

@@ -29,16 +29,29 @@ def test_a_step_on_a_pod_of_v5e() -> None:
         pair_flops=1.97e12,
         model_flops=0.985e12,
         price=1.2,
+        efficiency=0.4,
     )
     assert result.flops == pytest.approx(197e12)  # 100 pairs per device
     assert result.compute == pytest.approx(1.0)
     assert result.memory == pytest.approx(0.1)
     assert result.network == pytest.approx(1.5e9 / 100e9)
-    assert result.overlapped == pytest.approx(1.0) and result.serial == pytest.approx(1.115)
-    assert result.mfu == pytest.approx(0.5)
-    assert result.images_per_second == pytest.approx(25_600)
-    assert result.hours == pytest.approx(10) and result.serial_hours == pytest.approx(11.15)
-    assert result.chip_hours == pytest.approx(2560) and result.cost == pytest.approx(3072)
+    assert result.serial == pytest.approx(1.115) and result.bound_by == "compute"
+    fast, slow = result.fast, result.slow
+    assert fast.seconds == pytest.approx(1.0) and fast.mfu == pytest.approx(0.5)
+    assert fast.images_per_second == pytest.approx(25_600) and fast.hours == pytest.approx(10)
+    assert fast.chip_hours == pytest.approx(2560) and fast.cost == pytest.approx(3072)
+    # Products at 40 % of the peak rate take 2.5 s, longer than everything one after another.
+    assert slow.seconds == pytest.approx(2.5) and slow.mfu == pytest.approx(0.2) and slow.cost == pytest.approx(7680)
+    assert slow.images_per_second == pytest.approx(10_240) and slow.hours == pytest.approx(25)
+
+
+def test_the_slow_end_is_never_faster_than_everything_one_after_another() -> None:
+    step = facts({"data": 1}, {}, traffic=819_000_000_000)
+    time = estimate(step, parse_topology("v5e:1x1"), batch=1, steps=1, pair_flops=197e12, model_flops=1)
+    assert time.serial == pytest.approx(2.0) and time.slow.seconds == pytest.approx(2.0) and time.efficiency == 0.5
+    step = facts({"data": 1}, {}, traffic=2 * 819_000_000_000)
+    time = estimate(step, parse_topology("v5e:1x1"), batch=1, steps=1, pair_flops=197e12, model_flops=1)
+    assert time.slow.seconds == pytest.approx(3.0) and time.bound_by == "HBM"
 
 
 def test_half_a_chip_has_half_of_the_memory_bandwidth_and_of_the_links() -> None:
@@ -47,7 +60,7 @@ def test_half_a_chip_has_half_of_the_memory_bandwidth_and_of_the_links() -> None
     result = estimate(step, parse_topology("tpu7x:4x4x4"), batch=128, steps=1, pair_flops=1.1535e15, model_flops=1.0)
     assert result.compute == pytest.approx(1.0) and result.memory == pytest.approx(0.002)
     assert result.network == pytest.approx(2 * 512 * 127 / 128 * 2 / (6 * 200e9))
-    assert result.chip_hours == pytest.approx(64 * result.hours) and result.cost is None
+    assert result.fast.chip_hours == pytest.approx(64 * result.fast.hours) and result.fast.cost is None
 
 
 def test_gpus_use_nvlink_within_a_node_and_the_network_between_nodes() -> None:
@@ -84,8 +97,58 @@ def test_topologies(name: str, chips: int, devices: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v5e-16", "v5e:4x4"),
+        ("v6e-16", "v6e:4x4"),
+        # These count TensorCores, of which a chip has two.
+        ("v4-8", "v4:2x2x1"),
+        ("v4-32", "v4:2x2x4"),
+        ("v4-256", "v4:4x4x8"),
+        ("v4-2048", "v4:8x8x16"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-3072", "v5p:8x12x16"),
+        ("tpu7x-128", "tpu7x:4x4x4"),
+        # SkyPilot's names.
+        ("tpu-v5litepod-16", "v5e:4x4"),
+        ("H100:8", "h100:8"),
+    ],
+)
+def test_accelerator_types_of_the_launchers(name: str, topology: str) -> None:
+    parsed = parse_topology(name)
+    assert parsed.name == topology
+    assert parsed.accelerator_type in (name.removeprefix("tpu-"), "v5litepod-16", "")
+
+
+def test_a_slice_of_another_shape_than_its_accelerator_type_has_none() -> None:
+    assert parse_topology("v4:4x4x16").accelerator_type == ""  # v4-512 is 4x8x8
+    assert parse_topology("v5e:16x32").accelerator_type == ""  # more than a pod
+
+
+@pytest.mark.parametrize(
     "name",
-    ["v5e", "v5e:", "v5e:3x3", "v5e:16x16x16", "v5p:16x16x24", "v7x:4x4x4", "v5e:２x2", "h100:0", "h100:8x8", ""],
+    [
+        "v4-4",
+        "v4-9",
+        "v5litepod-12",
+        "v5litepod-512",
+        "v5p-x",
+        "v4-",
+        "h100-8",
+        "v5e",
+        "v5e:",
+        "v5e:3x3",
+        "v5e:16x16x16",
+        "v5p:16x16x24",
+        "v7x:4x4x4",
+        "v5e:２x2",
+        "h100:0",
+        "h100:8x8",
+        "",
+    ],
 )
 def test_an_unknown_topology_is_refused_with_a_list_of_all(name: str) -> None:
     with pytest.raises(ValueError, match=r"v5e, v6e: 1x1, 2x2, .*16x32.*v5p:8x8x16; a100, h100, h200: a number"):
