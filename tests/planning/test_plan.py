@@ -123,6 +123,22 @@ def test_a_sweep_of_gpus(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert stored["memory"]["total"] > recomputed["memory"]["total"]
 
 
+def test_a_sweep_shows_the_memory_of_each_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    """AdamW has two moments of each parameter, Lion one; the first may be bfloat16; frozen parameters have none."""
+    frozen = "optimizer.groups=(),[('clip/image/.*', None)]"
+    sweep = ["--sweep", "optimizer.name=adamw,lion", "optimizer.mu_dtype=float32,bfloat16", frozen]
+    assert main([*RECIPE, "h100:8", *sweep, "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)
+    memory = [point["plan"]["memory"] for point in points]
+    moments = [each["optimizer"] / each["parameters"] for each in memory]
+    image = 1 - moments[1] / moments[0]
+    assert moments[::2] == pytest.approx([2.0, 1.5, 1.0, 0.5], rel=1e-3) and 0.5 < image < 0.6
+    assert moments[1::2] == pytest.approx([each * (1 - image) for each in moments[::2]], rel=1e-3)
+    assert main([*RECIPE, "h100:8", *sweep]) == 0
+    column = [line.split("%  ")[1].split()[1] for line in capsys.readouterr().out.splitlines()[1:9]]
+    assert column == [f"{each['optimizer'] / 2**30:.3f}" for each in memory]
+
+
 def test_the_best_is_the_fastest_that_fits(config: ml_collections.ConfigDict) -> None:
     plan = make_plan(config, H100)
     slow = dataclasses.replace(plan, estimate=dataclasses.replace(plan.estimate, memory=9.0))
