@@ -206,9 +206,9 @@ def _verdict_lines(plan: Plan) -> list[str]:
 
 
 def between(plan: Plan, field: str, separator: str = " to ", scale: float = 1.0) -> str:
-    """Format a field of `Speed` as a range, the smaller number first, with two significant digits or more."""
+    """Format a field of `Speed` as a range, the smaller number first; numbers below 10 have decimals."""
     ends = sorted(scale * getattr(speed, field) for speed in (plan.estimate.slow, plan.estimate.fast))
-    return separator.join(f"{end:,.{max(0, 1 - math.floor(math.log10(end))) if end > 0 else 0}f}" for end in ends)
+    return separator.join(f"{end:,.{(end < 10) + (end < 1)}f}" for end in ends)
 
 
 def _memory_lines(plan: Plan) -> list[str]:
