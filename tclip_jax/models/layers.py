@@ -160,11 +160,10 @@ def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts:
       parts: number of equal matrices that W holds side by side.
 
     Returns:
-      (..., N), or (..., parts, N / parts) for several parts, in the dtype of `x`.
+      (..., N) in the dtype of `x`; (..., parts, N / parts) if devices along the mesh axis `tensor` share each part.
     """
     if isinstance(weight, PackedTensor | TernaryTensor):
-        y = ternary_matmul(x, weight)
-        return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
+        return ternary_matmul(x, weight)
     product = functools.partial(_multiply_latent, parts=parts)
     if weight.quantizer is None:
         return product(x, weight)
@@ -179,8 +178,7 @@ def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
     mesh = mesh_in_force()
     if parts > 1 and mesh is not None and mesh.shape["tensor"] > 1:
         return dense_product(x, constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor"))
-    y = dense_product(x, w_KN)
-    return y if parts == 1 else y.reshape(*y.shape[:-1], parts, -1)
+    return dense_product(x, w_KN)
 
 
 class Dense(nn.Module):
@@ -212,7 +210,8 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             # In float32, because the gradient of the bias is a sum over all tokens in this dtype.
             y = (y.astype(jnp.float32) + bias.reshape(y.shape[x.ndim - 1 :])).astype(self.dtype)
-        return y
+        # After the sum, which XLA would otherwise store and reshape in float32.
+        return y if self.parts == 1 else y.reshape(*x.shape[:-1], self.parts, -1)
 
 
 class Embedding(nn.Module):
