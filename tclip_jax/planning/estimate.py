@@ -155,7 +155,7 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
         mesh=dict(mesh.shape),
         memory=memory,
         peak=0,
-        # The step reads and writes the state; it writes each activation once and reads it twice.
+        # The step reads and writes the state.
         traffic=2 * (memory.parameters + memory.optimizer + memory.average) + _activations(build),
         collectives=collectives,
         moving_activations=(),
@@ -180,9 +180,7 @@ def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int
     yield config.text, config.text.context_length
 
 
-def _block(
-    tower: VisionConfig | TextConfig, tokens: int, itemsize: int, moves: int = 1, attention_moves: int = 1
-) -> float:
+def _block(tower: VisionConfig | TextConfig, tokens: int, itemsize: int) -> float:
     """Return bytes per row of the activations that a block stores for its backward pass.
 
     Two norms, queries, keys, values and the attention output are six arrays of the width; the MLP stores its hidden
@@ -192,10 +190,8 @@ def _block(
       tower: the tower of the block.
       tokens: length of the sequence.
       itemsize: bytes of an activation.
-      moves, attention_moves: how often an array of the width, or of attention, is counted.
     """
-    arrays = moves * (6 + 2 * tower.mlp_ratio) * tokens * tower.width * itemsize
-    return arrays + attention_moves * tower.heads * tokens**2 * (4 + itemsize)
+    return (6 + 2 * tower.mlp_ratio) * tokens * tower.width * itemsize + tower.heads * tokens**2 * (4 + itemsize)
 
 
 def _temporaries(build: Build) -> int:
@@ -218,17 +214,14 @@ def _temporaries(build: Build) -> int:
 
 
 def _activations(build: Build) -> int:
-    """Return the HBM traffic of activations in bytes.
-
-    A pass writes each array of a block once and reads it twice; it writes and reads those of attention once.
-    """
+    """Return the HBM traffic of activations in bytes: a pass writes and reads each array of a block once."""
     run, rows = build.run, _rows(build)
     itemsize = 2 if run.dtype == "bfloat16" else 4
     models = [(run.model, 1 + _passes(run))]  # the backward pass moves twice as much
     if isinstance(build.teacher, Architecture):
         models.append((build.teacher.config, 1))
     traffic = (
-        passes * tower.layers * rows * _block(tower, tokens, itemsize, moves=3, attention_moves=2)
+        2 * passes * tower.layers * rows * _block(tower, tokens, itemsize)
         for config, passes in models
         for tower, tokens in _towers(config)
     )

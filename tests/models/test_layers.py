@@ -41,6 +41,18 @@ def test_dense_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: j
     np.testing.assert_allclose(np.float64(training), expected, atol=1e-5 if dtype == jnp.float32 else 0.1)
 
 
+def test_a_dense_of_several_parts_reshapes_no_float32_sum() -> None:
+    """XLA for TPUs fuses the bias with the product only before a reshape, which else copies float32 in HBM."""
+    layer = Dense(24, dtype=jnp.bfloat16, parts=3)
+    x = jnp.asarray(RNG.standard_normal((4, 5, 20)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)
+    whole = Dense(24, dtype=jnp.bfloat16).apply(params, x)
+    np.testing.assert_array_equal(layer.apply(params, x), whole.reshape(4, 5, 3, 8))
+    for equation in jax.make_jaxpr(layer.apply)(params, x).eqns:
+        for array in (each.aval for each in equation.outvars):
+            assert array.dtype == jnp.bfloat16 or array.shape != (4, 5, 3, 8), equation
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: str(quantizer.group))
 def test_embedding_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: jax.typing.DTypeLike) -> None:
