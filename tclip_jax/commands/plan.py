@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--efficiency",
         type=number(float, gt=0, le=1),
-        default=0.5,
         metavar="X",
         help="fraction of the peak rate that matrix products reach at the slow end of the estimate (default: 0.5)",
     )
@@ -55,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, or the sweep and its fastest plan that fits."""
     from tclip_jax.planning.hardware import parse_topology
     from tclip_jax.planning.plan import make_plan, plan_text
+    from tclip_jax.planning.roofline import EFFICIENCY
     from tclip_jax.storage import cache_folder
 
     if args.out and not args.sweep:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     shared = {
         "teacher_preset": args.teacher_preset,
         "price": args.price,
-        "efficiency": args.efficiency,
+        "efficiency": args.efficiency or EFFICIENCY,
         "cache": args.cache or cache_folder() / "plans",
     }
     if args.sweep:
