@@ -119,7 +119,7 @@ def parse_topology(name: str) -> Topology:
     Raises:
       ValueError: there is no such topology; the message lists all.
     """
-    lowered = name.lower().removeprefix("tpu-")
+    lowered = name.lower().removeprefix("tpu-").replace("a100-80gb:", "a100:")
     kind, _, text = lowered.partition(":")
     numbers = text.split("x")
     shape = tuple(int(number) for number in numbers if number.isascii() and number.isdigit())

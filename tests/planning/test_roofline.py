@@ -115,6 +115,7 @@ def test_topologies(name: str, chips: int, devices: int) -> None:
         # SkyPilot's names.
         ("tpu-v5litepod-16", "v5e:4x4"),
         ("H100:8", "h100:8"),
+        ("A100-80GB:8", "a100:8"),
     ],
 )
 def test_accelerator_types_of_the_launchers(name: str, topology: str) -> None:
