@@ -8,16 +8,16 @@ import importlib
 import keyword
 import logging
 import os
-import re
 import select
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import tqdm.contrib.logging
 
+from tclip_jax.log import Form, formatter_of, start_logging
 from tclip_jax.pages import printable
 from tclip_jax.registry import load_plugin
 
@@ -50,11 +50,6 @@ COMMANDS = {
     "doctor": "check versions, devices and precision, and show how to install missing packages",
     "completion": "print a script that completes commands and options in a shell",
 }
-
-# Log lines of Orbax's worker threads that repeat an error which its first thread has logged.
-_REPEATED_ERROR = re.compile(
-    r"thread=write_metadata_after_commits\]|Failed to run \d+ Handler Commit operations|Save Finalize thread \("
-)
 
 EXIT_CODES = """Exit codes:
   0    success
@@ -119,52 +114,27 @@ def _main(arguments: Sequence[str] | None) -> int:
     module, parser = _module(name), _Parser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
     args = parser.parse_args(_split_overrides(arguments[length:]))
-    start_logging(args.debug)
+    start_logging(args.debug, args.log_format)
     try:
         for plugin in args.plugin:
             load_plugin(plugin)
         with tqdm.contrib.logging.logging_redirect_tqdm():
             code: int | None = module.run(args)
     except KeyboardInterrupt:
-        print(f"tclip {name}: interrupted", file=sys.stderr)
+        _print_error(f"tclip {name}: interrupted", args.log_format)
         return 130
     except Exception as error:
         if args.debug or (isinstance(error, BrokenPipeError) and _output_is_closed()):
             raise
-        print(f"tclip {name}: {printable(_error_line(error))}", file=sys.stderr)
+        _print_error(f"tclip {name}: {printable(_error_line(error))}", args.log_format)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
 
 
-def start_logging(debug: bool = False) -> None:
-    """Log to stderr: messages of this package, warnings of other libraries, and errors of absl.
-
-    Orbax and Grain log through absl.
-
-    Args:
-      debug: whether to keep the tracebacks of absl's errors.
-    """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("tclip_jax").setLevel(logging.INFO)
-    absl = logging.getLogger("absl")
-    absl.setLevel(logging.ERROR)  # Orbax warns about missing files that it does not need.
-    absl.removeFilter(_shorten) if debug else absl.addFilter(_shorten)
-
-
-def _shorten(record: logging.LogRecord) -> bool:
-    """Logging filter: reduces a record to one line without traceback, and drops an error that Orbax repeats."""
-    message = " ".join(record.getMessage().partition(" [source locations")[0].split())
-    record.msg, record.args, record.exc_info, record.exc_text = message, (), None, None
-    return not _REPEATED_ERROR.search(message)
-
-
-class _Printable(logging.Formatter):
-    """Formatter that escapes control characters, because messages quote file names and file contents."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), lines=True)
+def _print_error(line: str, form: Form) -> None:
+    """Print the line with which a command ends; as a record of the log if that is JSON."""
+    record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, line, None, None)
+    print(formatter_of(form).format(record) if form == "json" else line, file=sys.stderr)
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -191,6 +161,12 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         default=[],
         metavar="FILE",
         help="Python file or module with quantizers, losses, data sources or augmentations of your own; repeatable",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(Form),
+        default="text",
+        help="the log on stderr: text, or json with an object on each line (default: text)",
     )
     _module(name).add_arguments(parser)
 

@@ -248,7 +248,7 @@ def test_importing_the_package_and_its_cli_imports_neither_jax_nor_flax() -> Non
 
 ORBAX = """
 import resource, sys
-from tclip_jax.cli import start_logging
+from tclip_jax.log import start_logging
 start_logging(sys.argv[2] == "debug")
 import jax.numpy as jnp
 from absl import logging as absl
@@ -274,8 +274,8 @@ def test_each_error_of_orbax_and_grain_is_one_line(tmp_path: pathlib.Path) -> No
     ran = python("-c", ORBAX, str(tmp_path / "c"), "")
     assert "checkpoint could not be written" in ran.stdout, ran.stderr
     first, second = ran.stderr.splitlines()
-    assert first == "ERROR a worker of Grain has ended"
-    assert second.startswith("ERROR ") and "Failed to write" in second and "File too large" in second
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ERROR   a worker of Grain has ended", first)
+    assert second[20:].startswith("ERROR   ") and "Failed to write" in second and "File too large" in second
     ran = python("-c", ORBAX, str(tmp_path / "d"), "debug")
     assert "Traceback" in ran.stderr and "OSError: why" in ran.stderr and "Failed to write" in ran.stderr
     assert "a file is missing" not in ran.stderr

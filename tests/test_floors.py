@@ -19,6 +19,7 @@ FLOORS = {
     "schema": 0,
     "registry": 0,
     "pages": 0,
+    "log": 1,
     "ternary": 1,
     "data": 1,
     "losses": 1,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
 
 from tclip_jax.data.prompts import DEFAULT, parse_templates
 from tclip_jax.schema import count
@@ -46,9 +45,8 @@ def add_template_arguments(parser: argparse.ArgumentParser, captions: str) -> No
 def run(args: argparse.Namespace) -> int:
     """Print the most probable labels of each image."""
     from tclip_jax.inference.classify import Guess, classify_images, guess_table
-    from tclip_jax.inference.inputs import Failure, find_texts
+    from tclip_jax.inference.inputs import Failure, find_texts, log_failures
     from tclip_jax.inference.load import load_model
-    from tclip_jax.pages import printable
 
     if args.labels_file:
         labels, _ = find_texts(args.labels_file)
@@ -66,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([_fields(outcome) for outcome in outcomes]))
     elif guesses:
         print(guess_table(guesses))
-    for failure in failures:
-        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
+    log_failures(failures)
     return 1 if failures else 0
 
 

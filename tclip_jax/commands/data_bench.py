@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 
 from tclip_jax.commands.train import add_config_arguments
 from tclip_jax.recipes import resolve
 from tclip_jax.schema import number
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     import tqdm
 
+    from tclip_jax.data.bad_samples import format_counts
     from tclip_jax.datasets.bench import measure
     from tclip_jax.pages import aligned
     from tclip_jax.runs.config import run_config
@@ -56,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
         measure(config, workers, seconds=args.seconds, step_seconds=args.step_seconds)
         for workers in tqdm.tqdm(args.workers or [config.data.workers], desc="bench", disable=not sys.stderr.isatty())
     ]
+    for speed in speeds:
+        if speed.bad:
+            kinds = format_counts(speed.bad)
+            _logger.warning("%d workers: bad samples: %s; `tclip data check` gives reasons", speed.workers, kinds)
     if args.json:
         print(json.dumps([dataclasses.asdict(speed) for speed in speeds]))
         return

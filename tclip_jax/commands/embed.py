@@ -10,7 +10,6 @@ out; the exit code is then 1.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from tclip_jax.schema import count
 
@@ -38,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
         embeddings_mark,
         write_embeddings,
     )
-    from tclip_jax.inference.inputs import find_images, find_texts, image_items, text_items
+    from tclip_jax.inference.inputs import find_images, find_texts, image_items, log_failures, text_items
     from tclip_jax.inference.load import load_model
-    from tclip_jax.pages import printable
 
     out = checked_output(args.out)
     if out.exists() and not args.overwrite:
@@ -63,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         items = text_items(mark, texts)
         failures = embed_texts(model, items, store, args.batch_size)
-    for failure in failures:
-        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
+    log_failures(failures)
     if not any(item.key in store for item in items):
         raise ValueError(f"nothing to embed: none of {inputs} inputs can be used")
     written = write_embeddings(out, items, store, width)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from tclip_jax.schema import count
@@ -58,15 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from tclip_jax.inference.inputs import log_failures
     from tclip_jax.inference.load import load_model
     from tclip_jax.inference.search import build_index
-    from tclip_jax.pages import printable
 
     path = args.model if "://" in args.model else os.path.abspath(args.model)
     model = load_model(args.model).repacked()
     outcome = build_index(model, args.folder, args.out, model_path=path, batch_size=args.batch_size)
-    for failure in outcome.failures:
-        print(printable(f"{failure.name}: {failure.reason}"), file=sys.stderr)
+    log_failures(outcome.failures)
     left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""
     print(f"{args.out}: {outcome.count:,} images, {outcome.reused:,} of them unchanged{left_out}")
     return 1 if outcome.failures else 0

@@ -17,7 +17,7 @@ from tclip_jax.storage import is_local, write_atomic
 _logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 10_000  # names; memory must not grow with the run
-_MAX_WARNINGS = 10  # that name a sample; later warnings give the count each time it doubles
+_EXAMPLES = 10  # lines of the list that an error quotes
 _WINDOW = 10_000  # samples over which the share is computed
 _MIN_SAMPLES = 1_000  # samples before the first check of the share; the end of a run checks any number
 
@@ -26,8 +26,8 @@ class BadSamples:
     """Lists the bad samples of one process and stops a run that has too many.
 
     The list is a file of lines {"name", "kind", "reason"}, one for each of the first 10,000 bad samples. An existing
-    file is appended to. On an object store the file is written each time the count doubles, and by `write`. Warnings
-    name the first 10 samples.
+    file is appended to. On an object store the file is written each time the count doubles, and by `write`. The log
+    gets counts only: those of `news`, or for a run those of its log lines and of `finish`.
 
     Args:
       path: the file; None for no file.
@@ -39,14 +39,13 @@ class BadSamples:
     def __init__(self, path: epath.PathLike | None = None, max_share: float = 1.0, epoch: int | None = None) -> None:
         self.path, self._max_share, self._epoch = path and epath.Path(path), max_share, epoch
         self._lines: dict[str, str] = {}  # by name
-        self._listed: Counter[str] = Counter()  # by kind
+        self._new: Counter[str] = Counter()  # listed since the last `news`, by kind
+        self._example = ""  # the first of them
         self._truncated = False  # the last line is incomplete after a crash; no line may be appended to it
         if self.path and self.path.exists():
             *lines, rest = self.path.read_text().split("\n")
             self._lines = {json.loads(line)["name"]: line for line in lines}
-            self._listed.update(json.loads(line)["kind"] for line in lines)
             self._truncated = bool(rest)
-        self._warnings, self._next_count = 0, 2 * _MAX_WARNINGS
         self._lock = threading.Lock()
         self._window_samples = 0.0
         self._window_bad: dict[str, float] = {}  # by kind
@@ -60,8 +59,8 @@ class BadSamples:
             if name in self._lines or len(self._lines) >= _MAX_LISTED:
                 return
             self._lines[name] = json.dumps({"name": name, "kind": kind, "reason": reason})
-            self._listed[kind] += 1
-            self._warn(name, reason)
+            self._new[kind] += 1
+            self._example = self._example or f"{name}: {reason}"
             if not self.path:
                 return
             if self._truncated:
@@ -73,14 +72,12 @@ class BadSamples:
             elif len(self._lines).bit_count() == 1:  # the count is a power of two
                 self.write()
 
-    def _warn(self, name: str, reason: str) -> None:
-        self._warnings += 1
-        if self._warnings <= _MAX_WARNINGS:
-            _logger.warning("%s: %s; the sample is masked (weight 0)", name, reason)
-        elif self._warnings == self._next_count:
-            self._next_count *= 2
-            kinds = _format(self._listed)
-            _logger.warning("%d bad samples so far (%s)%s", self._listed.total(), kinds, self._location())
+    def news(self) -> str:
+        """Return a line with the samples listed since the last call: their count by kind and the first; "" for none."""
+        with self._lock:
+            count, kinds, example = self._new.total(), format_counts(self._new), self._example
+            self._new, self._example = Counter(), ""
+        return f"{count:,} bad sample{'s' * (count > 1)} ({kinds}), masked; the first: {example}" if count else ""
 
     def write(self) -> None:
         """Write the whole list to the file."""
@@ -107,7 +104,7 @@ class BadSamples:
         self.resume(counts, samples)
         self._unusable = self._unusable + samples if sum(counts.values()) >= samples else 0
         if self._epoch is not None and self._unusable >= self._epoch:
-            kinds = _format(self._window_bad)
+            kinds = format_counts(self._window_bad)
             self._stop(f"none of the last {self._unusable} samples, a whole epoch, is usable ({kinds})")
         if self._window_samples >= _MIN_SAMPLES:
             self._check_share("the last", self._window_bad, self._window_samples)
@@ -123,7 +120,7 @@ class BadSamples:
         Raises:
           ValueError: more than `max_share` of the samples, or all of them, are bad.
         """
-        bad, kinds = self._total_bad.total(), _format(self._total_bad)
+        bad, kinds = self._total_bad.total(), format_counts(self._total_bad)
         if not bad:
             return
         if bad >= self._total_samples:
@@ -135,16 +132,17 @@ class BadSamples:
         count = sum(bad.values())
         if count > self._max_share * samples:
             limit = f"more than config.data.max_bad_share = {self._max_share}"
-            self._stop(f"{count:.0f} of {which} {samples:.0f} samples are bad ({_format(bad)}), {limit}")
+            self._stop(f"{count:.0f} of {which} {samples:.0f} samples are bad ({format_counts(bad)}), {limit}")
 
     def _stop(self, reason: str) -> NoReturn:
         self.write()
-        examples = "".join(f"\n  {line}" for line in list(self._lines.values())[-_MAX_WARNINGS:])
+        examples = "".join(f"\n  {line}" for line in list(self._lines.values())[-_EXAMPLES:])
         raise ValueError(f"{reason}{self._location()}{examples}")
 
     def _location(self) -> str:
         return f", listed in {self.path}" if self.path else ""
 
 
-def _format(counts: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {count:.0f}" for kind, count in counts.items() if count)
+def format_counts(counts: Mapping[str, float]) -> str:
+    """Return counts by kind as "corrupt_image 2, no_caption 1", without zeros."""
+    return ", ".join(f"{kind} {count:,.0f}" for kind, count in counts.items() if count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.pipeline import bad_image, read
 from tclip_jax.data.sources import BadSample, Record, Source
 
-_bad = BadSamples()
+_bad = BadSamples()  # of this process: a sample is reported once, however often a run evaluates
+_logger = logging.getLogger(__name__)
 
 
 def eval_batches(
@@ -50,6 +52,12 @@ def eval_batches(
 
     batches = grain.MapDataset.range(-(-len(source) // batch_size)).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, max(threads, prefetch))))
+
+
+def log_bad_samples() -> None:
+    """Log the number of bad samples that no earlier call has logged."""
+    if news := _bad.news():
+        _logger.warning("%s", news)
 
 
 def _eval_row(source: Source, index: int, preprocess: Preprocess) -> dict[str, Any]:

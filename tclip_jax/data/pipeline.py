@@ -70,7 +70,7 @@ def train_iterator(
       prefetch: batches kept ready in this process or in every worker.
       cache: teacher embeddings. They join the batch as `teacher_image` and `teacher_text` (B, D) float16, and each row
         repeats the caption and the augmentation that the teacher encoded.
-      bad: records the masked samples; by default they are logged.
+      bad: records the masked samples; None for no record.
 
     Raises:
       ValueError: `batch_size` is not divisible by `process_count`, `augment` is unknown, the source has no records or

@@ -11,8 +11,12 @@ import pathlib
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
+from tclip_jax.data.bad_samples import format_counts
+from tclip_jax.data.sources import FAULTS
+from tclip_jax.log import in_workers
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.input import train_data
 
@@ -33,6 +37,7 @@ class InputSpeed:
       peak_bytes: peak memory of this process and its workers, with shared pages counted once; None if the system does
         not report memory.
       weightless: fraction of samples with weight 0.
+      bad: number of these samples by kind of fault.
     """
 
     workers: int
@@ -42,6 +47,7 @@ class InputSpeed:
     wait_share: float | None
     peak_bytes: int | None
     weightless: float
+    bad: dict[str, int]
 
 
 def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float) -> InputSpeed:
@@ -59,7 +65,7 @@ def measure(run: RunConfig, workers: int, *, seconds: float, step_seconds: float
       ValueError: every sample has weight 0.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, in_workers()) as pool:
         return pool.submit(_measure, run, workers, seconds, step_seconds).result()
 
 
@@ -97,11 +103,11 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
         data = train_data(run)
         batch = next(data)
         first = time.perf_counter() - started
-        images, weight, started, cpu_seconds = 0, 0.0, time.perf_counter(), process_seconds(os.getpid())
+        images, faults, started, cpu_seconds = 0, Counter[int](), time.perf_counter(), process_seconds(os.getpid())
         while (elapsed := time.perf_counter() - started) < seconds or not images:
             batch = next(data)
             images += len(batch["weight"])
-            weight += float(batch["weight"].sum())
+            faults.update(batch["fault"].tolist())
         cpu_seconds = process_seconds(os.getpid()) - cpu_seconds
         waited, started = 0.0, time.perf_counter()
         while step_seconds and time.perf_counter() - started < seconds:
@@ -111,12 +117,15 @@ def _measure(run: RunConfig, workers: int, seconds: float, step_seconds: float) 
             time.sleep(step_seconds)
         share = waited / (time.perf_counter() - started) if step_seconds else None
         data.close()
-    if not weight:
+    bad = {kind: faults[i] for i, kind in enumerate(FAULTS) if i and faults[i]}
+    if not faults[0]:
         raise ValueError(
-            f"{run.data.source}: not one of {images:,} images can be used, so there is no speed to measure"
+            f"{run.data.source}: not one of {images:,} images can be used ({format_counts(bad)}), so there is no speed"
+            " to measure"
         )
     per_core = images / cpu_seconds if cpu_seconds else None
-    return InputSpeed(workers, first, images / elapsed, per_core, share, peak[0] if peak else None, 1 - weight / images)
+    weightless, memory = sum(bad.values()) / images, peak[0] if peak else None
+    return InputSpeed(workers, first, images / elapsed, per_core, share, memory, weightless, bad)
 
 
 @contextlib.contextmanager

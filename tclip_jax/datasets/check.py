@@ -23,6 +23,7 @@ from tclip_jax.data.eval_batches import to_pil
 from tclip_jax.data.pipeline import bad_image, has_class, read
 from tclip_jax.data.sources import BadSample, Record, Source, notes, open_source
 from tclip_jax.data.tokenizer import EOT, Tokenizer
+from tclip_jax.log import in_workers
 from tclip_jax.pages import aligned
 
 _CHUNK = 1024  # samples per task of a worker process
@@ -95,7 +96,7 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
     with contextlib.ExitStack() as stack:
         buckets = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         context = multiprocessing.get_context("spawn")
-        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(max(workers, 1), context))
+        pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(max(workers, 1), context, in_workers()))
         bar = stack.enter_context(tqdm.tqdm(total=total, unit="sample", desc="check", disable=not sys.stderr.isatty()))
         pending: list[concurrent.futures.Future[tuple[Findings, npt.NDArray[np.void]]]] = []
         for start, stop in chunks:

@@ -35,6 +35,7 @@ from tclip_jax.data.sources import BadSample, Source, digest, notes, open_source
 from tclip_jax.data.sources.content import contents
 from tclip_jax.data.sources.patterns import find_files
 from tclip_jax.datasets.check import examine
+from tclip_jax.log import in_workers
 from tclip_jax.storage import atomic_local_file, write_atomic
 
 VERSION = "1.0.0"
@@ -264,7 +265,7 @@ def prepare(target: Target, parts: Sequence[Part], *, workers: int) -> Outcome:
     """
     context = multiprocessing.get_context("spawn")
     with (
-        concurrent.futures.ProcessPoolExecutor(max(workers, 1), context) as pool,
+        concurrent.futures.ProcessPoolExecutor(max(workers, 1), context, in_workers()) as pool,
         tqdm.tqdm(total=len(parts), unit="file", desc="prepare", disable=not sys.stderr.isatty()) as bar,
     ):
         futures = [pool.submit(prepare_part, target, number, part) for number, part in enumerate(parts)]

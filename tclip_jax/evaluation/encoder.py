@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
-from tclip_jax.data.eval_batches import eval_batches
+from tclip_jax.data.eval_batches import eval_batches, log_bad_samples
 from tclip_jax.data.images import Preprocess, normalize
 from tclip_jax.data.sources import Source
 from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, Tokenizer
@@ -201,6 +201,7 @@ def encode_source(
         ]
     assert pending is not None
     values.append(_fetch(pending, reduce))
+    log_bad_samples()
     progress(len(source) - encoder.batch_size * (len(values) - 1))
     # Rows that pad the last batch have index -1.
     records = sorted(record for records in allgather_json(local_records) for record in records if record[0] >= 0)

@@ -14,6 +14,8 @@ from tclip_jax.data.files import SkippedFiles, is_image, read_lines, walk
 from tclip_jax.data.sources import BadSample
 from tclip_jax.storage import is_local
 
+_NAMED = 10  # unusable inputs that the log names
+
 _logger = logging.getLogger(__name__)
 
 
@@ -43,6 +45,14 @@ class Failure(NamedTuple):
         if isinstance(error, BadSample):  # its message starts with the name
             error = error.__cause__ if isinstance(error.__cause__, OSError) else ValueError(error.reason)
         return cls(name, " ".join(str(getattr(error, "strerror", None) or error).split()))
+
+
+def log_failures(failures: Sequence[Failure]) -> None:
+    """Log the first ten unusable inputs with the reasons, and the number of the others."""
+    for failure in failures[:_NAMED]:
+        _logger.warning("%s: %s", failure.name, failure.reason)
+    if len(failures) > _NAMED:
+        _logger.warning("%s more inputs cannot be used", f"{len(failures) - _NAMED:,}")
 
 
 def find_images(folder: epath.PathLike) -> list[epath.Path]:

@@ -15,7 +15,7 @@ from tclip_jax.schema import plain
 from tclip_jax.ternary import QUANTIZERS
 
 if TYPE_CHECKING:
-    from tclip_jax.runs.config import RunConfig
+    from tclip_jax.runs.config import EvalConfig, RunConfig
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "quantizer": QUANTIZERS, "loss": LOSSES, "augmentation": AUGMENTATIONS, "source": SOURCES
@@ -56,6 +56,9 @@ def check_run(run: RunConfig) -> None:
         )
     if not all(each.source for each in run.evals):
         raise ValueError("config.evals: each evaluation needs a source")
+    for each in (run.eval, *run.evals):
+        if each.source and each.kind == "loss":
+            _check_validation(run, each)
     if run.optimizer.warmup_steps >= run.steps:
         raise ValueError(
             f"config.optimizer.warmup_steps {run.optimizer.warmup_steps} is not below config.steps {run.steps}"
@@ -93,3 +96,14 @@ def check_run(run: RunConfig) -> None:
             for layer in run.loss.layers:
                 if not -depth <= layer < depth:
                     raise ValueError(f"config.loss.layers has {layer}: the {tower} tower has {depth} layers")
+
+
+def _check_validation(run: RunConfig, config: EvalConfig) -> None:
+    """Raise ValueError for a validation loss without held-out data, or without a loss."""
+    key = f"config.evals {config.name}: kind loss" if config.name else "config.eval: kind loss"
+    if config.suite:
+        raise ValueError(f"{key} takes a source, not a suite: remove suite {config.suite!r}")
+    if (config.source, config.split) == (run.data.source, run.data.split):
+        raise ValueError(f"{key} needs held-out pairs, but the run trains on {config.source}, split {config.split}")
+    if run.data.teacher_cache and set(run.loss.weights) == set(run.loss.needs_teacher):
+        raise ValueError(f"{key} has no loss without a teacher, and a cache has no embeddings of held-out images")

@@ -176,8 +176,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Zero-shot evaluation during and after training."""
+    """Evaluation during and after training: zero-shot tasks, or the loss over held-out pairs."""
 
+    kind: Literal["tasks", "loss"] = key(
+        "tasks", "tasks: those of `tclip evaluate`; loss: the training loss of the split"
+    )
     source: str = key("", 'as data.source; with a suite, the folder of its exports; "": no evaluation')
     suite: str = key("", "names of suites and data sets, as in `tclip evaluate --suite`")
     split: str = key("test", "split of the source")

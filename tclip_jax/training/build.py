@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.images import Preprocess
+from tclip_jax.data.sources import FAULTS
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig
@@ -22,7 +23,7 @@ from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
-from tclip_jax.training.objective import Encoders, check_teacher
+from tclip_jax.training.objective import Encoders, Objective, check_teacher
 from tclip_jax.training.optimizer import make_optimizer, quant_lambda, stop_gradients
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
@@ -124,7 +125,7 @@ class Build:
         """
         step = make_train_step(
             Encoders(self.student, self.run.preprocess.mean, self.run.preprocess.std),
-            self._teacher(),
+            self._teacher(self.student.dtype),
             self.optimizer,
             self.run.loss,
             quant_lambda(self.run.ternary_warmup_steps),
@@ -135,14 +136,33 @@ class Build:
         )
         return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
 
-    def _teacher(self) -> Encoders | float | None:
+    @functools.cached_property
+    def jitted_loss(self) -> Any:
+        """The jitted objective in float32: (student's `clip` and `heads`, batch, teacher's parameters) -> metrics.
+
+        The metrics are those of `Objective.loss`, `pairs`, the number of pairs that are not masked, and `faults`, the
+        number of rows by index in `FAULTS`. A teacher cache counts as no teacher.
+        """
+        student = CLIP(self.run.model, self.run.rules, jnp.float32)
+        teacher = None if isinstance(self.teacher, TeacherCache) else self._teacher(jnp.float32)
+        pixels = self.run.preprocess
+        objective = Objective(Encoders(student, pixels.mean, pixels.std), teacher, self.run.loss)
+
+        def loss(params: Any, batch: dict[str, jax.Array], teacher_params: Any) -> dict[str, jax.Array]:
+            embeddings, of_layers = objective.encode(params, teacher_params, batch, batch)
+            _, metrics = objective.loss(params, teacher_params, batch, embeddings, of_layers)
+            pairs, faults = jnp.sum(batch["weight"] > 0), jnp.bincount(batch["fault"], length=len(FAULTS))
+            return metrics | {"pairs": pairs, "faults": faults}
+
+        return jax.jit(loss, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def _teacher(self, dtype: Any) -> Encoders | float | None:
         teacher = self.teacher
         if teacher is None:
             return None
         if isinstance(teacher, TeacherCache):
             return teacher.logit_scale
-        model = CLIP(teacher.config, teacher.rules, self.student.dtype)
-        return Encoders(model, teacher.preprocess.mean, teacher.preprocess.std)
+        return Encoders(CLIP(teacher.config, teacher.rules, dtype), teacher.preprocess.mean, teacher.preprocess.std)
 
     def _sharded(self, shapes: Any) -> Any:
         return jax.tree.map(

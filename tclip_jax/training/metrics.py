@@ -30,7 +30,7 @@ from tclip_jax.parallel.agreement import FirstError, raised_by_all
 from tclip_jax.runs.checkpoints import Checkpoints
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.storage import dump_json, is_local, write_atomic
-from tclip_jax.training.timing import Throughput
+from tclip_jax.training.step_log import StepLog
 
 _FLUSH_SECONDS = 120.0  # each flush rewrites the whole file on an object store
 
@@ -245,8 +245,7 @@ class MetricsLogger:
     Args:
       telemetry: writes the metrics.
       checkpoints: receives the scores that decide which steps are best.
-      throughput: makes the log lines.
-      steps: number of steps of the whole run.
+      log: logs the steps and evaluations.
       max_skipped: skipped steps in a row that stop the run. A step is skipped if its loss or gradient is not finite, or
         its batch has no usable sample.
       bad: checks the fraction of bad samples.
@@ -257,15 +256,13 @@ class MetricsLogger:
         self,
         telemetry: Telemetry,
         checkpoints: Checkpoints,
-        throughput: Throughput,
+        log: StepLog,
         *,
-        steps: int,
         max_skipped: int,
         bad: BadSamples | None = None,
         batch_size: int = 0,
     ) -> None:
-        self._telemetry, self._checkpoints, self._throughput = telemetry, checkpoints, throughput
-        self._steps, self._max_skipped = steps, max_skipped
+        self._telemetry, self._checkpoints, self._log, self._max_skipped = telemetry, checkpoints, log, max_skipped
         self._bad, self._batch_size = bad, batch_size
         self._skipped, self._pending = 0, dict[int, Mapping[str, Any]]()
         self._names: set[str] = set()
@@ -285,9 +282,8 @@ class MetricsLogger:
         for step, metrics in pending.items():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.write(step, values)
-            line = self._throughput.line(step, self._steps, values)
-            if line and jax.process_index() == 0:
-                _logger.info("%s", line)
+            if jax.process_index() == 0:
+                self._log.step(step, values)
             with raised_by_all():
                 if self._bad:
                     self._bad.check(values, self._batch_size)
@@ -299,6 +295,12 @@ class MetricsLogger:
         with raised_by_all():
             if self._bad:
                 self._bad.finish()
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """Write and log the metrics of an evaluation, which took `seconds`."""
+        self.write(step, metrics)
+        if jax.process_index() == 0:
+            self._log.evaluation(step, metrics, seconds)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write metrics whose values are known at once."""

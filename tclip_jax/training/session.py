@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -18,7 +19,6 @@ from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.sources import FAULTS, described, open_source
 from tclip_jax.inference.load import load_known
-from tclip_jax.inference.model import Model
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import trit_metrics, trit_snapshot
 from tclip_jax.parallel.agreement import Agreement, FirstError, allgather_json, together
@@ -36,6 +36,7 @@ from tclip_jax.training.optimizer import learning_rate_schedule
 from tclip_jax.training.preemption import PreemptionHandler, Stopped
 from tclip_jax.training.start import Resume, start_params
 from tclip_jax.training.state import TrainState
+from tclip_jax.training.step_log import AVERAGE, StepLog
 from tclip_jax.training.teacher_cache import open_cache
 from tclip_jax.training.timing import StepTimer, Throughput, Trace
 from tclip_jax.training.watchdog import Watchdog
@@ -88,7 +89,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
         jax.config.update("jax_compilation_cache_dir", run.compile_cache)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.slices)
     check_batch(run, mesh)
-    for line in describe_run(mesh, run.data.batch_size):
+    process, *lines = describe_run(mesh, run.data.batch_size)
+    for line in [process, *lines] if jax.process_index() == 0 else [process]:
         _logger.info("%s", line)
     if run.optimizer.mu_dtype != "float32":
         _logger.info("the first moment accumulates in %s (config.optimizer.mu_dtype)", run.optimizer.mu_dtype)
@@ -99,7 +101,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     teacher, teacher_params, teacher_origin = _load_teacher(run, cache, mesh)
     build = Build(run, mesh, teacher or cache)
     with together():
-        evaluations = [Evaluation(each) for each in (run.eval, *run.evals) if each.source]
+        evaluations = [Evaluation(each, run) for each in (run.eval, *run.evals) if each.source]
         check_telemetry(run.wandb_project)
     whole = whole_steps(workdir / "checkpoints")
     first = max(whole, default=0)
@@ -165,12 +167,11 @@ class Session:
         self.failure = telemetry.failure
         with together():
             prepared.resume.begin()
-        throughput = Throughput(run.data.batch_size, _flops(prepared.build), prepared.mesh.devices.flat, run.log_every)
+        throughput = Throughput(run.data.batch_size, _flops(prepared.build), prepared.mesh.devices.flat)
         self._metrics = MetricsLogger(
             telemetry,
             self._checkpoints,
-            throughput,
-            steps=run.steps,
+            StepLog(throughput, run.steps, run.log_every),
             max_skipped=run.max_skipped_steps,
             bad=prepared.bad,
             batch_size=run.data.batch_size,
@@ -179,7 +180,7 @@ class Session:
         written = _read_written(workdir, first, self._checkpoints, prepared.bad, run.data.batch_size)
         # A run may have ended between a checkpoint and the evaluation of its step.
         missed = [each for each in self.due(first) if first and not each.has_metrics(written)]
-        _evaluate(missed, self._metrics, first, prepared.build, state, self._timer)
+        self._evaluate(missed, first, state)
         return state
 
     def next_batch(self, step: int, previous: Any) -> Any:
@@ -251,10 +252,27 @@ class Session:
         due, prepared = self.due(step), self._prepared
         if due:
             self._metrics.flush()
-            _evaluate(due, self._metrics, step, prepared.build, state, self._timer)
+            self._evaluate(due, step, state)
         all_done = len(due) == len(prepared.evaluations) > 0
         if self._run.checkpoint.keep_best and (step == self._run.steps or all_done):
             self._metrics.check_measured(self._run.checkpoint.best_metric)
+
+    def _evaluate(self, evaluations: Sequence[Evaluation], step: int, state: TrainState) -> None:
+        """Evaluate the weights and their moving average, whose metrics have the suffix `_of_average`."""
+        prepared = self._prepared
+        for each in evaluations:
+            started = time.monotonic()
+            with self._timer.during("evaluate"):
+                try:
+                    metrics = each(state.params, prepared.build, prepared.teacher_params)
+                    if state.average is not None and FAILED not in metrics:
+                        averaged = state.params | {"clip": state.average}
+                        average = each(averaged, prepared.build, prepared.teacher_params)
+                        metrics |= {f"{name}{AVERAGE}": value for name, value in average.items()}
+                except EvaluationError as error:
+                    self._metrics.write(step, error.metrics)
+                    raise
+            self._metrics.write_evaluation(step, metrics, time.monotonic() - started)
 
     def _is_snapshot_due(self, step: int) -> bool:
         every = self._run.telemetry_every
@@ -288,29 +306,6 @@ def _next_batch(data: ResumableIterator, previous: Any, failure: FirstError) -> 
             raise
         failure.store(error)
         return previous
-
-
-def _evaluate(
-    evaluations: Sequence[Evaluation],
-    logger: MetricsLogger,
-    step: int,
-    build: Build,
-    state: TrainState,
-    timer: StepTimer,
-) -> None:
-    """Evaluate the weights and their moving average, whose metrics have the suffix `_of_average`."""
-    run = build.run
-    for each in evaluations:
-        with timer.during("evaluate"):
-            try:
-                metrics = each(Model(run.model, run.preprocess, state.params["clip"], run.rules), build.mesh)
-                if state.average is not None and FAILED not in metrics:
-                    average = each(Model(run.model, run.preprocess, state.average, run.rules), build.mesh)
-                    metrics |= {f"{name}_of_average": value for name, value in average.items()}
-            except EvaluationError as error:
-                logger.write(step, error.metrics)
-                raise
-        logger.write(step, metrics)
 
 
 def _flops(build: Build) -> int:

@@ -170,8 +170,11 @@ class Resume:
         self.changed: Changes = decided(lambda: self._compare(resolved))
 
     def begin(self) -> None:
-        """Write config.json and history.jsonl and log the changes, on process 0."""
+        """Write config.json and history.jsonl, and log the start and the changes, on process 0."""
         if jax.process_index() == 0:
+            steps = f"{self._record['config']['steps']:,}"
+            start = f"resumed from step {self._step:,} of {steps}" if self._step else f"a new run of {steps} steps"
+            _logger.info("%s: %s", self._workdir, start)
             for key, values in self.changed.items():
                 _logger.info("%s from step %d", in_words({key: values}), self._step)
             write_record(self._workdir, self._record, self._step, self.changed)

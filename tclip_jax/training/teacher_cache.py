@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from jax.sharding import Mesh
 from tclip_jax import keys
 from tclip_jax.data import prompts
 from tclip_jax.data.augment import AUGMENTATIONS, DRAWS
+from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.pipeline import TrainRow
-from tclip_jax.data.sources import Source, described, open_source
+from tclip_jax.data.sources import FAULTS, Source, described, open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
@@ -33,6 +35,9 @@ from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
 
 _THREADS = 4  # threads that decode images, and batches that are prefetched
+_NAMED = ("name", "reason")  # of a bad sample, in a row
+
+_logger = logging.getLogger(__name__)
 
 
 def write_cache(
@@ -145,7 +150,8 @@ def _embed(
     encoders = Encoders(CLIP(model.config, model.rules), model.preprocess.mean, model.preprocess.std)
     encode = jax.jit(lambda params, batch: jnp.stack(encoders(params, batch)[:2], axis=1))
     params = jax.device_put(model.params, tree_shardings(model.params, mesh))
-    batches = _batches(cache, files, row, size)
+    bad = BadSamples()
+    batches = _batches(cache, files, row, size, bad)
     for file in files:
         count = len(cache.rows_of(file))
         parts = [encode(params, jax.device_put(next(batches), batch_sharding(mesh))) for _ in range(0, count, size)]
@@ -153,9 +159,13 @@ def _embed(
         if not np.isfinite(embeddings).all():
             raise ValueError(f"{cache.teacher}: this teacher's embeddings are not finite: use another teacher")
         yield file, embeddings
+    if news := bad.news():
+        _logger.warning("%s", news)
 
 
-def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int) -> Iterator[Any]:
+def _batches(
+    cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int, bad: BadSamples
+) -> Iterator[dict[str, Any]]:
     """Yield batches of `image` and `tokens` with `size` rows, file after file; zeros pad the last batch of a file."""
     parts = [rows[i : i + size] for rows in map(cache.rows_of, files) for i in range(0, len(rows), size)]
 
@@ -163,7 +173,10 @@ def _batches(cache: TeacherCache, files: Sequence[int], row: TrainRow, size: int
         drawn = []
         for row_number in parts[number]:
             copy, index = divmod(row_number, cache.samples)
-            drawn.append(row.draw(index, copy_generator(cache.seed, index, copy)))
+            each = row.draw(index, copy_generator(cache.seed, index, copy))
+            if each["fault"]:
+                bad.add(FAULTS[each["fault"]], *(each[name].item().decode("utf-8", "replace") for name in _NAMED))
+            drawn.append(each)
         stacked = {name: np.stack([each[name] for each in drawn]) for name in ("image", "tokens")}
         return {name: np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]) for name, x in stacked.items()}
 

@@ -56,7 +56,7 @@ class StepTimer:
 
 
 class Throughput:
-    """Computes images per second and MFU, for the metrics of every step and for log lines.
+    """Computes images per second and MFU.
 
     MFU (model FLOPs utilization) is FLOPs of a pair · pairs / (seconds · devices · peak FLOP/s of a device). The FLOPs
     are those of `models.flops.train_flops`, without the recomputation of `remat`. The seconds are those of the phases
@@ -66,39 +66,20 @@ class Throughput:
       pairs: image-text pairs in a global batch.
       flops: model FLOPs per pair.
       devices: all devices of the run.
-      log_every: steps between log lines; 0 for none.
     """
 
-    def __init__(self, pairs: int, flops: int, devices: Iterable[jax.Device], log_every: int) -> None:
+    def __init__(self, pairs: int, flops: int, devices: Iterable[jax.Device]) -> None:
         kinds = [device.device_kind for device in devices]
-        self._pairs, self._devices, self._log_every = pairs, len(kinds), log_every
+        self._pairs, self._devices = pairs, len(kinds)
         peak = peak_flops(kinds[0])
         self._at_peak = peak and len(kinds) * peak / flops
-        self._seconds: dict[str, float] = {}
-        self._steps = 0
 
     def metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of one step, from its seconds by phase."""
-        self._steps += 1
-        for phase, value in seconds.items():
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + value
-        return self._rates(seconds, 1) | {f"seconds/{phase}": value for phase, value in seconds.items()}
+        return self.rates(seconds, 1) | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
-    def line(self, step: int, steps: int, metrics: Mapping[str, Any]) -> str | None:
-        """Return the log line for the steps since the last one, with the loss of `metrics`; None if none is due."""
-        if not self._log_every or step % self._log_every:
-            return None
-        rates, total = self._rates(self._seconds, self._steps), sum(self._seconds.values())
-        shares = ", ".join(f"{phase} {value / total:.1%}" for phase, value in sorted(self._seconds.items()))
-        mfu = f", MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
-        text = (
-            f"step {step}/{steps}: loss {metrics['loss']:.4f}, {rates['images_per_second']:.1f} images/s"
-            f" ({rates['images_per_second_per_device']:.1f} per device){mfu}; time: {shares}"
-        )
-        self._seconds, self._steps = {}, 0
-        return text
-
-    def _rates(self, seconds: Mapping[str, float], steps: int) -> dict[str, float]:
+    def rates(self, seconds: Mapping[str, float], steps: int) -> dict[str, float]:
+        """Return `images_per_second`, also per device, and `mfu` if the device's peak is known."""
         spent = sum(seconds.get(phase, 0.0) for phase in ("step", "data", "checkpoint"))
         rate = self._pairs * steps / max(spent, 1e-9)
         mfu = {"mfu": rate / self._at_peak} if self._at_peak else {}

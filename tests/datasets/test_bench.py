@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tclip_jax import cli
+from tclip_jax.data.sources import FAULTS
 from tclip_jax.datasets import bench as input_bench
 from tclip_jax.datasets.bench import process_memory
 from tclip_jax.runs.config import base_config, run_config
@@ -50,10 +51,10 @@ def test_the_command_measures_each_number_of_workers(capsys: pytest.CaptureFixtu
 def test_a_source_without_a_usable_image_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     class MaskedBatches:
         def __next__(self) -> dict[str, np.ndarray]:
-            return {"weight": np.zeros(8, np.float32)}
+            return {"weight": np.zeros(8, np.float32), "fault": np.full(8, FAULTS.index("no_image"), np.int32)}
 
         def close(self) -> None: ...
 
     monkeypatch.setattr(input_bench, "train_data", lambda _: MaskedBatches())
-    with pytest.raises(ValueError, match=r"^digits: not one of [\d,]+ images can be used"):
+    with pytest.raises(ValueError, match=r"^digits: not one of [\d,]+ images can be used \(no_image [\d,]+\), so"):
         input_bench._measure(run_config(base_config()), 0, 0.01, 0.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tclip_jax.data.images import Preprocess
 from tclip_jax.evaluation.results import Result
 from tclip_jax.evaluation.runner import Report
-from tclip_jax.runs.config import EvalConfig
+from tclip_jax.parallel.mesh import make_mesh
+from tclip_jax.runs.config import EvalConfig, base_config, run_config
 from tclip_jax.training import evaluation
+from tclip_jax.training.build import Build
 from tclip_jax.training.evaluation import Evaluation, EvaluationError
 
 LOST = {"digits": "no usable image: 99 x unreadable image"}
@@ -27,9 +28,11 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *reports: Report) -> list[di
     """Returns the metrics of an evaluation that is called once per report."""
     remaining = list(reports)
     monkeypatch.setattr(evaluation, "Encoder", lambda *_, **__: None)
+    monkeypatch.setattr(evaluation, "Model", lambda *_: None)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: remaining.pop(0))
-    evaluate, model = Evaluation(EvalConfig(source="digits", name=name)), Preprocess(16)
-    return [evaluate(model, None) for _ in reports]  # type: ignore[arg-type]
+    run = run_config(base_config())
+    evaluate, build = Evaluation(EvalConfig(source="digits", name=name), run), Build(run, make_mesh(), None)
+    return [evaluate({"clip": None}, build, None) for _ in reports]
 
 
 @pytest.mark.parametrize(("name", "suffix", "key"), [("", "", "config.eval"), ("a", "/a", "config.evals a")])
@@ -63,19 +66,28 @@ def test_a_failing_data_set_among_several_ends_the_run_too(monkeypatch: pytest.M
         run(monkeypatch, "a", partly, partly, partly)
 
 
-def test_excluded_images_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    failed = {"unreadable image": 3, "label missing": 1}
-    (metrics,) = run(monkeypatch, "a", Report({"digits": result(**failed)}, {}))
-    assert metrics == {"a/acc1": 0.5, "images_failed/a": 4.0}
-    assert "evaluation of digits: excluded images: 3 x unreadable image, 1 x label missing" in caplog.text
+def test_excluded_images_are_counted_and_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    several, one = {"unreadable image": 3, "label missing": 1}, {"unreadable image": 1}
+    reports = [Report({"digits": result(**failed)}, {}) for failed in (several, several, one)]
+    metrics = run(monkeypatch, "a", *reports)
+    assert metrics == [{"a/acc1": 0.5, "images_failed/a": count} for count in (4.0, 4.0, 1.0)]
+    assert caplog.messages == [
+        f"evaluation of digits: excluded images: {reasons}"
+        for reasons in ("3 x unreadable image, 1 x label missing", "1 x unreadable image")
+    ]
 
 
 def test_counts_of_failures_do_not_mark_an_evaluation_as_done() -> None:
-    named = Evaluation(EvalConfig(source="digits", name="a"))
+    run = run_config(base_config())
+    named = Evaluation(EvalConfig(source="digits", name="a"), run)
     assert named.has_metrics(["a/acc1"]) and not named.has_metrics(
         ["evaluations_failed", "evaluations_failed/a", "loss"]
     )
-    unnamed = Evaluation(EvalConfig(source="digits"))
+    unnamed = Evaluation(EvalConfig(source="digits"), run)
     assert unnamed.has_metrics(["zero_shot_accuracy"]) and not unnamed.has_metrics(
         ["evaluations_failed", "images_failed"]
     )
+    loss = Evaluation(EvalConfig(kind="loss", source="digits"), run)
+    assert loss.has_metrics(["validation/loss"]) and not loss.has_metrics(["zero_shot_accuracy", "loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
@@ -34,7 +35,6 @@ from tclip_jax.training import loop, session
 from tclip_jax.training.build import Build
 from tclip_jax.training.evaluation import Evaluation
 from tclip_jax.training.metrics import MetricsLogger, Telemetry
-from tclip_jax.training.timing import StepTimer
 
 
 def assert_equal_params(a: Any, b: Any) -> None:
@@ -132,16 +132,22 @@ def test_weights_and_their_average_are_evaluated_as_ternary_models(
         state = build.init_state()
     state = state.replace(average=jax.tree.map(lambda leaf: leaf[..., ::-1] if leaf.ndim else leaf, state.average))
 
-    def measure(model: Model, mesh: Any) -> dict[str, float]:
+    def measure(params: Any, build: Build, teacher_params: Any) -> dict[str, float]:
+        model = Model(build.run.model, build.run.preprocess, params["clip"], build.run.rules)
         return {"text": float(model.encode_text(tokens)[0, 0])}
 
     written: dict[str, float] = {}
-    logger: Any = types.SimpleNamespace(write=lambda step, metrics: written.update(metrics))
-    session._evaluate([cast(Evaluation, measure)], logger, 1, build, state, StepTimer())
+    prepared: Any = types.SimpleNamespace(build=build, run=build.run, teacher_params=None)
+    trained = session.Session(prepared)
+    trained._metrics = types.SimpleNamespace(  # type: ignore[assignment]
+        write_evaluation=lambda step, metrics, seconds: written.update(metrics)
+    )
+    trained._evaluate([cast(Evaluation, measure)], 1, state)
     for name, latent in (("text", state.params["clip"]), ("text_of_average", state.average)):
         ternary, full = pack_params(latent, build.run.rules), jax.device_get(latent)
+        unquantized = dataclasses.replace(build.run, ternary="none")
         same, other = (
-            measure(Model(build.run.model, build.run.preprocess, params), None) for params in (ternary, full)
+            measure({"clip": params}, dataclasses.replace(build, run=unquantized), None) for params in (ternary, full)
         )
         assert written[name] == pytest.approx(same["text"], abs=1e-6) and abs(written[name] - other["text"]) > 1e-3
 
@@ -168,7 +174,7 @@ def test_distilling_from_a_run(
         loop.train(config, tmp_path / "other")
 
 
-def test_unreadable_image_is_counted_and_its_path_logged(
+def test_unreadable_image_is_counted_and_its_path_listed(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(8):
@@ -184,7 +190,10 @@ def test_unreadable_image_is_counted_and_its_path_logged(
     with caplog.at_level(logging.WARNING):
         loop.train(config, tmp_path / "run")
     assert sum(line["bad_samples"] for line in read_metrics(tmp_path / "run")) == 8
-    assert str(bad) in caplog.text
+    assert str(bad) in (tmp_path / "run" / "bad_samples.jsonl").read_text()
+    assert caplog.messages == [
+        f"8 of 72 samples were bad (corrupt_image 8), listed in {tmp_path}/run/bad_samples.jsonl"
+    ]
 
 
 def write_tar(path: pathlib.Path, image: bytes, samples: int) -> None:

@@ -24,6 +24,7 @@ from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.runs.record import read_metrics
 from tclip_jax.training import metrics as telemetry
 from tclip_jax.training.metrics import EventFile, MetricsLogger, Telemetry
+from tclip_jax.training.step_log import StepLog
 from tclip_jax.training.timing import Throughput
 
 PARTS, ZERO = ("zeros", "flips", "scale", "drift", "saturated"), np.zeros(1)
@@ -237,6 +238,10 @@ def test_the_error_of_the_run_precedes_errors_of_closing(
     assert run.failure.error is not None
 
 
+def silent() -> StepLog:
+    return StepLog(Throughput(8, 1, jax.devices()[:1]), steps=9, every=0)
+
+
 class Sink:
     """Stands for telemetry and checkpoints."""
 
@@ -247,7 +252,7 @@ class Sink:
 
 def test_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     sink: Any = Sink()
-    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    logger = MetricsLogger(sink, sink, silent(), max_skipped=2)
     good, bad = {"loss": 1.0, "skipped_steps": 0.0}, {"loss": float("inf"), "skipped_steps": 1.0}
     for step, metrics in enumerate((bad, good, bad, good, bad), 1):
         logger.add(step, metrics)
@@ -259,7 +264,7 @@ def test_skipped_steps_in_a_row_end_a_run(caplog: pytest.LogCaptureFixture) -> N
 
 def test_batches_without_a_usable_sample_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     sink: Any = Sink()
-    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=3)
+    logger = MetricsLogger(sink, sink, silent(), max_skipped=3)
     for step in (1, 2):
         logger.add(step, {"loss": 0.0, "skipped_steps": 1.0})
     logger.flush()
@@ -273,7 +278,7 @@ def test_batches_without_a_usable_sample_end_a_run(caplog: pytest.LogCaptureFixt
 
 def test_the_error_of_an_unmeasured_best_metric_names_the_nearest() -> None:
     sink: Any = Sink()
-    logger = MetricsLogger(sink, sink, Throughput(8, 1, jax.devices()[:1], 0), steps=9, max_skipped=2)
+    logger = MetricsLogger(sink, sink, silent(), max_skipped=2)
     logger.write(1, {"loss": 1.0, "digits/acc1": 0.5, "zero_shot_accuracy": 0.5})
     logger.check_measured("digits/acc1")
     message = r"best_metric: 'digits/acc' is not measured, so keep_best has no effect: .* such as digits/acc1"

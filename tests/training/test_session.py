@@ -53,9 +53,12 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_a_trace(
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]
     assert steps == list(range(1, 6)) and f"stopping after a signal: step {steps[-1]} is saved" in caplog.text
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1])]
-    assert "step 2/8: loss " in caplog.text and "compile " in caplog.text
+    assert "step 2/8  loss " in caplog.text and "compile " in caplog.text
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    loop.train(config, tmp_path / "run")
+    assert f"{tmp_path}/run: a new run of 8 steps" in caplog.messages
+    with caplog.at_level(logging.INFO):
+        loop.train(config, tmp_path / "run")
+    assert f"{tmp_path}/run: resumed from step 5 of 8" in caplog.messages and "step 8/8  loss " in caplog.text
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 

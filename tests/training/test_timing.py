@@ -1,4 +1,4 @@
-"""Time per phase, throughput, the log line, and profiler traces."""
+"""Time per phase, throughput, and profiler traces."""
 
 from __future__ import annotations
 
@@ -32,18 +32,14 @@ class Device:
     device_kind = "TPU v4"
 
 
-def test_throughput_mfu_and_the_log_line() -> None:
-    throughput = Throughput(100, int(55e9), [Device()] * 4, 2)  # type: ignore[list-item]
+def test_throughput_and_mfu() -> None:
+    throughput = Throughput(100, int(55e9), [Device()] * 4)  # type: ignore[list-item]
     first = throughput.metrics({"step": 1.0, "compile": 30.0})
     assert first["images_per_second"] == 100 and first["images_per_second_per_device"] == 25
     assert first["mfu"] == pytest.approx(100 * 55e9 / (4 * 275e12)) and first["seconds/compile"] == 30
-    assert throughput.line(1, 9, {"loss": 1.0}) is None
-    throughput.metrics({"step": 0.5, "data": 0.5, "checkpoint": 1.0, "evaluate": 3.0})
-    assert throughput.line(2, 9, {"loss": 1.5}) == (
-        "step 2/9: loss 1.5000, 66.7 images/s (16.7 per device), MFU 0.3%;"
-        " time: checkpoint 2.8%, compile 83.3%, data 1.4%, evaluate 8.3%, step 4.2%"
-    )
-    assert "mfu" not in Throughput(8, 10, jax.devices()[:1], 0).metrics({"step": 1.0})
+    rates = throughput.rates({"step": 1.5, "data": 0.5, "checkpoint": 1.0, "evaluate": 3.0, "compile": 30.0}, 2)
+    assert rates["images_per_second"] == pytest.approx(200 / 3)
+    assert "mfu" not in Throughput(8, 10, jax.devices()[:1]).metrics({"step": 1.0})
 
 
 @pytest.mark.parametrize("error", [None, ValueError("the run's own")])
