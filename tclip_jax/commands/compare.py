@@ -3,7 +3,8 @@
 
 A, B and MODEL: the workdir of a run, an artifact, a folder of open_clip or transformers, a file of open_clip (with
 --preset or --model-cfg) or a GGUF file. B is the reference.
-The exit code is 0 if all errors are within the budget, 1 if not, 2 after an error. docs/compare.md is a tutorial.
+The output has the options that the models state differently, PASS or FAIL, the first tap over budget, and a guess of
+the cause. The exit code is 0 for PASS, 1 for FAIL, 2 after an error. docs/compare.md is a tutorial.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tclip_jax.schema import count, number
 
 if TYPE_CHECKING:
     from tclip_jax.inference.model import Model
+    from tclip_jax.keys import Recipe
     from tclip_jax.numerics.golden import Recording
 
 
@@ -27,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = named.add_mutually_exclusive_group()
     model.add_argument("--preset", metavar="NAME", help="preset for a file without metadata, such as ViT-B-16")
     model.add_argument("--model-cfg", metavar="JSON", help="the same, as an open_clip configuration file")
-    form.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    shown = form.add_mutually_exclusive_group()
+    shown.add_argument("--all", action="store_true", help="also the table of all errors")
+    shown.add_argument("--json", action="store_true", help="one JSON object with all errors instead of text")
     form.add_argument("--html", metavar="FILE", help="also write one self-contained page with plots")
     numbers = argparse.ArgumentParser(add_help=False)
     numbers.add_argument("--precision", default="highest", help="jax_default_matmul_precision (default: highest)")
@@ -100,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the report of a comparison, or write the golden file."""
     from tclip_jax.interop.checkpoints import is_checkpoint
     from tclip_jax.numerics.activations import BUDGET, activations_report
-    from tclip_jax.numerics.golden import model_recipe, read_golden, write_golden
+    from tclip_jax.numerics.configurations import differences
+    from tclip_jax.numerics.golden import read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
     from tclip_jax.numerics.report import to_html, to_json, to_text
     from tclip_jax.numerics.weights import weights_report
@@ -112,17 +117,19 @@ def run(args: argparse.Namespace) -> int:
             "--preset and --model-cfg are for a file that does not state its model; runs and artifacts state it"
         )
     if args.kind == "weights":
+        ours, theirs = _load(args.a, args), _load(args.b, args)
+        configurations = differences(_stated(args.a, ours), _stated(args.b, theirs))
         title = f"weights of {args.a} against {args.b}"
-        report = weights_report(title, _load(args.a, args), _load(args.b, args), args.budget or 0.0)
+        report = weights_report(title, ours, theirs, args.budget or 0.0, configurations)
     elif args.kind == "inputs":
         report = inputs_report(_load(args.model, args), args.model)
     elif args.kind == "golden" and args.action == "dump":
         if (args.dtype, args.precision) != ("float32", "highest") and _in_torch(args.model, args.via):
             raise ValueError(f"--dtype and --precision apply to JAX, and PyTorch runs {args.model}: add --via jax")
         model = _load(args.model, args)
-        recording = _record(args.model, model, args)
+        recording = _record(args.model, model, model, args)
         facts = {"model": args.model, **recording.facts}
-        write_golden(args.file, recording._replace(facts=facts, made_by=model_recipe(model)))
+        write_golden(args.file, recording._replace(facts=facts, made_by=_stated(args.model, model)))
         print(f"{args.file}: {len(recording.taps)} taps, {args.batch} images and texts, {recording.facts['run by']}")
         return 0
     else:
@@ -132,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             path, reference_path = _reference_last(args)
             model = _load(path, args)
-            reference = _record(reference_path, model, args)
+            reference = _reference(reference_path, model, _stated(path, model), args)
         report = activations_report(
             f"activations of {path} against {reference_path}",
             model,
@@ -140,10 +147,11 @@ def run(args: argparse.Namespace) -> int:
             budget=BUDGET if args.budget is None else args.budget,
             precision=args.precision,
             dtype=args.dtype,
+            stated=_stated(path, model),
         )
     if args.html:
         write_atomic(args.html, to_html(report))
-    print(json.dumps(to_json(report)) if args.json else to_text(report))
+    print(json.dumps(to_json(report)) if args.json else to_text(report, tables=args.all))
     return 0 if report.passed else 1
 
 
@@ -152,6 +160,41 @@ def _load(path: str, args: argparse.Namespace) -> Model:
     from tclip_jax.interop.checkpoints import is_checkpoint
 
     return load_model(path, like=args.preset or args.model_cfg if is_checkpoint(path) else None)
+
+
+def _stated(path: str, model: Model) -> Recipe:
+    """Return what the files at `path` state about the model: without a default that stands for a missing file."""
+    from tclip_jax.numerics.configurations import states_preprocess
+    from tclip_jax.numerics.golden import model_recipe
+
+    made_by = model_recipe(model)
+    if not states_preprocess(path):
+        del made_by["preprocess"]
+    return made_by
+
+
+def _reference(path: str, model: Model, stated: Recipe, args: argparse.Namespace) -> Recording:
+    """Record the reference at `path`, with what it states; nothing is run if its taps have other shapes."""
+    import numpy as np
+
+    from tclip_jax.numerics.configurations import differences, folder_recipe, other_shapes
+    from tclip_jax.numerics.golden import Recording
+    from tclip_jax.numerics.torch_side import library_of
+
+    loaded, unknown = None, dict[str, str]()
+    if _in_torch(path, args.via) and library_of(path):
+        try:
+            made_by = folder_recipe(path)
+        except ValueError as error:  # the library itself may read it
+            made_by, unknown = {}, {"configuration": f"not compared: {error}"}
+    else:
+        loaded = _load(path, args)
+        made_by = _stated(path, loaded)
+    if other_shapes(differences(stated, made_by)):
+        nothing = np.zeros(0, np.float32)
+        return Recording(nothing, nothing.astype(np.int32), {}, 1.0, {}, made_by)
+    recording = _record(path, loaded, model, args)
+    return recording._replace(facts={**recording.facts, **unknown}, made_by=made_by)
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
@@ -168,14 +211,21 @@ def _in_torch(path: str, via: str) -> bool:
     )
 
 
-def _record(path: str, model: Model, args: argparse.Namespace) -> Recording:
-    """Record the activations of the model at `path`, on sample inputs made for the loaded `model`."""
+def _record(path: str, loaded: Any, model: Model, args: argparse.Namespace) -> Recording:
+    """Record the activations of the model at `path`, on sample inputs made for `model`.
+
+    Args:
+      path: the model to run.
+      loaded: the same model, a `Model`; None if a library of PyTorch loads the folder itself.
+      model: the model whose preprocessing and tokens the inputs have.
+      args: the options.
+    """
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.inputs import sample_batch
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
 
     pixels, tokens = sample_batch(model, args.batch)
     if not _in_torch(path, args.via):
-        return record(_load(path, args), pixels, tokens, precision=args.precision, dtype=args.dtype)
-    module = load_torch(path) if library_of(path) else build_torch(_load(path, args))
+        return record(loaded, pixels, tokens, precision=args.precision, dtype=args.dtype)
+    module = load_torch(path) if library_of(path) else build_torch(loaded)
     return record_torch(module, model.config, pixels, tokens)

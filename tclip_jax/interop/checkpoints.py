@@ -124,7 +124,9 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
     if stated is None and required is None:
         raise ValueError(f"{source} does not state its architecture: name the model with --preset or --model-cfg")
     try:
-        config, pixels = _agreed(stated, required, image_size)
+        config, pixels, assumed = _agreed(stated, required, image_size)
+        if assumed:
+            metadata.warn_of_assumption(source, pixels)
         tensors = unwrapped(weights.tensors)
         _check_size(config, len(tensors))
         if any(key.startswith(("vision_model.", "text_model.")) for key in tensors):
@@ -226,7 +228,7 @@ def _open_gguf(path: epath.Path, required: Metadata | None, image_size: int | No
     grid, image = agreed.config.vision.grid, params["image"]
     if grid != config.vision.grid:
         image["position_embedding"] = resize_positions(image["position_embedding"], grid)
-    return Checkpoint(*agreed, params, (path,))
+    return Checkpoint(agreed.config, agreed.preprocess, params, (path,))
 
 
 def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) -> Metadata | None:
@@ -239,22 +241,26 @@ def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) ->
 def _agreed(stated: Metadata | None, required: Metadata | None, image_size: int | None) -> Metadata:
     """Return the model that both describe, at the requested image size, with the preprocessing that the source states.
 
+    If it states none, the preprocessing is that of `required`, or CLIP's default.
+
     Raises:
       ValueError: the stated and the required model differ in more than the image size.
     """
     known = [metadata for metadata in (required, stated) if metadata]
     size = known[0].config.vision.image_size if image_size is None else (image_size, image_size)
     models = [
-        dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=size)) for config, _ in known
+        dataclasses.replace(each.config, vision=dataclasses.replace(each.config.vision, image_size=size))
+        for each in known
     ]
     wanted, actual = (flatten_dict(dataclasses.asdict(model), sep=".") for model in (models[0], models[-1]))
     for option in wanted:
         if wanted[option] != actual[option]:
             raise ValueError(f"its {option} is {actual[option]}, but the given model's is {wanted[option]}")
-    config, pixels = known[-1]
+    config, pixels, _ = known[0] if known[-1].assumed else known[-1]
+    assumed = stated is not None and stated.assumed and (required is None or required.assumed)
     if pixels.size != config.vision.image_size:
         raise ValueError(f"its preprocessing gives images of {pixels.size}: the model takes {config.vision.image_size}")
-    return Metadata(models[0], dataclasses.replace(pixels, size=size))
+    return Metadata(models[0], dataclasses.replace(pixels, size=size), assumed)
 
 
 def _check_size(config: CLIPConfig, tensors: int) -> None:

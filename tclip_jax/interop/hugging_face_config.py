@@ -17,7 +17,8 @@ _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 # Defaults of transformers, whose files may omit fields that equal them.
 _PROJECTION = 512
-_TOWER: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+EPSILON = 1e-5  # of every LayerNorm; the only one that is supported
+_TOWER: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": EPSILON}
 _TOWERS: dict[str, dict[str, Any]] = {
     "vision_config": {
         **_TOWER,
@@ -73,7 +74,7 @@ def hugging_face_config(config: CLIPConfig, dtype: str = "float32") -> dict[str,
     shared = {
         "projection_dim": config.embed_dim,
         "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": EPSILON,
         "attention_dropout": 0.0,
     }
     return {
@@ -124,8 +125,8 @@ def config_from_hugging_face(document: Mapping[str, Any]) -> CLIPConfig:
     try:
         activations = {vision["hidden_act"], text["hidden_act"]}
         for key, tower in (("vision_config", vision), ("text_config", text)):
-            if tower["layer_norm_eps"] != 1e-5:
-                raise ValueError(f"{key}.layer_norm_eps is {tower['layer_norm_eps']!r:.80}: it must be 1e-05")
+            if tower["layer_norm_eps"] != EPSILON:
+                raise ValueError(f"{key}.layer_norm_eps is {tower['layer_norm_eps']!r:.80}: it must be {EPSILON}")
             width, heads = tower["hidden_size"], tower["num_attention_heads"]
             if width % heads:
                 raise ValueError(f"{key}.hidden_size is {width}: it is not divisible by {heads} heads")
@@ -217,6 +218,11 @@ def _tower(document: Mapping[str, Any], name: str) -> dict[str, Any]:
 def activations(document: Mapping[str, Any]) -> set[str]:
     """Return the names of both towers' activations in a config.json."""
     return {str(_tower(document, name)["hidden_act"]) for name in _TOWERS}
+
+
+def norm_epsilons(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the epsilon of the LayerNorms in a config.json, for the towers "vision" and "text"."""
+    return {name.removesuffix("_config"): _tower(document, name)["layer_norm_eps"] for name in _TOWERS}
 
 
 def _check_end(eos: Any, vocab_size: Any) -> None:

@@ -24,10 +24,17 @@ _log = logging.getLogger(__name__)
 
 
 class Metadata(NamedTuple):
-    """A model's configuration, and the preprocessing of its images."""
+    """A model's configuration, and the preprocessing of its images.
+
+    Attributes:
+      config: the configuration.
+      preprocess: the preprocessing.
+      assumed: whether the source does not state the preprocessing, which is CLIP's default then.
+    """
 
     config: CLIPConfig
     preprocess: Preprocess
+    assumed: bool = False
 
 
 def from_name(name: str) -> Metadata:
@@ -41,9 +48,10 @@ def from_name(name: str) -> Metadata:
       FileNotFoundError: the file does not exist.
     """
     if not name.endswith(".json"):
-        return _open_clip(name, model_cfg(name), {})
+        return _open_clip(name, model_cfg(name), {})._replace(assumed=True)
     document = read_json(epath.Path(name))
-    return _open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
+    metadata = _open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
+    return metadata._replace(assumed="preprocess_cfg" not in document)
 
 
 def from_open_clip(folder: epath.Path) -> Metadata:
@@ -69,7 +77,8 @@ def from_open_clip(folder: epath.Path) -> Metadata:
 def from_hugging_face(folder: epath.Path) -> Metadata:
     """Return the metadata in a folder that transformers' CLIPModel saved.
 
-    Without preprocessor_config.json, the defaults of CLIPImageProcessor are used, with a warning.
+    Without preprocessor_config.json, the preprocessing is CLIP's default: that of CLIPImageProcessor at the model's
+    image size.
 
     Raises:
       ValueError: a file is damaged, or the model or its preprocessing is not supported.
@@ -80,17 +89,39 @@ def from_hugging_face(folder: epath.Path) -> Metadata:
         config = config_from_hugging_face(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    preprocess = preprocess_of(folder)
+    if preprocess is None:
+        return Metadata(config, Preprocess(config.vision.image_size), assumed=True)
+    return Metadata(config, preprocess)
+
+
+def preprocess_of(folder: epath.Path) -> Preprocess | None:
+    """Return the preprocessing in the files of transformers in a folder; None if it has no such file.
+
+    Raises:
+      ValueError: a file is damaged, or the preprocessing is not supported.
+    """
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         document = read_json(folder / name) if (folder / name).exists() else {}
         # Older versions of transformers wrote a processor_config.json without "image_processor".
         if document and (key is None or key in document):
             try:
-                return Metadata(config, preprocess_from_hugging_face(document[key] if key else document))
+                return preprocess_from_hugging_face(document[key] if key else document)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / name}: {error}") from None
-    assumed = Preprocess(config.vision.image_size)
-    _log.warning("%s has no preprocessor_config.json: using CLIPImageProcessor's defaults, %s", folder, assumed)
-    return Metadata(config, assumed)
+    return None
+
+
+def warn_of_assumption(source: epath.PathLike, assumed: Preprocess) -> None:
+    """Log the default preprocessing of a source without a preprocessor file."""
+    _log.warning(
+        "%s has no preprocessor_config.json: assuming CLIP's preprocessing: %s resize of the shorter side and center"
+        " crop to %dx%d, mean (%s), std (%s)",
+        source,
+        assumed.interpolation,
+        *assumed.size,
+        *(", ".join(map(str, values)) for values in (assumed.mean, assumed.std)),
+    )
 
 
 def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Metadata | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.inference.model import Model
-from tclip_jax.keys import difference
+from tclip_jax.keys import Recipe
+from tclip_jax.numerics.configurations import differences, other_shapes
 from tclip_jax.numerics.golden import Recording, model_recipe
+from tclip_jax.numerics.guess import guess
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.taps import Taps, collect_taps
-from tclip_jax.numerics.weights import compare_taps, end_metrics, first_over
+from tclip_jax.numerics.weights import Difference, compare_taps, end_metrics, first_over
 
 # At every tap of ViT-L-14 float32 rounding stays below 1e-5; GELU with tanh instead of erf exceeds 1e-4.
 BUDGET = 2e-5
@@ -25,6 +29,7 @@ def record(
     precision: str = "highest",
     dtype: jax.typing.DTypeLike = "float32",
     reference: Taps | None = None,
+    epsilon: float | None = None,
 ) -> Recording:
     """Run a model in JAX and record its activations.
 
@@ -35,9 +40,10 @@ def record(
       precision: matmul precision, a value of jax_default_matmul_precision.
       dtype: dtype of the computation.
       reference: recorded taps that replace the model's own as inputs; see `collect_taps`.
+      epsilon: of every LayerNorm, in place of the model's own.
     """
     with jax.default_matmul_precision(precision):
-        taps = collect_taps(model, pixels, tokens, reference, dtype)
+        taps = collect_taps(model, pixels, tokens, reference, dtype, epsilon)
     facts = {"run by": f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, {dtype}, precision {precision}"}
     return Recording(pixels, tokens, taps, model.logit_scale, facts)
 
@@ -50,13 +56,14 @@ def activations_report(
     budget: float = BUDGET,
     precision: str = "highest",
     dtype: jax.typing.DTypeLike = "float32",
+    stated: Recipe | None = None,
 ) -> Report:
-    """Run a model on a recording's inputs and compare the activations.
+    """Run a model on a recording's inputs and compare the configurations and the activations.
 
     Taps are compared twice: cumulative, computed from the model's own earlier taps, and isolated, computed from the
     recorded earlier taps. The report passes if every isolated tap and both final embeddings are within the budget, and
-    the model has the configuration and preprocessing in the recording, if it states them. Accumulated errors at other
-    taps are reported only.
+    the configuration and preprocessing of the model are those that the recording states. Accumulated errors at other
+    taps are reported only. If the configurations give taps of different shapes, nothing is run.
 
     Args:
       title: title of the report.
@@ -65,37 +72,61 @@ def activations_report(
       budget: the largest relative error that passes.
       precision: matmul precision, a value of jax_default_matmul_precision.
       dtype: dtype of the computation.
+      stated: what the files of the model state, as `model_recipe`; None for all that `model` has.
 
     Raises:
-      ValueError: the recording's inputs or taps have other shapes than the model's.
+      ValueError: the recording's inputs or taps have other shapes than the model's, and no configuration says why.
     """
+    differing = differences(model_recipe(model) if stated is None else stated, reference.made_by)
+    facts = {f"reference {name}": value for name, value in reference.facts.items()}
+    if other_shapes(differing):
+        verdict = ("the models have different shapes, so no activation can be compared",)
+        return Report(title, facts, {}, budget, verdict, False, differing)
     pixels, tokens = reference.pixels, reference.tokens
     inputs = (pixels.shape[1:], tokens.shape[1:])
     expected = ((*model.config.vision.image_size, 3), (model.config.text.context_length,))
     if inputs != expected:
         raise ValueError(f"the reference was run on pixels and tokens of shapes {inputs}: the model takes {expected}")
+
+    def rerun(changed: Model, epsilon: float | None) -> Taps:
+        return record(
+            changed, pixels, tokens, precision=precision, dtype=dtype, reference=reference.taps, epsilon=epsilon
+        ).taps
+
     ours = record(model, pixels, tokens, precision=precision, dtype=dtype)
     cumulative = compare_taps(ours.taps, reference.taps)
-    forced = record(model, pixels, tokens, precision=precision, dtype=dtype, reference=reference.taps)
-    isolated = compare_taps(forced.taps, reference.taps)
+    isolated = compare_taps(rerun(model, None), reference.taps)
     first = first_over(isolated, budget)
-    ends = [row.name for row in cumulative if row.name.endswith("/embedding") and row.over(budget)]
-    verdict = [
-        *(
-            f"{tower} tower, first tap over budget {budget:g}: {first.get(tower, 'none')}"
-            for tower in ("image", "text")
-        ),
-        *(f"{name} is over budget at the end" for name in ends),
-    ]
-    mismatch = difference(reference.made_by, model_recipe(model)) if reference.made_by else ""
-    if mismatch:
-        verdict.append(f"the reference is of another model: {mismatch}")
+    ends = [row for row in cumulative if row.name.endswith("/embedding") and row.over(budget)]
+    passed = not (first or ends or differing)
     end = end_metrics(ours.taps, reference.taps, (ours.logit_scale, reference.logit_scale))
-    facts = {
-        "ours": ours.facts["run by"],
-        **{f"reference {name}": value for name, value in reference.facts.items()},
+    facts = {"ours": ours.facts["run by"], **facts}
+    facts |= {
         "images classified alike": f"{end['agreement']:.0%}",
         "KL of their classes": f"mean {end['kl_mean']:.2g}, max {end['kl_max']:.2g} nats",
     }
-    tables = {"cumulative": cumulative, "isolated": isolated}
-    return Report(title, facts, tables, budget, tuple(verdict), not (first or ends or mismatch))
+    return Report(
+        title,
+        facts,
+        {"cumulative": cumulative, "isolated": isolated},
+        budget,
+        (_verdict(isolated, first, ends, budget),),
+        passed,
+        differing,
+        first,
+        "" if passed else guess(model, reference, isolated, budget, differing, rerun),
+    )
+
+
+def _verdict(
+    isolated: Sequence[Difference], first: Mapping[str, str], ends: Sequence[Difference], budget: float
+) -> str:
+    """Return the result of all taps as a phrase: the first over budget, or the largest error."""
+    errors = {row.name: f"{row.name} ({row.relative:.1e})" for row in isolated}
+    if first:
+        return f"first over budget {budget:g}: {' and '.join(errors[name] for name in first.values())}"
+    if ends:
+        names = " and ".join(f"{row.name} ({row.relative:.1e})" for row in ends)
+        return f"over budget {budget:g} at the end: {names}; no tap is by itself"
+    worst = max(isolated, key=lambda row: row.relative)
+    return f"{len(isolated)} taps within budget {budget:g}; the largest error is at {errors[worst.name]}"

@@ -187,8 +187,12 @@ def inputs_report(model: Model, path: epath.PathLike, count: int = 50) -> Report
     if is_local(epath.Path(path)) and all((epath.Path(path) / name).exists() for name in files):
         texts, images = list(filter(same_in_transformers, texts)), list(map(square_rgb, images))
         rows += _compare_library("transformers", p, length, texts, images, path)
-    verdict = [f"{row.name}: {row.compared} compared, {row.differ} differ" for row in rows]
-    return Report(f"inputs of {path}", {}, {"inputs": rows}, 0.0, tuple(verdict), not any(row.differ for row in rows))
+    equal = sum(not row.differ for row in rows)
+    verdict = [f"{equal} of {len(rows)} kinds of input are equal"]
+    for row in rows:
+        verdict.append(f"{row.name}: {row.compared} compared, {row.differ} differ")
+        verdict[-1] += f"; the first: {row.first}" if row.differ else ""
+    return Report(f"inputs of {path}", {}, {"inputs": rows}, 0.0, tuple(verdict), equal == len(rows))
 
 
 def _can_be_resized(image: Image.Image, p: Preprocess) -> bool:

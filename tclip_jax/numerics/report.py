@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.figure import Figure
 
+from tclip_jax.numerics.configurations import in_words
 from tclip_jax.pages import aligned, heading, page, paragraph, plot, table
 
 
@@ -53,8 +54,11 @@ class Report:
       facts: libraries, precision and figures of the whole comparison, as text.
       tables: rows by table name.
       budget: the largest relative error that passes; 0 requires equality.
-      verdict: lines that summarize the result.
+      verdict: the result in one line, without PASS or FAIL, and further lines.
       passed: whether the comparison passed.
+      configurations: options that the two sides state differently, as (ours, the reference's).
+      first: the first row over budget, by tower.
+      guess: what the rows over budget may mean; "" for no guess.
     """
 
     title: str
@@ -63,11 +67,18 @@ class Report:
     budget: float
     verdict: tuple[str, ...]
     passed: bool
+    configurations: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    first: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    guess: str = ""
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Return the report as a JSON object; NaN and infinity become strings."""
-    return _finite(dataclasses.asdict(report))
+    """Return the report as a JSON object; NaN and infinity become strings.
+
+    `configurations` is {option: {"ours", "reference"}}.
+    """
+    configurations = {name: {"ours": a, "reference": b} for name, (a, b) in report.configurations.items()}
+    return _finite(dataclasses.asdict(report) | {"configurations": configurations})
 
 
 def _finite(value: Any) -> Any:
@@ -78,14 +89,32 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def to_text(report: Report) -> str:
-    """Return the facts, aligned tables of the rows that differ, and the verdict."""
+def to_text(report: Report, *, tables: bool = False) -> str:
+    """Return the facts, the options that differ, and the result.
+
+    Args:
+      report: the report.
+      tables: whether to add aligned tables of the rows that differ.
+    """
     lines = [report.title, *(f"  {name}: {value}" for name, value in report.facts.items())]
-    for name, rows in report.tables.items():
+    for name, rows in report.tables.items() if tables else ():
         shown = [row for row in rows if row.max_abs or row.over(report.budget)]
         lines += ["", f"{name}: {len(rows) - len(shown)} of {len(rows)} identical"]
         lines += aligned([headings(shown), *(cells(row, shown, report.budget) for row in shown)]) if shown else []
-    return "\n".join([*lines, "", *report.verdict])
+        lines += [""] if name == [*report.tables][-1] else []
+    return "\n".join([*lines, *verdict_lines(report)])
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """Return the options that differ, the line of PASS or FAIL, further lines, and the guess."""
+    result, *more = report.verdict
+    guess = [f"  guess: {report.guess}"] if report.guess else []
+    return [
+        *in_words(report.configurations),
+        f"{'PASS' if report.passed else 'FAIL'}: {result}",
+        *(f"  {line}" for line in more),
+        *guess,
+    ]
 
 
 def _columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
@@ -107,11 +136,12 @@ def cells(row: Row, rows: Sequence[Row], budget: float) -> list[str]:
 
 
 def to_html(report: Report) -> str:
-    """Return one HTML page: verdict, facts, plots of the errors and of the ULP histogram, and all tables."""
-    verdict = [paragraph(line, f"verdict {'good' if report.passed else 'bad'}") for line in report.verdict]
+    """Return one HTML page: result, facts, plots of the errors and of the ULP histogram, and all tables."""
+    verdict = [paragraph(line, f"verdict {'good' if report.passed else 'bad'}") for line in verdict_lines(report)]
     facts = table([[name, str(value)] for name, value in report.facts.items()], header=False)
-    plots = [plot(plot_errors(report), "error of every row"), plot(plot_ulp(report), "histogram of ULP distances")]
-    tables = []
+    plots, tables = [], []
+    if report.tables:
+        plots = [plot(plot_errors(report), "error of every row"), plot(plot_ulp(report), "histogram of ULP distances")]
     for name, rows in report.tables.items():
         lines = [headings(rows), *(cells(row, rows, report.budget) for row in rows)]
         tables += [heading(name), table(lines, marked=[line[-1] == "over" for line in lines])]

@@ -53,6 +53,7 @@ def collect_taps(
     tokens: npt.NDArray[np.int32],
     reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
     dtype: jax.typing.DTypeLike = np.float32,
+    epsilon: float | None = None,
 ) -> Taps:
     """Return the activations of a model by tap name, as float32 arrays.
 
@@ -63,9 +64,10 @@ def collect_taps(
       reference: taps of another model for the same inputs. If given, each tap is computed from the reference's earlier
         taps instead of the model's own, so that an error appears only where it is made.
       dtype: dtype of the computation.
+      epsilon: of every LayerNorm, in place of the model's own.
     """
     clip, forced = CLIP(model.config, model.rules, dtype), {} if reference is None else _nest(reference, model.config)
-    recorded = flatten_dict(jax.device_get(_apply(clip, model.params, forced, pixels, tokens)), sep="/")
+    recorded = flatten_dict(jax.device_get(_apply(clip, model.params, forced, pixels, tokens, epsilon)), sep="/")
     taps: Taps = {}
     for tower in ("image", "text"):
         taps[f"{tower}/embedding"] = recorded.pop(f"embeddings/{tower}")
@@ -80,8 +82,10 @@ def collect_taps(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(clip: CLIP, params: Any, reference: Any, pixels: jax.Array, tokens: jax.Array) -> dict[str, Any]:
-    with nn.intercept_methods(_record):
+def _apply(
+    clip: CLIP, params: Any, reference: Any, pixels: jax.Array, tokens: jax.Array, epsilon: jax.Array | float | None
+) -> dict[str, Any]:
+    with nn.intercept_methods(_record), nn.intercept_methods(functools.partial(_normalize, epsilon)):
         variables = {"params": params, "reference": reference}
         (image, text, _), recorded = clip.apply(variables, pixels, tokens, mutable=["taps"])
     return recorded["taps"] | {"embeddings": {"image": image, "text": text}}
@@ -96,6 +100,24 @@ def _record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.mo
     x_BTD, *rest = args
     x_BTD, scan_output = next_fun(_exchange(module, "input", x_BTD), *rest, **kwargs)
     return _exchange(module, "output", x_BTD), scan_output
+
+
+def _normalize(
+    epsilon: jax.Array | float | None,
+    next_fun: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Compute a LayerNorm with another epsilon, which may be traced; None leaves it unchanged."""
+    module = context.module
+    if epsilon is None or context.method_name != "__call__" or not isinstance(module, nn.LayerNorm):
+        return next_fun(*args, **kwargs)
+    (x,) = args
+    x = x.astype(np.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    normalized = centred * jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+    return normalized * module.get_variable("params", "scale") + module.get_variable("params", "bias")
 
 
 def _exchange(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.inference.model import Model
 from tclip_jax.models.ternary_rules import matrix_shape
+from tclip_jax.numerics.configurations import Differences, differences, other_shapes
+from tclip_jax.numerics.golden import model_recipe
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.taps import Taps
 from tclip_jax.ternary import TernaryTensor
@@ -222,14 +224,32 @@ def _scale_error(ours: TernaryTensor, reference: TernaryTensor) -> float:
     return float(np.max(np.abs(a - b) / b, initial=0))
 
 
-def weights_report(title: str, ours: Model, reference: Model, budget: float = 0.0) -> Report:
-    """Compare the effective weights of two models; latent weights are quantized by the model's rules first."""
+def weights_report(
+    title: str, ours: Model, reference: Model, budget: float = 0.0, configurations: Differences | None = None
+) -> Report:
+    """Compare the effective weights of two models; latent weights are quantized by the model's rules first.
+
+    Args:
+      title: title of the report.
+      ours: the model that is checked.
+      reference: the reference.
+      budget: the largest relative error that passes.
+      configurations: options that the models state differently; None compares all that they have. They are reported
+        only: other options may have equal weights.
+    """
+    if configurations is None:
+        configurations = differences(model_recipe(ours), model_recipe(reference))
+    if other_shapes(configurations):
+        verdict = ["the models have different shapes, so no weight can be compared"]
+        return Report(title, {}, {}, budget, tuple(verdict), False, configurations)
     comparison = compare_weights(*(pack_params(model.params, model.rules) for model in (ours, reference)))
     over = [row for row in comparison.differences if row.over(budget)]
     flips = sum(row.trit_flips or 0 for row in comparison.differences)
-    verdict = [f"{len(over)} of {len(comparison.differences)} tensors over budget {budget:g}, {flips:,} trit flips"]
+    result = f"{len(over)} of {len(comparison.differences)} tensors over budget {budget:g}, {flips:,} trit flips"
+    verdict = [result]
     for what, names in (("missing", comparison.missing), ("unexpected", comparison.unexpected)):
         verdict += [f"{what}: {', '.join(names)}"] if names else []
     verdict += [f"farthest apart: {max(over, key=lambda row: row.relative).name}"] if over else []
     passed = not (over or comparison.missing or comparison.unexpected)
-    return Report(title, {}, {"weights": comparison.differences}, budget, tuple(verdict), passed)
+    tables = {"weights": comparison.differences}
+    return Report(title, {}, tables, budget, tuple(verdict), passed, configurations, first_over(over, budget))

@@ -366,3 +366,34 @@ def test_two_models_in_one_file_are_named(folder: pathlib.Path) -> None:
     safetensors.numpy.save_file(state | {f"ema.{key}": value for key, value in state.items()}, path)
     with pytest.raises(ValueError, match=r"theirs: the state dict holds \S+ twice, as (\S+) and (ema\.)?\S+$"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [(None, Preprocess(32)), ({}, Preprocess(32)), ({"mean": HALF_MEAN}, Preprocess(32, HALF_MEAN))],
+)
+def test_a_folder_of_transformers_without_a_preprocessor_has_a_stated_default(
+    stated: dict[str, Any] | None,
+    expected: Preprocess,
+    tmp_path: pathlib.Path,
+    params: Params,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The default is CLIP's own, which the log shows; --model-cfg may state another."""
+    export_pytorch(tmp_path / "export", config=TINY, preprocess=Preprocess(32), params=params)
+    source, like = tmp_path / "saved", None
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (source / name).symlink_to(tmp_path / "export" / name)
+    if stated is not None:
+        like = str(tmp_path / "model.json")
+        document = {"model_cfg": MODEL_CFG} | ({"preprocess_cfg": stated} if stated else {})
+        pathlib.Path(like).write_text(json.dumps(document))
+    import_checkpoint(source, tmp_path / "out", like=like)
+    artifact = read_artifact(tmp_path / "out")
+    assert artifact.preprocess == expected
+    assert_same(jax.tree.map(np.asarray, artifact.params), params)
+    assumed = [
+        line for line in caplog.messages if line.startswith(f"{source} has no preprocessor_config.json: assuming")
+    ]
+    assert len(assumed) == (expected == Preprocess(32))

@@ -24,7 +24,7 @@ TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
 def test_a_config_json_gives_the_model_it_was_written_from(preset: str) -> None:
     config = CLIPConfig.from_open_clip(PRESETS[preset])
     assert config_from_hugging_face(hugging_face_config(config)) == config
-    assert from_name(preset) == (config, Preprocess(config.vision.image_size))
+    assert from_name(preset) == (config, Preprocess(config.vision.image_size), True)
 
 
 def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
@@ -39,7 +39,7 @@ def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
     assert preprocess_from_hugging_face(old) == Preprocess(32)
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": old}))
-    assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32))
+    assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32), False)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,10 @@ def test_a_preprocessor_that_is_not_read(changed: dict[str, Any], message: str, 
         from_hugging_face(epath.Path(tmp_path))
 
 
-def test_a_folder_without_a_preprocessor_says_what_is_assumed(tmp_path: pathlib.Path, caplog: Any) -> None:
+def test_a_folder_without_a_preprocessor_has_clips_default(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(TINY)))
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
-    assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32))
-    assert f"{tmp_path} has no preprocessor_config.json: using CLIPImageProcessor's defaults" in caplog.text
+    assert from_hugging_face(epath.Path(tmp_path)) == (TINY, Preprocess(32), True)
 
 
 def test_metadata_that_are_no_objects(tmp_path: pathlib.Path) -> None:
@@ -134,9 +133,9 @@ def test_metadata_that_are_no_objects(tmp_path: pathlib.Path) -> None:
 def test_a_model_cfg_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "model.json"
     path.write_text(json.dumps(PRESETS["tiny"]))
-    assert from_name(str(path)) == (TINY, Preprocess(32))
+    assert from_name(str(path)) == (TINY, Preprocess(32), True)
     path.write_text(json.dumps({"model_cfg": PRESETS["tiny"], "preprocess_cfg": {"interpolation": "bilinear"}}))
-    assert from_name(str(path)) == (TINY, Preprocess(32, interpolation="bilinear"))
+    assert from_name(str(path)) == (TINY, Preprocess(32, interpolation="bilinear"), False)
     path.write_text(json.dumps({"model_cfg": {"embed_dim": 1}}))
     with pytest.raises(ValueError, match=r"model\.json: model_cfg lacks 'vision_cfg'"):
         from_name(str(path))

@@ -44,8 +44,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None
 
 def first_over(model: Model, reference: Recording) -> list[str]:
     report = activations_report("title", model, reference)
-    assert report.passed == all(line.endswith("none") for line in report.verdict)
-    return [line.split(": ")[1] for line in report.verdict[:2]]
+    assert report.passed == (not report.first) == (not report.guess)
+    return [report.first.get(tower, "none") for tower in ("image", "text")]
 
 
 def with_params(model: Model, path: str, edit: Any) -> Model:
@@ -132,7 +132,8 @@ def test_missing_causal_mask(model: Model, reference: Recording) -> None:
 def test_a_nan_is_over_budget(model: Model, batch: Batch) -> None:
     broken = with_params(model, "text/blocks/mlp/fc2/bias", lambda bias: bias * np.float32([1, np.nan])[:, None])
     report = activations_report("title", broken, record(model, *batch))
-    assert report.verdict[1].endswith("text/blocks/1/mlp") and not report.passed
+    assert report.first == {"text": "text/blocks/1/mlp"} and not report.passed
+    assert report.guess.startswith("numbers that are not finite, first in text/blocks/1/mlp")
 
 
 def test_bfloat16_is_not_float32(model: Model, batch: Batch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 
@@ -23,12 +24,28 @@ def report() -> Report:
         measure("text/<broken>", broken, ONE),
         measure("text/zero", ONE, ONE * 0),
     ]
-    return Report("A & B", {"run by": "nobody"}, {"cumulative": rows, "isolated": rows[:1]}, 1e-5, ("found",), False)
+    tables = {"cumulative": rows, "isolated": rows[:1]}
+    differing = {"quick_gelu": (True, False)}
+    first = {"image": "image/far"}
+    return Report("A & B", {"run by": "nobody"}, tables, 1e-5, ("found", "more"), False, differing, first, "a typo")
 
 
-def test_text_shows_what_differs_in_aligned_columns(report: Report) -> None:
-    lines = to_text(report).splitlines()
-    assert lines[:2] == ["A & B", "  run by: nobody"] and lines[-1] == "found"
+def test_text_is_short(report: Report) -> None:
+    assert to_text(report).splitlines() == [
+        "A & B",
+        "  run by: nobody",
+        "quick_gelu: ours true, reference false",
+        "FAIL: found",
+        "  more",
+        "  guess: a typo",
+    ]
+    passed = dataclasses.replace(report, passed=True, configurations={}, guess="")
+    assert to_text(passed).splitlines()[2:] == ["PASS: found", "  more"]
+
+
+def test_the_tables_show_what_differs_in_aligned_columns(report: Report) -> None:
+    lines = to_text(report, tables=True).splitlines()
+    assert lines[:2] == ["A & B", "  run by: nobody"] and lines[-1] == "  guess: a typo"
     table = lines[lines.index("cumulative: 1 of 5 identical") + 1 : lines.index("isolated: 1 of 1 identical") - 1]
     assert [line.split()[0] for line in table[1:]] == ["image/near", "image/far", "text/<broken>", "text/zero"]
     assert [line.endswith("over") for line in table[1:]] == [False, True, True, True]
@@ -46,7 +63,9 @@ def test_json_is_strict_and_whole(report: Report) -> None:
     ]
     far, zero = document["tables"]["cumulative"][2], document["tables"]["cumulative"][4]
     assert far["max_abs"] == 0.5 and sum(far["ulp_counts"]) == 1000 and zero["relative"] == "inf"
-    assert document["passed"] is False and document["budget"] == 1e-5
+    assert document["passed"] is False and document["budget"] == 1e-5 and document["guess"] == "a typo"
+    assert document["configurations"] == {"quick_gelu": {"ours": True, "reference": False}}
+    assert document["first"] == {"image": "image/far"}
 
 
 class Checker(html.parser.HTMLParser):
@@ -72,7 +91,14 @@ def test_the_page_loads_nothing(report: Report) -> None:
     assert len(checker.addresses) == 2
     assert all(address.startswith("data:image/png;base64,iVBOR") for address in checker.addresses)
     assert "://" not in page and "url(" not in page and "@import" not in page
-    assert {"A & B", "found", "text/<broken>", "image/far"} <= set(checker.words)
+    assert {
+        "A & B",
+        "FAIL: found",
+        "quick_gelu: ours true, reference false",
+        "  guess: a typo",
+        "text/<broken>",
+        "image/far",
+    } <= set(checker.words)
     assert page.count('class="over"') == 3
 
 

@@ -89,3 +89,17 @@ def test_missing_and_unexpected_are_named(model: Model) -> None:
         assert comparison.missing == names and comparison.missing + comparison.unexpected == ("image/ln_pre/bias",)
     report = weights_report("title", dataclasses.replace(model, params=less), model)
     assert not report.passed and "missing: image/ln_pre/bias" in report.verdict
+
+
+def test_models_of_other_shapes_are_not_compared(model: Model) -> None:
+    text = dataclasses.replace(model.config.text, context_length=8)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, text=text))
+    report = weights_report("title", model, other)
+    assert not report.passed and not report.tables and report.configurations == {"text.context_length": (12, 8)}
+    assert report.verdict == ("the models have different shapes, so no weight can be compared",)
+
+
+def test_options_that_differ_are_shown_beside_equal_weights(model: Model) -> None:
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, quick_gelu=True))
+    report = weights_report("title", model, other)
+    assert report.passed and report.configurations == {"quick_gelu": (False, True)}
