@@ -19,8 +19,10 @@ from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.activations import activations_report, record
 from tclip_jax.numerics.configurations import folder_recipe
 from tclip_jax.numerics.golden import Recording, model_recipe
+from tclip_jax.numerics.guess import guess
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.torch_side import build_torch, import_torch, load_torch, record_torch
+from tclip_jax.numerics.weights import compare_taps
 from tclip_jax.ternary import Quantizer
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -214,7 +216,7 @@ def test_another_number_of_heads(model: Model, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "guess"),
+    ("path", "cause"),
     [
         ("image/blocks/attention/qkv/kernel", "the weights of image/blocks/0/attention, or their order of queries"),
         ("text/blocks/mlp/fc2/kernel", "the weights of text/blocks/0/mlp, or their order of the layers"),
@@ -223,7 +225,7 @@ def test_another_number_of_heads(model: Model, batch: Batch) -> None:
         ("text/ln_final/scale", "the token that text/ln_final pools, or the weights of that LayerNorm"),
     ],
 )
-def test_other_weights(path: str, guess: str, model: Model, batch: Batch) -> None:
+def test_other_weights(path: str, cause: str, model: Model, batch: Batch) -> None:
     def first_layer(value: np.ndarray) -> np.ndarray:
         rows = (slice(0, 1),) if "/blocks/" in path else (...,)
         value[rows] *= np.float32(1.01)
@@ -232,7 +234,33 @@ def test_other_weights(path: str, guess: str, model: Model, batch: Batch) -> Non
     other = with_params(
         model, path if path in flatten_dict(model.params, sep="/") else f"{path}/embedding", first_layer
     )
-    assert against(model, record(other, *batch)).guess.startswith(guess)
+    assert against(model, record(other, *batch)).guess.startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("tap", "cause"),
+    [
+        ("image/blocks/1", "the sum of the residual stream in image/blocks/1, such as a LayerScale"),
+        ("text/embedding", "the L2 normalisation of text/embedding"),
+        ("image/blocks/2/mlp", "the weights of image/blocks/2/mlp, or their order of the layers"),
+    ],
+)
+def test_a_tap_that_no_weights_explain(tap: str, cause: str, model: Model, batch: Batch) -> None:
+    recording = record(model, *batch)
+    report = against(model, recording._replace(taps=recording.taps | {tap: 1.01 * recording.taps[tap]}))
+    assert report.first == {tap.split("/")[0]: tap} and report.guess.startswith(cause)
+
+
+def test_errors_that_add_up(model: Model, batch: Batch) -> None:
+    """Of embeddings over budget when no tap is by itself."""
+    recording = record(model, *batch)
+    isolated = compare_taps(recording.taps, recording.taps)
+
+    def rerun(*_: Any) -> Any:
+        raise AssertionError("there is nothing to try")
+
+    rounding = "rounding that adds up over the layers; compare with a larger --budget"
+    assert guess(model, recording, isolated, 1e-5, {}, rerun) == rounding
 
 
 def test_a_lower_precision(model: Model, batch: Batch) -> None:
