@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -58,7 +59,7 @@ def guess(
         return (
             "a lower precision of the products, such as bfloat16 or TF32: even those before and after all blocks differ"
         )
-    guesses = []
+    guesses, rerun = [], functools.cache(rerun)
     for tower in ("image", "text"):
         names = [row.name for row in over if row.name.startswith(f"{tower}/")]
         if names:

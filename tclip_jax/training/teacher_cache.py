@@ -80,7 +80,8 @@ def write_cache(
     # The missing files, as process 0 sees them, are divided evenly, whichever process wrote the others.
     missing = allgather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
     assigned = missing[jax.process_index() :: jax.process_count()]
-    embedded = _embed(cache, assigned, model, train_row(run, source), mesh, batch_size)
+    bad = BadSamples()
+    embedded = _embed(cache, assigned, model, train_row(run, source), mesh, batch_size, bad)
     rows = sum(len(cache.rows_of(file)) for file in assigned)
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
@@ -90,6 +91,8 @@ def write_cache(
                 for file, embeddings in itertools.islice(embedded, 1):
                     cache.write(file, embeddings)
                     bar.update(len(embeddings))
+    if news := bad.news():
+        _logger.warning("%s", news)
     return TeacherCache.open(folder)
 
 
@@ -143,14 +146,19 @@ def _is_whole(cache: TeacherCache, file: int) -> bool:
 
 
 def _embed(
-    cache: TeacherCache, files: Sequence[int], model: Model, row: TrainRow, mesh: Mesh, batch_size: int
+    cache: TeacherCache,
+    files: Sequence[int],
+    model: Model,
+    row: TrainRow,
+    mesh: Mesh,
+    batch_size: int,
+    bad: BadSamples,
 ) -> Iterator[tuple[int, Embeddings]]:
     """Yield each file with its embeddings, float16 (rows, 2, D), computed on the devices of this process."""
     size = -(-batch_size // mesh.size) * mesh.size
     encoders = Encoders(CLIP(model.config, model.rules), model.preprocess.mean, model.preprocess.std)
     encode = jax.jit(lambda params, batch: jnp.stack(encoders(params, batch)[:2], axis=1))
     params = jax.device_put(model.params, tree_shardings(model.params, mesh))
-    bad = BadSamples()
     batches = _batches(cache, files, row, size, bad)
     for file in files:
         count = len(cache.rows_of(file))
@@ -159,8 +167,6 @@ def _embed(
         if not np.isfinite(embeddings).all():
             raise ValueError(f"{cache.teacher}: this teacher's embeddings are not finite: use another teacher")
         yield file, embeddings
-    if news := bad.news():
-        _logger.warning("%s", news)
 
 
 def _batches(

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from etils import epath
 
-from tclip_jax.inference.inputs import Failure, find_images, find_texts, image_items, text_items
+from tclip_jax.inference.inputs import Failure, find_images, find_texts, image_items, log_failures, text_items
 
 
 def test_images_are_found_in_subfolders_in_order(pictures: pathlib.Path) -> None:
@@ -74,3 +74,12 @@ def test_every_line_is_a_text(tmp_path: pathlib.Path, caplog: pytest.LogCaptureF
     texts.write_bytes("one\u2028a\x0bb\x0cc\x85d\r\n\n \ntwo\rthree\n\n".encode())
     assert find_texts(texts) == (["one\u2028a\x0bb\x0cc\x85d", "two", "three"], 2)
     assert caplog.messages == [f"{texts}: 2 blank lines left out; first line 2"]
+
+
+def test_failures_beyond_ten_are_a_count(caplog: pytest.LogCaptureFixture) -> None:
+    failures = [Failure(f"{i}.png", "no image") for i in range(1012)]
+    log_failures(failures[:10])
+    assert caplog.messages == [f"{i}.png: no image" for i in range(10)]
+    caplog.clear()
+    log_failures(failures)
+    assert len(caplog.messages) == 11 and caplog.messages[-1] == "1,002 more inputs cannot be used"

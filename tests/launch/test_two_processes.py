@@ -32,16 +32,19 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_two_devices(tmp_path: pathlib.Path) -> None:
-    two = tclip("launch", "local", "-n", "2", "--", *RUN, "--workdir", str(tmp_path / "two"))
+def test_two_processes_train_and_evaluate_as_one_with_two_devices(tmp_path: pathlib.Path) -> None:
+    # Two devices do not divide a batch of 99 pairs, nor the last one, of 1.
+    held_out = {"name": "v", "kind": "loss", "source": "digits", "split": "test", "batch_size": 99}
+    run = [*RUN, f"--config.evals=[{held_out}]"]
+    two = tclip("launch", "local", "-n", "2", "--", *run, "--workdir", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     # Gloo logs its connections to stdout.
     shown = [line for line in two.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert len(shown) == 1 and shown[0].startswith(f"{tmp_path}/two: done, zero-shot accuracy ")
     assert "waiting for 2 processes (TCLIP_*) at localhost:" in two.stderr and "restarting" not in two.stderr
-    one = tclip(*RUN, "--workdir", str(tmp_path / "one"), XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    one = tclip(*run, "--workdir", str(tmp_path / "one"), XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert one.returncode == 0 and "waiting" not in one.stderr, one.stderr
-    assert len(metrics(tmp_path / "one")) == 5
+    assert len(metrics(tmp_path / "one")) == 6 and "v/loss" in metrics(tmp_path / "one")[-1]
     for actual, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert actual.keys() == expected.keys() and actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
 

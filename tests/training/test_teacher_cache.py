@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tclip_jax.artifacts import write_artifact
 from tclip_jax.data.embedding_store import MANIFEST, TeacherCache
 from tclip_jax.data.images import normalize
 from tclip_jax.data.pipeline import train_iterator
@@ -173,6 +174,25 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
         TeacherCache.open(folder)
     with pytest.raises(FileNotFoundError, match="expected a folder written by `tclip teacher-cache`"):
         TeacherCache.open(tmp_path / "nothing")
+
+
+def test_bad_samples_are_logged_as_one_count(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "data" / "train" / "cat"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        Image.new("RGB", (20, 20)).save(folder / f"{i}.png")
+        if i % 2:
+            (folder / f"{i}.png").write_bytes(b"not an image")
+    config.data.update({"source": f"folder:{tmp_path}/data", "templates": "simple"})
+    run = run_config(config)
+    params = init_params(CLIP(run.model), jax.random.key(0))
+    write_artifact(tmp_path / "teacher", config=run.model, preprocess=run.preprocess, params=params, rules=())
+    cache = write_cache(tmp_path / "cache", run, str(tmp_path / "teacher"), copies=3, batch_size=8)
+    assert cache.samples == 5
+    (line,) = (line for line in caplog.messages if "bad sample" in line)
+    assert line.startswith("2 bad samples (corrupt_image 2), masked; the first: ") and f"{folder}/" in line
 
 
 @pytest.mark.slow
