@@ -113,7 +113,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
     module, parser = _module(name), _Parser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
-    args = parser.parse_args(_split_overrides(arguments[length:]))
+    args = parser.parse_args(_common_first(_split_overrides(arguments[length:])))
     start_logging(args.debug, args.log_format)
     try:
         for plugin in args.plugin:
@@ -233,3 +233,17 @@ def _split_overrides(arguments: list[str]) -> list[str]:
         else:
             split.append(argument)
     return split
+
+
+def _common_first(arguments: list[str]) -> list[str]:
+    """Move the options that all commands share to the front, so that they may also follow an action such as `index`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    common: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments[:end])
+    for word in words:
+        if word == "--log-format":
+            common.append(f"{word}={next(words, '')}")
+        else:
+            (common if word == "--debug" or word.startswith("--log-format=") else rest).append(word)
+    return common + rest + arguments[end:]

@@ -67,9 +67,9 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     student_config.teacher = str(workdir / "teacher")
     steps = teacher_config.steps + student_config.steps
     steps_before = sum(max(saved_steps(workdir / name / "checkpoints"), default=0) for name in ("teacher", "student"))
-    _logger.info("training the teacher: full precision, %d steps", teacher_config.steps)
+    _logger.info("training the teacher: full precision")
     models = {"teacher": train(teacher_config, workdir / "teacher")}
-    _logger.info("training the student: ternary, %d steps", student_config.steps)
+    _logger.info("training the student: ternary")
     models["student"] = train(student_config, workdir / "student")
 
     _logger.info("packing, evaluating, exporting")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import pathlib
@@ -130,3 +131,28 @@ def test_every_command_takes_the_format(name: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     assert "--log-format {text,json}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [1, 2, 4])
+def test_the_format_may_stand_before_and_after_an_action(
+    place: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsed: list[argparse.Namespace] = []
+    monkeypatch.setattr("tclip_jax.commands.compare.run", parsed.append)
+    for options in (["--log-format", "json"], ["--log-format=json"]):
+        arguments = ["compare", "weights", "a", "b"]
+        assert main([*arguments[:place], *options, "--debug", *arguments[place:]]) == 0
+    assert all((args.log_format, args.debug, args.a, args.b) == ("json", True, "a", "b") for args in parsed)
+    assert len(parsed) == 2
+    assert main_exit(["compare", "weights", "a", "b", "--log-format"]) == 2
+    assert "argument --log-format: invalid choice: '' (choose from" in capsys.readouterr().err
+    # Those after -- belong to another command.
+    monkeypatch.setattr("tclip_jax.commands.launch.run", parsed.append)
+    assert main(["launch", "local", "--", "train", "--log-format", "json"]) == 0
+    assert parsed[-1].log_format == "text"
+
+
+def main_exit(arguments: list[str]) -> object:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code

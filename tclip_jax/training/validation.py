@@ -68,7 +68,8 @@ class ValidationLoss:
             metrics = jax.device_get(metrics)
             counts, pairs = metrics.pop("faults"), float(metrics.pop("pairs"))
             faults.update({kind: int(counts[i]) for i, kind in enumerate(FAULTS) if i})
-            sums.update({"pairs": pairs} | {name: pairs * float(value) for name, value in metrics.items()})
+            if pairs:
+                sums.update({"pairs": pairs} | {name: pairs * float(value) for name, value in metrics.items()})
 
         pending: dict[str, Any] = {}
         shown = first and sys.stderr.isatty()
@@ -81,7 +82,7 @@ class ValidationLoss:
                 pending = running
                 bar.update(min(self._config.batch_size, len(self._source) - bar.n))
         add(pending)
-        pairs = sums.pop("pairs")
+        pairs = sums.pop("pairs", 0.0)
         failed = {kind: count for kind, count in faults.items() if count}
         if not pairs:
             raise ValueError(f"no usable pair: {', '.join(f'{count:,} x {kind}' for kind, count in failed.items())}")
