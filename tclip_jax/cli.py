@@ -29,6 +29,8 @@ COMMANDS = {
     "config": "print the configuration of a recipe: values, types, bounds and meanings",
     "plan": "estimate memory, communication and step time of a run without a TPU",
     "launch": "run a command in several processes: on this machine, TPU VMs, GKE, SLURM or SkyPilot",
+    "launch check": "check that hosts can run a command: its options, its recipe, and the files that it names",
+    "launch wheel": "write the wheel of this installation, which launchers send to hosts",
     "teacher-cache": "compute a teacher's embeddings once, so that training steps do not run the teacher",
     "data prepare": "convert webdataset tars or another captioned source to an ArrayRecord data set of TFDS",
     "data check": "read every sample of a source and report broken samples, sizes, caption lengths, duplicates",
@@ -50,6 +52,8 @@ COMMANDS = {
     "doctor": "check versions, devices and precision, and show how to install missing packages",
     "completion": "print a script that completes commands and options in a shell",
 }
+
+_STORES = re.compile(r"[Ii]nstall (gcsfs|s3fs) ")
 
 EXIT_CODES = """Exit codes:
   0    success
@@ -102,24 +106,13 @@ def _output_is_closed() -> bool:
 
 def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # words of the command
-    name = " ".join(arguments[:length]) or "--help"
-    if name not in COMMANDS:
-        group = [command for command in COMMANDS if command.startswith(f"{name} ")]
-        if not group and name[0] != "-":
-            near = [f"the nearest is {each!r}; " for each in difflib.get_close_matches(name, COMMANDS, 1)]
-            _top_parser(COMMANDS).error(f"no command {name!r}: {''.join(near)}tclip --help lists all")
-        unknown = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
-        _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
-    module, parser = _module(name), _Parser(prog=f"tclip {name}", **_settings(name))
-    add_arguments(parser, name)
-    args = parser.parse_args(_common_first(_split_overrides(arguments[length:])))
+    name, args = parse_command(arguments)
     start_logging(args.debug, args.log_format)
     try:
         for plugin in args.plugin:
             load_plugin(plugin)
         with tqdm.contrib.logging.logging_redirect_tqdm():
-            code: int | None = module.run(args)
+            code: int | None = _module(name).run(args)
     except KeyboardInterrupt:
         _print_error(f"tclip {name}: interrupted", args.log_format)
         return 130
@@ -135,6 +128,26 @@ def _print_error(line: str, form: Form) -> None:
     """Print the line with which a command ends; as a record of the log if that is JSON."""
     record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, line, None, None)
     print(formatter_of(form).format(record) if form == "json" else line, file=sys.stderr)
+
+
+def parse_command(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """Return the name of a command and its parsed options.
+
+    Raises:
+      SystemExit: there is no such command, or its options are wrong, which a message on stderr says; or help is shown.
+    """
+    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # words of the command
+    name = " ".join(arguments[:length]) or "--help"
+    if name not in COMMANDS:
+        group = [command for command in COMMANDS if command.startswith(f"{name} ")]
+        if not group and name[0] != "-":
+            near = [f"the nearest is {each!r}; " for each in difflib.get_close_matches(name, COMMANDS, 1)]
+            _top_parser(COMMANDS).error(f"no command {name!r}: {''.join(near)}tclip --help lists all")
+        unknown = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
+        _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
+    parser = _Parser(prog=f"tclip {name}", **_settings(name))
+    add_arguments(parser, name)
+    return name, parser.parse_args(_common_first(_split_overrides(list(arguments[length:]))))
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -189,6 +202,8 @@ def _settings(name: str) -> dict[str, Any]:
 
 def _error_line(error: Exception) -> str:
     """Describe an error in one line: an expected error by its message, an unexpected error also by its location."""
+    if store := _STORES.search(str(error)):  # fsspec's message, of a gs:// or s3:// path
+        return f"error: {error}: pip install 'tclip-jax[{store[1].removesuffix('fs')}]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)) or hasattr(error, "exit_code"):

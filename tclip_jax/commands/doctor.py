@@ -30,6 +30,8 @@ OPTIONAL = {
     "torch": ("torch", "reads .bin and .pt weights, runs references of `tclip compare`", "import torch"),
     "open_clip_torch": ("torch", "runs references of `tclip compare`", "import open_clip"),
     "transformers": ("torch", "runs references of `tclip compare`", "import transformers.models.clip.modeling_clip"),
+    "gcsfs": ("gcs", "reads and writes gs:// paths", "import gcsfs"),
+    "s3fs": ("s3", "reads and writes s3:// paths", "import s3fs"),
     "gguf": ("gguf", "reads and writes GGUF files", "import gguf"),
     "libtpu": ("plan", "compiles for TPUs in `tclip plan`", "import libtpu"),
 }

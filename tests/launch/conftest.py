@@ -1,4 +1,4 @@
-"""Runs the scripts of launch/ with stubs in place of the programs that they call."""
+"""Runs the scripts of launch/ with stand-ins for the programs that they call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+
+from tests.launch.programs import READY, TCLIP
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -26,8 +28,15 @@ def stub(tmp_path: pathlib.Path) -> Callable[[str, str], None]:
 
 
 @pytest.fixture
+def ready(stub: Callable[[str, str], None]) -> None:
+    """Programs and accounts with which nothing is missing, and a `tclip` that checks commands and runs none."""
+    for name, text in (READY | {"tclip": TCLIP}).items():
+        stub(name, text)
+
+
+@pytest.fixture
 def environ(tmp_path: pathlib.Path) -> dict[str, str]:
-    return os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    return os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "TCLIP_CACHE_DIR": ""}
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""Examples:
+  tclip launch check --hosts cloud -- train --config ternaryclip:Q-ALL \\
+      --config.data.source='wds:gs://bucket/cc12m/*.tar' --workdir gs://bucket/b16
+  tclip launch check --hosts cluster --prefix code/ -- train --config own.py --workdir /scratch/b16
+
+Launchers call it before anything is started. It prints assignments for the shell: `wheel` (name of the file that `tclip
+launch wheel` writes), `recipe` (a file that the hosts need at PREFIX), `extras` (of the package, by the URLs of the
+command), `buckets` and `command` (with the recipe at its place on the hosts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the kind of the hosts, and the command."""
+    parser.add_argument(
+        "--hosts",
+        required=True,
+        choices=("cloud", "cluster"),
+        help="cluster: the hosts share the folders of this machine; cloud: they do not",
+    )
+    parser.add_argument("--prefix", default="", help="what the name of a recipe file follows on the hosts")
+    parser.add_argument(
+        "--mounted",
+        default="",
+        metavar="DIR[,DIR]",
+        help="folders that the hosts have, such as mounted disks and buckets",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="a command of tclip")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the assignments; return 2 if hosts cannot reach a file."""
+    from tclip_jax.cli import parse_command
+    from tclip_jax.recipes import load_recipe, override
+    from tclip_jax.runs.config import run_config
+    from tclip_jax.shipping import out_of_reach, shipment, unread
+
+    command = args.command[args.command[:1] == ["--"] :]
+    name, parsed = parse_command(command)
+    config = {}
+    if hasattr(parsed, "config"):
+        recipe = override(load_recipe(parsed.config), parsed.overrides)
+        if name == "train":
+            run_config(recipe)
+        elif name == "teacher-cache":
+            recipe.teacher = recipe.data.teacher_cache = ""  # --teacher replaces them
+        config = recipe.to_dict()
+    needed = shipment(command, parsed, config, args.prefix)
+    if args.hosts == "cloud":
+        lines = list(out_of_reach(parsed, config, filter(None, args.mounted.split(","))))
+    else:
+        lines = [f"{', '.join(needed.buckets)}: {remedy}" for remedy in unread(needed.extras)]
+    for line in lines:
+        print(f"tclip launch check: error: {line}", file=sys.stderr)
+    if lines:
+        return 2
+    print(needed.assignments())
+    return 0
