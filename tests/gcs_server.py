@@ -22,8 +22,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 # operation ("read", "write", "stat", "list", "copy" or "delete") and name of the object -> "" or a fault: "503",
-# "slow", or for reads "truncate", which promises all bytes, sends half of them and closes the connection.
+# "403", "slow", or for reads "truncate", which promises all bytes, sends half of them and closes the connection.
 Fault = Callable[[str, str], str]
+
+_ERRORS = {
+    "403": "me@example.com does not have storage.objects.create access to the Google Cloud Storage object.",
+    "503": "We encountered an internal error. Please try again.",
+}
 
 
 class Blob(NamedTuple):
@@ -120,8 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif name := self._object(path):
             kind = "read" if query.get("alt") == "media" else "stat"
             fault = self._fault(kind, name)
-            if fault == "503":
-                self._unavailable()
+            if fault in _ERRORS:
+                self._error(int(fault), _ERRORS[fault])
             elif name not in self.bucket.blobs:
                 self._error(404, f"No such object: bucket/{name}")
             elif kind == "stat":
@@ -170,10 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
         return fault
 
     def _faulty(self, operation: str, name: str) -> bool:
-        failed = self._fault(operation, name) == "503"
-        if failed:
-            self._unavailable()
-        return failed
+        fault = self._fault(operation, name)
+        if fault in _ERRORS:
+            self._error(int(fault), _ERRORS[fault])
+        return fault in _ERRORS
 
     def _list(self, query: dict[str, str]) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -254,9 +259,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, message: str) -> None:
         content = {"error": {"code": status, "message": message}}
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
-
-    def _unavailable(self) -> None:
-        self._error(503, "We encountered an internal error. Please try again.")
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, truncate: bool = False) -> None:
         self.send_response(status)

@@ -18,6 +18,7 @@ from tclip_jax.runs.config import base_config, run_config
 ELSEWHERE = {
     "docs/inference.md": "tests/inference/test_docs.py, which needs every command of the page in order",
     "docs/plan.md": "parsed alone, by test_commands: minutes of the TPU compiler; tests/planning runs it small",
+    "docs/release.md": "tests/test_release.py, and .ci/run, which runs .ci/install-check",
     "docs/pods.md": "parsed alone, by test_commands: clouds and clusters; tests/launch runs the scripts with stand-ins",
 }
 # What a bash block may hold that is not run here: .ci/run reads the README's line and runs it.
