@@ -115,16 +115,15 @@ def unread(extras: Iterable[str]) -> list[str]:
 
 def _values(args: argparse.Namespace, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the name and the value of each option and key that names data, models or results."""
-    for option in (*SOURCES, *MODELS, *RESULTS):
-        if value := getattr(args, option.lstrip("-").lower().replace("-", "_"), None) if option[0] in "-M" else None:
-            yield option, value
-    evals = [(f"config.evals[{i}].source", each.get("source", "")) for i, each in enumerate(config.get("evals", ()))]
+    options = [option for option in (*SOURCES, *MODELS, *RESULTS) if option.startswith("--") or option == "MODEL"]
+    named = [(option, getattr(args, option.removeprefix("--").lower(), None)) for option in options]
     for key in (*SOURCES, *MODELS):
         value: Any = config
         for part in key.split("."):
-            value = value.get(part, "") if isinstance(value, Mapping) else ""
-        evals += [(f"config.{key}", value)]
-    yield from ((name, value) for name, value in evals if value)
+            value = value.get(part) if isinstance(value, Mapping) else None
+        named.append((f"config.{key}", value))
+    named += [(f"config.evals[{i}].source", each.get("source")) for i, each in enumerate(config.get("evals", ()))]
+    yield from ((name, value) for name, value in named if value)
 
 
 def _files(spec: str) -> list[str]:

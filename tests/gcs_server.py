@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.bucket.fault(operation, name)
             self.bucket.counts.update([operation, *filter(None, [fault])])
         if fault == "slow":
-            time.sleep(1)
+            time.sleep(0.5)
         return fault
 
     def _faulty(self, operation: str, name: str) -> bool:
