@@ -296,3 +296,21 @@ def test_control_characters_of_files_and_names_are_escaped(
 def test_an_os_error_names_its_file_once(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "--data", f"csv:{tmp_path}/none.csv"]) == 2
     assert capsys.readouterr().err == f"tclip data check: error: {tmp_path}/none.csv: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["inspect", "gs://b/a"], "Please install gcsfs to access Google Storage: pip install 'tclip-jax[gcs]'"),
+        (["inspect", "s3://b/a"], "Install s3fs to access S3: pip install 'tclip-jax[s3]'"),
+        (
+            ["data", "check", "--data", "wds:gs://b/0.tar"],
+            "gs://b/0.tar: Please install gcsfs to access Google Storage: pip install 'tclip-jax[gcs]'",
+        ),
+    ],
+)
+def test_a_url_without_its_reader_names_the_extra(command: list[str], message: str) -> None:
+    program = "import sys; sys.modules['gcsfs'] = sys.modules['s3fs'] = None\n"
+    ran = python("-c", program + "from tclip_jax.cli import main; sys.exit(main(sys.argv[1:]))", *command)
+    name = " ".join(command[: 2 if command[0] == "data" else 1])
+    assert ran.returncode in (1, 2) and ran.stderr == f"tclip {name}: error: {message}\n"

@@ -1,6 +1,5 @@
 """Examples:
-  tclip launch check --hosts cloud -- train --config ternaryclip:Q-ALL \\
-      --config.data.source='wds:gs://bucket/cc12m/*.tar' --workdir gs://bucket/b16
+  tclip launch check --hosts cloud --mounted /data -- train --config ternaryclip:Q-ALL --workdir gs://bucket/b16
   tclip launch check --hosts cluster --prefix code/ -- train --config own.py --workdir /scratch/b16
 
 Launchers call it before anything is started. It prints assignments for the shell: `wheel` (name of the file that `tclip
