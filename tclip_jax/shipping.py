@@ -147,7 +147,7 @@ def write_wheel(folder: pathlib.Path) -> pathlib.Path:
       folder: where the wheel is written; created.
 
     Raises:
-      ValueError: pip cannot build the checkout.
+      ValueError: pip cannot build the checkout, or its version is not the one that is installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     root = pathlib.Path(tclip_jax.__file__).resolve().parents[1]
@@ -158,6 +158,9 @@ def write_wheel(folder: pathlib.Path) -> pathlib.Path:
     if built.returncode:
         last = [*built.stderr.strip().splitlines(), "no message"][-1]
         raise ValueError(f"{root}: pip cannot build the wheel: {last}")
+    if not (folder / WHEEL).is_file():
+        built_now = ", ".join(path.name for path in folder.glob("*.whl"))
+        raise ValueError(f"{root}: pip built {built_now}, and {WHEEL} is installed: pip install -e {root}")
     return folder / WHEEL
 
 
