@@ -1,6 +1,6 @@
 """CLIP-KD (CVPR 2024, arXiv 2307.12732): full-precision ViT-B/16, distilled from ViT-L/14 on CC3M and CC12M.
 
-    tclip train --config clip_kd --config.data.source=folder:/data/cc3m_cc12m --workdir gs://bucket/clip_kd
+    tclip train --config clip_kd --config.data.source=folder:/data/cc3m_cc12m --workdir runs/clip_kd
 
 The paper reports a zero-shot accuracy on ImageNet of 57.5 % with distillation and 37.0 % without. `runlocal` is a test
 that takes seconds:

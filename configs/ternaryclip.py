@@ -1,6 +1,6 @@
 """TernaryCLIP (arXiv 2510.21879): ViT-B/16 with ternary weights, distilled from LAION's ViT-L/14 on CC12M.
 
-    tclip train --config ternaryclip:Q-ALL --config.data.source=folder:/data/cc12m --workdir gs://bucket/ternaryclip
+    tclip train --config ternaryclip:Q-ALL --config.data.source=folder:/data/cc12m --workdir runs/ternaryclip
 
 `ternaryclip:Q-FFN` ternarizes only the MLPs; `ternaryclip:none` is the full-precision student of the same recipe. The
 paper does not publish its losses and schedule. This recipe uses those of CLIP-KD (arXiv 2307.12732), which has the same

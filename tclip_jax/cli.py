@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args
 import tqdm.contrib.logging
 
 from tclip_jax.log import Form, formatter_of, start_logging
-from tclip_jax.pages import printable
+from tclip_jax.pages import printable, without_details
 from tclip_jax.registry import load_plugin
 
 # Command -> purpose. The module tclip_jax.commands.NAME defines add_arguments(parser) and run(args); its docstring ends
@@ -53,6 +53,7 @@ COMMANDS = {
     "completion": "print a script that completes commands and options in a shell",
 }
 
+# What fsspec says of the package that reads a URL.
 _STORES = re.compile(r"[Ii]nstall (gcsfs|s3fs) ")
 
 EXIT_CODES = """Exit codes:
@@ -119,7 +120,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if args.debug or (isinstance(error, BrokenPipeError) and _output_is_closed()):
             raise
-        _print_error(f"tclip {name}: {printable(_error_line(error))}", args.log_format)
+        _print_error(f"tclip {name}: {printable(without_details(_error_line(error)))}", args.log_format)
         return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
     return code or 0
 
@@ -202,7 +203,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 def _error_line(error: Exception) -> str:
     """Describe an error in one line: an expected error by its message, an unexpected error also by its location."""
-    if store := _STORES.search(str(error)):  # fsspec's message, of a gs:// or s3:// path
+    if store := _STORES.search(str(error)):
         return f"error: {error}: pip install 'tclip-jax[{store[1].removesuffix('fs')}]'"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"error: {os.fsdecode(error.filename)}: {error.strerror}"

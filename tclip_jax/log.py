@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from tclip_jax.pages import printable
+from tclip_jax.pages import printable, without_details
 from tclip_jax.storage import dump_json
 
 Form = Literal["text", "json"]
@@ -17,6 +17,7 @@ Form = Literal["text", "json"]
 # Log lines of Orbax's worker threads that repeat an error which its first thread has logged.
 _REPEATED_ERROR = re.compile(
     r"thread=write_metadata_after_commits\]|Failed to run \d+ Handler Commit operations|Save Finalize thread \("
+    r"|^Task exception was never retrieved"
 )
 
 
@@ -54,10 +55,10 @@ _started: tuple[bool, Form] = (False, "text")
 def start_logging(debug: bool = False, form: Form = "text") -> None:
     """Log to stderr: messages of this package, warnings of other libraries, and errors of absl.
 
-    Orbax and Grain log through absl. A program that has configured logging itself keeps its handlers.
+    Orbax and Grain log through absl, and Orbax's tasks through asyncio. A program that has configured logging itself keeps its handlers.
 
     Args:
-      debug: whether to keep the tracebacks of absl's errors.
+      debug: whether to keep the tracebacks of their errors.
       form: text or json.
     """
     global _started
@@ -72,9 +73,9 @@ def start_logging(debug: bool = False, form: Form = "text") -> None:
     logging.getLogger("tclip_jax").setLevel(logging.INFO)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addFilter(_first_line)
-    absl = logging.getLogger("absl")
-    absl.setLevel(logging.ERROR)  # Orbax warns about missing files that it does not need.
-    absl.removeFilter(_shorten) if debug else absl.addFilter(_shorten)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about missing files that it does not need.
+    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
+        logger.removeFilter(_shorten) if debug else logger.addFilter(_shorten)
 
 
 def formatter_of(form: Form) -> logging.Formatter:
@@ -95,6 +96,6 @@ def _first_line(record: logging.LogRecord) -> bool:
 
 def _shorten(record: logging.LogRecord) -> bool:
     """Logging filter: reduces a record to one line without traceback, and drops an error that Orbax repeats."""
-    message = " ".join(record.getMessage().partition(" [source locations")[0].split())
+    message = " ".join(without_details(record.getMessage()).split())
     record.msg, record.args, record.exc_info, record.exc_text = message, (), None, None
     return not _REPEATED_ERROR.search(message)

@@ -157,6 +157,11 @@ def aligned(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def without_details(message: str) -> str:
+    """Return an error's message without what TensorStore appends: its state, and pages of source locations."""
+    return re.sub(r" \[(?:source locations|tensorstore_spec|http_response_\w+)\b.*", "", message, flags=re.DOTALL)
+
+
 def printable(text: str, *, lines: bool = False) -> str:
     """Escape control characters and bytes that are not UTF-8 as \\xNN, so that any terminal or file accepts the text.
 

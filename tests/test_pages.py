@@ -7,7 +7,7 @@ import os
 import pytest
 from matplotlib.figure import Figure
 
-from tclip_jax.pages import details, fit_rows, page, plot, printable, sample_name, table
+from tclip_jax.pages import details, fit_rows, page, plot, printable, sample_name, table, without_details
 from tests.pages import Page
 
 
@@ -73,3 +73,12 @@ def test_rows_have_the_same_space_whatever_their_number(rows: int) -> None:
     low, high = axes.get_ylim()
     assert (low, high - (rows - 1)) == (-0.75, 0.75)
     assert figure.get_figheight() == pytest.approx(0.8 + 0.25 * (rows + 0.5)) and figure.get_figwidth() == 8
+
+
+@pytest.mark.parametrize(
+    "details",
+    ["[source locations='a.cc:3\\nb.cc:4']", "[tensorstore_spec='{\"a\": [1]}']", "[http_response_code='403'] [x='y']"],
+)
+def test_details_of_tensorstore_are_left_out(details: str) -> None:
+    assert without_details(f"Error writing [1] a/b: no access {details}") == "Error writing [1] a/b: no access"
+    assert without_details("a list [1, 2] stays") == "a list [1, 2] stays"

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import jax
 from etils import epath
 
+from tclip_jax.pages import without_details
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.runs.checksums import COMMITTED, CheckpointError, write_checksums
 from tclip_jax.runs.steps import all_steps, decided, first_whole, saved_steps, set_aside
@@ -86,6 +87,9 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             self.wait()
+        except CheckpointError:
+            if not isinstance(error, CheckpointError):  # Orbax raises again what was reported.
+                raise
         finally:
             self._deleting.shutdown()
             self._writer.close()
@@ -197,8 +201,8 @@ class Checkpoints:
             if self._unfinished:
                 raise self._unfinished
         except Exception as error:
-            # The system's message is the last in a long chain of messages, before a list of C++ source locations.
-            reason = " ".join(str(error).partition(" [source locations")[0].split())[-300:]
+            # The system's message is the last in a long chain of messages, before TensorStore's details.
+            reason = " ".join(without_details(str(error)).split())[-300:]
         else:
             return
         _collect_silently()

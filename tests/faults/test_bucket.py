@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -160,10 +161,11 @@ def test_rights_that_are_lost_end_the_run_and_leave_its_last_checkpoint(
     bucket.fault = lambda operation, name: "403" * (operation == "write" and "run/checkpoints/4" in name)
     child = tclip("", *command)
     _, error = child.communicate(timeout=500)
-    assert child.returncode in (1, 2) and bucket.counts["403"]
-    assert error.count("\ntclip train: ") == 1 and "Traceback" not in error
-    last = error.splitlines()[-1]
-    assert last.startswith("tclip train: ") and "storage.objects.create" in last and len(last) < 500, error
+    assert child.returncode == 2 and bucket.counts["403"]
+    # TensorStore prints tracebacks of its own threads beside it.
+    (line,) = re.findall(r"^tclip train: (.*)$", error, re.MULTILINE)
+    unwritten = "error: gs://bucket/run/checkpoints/4: the checkpoint could not be written; step 2 is whole: "
+    assert line.startswith(unwritten) and "storage.objects.create access" in line and len(line) < 450, error
     assert "run/checkpoints/2/commit_success.txt" in bucket.blobs
     assert "run/checkpoints/4/commit_success.txt" not in bucket.blobs
     bucket.fault = lambda operation, name: ""
