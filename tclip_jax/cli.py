@@ -8,6 +8,7 @@ import importlib
 import keyword
 import logging
 import os
+import re
 import select
 import sys
 import traceback

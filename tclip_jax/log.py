@@ -55,7 +55,8 @@ _started: tuple[bool, Form] = (False, "text")
 def start_logging(debug: bool = False, form: Form = "text") -> None:
     """Log to stderr: messages of this package, warnings of other libraries, and errors of absl.
 
-    Orbax and Grain log through absl, and Orbax's tasks through asyncio. A program that has configured logging itself keeps its handlers.
+    Orbax and Grain log through absl, and Orbax's tasks through asyncio. A program that has configured logging itself
+    keeps its handlers.
 
     Args:
       debug: whether to keep the tracebacks of their errors.

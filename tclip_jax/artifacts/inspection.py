@@ -18,7 +18,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.artifacts.safetensors import read_safetensors
 from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.pages import aligned, dotted
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import Quantizer, TernaryTensor
 
 
 def ternary_share(params: Mapping[str, Any], *, token_embedding: bool = True) -> float:
@@ -191,7 +191,9 @@ def inspection_text(inspection: Mapping[str, Any]) -> str:
         ("whole folder", f"{inspection['folder_bytes']:,} B", "with tokenizer and configuration"),
     ]
     without = f"{inspection['ternary_share_without_token_embedding']:.2%} without the token embedding"
+    quantizers = dict.fromkeys(Quantizer(**fields).description for _, fields in inspection["ternary"])
     facts = [
+        ("quantizer", ", ".join(quantizers) or "none", ""),
         ("parameters", f"{inspection['parameters']:,}", ""),
         ("ternary", f"{inspection['ternary_share']:.2%}", without),
         (

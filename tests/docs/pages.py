@@ -11,6 +11,8 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 
+FILE = re.compile(r"# (\w+\.py)\n")  # starts a block that is a file of this name
+
 
 class Block(NamedTuple):
     """A fenced block: `language` is "" for one that names none."""

@@ -6,16 +6,19 @@ This is all that is asked of blocks without a language and of `console`; `bash` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import pathlib
 import re
 
 import pytest
-from pages import PAGES, ROOT, blocks, commands
+from pages import FILE, PAGES, ROOT, blocks, commands
 
 from tclip_jax.cli import COMMANDS, main
 from tclip_jax.recipes import load_recipe, override
+from tclip_jax.registry import PLUGINS
 from tclip_jax.runs.config import run_config
+from tests.plugins import own_registries
 
 CALLS = [
     pytest.param(words, id=f"{block.page}:{block.line}:{' '.join(words)[:50]}")
@@ -26,7 +29,7 @@ CALLS = [
 ]
 # Commands within the text: with an ellipsis or a placeholder they are no whole ones.
 INLINE = re.compile(r"`(tclip [^`…]*|python -m benchmarks\.[^`…]*)`")
-LANGUAGES = {"", "bash", "console", "diff", "json", "mermaid", "python", "yaml"}
+LANGUAGES = {"", "bash", "console", "json", "mermaid", "python", "toml", "yaml"}
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +53,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"tclip_jax.commands.{module_name}.run", seen.append)
     assert main(words[1:]) == 0
     (args,) = seen
-    if getattr(args, "config", None) and not args.config.endswith(".py"):
+    if getattr(args, "config", None):
         config = override(load_recipe(args.config), args.overrides)
         if not config.teacher and not config.data.teacher_cache:
             config.teacher = "any"
@@ -60,8 +63,14 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", CALLS)
-def test_a_command_in_a_block_is_one(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    check(words, monkeypatch)
+def test_a_command_in_a_block_is_one(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if match := FILE.match(block.text):
+                (tmp_path / match[1]).write_text(block.text)
+    monkeypatch.setenv(PLUGINS, "")
+    with own_registries(), contextlib.chdir(tmp_path):
+        check(words, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import PAGES, ROOT, blocks
+from pages import FILE, PAGES, ROOT, blocks
 
 from tclip_jax.runs.config import base_config, run_config
 
@@ -23,7 +23,6 @@ ELSEWHERE = {
 }
 # What a bash block may hold that is not run here: .ci/run reads the README's line and runs it.
 INSTALLS = re.compile(r"^(python3 -m venv|\.venv/bin/|\.ci/run)")
-FILE = re.compile(r"# (\w+\.py)\n")
 PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 BASH = [page for page in PAGES if any(block.language == "bash" for block in blocks(page))]
 
