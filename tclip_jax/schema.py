@@ -215,9 +215,9 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the numbers in a value: itself, or those in nested tuples and mappings."""
+    """Yield the numbers in a value: itself, or those in nested tuples."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, (list, tuple)):
+        for item in value:
             yield from _numbers(item)

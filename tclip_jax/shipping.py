@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import tclip_jax
 from tclip_jax.data.sources.mixture import parse
 from tclip_jax.data.sources.remote import is_remote
+from tclip_jax.evaluation.tasks import named_source
 
 WHEEL = f"tclip_jax-{tclip_jax.__version__}-py3-none-any.whl"
 # scheme of a URL -> extra that brings its reader; extra -> the reader
@@ -84,6 +85,12 @@ def out_of_reach(args: argparse.Namespace, config: Mapping[str, Any], mounted: I
       config: the resolved configuration; empty for a command without --config.
       mounted: folders that the hosts have too, such as mounted disks and buckets.
     """
+    for plugin in args.plugin:
+        if plugin.endswith(".py"):
+            yield (
+                f"--plugin is {plugin!r}: hosts of a cloud do not have {plugin}; put its code into the recipe file,"
+                " which goes along, or install it there as a package"
+            )
     folders = [pathlib.Path(folder).expanduser() for folder in mounted]
     for name, value in _values(args, config):
         key = re.sub(r"^config\.(?:evals\[\d+\]|eval)\.", "eval.", name).removeprefix("config.")
@@ -123,7 +130,10 @@ def _values(args: argparse.Namespace, config: Mapping[str, Any]) -> Iterator[tup
             value = value.get(part) if isinstance(value, Mapping) else None
         named.append((f"config.{key}", value))
     named += [(f"config.evals[{i}].source", each.get("source")) for i, each in enumerate(config.get("evals", ()))]
-    yield from ((name, value) for name, value in named if value)
+    for name, value in named:
+        for each in value if isinstance(value, list) else [value]:  # an option that may be given again
+            if each:
+                yield name, named_source(each)[1] if name == "--data" else each
 
 
 def _files(spec: str) -> list[str]:

@@ -100,6 +100,7 @@ def test_every_key_that_is_a_string_is_known_to_name_files_or_not() -> None:
     no_files = {
         "data.split",
         "data.augment",
+        "quantizer.kind",
         "eval.split",
         "eval.suite",
         "eval.name",

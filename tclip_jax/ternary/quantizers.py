@@ -102,6 +102,7 @@ class Quantizer:
             raise ValueError(f"quantizer.kind is {self.kind!r:.80}: it must be a name")
         options = self.options.items() if isinstance(self.options, Mapping) else self.options
         object.__setattr__(self, "options", tuple(sorted((name, value) for name, value in options)))
+        check_values(Quantizer, {"options": self.options}, "quantizer")  # numbers in pairs are finite
 
     @property
     def rule(self) -> Kind:

@@ -316,7 +316,10 @@ def test_a_mixture_follows_its_weights_and_each_part_has_its_epochs() -> None:
     ("changes", "message"),
     [
         ({"batch_size": 10, "process_count": 4}, "global batch 10 is not divisible by 4 processes"),
-        ({"augment": "rotate"}, "unknown augmentation 'rotate': choose one of none, affine, random_resized_crop"),
+        (
+            {"augment": "rotate"},
+            "the augmentation is 'rotate': it must be one of 'none', 'affine', 'random_resized_crop'",
+        ),
         ({"templates": "no such list"}, "no such list"),
         ({"source": Records()}, "the source has no records"),
     ],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,7 +38,10 @@ REPAIRED = [
     "control\x00\x07 characters\x1b[31m, \ud800 lone surrogate, ＦＵＬＬ ｗｉｄｔｈ",
     "ΟΔΟΣ ΣΑΣ, final sigma",
 ]
-ASSIGNED = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=60)
+# Libraries of another version of Unicode disagree about characters that this one does not assign; ftfy may make some.
+ASSIGNED = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=60).filter(
+    lambda text: all(unicodedata.category(character) != "Cn" for character in ftfy.fix_text(text))
+)
 
 
 @pytest.fixture(scope="module")

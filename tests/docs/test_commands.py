@@ -29,7 +29,7 @@ CALLS = [
 ]
 # Commands within the text: with an ellipsis or a placeholder they are no whole ones.
 INLINE = re.compile(r"`(tclip [^`…]*|python -m benchmarks\.[^`…]*)`")
-LANGUAGES = {"", "bash", "console", "json", "mermaid", "python", "toml", "yaml"}
+LANGUAGES = {"", "bash", "console", "diff", "json", "mermaid", "python", "toml", "yaml"}
 
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

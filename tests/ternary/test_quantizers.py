@@ -221,6 +221,9 @@ def test_halving_sum_equals_numpy_and_is_a_sum(x: np.ndarray) -> None:
         ((2.0, "row"), "'channel'"),
         ((2.0, 256, 9), "must be one of 8, 11, 24"),
         ((2.0, 256, 8, 3), "kind is 3: it must be str"),
+        ((2.0, 256, 8, "a\x1b"), "it must be a name"),
+        ((2.0, 256, 8, "a", {"b": float("nan")}), "options is .*: it must be finite"),
+        ((2.0, 256, 8, "a", {"b": "c"}), "options is .*: it must be"),
     ],
 )
 def test_refuses_impossible_values(arguments: tuple, message: str) -> None:
