@@ -182,7 +182,9 @@ class TrainIterator(Iterator[Batch]):
 
     def _start(self) -> Iterator[Any]:
         share = self._rows[self._samples + self._process_index :: self._process_count]
-        dataset = share.batch(self._batch_size // self._process_count).to_iter_dataset(self._options)
+        # The order is endless, so it has no remainder; to count batches with one, Grain overflows at one row a batch.
+        rows = self._batch_size // self._process_count
+        dataset = share.batch(rows, drop_remainder=True).to_iter_dataset(self._options)
         if self._workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start otherwise

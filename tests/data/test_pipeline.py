@@ -160,6 +160,12 @@ def test_every_state_continues_exactly() -> None:
     grain.experimental.assert_equal_output_after_checkpoint(Batches())
 
 
+@pytest.mark.parametrize("records", [6, 72])
+def test_a_batch_may_have_one_row(records: int) -> None:
+    one = take(iterate(labelled(records), batch_size=1), 8)
+    assert shades(one) == shades(take(iterate(labelled(records), batch_size=4), 2))
+
+
 def test_the_global_order_does_not_depend_on_processes_and_batch_size() -> None:
     source = open_source("digits", "train")
     whole = take(iterate(source, augment="affine", batch_size=8), 6)
