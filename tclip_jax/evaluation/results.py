@@ -87,7 +87,7 @@ def read_result(path: epath.PathLike) -> Result:
     """
     path = epath.Path(path)
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(), parse_constant=lambda _: None)  # CLIP_benchmark writes NaN, we write null
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     known = [field.name for field in dataclasses.fields(Result)]
