@@ -14,7 +14,7 @@ from PIL import Image
 
 from tclip_jax.data.sources import FAULTS
 from tclip_jax.data.tokenizer import EOT, Tokenizer
-from tclip_jax.pages import data_uri, page, paragraph, sample_name, table
+from tclip_jax.pages import blank, data_uri, page, paragraph, properties, sample_name
 
 _SMALL = 64  # longer side in pixels; smaller images are enlarged without interpolation
 
@@ -58,7 +58,7 @@ def contact_sheet(
     note = paragraph(
         "Input of the model: pixels after augmentation, captions after tokenization. A bad sample is masked.", "note"
     )
-    return page(title, f'{note}{table(rows, header=False)}<div class="cards">{cards}</div>')
+    return page(title, f'{note}{properties(rows)}<div class="cards">{cards}</div>')
 
 
 def _card(pixels: npt.NDArray[np.uint8], caption: str, name: str) -> str:
@@ -71,8 +71,7 @@ def _card(pixels: npt.NDArray[np.uint8], caption: str, name: str) -> str:
 
 
 def _bad_card(kind: str, reason: str, name: str) -> str:
-    words = f'<span class="bad">bad: {kind}<br>{html.escape(reason)}</span>'
-    return f"<figure>{words}<figcaption>{sample_name(name)}</figcaption></figure>"
+    return f"<figure>{blank(f'bad: {kind}: {reason}')}<figcaption>{sample_name(name)}</figcaption></figure>"
 
 
 def _numbers(values: Sequence[float]) -> str:

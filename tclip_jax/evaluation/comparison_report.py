@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tclip_jax.evaluation.page import cards
 from tclip_jax.evaluation.results import read_predictions
 from tclip_jax.evaluation.suite import DATASETS
 from tclip_jax.evaluation.tasks import SPLIT, check_content
-from tclip_jax.pages import aligned, details, fit_rows, heading, page, paragraph, plot, table
+from tclip_jax.pages import aligned, details, heading, page, paragraph, plot, properties, row_axes, table
 
 _HEADINGS = ("dataset", "metric", "images", "A %", "B %", "B − A", "95 % interval", "", "lost", "gained", "p")
 _SHORT = {
@@ -120,20 +120,20 @@ def to_html(comparison: Comparison, pictures: Mapping[str, Pictures] = MappingPr
     color = ("good" if comparison.mean.delta > 0 else "bad") if comparison.mean.clear else ""
     parts = [paragraph(line, f"verdict {color}") for line in verdict(comparison)]
     sides = [["A", comparison.a, comparison.models[0]], ["B", comparison.b, comparison.models[1]]]
-    parts += [table(sides, header=False), *(paragraph(line, "note") for line in _notes(comparison))]
+    parts += [properties(sides), *(paragraph(line, "note") for line in _notes(comparison))]
     flips = {f"set-{i}": (row, row.flips) for i, row in enumerate(comparison.rows) if row.flips}
     if comparison.rows:
         parts += [plot(plot_deltas(comparison), "B − A with its 95 % interval, by data set")]
         marked = [False, *(_worse(row.deltas[row.metric]) for row in comparison.rows)]
         links = {row.name: anchor for anchor, (row, _) in flips.items()}
-        parts += [heading("Data sets"), table(_table(comparison), marked=marked, links=links)]
+        parts += [heading("Data sets"), table(_table(comparison), text=2, marked=marked, links=links)]
     if flips:
         parts.append(heading("Changed images"))
         if any(row.name not in pictures and (each.lost or each.gained) for row, each in flips.values()):
             parts.append(paragraph("--data DIR, the folder of the exports, adds the images of a suite.", "note"))
         parts += [_changed(row.name, each, pictures, anchor) for anchor, (row, each) in flips.items()]
     if comparison.rows:
-        parts += [heading("All metrics"), table(_metrics(comparison))]
+        parts += [heading("All metrics"), table(_metrics(comparison), text=2)]
     parts.append(
         paragraph(
             f"Intervals: paired bootstrap over images, {comparison.resamples:,} resamples, seed {comparison.seed}. "
@@ -152,9 +152,7 @@ def plot_deltas(comparison: Comparison) -> Figure:
     above = 1.5 if len(rows) > 1 else 0.0
     lines = [(above + len(rows) - 1 - i, row.name, row.deltas[row.metric], "o") for i, row in enumerate(rows)]
     lines += [(0.0, "mean", comparison.mean, "D")] if above else []
-    figure = Figure(layout="constrained", dpi=110)
-    axes = figure.subplots()
-    fit_rows(axes, above + len(rows))
+    axes = row_axes(above + len(rows))
     for y, _, each, marker in lines:
         color = ("#2a7d3f" if each.delta > 0 else "#c0392b") if each.clear else "#777777"
         if not math.isnan(each.low):
@@ -163,9 +161,9 @@ def plot_deltas(comparison: Comparison) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks([y for y, *_ in lines], [name for _, name, *_ in lines])
     axes.margins(x=0.1)
-    axes.set(xlabel="B − A, points (95 % interval)")
+    axes.set_xlabel("B − A, points (95 % interval)", loc="right")
     axes.grid(axis="x", alpha=0.3)
-    return figure
+    return axes.figure
 
 
 def _worse(delta: Delta) -> bool:
@@ -206,6 +204,9 @@ def _short(metric: str) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
+    def named(names: Sequence[str]) -> str:
+        return f"all {len(names)} data sets" if 1 < len(names) == len(comparison.rows) else ", ".join(names)
+
     lines = [f"not compared: {name}: {reason}" for name, reason in comparison.refused.items()]
     lines += [
         f"{row.name}: compared on {row.images:,} images; left out {row.only_a:,} only in A, {row.only_b:,} only in B"
@@ -214,17 +215,20 @@ def _notes(comparison: Comparison) -> list[str]:
     ]
     unchecked = [row.name for row in comparison.rows if not row.checked]
     if unchecked:
-        lines.append(f"a result does not record what made it, so data and templates may differ: {', '.join(unchecked)}")
+        lines.append(f"a result does not record what made it, so data and templates may differ: {named(unchecked)}")
     without = [row.name for row in comparison.rows if not row.images]
-    return [*lines, f"no predictions, so no intervals: {', '.join(without)}"] if without else lines
+    return [*lines, f"no predictions, so no intervals: {named(without)}"] if without else lines
 
 
 def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures], anchor: str) -> str:
     shown = pictures.get(name, Pictures((), (), ""))
     title = f"{name}: {len(flips.lost):,} lost, {len(flips.gained):,} gained"
     parts = [paragraph(f"no images: {shown.error}", "note")] if shown.error else []
-    for kind, images in (("lost", shown.lost), ("gained", shown.gained)):
-        parts += [paragraph(kind), cards(images)] if images else []
+    for keys, images, kind in (
+        (flips.lost, shown.lost, "lost: correct in A, wrong in B"),
+        (flips.gained, shown.gained, "gained: wrong in A, correct in B"),
+    ):
+        parts += [paragraph(f"{len(images)} of {len(keys):,} {kind}"), cards(images)] if images else []
     if flips.lost or flips.gained:
         parts.append(details("names of the changed images", _keys(flips), is_open=not (shown.lost or shown.gained)))
     return details(title, "".join(parts), anchor=anchor)
@@ -239,4 +243,4 @@ def _keys(flips: Flips) -> str:
         f"and {len(keys) - _MAX_KEYS:,} more" if len(keys) > _MAX_KEYS else "" for keys in (flips.lost, flips.gained)
     ]
     rows += [more] if any(more) else []
-    return table(rows)
+    return table(rows, text=2)

@@ -14,7 +14,8 @@ from tclip_jax.data.sources import BadSample, Record, Source
 from tclip_jax.evaluation.metrics import average_precision
 from tclip_jax.evaluation.results import Predictions
 
-_SIDE = 136  # pixels of a thumbnail: its width on the page
+_SIDE = 272  # pixels of a thumbnail: twice its width on the page, for fine screens
+_SMALL = 64  # smaller images are shown with visible pixels
 _MAX_CHARACTERS = 120
 
 
@@ -23,16 +24,16 @@ class Example(NamedTuple):
 
     Attributes:
       thumbnail: JPEG file.
-      small: whether the image is less than half the size at which the page shows it.
+      small: whether the image is so small that the page shows its pixels.
       truth: the class or classes of the image, or one of its captions.
-      predicted: description of the prediction.
+      predicted: the prediction in words, or those of both models.
       name: name of the sample.
     """
 
     thumbnail: bytes
     small: bool
     truth: str
-    predicted: str
+    predicted: tuple[str, ...]
     name: str
 
 
@@ -72,7 +73,7 @@ def changed(first: Predictions, second: Predictions, keys: Sequence[str], source
         if record := _record(first, row_a, source):
             truth, a = _describe(first, row_a, record, source.classnames)
             _, b = _describe(second, row_b, record, source.classnames)
-            shown.append(_example(record, truth, f"A: {a}; B: {b}"))
+            shown.append(_example(record, truth, a, b))
     return [each for each in shown if each]
 
 
@@ -98,16 +99,17 @@ def _record(predictions: Predictions, row: int, source: Source) -> Record | None
     return record
 
 
-def _example(record: Record, truth: str, predicted: str) -> Example | None:
+def _example(record: Record, truth: str, *predicted: str) -> Example | None:
     try:
         picture = to_pil(record.image).convert("RGB")
     except ValueError:
         return None
-    small = max(picture.size) < _SIDE // 2
+    small = max(picture.size) < _SMALL
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return Example(buffer.getvalue(), small, truth[:_MAX_CHARACTERS], predicted[:_MAX_CHARACTERS], record.name)
+    picture.save(buffer, "JPEG", quality=80)
+    truth, *rest = (text[:_MAX_CHARACTERS] for text in (truth, *predicted))
+    return Example(buffer.getvalue(), small, truth, tuple(rest), record.name)
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:

@@ -20,11 +20,12 @@ from tclip_jax.pages import (
     aligned,
     data_uri,
     details,
-    fit_rows,
     heading,
     page,
     paragraph,
     plot,
+    properties,
+    row_axes,
     sample_name,
     table,
 )
@@ -135,14 +136,15 @@ def plot_metrics(results: Sequence[Result]) -> Figure:
     """Plot the main metric of each data set in per cent, the best one on top."""
     bars = {result.dataset: 100 * _main(result)[1] for result in results if not math.isnan(_main(result)[1])}
     names = sorted(bars, key=lambda name: bars[name])
-    figure = Figure(layout="constrained", dpi=110)
-    axes = figure.subplots()
-    fit_rows(axes, len(names))
+    axes = row_axes(len(names))
     container = axes.barh(names, [bars[name] for name in names], color="#3b6fb6")
     axes.bar_label(container, fmt="%.1f", padding=3, fontsize=8)
-    axes.set(xlim=(0, 108), xlabel="%: acc1; mAP if multi-label; image recall@5 for retrieval")
+    metrics = dict.fromkeys(_main(result)[0] for result in results)
+    axes.set_xlim(0, 108)
+    axes.set_xlabel(f"{', '.join(_COLUMNS.get(metric, metric) for metric in metrics)} in %", loc="right")
     axes.grid(axis="x", alpha=0.3)
-    return figure
+    axes.set_axisbelow(True)
+    return axes.figure
 
 
 def _main(result: Result) -> tuple[str, float]:
@@ -156,7 +158,7 @@ def _facts(results: Sequence[Result]) -> str:
     seconds = sum(result.seconds for result in results)
     rows = [["weights", first.pretrained], ["dtype", first.dtype], ["images", f"{sum(r.samples for r in results):,}"]]
     rows += [["seconds", f"{seconds:,.1f}"], *([name, str(value)] for name, value in first.versions.items())]
-    return table(rows, header=False)
+    return properties(rows)
 
 
 def _section(result: Result, out: epath.PathLike, task: Task, limit: int) -> tuple[str, str]:
@@ -180,21 +182,23 @@ def _classes(predictions: Predictions, classnames: Sequence[str], limit: int) ->
     weakest = [
         [name, f"{100 * value:.1f}", f"{count:,}"]
         for name, value, count in weakest_classes(predictions, classnames, limit)
+        if value < 1
     ]
-    tables = [table([["weakest classes", measure, "images"], *weakest])]
+    tables = [table([["weakest classes", measure, "images"], *weakest])] if weakest else []
     if "top" in predictions:
         pairs = [
             [truth, predicted, f"{count:,}"] for truth, predicted, count in confusions(predictions, classnames, limit)
         ]
-        tables.append(table([["confusions: true class", "predicted", "images"], *pairs]))
-    return f'<div class="cards">{"".join(tables)}</div>'
+        tables += [table([["confusions: true class", "predicted", "images"], *pairs], text=2)] if pairs else []
+    return f'<div class="beside">{"".join(tables)}</div>'
 
 
 def _card(example: Example) -> str:
     kind = ' class="small"' if example.small else ""
+    lines = [] if example.truth in example.predicted else [("good", example.truth)]
+    sides = ["A: ", "B: "] if len(example.predicted) > 1 else [""]
+    for side, predicted in zip(sides, example.predicted, strict=True):
+        lines.append(("good" if predicted == example.truth else "bad", f"{side}{predicted}"))
+    caption = "".join(f'<span class="{color}">{html.escape(line)}</span><br>' for color, line in lines)
     picture = f'<img{kind} alt="" src="{data_uri(example.thumbnail, "jpeg")}">'
-    truth, predicted = html.escape(example.truth), html.escape(example.predicted)
-    caption = (
-        f'<span class="good">{truth}</span><br><span class="bad">{predicted}</span><br>{sample_name(example.name)}'
-    )
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{caption}{sample_name(example.name)}</figcaption></figure>"

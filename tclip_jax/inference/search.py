@@ -19,7 +19,7 @@ from tclip_jax.data.images import decode
 from tclip_jax.inference.embed import Store, chunked, embed_images, embeddings_mark, write_npy_header
 from tclip_jax.inference.inputs import Failure, find_images, image_items
 from tclip_jax.inference.model import Embeddings, Model
-from tclip_jax.pages import data_uri, page, paragraph, printable
+from tclip_jax.pages import blank, data_uri, page, paragraph, printable
 from tclip_jax.storage import atomic_folder, is_local
 
 _MANIFEST, _EMBEDDINGS = "index.json", "embeddings.npy"
@@ -244,7 +244,7 @@ def _thumbnail(path: epath.Path) -> str:
     try:
         image = ImageOps.exif_transpose(decode(path.read_bytes()))
     except (OSError, ValueError):
-        return paragraph("no longer readable", "note")
+        return blank("no longer readable")
     opaque = image.mode in ("RGB", "L", "CMYK", "YCbCr") and "transparency" not in image.info
     small = ' class="small"' if max(image.size) < _PIXELATED else ""
     image = image.convert("RGB" if opaque else "RGBA")

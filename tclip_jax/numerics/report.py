@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tclip_jax.numerics.configurations import in_words
-from tclip_jax.pages import aligned, heading, page, paragraph, plot, table
+from tclip_jax.pages import aligned, heading, page, paragraph, plot, plot_axes, properties, table
 
 
 class Row(Protocol):
@@ -138,7 +138,7 @@ def cells(row: Row, rows: Sequence[Row], budget: float) -> list[str]:
 def to_html(report: Report) -> str:
     """Return one HTML page: result, facts, plots of the errors and of the ULP histogram, and all tables."""
     verdict = [paragraph(line, f"verdict {'good' if report.passed else 'bad'}") for line in verdict_lines(report)]
-    facts = table([[name, str(value)] for name, value in report.facts.items()], header=False)
+    facts = properties([[name, str(value)] for name, value in report.facts.items()])
     plots, tables = [], []
     if report.tables:
         plots = [plot(plot_errors(report), "error of every row"), plot(plot_ulp(report), "histogram of ULP distances")]
@@ -150,26 +150,24 @@ def to_html(report: Report) -> str:
 
 def plot_errors(report: Report) -> Figure:
     """Plot the error of every row on a logarithmic axis, a line for each table, and the budget."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained", dpi=110)
-    axes = figure.subplots()
+    axes = plot_axes(12, 4.5)
     for name, rows in report.tables.items():
         values = np.array([getattr(row, "relative", row.max_abs) for row in rows])
         (drawn,) = np.nonzero(values)
         axes.plot(drawn, values[drawn], marker="o", markersize=3, linewidth=0.5, label=name)
-        step = max(len(rows) // 40, 1)
+        step = max(math.ceil(len(rows) / 40), 1)
         axes.set_xticks(range(0, len(rows), step), [row.name for row in rows[::step]], rotation=90, fontsize=7)
     if report.budget:
         axes.axhline(report.budget, color="#c0392b", linestyle="--", linewidth=1, label=f"budget {report.budget:g}")
     axes.set(yscale="log", ylabel="relative error")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return figure
+    return axes.figure
 
 
 def plot_ulp(report: Report) -> Figure:
     """Plot a histogram of ULP distances, in bins of powers of two, as shares of all elements."""
-    figure = Figure(figsize=(12, 3), layout="constrained", dpi=110)
-    axes = figure.subplots()
+    axes = plot_axes(12, 3)
     for name, rows in report.tables.items():
         counts = [row.ulp_counts for row in rows if hasattr(row, "ulp_counts")]
         if counts:
@@ -178,4 +176,4 @@ def plot_ulp(report: Report) -> Figure:
             axes.legend(frameon=False)
     axes.set(title="ULP distance", xlabel="0, 1, 2–3, 4–7, …: below 2ⁿ", ylabel="share of elements")
     axes.grid(alpha=0.3)
-    return figure
+    return axes.figure

@@ -31,11 +31,10 @@ def test_the_page_shows_pixels_and_captions() -> None:
     for shown, expected in zip(pictures(page), image[:2], strict=True):
         np.testing.assert_array_equal(shown, expected)
     assert "a &lt; b &gt; dog" in page and "<b>dog" not in page and "&lt;title&gt;" in page
-    assert "8 tokens" in page and "<td>seed</td><td>3</td>" in page
-    assert "bad: corrupt_image<br>not a &lt;usable&gt; image" in page
-    assert 'title="/data/pets/a.png">…/pets/a.png<' in page and ">b.png<" in page and "…/data/c&lt;b&gt;.png<" in page
-    assert "<td>bad</td><td>1</td>" in page and "<td>bad: corrupt_image</td><td>1</td>" in page
-    assert "captions that fill all 8 tokens</td><td>100.0%" in page
+    assert "8 tokens" in page and "bad: corrupt_image: not a &lt;usable&gt; image" in page
+    text = Page(page).text
+    assert 'title="/data/pets/a.png"' in page and "…/pets/a.png" in text and "…/data/c<b>.png" in text
+    assert "seed3samples3bad1bad: corrupt_image1" in text and "captions that fill all 8 tokens100.0%" in text
 
 
 def test_the_command_shows_the_first_samples_of_the_run(
@@ -63,7 +62,7 @@ def test_a_bad_sample_is_shown_with_its_name_and_reason(
     printed = capsys.readouterr()
     assert "11 samples of wds:" in printed.out and "4 of them bad" in printed.out
     page = Page(sheet.read_text())
-    kinds = [word.removeprefix("bad: ") for word in page.words if word.startswith("bad: ")]
+    kinds = [word.split(": ")[1] for word in page.words if word.startswith("bad: ") and word.count(": ") > 1]
     assert {*kinds} == {"corrupt_image", "no_caption", "broken_shard", "empty_shard"} and len(page.pictures()) == 7
     names = {attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes}
     listed = [line.split(": ")[0].removeprefix("WARNING ") for line in printed.err.splitlines() if "is masked" in line]

@@ -312,8 +312,7 @@ def test_the_page_is_escaped_and_loads_nothing(folders: tuple[pathlib.Path, path
         keys = read_predictions(folder, "mnist")["keys"]
         predictions_of(folder, "mnist", keys=np.char.add("<b>", keys))
     page = Page(to_html(compare_results(*folders, resamples=200)))
-    (plot,) = page.pictures()
-    assert plot.format == "PNG"
+    assert [picture.format for picture in page.pictures()] == ["PNG", "PNG"]
     assert "<b>s0000" in page.words or "<b>s0001" in page.words or "<b>s0002" in page.words
 
 

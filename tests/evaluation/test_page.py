@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
+import re
 import types
 from typing import Any
 
@@ -17,7 +18,7 @@ from tclip_jax.data.sources.webdataset import Webdataset
 from tclip_jax.evaluation.comparison import compare_results
 from tclip_jax.evaluation.comparison_report import flipped
 from tclip_jax.evaluation.mistakes import changed, confusions, examples, weakest_classes
-from tclip_jax.evaluation.page import plot_metrics, to_html
+from tclip_jax.evaluation.page import cards, plot_metrics, to_html
 from tclip_jax.evaluation.results import Result, read_predictions
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task, suite_tasks
@@ -48,8 +49,8 @@ def test_the_page_shows_the_results_and_loads_nothing(evaluated: Any) -> None:
     assert any(word.startswith("FAILED   cars: ") for word in page.words)
     assert any(word.startswith("<b>caption</b>") for word in page.words)
     kinds = [address.partition(",")[0] for address in page.addresses]
-    assert kinds[0] == "data:image/png;base64" and set(kinds[1:]) == {"data:image/jpeg;base64"}
-    assert 3 <= len(kinds[1:]) <= 12
+    assert set(kinds[:2]) == {"data:image/png;base64"} and set(kinds[2:]) == {"data:image/jpeg;base64"}
+    assert 3 <= len(kinds[2:]) <= 12
     assert len(page.pictures()) == len(kinds)
 
 
@@ -81,6 +82,7 @@ def test_the_plot_shows_every_main_metric() -> None:
     ]
     (axes,) = plot_metrics(results).axes
     assert [bar.get_width() for bar in axes.patches] == [25, 50, 75]
+    assert axes.get_xlabel() == "acc1, mAP, mean_accuracy in %"
     assert_within_the_frame(axes)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "d", "b"]
 
@@ -111,7 +113,7 @@ def test_mistakes_are_open_and_the_table_leads_to_them(evaluated: Any) -> None:
     names = [attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes]
     _, out, _ = evaluated
     assert set(names) <= {key for name in ("mnist", "flickr8k", "voc2007_multilabel") for key in keys(out, name)}
-    assert any(word == f"…/{'/'.join(names[0].split('/')[-2:])}" for word in page.words)
+    assert f"…/{'/'.join(names[0].split('/')[-2:])}" in page.text
 
 
 def keys(out: pathlib.Path, name: str) -> set[str]:
@@ -145,7 +147,7 @@ PREDICTIONS = {
 def test_mistakes_are_read_by_their_index_in_the_source() -> None:
     shown = examples(PREDICTIONS, Pictures(10), 10)
     # The image of row 1 is unreadable.
-    assert [(each.truth, each.predicted) for each in shown] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
+    assert [(each.truth, *each.predicted) for each in shown] == [("dog", "cow"), ("cat", "dog"), ("dog", "cow")]
     shades = []
     for each in shown:
         with Image.open(io.BytesIO(each.thumbnail)) as picture:
@@ -176,8 +178,17 @@ def test_multi_label_mistakes() -> None:
         "scores": np.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]),
     }
     shown = examples(predictions, Pictures(4), 5)
-    assert [(each.truth, each.predicted) for each in shown] == [("dog", "cat"), ("none", "cow")]
+    assert [(each.truth, *each.predicted) for each in shown] == [("dog", "cat"), ("none", "cow")]
     assert weakest_classes(predictions, Pictures.classnames, 9) == [("cat", 0.5, 1), ("dog", 1.0, 2)]
+
+
+def test_the_page_names_no_class_without_a_mistake(evaluated: Any) -> None:
+    report, out, tasks = evaluated
+    predictions = read_predictions(out, "mnist")
+    right = {NAMES[i] for i in range(10) if (predictions["top"][predictions["labels"] == i, 0] == i).all()}
+    cells = re.findall("<tr><td[^>]*>([^<]*)</td><td>([0-9.]+)</td>", to_html(report, out, tasks[:1]))
+    weakest = {name for name, value in cells if name.startswith("digit")}
+    assert weakest and not weakest & right and "100.0" not in dict(cells).values()
 
 
 def test_no_mistakes_and_no_results(evaluated: Any, tmp_path: pathlib.Path) -> None:
@@ -198,7 +209,7 @@ def test_retrieval_shows_the_worst_ranks(evaluated: Any) -> None:
     _, out, tasks = evaluated
     predictions = read_predictions(out, "flickr8k")
     shown = examples(predictions, tasks[2].open()[1], 3)
-    ranks = [int(each.predicted.split()[4].replace(",", "")) for each in shown]
+    ranks = [int(each.predicted[0].split()[4].replace(",", "")) for each in shown]
     assert ranks == [1 + rank for rank in sorted(predictions["text_rank"], reverse=True)[:3]]
 
 
@@ -215,13 +226,21 @@ def test_the_page_of_a_comparison_shows_changed_images(
     bare = Page((tmp_path / "bare.html").read_text())
     assert main([*arguments, str(tmp_path / "full.html"), "--data", str(tmp_path / "exports")]) == 1
     full = Page((tmp_path / "full.html").read_text())
-    assert len(bare.addresses) == 1 < len(full.addresses) <= 15
-    answers = [word for word in full.words if word.startswith("A: ") and "; B: " in word]
-    assert len(answers) == len(full.addresses) - 1
+    assert len(bare.addresses) == 2 < len(full.addresses) <= 16
+    for side in ("A: ", "B: "):
+        assert sum(word.startswith(side) for word in full.words) == len(full.addresses) - 2
+    assert "4 of 4 lost: correct in A, wrong in B" in full.words
     exports.write(tmp_path / "exports" / "wds_mnist", [0], NAMES, shards=1)
     assert main([*arguments, str(tmp_path / "gone.html"), "--data", str(tmp_path / "exports")]) == 1
     words = Page((tmp_path / "gone.html").read_text()).words
     assert any(word.endswith("wds_mnist: the data has changed since the evaluation") for word in words)
+
+
+def colored(html: str) -> list[tuple[str | None, str]]:
+    """Return (class, text) of the lines below the images, without the names."""
+    page = Page(html)
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
+    return [each for each in zip(kinds, page.words, strict=True) if each[0] != "note"]
 
 
 def test_a_changed_image_has_both_predictions() -> None:
@@ -231,11 +250,20 @@ def test_a_changed_image_has_both_predictions() -> None:
     second = {name: array[::-1] for name, array in first.items()}
     second["top"] = np.array([[0], [2], [2], [1]])  # of 7, 5, 3, 0
     shown = changed(first, second, ["0", "3", "7"], Pictures(10), 7)
-    assert [(each.truth, each.predicted) for each in shown] == [
-        ("cat", "A: cat; B: dog"),
-        ("dog", "A: dog; B: cow"),
-        ("cat", "A: cow; B: cat"),
+    assert [(each.truth, *each.predicted) for each in shown] == [
+        ("cat", "cat", "dog"),
+        ("dog", "dog", "cow"),
+        ("cat", "cow", "cat"),
     ]
+    # The truth is not repeated where one of the predictions is right.
+    lines = [*zip(*[iter(colored(cards(shown)))] * 2, strict=True)]
+    assert lines == [
+        (("good", "A: cat"), ("bad", "B: dog")),
+        (("good", "A: dog"), ("bad", "B: cow")),
+        (("bad", "A: cow"), ("good", "B: cat")),
+    ]
+    wrong = examples(PREDICTIONS, Pictures(10), 10)[:1]
+    assert colored(cards(wrong)) == [("good", "dog"), ("bad", "cow")]
     with pytest.raises(ValueError, match=r"^image 7 is missing, not 7$"):
         changed(first, second, ["7"], Pictures(5), 7)
     second["top"] = np.array([[0], [3], [2], [1]])

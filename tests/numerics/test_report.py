@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 
 import numpy as np
 import pytest
 
-from tclip_jax.numerics.report import Report, to_html, to_json, to_text
+from tclip_jax.numerics.report import Report, plot_errors, to_html, to_json, to_text
 from tclip_jax.numerics.weights import measure
+from tests.pages import Page
 
 ONE = np.ones(1000, np.float32)
 
@@ -68,28 +68,10 @@ def test_json_is_strict_and_whole(report: Report) -> None:
     assert document["first"] == {"image": "image/far"}
 
 
-class Checker(html.parser.HTMLParser):
-    """Collect every URL that a browser would load, and the text of cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("link", "script", "iframe")
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 def test_the_page_loads_nothing(report: Report) -> None:
     page = to_html(report)
-    checker = Checker()
-    checker.feed(page)
-    assert len(checker.addresses) == 2
-    assert all(address.startswith("data:image/png;base64,iVBOR") for address in checker.addresses)
+    parsed = Page(page)
+    assert [picture.format for picture in parsed.pictures()] == 4 * ["PNG"]
     assert "://" not in page and "url(" not in page and "@import" not in page
     assert {
         "A & B",
@@ -98,10 +80,18 @@ def test_the_page_loads_nothing(report: Report) -> None:
         "  guess: a typo",
         "text/<broken>",
         "image/far",
-    } <= set(checker.words)
+    } <= set(parsed.words)
     assert page.count('class="over"') == 3
 
 
 def test_a_page_of_identical_models_has_its_plots() -> None:
     same = Report("same", {}, {"isolated": [measure("a", ONE, ONE)]}, 1e-5, ("none",), True)
-    assert to_html(same).count("data:image/png") == 2
+    assert to_html(same).count("data:image/png") == 4
+
+
+@pytest.mark.parametrize("count", [1, 40, 41, 150])
+def test_a_plot_names_at_most_forty_rows(count: int) -> None:
+    rows = [measure(f"tensor {i}", ONE, 2 * ONE) for i in range(count)]
+    (axes,) = plot_errors(Report("many", {}, {"weights": rows}, 0, (), False)).axes
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert 0 < len(names) <= 40 and names[0] == "tensor 0"
