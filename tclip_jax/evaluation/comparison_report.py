@@ -229,8 +229,10 @@ def _changed(name: str, flips: Flips, pictures: Mapping[str, Pictures], anchor: 
         (flips.gained, shown.gained, "gained: wrong in A, correct in B"),
     ):
         parts += [paragraph(f"{len(images)} of {len(keys):,} {kind}"), cards(images)] if images else []
-    if flips.lost or flips.gained:
-        parts.append(details("names of the changed images", _keys(flips), is_open=not (shown.lost or shown.gained)))
+    if shown.lost or shown.gained:
+        parts.append(details("names of the changed images", _keys(flips), is_open=False))
+    elif flips.lost or flips.gained:
+        parts.append(_keys(flips))
     return details(title, "".join(parts), anchor=anchor)
 
 

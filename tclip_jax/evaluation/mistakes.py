@@ -108,8 +108,12 @@ def _example(record: Record, truth: str, *predicted: str) -> Example | None:
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
-    truth, *rest = (text[:_MAX_CHARACTERS] for text in (truth, *predicted))
+    truth, *rest = map(_shortened, (truth, *predicted))
     return Example(buffer.getvalue(), small, truth, tuple(rest), record.name)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"
 
 
 def confusions(predictions: Predictions, classnames: Sequence[str], limit: int) -> list[tuple[str, str, int]]:

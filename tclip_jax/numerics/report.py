@@ -167,7 +167,7 @@ def plot_errors(report: Report) -> Figure:
 
 def plot_ulp(report: Report) -> Figure:
     """Plot a histogram of ULP distances, in bins of powers of two, as shares of all elements."""
-    axes = plot_axes(12, 3)
+    axes = plot_axes(8, 3)
     for name, rows in report.tables.items():
         counts = [row.ulp_counts for row in rows if hasattr(row, "ulp_counts")]
         if counts:

@@ -217,6 +217,7 @@ def _figure(points: Sequence[Point]) -> Any:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    speed.xaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*memory.get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 

@@ -353,7 +353,8 @@ def test_the_page_is_open_and_its_table_leads_to_the_images(folders: tuple[pathl
     anchors = [attributes.get("id") for tag, attributes in page.tags if tag == "details" and "id" in attributes]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(anchors) == 3 and links == [f"#{anchor}" for anchor in anchors]
-    assert all("open" in attributes for tag, attributes in page.tags if tag == "details")
+    sections = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert len(sections) == 3 and all("open" in attributes for attributes in sections)
     assert any(word.startswith("--data DIR, the folder of the exports, adds the images") for word in page.words)
 
 

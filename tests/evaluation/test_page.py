@@ -161,6 +161,13 @@ def test_mistakes_are_read_by_their_index_in_the_source() -> None:
         examples(lost | {"keys": np.array(["4", "6"])}, Pictures(10), 5)
 
 
+def test_a_long_caption_ends_in_an_ellipsis(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("cat", "d" * 120, "c" * 121)
+    monkeypatch.setattr(Pictures, "classnames", names)
+    (shown, *_) = examples(PREDICTIONS, Pictures(10), 10)
+    assert (shown.truth, *shown.predicted) == (names[1], "c" * 119 + "…")
+
+
 def test_confusions_and_weakest_classes() -> None:
     assert confusions(PREDICTIONS, Pictures.classnames, 2) == [("dog", "cow", 2), ("cat", "dog", 1)]
     assert weakest_classes(PREDICTIONS, (*Pictures.classnames, "absent"), 9) == [
