@@ -26,8 +26,8 @@ _PARTS = {
     "parameters and average": (("parameters", "average"), "#2f5d8a"),
     "optimizer": (("optimizer",), "#6fa3d4"),
     "teacher": (("teacher",), "#8a6bb1"),
-    "activations, gradients, gathered weights": (("temporaries",), "#e0a030"),
-    "batch, program, padding, metrics": (("batch", "program", "padding", "outputs"), "#9a9a9a"),
+    "activations, gradients": (("temporaries",), "#e0a030"),
+    "batch, program, rest": (("batch", "program", "padding", "outputs"), "#9a9a9a"),
 }
 
 _logger = logging.getLogger(__name__)
@@ -193,12 +193,12 @@ def write_sweep(folder: epath.PathLike, points: Sequence[Point]) -> None:
 
 
 def _figure(points: Sequence[Point]) -> Any:
-    """Draw a row for each point: its memory by content beside the memory of a device, and its range of images/s."""
+    """Draw a row for each point: its memory by content and that of a device, and below its range of images/s."""
     from matplotlib.figure import Figure
 
     plans = [(i, point, point.plan) for i, point in enumerate(points, 1) if point.plan]
-    figure = Figure(figsize=(12, 1.8 + 0.34 * len(plans)), layout="constrained", dpi=110)
-    memory, speed = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(8, 2.8 + 0.5 * len(plans)), layout="constrained", dpi=110)
+    memory, speed = figure.subplots(2, 1)
     rows, limit = range(len(plans)), plans[0][2].device_memory / _GIB
     start = [0.0] * len(plans)
     for label, (fields, color) in _PARTS.items():
@@ -207,18 +207,20 @@ def _figure(points: Sequence[Point]) -> Any:
         start = [left + size for left, size in zip(start, sizes, strict=True)]
     memory.axvline(limit, color="#c0392b", linestyle="--", label=f"memory of a device, {limit:.1f} GiB")
     memory.set(xlabel="memory per device, GiB", xlim=(0, 1.05 * max(limit, *start)))
-    memory.set_yticks(rows, [f"{i}: {point.name}" for i, point, _ in plans], fontsize=8)
-    memory.invert_yaxis()
     for row, (_, _, plan) in enumerate(plans):
         ends = plan.estimate.slow.images_per_second, plan.estimate.fast.images_per_second
         speed.plot(ends, (row, row), "|-", color="#3b6fb6" if plan.fits else "#c0392b", linewidth=4, markersize=11)
-    speed.set(xlabel="images/s of all devices, slow to fast end (red: does not fit)", xlim=(0, None))
+    speed.set(xlabel="images/s, slow to fast end (red: does not fit)", xlim=(0, None), ylim=memory.get_ylim())
     for axes in (memory, speed):
+        axes.set_yticks(rows, [str(i) for i, _, _ in plans])  # as in the table
+        axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     speed.xaxis.set_major_formatter("{x:,.0f}")
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8, frameon=False)
+    speed.locator_params(axis="x", nbins=4)
+    legend = {"ncols": 2, "fontsize": 7, "handlelength": 1.2, "columnspacing": 1, "frameon": False}
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside upper left", **legend)
     return figure
 
 
