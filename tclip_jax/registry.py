@@ -16,6 +16,7 @@ import inspect
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -114,7 +115,10 @@ def load_installed() -> None:
                 f" mend or uninstall {package}"
             ) from error
     for plugin in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
-        load_plugin(plugin)
+        try:
+            load_plugin(plugin)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{plugin}, which {PLUGINS} names: no such file") from None
 
 
 def load_plugin(plugin: str) -> None:
@@ -133,10 +137,13 @@ def load_plugin(plugin: str) -> None:
             return
         importlib.import_module(plugin)
         _pass_on(plugin)
-    except FileNotFoundError:
-        raise
     except Exception as error:
-        raise ValueError(f"the plug-in {plugin} cannot be imported: {type(error).__name__}: {error}") from error
+        if isinstance(error, FileNotFoundError) and not pathlib.Path(plugin).is_file():
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [str(frame.lineno) for frame in frames if frame.filename == str(pathlib.Path(plugin).resolve())]
+        line = f":{lines[-1]}" if lines else ""
+        raise ValueError(f"the plug-in {plugin}{line} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def load_file(path: pathlib.Path) -> ModuleType:
@@ -153,11 +160,15 @@ def load_file(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tclip_file_{path.stem}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # the file of a class is found by its module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     if path in _files:
         import cloudpickle
 
-        sys.modules[spec.name] = module
         cloudpickle.register_pickle_by_value(module)  # Grain's workers cannot import it by its name
         _pass_on(str(path))
     return module

@@ -191,6 +191,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(argument) for argument in arguments)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
+    if origin is Mapping:
+        return f"mapping of {' to '.join(map(describe, arguments))}"
     return "None" if hint is types.NoneType else getattr(origin or hint, "__name__", str(hint))
 
 

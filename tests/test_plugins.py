@@ -268,3 +268,19 @@ def test_kinds_are_hashable_and_survive_pickling() -> None:
     assert pickle.loads(pickle.dumps(quantizer)) == quantizer and hash(quantizer) == hash(
         Quantizer(kind="stochastic", options=(("clip", 2.0),))
     )
+
+
+def test_plug_ins_that_return_something_else_are_named(tmp_path: pathlib.Path) -> None:
+    plugins.quantizer("one")(lambda w, quantizer, axis: jnp.ones(3))
+    with pytest.raises(
+        ValueError, match=r"test_plugins\.py: the quantizer one: .* it must be \(w, quantizer, axis\) -> "
+    ):
+        ternarize(jnp.asarray(W), Quantizer(kind="one"))
+    plugins.loss("rows", "an array")(lambda x: x.student[0])
+    config = override(load_recipe("quickstart:teacher,runlocal"), ["loss.rows=1.0", "eval.source="])
+    with pytest.raises(ValueError, match=r"the loss rows returns an array \(16, 96\): it must be a scalar"):
+        train(config, tmp_path / "loss")
+    plugins.augmentation("small")(lambda image, rng, p: np.zeros((3, 3, 3), np.uint8))
+    config = override(load_recipe("quickstart:teacher,runlocal"), ["data.augment=small", "eval.source="])
+    with pytest.raises(TypeError, match=r"gives uint8 \(3, 3, 3\): it must give uint8 \(32, 32, 3\)"):
+        train(config, tmp_path / "augmentation")

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tclip_jax import registry
+from tclip_jax.data.sources import SOURCES
 from tclip_jax.losses.registry import LOSSES
 from tclip_jax.registry import Registry, load_file, load_plugin
 from tests.plugins import own_registries
@@ -80,7 +81,7 @@ def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path: pathlib.Path) -> N
     with pytest.raises(ValueError, match="the plug-in no_such_module cannot be imported: ModuleNotFoundError"):
         load_plugin("no_such_module")
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError, match=r"broken\.py cannot be imported: ZeroDivisionError: division by zero"):
+    with pytest.raises(ValueError, match=r"broken\.py:1 cannot be imported: ZeroDivisionError: division by zero"):
         load_plugin(str(tmp_path / "broken.py"))
 
 
@@ -116,3 +117,22 @@ def test_files_and_modules_of_the_environment_are_loaded(tmp_path: pathlib.Path)
     program = "from tclip_jax.losses.registry import LOSSES; print([*LOSSES][-2:])"
     both = os.pathsep.join([str(tmp_path / "one.py"), "ideas"])
     assert run_python(program, path=tmp_path, TCLIP_PLUGINS=both).stdout == "['gap', 'other']\n"
+
+
+def test_a_class_of_a_file_is_known_by_its_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from tclip_jax import plugins\n\n@plugins.source('mine')\nclass Mine:\n    def __init__(self, file, split): ...\n"
+    )
+    load_plugin(str(path))
+    assert SOURCES.plugin("mine")["file"] == "mine.py" and os.environ[registry.PLUGINS] == str(path)
+    path.write_text(path.read_text().replace("'mine'", "'digits'"))
+    with pytest.raises(ValueError, match=r"mine\.py:3 cannot .* the data source 'digits' is already registered by tcl"):
+        load_plugin(str(path))
+
+
+def test_a_file_of_the_environment_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+    ran = run_python(
+        "from tclip_jax.losses.registry import LOSSES; [*LOSSES]", path=tmp_path, TCLIP_PLUGINS="absent.py"
+    )
+    assert "absent.py, which TCLIP_PLUGINS names: no such file" in ran.stderr

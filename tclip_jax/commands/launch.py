@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Replace this process by the launcher's script, with this installation's `tclip` first on its PATH."""
+    if args.plugin:
+        raise ValueError("--plugin belongs to the command: write it after --")
     shipped = shipped_folder("launch")
     script = shipped / args.where if os.sep not in args.where else pathlib.Path(args.where)
     if not script.is_file():

@@ -35,11 +35,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the assignments; return 2 if hosts cannot reach a file."""
     from tclip_jax.cli import parse_command
     from tclip_jax.recipes import load_recipe, override
+    from tclip_jax.registry import load_plugin
     from tclip_jax.runs.config import run_config
     from tclip_jax.shipping import out_of_reach, shipment, unread
 
     command = args.command[args.command[:1] == ["--"] :]
     name, parsed = parse_command(command)
+    for plugin in parsed.plugin:
+        load_plugin(plugin)
     config = {}
     if hasattr(parsed, "config"):
         recipe = override(load_recipe(parsed.config), parsed.overrides)

@@ -263,9 +263,13 @@ class TrainRow(grain.transforms.RandomMap):
         pixels = record.image
         try:
             image = images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
-            return self._augment(image, rng, self._preprocess)
+            view = np.asarray(self._augment(image, rng, self._preprocess))
         except ValueError as error:
             raise bad_image(record, error) from None
+        if view.dtype != np.uint8 or view.shape != (*self._preprocess.size, 3):
+            size = (*self._preprocess.size, 3)
+            raise TypeError(f"an augmentation gives {view.dtype} {view.shape}: it must give uint8 {size}")
+        return view
 
     def _tokens(self, record: Record, rng: np.random.Generator) -> np.ndarray:
         if has_class(record, self._source):

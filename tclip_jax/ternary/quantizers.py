@@ -191,7 +191,13 @@ def find_levels(
     if rule.initial_alpha and alpha is None:
         raise ValueError(f"the quantizer {quantizer.kind} needs its learned scale: pass alpha")
     inputs = {"alpha": alpha} if rule.initial_alpha else {}
-    scale, threshold = rule.levels(w, quantizer, axis, **inputs, **({"key": key} if rule.random else {}))
+    try:
+        scale, threshold = rule.levels(w, quantizer, axis, **inputs, **({"key": key} if rule.random else {}))
+    except (TypeError, ValueError) as error:
+        if not (plugin := QUANTIZERS.plugin(quantizer.kind)):
+            raise
+        expected = "(w, quantizer, axis) -> (scale, threshold), with the keyword key if random, alpha if learned"
+        raise ValueError(f"{plugin['file']}: the quantizer {quantizer.kind}: {error}; it must be {expected}") from error
     shape = scale_shape(w.shape, quantizer, axis)
     if scale.shape != shape or (threshold is not None and threshold.shape not in (shape, w.shape)):
         thresholds = None if threshold is None else threshold.shape

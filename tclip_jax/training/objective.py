@@ -226,6 +226,8 @@ class Objective:
         for name in config.weights:
             if not LOSSES[name].of_layers and (teacher is not None or not LOSSES[name].needs):
                 losses[name] = LOSSES[name].function(inputs)
+                if jnp.shape(losses[name]):
+                    raise ValueError(f"the loss {name} returns an array {losses[name].shape}: it must be a scalar")
         total = sum((config.weights[name] * value for name, value in losses.items()), jnp.float32(0))
         metrics = {"loss": total, **{f"loss/{name}": value for name, value in losses.items()}}
         return total, metrics | {"batch_accuracy": accuracy_of_rows(rows[0])}

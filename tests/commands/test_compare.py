@@ -144,6 +144,9 @@ def test_a_reference_that_only_its_library_reads(
     shown = capsys.readouterr().out
     assert "reference configuration: not compared: " in shown and "do_resize is false: it must be true" in shown
     assert "guess: the epsilon of the LayerNorms: the reference has 0.001" in shown
+    state(transformers_folder, layer_norm_eps=1e-5)
+    assert main(arguments) == 1  # every tap is within the budget, but its files are not understood
+    assert "the reference's configuration is not compared" in capsys.readouterr().out
 
 
 @pytest.mark.torch
