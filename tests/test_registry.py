@@ -122,7 +122,7 @@ def test_files_and_modules_of_the_environment_are_loaded(tmp_path: pathlib.Path)
 def test_a_class_of_a_file_is_known_by_its_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "from tclip_jax import plugins\n\n@plugins.source('mine')\nclass Mine:\n    def __init__(self, file, split): ...\n"
+        "from tclip_jax import plugins\n\n@plugins.source('mine')\nclass Mine:\n    def __init__(self, *_): ...\n"
     )
     load_plugin(str(path))
     assert SOURCES.plugin("mine")["file"] == "mine.py" and os.environ[registry.PLUGINS] == str(path)
