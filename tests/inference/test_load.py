@@ -35,7 +35,7 @@ def test_a_run_keeps_its_best_step_over_a_restart(
     evaluated: list[int] = []
 
     class Fake:
-        def __init__(self, _: Any) -> None: ...
+        def __init__(self, *_: Any) -> None: ...
 
         def is_due(self, step: int, steps: int) -> bool:
             return step % 2 == 0
@@ -43,7 +43,7 @@ def test_a_run_keeps_its_best_step_over_a_restart(
         def has_metrics(self, names: Any) -> bool:
             return "zero_shot_accuracy" in names
 
-        def __call__(self, model: Any, mesh: Any) -> dict[str, float]:
+        def __call__(self, *_: Any) -> dict[str, float]:
             step = 2 * len(set(evaluated)) + 2
             if step == 6 and 6 not in evaluated and not resumed:
                 raise KeyboardInterrupt
