@@ -62,7 +62,7 @@ def test_bash_runs(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
     script = "set -euo pipefail\n" + re.sub(r"--config (quickstart:\w+)", r"--config \1,runlocal", "\n".join(texts))
     environment = os.environ | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", script]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1100)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
 
 
