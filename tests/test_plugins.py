@@ -280,6 +280,7 @@ def test_plug_ins_that_return_something_else_are_named(tmp_path: pathlib.Path) -
     config = override(load_recipe("quickstart:teacher,runlocal"), ["loss.rows=1.0", "eval.source="])
     with pytest.raises(ValueError, match=r"the loss rows returns an array \(16, 96\): it must be a scalar"):
         train(config, tmp_path / "loss")
+    assert not (tmp_path / "loss").exists()
     plugins.augmentation("small")(lambda image, rng, p: np.zeros((3, 3, 3), np.uint8))
     config = override(load_recipe("quickstart:teacher,runlocal"), ["data.augment=small", "eval.source="])
     with pytest.raises(TypeError, match=r"gives uint8 \(3, 3, 3\): it must give uint8 \(32, 32, 3\)"):

@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the assignments; return 2 if hosts cannot reach a file."""
     from tclip_jax.cli import parse_command
-    from tclip_jax.recipes import load_recipe, override
+    from tclip_jax.recipes import resolve
     from tclip_jax.registry import load_plugin
-    from tclip_jax.runs.config import run_config
     from tclip_jax.shipping import out_of_reach, shipment, unread
 
     command = args.command[args.command[:1] == ["--"] :]
@@ -45,10 +44,8 @@ def run(args: argparse.Namespace) -> int:
         load_plugin(plugin)
     config = {}
     if hasattr(parsed, "config"):
-        recipe = override(load_recipe(parsed.config), parsed.overrides)
-        if name == "train":
-            run_config(recipe)
-        elif name == "teacher-cache":
+        recipe = resolve(parsed.config, parsed.overrides, teacher_may_miss=name != "train")
+        if name == "teacher-cache":
             recipe.teacher = recipe.data.teacher_cache = ""  # --teacher replaces them
         config = recipe.to_dict()
     needed = shipment(command, parsed, config, args.prefix)

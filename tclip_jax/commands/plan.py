@@ -14,7 +14,7 @@ import copy
 import json
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import load_recipe, override
+from tclip_jax.recipes import override, resolve
 from tclip_jax.schema import number
 
 
@@ -60,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out and not args.sweep:
         raise ValueError("--out is the folder of a sweep: it needs --sweep; --json prints one plan as JSON")
     topology = parse_topology(args.topology)
-    config = load_recipe(args.config)
-    if args.teacher_preset and not config.teacher:
-        config.teacher = args.teacher_preset
-    override(config, args.overrides)
+    config = resolve(args.config, args.overrides, teacher_may_miss=bool(args.teacher_preset))
+    if not config.teacher:
+        config.teacher = args.teacher_preset or ""
     shared = {
         "teacher_preset": args.teacher_preset,
         "price": args.price,

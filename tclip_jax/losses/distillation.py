@@ -66,13 +66,8 @@ def kl_mix(
     keeps it from what is unlikely for the teacher.
 
     Args:
-      image: the student's L2-normalised embeddings (B, D).
-      text: the student's L2-normalised embeddings (B, D).
-      scale: the student's exp(logit_scale), a scalar.
-      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
+      image, text, scale, teacher, weight, ring: as in `crd`.
       reverse: r, the fraction of the reverse divergence, from 0 (`crd`) to 1.
-      weight: (B,), 0 for a masked sample; None if no sample is masked.
-      ring: computes the same without all embeddings on one device.
 
     Returns:
       The loss, a float32 scalar.
@@ -99,12 +94,7 @@ def open_clip_distillation(
     The gradient is that of `crd`. The value is larger by the entropy of the teacher's affinities.
 
     Args:
-      image: the student's L2-normalised embeddings (B, D).
-      text: the student's L2-normalised embeddings (B, D).
-      scale: the student's exp(logit_scale), a scalar.
-      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
-      weight: (B,), 0 for a masked sample; None if no sample is masked.
-      ring: computes the same without all embeddings on one device.
+      image, text, scale, teacher, weight, ring: as in `crd`.
 
     Returns:
       The loss, a float32 scalar.
@@ -128,12 +118,7 @@ def affinity_mimicking(
         L = L_I2T + L_T2I = mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image
 
     Args:
-      image: the student's L2-normalised embeddings (B, D).
-      text: the student's L2-normalised embeddings (B, D).
-      scale: the student's exp(logit_scale), a scalar.
-      teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
-      weight: (B,), 0 for a masked sample; None if no sample is masked.
-      ring: computes the same without all embeddings on one device.
+      image, text, scale, teacher, weight, ring: as in `crd`.
 
     Returns:
       The loss, a float32 scalar.

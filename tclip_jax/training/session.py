@@ -110,6 +110,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     resume = Resume(
         config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin, plugins=run.plugins
     )
+    if run.plugins:  # an error in one is found by tracing the step, before anything is written
+        with jax.set_mesh(mesh):
+            step = build.jitted_step(build.state_shapes)
+            jax.eval_shape(step, build.state_shapes, build.batch_shapes, build.teacher_shapes)
     if first:
         changed = in_words(resume.changed, ("loss", "optimizer", "teacher", "data.teacher_cache"))
         with jax.set_mesh(mesh):
