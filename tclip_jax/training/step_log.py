@@ -55,7 +55,8 @@ class StepLog:
         rates = self._throughput.rates(self._seconds, self._since)
         eta = (self._steps - step) * self._total_seconds / self._total_steps
         bad = {f"bad/{kind}": count for kind, count in self._bad.items() if count}
-        known = {name: value for name, value in metrics.items() if not name.startswith("bad/")}
+        bad["bad_samples"] = self._bad.total()
+        known = {name: value for name, value in metrics.items() if not name.startswith("bad")}
         self._log(step, self._step_line(metrics, rates, eta), known | rates | bad | {"eta_seconds": round(eta)})
         self._seconds, self._bad, self._since = dict.fromkeys(self._seconds, 0.0), Counter(), 0
 
