@@ -53,7 +53,7 @@ def loss(
     """Register the decorated function as the loss with the weight `config.loss.<name>`, 0 by default.
 
     Args:
-      name: the name, which no option of `config.loss` has.
+      name: the name. `run_config` refuses that of an option of `config.loss`.
       doc: one phrase for the configuration reference.
       needs: as in `tclip_jax.losses.registry.Loss`, which also describes the function.
       init_head: as in `Loss`.

@@ -73,7 +73,10 @@ def key_of(field: dataclasses.Field[Any]) -> Key:
 
 
 def declared(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Return the keys of a declaration by name: field and type. A class may declare more by a method `more_keys`."""
+    """Return the keys of a declaration by name: field and type.
+
+    A class may declare more by a method `more_keys`. A field with `repr=False` is not a key.
+    """
     parts = (cls.more_keys(), cls) if hasattr(cls, "more_keys") else (cls,)
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for part in parts:

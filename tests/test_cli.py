@@ -120,7 +120,7 @@ def test_an_error_is_one_line_and_code_2(tmp_path: pathlib.Path, capsys: pytest.
     assert main(["evaluate", nowhere, "--data", "digits"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith(f"tclip evaluate: error: {nowhere}/config.json: no such file; expected the workdir")
+    assert captured.err.startswith(f"tclip evaluate: error: {nowhere}: no such file or folder; expected the workdir")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -21,7 +21,7 @@ import tclip_jax
 from tclip_jax import plugins, registry
 from tclip_jax.artifacts import read_artifact, write_artifact
 from tclip_jax.artifacts.pack import pack_params
-from tclip_jax.losses.registry import Inputs
+from tclip_jax.losses.registry import LOSSES, Inputs
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.recipes import load_recipe, override
@@ -281,6 +281,12 @@ def test_plug_ins_that_return_something_else_are_named(tmp_path: pathlib.Path) -
     with pytest.raises(ValueError, match=r"the loss rows returns an array \(16, 96\): it must be a scalar"):
         train(config, tmp_path / "loss")
     assert not (tmp_path / "loss").exists()
+    plugins.loss("layers", "the name of an option")(lambda x: 0.0)
+    with pytest.raises(
+        ValueError, match="the loss 'layers' of a plug-in has the name of an option or a head: rename it"
+    ):
+        base_config()
+    LOSSES._entries.pop("layers")
     plugins.augmentation("small")(lambda image, rng, p: np.zeros((3, 3, 3), np.uint8))
     config = override(load_recipe("quickstart:teacher,runlocal"), ["data.augment=small", "eval.source="])
     with pytest.raises(TypeError, match=r"gives uint8 \(3, 3, 3\): it must give uint8 \(32, 32, 3\)"):

@@ -185,6 +185,8 @@ def _open(picture: Picture) -> Image.Image:
                 raise FileNotFoundError(f"{os.fspath(picture)}: no such file") from None
             reason = str(error).removeprefix(f"{os.fspath(picture)}: ")
             raise ValueError(f"{os.fspath(picture)}: {reason}") from None
+    if not isinstance(picture, np.ndarray | jax.Array):
+        raise ValueError(f"an image is {picture!r:.80}: it must be a path, a PIL image, or uint8 (H, W, 3)")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(f"an image is {picture.dtype} {picture.shape}: it must be uint8 (H, W, 3)")
     return Image.fromarray(np.asarray(picture))

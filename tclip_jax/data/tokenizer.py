@@ -46,8 +46,16 @@ class Tokenizer:
             raise ValueError(f"context_length {self.context_length} has no room for start and end token; use 2 or more")
 
     def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
-        """Return ids (N, context_length) int32: SOT, the caption, EOT, zeros. Long captions are truncated."""
-        captions = [clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        """Return ids (N, context_length) int32: SOT, the caption, EOT, zeros. Long captions are truncated.
+
+        Raises:
+          ValueError: an element is no string.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"a text is {text!r:.80}: it must be a string")
+        captions = [clean(text) for text in texts]
         ids = np.zeros((len(captions), self.context_length), np.int32)
         ids[:, 0] = SOT
         for row, encoding in zip(ids, _byte_pair_encoder().encode_batch_fast(captions), strict=True):

@@ -121,7 +121,11 @@ class Model:
 
         Returns:
           L2-normalised embeddings, float32 (N, embed_dim).
+
+        Raises:
+          ValueError: the pixels have another shape or are not floats.
         """
+        self._check_pixels(pixels)
         return CLIP(self.config, self.rules).apply({"params": params}, pixels, method="encode_image")  # type: ignore[return-value]
 
     def apply_text(self, params: Any, tokens: jax.Array) -> jax.Array:
@@ -133,7 +137,11 @@ class Model:
 
         Returns:
           L2-normalised embeddings, float32 (N, embed_dim).
+
+        Raises:
+          ValueError: the tokens have another shape or are not integers.
         """
+        self._check_tokens(tokens)
         return CLIP(self.config, self.rules).apply({"params": params}, tokens, method="encode_text")  # type: ignore[return-value]
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
@@ -183,7 +191,8 @@ class Model:
             positive.
         """
         if isinstance(images, np.ndarray | jax.Array) and images.dtype != np.uint8:
-            pixels = self._checked_pixels(images)
+            self._check_pixels(images)
+            pixels = np.asarray(images, np.float32)
             return self._batched("encode_image", len(pixels), batch_size, lambda part: pixels[part])
         pictures = as_sequence(images)
         return self._batched("encode_image", len(pictures), batch_size, lambda part: self.preprocess(pictures[part]))
@@ -222,7 +231,7 @@ class Model:
             _return_memory_of_compiling(encoder, padded.shape, method)
         return embeddings
 
-    def _checked_pixels(self, images: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.float32]:
+    def _check_pixels(self, images: npt.NDArray[Any] | jax.Array) -> None:
         expected = (*self.config.vision.image_size, 3)
         if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, np.floating):
             kind = f"{images.dtype} {images.shape}"
@@ -230,13 +239,15 @@ class Model:
                 f"images are {kind}: they must be uint8 (N, H, W, 3), or normalised floats"
                 f" (N, {', '.join(map(str, expected))})"
             )
-        return np.asarray(images, np.float32)
 
-    def _checked_tokens(self, texts: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.int32]:
-        length, vocabulary = self.config.text.context_length, self.config.text.vocab_size
+    def _check_tokens(self, texts: npt.NDArray[Any] | jax.Array) -> None:
+        length = self.config.text.context_length
         if texts.ndim != 2 or texts.shape[1] != length or not np.issubdtype(texts.dtype, np.integer):
             raise ValueError(f"tokens are {texts.dtype} {texts.shape}: they must be integers (N, {length})")
-        tokens = np.asarray(texts)
+
+    def _checked_tokens(self, texts: npt.NDArray[Any] | jax.Array) -> npt.NDArray[np.int32]:
+        self._check_tokens(texts)
+        tokens, vocabulary = np.asarray(texts), self.config.text.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise ValueError(f"tokens are {tokens.min()} to {tokens.max()}: the vocabulary is 0 to {vocabulary - 1}")
         return tokens.astype(np.int32)

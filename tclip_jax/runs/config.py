@@ -85,6 +85,14 @@ class LossConfig:
     @staticmethod
     def more_keys() -> type:
         """Return a declaration of the weights, which depends on the registered losses."""
+        taken = {field.name for field in dataclasses.fields(LossConfig)} | {
+            "image",
+            "text",
+            "icl_scale",
+            "sigmoid_bias",
+        }
+        if clash := sorted(taken & {*LOSSES}):
+            raise ValueError(f"the loss {clash[0]!r} of a plug-in has the name of an option or a head: rename it")
         weights = {name: key(loss.default, f"weight: {loss.doc}", ge=0) for name, loss in LOSSES.items()}
         return dataclasses.make_dataclass("Weights", [(name, float, each) for name, each in weights.items()])
 
@@ -314,7 +322,11 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; expected the workdir of `tclip train`, or an artifact")
+        missing = path if path.parent.exists() else path.parent
+        raise FileNotFoundError(
+            f"{missing}: no such file or folder; expected the workdir of `tclip train`, an artifact, or a checkpoint of"
+            " another library"
+        )
     try:
         values = json.loads(path.read_text())
         for name, plugin in (last_record(workdir).get("plugins") or {}).items():

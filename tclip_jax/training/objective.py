@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +37,15 @@ def init_heads(
     Returns:
       `image` and `text`: projections of embeddings to the teacher's width, for icl and fd. `icl_scale`: ICL's logit
       scale, initially 2.659. `hidden`: a projection of hidden states for each tower. `sigmoid_bias`: the bias of
-      SigLIP's loss, initially −10.
+      SigLIP's loss, initially −10. `<name>`: the head of a plug-in's loss.
     """
     heads: dict[str, Any] = {}
     if loss.sigmoid:
         heads["sigmoid_bias"] = jnp.float32(-10)
     width = teacher.embed_dim if isinstance(teacher, CLIPConfig) else teacher
-    for i, name in enumerate(loss.weights):
-        if init_head := LOSSES[name].init_head:
-            heads[name] = init_head(jax.random.fold_in(key, 16 + i), student.embed_dim, width)
+    for name in loss.weights:
+        if init_head := LOSSES[name].init_head:  # its key depends on its name alone, not on the other losses
+            heads[name] = init_head(jax.random.fold_in(key, zlib.crc32(name.encode())), student.embed_dim, width)
     if teacher is None or width is None:
         return heads
     if loss.needs("projection"):

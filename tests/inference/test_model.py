@@ -213,6 +213,8 @@ def test_texts_are_tokenized(model_config: CLIPConfig, preprocess: Preprocess, l
         (np.zeros((16, 16), np.uint8), r"an image is uint8 \(16,\): it must be uint8 \(H, W, 3\)"),
         (np.zeros((16, 16, 3)), r"images are float64 \(16, 16, 3\): .* \(N, 16, 16, 3\)"),
         (np.zeros((1, 3, 16, 16)), r"images are float64 \(1, 3, 16, 16\)"),
+        ([3], r"an image is 3: it must be a path, a PIL image, or uint8 \(H, W, 3\)"),
+        ([None], r"an image is None: it must be a path"),
     ],
 )
 def test_arrays_that_are_not_images_are_refused(packed_model: Model, argument: Any, message: str) -> None:
@@ -228,11 +230,20 @@ def test_arrays_that_are_not_images_are_refused(packed_model: Model, argument: A
         (np.full((1, 6), 50), "tokens are 50 to 50: the vocabulary is 0 to 49"),
         (np.full((1, 6), -1), "tokens are -1 to -1"),
         ("a dog", "tokens are 0 to 49407: the vocabulary is 0 to 49"),
+        ([3], "a text is 3: it must be a string"),
+        (["a dog", None], "a text is None: it must be a string"),
     ],
 )
 def test_invalid_tokens_are_refused(packed_model: Model, argument: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         packed_model.encode_text(argument)
+
+
+def test_pure_functions_refuse_what_does_not_fit_under_jit_too(packed_model: Model) -> None:
+    with pytest.raises(ValueError, match=r"images are float32 \(1, 8, 8, 3\): .* \(N, 16, 16, 3\)"):
+        jax.jit(packed_model.apply_image)(packed_model.params, jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"tokens are int32 \(1, 5\): they must be integers \(N, 6\)"):
+        jax.jit(packed_model.apply_text)(packed_model.params, jnp.zeros((1, 5), jnp.int32))
 
 
 def test_batch_size_is_positive(packed_model: Model) -> None:

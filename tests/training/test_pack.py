@@ -37,7 +37,7 @@ def test_a_run_is_packed_verified_and_inspected(
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["differences"] == [first] and outcome["trits"] > 49408 * 16
     assert main(["verify", packed, str(tmp_path / "nowhere")]) == 2
-    assert "no such file; expected the workdir" in capsys.readouterr().err
+    assert "no such file or folder; expected the workdir" in capsys.readouterr().err
 
     assert main(["inspect", packed, "--json", "--plot", str(tmp_path / "plot.png")]) == 0
     report = json.loads(capsys.readouterr().out)
