@@ -145,8 +145,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
         if not group and name[0] != "-":
             near = [f"the nearest is {each!r}; " for each in difflib.get_close_matches(name, COMMANDS, 1)]
             _top_parser(COMMANDS).error(f"no command {name!r}: {''.join(near)}tclip --help lists all")
-        unknown = [" ".join(arguments[:2])] if group and arguments[1:] and arguments[1][0] != "-" else ["--help"]
-        _top_parser(group or COMMANDS).parse_args(unknown if group else arguments or ["--help"])
+        unknown = [arguments[1]] if group and arguments[1:] and not arguments[1].startswith("-") else ["--help"]
+        _top_parser(group or COMMANDS, name if group else "").parse_args(unknown if group else arguments or ["--help"])
     parser = _Parser(prog=f"tclip {name}", **_settings(name))
     add_arguments(parser, name)
     return name, parser.parse_args(_common_first(_split_overrides(list(arguments[length:]))))
@@ -217,18 +217,19 @@ def _error_line(error: Exception) -> str:
     return f"unexpected {message}; --debug shows the traceback"
 
 
-def _top_parser(names: Iterable[str]) -> argparse.ArgumentParser:
+def _top_parser(names: Iterable[str], group: str = "") -> argparse.ArgumentParser:
+    """Return a parser that only lists commands: all, or those of a group such as `data`."""
     parser = argparse.ArgumentParser(
-        prog="tclip",
+        prog=f"tclip {group}".rstrip(),
         description="Ternary CLIP in JAX.",
         epilog="Example: tclip quickstart --workdir runs/quickstart\n"
-        "`tclip COMMAND --help` shows the options of a command and an example."
+        f"`{f'tclip {group}'.rstrip()} COMMAND --help` shows the options of a command and an example."
         + (f"\n\n{EXIT_CODES}" if names is COMMANDS else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in names:
-        commands.add_parser(name, help=COMMANDS[name])
+        commands.add_parser(name.removeprefix(group).lstrip(), help=COMMANDS[name])
     return parser
 
 
@@ -240,16 +241,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _split_overrides(arguments: list[str]) -> list[str]:
-    """Rewrite --config.a.b=value as --config.KEY a.b=value; arguments after -- belong to another command."""
+    """Rewrite --config.a.b=value, or "--config.a.b value", as --config.KEY a.b=value.
+
+    Arguments after -- belong to another command.
+    """
     split: list[str] = []
-    for i, argument in enumerate(arguments):
-        if argument == "--":
-            return split + arguments[i:]
+    rest = list(arguments)
+    while rest and rest[0] != "--":
+        argument = rest.pop(0)
         if argument.startswith("--config."):
+            if "=" not in argument and rest and not rest[0].startswith("--"):
+                argument += f"={rest.pop(0)}"
             split += ["--config.KEY", argument.removeprefix("--config.")]
         else:
             split.append(argument)
-    return split
+    return split + rest
 
 
 def _common_first(arguments: list[str]) -> list[str]:

@@ -20,6 +20,9 @@ _REPEATED_ERROR = re.compile(
     r"|^Task exception was never retrieved"
 )
 
+# Loggers of libraries whose errors have tracebacks.
+_SHORTENED = ("absl", "asyncio", "gcsfs", "s3fs")
+
 
 class TextFormatter(logging.Formatter):
     """One line for a record: time, level, message. Control characters are escaped: messages quote files and names."""
@@ -55,8 +58,8 @@ _started: tuple[bool, Form] = (False, "text")
 def start_logging(debug: bool = False, form: Form = "text") -> None:
     """Log to stderr: messages of this package, warnings of other libraries, and errors of absl.
 
-    Orbax and Grain log through absl, and Orbax's tasks through asyncio. A program that has configured logging itself
-    keeps its handlers.
+    Orbax and Grain log through absl, Orbax's tasks through asyncio. A program that has configured logging itself keeps
+    its handlers.
 
     Args:
       debug: whether to keep the tracebacks of their errors.
@@ -75,7 +78,7 @@ def start_logging(debug: bool = False, form: Form = "text") -> None:
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addFilter(_first_line)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about missing files that it does not need.
-    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
+    for logger in map(logging.getLogger, _SHORTENED):
         logger.removeFilter(_shorten) if debug else logger.addFilter(_shorten)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import pathlib
 import re
 import traceback
@@ -112,13 +113,13 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
         section, name = config, "config"
         *parents, leaf = path.split(".")
         for key in parents:
-            check_keys([key], section, name)
+            _check_key(section, name, key)
             section, name = section[key], f"{name}.{key}"
             if not isinstance(section, ml_collections.ConfigDict):
                 raise ValueError(f"{name} is a value, not a section: write --{name}=VALUE")
         # A model_cfg may omit keys of open_clip that have defaults, and plug-ins declare the options of a quantizer.
         if not path.startswith(("model.", "preprocess.", "quantizer.options.")):
-            check_keys([leaf], section, name)
+            _check_key(section, name, leaf)
         try:
             value = ast.literal_eval(text)
         # TypeError: an unhashable element, as in {[1]}; the last two: a literal that is nested too deeply.
@@ -133,6 +134,20 @@ def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> m
             except OverflowError:  # The integer is too large for a float.
                 raise ValueError(f"config.{path} is a number of {len(text)} digits: it must be finite") from None
     return config
+
+
+def _check_key(section: ml_collections.ConfigDict, name: str, key: str) -> None:
+    """Raise ValueError unless a section of this name has the key. The error names the nearest, also one level below."""
+    below = {
+        leaf: f"{parent}.{leaf}"
+        for parent, keys in reversed(section.items())  # of two sections the first counts
+        if isinstance(keys, ml_collections.ConfigDict)
+        for leaf in keys
+    }
+    near = difflib.get_close_matches(key, [*section, *below], 1)
+    if key not in section and near and near[0] not in section:
+        raise ValueError(f"{name} has no {key!r:.80}: the nearest is {below[near[0]]!r}")
+    check_keys([key], section, name)
 
 
 def _line_that_failed(path: pathlib.Path, error: Exception) -> int | None:

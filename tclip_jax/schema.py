@@ -188,12 +188,16 @@ def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def describe(hint: Any) -> str:
-    """Return a type in words: "int", "one of 'mse', 'cosine'", "int or None"."""
+    """Return a type in words: "int", "one of 'mse', 'cosine'", "int or None", "(int, int)", "tuple of str"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return "tuple" if arguments[0] is Any else f"tuple of {describe(arguments[0])}"
+    if origin is tuple:
+        return f"({', '.join(map(describe, arguments))})"
     if origin is Mapping:
         return f"mapping of {' to '.join(map(describe, arguments))}"
     return "None" if hint is types.NoneType else getattr(origin or hint, "__name__", str(hint))

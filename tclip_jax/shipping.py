@@ -30,6 +30,11 @@ READERS = {"gcs": "gcsfs", "s3": "s3fs"}
 SOURCES = ("data.source", "eval.source", "--data")
 MODELS = ("init", "teacher", "inherit", "data.teacher_cache", "--teacher", "--tfds", "MODEL")
 RESULTS = ("--workdir", "--out", "--html")
+_REMEDIES = {
+    "sources": "write a URL that the hosts read, such as wds:gs://BUCKET/cc12m/*.tar",
+    "models": "copy it to a bucket and write its URL, such as gs://BUCKET/teacher",
+    "results": "all hosts must share it: write a URL, such as gs://BUCKET/run",
+}
 
 
 class Shipment(NamedTuple):
@@ -91,33 +96,51 @@ def out_of_reach(args: argparse.Namespace, config: Mapping[str, Any], mounted: I
                 f"--plugin is {plugin!r}: hosts of a cloud do not have {plugin}; put its code into the recipe file,"
                 " which goes along, or install it there as a package"
             )
-    folders = [pathlib.Path(folder).expanduser() for folder in mounted]
-    for name, value in _values(args, config):
-        key = re.sub(r"^config\.(?:evals\[\d+\]|eval)\.", "eval.", name).removeprefix("config.")
-        if key in SOURCES:
-            paths, remedy = _files(value), "write a URL that the hosts read, such as wds:gs://BUCKET/cc12m/*.tar"
-        elif key in MODELS:
-            paths, remedy = [value], "copy it to a bucket and write its URL, such as gs://BUCKET/teacher"
-        else:
-            paths, remedy = [value], "all hosts must share it: write a URL, such as gs://BUCKET/run"
-        for path in paths:
-            if path.startswith("hf-hub:") or any(
-                pathlib.Path(path).expanduser().is_relative_to(each) for each in folders
-            ):
-                continue
-            if not is_remote(path):
-                yield f"{name} is {value!r}: hosts of a cloud do not have {path}; {remedy}, or give --mounted a mount"
-            elif value.startswith(("tfds:", "arrayrecord:")):
-                yield (
-                    f"{name} is {value!r}: ArrayRecord's reader opens only local paths; mount the bucket on the hosts"
-                    " and give --mounted the mount, or read tars (wds:gs://…)"
-                )
+    for name, value, path in _paths(args, config, mounted):
+        if not is_remote(path):
+            remedy = _REMEDIES[_role(name)]
+            yield f"{name} is {value!r}: hosts of a cloud do not have {path}; {remedy}, or give --mounted a mount"
+        elif value.startswith(("tfds:", "arrayrecord:")):
+            yield (
+                f"{name} is {value!r}: ArrayRecord's reader opens only local paths; mount the bucket on the hosts"
+                " and give --mounted the mount, or read tars (wds:gs://…)"
+            )
+
+
+def absent(args: argparse.Namespace, config: Mapping[str, Any], mounted: Iterable[str] = ()) -> Iterator[str]:
+    """Yield a line for each value that names data or a model which is not on this machine, nor on its cluster.
+
+    The arguments are those of `out_of_reach`.
+    """
+    for name, value, path in _paths(args, config, mounted):
+        fixed = re.split(r"[*?\[{]", path)[0]  # before a pattern begins
+        there = pathlib.Path(fixed if fixed == path else fixed.rpartition("/")[0] or ".").expanduser()
+        if _role(name) != "results" and name != "--tfds" and not is_remote(path) and not there.exists():
+            yield f"{name} is {value!r}: there is no {there}; give --mounted a folder that only the hosts have"
 
 
 def unread(extras: Iterable[str]) -> list[str]:
     """Return a remedy for each extra of URLs whose reader is not in this environment, which a cluster's hosts share."""
     missing = [extra for extra in extras if importlib.util.find_spec(READERS[extra]) is None]
     return [f"{READERS[extra]} is not installed: pip install 'tclip-jax[{extra}]'" for extra in missing]
+
+
+def _paths(
+    args: argparse.Namespace, config: Mapping[str, Any], mounted: Iterable[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and path for each path or URL of `_values` that is not below a mounted folder."""
+    folders = [pathlib.Path(folder).expanduser() for folder in mounted]
+    for name, value in _values(args, config):
+        for path in _files(value) if _role(name) == "sources" else [value]:
+            below = any(pathlib.Path(path).expanduser().is_relative_to(folder) for folder in folders)
+            if not below and not path.startswith("hf-hub:"):
+                yield name, value, path
+
+
+def _role(name: str) -> str:
+    """Return what a value of `_values` names: "sources", "models" or "results"."""
+    key = re.sub(r"^config\.(?:evals\[\d+\]|eval)\.", "eval.", name).removeprefix("config.")
+    return "sources" if key in SOURCES else "models" if key in MODELS else "results"
 
 
 def _values(args: argparse.Namespace, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -8,11 +8,17 @@ import importlib.util
 import io
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Most programs are small and are compiled by many tests: all processes of a session share them.
+COMPILED = tempfile.TemporaryDirectory() if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
+if COMPILED:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax

@@ -55,10 +55,11 @@ def main_exit(arguments: Sequence[str]) -> object:
 def test_the_name_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_exit(["data"]) == 0
     shown = capsys.readouterr().out
-    assert "data prepare" in shown and "data check" in shown and "quickstart:" not in shown and "evaluate" not in shown
+    assert shown.startswith("usage: tclip data [-h] COMMAND") and "\n    prepare " in shown and "\n    check " in shown
+    assert "quickstart:" not in shown and "evaluate" not in shown
     assert help_of(["data"], capsys) == shown
     assert main_exit(["data", "chek"]) == 2
-    assert "invalid choice: 'data chek' (choose from 'data prepare'" in capsys.readouterr().err
+    assert "tclip data: error: argument COMMAND: invalid choice: 'chek'" in capsys.readouterr().err
 
 
 def test_a_misspelt_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +204,17 @@ def test_any_error_is_one_line(
 def test_a_wrong_override_is_one_line(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STUDENT, override]) == 2
     assert capsys.readouterr().err == f"tclip params: error: {message}\n"
+
+
+def test_an_override_may_have_a_space_for_its_equals_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["config", "quickstart:teacher", "eval.source", "seed", "--json"]
+    for words in (["--config.seed=3", "--config.eval.source="], ["--config.seed", "3", "--config.eval.source", ""]):
+        assert main([*recipe, *words]) == 0
+        assert json.loads(capsys.readouterr().out) == {"seed": 3, "eval.source": ""}
+    assert main([*recipe, "--config.seed", "--config.eval.source="]) == 2
+    assert capsys.readouterr().err == "tclip config: error: --config.seed has no value: write --config.seed=VALUE\n"
+    assert main_exit(["config"]) == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
 
 
 def test_params_as_json_needs_no_teacher(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,3 +156,15 @@ def main_exit(arguments: list[str]) -> object:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     return stop.value.code
+
+
+def test_the_errors_of_readers_of_buckets_are_one_line() -> None:
+    code = (
+        "import logging; from tclip_jax.log import start_logging; start_logging({debug})\n"
+        "try:\n  raise OSError('no host')\nexcept OSError as error:\n"
+        "  logging.getLogger('gcsfs').exception('out of retries: %s', error)"
+    )
+    for debug in (False, True):
+        run = [sys.executable, "-c", code.format(debug=debug)]
+        lines = subprocess.run(run, capture_output=True, text=True, check=True).stderr.splitlines()
+        assert lines[0].endswith(" ERROR   out of retries: no host") and (len(lines) > 1) == debug

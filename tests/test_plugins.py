@@ -157,6 +157,7 @@ def test_a_learned_scale_of_a_plug_in_equals_lsq() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_stock_installation_reads_inspects_and_evaluates_the_artifact(tmp_path: pathlib.Path) -> None:
     register_stochastic()
     changes = ["teacher=any", "quantizer.kind=stochastic", "quantizer.options.clip=2"]
@@ -184,6 +185,7 @@ def test_a_stock_installation_reads_inspects_and_evaluates_the_artifact(tmp_path
     assert artifact.manifest["ternary"][0][1]["options"] == {"clip": 2}
 
 
+@pytest.mark.slow
 def test_a_run_without_its_plug_in_names_the_file(tmp_path: pathlib.Path) -> None:
     with own_registries():
         register_stochastic()
@@ -196,6 +198,7 @@ def test_a_run_without_its_plug_in_names_the_file(tmp_path: pathlib.Path) -> Non
         read_config(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_learned_head(tmp_path: pathlib.Path) -> None:
     @plugins.loss("centre", "distance to a learned centre", init_head=lambda key, width, _: jnp.zeros(width))
     def centre(x: Inputs) -> jax.Array:
@@ -289,5 +292,8 @@ def test_plug_ins_that_return_something_else_are_named(tmp_path: pathlib.Path) -
     LOSSES._entries.pop("layers")
     plugins.augmentation("small")(lambda image, rng, p: np.zeros((3, 3, 3), np.uint8))
     config = override(load_recipe("quickstart:teacher,runlocal"), ["data.augment=small", "eval.source="])
-    with pytest.raises(TypeError, match=r"gives uint8 \(3, 3, 3\): it must give uint8 \(32, 32, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"the augmentation small gives uint8 \(3, 3, 3\): it must give uint8 \(32, 32, 3\)"
+    ):
         train(config, tmp_path / "augmentation")
+    assert not (tmp_path / "augmentation").exists()

@@ -118,6 +118,7 @@ def test_the_last_override_wins_and_run_config_checks_types() -> None:
     ("assignment", "message"),
     [
         ("stepz=3", r"^config has no 'stepz': the nearest is 'steps'$"),
+        ("learning_rate=3", r"^config has no 'learning_rate': the nearest is 'optimizer\.learning_rate'$"),
         ("optimiser.b1=3", r"^config has no 'optimiser': the nearest is 'optimizer'$"),
         ("data.batchsize=3", r"^config\.data has no 'batchsize': the nearest is 'batch_size'$"),
         ("model.vison_cfg.width=3", r"^config\.model has no 'vison_cfg': the nearest is 'vision_cfg'$"),

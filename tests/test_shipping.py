@@ -148,6 +148,31 @@ def test_a_recipe_that_is_wrong_is_refused(capsys: pytest.CaptureFixture[str]) -
     assert "unrecognized arguments: --worrkdir=a" in capsys.readouterr().err
 
 
+def absent_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return shlex.split(capsys.readouterr().out.rpartition("absent=(")[2].removesuffix(")\n"))
+
+
+def test_a_cluster_needs_the_data_of_this_machine(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = ["launch", "check", "--hosts", "cluster"]
+    train = ["train", "--config", "quickstart:teacher", "--workdir", "runs/a"]
+    (tmp_path / "tars").mkdir()
+    for path, absent in (("none/{0..9}.tar", "none"), ("none", "none"), ("tars/{0..9}.tar", "")):
+        value = f"wds:{tmp_path}/{path}"
+        assert main([*check, "--", *train, f"--config.data.source={value}"]) == 0
+        line = f"config.data.source is {value!r}: there is no {tmp_path / absent}; give --mounted a folder"
+        assert absent_of(capsys) == [f"{line} that only the hosts have"] * bool(absent)
+        assert main([*check, "--mounted", str(tmp_path), "--", *train, f"--config.data.source={value}"]) == 0
+        assert absent_of(capsys) == []
+    assert main([*check, "--", "evaluate", "runs/none", "--data", "digits"]) == 0
+    assert absent_of(capsys)[0].startswith("MODEL is 'runs/none': there is no runs/none")
+
+
+def test_commands_without_work_for_hosts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", "quickstart:teacher", "--topology", "h100:8"]
+    assert main(["launch", "check", "--hosts", "cluster", "--", *command]) == 2
+    assert capsys.readouterr().err == "tclip launch check: error: `tclip plan` needs no host: run it here\n"
+
+
 def test_a_cluster_needs_the_readers_of_its_urls(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

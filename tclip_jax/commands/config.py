@@ -18,7 +18,7 @@ from tclip_jax.recipes import resolve
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, the sections, and the form of the output."""
     parser.add_argument("config", metavar="RECIPE", help="the name of a shipped recipe, or path.py, with [:ARG]")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help="print only these sections or keys")
+    parser.add_argument("sections", nargs="*", default=[], metavar="SECTION", help="print only these sections or keys")
     add_override_arguments(parser)
     parser.add_argument("--changed", action="store_true", help="print only the keys that differ from their defaults")
     parser.add_argument("--json", action="store_true", help="print the values as one JSON object")

@@ -4,12 +4,14 @@
 
 Launchers call it before anything is started. It prints assignments for the shell: `wheel` (name of the file that `tclip
 launch wheel` writes), `recipe` (a file that the hosts need at PREFIX), `extras` (of the package, by the URLs of the
-command), `buckets` and `command` (with the recipe at its place on the hosts).
+command), `buckets`, `command` (with the recipe at its place on the hosts) and, of a cluster, which shares the folders of
+this machine, `absent` (data and models that are not here).
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 
@@ -36,10 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.cli import parse_command
     from tclip_jax.recipes import resolve
     from tclip_jax.registry import load_plugin
-    from tclip_jax.shipping import out_of_reach, shipment, unread
+    from tclip_jax.shipping import absent, out_of_reach, shipment, unread
 
     command = args.command[args.command[:1] == ["--"] :]
     name, parsed = parse_command(command)
+    if name.split()[0] in ("completion", "config", "launch", "plan"):
+        raise ValueError(f"`tclip {name}` needs no host: run it here")
     for plugin in parsed.plugin:
         load_plugin(plugin)
     config = {}
@@ -49,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
             recipe.teacher = recipe.data.teacher_cache = ""  # --teacher replaces them
         config = recipe.to_dict()
     needed = shipment(command, parsed, config, args.prefix)
+    mounted = [folder for folder in args.mounted.split(",") if folder]
     if args.hosts == "cloud":
-        lines = list(out_of_reach(parsed, config, filter(None, args.mounted.split(","))))
+        lines = list(out_of_reach(parsed, config, mounted))
     else:
         lines = [f"{', '.join(needed.buckets)}: {remedy}" for remedy in unread(needed.extras)]
     for line in lines:
@@ -58,4 +63,6 @@ def run(args: argparse.Namespace) -> int:
     if lines:
         return 2
     print(needed.assignments())
+    if args.hosts == "cluster":
+        print(f"absent=({shlex.join(absent(parsed, config, mounted))})")
     return 0

@@ -221,7 +221,7 @@ class TrainRow(grain.transforms.RandomMap):
         self._source = source
         self._tokenizer = tokenizer
         self._preprocess = preprocess
-        self._augment = AUGMENTATIONS.find(augment, "the augmentation")
+        self._name, self._augment = augment, AUGMENTATIONS.find(augment, "the augmentation")
         self._cache = cache
         templates = prompts.templates_for(source, templates) if source.classnames else ()
         # One (templates, T) array for each class: labelled data is tokenized once, here.
@@ -268,7 +268,9 @@ class TrainRow(grain.transforms.RandomMap):
             raise bad_image(record, error) from None
         if view.dtype != np.uint8 or view.shape != (*self._preprocess.size, 3):
             size = (*self._preprocess.size, 3)
-            raise TypeError(f"an augmentation gives {view.dtype} {view.shape}: it must give uint8 {size}")
+            raise ValueError(
+                f"the augmentation {self._name} gives {view.dtype} {view.shape}: it must give uint8 {size}"
+            )
         return view
 
     def _tokens(self, record: Record, rng: np.random.Generator) -> np.ndarray:

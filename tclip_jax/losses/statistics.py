@@ -65,7 +65,13 @@ def compare_rows(
 
     Returns:
       Statistics of each row, (B,).
+
+    Raises:
+      ValueError: the embeddings of the two modalities have different shapes.
     """
+    for x, y in ((rows, columns), *([teacher[:2]] if teacher else [])):
+        if x.ndim != 2 or x.shape != y.shape or len(x) != len(rows):
+            raise ValueError(f"embeddings of images and texts are {x.shape} and {y.shape}: both must be (B, D)")
     mask = sample_mask(weight, len(rows))
     shared = {"tokens": tokens, "index": jnp.arange(len(rows), dtype=jnp.int32), "mask": mask}
     theirs_rows = theirs_columns = None

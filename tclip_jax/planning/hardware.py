@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
+import re
 
 from tclip_jax.models.flops import PEAK_FLOPS
 
@@ -130,10 +132,24 @@ def parse_topology(name: str) -> Topology:
         return Topology(kind, shape)
     if topology := _parse_accelerator_type(lowered):
         return topology
+    raise ValueError(f"there is no topology {name!r}: {_choices(re.split('[:-]', lowered)[0])}")
+
+
+def _choices(kind: str) -> str:
+    """Say what names of topologies may follow a kind of chips; of all kinds, if it is none."""
+    types = {chip.type: each for each, chip in TPUS.items()}
+    near = difflib.get_close_matches(kind, [*TPUS, *GPUS, *types], 1)
+    kind = types.get(near[0], near[0]) if near else ""
+    if kind in GPUS:
+        return f"write {kind}:N for N GPUs, 1 to {MOST_CHIPS:,}, such as {kind}:64"
     flat, small = (", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (_FLAT, _SMALL))
-    raise ValueError(
-        f"there is no topology {name!r}: choose from v5e, v6e: {flat}; v4, v5p, tpu7x: {small}, or three of 4, 8, 12"
-        f" and 16 with at most {MOST_CHIPS:,} chips, such as v5p:8x8x16; {', '.join(GPUS)}: a number, such as h100:64;"
+    cubes = f"{small}, or three of 4, 8, 12 and 16 with at most {MOST_CHIPS:,} chips, such as 8x8x16"
+    if kind in TPUS:
+        chip = TPUS[kind]
+        named = f"{chip.type}-{16 * chip.cores} for 16 chips" + (" of 2 TensorCores" if chip.cores > 1 else "")
+        return f"write {named}, or {kind}: with a shape: {flat if chip.torus == 2 else cubes}"
+    return (
+        f"choose from v5e, v6e: {flat}; v4, v5p, tpu7x: {cubes}; {', '.join(GPUS)}: a number, such as h100:64;"
         " or an accelerator type: v5litepod-16, v6e-16 (16 chips), v4-32, v5p-32, tpu7x-32 (16 chips of 2 TensorCores)"
     )
 

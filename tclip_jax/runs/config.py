@@ -30,9 +30,7 @@ from tclip_jax.ternary import Quantizer
 class DataConfig:
     """The training data."""
 
-    source: str = key(
-        "digits", "digits, or folder:, tfds:, wds:, arrayrecord:, csv:, parquet:, mixture: ([data](data.md))"
-    )
+    source: str = key("digits", "digits, or folder:, tfds:, wds:, arrayrecord:, csv:, parquet:, mixture:")
     split: str = key("train", "split of the source")
     templates: str | tuple[str, ...] = key(
         "", "captions for class names: a set of prompts, or a list with {c}; empty: the data set's prompts, or `simple`"

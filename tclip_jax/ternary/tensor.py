@@ -29,6 +29,11 @@ class TernaryTensor:
     group: int
     axis: int = -2
 
+    def __repr__(self) -> str:
+        return (
+            f"TernaryTensor({_kind(self.trits)} trits, {_kind(self.scale)} scale, group={self.group}, axis={self.axis})"
+        )
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the trits."""
@@ -99,6 +104,12 @@ class PackedTensor:
     layout: str
     activations: Activations = "A16"
 
+    def __repr__(self) -> str:
+        return (
+            f"PackedTensor({_kind(self.data)} data, {_kind(self.scale)} scale, layer_shape={self.layer_shape},"
+            f" group={self.group}, layout={self.layout!r}, activations={self.activations!r})"
+        )
+
     @property
     def trits(self) -> jax.Array:
         """The trits, int8, with the layer axis if there is one."""
@@ -112,6 +123,11 @@ class PackedTensor:
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Compute the weights as `TernaryTensor.dequantize`."""
         return _unpack(self).dequantize(dtype)
+
+
+def _kind(x: object) -> str:
+    """Describe an array as "int8[2, 3]"; a pytree may hold something else in its place."""
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else repr(x)
 
 
 def _unpack(w: PackedTensor) -> TernaryTensor:

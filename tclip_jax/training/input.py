@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.data.pipeline import TrainIterator, train_iterator
+from tclip_jax.data.pipeline import TrainIterator, TrainRow, train_iterator
 from tclip_jax.data.sources import Source, digest, open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.parallel.agreement import allgather_json, together
@@ -84,6 +84,13 @@ def train_data(
         cache=cache,
         bad=bad,
     )
+
+
+def draw_sample(run: RunConfig, source: Source) -> None:
+    """Read and augment one record in this process; raise what the source or the augmentation raises."""
+    tokenizer = Tokenizer(run.model.text.context_length)
+    row = TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
+    row.draw(0, np.random.default_rng(run.seed))
 
 
 class ResumableIterator:

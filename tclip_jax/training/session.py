@@ -30,7 +30,7 @@ from tclip_jax.runs.record import in_words, read_metrics
 from tclip_jax.runs.steps import saved_steps, whole_steps
 from tclip_jax.training.build import Architecture, Build, check_batch
 from tclip_jax.training.evaluation import FAILED, Evaluation, EvaluationError
-from tclip_jax.training.input import ResumableIterator, open_input
+from tclip_jax.training.input import ResumableIterator, draw_sample, open_input
 from tclip_jax.training.metrics import MetricsLogger, Telemetry, check_telemetry
 from tclip_jax.training.optimizer import learning_rate_schedule
 from tclip_jax.training.preemption import PreemptionHandler, Stopped
@@ -110,7 +110,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
     resume = Resume(
         config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin, plugins=run.plugins
     )
-    if run.plugins:  # an error in one is found by tracing the step, before anything is written
+    if run.plugins:  # an error in one is found by a sample and by tracing the step, before anything is written
+        with together():
+            draw_sample(run, source)
         with jax.set_mesh(mesh):
             step = build.jitted_step(build.state_shapes)
             jax.eval_shape(step, build.state_shapes, build.batch_shapes, build.teacher_shapes)

@@ -224,7 +224,7 @@ def test_a_failure_does_not_stop_the_others(
     exports.write(root / "wds_flickr30k", [[""]] * IMAGES)
     report = evaluate(exports.Direct(), suite_tasks(root, ",".join(names)), model="m", out=tmp_path / "out")
     assert report.errors == {
-        "mnist": f"{root}/wds_mnist: no such folder; expected a webdataset export of CLIP_benchmark",
+        "mnist": f"{root}/wds_mnist: no such folder; expected tars, or a folder of tars",
         "vtab/cifar10": f"{root}/wds_vtab-cifar10/classnames.txt: 2 names, but vtab/cifar10 has 10 classes",
         "renderedsst2": f"{root}/wds_renderedsst2/zeroshot_classification_templates.txt: "
         "template 'a photo.' has no {c} for the class name",

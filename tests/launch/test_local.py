@@ -22,6 +22,12 @@ Stub = Callable[[str, str], None]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture
+def stub(stub: Stub) -> Stub:
+    """Writes a `tclip` that accepts every command at `tclip launch check`."""
+    return lambda name, text: stub(name, f'[ "$1 $2" != "launch check" ] || exit 0\n{text}')
+
+
 def count(tmp_path: pathlib.Path, process: int = 0) -> int:
     path = tmp_path / f"tclip.calls.{process}"
     return len(path.read_text().splitlines()) if path.exists() else 0

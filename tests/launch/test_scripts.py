@@ -191,7 +191,7 @@ def test_a_preempted_slurm_job_requeues_itself(
 ) -> None:
     stub("srun", f'echo "$PYTHONPATH $@" > $CALLS; exit {code}')
     stub("scontrol", 'echo "$@" > $CALLS')
-    ran = launch("slurm", "--nodes", "2", "--", "evaluate", "a b", "--data", "digits")
+    ran = launch("slurm", "--nodes", "2", "--mounted", "a b", "--", "evaluate", "a b", "--data", "digits")
     assert ran.returncode == 0, ran.stderr
     job = ["bash", str(tmp_path / "job")]
     environ |= {"SLURM_JOB_ID": "7", "PYTHONPATH": "before"}

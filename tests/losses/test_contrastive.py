@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,17 @@ def test_token_rows_of_other_lengths_are_not_compared() -> None:
 def test_a_sigmoid_loss_without_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="needs statistics with a bias"):
         sigmoid_of_rows(compare_rows(unit_vectors(0), unit_vectors(1), 1.0))
+
+
+@pytest.mark.parametrize("images", [unit_vectors(0)[:-1], unit_vectors(0)[:, :-1], unit_vectors(0)[None]])
+def test_embeddings_of_different_shapes_are_refused(images: np.ndarray) -> None:
+    shapes = f"{images.shape} and {(BATCH, WIDTH)}"
+    for loss in (losses.info_nce, sigmoid_loss):
+        with pytest.raises(ValueError, match=re.escape(f"embeddings of images and texts are {shapes}")):
+            loss(images, unit_vectors(1), 1.0)
+    teacher = (images, unit_vectors(1), 1.0)
+    with pytest.raises(ValueError, match="embeddings of images and texts are"):
+        losses.crd(unit_vectors(0), unit_vectors(1), 1.0, teacher)
 
 
 def test_masked_rows_are_zeros_in_float32() -> None:

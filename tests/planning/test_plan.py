@@ -269,10 +269,15 @@ def test_the_architecture_of_a_teacher_needs_no_weights(
     ("arguments", "words"),
     [
         (["h100:63"], "global batch 1024 is not divisible by 63 devices"),
-        (["v5e:3x3"], "there is no topology 'v5e:3x3': choose from v5e, v6e: 1x1"),
+        (["v5e:3x3"], "there is no topology 'v5e:3x3': write v5litepod-16 for 16 chips, or v5e: with a shape: 1x1, 2"),
+        (["v5litepodd-16"], "'v5litepodd-16': write v5litepod-16 for 16 chips, or v5e: with a shape: 1x1, 2x2"),
+        (["v4-33"], "'v4-33': write v4-32 for 16 chips of 2 TensorCores, or v4: with a shape: 2x2x1"),
+        (["h100"], "there is no topology 'h100': write h100:N for N GPUs, 1 to 4,096, such as h100:64"),
+        (["gh200:0"], "there is no topology 'gh200:0': write h200:N for N GPUs"),
+        (["zzz"], "there is no topology 'zzz': choose from v5e, v6e: 1x1"),
         (["h100:64", "--config.teacher=runs/none"], "add --teacher-preset"),
         (["h100:64", "--teacher-preset", "ViT-L"], "the nearest is 'ViT-L-14'"),
-        (["h100:64", "--sweep", "batch=1,2"], "config has no 'batch'"),
+        (["h100:64", "--sweep", "batch=1,2"], "config has no 'batch': the nearest is 'data.batch_size'"),
         (["h100:64", "--sweep", "mesh.fsdp=3"], "no point of the sweep can be planned; fsdp=3: "),
     ],
 )

@@ -151,8 +151,16 @@ def test_a_slice_of_another_shape_than_its_accelerator_type_has_none() -> None:
         "",
     ],
 )
-def test_an_unknown_topology_is_refused_with_a_list_of_all(name: str) -> None:
-    with pytest.raises(ValueError, match=r"v5e, v6e: 1x1, 2x2, .*16x32.*v5p:8x8x16; a100, h100, h200: a number"):
+def test_an_unknown_topology_is_refused_with_what_may_be_written(name: str) -> None:
+    choices = {
+        "v5e": "write v5litepod-16 for 16 chips, or v5e: with a shape: 1x1, 2x2, .*16x32",
+        "v5l": "write v5litepod-16 for 16 chips, or v5e: with a shape: 1x1, 2x2, .*16x32",
+        "v4-": "write v4-32 for 16 chips of 2 TensorCores, or v4: with a shape: 2x2x1, .*, such as 8x8x16",
+        "v5p": "write v5p-32 for 16 chips of 2 TensorCores, or v5p: with a shape: 2x2x1, .*, such as 8x8x16",
+        "h10": "write h100:N for N GPUs, 1 to 4,096, such as h100:64",
+    }
+    every = "choose from v5e, v6e: 1x1, 2x2, .*16x32.*8x8x16; a100, h100, h200: a number"
+    with pytest.raises(ValueError, match=f"there is no topology '{name}': {choices.get(name[:3], every)}"):
         parse_topology(name)
 
 

@@ -187,7 +187,7 @@ def test_every_number_has_bounds_that_are_enforced(path: str, field: dataclasses
     ("path", "value", "message"),
     [
         ("evals", 3, "config.evals is 3: it must be a list of mappings"),
-        ("profile_steps", 3, "config.profile_steps is 3: it must be tuple"),
+        ("profile_steps", 3, "config.profile_steps is 3: it must be tuple of int"),
         ("profile_steps", (0, 1), r"config.profile_steps is \(0, 1\): it must be at least 1"),
         ("ternary", 3, "config.ternary is 3: it must be a name, or a list"),
         ("ternary", [("a", 3)], "config.ternary is .*: it must be a name, or a list"),

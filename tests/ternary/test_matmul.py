@@ -119,6 +119,14 @@ def test_unpack_gives_trits_and_scales(implementation: str, group: Any) -> None:
     np.testing.assert_array_equal(unpacked.dequantize(), stacked.dequantize())
 
 
+def test_the_repr_has_shapes_and_no_numbers() -> None:
+    w = draw(1, 100, 50, 20)[1]
+    assert repr(w) == "TernaryTensor(int8[100, 50] trits, float32[5, 50] scale, group=20, axis=-2)"
+    assert repr(jax.tree.map(lambda leaf: None, w)) == "TernaryTensor(None trits, None scale, group=20, axis=-2)"
+    packed = repr(kernel("reference").pack(w))
+    assert packed.startswith("PackedTensor(") and "scale, layer_shape=(100, 50), group=20, layout='reference'" in packed
+
+
 def test_unpack_gives_a_table_with_its_scales() -> None:
     w = draw(1, 100, 50, 20)[1]
     table = TernaryTensor(w.trits, np.full((100, 3), 0.5, np.float32), 20, -1)  # type: ignore[arg-type]

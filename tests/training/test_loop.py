@@ -52,6 +52,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Telemetry, "write", stop)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

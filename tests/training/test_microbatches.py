@@ -83,7 +83,7 @@ def gradients(teacher: str, mesh: Mesh | None, parts: int, distributed: str) -> 
     ("teacher", "sizes", "parts", "distributed"),
     [
         pytest.param("in the step", None, 4, "gather", marks=pytest.mark.slow),
-        ("in the step", (2, 2, 2), 2, "ring"),
+        pytest.param("in the step", (2, 2, 2), 2, "ring", marks=pytest.mark.slow),
         pytest.param("cached", (4, 2, 1), 2, "gather", marks=pytest.mark.slow),
     ],
 )

@@ -162,7 +162,8 @@ def test_optimizers_hold_less_than_adamw_and_bfloat16_halves_the_first_moment(
     assert other - held(mu_dtype="bfloat16") == pytest.approx(adamw / 4, rel=0.02)
 
 
-@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_frozen_parameters_stay_as_they_are_and_cost_nothing(
     config: ml_collections.ConfigDict, microbatches: int
 ) -> None:

@@ -136,7 +136,7 @@ def without_zeros(packed: Params) -> Params:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"init": "nowhere"}, r"nowhere/config\.json: no such file"),
+        ({"init": "nowhere"}, r"nowhere: no such file or folder"),
         ({"model.quick_gelu": True}, "config.init .*artifact: its model quick_gelu is False, the run's is True"),
         ({"model.vision_cfg.layers": 2}, "its model vision.layers is 1, the run's is 2"),
         (

@@ -109,6 +109,7 @@ def test_keys_that_an_older_run_lacks_have_their_defaults(
     assert started(config, tmp_path / "run", 5).changed == {"optimizer.ema_decay": [0.0, 0.5]}
 
 
+@pytest.mark.slow
 def test_a_whole_run_its_refusals_and_its_artifact(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,7 +85,8 @@ def run_on(devices: int, rules: Any = (), loss: LossConfig | None = None) -> Run
     return Run(make_mesh(4, 2) if devices == 8 else make_mesh(devices=jax.devices()[:1]), rules, loss)
 
 
-@pytest.mark.parametrize("loss", [None, pytest.param(DISTILLED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [None, DISTILLED])
 def test_eight_devices_equal_one_in_full_precision(loss: LossConfig | None) -> None:
     single, sharded = run_on(1, loss=loss), run_on(8, loss=loss)
     a, b = single.state, sharded.state
@@ -123,10 +124,10 @@ def test_the_loss_is_the_weighted_sum_and_each_model_normalizes_its_pixels() -> 
 
     def embed(config: CLIPConfig, params: Any, mean: Any, std: Any) -> Any:
         pixels = (np.float32(batch["image"]) / 255 - np.float32(mean)) / np.float32(std)
-        return CLIP(config).apply({"params": params}, pixels, batch["tokens"])
+        return jax.jit(CLIP(config).apply)({"params": params}, pixels, batch["tokens"])
 
     student = embed(CONFIG, run.state.params["clip"], MEAN, STD)
-    rows = compare(*student, teacher=embed(TEACHER, run.teacher_params, HALF, HALF))
+    rows = jax.jit(compare)(*student, teacher=embed(TEACHER, run.teacher_params, HALF, HALF))
     assert terms["task"] == pytest.approx(float(contrastive.info_nce_of_rows(*rows)), rel=1e-5)
     assert terms["crd"] == pytest.approx(float(distillation.crd_of_rows(*rows)), rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import multiprocessing
@@ -81,7 +82,9 @@ def open_source(spec: str, split: str) -> Source:
     kind, _, argument = spec.partition(":")
     if kind not in SOURCES:
         usages = ", ".join(each.usage for each in SOURCES.values())
-        raise ValueError(f"unknown data source {spec!r}: write one of {usages}, or that of a plug-in")
+        near = difflib.get_close_matches(kind, SOURCES, 1)
+        nearest = f"the nearest is {SOURCES[near[0]].usage}" if near else f"write one of {usages}, or that of a plug-in"
+        raise ValueError(f"unknown data source {spec!r}: {nearest}")
     source = SOURCES[kind].open(argument, split)
     if not len(source):
         raise ValueError(f"{spec}: the source has no samples" + (f" ({split})" if kind in ("tfds", "wds") else ""))

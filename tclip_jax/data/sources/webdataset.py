@@ -90,7 +90,7 @@ class Webdataset:
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder}: a file; expected tars, or the folder of an export of CLIP_benchmark")
         if not self._folder.is_dir():
-            raise FileNotFoundError(f"{self._folder}: no such folder; expected a webdataset export of CLIP_benchmark")
+            raise FileNotFoundError(f"{self._folder}: no such folder; expected tars, or a folder of tars")
         if not (self._folder / split).is_dir() and (splits := self._splits()):
             raise FileNotFoundError(f"{self._folder}: no split {split!r}; it has {', '.join(splits)}")
         count_file = self._folder / split / SHARD_COUNT

@@ -41,6 +41,8 @@ def test_classnames_and_names() -> None:
     [
         ("digits", "validation", "no split 'validation'; it has train, test"),
         ("digits:8x8", "train", "digits:8x8: digits takes no argument"),
+        ("digts", "train", "^unknown data source 'digts': the nearest is digits$"),
+        ("folders:/a", "train", "^unknown data source 'folders:/a': the nearest is folder:<path>$"),
         ("imagenet", "train", r"unknown data source 'imagenet': write one of arrayrecord:<files>, csv:<files>, digits"),
     ],
 )

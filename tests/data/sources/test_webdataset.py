@@ -243,7 +243,7 @@ def test_missing_and_invalid_files_are_named(
 
 
 def test_missing_folders_and_repeated_members_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; expected a webdataset export"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; expected tars, or a folder of tars"):
         open_source(f"wds:{tmp_path}/nowhere", "test")
     folder = write(tmp_path / "x", {"0.png": b"", "0.cls": b"0", "0.PNG": b""}, classnames="a\n")
     with pytest.raises(ValueError, match=r"0\.tar: 0\.png occurs twice"):
