@@ -14,11 +14,6 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-# Most programs are small and are compiled by many tests: all processes of a session share them.
-COMPILED = tempfile.TemporaryDirectory() if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
-if COMPILED:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax
@@ -48,6 +43,10 @@ hypothesis.settings.register_profile("tclip", deadline=None, derandomize="CI" in
 hypothesis.settings.load_profile("tclip")
 # Compiled programs are kept and many: going through all of them time and again would be a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
+# Tests of many files compile the same small programs. Each process has its folder: others might read half a file.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse to start otherwise
 
 if importlib.util.find_spec("torch"):

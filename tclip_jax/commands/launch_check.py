@@ -4,8 +4,8 @@
 
 Launchers call it before anything is started. It prints assignments for the shell: `wheel` (name of the file that `tclip
 launch wheel` writes), `recipe` (a file that the hosts need at PREFIX), `extras` (of the package, by the URLs of the
-command), `buckets`, `command` (with the recipe at its place on the hosts) and, of a cluster, which shares the folders of
-this machine, `absent` (data and models that are not here).
+command), `buckets`, `command` (with the recipe at its place on the hosts) and, of a cluster, which shares the folders
+here, `absent` (data and models that are not here).
 """
 
 from __future__ import annotations
