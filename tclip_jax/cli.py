@@ -265,8 +265,8 @@ def _common_first(arguments: list[str]) -> list[str]:
     rest: list[str] = []
     words = iter(arguments[:end])
     for word in words:
-        if word == "--log-format":
+        if word in ("--log-format", "--plugin"):
             common.append(f"{word}={next(words, '')}")
         else:
-            (common if word == "--debug" or word.startswith("--log-format=") else rest).append(word)
+            (common if word == "--debug" or word.startswith(("--log-format=", "--plugin=")) else rest).append(word)
     return common + rest + arguments[end:]

@@ -129,8 +129,10 @@ def load_plugin(plugin: str) -> None:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it cannot be imported.
+      ValueError: it has no name, or it cannot be imported.
     """
+    if not plugin:
+        raise ValueError("--plugin has no value: name a Python file or a module")
     try:
         if plugin.endswith(".py"):
             load_file(pathlib.Path(plugin))

@@ -146,6 +146,11 @@ def test_the_format_may_stand_before_and_after_an_action(
     assert len(parsed) == 2
     assert main_exit(["compare", "weights", "a", "b", "--log-format"]) == 2
     assert "argument --log-format: invalid choice: '' (choose from" in capsys.readouterr().err
+    assert main(["compare", "weights", "a", "b", "--plugin", "none.py"]) == 2
+    assert main(["compare", "weights", "a", "b", "--plugin"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "tclip compare: error: none.py: no such file"
+    assert errors[1] == "tclip compare: error: --plugin has no value: name a Python file or a module"
     # Those after -- belong to another command.
     monkeypatch.setattr("tclip_jax.commands.launch.run", parsed.append)
     assert main(["launch", "local", "--", "train", "--log-format", "json"]) == 0
