@@ -143,6 +143,9 @@ class TrainIterator(Iterator[Batch]):
         if self._batches is None:
             self._batches = self._start()
         batch = next(self._batches)
+        if self._workers:
+            # jaxlib keeps what it sends to devices for a while: a copy gives the workers' shared memory back at once.
+            batch = {name: np.array(values) for name, values in batch.items()}
         self._samples += self._batch_size
         self.names, self.reasons = batch.pop("name"), batch.pop("reason")
         for row in np.flatnonzero(batch["fault"]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,11 @@ def test_a_check_reads_the_teacher(tmp_path: pathlib.Path, capsys: pytest.Captur
     words = ["train", "--config", "quickstart:student,runlocal", "--workdir", str(tmp_path / "run"), "--check"]
     assert main([*words, f"--config.teacher={tmp_path / 'absent'}"]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+def test_a_run_with_workers_ends_without_a_warning(tmp_path: pathlib.Path) -> None:
+    run = ["train", "--config", "quickstart:teacher,runlocal", "--workdir", str(tmp_path / "run")]
+    changes = ["steps=2", "optimizer.warmup_steps=1", "data.workers=1", "eval.source="]
+    command = [sys.executable, "-m", "tclip_jax", *run, *(f"--config.{change}" for change in changes)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr
