@@ -77,8 +77,8 @@ run() {
 
 # check HOSTS PREFIX: fails unless hosts of a `cloud`, or of a `cluster` that shares this machine's folders, can run
 # `command`. Sets `command` to what they run, `recipe` to a file that they need at PREFIX (or to nothing), `wheel` to the
-# name of this installation's wheel, `extras` to those that its URLs need, and `buckets`. Data and models that a cluster
-# lacks are missing.
+# name of this installation's wheel, `extras` to those that its URLs need, and `buckets`. Counts data and models
+# that are not on a cluster as missing.
 check() {
   local checked each absent=()
   checked=$(tclip launch check --hosts "$1" --prefix "$2" --mounted "${mounted:-}" -- "${command[@]}") || exit 2

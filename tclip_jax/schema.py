@@ -198,6 +198,8 @@ def describe(hint: Any) -> str:
         return "tuple" if arguments[0] is Any else f"tuple of {describe(arguments[0])}"
     if origin is tuple:
         return f"({', '.join(map(describe, arguments))})"
+    if dataclasses.is_dataclass(hint):
+        return "mapping"
     if origin is Mapping:
         return f"mapping of {' to '.join(map(describe, arguments))}"
     return "None" if hint is types.NoneType else getattr(origin or hint, "__name__", str(hint))

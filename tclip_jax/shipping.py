@@ -108,7 +108,7 @@ def out_of_reach(args: argparse.Namespace, config: Mapping[str, Any], mounted: I
 
 
 def absent(args: argparse.Namespace, config: Mapping[str, Any], mounted: Iterable[str] = ()) -> Iterator[str]:
-    """Yield a line for each value that names data or a model which is not on this machine, nor on its cluster.
+    """Yield a line for each value that names data or a model that this machine, and so its cluster, does not have.
 
     The arguments are those of `out_of_reach`.
     """

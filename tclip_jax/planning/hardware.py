@@ -136,7 +136,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def _choices(kind: str) -> str:
-    """Say what names of topologies may follow a kind of chips; of all kinds, if it is none."""
+    """Return the names of topologies of the nearest kind of chip, or of all kinds if none is near, for an error."""
     types = {chip.type: each for each, chip in TPUS.items()}
     near = difflib.get_close_matches(kind, [*TPUS, *GPUS, *types], 1)
     kind = types.get(near[0], near[0]) if near else ""

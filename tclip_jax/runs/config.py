@@ -83,13 +83,9 @@ class LossConfig:
     @staticmethod
     def more_keys() -> type:
         """Return a declaration of the weights, which depends on the registered losses."""
-        taken = {field.name for field in dataclasses.fields(LossConfig)} | {
-            "image",
-            "text",
-            "icl_scale",
-            "sigmoid_bias",
-        }
-        if clash := sorted(taken & {*LOSSES}):
+        options = {field.name for field in dataclasses.fields(LossConfig)}
+        heads = {"image", "text", "icl_scale", "sigmoid_bias"}
+        if clash := sorted((options | heads) & {*LOSSES}):
             raise ValueError(f"the loss {clash[0]!r} of a plug-in has the name of an option or a head: rename it")
         weights = {name: key(loss.default, f"weight: {loss.doc}", ge=0) for name, loss in LOSSES.items()}
         return dataclasses.make_dataclass("Weights", [(name, float, each) for name, each in weights.items()])
