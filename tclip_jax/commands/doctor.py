@@ -33,6 +33,7 @@ OPTIONAL = {
     "gcsfs": ("gcs", "reads and writes gs:// paths", "import gcsfs"),
     "s3fs": ("s3", "reads and writes s3:// paths", "import s3fs"),
     "gguf": ("gguf", "reads and writes GGUF files", "import gguf"),
+    "flatbuffers": ("stablehlo", "writes StableHLO in `tclip export`", "import flatbuffers"),
     "libtpu": ("plan", "compiles for TPUs in `tclip plan`", "import libtpu"),
 }
 _IMPORT_SECONDS = 120

@@ -1,9 +1,11 @@
 """Examples:
   tclip export runs/student --out export
   tclip export runs/student --to open_clip,hf,gguf-tq1_0,gguf-tq2_0 --out release
+  tclip export runs/student --to stablehlo --out programs
 
 open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export") load the folder.
-`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md.
+`python export/check.py` compares their outputs with those of JAX. `stablehlo` holds
+both towers as programs that need jax alone. See docs/interchange.md and docs/hub.md.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         default="open_clip,hf",
         metavar="FORMATS",
-        help="open_clip, hf (transformers), gguf-tq1_0, gguf-tq2_0, separated by commas (default: open_clip,hf)",
+        help="open_clip, hf (transformers), gguf-tq1_0, gguf-tq2_0, stablehlo (jax.export), separated by commas"
+        " (default: open_clip,hf)",
     )
     parser.add_argument(
         "--dtype",
@@ -30,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export the model: dequantised weights, and for GGUF trits and scales."""
+    """Export the model: dequantised weights, and for GGUF and StableHLO trits and scales."""
     from tclip_jax.inference.load import load_packed
     from tclip_jax.interop.export import export_pytorch
 
     formats = args.to.split(",")
     floats = not {"open_clip", "hf"}.isdisjoint(formats)
     if args.dtype and not floats:
-        raise ValueError(f"--dtype is for open_clip and hf, and --to is {args.to}: GGUF fixes its dtypes")
+        raise ValueError(f"--dtype is for open_clip and hf, and --to is {args.to}: the others fix their dtypes")
     model = load_packed(args.model)
     export_pytorch(
         args.out,

@@ -22,13 +22,14 @@ from tclip_jax.interop.gguf_file import KINDS
 from tclip_jax.interop.hugging_face import to_hugging_face
 from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import lazy_state
+from tclip_jax.interop.stablehlo import FOLDER, verify_stablehlo, write_stablehlo
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.pages import dotted
 from tclip_jax.storage import atomic_folder
 from tclip_jax.ternary import TernaryTensor
 
 GGUF_KINDS = {f"gguf-{kind}": kind for kind in KINDS}
-FORMATS = ("open_clip", "hf", *GGUF_KINDS)
+FORMATS = ("open_clip", "hf", *GGUF_KINDS, "stablehlo")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,6 +81,15 @@ from tclip_jax.interop.gguf import read_gguf
 config, preprocess, params = read_gguf("FOLDER/FILE.gguf")
 ```
 """,
+    "stablehlo": """
+The folder `stablehlo` holds both towers as programs of jax.export, for CPUs, TPUs and CUDA, with weights of 2 bits:
+
+```python
+from load import load  # in the folder stablehlo; pip install jax flatbuffers safetensors
+
+encode_image, encode_text = load()
+```
+""",
 }
 
 
@@ -107,7 +117,8 @@ def export_pytorch(
       preprocess: the preprocessing of its images.
       params: parameter tree with `TernaryTensor` leaves, which open_clip and transformers get as scale · trit. Other
         leaves may be lazy.
-      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf, and is verified.
+      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. GGUF and
+        StableHLO are verified.
       dtype: dtype of the weights for open_clip and transformers, one of `DTYPES`. Ternary weights with scales of 8
         significant bits are exact in all of them.
       figures: measured values for the model card, by name; nested values get dotted names.
@@ -118,7 +129,7 @@ def export_pytorch(
     Raises:
       ValueError: CLIPModel, CLIPImageProcessor or GGUF cannot express the model or its preprocessing; the parameters or
         the image size do not match `config`; a format or dtype is unknown; weights are not finite in `dtype`; or a
-        GGUF needs the gguf package, which is not installed.
+        GGUF or StableHLO needs a package that is not installed; or what was written is not the model.
       FileExistsError: the folder exists.
     """
     if dtype not in DTYPES:
@@ -144,6 +155,9 @@ def export_pytorch(
             path = unfinished / f"{folder.name}-{kind}.gguf"
             write_gguf(path, config=config, preprocess=preprocess, params=params, kind=kind)
             verify_gguf(path, params)
+        if "stablehlo" in formats:
+            write_stablehlo(unfinished / FOLDER, config=config, params=params)
+            verify_stablehlo(unfinished / FOLDER, config=config, params=params)
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
         if "open_clip" in formats:
@@ -171,7 +185,7 @@ def model_card(
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
     libraries = [name for name in _LIBRARIES if name in formats]
-    kind = dtype if libraries else "GGUF"
+    kind = dtype if libraries else "GGUF" if any(name in GGUF_KINDS for name in formats) else "StableHLO"
     about = f"A CLIP model with {total:,} parameters, exported from tclip_jax as {kind}."
     if ternary:
         about += f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale)."
@@ -186,6 +200,7 @@ def model_card(
     usage = "".join(text for name, text in _USAGE.items() if any(chosen.startswith(name) for chosen in formats))
     title = "Ternary CLIP" if ternary else "CLIP"
     names = [_LIBRARIES[name] for name in libraries] + ["gguf"] * any(name in GGUF_KINDS for name in formats)
+    names += ["stablehlo"] * ("stablehlo" in formats)
     return _CARD.format(
         library=f"library_name: {names[0]}\n" if libraries else "",
         tags=", ".join(["clip", *(["ternary"] if ternary else []), *names]),

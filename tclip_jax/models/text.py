@@ -52,9 +52,10 @@ class TextTransformer(nn.Module):
             remat=self.remat,
         )
         # The end-of-text token has the largest id of the vocabulary.
-        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(len(tokens_BT), x_BTD.shape[1] - 1)
+        batch, length = tokens_BT.shape  # `jax.export` may leave the batch open, so that len would fail
+        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(batch, length - 1)
         # A masked sum, because the gradient of a gather is a scatter, slow and in the dtype of the computation.
-        is_end_BT1 = jnp.expand_dims(jnp.arange(x_BTD.shape[1]) == end_B[:, None], -1)
+        is_end_BT1 = jnp.expand_dims(jnp.arange(length) == end_B[:, None], -1)
         x_BD = layer_norm("ln_final")(jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32))
         small, bias = nn.initializers.normal(width**-0.5), False
         return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)

@@ -60,7 +60,8 @@ class VisionTransformer(nn.Module):
         small = nn.initializers.normal(width**-0.5)
         class_D = self.param("class_embedding", small, (width,))
         position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))
-        class_B1D = jnp.broadcast_to(class_D, (len(x_BND), 1, width))
+        batch = x_BND.shape[0]  # `jax.export` may leave it open, so that len would fail
+        class_B1D = jnp.broadcast_to(class_D, (batch, 1, width))
         # In float32, because the gradients of both embeddings are sums over the batch.
         x_BTD = jnp.concatenate([class_B1D, x_BND.astype(jnp.float32)], axis=1) + position_TD
         x_BTD = x_BTD.astype(self.dtype)
