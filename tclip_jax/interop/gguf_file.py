@@ -97,17 +97,7 @@ def read_header(file: IO[bytes], size: int, architecture: str) -> tuple[dict[str
         is not installed.
     """
     gguf = _package()
-    if file.read(len(_MAGIC)) != _MAGIC:
-        raise ValueError("not a GGUF file: it must start with the bytes GGUF")
-    cursor = _Cursor(file, size, len(_MAGIC))
-    version = cursor.number("I")
-    if version not in _VERSIONS:
-        raise ValueError(f"the GGUF version is {version}: only 2 and 3, little-endian, can be read")
-    tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(field_count):
-        key = cursor.name(metadata)
-        metadata[key] = cursor.value(cursor.number("I"), key)
+    metadata, tensor_count, cursor = _fields(file, size)
     # Before the tensors: other architectures may have types that are unknown here.
     if metadata.get(ARCHITECTURE_KEY) != architecture:
         raise ValueError(
@@ -125,6 +115,27 @@ def read_header(file: IO[bytes], size: int, architecture: str) -> tuple[dict[str
     tensors = {name: tensor._replace(offset=start + tensor.offset) for name, tensor in relative.items()}
     _check_places(tensors, alignment, start, size)
     return metadata, tensors
+
+
+def read_metadata(file: IO[bytes], size: int) -> dict[str, Any]:
+    """Read the metadata of a GGUF file of any architecture, by key; arguments and errors as of `read_header`."""
+    return _fields(file, size)[0]
+
+
+def _fields(file: IO[bytes], size: int) -> tuple[dict[str, Any], int, _Cursor]:
+    """Return the metadata by key, the number of tensors, and the cursor, which is at the first of them."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("not a GGUF file: it must start with the bytes GGUF")
+    cursor = _Cursor(file, size, len(_MAGIC))
+    version = cursor.number("I")
+    if version not in _VERSIONS:
+        raise ValueError(f"the GGUF version is {version}: only 2 and 3, little-endian, can be read")
+    tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(field_count):
+        key = cursor.name(metadata)
+        metadata[key] = cursor.value(cursor.number("I"), key)
+    return metadata, tensor_count, cursor
 
 
 def encode_blocks(trits: Array, scale: Array, kind: Kind) -> Bytes:

@@ -30,7 +30,7 @@ from flax.traverse_util import unflatten_dict
 from jax import export
 
 from tclip_jax.artifacts.pack import flatten, repack_params
-from tclip_jax.artifacts.safetensors import LazyArray, read_safetensors, write_safetensors
+from tclip_jax.artifacts.safetensors import LazyArray, LazyStack, read_safetensors, write_safetensors
 from tclip_jax.interop.examples import make_examples
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
@@ -186,5 +186,5 @@ def _arrays(weights: Mapping[str, Any]) -> dict[str, Any]:
             arrays[path] = np.asarray(weight.data)
             arrays[path + _SCALE] = np.asarray(weight.scale, np.float32)
         else:
-            arrays[path] = weight if isinstance(weight, LazyArray) else np.asarray(weight)
+            arrays[path] = weight if isinstance(weight, LazyArray | LazyStack) else np.asarray(weight)
     return arrays
