@@ -166,6 +166,18 @@ def test_apply_is_pure(which: str, packed_model: Model, fake_quantized: Model) -
     assert slope.shape == PIXELS.shape and np.abs(slope).max() > 0
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla_int8"])
+def test_apply_is_exported_with_a_batch_of_any_size(implementation: str, packed_model: Model) -> None:
+    model = packed_model.repacked(implementation=implementation)
+    for name, inputs in (("image", PIXELS), ("text", TOKENS.astype(np.int32))):
+        shape = jax.export.symbolic_shape("batch, ...", like=inputs.shape)
+        apply = jax.jit(getattr(model, f"apply_{name}"))
+        exported = jax.export.export(apply)(model.params, jax.ShapeDtypeStruct(shape, inputs.dtype))
+        expected = getattr(packed_model, f"encode_{name}")(inputs)
+        for count in (1, 4):
+            np.testing.assert_allclose(exported.call(model.params, inputs[:count]), expected[:count], atol=1e-6)
+
+
 def test_latent_weights_have_gradients(fake_quantized: Model) -> None:
     total = lambda params: fake_quantized.apply_image(params, jnp.asarray(PIXELS)).sum()  # noqa: E731
     gradients = flatten(jax.jit(jax.grad(total))(fake_quantized.params))
