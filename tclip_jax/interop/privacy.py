@@ -37,6 +37,9 @@ _WORKDIR = rf"{_RUN}|\"workdir\"\s*:\s*\"[^\"\n]+"
 _SECRET = r"\bhf_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 
 _EVERYWHERE = {"a bucket": _BUCKET, "an absolute path": _HOME_PATH, "a secret": _SECRET}
+_NEEDLES = [b"://", b"hf_", b"AKIA", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"-----BEGIN "]
+_NEEDLES += [f"/{home}/".encode() for home in _HOMES.split("|")]
+_BEFORE, _AFTER = 100, 1000  # bytes around a needle
 _IN_DOCUMENTS = {"a bucket": _BUCKET, "an absolute path": _ANY_PATH, "the workdir of a run": _WORKDIR}
 _IN_DOCUMENTS |= {"a secret": _SECRET}
 _PATHS = re.compile("|".join((_BUCKET, _ANY_PATH, _RUN)))
@@ -83,7 +86,8 @@ class Finding(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.place}: {self.what}, {printable(self.text):.100}"
+        text = f"{self.text[:8]}…" if self.what == "a secret" else self.text  # errors stay in logs
+        return f"{self.file}, {self.place}: {self.what}, {printable(text):.100}"
 
 
 def find_private(path: pathlib.Path, name: str, *, public: Collection[str] = ()) -> Iterator[Finding]:
@@ -212,9 +216,27 @@ def _find_in_bytes(path: pathlib.Path, name: str, public: Collection[str]) -> It
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for what, pattern in _EVERYWHERE.items():
-            for match in re.finditer(pattern.encode(), data):
-                text = match[0].decode("latin-1")
-                if not _is_public(text, public):
-                    line = data[: match.start()].count(b"\n") + 1
-                    yield Finding(name, f"line {line}", what, text)
+        found = {(match, what) for position in _candidates(data) for match, what in _matches_at(data, position)}
+        for (start, text), what in sorted(found):
+            if not _is_public(text, public):
+                line = data[:start].count(b"\n") + 1
+                yield Finding(name, f"line {line}", what, text)
+
+
+def _candidates(data: mmap.mmap) -> Iterator[int]:
+    """Yield where a text is that every match has: searching for them takes a tenth of the time of the patterns."""
+    for needle in _NEEDLES:
+        position = data.find(needle)
+        while position >= 0:
+            yield position
+            position = data.find(needle, position + 1)
+
+
+def _matches_at(data: mmap.mmap, position: int) -> Iterator[tuple[tuple[int, str], str]]:
+    """Yield start, text and kind of each match that contains `position`."""
+    start = max(0, position - _BEFORE)
+    window = data[start : position + _AFTER]
+    for what, pattern in _EVERYWHERE.items():
+        for match in re.finditer(pattern.encode(), window):
+            if match.start() <= position - start < match.end():
+                yield (start + match.start(), match[0].decode("latin-1")), what

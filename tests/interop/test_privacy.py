@@ -144,8 +144,16 @@ def test_programs_and_other_bytes(tmp_path: pathlib.Path) -> None:
     assert private(path) == []
     path.write_bytes(b"\x00\n\x01\x02/home/me/tclip/layers.py\x00\xffs3://mine\x80")
     assert private(path) == [
-        "image.bin, line 2: a bucket, s3://mine",
         "image.bin, line 2: an absolute path, /home/me/tclip/layers.py",
+        "image.bin, line 2: a bucket, s3://mine",
+    ]
+    path.write_bytes(bytes(300) + b"x" * 200 + b"/home/me/home/me" + bytes(2000) + b"\n\n/mnt/a/tmp/b")
+    assert private(path) == ["image.bin, line 3: an absolute path, /mnt/a/tmp/b"]
+    path.write_bytes(b"x = 'hf_" + b"a" * 34 + b"'  # gho_" + b"b" * 36 + b"\n-----BEGIN PRIVATE KEY-----")
+    assert private(path) == [
+        "image.bin, line 1: a secret, hf_aaaaa…",
+        "image.bin, line 1: a secret, gho_bbbb…",
+        "image.bin, line 2: a secret, -----BEG…",
     ]
     path.write_bytes(b"")
     assert private(path) == []
