@@ -44,36 +44,18 @@ _IN_DOCUMENTS = {"a bucket": _BUCKET, "an absolute path": _ANY_PATH, "the workdi
 _IN_DOCUMENTS |= {"a secret": _SECRET}
 _PATHS = re.compile("|".join((_BUCKET, _ANY_PATH, _RUN)))
 # Names that tell nothing of who has them.
-_ANYBODY = {
-    "admin",
-    "app",
-    "debian",
-    "docker",
-    "guest",
-    "jovyan",
-    "localhost",
-    "nobody",
-    "root",
-    "runner",
-    "ubuntu",
-    "user",
-}
+_ANYBODY = {"admin", "app", "debian", "docker", "guest", "jovyan", "localhost", "nobody", "root", "runner", "user"}
+_ANYBODY |= {"ubuntu"}
 
-# What archives and pickles hold cannot be looked through.
-_OPAQUE = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz"}
-_OPAQUE |= {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
-_OPAQUE |= {b"BZh": "bzip2", b"7z\xbc\xaf": "a 7z archive"}
+# What archives and pickles hold cannot be looked through. The first byte of a pickle is followed by its protocol and an
+# opcode, which is not 0 as in an offset or a length.
+_OPAQUE = {rb"PK\x03\x04": "a zip archive", rb"\x1f\x8b": "gzip", rb"\x28\xb5\x2f\xfd": "zstd", rb"\xfd7zXZ": "xz"}
+_OPAQUE |= {rb"BZh": "bzip2", rb"7z\xbc\xaf": "a 7z archive", rb"\x80[\x02-\x05][^\x00]": "a pickle"}
 
 # Files and folders that only a run has: its record, its checkpoints and the states of its optimizer.
 _OF_A_RUN = {"checkpoints", "tensorboard", "history.jsonl", "metrics.jsonl", "commit_success.txt", "manifest.ocdbt"}
-_OF_A_RUN |= {
-    "_METADATA",
-    "_CHECKPOINT_METADATA",
-    "optimizer.pt",
-    "optimizer.bin",
-    "scheduler.pt",
-    "trainer_state.json",
-}
+_OF_A_RUN |= {"_METADATA", "_CHECKPOINT_METADATA", "optimizer.pt", "optimizer.bin", "scheduler.pt"}
+_OF_A_RUN |= {"trainer_state.json"}
 _STATE = re.compile(r"(?:^|[./])(?:opt_state|optimizer|optimizer_state|exp_avg|exp_avg_sq|mu|nu)(?:[./]|$)")
 
 
@@ -103,11 +85,6 @@ def find_private(path: pathlib.Path, name: str, *, public: Collection[str] = ())
     """
     if not _OF_A_RUN.isdisjoint(name.split("/")) or path.name.startswith("events.out.tfevents"):
         raise ValueError(f"{name} belongs to a run: export the run (`tclip export`) and push that folder")
-    with path.open("rb") as file:
-        start = file.read(8)
-    for magic, kind in _OPAQUE.items():
-        if start.startswith(magic):
-            raise ValueError(f"{name} is {kind}, which cannot be looked through: send safetensors, or its files")
     if path.suffix == ".safetensors":
         yield from find_in_text(_safetensors_header(path, name), name, place="header", public=public)
     elif path.suffix == ".gguf":
@@ -115,6 +92,7 @@ def find_private(path: pathlib.Path, name: str, *, public: Collection[str] = ())
     elif path.suffix in _DOCUMENTS:
         yield from find_in_text(read_text(path, name), name, public=public)
     else:
+        _refuse_opaque(path, name)
         yield from _find_in_bytes(path, name, public)
 
 
@@ -172,6 +150,14 @@ def read_text(path: pathlib.Path, name: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text, as its name says: byte {error.start}") from None
     return text.replace("\\/", "/")
+
+
+def _refuse_opaque(path: pathlib.Path, name: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, kind in _OPAQUE.items():
+        if re.match(magic, start):
+            raise ValueError(f"{name} is {kind}, which cannot be looked through: send safetensors, or its files")
 
 
 def _safetensors_header(path: pathlib.Path, name: str) -> str:

@@ -109,7 +109,15 @@ def test_headers_of_safetensors(tmp_path: pathlib.Path) -> None:
         safetensors.numpy.save_file({name: tensors["w"]}, path)
         with pytest.raises(ValueError, match=rf"^model\.safetensors: {name} is the state of an optimizer: push the"):
             private(path)
-    for data in (b"", b"\xff" * 40, b"\x08" + bytes(7) + b"[1,2,3] ", b"version https://git-lfs.github.com/spec/v1"):
+    path.write_bytes(b"\x80\x02" + bytes(6) + b"{}".ljust(0x280))  # starts as a pickle does
+    assert private(path) == []
+    for data in (
+        b"",
+        b"\xff" * 40,
+        pickle.dumps({"w": 1}),
+        b"\x08" + bytes(7) + b"[1,2,3] ",
+        b"version https://git-lfs.github.com/spec/v1",
+    ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"^model\.safetensors is not a safetensors file: its header is not"):
             private(path)
@@ -155,8 +163,9 @@ def test_programs_and_other_bytes(tmp_path: pathlib.Path) -> None:
         "image.bin, line 1: a secret, gho_bbbb…",
         "image.bin, line 2: a secret, -----BEG…",
     ]
-    path.write_bytes(b"")
-    assert private(path) == []
+    for data in (b"", b"\x80\x02\x00\x00TFL3"):
+        path.write_bytes(data)
+        assert private(path) == []
 
 
 def test_what_cannot_be_looked_through_is_refused(tmp_path: pathlib.Path) -> None:
