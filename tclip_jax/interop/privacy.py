@@ -85,11 +85,12 @@ def find_private(path: pathlib.Path, name: str, *, public: Collection[str] = ())
     """
     if not _OF_A_RUN.isdisjoint(name.split("/")) or path.name.startswith("events.out.tfevents"):
         raise ValueError(f"{name} belongs to a run: export the run (`tclip export`) and push that folder")
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         yield from find_in_text(_safetensors_header(path, name), name, place="header", public=public)
-    elif path.suffix == ".gguf":
+    elif suffix == ".gguf":
         yield from find_in_text(_gguf_metadata(path, name), name, place="metadata", public=public)
-    elif path.suffix in _DOCUMENTS:
+    elif suffix in _DOCUMENTS:
         yield from find_in_text(read_text(path, name), name, public=public)
     else:
         _refuse_opaque(path, name)

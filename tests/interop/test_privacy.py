@@ -95,8 +95,9 @@ def private(path: pathlib.Path) -> list[str]:
 
 
 def test_json_with_escaped_slashes(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "config.json").write_text('{\n"x": "\\/home\\/me\\/x"}')
-    assert private(tmp_path / "config.json") == ["config.json, line 2: an absolute path, /home/me/x"]
+    for name in ("config.json", "CONFIG.JSON"):
+        (tmp_path / name).write_text('{\n"x": "\\/srv\\/me\\/x"}')
+        assert private(tmp_path / name) == [f"{name}, line 2: an absolute path, /srv/me/x"]
 
 
 def test_headers_of_safetensors(tmp_path: pathlib.Path) -> None:
