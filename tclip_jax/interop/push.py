@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from tclip_jax.interop.model_card import CARD, hub_card, public_provenance
+from tclip_jax.interop.hub_card import CARD, hub_card, public_provenance
 from tclip_jax.interop.privacy import Finding, find_in_text, find_private, read_text
 from tclip_jax.pages import aligned, printable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tclip_jax.interop.model_card import hub_card, public_provenance
+from tclip_jax.interop.hub_card import hub_card, public_provenance
 
 EXPORT = """\
 ---
