@@ -23,8 +23,9 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.inference.load import load_model, load_packed
-from tclip_jax.interop.export import export_pytorch, model_card
+from tclip_jax.interop.export import export_pytorch
 from tclip_jax.interop.latent import latent_params
+from tclip_jax.interop.model_card import model_card
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.weights import weights_report
