@@ -203,11 +203,11 @@ def read_ternary(path: epath.PathLike) -> dict[str, TernaryNode]:
 
 
 def parse_onnx(path: epath.PathLike) -> Any:
-    """Return the `onnx.ModelProto` of a file. Data outside the file is not read.
+    """Return the `onnx.ModelProto` of a file.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is not ONNX, or is damaged.
+      ValueError: the file is not ONNX, is damaged, or has data in other files.
     """
     onnx, path = onnx_package(), epath.Path(path)
     try:
@@ -220,6 +220,9 @@ def parse_onnx(path: epath.PathLike) -> Any:
         raise ValueError(
             f"{path} is not an ONNX file, or a damaged one: {' '.join(str(error).split())[:200]}"
         ) from None
+    outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location]
+    if outside:
+        raise ValueError(f"{path}: the data of {outside[0]!r:.80} is in another file: only one whole file is read")
     return model
 
 
@@ -247,7 +250,7 @@ def _read_node(node: Any, tensors: Mapping[str, Any], casts: Mapping[str, str]) 
 
 
 def _array(tensor: Any, axes: int) -> npt.NDArray[Any]:
-    if len(tensor.dims) != axes or tensor.data_location:
+    if len(tensor.dims) != axes:
         raise ValueError(f"the tensor {tensor.name!r:.80} has dimensions {list(tensor.dims)}: expected {axes} axes")
     try:
         return onnx_package().numpy_helper.to_array(tensor)

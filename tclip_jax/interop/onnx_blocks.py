@@ -83,7 +83,7 @@ def encode_blocks(path: str, weight: TernaryTensor, dtype: str) -> Blocks:
     fields = np.full((len(trits), count * block), _ZERO, np.uint8)
     fields[:, :length] = trits + np.int8(_ZERO)
     a, b, c, d = (fields[:, i::4] for i in range(4))
-    codes: npt.NDArray[np.uint8] = a | b << 2 | c << 4 | d << 6
+    codes = (a | b << 2 | c << 4 | d << 6).astype(np.uint8)
     return Blocks(codes, np.ascontiguousarray(repeated), block, length)
 
 

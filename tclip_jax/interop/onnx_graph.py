@@ -115,8 +115,8 @@ class _Graph:
 
     def image(self, cfg: VisionConfig) -> None:
         x = self.patches(cfg)
-        # The class token is a row of zeros, to which the sum of the class embedding and its position embedding is added.
-        # Runtimes compute this sum once, and need no batch size.
+        # The class token is a row of zeros, to which a constant is added: the class embedding and its position
+        # embedding. So the graph needs no batch size.
         x = self.node("Pad", [x, self.integers([0, 1, 0, 0, 0, 0])], "image/tokens")
         class_1D = self.floats("image/class_embedding", np.reshape(self.leaf("image/class_embedding"), (1, -1)))
         class_TD = self.node("Pad", [class_1D, self.integers([0, 0, cfg.grid[0] * cfg.grid[1], 0])], "image/class")

@@ -124,7 +124,10 @@ def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pat
 @pytest.mark.parametrize(
     ("formats", "message"),
     [
-        (("onnx",), "format 'onnx' is not one of open_clip, hf, gguf-tq1_0, gguf-tq2_0"),
+        (
+            ("coreml",),
+            "format 'coreml' is not one of open_clip, hf, onnx, onnx-fp32, onnx-fp16, gguf-tq1_0, gguf-tq2_0",
+        ),
         (("open_clip", "gguf-tq1_0"), "128"),
     ],
 )
