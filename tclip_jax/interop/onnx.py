@@ -210,19 +210,17 @@ def parse_onnx(path: epath.PathLike) -> Any:
       ValueError: the file is not ONNX, is damaged, or has data in other files.
     """
     onnx, path = onnx_package(), epath.Path(path)
+    content = path.read_bytes()
     try:
-        model = onnx.ModelProto.FromString(path.read_bytes())
+        model = onnx.ModelProto.FromString(content)
+        outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location]
+        if outside:  # the checker would look for the file
+            raise ValueError(f"the data of {outside[0]!r:.80} is in another file")
         onnx.checker.check_model(model)
-    # DecodeError of protobuf and ValidationError of onnx have no common base, and protobuf is not imported here.
-    except FileNotFoundError:
-        raise
+    # DecodeError of protobuf and ValidationError of onnx have no common base but Exception.
     except Exception as error:
-        raise ValueError(
-            f"{path} is not an ONNX file, or a damaged one: {' '.join(str(error).split())[:200]}"
-        ) from None
-    outside = [tensor.name for tensor in model.graph.initializer if tensor.data_location]
-    if outside:
-        raise ValueError(f"{path}: the data of {outside[0]!r:.80} is in another file: only one whole file is read")
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not an ONNX file, or a damaged one: {words}") from None
     return model
 
 

@@ -104,7 +104,11 @@ texts = st.builds(
     packed=st.booleans(),
 )
 def test_every_option_of_the_towers(
-    config: CLIPConfig, rules: str, packed: bool, tmp_path_factory: pytest.TempPathFactory
+    config: CLIPConfig,
+    rules: str,
+    packed: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+    fast_compilation: None,
 ) -> None:
     folder, params = tmp_path_factory.mktemp("onnx"), draw_params(config, RULES[rules])
     form = Form(packed, accuracy_level=1)
