@@ -160,6 +160,8 @@ def verify_embeddings(folder: epath.PathLike, form: Form, examples: Examples) ->
             f"the difference must be at most {MAX_ERROR:g}" if exact else f"the cosine must be {MIN_COSINE} or more"
         )
         raise ValueError(f"{line}: {budget}" + ("" if exact else "; --accuracy-level 1 does not round activations"))
+    if not exact and error <= MAX_ERROR:
+        line += ", which has no 2-bit product for this CPU and expands the weights to floats: newer versions may"
     return line
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from packaging.version import Version
 
-OLDEST = (
-    "1.28.0"  # the first with a 2-bit product on CPUs; earlier ones expand the weights to floats, and do not say so
-)
+# The first with a 2-bit product on CPUs: with AVX-512; with AVX2 it is 1.29. Others silently expand the weights to
+# floats.
+OLDEST = "1.28.0"
 _ERRORS_ONLY = 3
 
 
