@@ -83,9 +83,8 @@ def export_pytorch(
     notes: list[str] = []
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
         job = Job(unfinished, folder.name, config, preprocess, params, dtype, accuracy_level)
-        job.state  # noqa: B018 - parameters that do not fit the model are refused before anything is written
         # GGUF and ONNX first: they are most likely to fail, for their groups, scales or packages.
-        for name in sorted(formats, key=list(FORMATS).index, reverse=True):
+        for name in sorted(set(formats), key=list(FORMATS).index, reverse=True):
             written, lines = FORMATS[name].write(job)
             files += [(file, (unfinished / file).stat().length, FORMATS[name].runs) for file in written]
             notes += lines

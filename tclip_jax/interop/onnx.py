@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax import __version__
 from tclip_jax.artifacts.manifest import refuse_constant
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
@@ -83,7 +82,6 @@ def write_onnx(
         model = onnx.helper.make_model(
             build_tower(tower, config, leaves, form),
             producer_name="tclip_jax",
-            producer_version=__version__,
             opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)],
             ir_version=IR_VERSION,
         )
