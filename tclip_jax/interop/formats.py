@@ -120,7 +120,7 @@ def _write_onnx(job: Job, *, packed: bool = True, dtype: str | None = None) -> W
     folder = job.folder / ONNX_FOLDER
     folder.mkdir(exist_ok=True)
     write_onnx(folder, config=job.config, preprocess=job.preprocess, params=job.params, form=form)
-    verify_onnx(folder, job.params, form)
+    verify_onnx(folder, job.config, job.params, form)
     note = verify_embeddings(folder, form, job.examples(form.dtype))
     return [f"{ONNX_FOLDER}/{file_name(tower, form)}" for tower in FILES], [note]
 

@@ -29,10 +29,11 @@ from tclip_jax.storage import write_atomic
 from tclip_jax.ternary import TernaryTensor
 
 FILES = {"image": "vision_model", "text": "text_model"}
-# Of protobuf, in which ONNX stores a file: 2 GiB.
-_MAX_BYTES = 2**31 - 1
+# Protobuf, in which ONNX stores a file, holds 2 GiB. The graph without its weights is below 1 MiB.
+_MAX_BYTES = 2**31 - 2**20
 # Largest difference and smallest cosine of embeddings: products in float32, and with activations rounded to int8.
 MAX_ERROR, MIN_COSINE = 1e-5, 0.9995
+_PRODUCTS = ("MatMulNBits", "GatherBlockQuantized")
 _CONFIG, _LOGIT_SCALE = "open_clip_config", "logit_scale"
 
 
@@ -79,15 +80,17 @@ def write_onnx(
     described = {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()}
     metadata = {_CONFIG: json.dumps(described), _LOGIT_SCALE: repr(float(np.exp(np.asarray(leaves["logit_scale"]))))}
     for tower in FILES:
+        graph = build_tower(tower, config, leaves, form)
+        size = sum(tensor.ByteSize() for tensor in graph.initializer)
+        if size > _MAX_BYTES:
+            raise ValueError(f"the {tower} tower has {size:,} bytes: an ONNX file holds {_MAX_BYTES:,}")
         model = onnx.helper.make_model(
-            build_tower(tower, config, leaves, form),
+            graph,
             producer_name="tclip_jax",
             opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)],
             ir_version=IR_VERSION,
         )
         onnx.helper.set_model_props(model, metadata)
-        if model.ByteSize() > _MAX_BYTES:
-            raise ValueError(f"the {tower} tower has {model.ByteSize():,} bytes: an ONNX file holds {_MAX_BYTES:,}")
         onnx.checker.check_model(model)
         write_atomic(epath.Path(folder) / file_name(tower, form), model.SerializeToString(deterministic=True))
 
@@ -102,8 +105,9 @@ def check_leaves(leaves: Mapping[str, Any], config: CLIPConfig) -> None:
             raise ValueError(f"{path} has shape {np.shape(leaves[path])}: the model's is {shape}")
 
 
-def verify_onnx(folder: epath.PathLike, params: Mapping[str, Any], form: Form) -> None:
-    """Read the files of a folder again, and compare trits, scales and the attributes of products with what was written.
+def verify_onnx(folder: epath.PathLike, config: CLIPConfig, params: Mapping[str, Any], form: Form) -> None:
+    """Read the files of a folder again, and compare them with what was written: trits, scales, and the attributes of
+    the nodes that onnx.checker does not know.
 
     Raises:
       ValueError: a file is damaged, or something differs; the message names the file and the first weight.
@@ -115,6 +119,7 @@ def verify_onnx(folder: epath.PathLike, params: Mapping[str, Any], form: Form) -
             if form.packed and name.startswith(f"{tower}/") and isinstance(leaf, TernaryTensor):
                 expected |= _by_layer(name, leaf)
         try:
+            _check_blocks(path, tower, config)
             check_names(nodes, expected, "the list of 2-bit weights")
             for name, leaf in expected.items():
                 if not _same(nodes[name], leaf):
@@ -125,6 +130,21 @@ def verify_onnx(folder: epath.PathLike, params: Mapping[str, Any], form: Form) -
                     )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _check_blocks(path: epath.Path, tower: str, config: CLIPConfig) -> None:
+    """Raise ValueError unless the file has the attention and the activation of every block, with their attributes."""
+    shape, found = config.vision if tower == "image" else config.text, list[tuple[str, dict[str, Any]]]()
+    for node in parse_onnx(path).graph.node:
+        if node.domain == CONTRIB and node.op_type not in _PRODUCTS:
+            attributes = {each.name: round(each.f, 4) if each.type == each.FLOAT else each.i for each in node.attribute}
+            found.append((node.op_type, attributes))
+    causal = int(tower == "text" and not config.text.no_causal_mask)
+    block: list[tuple[str, dict[str, Any]]]
+    block = [("MultiHeadAttention", {"num_heads": shape.heads, "unidirectional": causal})]
+    block += [("QuickGelu", {"alpha": 1.702})] * config.quick_gelu
+    if found != block * shape.layers:
+        raise ValueError(f"its attentions and activations are not {shape.layers} times {block}")
 
 
 def verify_embeddings(folder: epath.PathLike, form: Form, examples: Examples) -> str:
@@ -192,7 +212,7 @@ def read_ternary(path: epath.PathLike) -> dict[str, TernaryNode]:
             casts[node.output[0]] = node.input[0]
     nodes = {}
     for node in graph.node:
-        if node.domain == CONTRIB and node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.domain == CONTRIB and node.op_type in _PRODUCTS:
             try:
                 if node.name in nodes:
                     raise ValueError("the name is duplicated")

@@ -103,7 +103,7 @@ def test_the_largest_block_that_fits(length: int, group: int, block: int) -> Non
 @pytest.mark.parametrize("form", [Form(), Form(accuracy_level=1), Form(dtype="float16")])
 def test_files_have_the_same_trits_and_describe_themselves(form: Form, params: Params, tmp_path: pathlib.Path) -> None:
     write(tmp_path, params, form)
-    verify_onnx(tmp_path, params, form)
+    verify_onnx(tmp_path, CONFIG, params, form)
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}_model{form.suffix}.onnx" for name in ("vision", "text")
     }
@@ -129,10 +129,21 @@ def test_a_file_that_differs_is_detected(params: Params, tmp_path: pathlib.Path)
     leaf = flatten_dict(params, sep="/")[FC1]
     for change in ({"trits": -leaf.trits}, {"scale": leaf.scale * np.float32(1.0000001)}):
         with pytest.raises(ValueError, match=r"vision_model_q2.onnx: image/blocks/0/mlp/fc1/kernel differs"):
-            verify_onnx(tmp_path, changed(params, FC1, **change), Form())
+            verify_onnx(tmp_path, CONFIG, changed(params, FC1, **change), Form())
     level = r"kernel has accuracy_level 4, not 1"
     with pytest.raises(ValueError, match=level):
-        verify_onnx(tmp_path, params, Form(accuracy_level=1))
+        verify_onnx(tmp_path, CONFIG, params, Form(accuracy_level=1))
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_heads", 4), ("unidirectional", 1)])
+def test_another_attention_is_detected(name: str, value: int, params: Params, tmp_path: pathlib.Path) -> None:
+    write(tmp_path, params)
+    path = tmp_path / "vision_model_q2.onnx"
+    model = parse_onnx(path)
+    set_attribute(next(node for node in model.graph.node if node.op_type == "MultiHeadAttention"), name, value)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=f"^{path}: its attentions and activations are not 2 times"):
+        verify_onnx(tmp_path, CONFIG, params, PACKED)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +332,7 @@ def test_options_that_a_format_does_not_take(
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.runtimes
 def test_config_json_names_the_files_for_transformers_js(random_params: Draw, tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, vocab_size=49408))
     packed = pack_params(random_params(config), ternary_rules("Q-FFN", Quantizer()))

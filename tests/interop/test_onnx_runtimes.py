@@ -113,7 +113,7 @@ def test_every_option_of_the_towers(
     folder, params = tmp_path_factory.mktemp("onnx"), draw_params(config, RULES[rules])
     form = Form(packed, accuracy_level=1)
     write_onnx(folder, config=config, preprocess=Preprocess(config.vision.image_size), params=params, form=form)
-    verify_onnx(folder, params, form)
+    verify_onnx(folder, config, params, form)
     verify_embeddings(folder, form, make_examples(config, params))
 
 
@@ -224,7 +224,7 @@ def test_sizes_of_vit_b_16(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     for dtype, image, both in (("float32", 30e6, 50e6), ("float16", 26e6, 44e6)):
         form = Form(dtype=dtype)
         write_onnx(tmp_path, config=config, preprocess=Preprocess(224), params=params, form=form)
-        verify_onnx(tmp_path, params, form)
+        verify_onnx(tmp_path, config, params, form)
         sizes = [(tmp_path / f"{name}_model{form.suffix}.onnx").stat().st_size for name in ("vision", "text")]
         assert sizes[0] <= image and sum(sizes) <= both
         with capsys.disabled():
