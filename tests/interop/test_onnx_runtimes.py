@@ -241,8 +241,8 @@ def test_the_command_compares_with_each_kind_of_file(
     compare = ["compare", "activations", str(artifact)]
     assert main([*compare, str(out / "onnx")]) == 0
     assert "taps within budget 0.1" in capsys.readouterr().out
-    assert main([*compare, str(out / "onnx"), "--budget", "1e-4"]) == 1
-    assert "FAIL: first over budget 0.0001: image/" in capsys.readouterr().out
+    assert main([*compare, str(out / "onnx"), "--budget", "1e-9"]) == 1
+    assert "FAIL: first over budget 1e-09: image/" in capsys.readouterr().out
     assert main([*compare, str(out / "onnx" / "text_model.onnx")]) == 0
     shown = capsys.readouterr().out
     assert "taps within budget 2e-05" in shown and "vision_model.onnx and text_model.onnx" in shown
