@@ -35,7 +35,7 @@ from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.inference.load import load_model
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
@@ -122,7 +122,7 @@ def measure(preset: str, images: int, batch_size: int, rounds: int, folder: path
     """Run both alternately; return rates, ratios and metrics."""
     config = CLIPConfig.from_open_clip(model_cfg(preset))
     params = init_params(CLIP(config), jax.random.key(0))
-    export_pytorch(folder / "model", config=config, preprocess=Preprocess(config.vision.image_size), params=params)
+    export_model(folder / "model", config=config, preprocess=Preprocess(config.vision.image_size), params=params)
     del params
     write_export(folder / "data", samples(images))
     model: Model = load_model(folder / "model")

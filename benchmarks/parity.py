@@ -27,7 +27,7 @@ from tclip_jax.data.images import Preprocess, normalize, preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_model
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.open_clip import from_open_clip
@@ -141,10 +141,10 @@ def export_figures(preset: str) -> Iterator[Figure]:
     params = to_params("open_clip", dict(torch_model("open_clip", config).state_dict()), config)
     with tempfile.TemporaryDirectory() as folder:
         first, second = (pathlib.Path(folder) / name for name in ("first", "second"))
-        export_pytorch(first, config=config, preprocess=Preprocess(config.vision.image_size), params=params)
+        export_model(first, config=config, preprocess=Preprocess(config.vision.image_size), params=params)
         del params
         model = load_model(first)
-        export_pytorch(second, config=model.config, preprocess=model.preprocess, params=model.params)
+        export_model(second, config=model.config, preprocess=model.preprocess, params=model.params)
         names = {path.name for path in [*first.iterdir(), *second.iterdir()]}
         differ = sum(not _same_bytes(first / name, second / name) for name in names)
     yield Figure(preset, "files that export → import → export changes", differ, 0)

@@ -47,7 +47,7 @@ COMMANDS = {
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
     "verify": "compare an artifact bit for bit with its source",
     "inspect": "show the sizes, ternary share, zeros and provenance of an artifact",
-    "export": "write a model as one folder that open_clip and transformers load",
+    "export": "write a model as one folder that other libraries and runtimes load",
     "push": "push an export to the Hugging Face hub: list what goes, refuse what is private, resume",
     "compare": "compare the weights, activations or inputs of two models; JAX against PyTorch",
     "params": "list the parameters of a model: shape, dtype, sharding, ternary or not",

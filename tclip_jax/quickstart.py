@@ -33,7 +33,7 @@ from tclip_jax.data.sources import Source, open_source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.zero_shot import Outcome, classify
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.trits import HISTOGRAM_EDGES
 from tclip_jax.recipes import load_recipe
 from tclip_jax.runs.config import run_config
@@ -105,7 +105,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     }
     figures = {name: value for name, value in summary.items() if name != "teacher_accuracy"}
     write(figures=figures)
-    export_pytorch(
+    export_model(
         workdir / "export",
         config=student.config,
         preprocess=student.preprocess,

@@ -2,7 +2,8 @@
   tclip compare activations runs/student export --html compare.html
 
 A, B and MODEL: the workdir of a run, an artifact, a folder of open_clip or transformers, a file of open_clip (with
---preset or --model-cfg) or a GGUF file. B is the reference.
+--preset or --model-cfg) or a GGUF file. B is the reference. For activations B may be an ONNX export, such as
+export/onnx, which onnxruntime runs.
 The output has the options that the models state differently, PASS or FAIL, the first tap over budget, and a guess of
 the cause. The exit code is 0 for PASS, 1 for FAIL, 2 after an error. docs/compare.md is a tutorial.
 """
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--via",
         choices=("auto", "torch", "jax"),
         default="auto",
-        help="library that runs the reference (auto: PyTorch if it is installed and the folder is of open_clip or"
-        " transformers)",
+        help="library that runs the reference (auto: onnxruntime for ONNX files; PyTorch if it is installed and the"
+        " folder is of open_clip or transformers)",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     weights = kinds.add_parser(
@@ -96,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("file", metavar="FILE", help="file of activations")
     for command in (weights, activations, check):
         command.add_argument(
-            "--budget", type=number(float, ge=0), help="largest relative error allowed (default: 2e-5; for weights 0)"
+            "--budget",
+            type=number(float, ge=0),
+            help="largest relative error allowed (default: 2e-5; for weights 0; for ONNX of accuracy level 4 0.1)",
         )
 
 
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.numerics.configurations import differences
     from tclip_jax.numerics.golden import read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
+    from tclip_jax.numerics.onnx_side import ROUNDED_BUDGET, onnx_files, rounds_activations
     from tclip_jax.numerics.report import to_html, to_json, to_text
     from tclip_jax.numerics.weights import weights_report
     from tclip_jax.storage import write_atomic
@@ -135,16 +139,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.kind == "golden":
             path, reference_path = args.model, args.file
-            model, reference = _load(path, args), read_golden(reference_path)
+            model, reference, rounded = _load(path, args), read_golden(reference_path), False
         else:
             path, reference_path = _reference_last(args)
             model = _load(path, args)
             reference = _reference(reference_path, model, _stated(path, model), args)
+            rounded = _in_onnx(reference_path, args.via) and rounds_activations(onnx_files(reference_path))
         report = activations_report(
             f"activations of {path} against {reference_path}",
             model,
             reference,
-            budget=BUDGET if args.budget is None else args.budget,
+            budget=(ROUNDED_BUDGET if rounded else BUDGET) if args.budget is None else args.budget,
             precision=args.precision,
             dtype=args.dtype,
             stated=_stated(path, model),
@@ -179,10 +184,13 @@ def _reference(path: str, model: Model, stated: Recipe, args: argparse.Namespace
 
     from tclip_jax.numerics.configurations import differences, folder_recipe, other_shapes
     from tclip_jax.numerics.golden import Recording
+    from tclip_jax.numerics.onnx_side import onnx_files, onnx_recipe
     from tclip_jax.numerics.torch_side import library_of
 
     loaded, unknown = None, dict[str, str]()
-    if _in_torch(path, args.via) and library_of(path):
+    if _in_onnx(path, args.via):
+        made_by = onnx_recipe(onnx_files(path))
+    elif _in_torch(path, args.via) and library_of(path):
         try:
             made_by = folder_recipe(path)
         except ValueError as error:  # the library itself may read it
@@ -198,9 +206,15 @@ def _reference(path: str, model: Model, stated: Recipe, args: argparse.Namespace
 
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
-    """Return A and B, exchanged if PyTorch runs only A, so that PyTorch is the reference."""
-    exchange = _in_torch(args.a, args.via) and not _in_torch(args.b, args.via)
-    return (args.b, args.a) if exchange else (args.a, args.b)
+    """Return A and B, exchanged if another library runs only A, so that this library is the reference."""
+    elsewhere = [_in_onnx(path, args.via) or _in_torch(path, args.via) for path in (args.a, args.b)]
+    return (args.b, args.a) if elsewhere == [True, False] else (args.a, args.b)
+
+
+def _in_onnx(path: str, via: str) -> bool:
+    from tclip_jax.numerics.onnx_side import onnx_files
+
+    return via == "auto" and bool(onnx_files(path))
 
 
 def _in_torch(path: str, via: str) -> bool:
@@ -222,9 +236,12 @@ def _record(path: str, loaded: Any, model: Model, args: argparse.Namespace) -> R
     """
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.inputs import sample_batch
+    from tclip_jax.numerics.onnx_side import onnx_files, record_onnx
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
 
     pixels, tokens = sample_batch(model, args.batch)
+    if _in_onnx(path, args.via):
+        return record_onnx(onnx_files(path), model.config, pixels, tokens)
     if not _in_torch(path, args.via):
         return record(loaded, pixels, tokens, precision=args.precision, dtype=args.dtype)
     module = load_torch(path) if library_of(path) else build_torch(loaded)

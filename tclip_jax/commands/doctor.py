@@ -34,6 +34,8 @@ OPTIONAL = {
     "s3fs": ("s3", "reads and writes s3:// paths", "import s3fs"),
     "gguf": ("gguf", "reads and writes GGUF files", "import gguf"),
     "flatbuffers": ("stablehlo", "writes StableHLO in `tclip export`", "import flatbuffers"),
+    "onnx": ("onnx", "writes and reads ONNX files", "import onnx"),
+    "onnxruntime": ("onnx", "verifies ONNX files and runs them in `tclip compare`", "import onnxruntime"),
     "libtpu": ("plan", "compiles for TPUs in `tclip plan`", "import libtpu"),
 }
 _IMPORT_SECONDS = 120

@@ -1,11 +1,12 @@
 """Examples:
   tclip export runs/student --out export
-  tclip export runs/student --to open_clip,hf,gguf-tq1_0,gguf-tq2_0 --out release
+  tclip export runs/student --to onnx,open_clip,hf --out release
+  tclip export runs/student --to gguf-tq1_0,gguf-tq2_0 --out release
   tclip export runs/student --to stablehlo --out programs
 
 open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export") load the folder.
-`python export/check.py` compares their outputs with those of JAX. `stablehlo` holds
-both towers as programs that need jax alone. See docs/interchange.md and docs/hub.md.
+`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX, and
+docs/hub.md on StableHLO.
 """
 
 from __future__ import annotations
@@ -15,43 +16,58 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the model, the formats and the folder."""
+    from tclip_jax.interop.formats import ACCURACY_LEVELS, DTYPES, FORMATS
+
     parser.add_argument("model", metavar="MODEL", help="workdir of a run, an artifact, or a source of `tclip import`")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    formats = "; ".join(f"{name}: {form.does}" for name, form in FORMATS.items())
     parser.add_argument(
         "--to",
         default="open_clip,hf",
         metavar="FORMATS",
-        help="open_clip, hf (transformers), gguf-tq1_0, gguf-tq2_0, stablehlo (jax.export), separated by commas"
-        " (default: open_clip,hf)",
+        help=f"formats separated by commas (default: open_clip,hf). {formats}",
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights for open_clip and transformers (default: float32)",
+        choices=DTYPES,
+        help="dtype of what open_clip, hf and onnx store as floats, and of onnx's scales (default: float32)",
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=ACCURACY_LEVELS,
+        help="of 2-bit products in ONNX Runtime. 4 rounds activations to int8; 1 is exact and slow (default: 4)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export the model: dequantised weights, and for GGUF and StableHLO trits and scales."""
+    """Export the model, and print each file with its size and what runs it."""
     from tclip_jax.inference.load import load_packed
-    from tclip_jax.interop.export import export_pytorch
+    from tclip_jax.interop.export import export_model
+    from tclip_jax.interop.formats import FORMATS
+    from tclip_jax.pages import aligned
 
     formats = args.to.split(",")
-    floats = not {"open_clip", "hf"}.isdisjoint(formats)
-    if args.dtype and not floats:
-        raise ValueError(f"--dtype is for open_clip and hf, and --to is {args.to}: the others fix their dtypes")
+    if args.dtype and not any(FORMATS[name].dtypes for name in formats if name in FORMATS):
+        takers = ", ".join(name for name, form in FORMATS.items() if form.dtypes)
+        raise ValueError(f"--dtype is for {takers}, and --to is {args.to}: the other formats fix their dtypes")
+    if args.accuracy_level and "onnx" not in formats:
+        raise ValueError(f"--accuracy-level is for onnx, and --to is {args.to}")
     model = load_packed(args.model)
-    export_pytorch(
+    exported = export_model(
         args.out,
         config=model.config,
         preprocess=model.preprocess,
         params=model.params,
         formats=formats,
         dtype=args.dtype or "float32",
+        accuracy_level=args.accuracy_level or 4,
         figures=model.figures,
         provenance=model.provenance,
-        check=floats,
+        check=not {"open_clip", "hf"}.isdisjoint(formats),
         overwrite=args.overwrite,
     )
+    rows = [[f"{args.out}/{file}", f"{size / 1e6:.1f} MB", runs] for file, size, runs in exported.files]
+    print("\n".join([*aligned(rows, right=False), *exported.notes]))
     print(f"{args.out}: {', '.join(formats)}; see README.md there to load it")

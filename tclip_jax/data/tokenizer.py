@@ -25,7 +25,9 @@ EOT_TOKEN = "<|endoftext|>"
 
 _MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD_END = "</w>"
-_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# CLIP's pattern for text in lower case, where ignoring the case adds only the long s. The flag (?i) is not valid in
+# JavaScript, where transformers.js reads tokenizer.json.
+_WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
     Args:
       config: the model.
       params: packed parameters; other leaves may be lazy.
-      dtype: dtype in which `export_pytorch` stores the weights; they are rounded to it.
+      dtype: dtype in which `export_model` stores the weights; they are rounded to it.
       count: number of images and of texts.
     """
     rng = np.random.default_rng(0)

@@ -48,9 +48,9 @@ def from_name(name: str) -> Metadata:
       FileNotFoundError: the file does not exist.
     """
     if not name.endswith(".json"):
-        return _open_clip(name, model_cfg(name), {})._replace(assumed=True)
+        return parse_open_clip(name, model_cfg(name), {})._replace(assumed=True)
     document = read_json(epath.Path(name))
-    metadata = _open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
+    metadata = parse_open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
     return metadata._replace(assumed="preprocess_cfg" not in document)
 
 
@@ -61,7 +61,9 @@ def from_open_clip(folder: epath.Path) -> Metadata:
       ValueError: the file is damaged, the model is not supported, or a config.json next to it has another activation.
     """
     document, beside = read_json(folder / OPEN_CLIP), folder / HUGGING_FACE
-    metadata = _open_clip(str(folder / OPEN_CLIP), document.get("model_cfg", {}), document.get("preprocess_cfg", {}))
+    metadata = parse_open_clip(
+        str(folder / OPEN_CLIP), document.get("model_cfg", {}), document.get("preprocess_cfg", {})
+    )
     if beside.exists():
         stated, document = set(), read_json(beside)
         if document.get("model_type") == "clip":
@@ -154,10 +156,15 @@ def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Meta
     except (LookupError, ValueError) as error:
         raise ValueError(f"{path} is not a CLIP with two transformers: {error}") from None
     model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": activation}
-    return _open_clip(str(path), model, {})
+    return parse_open_clip(str(path), model, {})
 
 
-def _open_clip(where: str, model: Any, pixels: Any) -> Metadata:
+def parse_open_clip(where: str, model: Any, pixels: Any) -> Metadata:
+    """Return the metadata in a `model_cfg` and a `preprocess_cfg` of open_clip, which `where` names for errors.
+
+    Raises:
+      ValueError: one of them is not a JSON object, the model is not supported, or a value is wrong.
+    """
     try:
         check_object("model_cfg", model)
         check_object("preprocess_cfg", pixels)

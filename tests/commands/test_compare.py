@@ -14,7 +14,7 @@ import pytest
 from tclip_jax.artifacts import write_artifact
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape).astype(np.float32), param_shapes(config))
     same = {"config": config, "preprocess": Preprocess(16)}
-    export_pytorch(path / "export", **same, params=params)
+    export_model(path / "export", **same, params=params)
     write_artifact(path / "artifact", **same, params=params, rules=(), rest_dtype="float32")
     params["text"]["blocks"]["mlp"]["fc1"]["kernel"][0] *= 1.01
     write_artifact(path / "other", **same, params=params, rules=(), rest_dtype="float32")

@@ -21,7 +21,7 @@ from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.suite import DATASETS
 from tclip_jax.evaluation.tasks import source_task, suite_tasks
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
@@ -82,7 +82,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Encoder, Th
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), param_shapes(SHAPE))
     folder = tmp_path_factory.mktemp("model") / "export"
     preprocess = Preprocess(16)
-    export_pytorch(folder, config=SHAPE, preprocess=preprocess, params=params)
+    export_model(folder, config=SHAPE, preprocess=preprocess, params=params)
     yield Encoder(Model(SHAPE, preprocess, params), batch_size=16), Theirs(folder)
     gc.collect()
 

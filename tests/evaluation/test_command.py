@@ -17,7 +17,7 @@ from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.prompts import TEMPLATES
 from tclip_jax.evaluation import suite
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
@@ -38,7 +38,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     write_artifact(
         folder / "artifact", config=CONFIG, preprocess=preprocess, params=params, rules=(), rest_dtype="float32"
     )
-    export_pytorch(folder / "export", config=CONFIG, preprocess=preprocess, params=params)
+    export_model(folder / "export", config=CONFIG, preprocess=preprocess, params=params)
     return folder / "artifact"
 
 

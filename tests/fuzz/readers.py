@@ -31,8 +31,10 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import base, open_source
 from tclip_jax.data.sources.shard_index import ShardIndex
 from tclip_jax.interop.checkpoints import open_checkpoint
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.gguf import read_gguf, write_gguf
+from tclip_jax.interop.onnx import read_metadata, read_ternary, write_onnx
+from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.interop.torchscript import read_torchscript, torchscript_activation
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -194,7 +196,7 @@ def _torchscript() -> Reader:
 
 def _library(formats: list[str], files: dict[str, Any]) -> Reader:
     def prepare(folder: pathlib.Path) -> None:
-        export_pytorch(folder / "e", config=CONFIG, preprocess=Preprocess(16), params=params(CONFIG), formats=formats)
+        export_model(folder / "e", config=CONFIG, preprocess=Preprocess(16), params=params(CONFIG), formats=formats)
         if formats == ["hf"]:
             (folder / "e" / "open_clip_config.json").unlink()
 
@@ -202,6 +204,18 @@ def _library(formats: list[str], files: dict[str, Any]) -> Reader:
         jax.tree.map(np.asarray, open_checkpoint(folder / "e").params)
 
     return Reader(prepare, read, files)
+
+
+def _onnx() -> Reader:
+    def prepare(folder: pathlib.Path) -> None:
+        same: dict[str, Any] = {"config": SMALL, "params": params(SMALL, "mlp"), "form": Form()}
+        write_onnx(folder, **same, preprocess=Preprocess(16))
+
+    def read(folder: pathlib.Path) -> None:
+        read_ternary(folder / "text_model_q2.onnx")
+        read_metadata(folder / "text_model_q2.onnx")
+
+    return Reader(prepare, read, {"text_model_q2.onnx": None})
 
 
 def _golden() -> Reader:
@@ -336,6 +350,7 @@ READERS: dict[str, Callable[[], Reader]] = {
         {"e/config.json": JSON_FILE, "e/preprocessor_config.json": JSON_FILE, "e/model.safetensors": SAFETENSORS},
     ),
     "open_clip": lambda: _library(["open_clip"], {"e/open_clip_config.json": JSON_FILE}),
+    "onnx": _onnx,
     "tar": _tar,
     "csv": _csv,
     "parquet": _parquet,

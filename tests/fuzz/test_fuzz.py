@@ -18,7 +18,7 @@ CHILD = pathlib.Path(__file__).with_name("child.py")
 ROOT = CHILD.parents[2]
 READERS = (
     *("safetensors", "manifest", "gguf", "torchscript", "transformers", "open_clip"),
-    *("tar", "csv", "parquet", "arrayrecord", "golden", "overrides"),
+    *("onnx", "tar", "csv", "parquet", "arrayrecord", "golden", "overrides"),
 )
 
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.gguf_file import write_file
 from tclip_jax.interop.open_clip import to_open_clip
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -35,7 +35,7 @@ CONFIG = CLIPConfig(
 def folder(tmp_path: pathlib.Path, random_params: Draw) -> pathlib.Path:
     """A valid folder of open_clip that a test may damage."""
     path = tmp_path / "theirs"
-    export_pytorch(path, config=CONFIG, preprocess=Preprocess(16), params=random_params(CONFIG), formats=["open_clip"])
+    export_model(path, config=CONFIG, preprocess=Preprocess(16), params=random_params(CONFIG), formats=["open_clip"])
     return path
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tclip_jax.data.images import HALF_MEAN, HALF_STD, Preprocess, normalize, preprocess
 from tclip_jax.data.tokenizer import Tokenizer
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.open_clip import from_open_clip
 from tclip_jax.models.clip import CLIP, init_params
@@ -94,7 +94,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, random_params: Draw) -> t
     folder = tmp_path_factory.mktemp("export") / "tiny"
     params = with_ternary_leaves(random_params(TINY))
     pixels = Preprocess(32, mean=HALF_MEAN, std=HALF_STD)
-    export_pytorch(folder, config=TINY, preprocess=pixels, params=params, figures={"zero-shot top-1": 0.5})
+    export_model(folder, config=TINY, preprocess=pixels, params=params, figures={"zero-shot top-1": 0.5})
     return folder, pixels, params
 
 
@@ -108,7 +108,7 @@ def test_tiny_model_in_both_libraries(exported: tuple[pathlib.Path, Preprocess, 
 def test_narrow_vit_b_32_in_both_libraries(quick_gelu: bool, tmp_path: pathlib.Path, random_params: Draw) -> None:
     config = narrow("ViT-B-32", width=128, layers=2, quick_gelu=quick_gelu)
     params, pixels = random_params(config), Preprocess(224)
-    export_pytorch(tmp_path / "out", config=config, preprocess=pixels, params=params)
+    export_model(tmp_path / "out", config=config, preprocess=pixels, params=params)
     assert_both_libraries_agree(tmp_path / "out", config, pixels, params)
 
 
@@ -119,7 +119,7 @@ def test_vit_b_16_in_both_libraries(tmp_path: pathlib.Path) -> None:
     rng, initial = np.random.default_rng(0), init_params(CLIP(config), jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), initial)
     pixels = Preprocess(224)
-    export_pytorch(tmp_path / "out", config=config, preprocess=pixels, params=params)
+    export_model(tmp_path / "out", config=config, preprocess=pixels, params=params)
     assert_both_libraries_agree(tmp_path / "out", config, pixels, params)
 
 
@@ -133,7 +133,7 @@ def test_export_of_an_import_is_identical_to_the_byte(
     ]
     for i, state in enumerate(states):
         again = tmp_path / str(i)
-        export_pytorch(again, config=TINY, preprocess=pixels, params=from_open_clip(state, TINY))
+        export_model(again, config=TINY, preprocess=pixels, params=from_open_clip(state, TINY))
         for file in folder.iterdir():
             if file.name != "README.md":
                 assert (again / file.name).read_bytes() == file.read_bytes(), file.name
@@ -144,7 +144,7 @@ def test_eight_bit_scales_are_exact_in_half_precision(
     dtype: str, exported: tuple[pathlib.Path, Preprocess, Params], tmp_path: pathlib.Path
 ) -> None:
     folder, pixels, params = exported
-    export_pytorch(tmp_path / "half", config=TINY, preprocess=pixels, params=params, dtype=dtype)
+    export_model(tmp_path / "half", config=TINY, preprocess=pixels, params=params, dtype=dtype)
     whole = safetensors.numpy.load_file(folder / "open_clip_model.safetensors")
     half = safetensors.numpy.load_file(tmp_path / "half" / "open_clip_model.safetensors")
     assert {value.dtype.name for value in half.values()} == {dtype}
@@ -182,7 +182,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
 ) -> None:
     _, pixels, params = exported
     with pytest.raises(ValueError, match=message):
-        export_pytorch(tmp_path / "out", **({"config": TINY, "preprocess": pixels, "params": params} | changed))
+        export_model(tmp_path / "out", **({"config": TINY, "preprocess": pixels, "params": params} | changed))
     assert not list(tmp_path.iterdir())
 
 
@@ -193,11 +193,11 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(
     (tmp_path / "mine.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(FileExistsError, match=tmp_path.name):
-            export_pytorch(tmp_path, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
+            export_model(tmp_path, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     earlier = tmp_path / "export"
     for overwrite in (False, True):
-        export_pytorch(earlier, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
+        export_model(earlier, config=TINY, preprocess=pixels, params=params, overwrite=overwrite)
         assert (earlier / "model.safetensors").exists()
     with pytest.raises(FileExistsError, match=r"export exists"):
-        export_pytorch(earlier, config=TINY, preprocess=pixels, params=params)
+        export_model(earlier, config=TINY, preprocess=pixels, params=params)

@@ -15,7 +15,7 @@ from tclip_jax.artifacts.format import write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.gguf import read_gguf, verify_gguf, write_gguf
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.ternary import TernaryTensor
@@ -111,7 +111,7 @@ def test_a_ternary_patch_embedding_is_written_as_floats(params: Params, tmp_path
 def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pathlib.Path) -> None:
     formats = ("open_clip", "gguf-tq1_0", "gguf-tq2_0")
     out = tmp_path / "release"
-    export_pytorch(out, config=CONFIG, preprocess=PIXELS, params=params, formats=formats)
+    export_model(out, config=CONFIG, preprocess=PIXELS, params=params, formats=formats)
     names = {path.name for path in out.iterdir()}
     assert {"release-tq1_0.gguf", "release-tq2_0.gguf", "open_clip_model.safetensors", "tokenizer.json"} <= names
     assert not {"model.safetensors", "config.json", "preprocessor_config.json"} & names
@@ -124,7 +124,10 @@ def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pat
 @pytest.mark.parametrize(
     ("formats", "message"),
     [
-        (("onnx",), "format 'onnx' is not one of open_clip, hf, gguf-tq1_0, gguf-tq2_0"),
+        (
+            ("coreml",),
+            "format 'coreml' is not one of open_clip, hf, onnx, onnx-fp32, onnx-fp16, gguf-tq1_0, gguf-tq2_0",
+        ),
         (("open_clip", "gguf-tq1_0"), "128"),
     ],
 )
@@ -133,7 +136,7 @@ def test_an_export_that_fails_leaves_nothing(
 ) -> None:
     broken = grouped(params, QKV, 128, 2)
     with pytest.raises(ValueError, match=message):
-        export_pytorch(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=broken, formats=formats)
+        export_model(tmp_path / "out", config=CONFIG, preprocess=PIXELS, params=broken, formats=formats)
     assert not list(tmp_path.iterdir())
 
 

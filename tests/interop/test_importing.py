@@ -19,7 +19,7 @@ from tclip_jax.artifacts import read_artifact
 from tclip_jax.data.images import HALF_MEAN, HALF_STD, Preprocess
 from tclip_jax.inference.load import load_model
 from tclip_jax.interop.checkpoints import is_checkpoint, open_checkpoint, resize_positions
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.importing import import_checkpoint
 from tclip_jax.interop.open_clip import to_open_clip
 from tclip_jax.interop.recover import NotTernaryError
@@ -207,17 +207,17 @@ def test_trits_are_recovered_and_load_as_the_same_weights(tmp_path: pathlib.Path
 
 def test_an_export_of_an_import_is_the_same_bytes(tmp_path: pathlib.Path, params: Params) -> None:
     weights = with_ternary(params, np.float32(0.1))
-    export_pytorch(tmp_path / "a", config=TINY, preprocess=Preprocess(32), params=weights)
+    export_model(tmp_path / "a", config=TINY, preprocess=Preprocess(32), params=weights)
     import_checkpoint(tmp_path / "a", tmp_path / "artifact")
     model = load_model(tmp_path / "artifact")
-    export_pytorch(tmp_path / "b", config=model.config, preprocess=model.preprocess, params=model.params)
+    export_model(tmp_path / "b", config=model.config, preprocess=model.preprocess, params=model.params)
     for name in ("open_clip_model.safetensors", "model.safetensors", "open_clip_config.json", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("library", ["open_clip", "hf"])
 def test_an_export_for_one_library_is_read_back(library: str, tmp_path: pathlib.Path, params: Params) -> None:
-    export_pytorch(tmp_path / "out", config=TINY, preprocess=Preprocess(32), params=params, formats=[library])
+    export_model(tmp_path / "out", config=TINY, preprocess=Preprocess(32), params=params, formats=[library])
     checkpoint = open_checkpoint(tmp_path / "out")
     assert_same(checkpoint.params, params)
     assert (checkpoint.config, checkpoint.preprocess) == (TINY, Preprocess(32))
@@ -251,7 +251,7 @@ def test_a_swapped_activation_is_refused(tmp_path: pathlib.Path, folder: pathlib
     (tmp_path / "quick.json").write_text(json.dumps(MODEL_CFG | {"quick_gelu": True}))
     with pytest.raises(ValueError, match=r"theirs: its quick_gelu is False, but the given model's is True$"):
         open_checkpoint(folder, like=str(tmp_path / "quick.json"))
-    export_pytorch(tmp_path / "both", config=TINY, preprocess=Preprocess(32), params=params)
+    export_model(tmp_path / "both", config=TINY, preprocess=Preprocess(32), params=params)
     path = tmp_path / "both" / "config.json"
     path.write_text(path.read_text().replace('"gelu"', '"quick_gelu"'))
     with pytest.raises(ValueError, match=r"both/config\.json has hidden_act quick_gelu, but .* quick_gelu False"):
@@ -380,7 +380,7 @@ def test_a_folder_of_transformers_without_a_preprocessor_has_a_stated_default(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The default is CLIP's own, which the log shows; --model-cfg may state another."""
-    export_pytorch(tmp_path / "export", config=TINY, preprocess=Preprocess(32), params=params)
+    export_model(tmp_path / "export", config=TINY, preprocess=Preprocess(32), params=params)
     source, like = tmp_path / "saved", None
     source.mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from tclip_jax.artifacts import pack_params
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.push import Upload, prepare, push
 from tclip_jax.interop.stablehlo import write_stablehlo
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -210,7 +210,7 @@ def test_a_real_export_has_nothing_private(
     formats = ["open_clip", "hf", "gguf-tq1_0", "gguf-tq2_0"]
     figures = {"zero_shot_accuracy": 0.5}
     fields: dict[str, Any] = {"config": config, "preprocess": Preprocess(32), "params": params, "check": True}
-    export_pytorch(tmp_path / "out", **fields, formats=formats, figures=figures, provenance=provenance)
+    export_model(tmp_path / "out", **fields, formats=formats, figures=figures, provenance=provenance)
     write_stablehlo(epath.Path(tmp_path / "out" / "stablehlo"), config=config, params=params)
     upload = ready(tmp_path / "out")
     assert upload.notes == ["README.md: data.source is shortened to wds:cc12m"]

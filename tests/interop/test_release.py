@@ -23,8 +23,9 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.inference.load import load_model, load_packed
-from tclip_jax.interop.export import export_pytorch, model_card
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.latent import latent_params
+from tclip_jax.interop.model_card import model_card
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.weights import weights_report
@@ -225,7 +226,7 @@ def test_the_same_trits_out_of_every_format(
     else:
         source, (_, preprocess, params, *_) = tmp_path / kind, read_artifact(student)
         fields: dict[str, Any] = {"config": CONFIG, "preprocess": preprocess, "params": params}
-        export_pytorch(source, **fields, formats=["open_clip"], dtype=kind)
+        export_model(source, **fields, formats=["open_clip"], dtype=kind)
     assert main(["import", str(source), "--out", str(tmp_path / "imported")]) == 0
     artifact, original = read_artifact(tmp_path / "imported"), read_artifact(student)
     assert (artifact.config, artifact.preprocess) == (original.config, original.preprocess)

@@ -185,7 +185,9 @@ def test_the_command_writes_programs_and_says_how_to_load_them(
 ) -> None:
     out = tmp_path / "out"
     assert main(["export", str(artifact), "--to", "stablehlo", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: stablehlo; see README.md there to load it\n"
+    *files, last = capsys.readouterr().out.splitlines()
+    assert [pathlib.Path(line.split()[0]).name for line in files] == ["image.bin", "text.bin", "weights.safetensors"]
+    assert last == f"{out}: stablehlo; see README.md there to load it"
     assert_gives_the_embeddings_of(out / "stablehlo", CONFIG, params, 2)
     card = (out / "README.md").read_text()
     assert "exported from tclip_jax as StableHLO" in card and "tags: [clip, ternary, stablehlo]" in card

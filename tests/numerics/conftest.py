@@ -10,7 +10,7 @@ import pytest
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.numerics.inputs import sample_batch
@@ -41,5 +41,5 @@ def batch(model: Model) -> Batch:
 def exported(model: Model, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The model as a folder of open_clip and transformers; no test may change it."""
     folder = tmp_path_factory.mktemp("numerics") / "export"
-    export_pytorch(folder, config=model.config, preprocess=model.preprocess, params=model.params)
+    export_model(folder, config=model.config, preprocess=model.preprocess, params=model.params)
     return folder

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.numerics.torch_side import library_of
 
 
@@ -14,7 +14,7 @@ def test_a_folder_is_of_the_library_whose_weights_it_holds(
     format_: str, library: str, model: Model, tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "out"
-    export_pytorch(folder, config=model.config, preprocess=model.preprocess, params=model.params, formats=[format_])
+    export_model(folder, config=model.config, preprocess=model.preprocess, params=model.params, formats=[format_])
     assert library_of(folder) == library
 
 

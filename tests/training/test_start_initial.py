@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from tclip_jax.artifacts import pack_params, read_artifact, write_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.inference.load import load_run
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.importing import import_checkpoint
 from tclip_jax.models.clip import param_shapes, with_learned_scales
 from tclip_jax.models.inherit import inherit_params
@@ -47,7 +47,7 @@ def packed(run: RunConfig) -> Params:
 def dequantised(tmp_path: pathlib.Path, run: RunConfig, packed: Params) -> pathlib.Path:
     """The floats that open_clip would save."""
     folder = tmp_path / "theirs"
-    export_pytorch(folder, config=run.model, preprocess=run.preprocess, params=packed, formats=["open_clip"])
+    export_model(folder, config=run.model, preprocess=run.preprocess, params=packed, formats=["open_clip"])
     return folder
 
 

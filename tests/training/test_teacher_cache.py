@@ -25,7 +25,7 @@ from tclip_jax.data.pipeline import train_iterator
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.inference.load import load_model
-from tclip_jax.interop.export import export_pytorch
+from tclip_jax.interop.export import export_model
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.runs.config import LossConfig, run_config
 from tclip_jax.runs.record import read_metrics
@@ -99,7 +99,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
 
     # Exported to open_clip and read again, the teacher gives the same embeddings, by the pixel statistics of its files.
     described = {"config": teacher.config, "preprocess": teacher.preprocess, "params": teacher.params}
-    export_pytorch(tmp_path / "open_clip", **described, formats=("open_clip",))
+    export_model(tmp_path / "open_clip", **described, formats=("open_clip",))
     imported = load_model(tmp_path / "open_clip")
     again = Encoders(CLIP(imported.config), imported.preprocess.mean, imported.preprocess.std)
     for ours, theirs in zip(sees(teacher.params, batch)[:2], again(imported.params, batch)[:2], strict=True):
