@@ -93,7 +93,7 @@ def quickstart(workdir: epath.PathLike, recipe: str = "quickstart", mode: str = 
     write()
     templates = templates_for(source, run.eval.templates)
     teacher_outcome = classify(Encoder(models["teacher"]), source, templates)
-    outcome = classify(Encoder(Model.load(artifact)), source, templates)
+    outcome = classify(Encoder(Model.load(artifact, activations="A32")), source, templates)
     summary = {
         "teacher_accuracy": teacher_outcome.metrics["acc1"],
         "student_accuracy": outcome.metrics["acc1"],

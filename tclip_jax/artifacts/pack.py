@@ -20,7 +20,7 @@ from tclip_jax.models.ternary_rules import (
     matrix_shape,
 )
 from tclip_jax.parallel.sharding import path_of
-from tclip_jax.ternary import PackedTensor, TernaryTensor, pack_rows, repack, ternarize
+from tclip_jax.ternary import PackedTensor, TernaryTensor, default_activations, pack_rows, repack, ternarize
 from tclip_jax.ternary.tensor import Activations
 
 compiled_ternarize = jax.jit(ternarize, static_argnums=(1, 2))
@@ -68,7 +68,7 @@ def repack_leaf(
     leaf: Any,
     *,
     implementation: str | None = None,
-    activations: Activations = "A16",
+    activations: Activations | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Any:
     """Pack the trits of a leaf, four or more to a byte, in the layout of this device's kernel.
@@ -76,7 +76,8 @@ def repack_leaf(
     Args:
       leaf: a leaf of a tree from `pack_params`; a leaf without trits is returned unchanged.
       implementation: one of `tclip_jax.ternary.kernels.NAMES`; None selects the default of this device.
-      activations: "A16" multiplies activations unchanged; "A8" rounds them to int8 with a scale for each token.
+      activations: "A32" multiplies activations unchanged; "A16" and "A8" round them to int16 or int8, with a scale for
+        each token; None selects `default_activations`.
       dtype: dtype of the activations.
 
     Raises:
@@ -87,6 +88,7 @@ def repack_leaf(
     leaf = jax.device_get(leaf)
     if leaf.axis == -1:
         return pack_rows(leaf)
+    activations = activations or default_activations(implementation)
     return repack(leaf, dtype=dtype, activations=activations, implementation=implementation)
 
 

@@ -64,7 +64,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Examine the installation. This starts JAX's backend, but runs no computation."""
-    return [*_versions(), *_devices(), _precision(), *_optional()]
+    return [*_versions(), *_devices(), _precision(), *_products(), *_optional()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -112,6 +112,27 @@ def _precision() -> Finding:
     chosen: Any = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     default = "bfloat16 on a TPU, TF32 on a GPU that has it, float32 on a CPU; comparisons set `highest` themselves"
     return Finding("matmul of float32", str(chosen or default))
+
+
+def _default_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError:  # An installed plugin cannot start.
+        return []
+
+
+def _products() -> Iterator[Finding]:
+    from tclip_jax.ternary import default_activations
+    from tclip_jax.ternary.kernels import native_cpu
+
+    if not any(device.platform == "cpu" for device in _default_devices()):
+        return
+    default = f"activations {default_activations()} by default"
+    if best := native_cpu.best_instructions():
+        yield Finding("ternary products", f"native kernel with {best}; {default}")
+    else:
+        remedy = "install a C++17 compiler, then pip install --force-reinstall --no-binary tclip-jax tclip-jax"
+        yield Finding("ternary products", f"XLA, because the native kernel was not built; {default}", remedy, True)
 
 
 def _optional() -> Iterator[Finding]:

@@ -181,6 +181,9 @@ def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
     return dense_product(x, w_KN)
 
 
+EPSILON = 1e-5  # what every LayerNorm adds to the variance
+
+
 class Dense(nn.Module):
     """A dense layer x · W + b with a float or ternary W (K, N).
 
@@ -246,7 +249,7 @@ class Embedding(nn.Module):
 
 def layer_norm(name: str) -> nn.LayerNorm:
     """A LayerNorm in float32 with PyTorch's epsilon; Flax's fast variance E[x²] − E[x]² would lose precision."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
+    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
 def gelu(x: jax.Array, quick: bool) -> jax.Array:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from tclip_jax.models.layers import QUANTIZER_RNG, Dense, attend, gelu, layer_norm
+from tclip_jax.models.native_block import is_native, native_block, with_transforms
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import constrain_batch
 
@@ -82,6 +85,7 @@ class Block(nn.Module):
       quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
+      native: whether packed weights may run in native calls (`native_block`).
     """
 
     heads: int
@@ -92,9 +96,15 @@ class Block(nn.Module):
     quick_gelu: bool
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
+    native: bool = True
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        if self._is_native(x_BTD):
+            plain = self.clone(native=False, parent=None)
+            native = functools.partial(native_block, heads=self.heads, causal=self.causal, quick_gelu=self.quick_gelu)
+            block = with_transforms(native, lambda params, x: plain.apply({"params": params}, x)[0])
+            return block(self.variables["params"], x_BTD), None
         width = x_BTD.shape[-1]
         attention = Attention(self.heads, self.layers, self.causal, self.rules, self.dtype, name="attention")
         hidden = int(width * self.mlp_ratio)
@@ -102,6 +112,13 @@ class Block(nn.Module):
         x_BTD = x_BTD + self._scaled("ls_1", attention(layer_norm("ln_1")(x_BTD)))
         x_BTD = x_BTD + self._scaled("ls_2", mlp(layer_norm("ln_2")(x_BTD)))
         return constrain_batch(x_BTD), None
+
+    def _is_native(self, x_BTD: jax.Array) -> bool:
+        """Whether this call is inference in float32 whose activations are not recorded, and the weights fit."""
+        recorded = self.is_mutable_collection("taps") or "reference" in self.variables
+        if recorded or not self.native or self.layer_scale is not None or x_BTD.dtype != jnp.float32:
+            return False
+        return is_native(self.variables["params"])
 
     def _scaled(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Multiply by LayerScale's gain of each channel, if the model has one."""

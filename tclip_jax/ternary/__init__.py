@@ -2,7 +2,7 @@
 
 import importlib
 
-from tclip_jax.ternary.matmul import choose, repack, ternary_matmul, unpack
+from tclip_jax.ternary.matmul import choose, default_activations, repack, ternary_matmul, unpack
 from tclip_jax.ternary.packing import gather_rows, pack_rows
 from tclip_jax.ternary.quantizers import (
     QUANTIZERS,
@@ -27,6 +27,7 @@ __all__ = [
     "Quantizer",
     "TernaryTensor",
     "choose",
+    "default_activations",
     "expand_scale",
     "fake_quantize",
     "find_levels",

@@ -16,7 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax.ternary import packing
-from tclip_jax.ternary.kernels import PREFERRED, kernel, reference
+from tclip_jax.ternary.kernels import PREFERRED, kernel, native_cpu, reference
 from tclip_jax.ternary.sums import split_groups
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, check_floating, traced_device
 
@@ -45,9 +45,9 @@ def ternary_matmul(
     Args:
       x: floats (..., K). A row with NaN or infinity gives NaN or infinity in its own row of the result.
       w: a ternary weight (K, N) of one layer.
-      activations: "A16" multiplies `x` as it is. "A8" first rounds each token of `x` to int8 with the scale max|x| /
-        127; its gradient is that of the product without rounding (straight-through). None uses the setting of a
-        `PackedTensor`, and "A16" for a `TernaryTensor`.
+      activations: "A32" multiplies `x` as it is. "A16" first rounds each token of `x` to int16 with the scale max|x| /
+        32767, and "A8" to int8 with max|x| / 127; their gradients are those of the product without rounding
+        (straight-through). None uses the setting of a `PackedTensor`, and "A32" for a `TernaryTensor`.
       implementation: one of `kernels.NAMES`, or None.
 
     Returns:
@@ -68,7 +68,7 @@ def ternary_matmul(
             raise ValueError(f"the weight is packed for {w.layout!r}, not for {implementation!r}: repack it from trits")
         packed, activations = w, activations or w.activations
     else:
-        activations = activations or "A16"
+        activations = activations or "A32"
         forced = implementation or os.environ.get(VARIABLE)
         if forced in (None, reference.NAME):
             return reference.multiply(x, w.dequantize(x.dtype), activations)
@@ -82,7 +82,7 @@ def repack(
     *,
     rows: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    activations: Activations = "A16",
+    activations: Activations = "A32",
     implementation: str | None = None,
 ) -> PackedTensor:
     """Pack a ternary weight for the implementation that `choose` selects.
@@ -126,13 +126,28 @@ def unpack(w: PackedTensor) -> TernaryTensor:
     return TernaryTensor(jnp.sign(dense).astype(jnp.int8), scale, w.group)
 
 
+def default_activations(implementation: str | None = None) -> Activations:
+    """Return the activations of inference by default: "A16" where its products are twice as fast, otherwise "A32".
+
+    A16 changes embeddings by about 1e-5 (docs/performance.md). It is the default on CPUs with AVX2 or more, if the
+    native library was built.
+
+    Args:
+      implementation: as in `choose`; implementations other than `native_cpu` have "A32".
+    """
+    forced = implementation or os.environ.get(VARIABLE)
+    if forced not in (None, native_cpu.NAME) or traced_device()[1] != "cpu":
+        return "A32"
+    return "A16" if native_cpu.best_instructions() in native_cpu.FAST_A16 else "A32"
+
+
 def choose(
     shape: tuple[int, int],
     group: int,
     *,
     rows: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    activations: Activations = "A16",
+    activations: Activations = "A32",
     implementation: str | None = None,
 ) -> str:
     """Choose the implementation of a ternary product from its shapes and the kind of device, without running anything.
@@ -145,7 +160,7 @@ def choose(
       group: number of weights along K that share a scale.
       rows: M, the number of rows of `x`; None if it is not known yet.
       dtype: dtype of `x`.
-      activations: "A16" or "A8", see `ternary_matmul`.
+      activations: "A32", "A16" or "A8", see `ternary_matmul`.
       implementation: name of an implementation to force. By default the environment variable TCLIP_IMPLEMENTATION
         forces one; it is read when a function is traced.
 
@@ -156,6 +171,23 @@ def choose(
       TypeError: `dtype` is not floating.
       ValueError: the forced implementation is unknown or cannot run; the message has the reason.
     """
+    name, reason = explain_choice(
+        shape, group, rows=rows, dtype=dtype, activations=activations, implementation=implementation
+    )
+    _log(f"{traced_device()[0]}, {activations} {jnp.dtype(dtype).name}", name, reason)
+    return name
+
+
+def explain_choice(
+    shape: tuple[int, int],
+    group: int,
+    *,
+    rows: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    activations: Activations = "A32",
+    implementation: str | None = None,
+) -> tuple[str, str]:
+    """Return the implementation that `choose` chooses, and its reason as one clause; logs nothing."""
     check_floating("x", dtype)
     kind, platform = traced_device()
     given: dict[str, Any] = {
@@ -167,24 +199,21 @@ def choose(
         "dtype": jnp.dtype(dtype),
         "activations": activations,
     }
-    where = f"{kind}, {activations} {jnp.dtype(dtype).name}"
     size = f"M={'any' if rows is None else rows} K={shape[0]} N={shape[1]}"
     forced = implementation or os.environ.get(VARIABLE)
     if forced:
         reason = kernel(forced).unsupported(**given)
         if reason:
+            where = f"{kind}, {activations} {jnp.dtype(dtype).name}"
             raise ValueError(f"implementation {forced!r} cannot serve {where}, {size}: {reason}")
-        _log(where, forced, "forced")
-        return forced
+        return forced, "forced"
     passed_over: list[str] = []
     for name in PREFERRED.get(platform, ()):
         reason = kernel(name).unsupported(**given) or kernel(name).slower(**given)
         if not reason:
-            _log(where, name, "; ".join(passed_over) or "the first choice on this platform")
-            return name
+            return name, "; ".join(passed_over) or "the first choice on this platform"
         passed_over.append(f"not {name}: {reason}")
-    _log(where, reference.NAME, "; ".join(passed_over) or f"no other kernel is for platform {platform}")
-    return reference.NAME
+    return reference.NAME, "; ".join(passed_over) or f"no other kernel is for platform {platform}"
 
 
 @functools.cache

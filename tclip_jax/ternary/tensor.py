@@ -74,7 +74,7 @@ def expand_scale(scale: jax.Array, group: int, length: int, axis: int) -> jax.Ar
     return jax.lax.slice_in_dim(repeated, 0, length, axis=after - 1)
 
 
-Activations = Literal["A16", "A8"]
+Activations = Literal["A32", "A16", "A8"]
 
 
 @functools.partial(
@@ -102,7 +102,7 @@ class PackedTensor:
     layer_shape: tuple[int, int]
     group: int
     layout: str
-    activations: Activations = "A16"
+    activations: Activations = "A32"
 
     def __repr__(self) -> str:
         return (

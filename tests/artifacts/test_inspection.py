@@ -11,8 +11,10 @@ import safetensors.numpy
 from tclip_jax.artifacts import pack_params, write_artifact
 from tclip_jax.artifacts.inspection import inspect_artifact, inspection_text, plot_inspection
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.ternary.kernels import native_cpu
 
 Tree = dict[str, Any]
 
@@ -77,3 +79,21 @@ def test_a_model_of_floats_has_sizes_too(
     found = inspect_artifact(tmp_path / "a")
     assert found["layers"] == [] and found["zeros"] == found["bits_per_trit"] == found["bytes"]["trits"] == 0
     assert "0.00%" in inspection_text(found) and plot_inspection(found).axes[1].get_legend() is None
+
+
+def test_the_runtime_names_the_kernel_of_each_weight(
+    written: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("", "avx2", "portable"))
+    assert main(["inspect", str(written), "--runtime", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["instructions"], found["activations"]) == ("avx2", "A16")
+    assert {row["implementation"] for row in found["weights"]} == {"native_cpu", "rows"}
+    monkeypatch.setattr(native_cpu, "instruction_sets", tuple)
+    assert main(["inspect", str(written), "--runtime"]) == 0
+    text = capsys.readouterr().out
+    assert "A32, as they are" in text and "native kernel" not in text.partition("\n\n")[0]
+    row = next(line for line in text.splitlines() if "fc1/kernel" in line)
+    assert "reference" in row and "not native_cpu: the native library was not built" in row
+    assert main(["inspect", str(written), "--runtime", "--plot", "x.png"]) == 2
+    assert "--plot is of sizes and zeros" in capsys.readouterr().err

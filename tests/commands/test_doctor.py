@@ -11,6 +11,7 @@ import pytest
 from tclip_jax.cli import main
 from tclip_jax.commands import doctor
 from tclip_jax.commands.doctor import import_errors as real_import_errors
+from tclip_jax.ternary.kernels import native_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,15 @@ def test_an_optional_package_that_cannot_be_imported_is_a_problem(
         "torch and torchvision are of different builds: install both from one index",
         "! gguf 3.3.0, but it cannot be imported: ImportError: no; pip install --force-reinstall 'tclip-jax[gguf]'",
     ]
+
+
+def test_the_kernel_of_ternary_products_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("", "avx2", "portable"))
+    assert findings()["ternary products"].value == "native kernel with avx2; activations A16 by default"
+    monkeypatch.setattr(native_cpu, "instruction_sets", tuple)
+    without = findings()["ternary products"]
+    assert without.value.endswith("not built; activations A32 by default") and "C++17 compiler" in without.remedy
+    assert without.optional and not without.broken
 
 
 def test_the_matmul_precision_is_shown() -> None:

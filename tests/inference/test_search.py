@@ -121,11 +121,11 @@ def test_activations_change_the_mark(model: Model, artifact: pathlib.Path) -> No
     trits = ternarize(np.ones((32, 8), np.float32), Quantizer())  # type: ignore[arg-type]
     models = [
         dataclasses.replace(model, params={**model.params, "packed": repack(trits, activations=each)})
-        for each in ("A16", "A8")
+        for each in ("A32", "A16", "A8")
     ]
-    assert [each.activations for each in (model, *models)] == ["A16", "A16", "A8"]
+    assert [each.activations for each in (model, *models)] == ["A32", "A32", "A16", "A8"]
     marks = [embeddings_mark(each, artifact) for each in (model, *models)]
-    assert marks[0] == marks[1] != marks[2]
+    assert marks[0] == marks[1] and len(set(marks)) == 3
 
 
 def test_an_interruption_leaves_the_old_index_and_the_partial_work(
@@ -190,6 +190,7 @@ def test_other_folders_are_not_overwritten(model: Model, pictures: pathlib.Path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"activations": "A4"}, "activations are 'A4': they must be A32, A16, A8"),
         ({"format_version": 2}, "format 'tclip-index' version 2, expected 'tclip-index' version 1"),
         ({"format": "zip"}, "format 'zip'"),
         ({"names": ["../secret.png"] * 7}, "names must be paths inside its root"),

@@ -47,7 +47,7 @@ def test_without_the_library_xla_serves_and_says_why(
 ) -> None:
     monkeypatch.setattr(native_cpu, "instruction_sets", tuple)
     with caplog.at_level(logging.INFO, "tclip_jax"):
-        assert [choose((768, 3072), 256, activations=each) for each in ("A8", "A16")] == ["xla_int8", "reference"]  # type: ignore[arg-type]
+        assert [choose((768, 3072), 256, activations=each) for each in ("A8", "A32")] == ["xla_int8", "reference"]  # type: ignore[arg-type]
     assert "xla_int8 (not native_cpu: the native library was not built" in caplog.messages[0]
     assert "not xla_int8: its dot takes int8 activations" in caplog.messages[1]
 
@@ -56,7 +56,7 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tclip_jax"):
         for rows in (8, 8, 16):
             choose((768, 3072), 256, rows=rows)
-    assert caplog.messages == ["ternary product (cpu, A16 float32): native_cpu (the first choice on this platform)"]
+    assert caplog.messages == ["ternary product (cpu, A32 float32): native_cpu (the first choice on this platform)"]
 
 
 def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_weight_remembers_what_it_was_packed_for(weight: TernaryTensor) -> Non
     x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     packed = repack(weight, implementation="reference", activations="A8")
     np.testing.assert_array_equal(ternary_matmul(x, packed), ternary_matmul(x, weight, activations="A8"))
-    np.testing.assert_array_equal(ternary_matmul(x, packed, activations="A16"), ternary_matmul(x, weight))
+    np.testing.assert_array_equal(ternary_matmul(x, packed, activations="A32"), ternary_matmul(x, weight))
 
 
 def test_implementations_have_their_names() -> None:

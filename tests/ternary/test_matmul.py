@@ -33,7 +33,7 @@ from tclip_jax.ternary.kernels.reference import quantize_activations
 needs_library = pytest.mark.skipif(not native_cpu.instruction_sets(), reason="the native library was not built")
 IMPLEMENTATIONS = ["reference", "xla_int8", pytest.param("native_cpu", marks=needs_library)]
 on_cpus = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-ACTIVATIONS = ["A16", "A8"]
+ACTIVATIONS = ["A32", "A16", "A8"]
 
 Array = np.ndarray[Any, Any]
 
@@ -55,11 +55,14 @@ def dense(w: TernaryTensor) -> Array:
     return np.float64(w.trits) * (np.repeat(scale, w.group, 0)[: w.shape[0]] if len(scale) > 1 else scale)
 
 
-def rounded(x: Array) -> Array:
-    """Each token rounded to its 255 levels, in the documented float32 steps."""
+def rounded(x: Array, activations: str) -> Array:
+    """Each token as the product takes it: rounded to its levels, in the documented float32 steps, or as it is."""
+    if activations == "A32":
+        return np.float64(x)
+    most = {"A16": 32767, "A8": 127}[activations]
     largest = np.abs(x).max(-1, keepdims=True)
-    q = np.rint(x * (np.float32(127) / largest))
-    return np.float64(q) * np.float64(largest) / 127
+    q = np.rint(x * (np.float32(most) / largest))
+    return np.float64(q) * np.float64(largest) / most
 
 
 def assert_close(result: Any, x: Array, weights: Array) -> None:
@@ -89,7 +92,7 @@ def test_equals_float64(
     packed = kernel(implementation).pack(w)
     result = jax.jit(ternary_matmul, static_argnames="activations")(x, packed, activations=activations)
     assert (result.shape, result.dtype) == ((rows, columns), jnp.float32)
-    assert_close(result, np.float64(x) if activations == "A16" else rounded(x), dense(w))
+    assert_close(result, rounded(x, activations), dense(w))
 
 
 @on_cpus
@@ -152,15 +155,16 @@ def test_bfloat16_activations_give_bfloat16(implementation: str, activations: An
     result = ternary_matmul(narrow, kernel(implementation).pack(w), activations=activations)
     assert result.dtype == jnp.bfloat16
     wide = np.asarray(narrow, np.float32)
-    expected = (np.float64(wide) if activations == "A16" else rounded(wide)) @ dense(w)
+    expected = rounded(wide, activations) @ dense(w)
     np.testing.assert_allclose(np.float64(result), expected, rtol=2**-8, atol=2e-2)
 
 
 @on_cpus
-def test_a_token_of_zeros_stays_zero_and_one_with_nan_spoils_no_other(implementation: str) -> None:
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_a_token_of_zeros_stays_zero_and_one_with_nan_spoils_no_other(implementation: str, activations: Any) -> None:
     x, w = draw(36, 64, 8, 32)
     x[3], x[5, 7] = 0, np.nan
-    result = np.asarray(ternary_matmul(x, kernel(implementation).pack(w), activations="A8"))
+    result = np.asarray(ternary_matmul(x, kernel(implementation).pack(w), activations=activations))
     np.testing.assert_array_equal(result[3], 0)
     assert np.isnan(result[5, 1:]).all() and np.isfinite(np.delete(result, 5, 0)).all()
 
@@ -236,8 +240,21 @@ def test_xla_multiplies_integers_from_32_rows_on(rows: int, integers: bool) -> N
 
 
 def test_activations_of_zeros_have_a_level_above_zero() -> None:
-    rounded, level = quantize_activations(jnp.zeros((2, 8)))
-    assert not rounded.any() and (level == np.float32(2.0**-100) / 127).all()
+    for bits, most in ((8, 127), (16, 32767)):
+        rounded, level = quantize_activations(jnp.zeros((2, 8)), bits)  # type: ignore[arg-type]
+        assert rounded.dtype == f"int{bits}" and not rounded.any()
+        assert (level == np.float32(2.0**-100) / np.float32(most)).all()
+
+
+@needs_library
+def test_the_largest_integers_do_not_overflow() -> None:
+    """All weights 1 and all activations at their largest magnitude, over whole blocks of the native kernel."""
+    w = TernaryTensor(np.ones((1024, 33), np.int8), np.ones((4, 33), np.float32), 256)  # type: ignore[arg-type]
+    x = np.outer([1, -1, 3], np.ones(1024)).astype(np.float32)
+    for instructions in filter(None, native_cpu.instruction_sets()):
+        for activations in ACTIVATIONS:
+            product = native_cpu.matmul(x, native_cpu.pack(w), activations=activations, instructions=instructions)  # type: ignore[arg-type]
+            np.testing.assert_allclose(product, np.outer([1024, -1024, 3072], np.ones(33)), rtol=1e-6)
 
 
 def instruction_sets() -> list[Any]:
@@ -254,8 +271,9 @@ def test_instruction_sets_agree(instructions: str, rows: int, group: Any) -> Non
     def product(activations: Any, instructions: str) -> Any:
         return native_cpu.matmul(jnp.asarray(x), packed, activations=activations, instructions=instructions)
 
-    np.testing.assert_array_equal(product("A8", instructions), product("A8", "portable"))
-    assert_close(product("A16", instructions), np.float64(x), dense(w))
+    for activations in ("A16", "A8"):
+        np.testing.assert_array_equal(product(activations, instructions), product(activations, "portable"))
+    assert_close(product("A32", instructions), np.float64(x), dense(w))
 
 
 @needs_library
@@ -264,7 +282,7 @@ def test_operands_that_do_not_fit_are_refused_by_the_native_kernel() -> None:
     packed = native_cpu.pack(w)
     short = PackedTensor(packed.data[:, :-1], packed.scale, packed.layer_shape, packed.group, packed.layout)
     with pytest.raises(jax.errors.JaxRuntimeError, match="operands do not fit together"):
-        native_cpu.matmul(jnp.asarray(x), short, activations="A16")
+        native_cpu.matmul(jnp.asarray(x), short, activations="A32")
 
 
 def test_two_bits_a_weight_are_resident() -> None:

@@ -20,20 +20,24 @@ from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, t
 NAME = "mosaic_tpu"
 
 
-def unsupported(*, device_kind: str, platform: str, shape: tuple[int, int], dtype: Any, **_: Any) -> str | None:
+def unsupported(
+    *, device_kind: str, platform: str, shape: tuple[int, int], dtype: Any, activations: Activations, **_: Any
+) -> str | None:
     if platform != "tpu":
         return f"a TPU kernel does not run on platform {platform}"
     if device_kind not in DEVICES:
         return f"it is compiled for {', '.join(DEVICES)}, not for {device_kind}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"activations are bfloat16 or float32, not {dtype}"
+    if activations == "A16":
+        return "activations of 16-bit integers (A16) are for CPUs: it takes A32 and A8"
     if vmem(32, shape[0], 128, dtype.itemsize, dtype.itemsize) > DEVICES[device_kind].usable:
         return f"K of {shape[0]} does not fit VMEM"
     return None
 
 
 def slower(*, dtype: Any, activations: Activations, **_: Any) -> str | None:
-    if dtype == jnp.float32 and activations == "A16":
+    if dtype == jnp.float32 and activations == "A32":
         return "float32 takes six bf16 passes, for comparisons; a dense product takes one by default"
     return None
 
@@ -59,7 +63,7 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret
 
 def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activations, *, interpret: bool) -> jax.Array:
     """The product in either order, with K of `x` padded like K of `w`."""
-    rows, level = (x, None) if activations == "A16" else quantize_activations(x)
+    rows, level = (x, None) if activations == "A32" else quantize_activations(x)
     if activations == "A8" and order == "bf16":
         rows = rows.astype(jnp.bfloat16)
     return tpu_dot(

@@ -1,8 +1,8 @@
 """Ternary product on CPUs in C++, for AVX-512 VNNI, AVX-VNNI, AVX2, NEON or any CPU; selected at run time.
 
-With A8 activations are rounded to int8 and multiplied by int8 dot instructions. With A16 the weights are unpacked into
-the L1 cache piece by piece and multiplied in float32, so the result differs from a dense float32 product only in the
-order of its sums. `hatch_build.py` compiles the library at installation.
+With A8 and A16 activations are rounded to int8 or int16 and multiplied by integer dot instructions. With A32 the
+weights are unpacked into the L1 cache piece by piece and multiplied in float32, so the result differs from a dense
+float32 product only in the order of its sums. `hatch_build.py` compiles the library at installation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,14 @@ from tclip_jax.ternary.packing import narrow_scale
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "native_cpu"
+Activation = Literal["gelu", "quick_gelu"] | None
+# Where integer products of 16 bits have twice the rate of float32 ones.
+FAST_A16 = ("avx512_vnni", "avx_vnni", "avx2")
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
 
-_TARGET = "tclip_ternary_matmul"
+_TARGETS = {"tclip_ternary_matmul": "TclipTernaryMatmul", "tclip_attention": "TclipAttention"}
+_ACTIVATIONS = {"A32": 0, "A16": 1, "A8": 2}
+_FUNCTIONS = {None: 0, "gelu": 1, "quick_gelu": 2}
 _PANEL, _CHUNK = 32, 16  # columns of a panel, k of a chunk; see native/ternary_cpu.cc
 _SHIFTS = np.array(
     [8 * (k % 4) + 2 * (k // 4) for k in range(_CHUNK)], np.uint32
@@ -51,13 +56,19 @@ def instruction_sets() -> tuple[str, ...]:
     if not LIBRARY.exists():
         return ()
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.TclipTernaryMatmul), platform="cpu")
+    for target, symbol in _TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.TclipInstructions.restype = ctypes.c_char_p
     library.TclipInstructions.argtypes = [ctypes.c_int64]
     names: list[str] = []
     while (name := library.TclipInstructions(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
+
+
+def best_instructions() -> str:
+    """The instruction set that products use; "" without the library."""
+    return next(filter(None, instruction_sets()), "")
 
 
 def pack(w: TernaryTensor) -> PackedTensor:
@@ -110,7 +121,69 @@ def _padded_rows(length: int, group: int) -> np.ndarray:
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, instructions: str | None = None) -> jax.Array:
     """Multiply: x · ŵ. `instructions` forces one of `instruction_sets()`; by default the first that this CPU has."""
-    sets = instruction_sets()
-    index = sets.index(instructions) if instructions else next(i for i, name in enumerate(sets) if name)
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], w.layer_shape[1]), x.dtype))
-    return call(x, w.data, w.scale, group=w.group, int8_activations=activations == "A8", instructions=np.int64(index))
+    return dense(x, w, activations=activations, instructions=instructions)
+
+
+def dense(
+    x: jax.Array,
+    w: PackedTensor,
+    *,
+    activations: Activations,
+    norm: tuple[jax.Array, jax.Array] | None = None,
+    epsilon: float = 0.0,
+    bias: jax.Array | None = None,
+    activation: Activation = None,
+    residual: jax.Array | None = None,
+    instructions: str | None = None,
+) -> jax.Array:
+    """Compute residual + activation(layer_norm(x) · ŵ + bias) in one pass over memory.
+
+    Args:
+      x: float32 (M, K); bfloat16 if there is nothing but the product.
+      w: the packed weight (K, N) of one layer.
+      activations: as in `ternary_matmul`.
+      norm: gain and bias of a LayerNorm of `x`, float32 (K,) each.
+      epsilon: of the LayerNorm.
+      bias: float32 (N,).
+      activation: "gelu" (erf), "quick_gelu" or None.
+      residual: float32 (M, N).
+      instructions: one of `instruction_sets()`; by default the first that this CPU has.
+
+    Returns:
+      (M, N) in the dtype of `x`.
+    """
+    gain, shift = norm or (None, None)
+    call = jax.ffi.ffi_call("tclip_ternary_matmul", jax.ShapeDtypeStruct((x.shape[0], w.layer_shape[1]), x.dtype))
+    optional = (jnp.zeros(0) if each is None else each for each in (gain, shift, bias, residual))
+    return call(
+        x,
+        w.data,
+        w.scale,
+        *optional,
+        group=w.group,
+        activations=np.int64(_ACTIVATIONS[activations]),
+        activation=np.int64(_FUNCTIONS[activation]),
+        epsilon=np.float32(epsilon),
+        instructions=_index(instructions),
+    )
+
+
+def attention(qkv: jax.Array, heads: int, causal: bool, instructions: str | None = None) -> jax.Array:
+    """Compute softmax attention in float32.
+
+    Args:
+      qkv: queries, keys and values side by side, float32 (B, T, 3 · D).
+      heads: number of heads, which divides D.
+      causal: whether a token attends only to itself and earlier tokens.
+      instructions: as in `dense`.
+
+    Returns:
+      float32 (B, T, D).
+    """
+    batch, length, width = qkv.shape
+    call = jax.ffi.ffi_call("tclip_attention", jax.ShapeDtypeStruct((batch, length, width // 3), qkv.dtype))
+    return call(qkv, heads=np.int64(heads), causal=causal, instructions=_index(instructions))
+
+
+def _index(instructions: str | None) -> np.int64:
+    return np.int64(instruction_sets().index(instructions or best_instructions()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,18 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """Multiply: x · ŵ; with A8, `x` is rounded by `quantize_activations`."""
+    """Multiply: x · ŵ; with A16 and A8, `x` is rounded by `quantize_activations`."""
     return multiply(x, unpack(w), activations)
 
 
 def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Array:
     """Multiply by dense weights."""
+    if activations == "A16":
+        # bfloat16 holds no integers of 16 bits.
+        rounded, level = quantize_activations(x, 16)
+        return (
+            sum_products(rounded.astype(jnp.float32), dense.astype(jnp.float32), ((x.ndim - 1,), (0,))) * level
+        ).astype(x.dtype)
     if activations == "A8":
         rounded, level = quantize_activations(x)
         product = jnp.matmul(rounded.astype(dense.dtype), dense, preferred_element_type=jnp.float32)
@@ -50,18 +56,20 @@ def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Ar
     return sum_products(x, dense.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
 
 
-def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Round the activations of each token (row of the last axis) to int8: x ≈ int8 · level.
+def quantize_activations(x: jax.Array, bits: Literal[8, 16] = 8) -> tuple[jax.Array, jax.Array]:
+    """Round the activations of each token (row of the last axis) to integers: x ≈ integer · level.
 
     Values are rounded to nearest, ties to even.
 
     Args:
       x: floats (..., K).
+      bits: bits of the integers.
 
     Returns:
-      int8 (..., K), and levels max|x| / 127, float32 (..., 1).
+      int8 or int16 (..., K), and levels max|x| / 127 or / 32767, float32 (..., 1).
     """
+    most = 2.0 ** (bits - 1) - 1
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
     # Avoids a division by zero for rows of zeros.
     largest = jnp.maximum(largest, 2.0**-100)
-    return jnp.round(x.astype(jnp.float32) * (127.0 / largest)).astype(jnp.int8), largest / 127.0
+    return jnp.round(x.astype(jnp.float32) * (most / largest)).astype(f"int{bits}"), largest / most

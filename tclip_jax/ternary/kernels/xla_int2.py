@@ -19,9 +19,11 @@ NAME = "xla_int2"
 DEVICE_KINDS = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
 
 
-def unsupported(*, device_kind: str, **_: Any) -> str | None:
+def unsupported(*, device_kind: str, activations: Activations, **_: Any) -> str | None:
     if device_kind not in DEVICE_KINDS:
         return f"XLA packs int2 on {', '.join(DEVICE_KINDS)}, not on {device_kind}"
+    if activations == "A16":
+        return "activations of 16-bit integers (A16) are for CPUs: it takes A32 and A8"
     return None
 
 
@@ -42,7 +44,7 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
     """Multiply with weights in the dtype of `x`: x · ŵ; with A8, int32 sums of each group, scaled in float32."""
-    if activations == "A16":
+    if activations == "A32":
         weights = w.data.astype(x.dtype) * expand_scale(w.scale, w.group, w.layer_shape[0], -2).astype(x.dtype)
         return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
     rows, level = quantize_activations(x)

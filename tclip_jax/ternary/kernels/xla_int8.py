@@ -24,7 +24,7 @@ def unsupported(*, platform: str, **_: Any) -> str | None:
 
 
 def slower(*, rows: int | None, activations: str, **_: Any) -> str | None:
-    if activations == "A16":
+    if activations != "A8":
         return "its dot takes int8 activations (A8) only"
     if rows is not None and not _FEWEST_ROWS <= rows <= _MOST_ROWS:
         return f"M is not within {_FEWEST_ROWS} to {_MOST_ROWS}"
@@ -42,8 +42,8 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """Multiply with int32 sums of each group, scaled in float32; for few rows, or with A16, multiply floats."""
-    if activations == "A16" or x.shape[0] < _FEWEST_ROWS:
+    """Multiply with int32 sums of each group, scaled in float32; floats for few rows or other activations."""
+    if activations != "A8" or x.shape[0] < _FEWEST_ROWS:
         return multiply(x, unpack(w), activations)
     rounded, level = quantize_activations(x)
     total = jnp.zeros((x.shape[0], w.layer_shape[1]), jnp.float32)

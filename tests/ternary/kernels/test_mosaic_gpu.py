@@ -51,13 +51,13 @@ def test_layers_are_packed_as_each_by_itself() -> None:
 
 @pytest.mark.parametrize(("rows", "block"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (100, 64)])
 def test_few_rows_take_narrow_blocks(rows: int, block: int) -> None:
-    matmul = functools.partial(mosaic_gpu.matmul, activations="A16")
+    matmul = functools.partial(mosaic_gpu.matmul, activations="A32")
     program = jax.make_jaxpr(matmul)(jnp.ones((rows, 256), jnp.bfloat16), mosaic_gpu.pack(weight(256, 64, 256)))
     assert f"f32[64,{-(-rows // block) * block}]" in str(program)
 
 
 @pytest.mark.parametrize(
-    ("shape", "activations"), [(SHAPES[0], "A8"), *[(shape, "A16") for shape in SHAPES[1:]]], ids=str
+    ("shape", "activations"), [(SHAPES[0], "A8"), *[(shape, "A32") for shape in SHAPES[1:]]], ids=str
 )
 def test_equals_float64_in_the_interpreter(
     shape: tuple[int, int, int, int], activations: Any, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +81,7 @@ def test_equals_float64_in_the_interpreter(
 @pytest.mark.parametrize(("rows", "group"), [(1, 768), (20, 256), (197, 48)])
 def test_is_lowered_for_cuda(rows: int, group: int) -> None:
     packed = mosaic_gpu.pack(weight(768, 128, group))
-    multiply = jax.jit(functools.partial(mosaic_gpu.matmul, activations="A16"))
+    multiply = jax.jit(functools.partial(mosaic_gpu.matmul, activations="A32"))
     exported = jax.export.export(multiply, platforms=["cuda"])(jnp.ones((rows, 768), jnp.bfloat16), packed)
     assert "mosaic_gpu" in exported.mlir_module()
 
@@ -104,7 +104,7 @@ def test_says_where_it_cannot_run(changes: dict[str, Any], reason: str | None) -
         "device_kind": "NVIDIA H100 80GB HBM3",
         "platform": "gpu",
         "dtype": jnp.dtype(jnp.bfloat16),
-        "activations": "A16",
+        "activations": "A32",
     }
     refusal = mosaic_gpu.unsupported(**arguments | changes)
     assert refusal is None if reason is None else reason in refusal

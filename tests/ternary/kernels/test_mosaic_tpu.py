@@ -26,7 +26,7 @@ SHAPES = [
     (7, 77, 128, 5),
     (520, 300, 128, 256),
 ]
-PATHS = [(mosaic_tpu, "A16"), (mosaic_tpu, "A8"), (mosaic_tpu_int8, "A8")]
+PATHS = [(mosaic_tpu, "A32"), (mosaic_tpu, "A8"), (mosaic_tpu_int8, "A8")]
 
 
 def weight(length: int, columns: int, group: int, seed: int = 0) -> TernaryTensor:
@@ -96,7 +96,7 @@ def test_a_block_holds_all_of_k_for_some_rows_and_columns(monkeypatch: pytest.Mo
 
     call = pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", record)
-    multiply(mosaic_tpu, jnp.ones((520, 300), jnp.bfloat16), weight(300, 640, 100), "A16")
+    multiply(mosaic_tpu, jnp.ones((520, 300), jnp.bfloat16), weight(300, 640, 100), "A32")
     # Three groups of 100 are padded to 128: K is 384, which 24 rows of words hold.
     assert blocks == [
         ((288, 384), (1, 0)),
@@ -110,7 +110,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
     """An infinity, and the padding after the last row of a block, affect no other row."""
     w = weight(128, 128, 128)
     x = jax.random.normal(jax.random.key(0), (600, 128), jnp.bfloat16)
-    clean, dirty = (multiply(mosaic_tpu, rows, w, "A16") for rows in (x, x.at[3].set(jnp.inf)))
+    clean, dirty = (multiply(mosaic_tpu, rows, w, "A32") for rows in (x, x.at[3].set(jnp.inf)))
     np.testing.assert_array_equal(np.delete(dirty, 3, 0), np.delete(clean, 3, 0))
 
 
@@ -133,7 +133,7 @@ GIVEN: dict[str, Any] = {
     "shape": (768, 3072),
     "group": 256,
     "dtype": jnp.dtype(jnp.bfloat16),
-    "activations": "A16",
+    "activations": "A32",
 }
 
 
@@ -199,4 +199,4 @@ def test_says_where_it_would_be_slower() -> None:
 def test_int8_refuses_float_activations() -> None:
     packed = mosaic_tpu_int8.pack(weight(128, 128, 128))
     with pytest.raises(ValueError, match="must be 'A8'"):
-        mosaic_tpu_int8.matmul(jnp.ones((1, 128)), packed, activations="A16", interpret=True)
+        mosaic_tpu_int8.matmul(jnp.ones((1, 128)), packed, activations="A32", interpret=True)

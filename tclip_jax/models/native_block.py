@@ -1,0 +1,100 @@
+"""A transformer block with packed weights in five native calls, for inference on CPUs.
+
+The calls fuse LayerNorm, rounding, bias, activation and residual with the products, and never store the scores of
+attention. The modules of `transformer.py` define the same block, and serve everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.custom_batching import custom_vmap
+from jax.sharding import AxisType
+
+from tclip_jax.models.layers import EPSILON, gelu
+from tclip_jax.ternary.kernels import native_cpu
+from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor, traced_device
+
+_LAYERS = (("attention", "qkv"), ("attention", "out"), ("mlp", "fc1"), ("mlp", "fc2"))
+
+
+def is_native(params: Mapping[str, Any]) -> bool:
+    """Whether a block can run natively: on a CPU, without a mesh, its ternary weights packed for the native kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+    kernels = [params[part][name]["kernel"] for part, name in _LAYERS]
+    packed = any(isinstance(w, PackedTensor) and w.layout == native_cpu.NAME for w in kernels)
+    other = any(
+        isinstance(w, TernaryTensor) or getattr(w, "layout", native_cpu.NAME) != native_cpu.NAME for w in kernels
+    )
+    return alone and packed and not other and traced_device()[1] == "cpu"
+
+
+def native_block(
+    params: Mapping[str, Any], x_BTD: jax.Array, *, heads: int, causal: bool, quick_gelu: bool
+) -> jax.Array:
+    """Compute a block without LayerScale: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
+
+    Args:
+      params: the parameters of `Block`, for which `is_native` holds.
+      x_BTD: the residual stream, float32 (B, T, D).
+      heads: as in `Block`.
+      causal: as in `Block`.
+      quick_gelu: as in `Block`.
+
+    Returns:
+      float32 (B, T, D).
+    """
+    attention, mlp, batch = params["attention"], params["mlp"], x_BTD.shape[:2]
+    x = x_BTD.reshape(-1, x_BTD.shape[-1])
+    qkv = _dense(x, attention["qkv"], norm=params["ln_1"])
+    mixed = native_cpu.attention(qkv.reshape(*batch, -1), heads, causal)
+    x = _dense(mixed.reshape(x.shape), attention["out"], residual=x)
+    hidden = _dense(x, mlp["fc1"], norm=params["ln_2"], activation="quick_gelu" if quick_gelu else "gelu")
+    return _dense(hidden, mlp["fc2"], residual=x).reshape(x_BTD.shape)
+
+
+def _dense(
+    x: jax.Array,
+    layer: Mapping[str, Any],
+    *,
+    norm: Mapping[str, jax.Array] | None = None,
+    activation: native_cpu.Activation = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    w = layer["kernel"]
+    if isinstance(w, PackedTensor):
+        return native_cpu.dense(
+            x,
+            w,
+            activations=w.activations,
+            norm=(norm["scale"], norm["bias"]) if norm else None,
+            epsilon=EPSILON,
+            bias=layer["bias"],
+            activation=activation,
+            residual=residual,
+        )
+    if norm:
+        x = jax.nn.standardize(x, axis=-1, epsilon=EPSILON) * norm["scale"] + norm["bias"]
+    y = x @ w + layer["bias"]
+    y = y if activation is None else gelu(y, activation == "quick_gelu")
+    return y if residual is None else residual + y
+
+
+def with_transforms(native: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `native` with the batching (`jax.vmap`) and the gradient of `plain`, which computes the same in jnp."""
+    batchable = custom_vmap(native)
+
+    @batchable.def_vmap
+    def batched(size: int, is_batched: Any, *operands: Any) -> tuple[jax.Array, bool]:
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_batched)
+        return jax.vmap(plain, tuple(axes), axis_size=size)(*operands), True
+
+    function = jax.custom_vjp(batchable)
+    function.defvjp(
+        lambda *operands: (function(*operands), operands),
+        lambda operands, gradient: jax.vjp(plain, *operands)[1](gradient),
+    )
+    return function
