@@ -43,7 +43,10 @@ def overview(summary: dict[str, Any], encode: dict[str, float] | None) -> Figure
     change = percent["student, ternary"] - percent["teacher, float32"]
     _bars(axes[1], percent, "{:.2f} %", f"zero-shot accuracy, digits: {change:+.2f} points")
     if encode:
-        base, packed = encode["baseline_ms"], {key: each for key, each in encode.items() if key.startswith("packed")}
+        base, packed = (
+            encode["baseline_ms"],
+            {key: each for key, each in encode.items() if key in ("packed A16", "packed A8")},
+        )
         times = {"float32": base, **{f"ternary, {key.split()[1]}": base / each for key, each in packed.items()}}
         _bars(axes[2], times, "{:.0f} ms", "ViT-B/16 on eight images, CPU")
     return figure

@@ -79,7 +79,8 @@ def _query(args: argparse.Namespace) -> int:
     index = read_index(args.index)
     image = _query_image(args)
     path = args.model or index.model
-    results = query_index(load_model(path).repacked(), index, image or args.query, args.top, model_path=path)
+    model = load_model(path).repacked(activations=index.activations)
+    results = query_index(model, index, image or args.query, args.top, model_path=path)
     if args.json:
         print(json.dumps([{"image": printable(result.name), "similarity": result.score} for result in results]))
         return 0

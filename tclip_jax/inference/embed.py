@@ -91,7 +91,7 @@ def chunked(rows: Iterable[Embeddings], width: int) -> Iterator[Embeddings]:
         yield np.stack(chunk).reshape(-1, width)
 
 
-_VERSION = 1  # increment when the encoding of an image or a text changes
+_VERSION = 2  # increment when the encoding of an image or a text changes
 
 
 def read_image(model: Model, path: epath.Path) -> npt.NDArray[np.float32]:

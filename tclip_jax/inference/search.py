@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from tclip_jax.inference.inputs import Failure, find_images, image_items
 from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.pages import blank, data_uri, page, paragraph, printable
 from tclip_jax.storage import atomic_folder, is_local
+from tclip_jax.ternary.tensor import Activations
 
 _MANIFEST, _EMBEDDINGS = "index.json", "embeddings.npy"
 _VERSION = 1
@@ -37,6 +38,7 @@ class Index:
       root: the folder.
       model: path of the model that made the embeddings.
       fingerprint: `embeddings_mark` of that model.
+      activations: those of that model, which queries need too.
       names: paths of the N pictures, relative to `root`.
       keys: keys of their content; see `image_items`.
       embeddings: float32 (N, embed_dim), a memory map of the file if it is local.
@@ -45,6 +47,7 @@ class Index:
     root: epath.Path
     model: str
     fingerprint: str
+    activations: Activations
     names: list[str]
     keys: list[str]
     embeddings: Embeddings = dataclasses.field(repr=False)
@@ -113,6 +116,7 @@ def build_index(
             "root": os.fspath(root),
             "model": model_path,
             "fingerprint": mark,
+            "activations": model.activations,
             "names": [item.name for item in done],
             "keys": [item.key for item in done],
         }
@@ -139,7 +143,9 @@ def read_index(path: epath.PathLike) -> Index:
             raise ValueError(
                 f"format {fields['format']!r} version {version!r}, expected 'tclip-index' version {_VERSION}"
             )
-        names, keys = fields["names"], fields["keys"]
+        names, keys, activations = fields["names"], fields["keys"], fields.get("activations", "A32")
+        if activations not in get_args(Activations):
+            raise ValueError(f"activations are {activations!r}: they must be {', '.join(get_args(Activations))}")
         # The results page embeds the files at these paths, so they must stay inside the folder.
         if any(os.path.isabs(name) or ".." in name.split("/") for name in names):
             raise ValueError("names must be paths inside its root")
@@ -147,7 +153,8 @@ def read_index(path: epath.PathLike) -> Index:
         if embeddings.dtype != np.float32 or embeddings.ndim != 2 or not len(embeddings) == len(names) == len(keys):
             kind = f"{embeddings.dtype} {embeddings.shape}"
             raise ValueError(f"{_EMBEDDINGS} is {kind}, expected {len(names)} rows of float32")
-        return Index(epath.Path(fields["root"]), fields["model"], fields["fingerprint"], names, keys, embeddings)
+        root = epath.Path(fields["root"])
+        return Index(root, fields["model"], fields["fingerprint"], activations, names, keys, embeddings)
     except (KeyError, TypeError, AttributeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a valid index: {type(error).__name__}: {error}") from None
 
@@ -175,7 +182,7 @@ def query_index(model: Model, index: Index, query: str | epath.Path, top: int = 
     """Return the pictures nearest to a query, the nearest first.
 
     Args:
-      model: the model of the index.
+      model: the model of the index, with its activations.
       index: the index.
       query: a text, or the path of a picture.
       top: number of results.
