@@ -189,7 +189,7 @@ def write_wheel(folder: pathlib.Path) -> pathlib.Path:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(root)]
     built = subprocess.run(build, env=os.environ | {"HATCH_BUILD_NO_HOOKS": "true"}, capture_output=True, text=True)
     if built.returncode:
-        last = [*built.stderr.strip().splitlines(), "no message"][-1]
+        last = (built.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"{root}: pip cannot build the wheel: {last}")
     if not (folder / WHEEL).is_file():
         built_now = ", ".join(path.name for path in folder.glob("*.whl"))

@@ -138,4 +138,4 @@ def test_a_checkout_without_its_wheel_is_one_line(project: str, error: str, tmp_
         timeout=300,
     )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1, ran.stderr
-    assert ran.stderr.startswith(f"tclip launch wheel: error: {tmp_path}: {error}")
+    assert ran.stderr.startswith(f"tclip launch wheel: error: {tmp_path}: {error}") and "no message" not in ran.stderr

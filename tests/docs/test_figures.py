@@ -33,12 +33,25 @@ def test_overview_shows_the_figures_of_a_run(
 ) -> None:
     summary = {"teacher_accuracy": 0.5, "student_accuracy": 0.4, "compression_real": 20.0, "artifact_bytes": 1_500_000}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    row = {"name": "image encode, batch 8", "baseline_ms": 100.0, "packed A16": 0.8, "packed A8": 2.5, "open_clip": 1.0}
-    (tmp_path / "inference.json").write_text(json.dumps({"encode": [{}, row]}))
+    times = {"OpenVINO float32": 125.0, "JAX float32 (XLA)": 140.0, "tclip_jax A16": 100.0, "tclip_jax A8": 40.0}
+    rows = [
+        {"runtime": name, "batch": batch, "least_ms": ms * batch / 8} for name, ms in times.items() for batch in (1, 8)
+    ]
+    (tmp_path / "runtimes.json").write_text(json.dumps({"rows": rows}))
     out = tmp_path / "overview.svg"
-    call = ["overview", "--workdir", str(tmp_path), "--inference", str(tmp_path / "inference.json"), "--out", str(out)]
+    call = ["overview", "--workdir", str(tmp_path), "--runtimes", str(tmp_path / "runtimes.json"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", call)
     assert overview.main() == 0 and f"{out}: " in capsys.readouterr().out
     text = out.read_text()
-    shown = ["30.00 MB", "1.50 MB", "20.0x smaller", "50.00 %", "40.00 %", "-10.00 points", "125 ms", "40 ms"]
+    shown = [
+        "30.00 MB",
+        "1.50 MB",
+        "20.0x smaller",
+        "50.00 %",
+        "40.00 %",
+        "-10.00 points",
+        "125 ms",
+        "40 ms",
+        "OpenVINO float32",
+    ]
     assert all(each in text for each in shown) and len(text) < 100_000
