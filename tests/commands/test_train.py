@@ -48,6 +48,7 @@ def test_a_check_reads_the_teacher(tmp_path: pathlib.Path, capsys: pytest.Captur
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_ends_without_a_warning(tmp_path: pathlib.Path) -> None:
     run = ["train", "--config", "quickstart:teacher,runlocal", "--workdir", str(tmp_path / "run")]
     changes = ["steps=2", "optimizer.warmup_steps=1", "data.workers=1", "eval.source="]

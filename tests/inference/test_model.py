@@ -21,7 +21,7 @@ from tclip_jax.inference.model import Model, _forward, fingerprint
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import TernaryTensor, default_activations
 from tclip_jax.ternary.kernels import kernel
 
 Tree = dict[str, Any]
@@ -49,16 +49,19 @@ def test_packed_and_fake_quantized_models_agree_bit_exactly(packed_model: Model,
 def test_repacked_models_equal_the_fake_quantized_one(
     packed_model: Model, fake_quantized: Model, implementation: str | None
 ) -> None:
-    repacked = packed_model.repacked(implementation=implementation)
+    repacked = packed_model.repacked(implementation=implementation, activations="A32")
     leaves = flatten(repacked.params)
     assert not [path for path, leaf in leaves.items() if isinstance(leaf, TernaryTensor)]
     for path, leaf in flatten(packed_model.params).items():
         if isinstance(leaf, TernaryTensor) and leaf.axis == -2:
             np.testing.assert_array_equal(kernel(leaves[path].layout).unpack(leaves[path]), leaf.dequantize())
+    by_default = packed_model.repacked(implementation=implementation)
+    assert by_default.activations == default_activations(implementation)
     rounded = packed_model.repacked(implementation=implementation, activations="A8")
     for method, inputs in (("encode_image", PIXELS), ("encode_text", TOKENS)):
         expected = getattr(fake_quantized, method)(inputs)
         np.testing.assert_allclose(getattr(repacked, method)(inputs), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(getattr(by_default, method)(inputs), expected, rtol=0, atol=1e-4)
         approximate = getattr(rounded, method)(inputs)
         assert np.abs(approximate - expected).max() > 0
         assert (approximate * expected).sum(axis=1).min() >= 0.999
@@ -152,7 +155,9 @@ def test_a_file_that_is_not_an_image_is_named(packed_model: Model, tmp_path: pat
 
 @pytest.mark.parametrize("which", ["packed", "repacked", "latent"])
 def test_apply_is_pure(which: str, packed_model: Model, fake_quantized: Model) -> None:
-    model = {"packed": packed_model, "repacked": packed_model.repacked(), "latent": fake_quantized}[which]
+    model = {"packed": packed_model, "repacked": packed_model.repacked(activations="A32"), "latent": fake_quantized}[
+        which
+    ]
     for name, inputs in (("image", PIXELS), ("text", TOKENS)):
         apply, encode = getattr(model, f"apply_{name}"), getattr(model, f"encode_{name}")
         expected = encode(inputs)

@@ -203,7 +203,7 @@ def test_refusals_leave_nothing(
 ) -> None:
     command = ["export", str(artifact), "--to", "stablehlo", "--out", str(tmp_path / "out")]
     assert main([*command, "--dtype", "float16"]) == 2
-    assert capsys.readouterr().err.endswith("--to is stablehlo: the others fix their dtypes\n")
+    assert capsys.readouterr().err.endswith("--to is stablehlo: the other formats fix their dtypes\n")
     monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
     assert main(command) == 2
     error = capsys.readouterr().err

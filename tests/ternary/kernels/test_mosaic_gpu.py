@@ -97,6 +97,7 @@ def test_is_lowered_for_cuda(rows: int, group: int) -> None:
         ({"platform": "tpu"}, "platform tpu"),
         ({"dtype": jnp.dtype(jnp.float32)}, "not float32"),
         ({"dtype": jnp.dtype(jnp.float32), "activations": "A8"}, None),
+        ({"activations": "A16"}, "(A16) are for CPUs"),
     ],
 )
 def test_says_where_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None:

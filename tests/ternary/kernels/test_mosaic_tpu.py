@@ -142,6 +142,7 @@ GIVEN: dict[str, Any] = {
     [
         (mosaic_tpu, {}, None),
         (mosaic_tpu, {"device_kind": "TPU v4", "activations": "A8"}, None),
+        (mosaic_tpu, {"activations": "A16"}, "(A16) are for CPUs"),
         (mosaic_tpu, {"platform": "cpu"}, "platform cpu"),
         (mosaic_tpu, {"device_kind": "TPU v3"}, "not for TPU v3"),
         (mosaic_tpu, {"dtype": jnp.dtype(jnp.float16)}, "not float16"),

@@ -36,9 +36,10 @@ def test_equals_float64(group: int, activations: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "cpu", "NVIDIA H100"])
 def test_never_on_v4_or_what_is_not_known(kind: str) -> None:
-    assert f"not on {kind}" in str(xla_int2.unsupported(device_kind=kind))
+    assert f"not on {kind}" in str(xla_int2.unsupported(device_kind=kind, activations="A32"))
 
 
 @pytest.mark.parametrize("kind", xla_int2.DEVICE_KINDS)
 def test_supported(kind: str) -> None:
-    assert xla_int2.unsupported(device_kind=kind) is None
+    assert xla_int2.unsupported(device_kind=kind, activations="A8") is None
+    assert "(A16) are for CPUs" in str(xla_int2.unsupported(device_kind=kind, activations="A16"))
