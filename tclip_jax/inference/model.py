@@ -96,8 +96,9 @@ class Model:
         Args:
           implementation: kernel of the ternary matmul, see `tclip_jax.ternary.kernels`; None for the best one here.
           activations: "A32" gives the embeddings of the fake-quantized model. "A16" and "A8" round the activations of
-            each token to int16 or int8 before each packed product, which is faster: embeddings change by about 1e-5,
-            or 1e-3 in cosine. None is `tclip_jax.ternary.default_activations()`.
+            each token to int16 (bfloat16 on TPUs and GPUs) or int8 before each packed product, which is faster:
+            embeddings change by about 1e-5 (with int16), or 1e-3 in cosine. None is the result of
+            `tclip_jax.ternary.default_activations()`.
         """
         params = repack_params(self.params, implementation=implementation, activations=activations)
         return dataclasses.replace(self, params=params)

@@ -46,8 +46,8 @@ def ternary_matmul(
       x: floats (..., K). A row with NaN or infinity gives NaN or infinity in its own row of the result.
       w: a ternary weight (K, N) of one layer.
       activations: "A32" multiplies `x` as it is. "A16" first rounds each token of `x` to int16 with the scale max|x| /
-        32767, and "A8" to int8 with max|x| / 127; their gradients are those of the product without rounding
-        (straight-through). None uses the setting of a `PackedTensor`, and "A32" for a `TernaryTensor`.
+        32767, on TPUs and GPUs to bfloat16; "A8" to int8 with max|x| / 127. Their gradients are those of the product
+        without rounding (straight-through). None uses the setting of a `PackedTensor`, and "A32" for a `TernaryTensor`.
       implementation: one of `kernels.NAMES`, or None.
 
     Returns:

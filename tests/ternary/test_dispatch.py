@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tclip_jax.ternary import TernaryTensor, choose, matmul, repack, ternary_matmul
-from tclip_jax.ternary.kernels import NAMES, PREFERRED, kernel, native_cpu
+from tclip_jax.ternary import Quantizer, TernaryTensor, choose, matmul, repack, ternarize, ternary_matmul
+from tclip_jax.ternary.kernels import NAMES, PREFERRED, kernel, native_cpu, reference
 from tclip_jax.ternary.tensor import traced_device
 
 
@@ -57,6 +57,16 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for rows in (8, 8, 16):
             choose((768, 3072), 256, rows=rows)
     assert caplog.messages == ["ternary product (cpu, A32 float32): native_cpu (the first choice on this platform)"]
+
+
+def test_16_bits_are_bfloat16_where_there_are_no_products_of_int16(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = ternarize(jax.random.normal(jax.random.key(0), (64, 8)), Quantizer(group=32))
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    monkeypatch.setattr(reference, "traced_device", lambda: ("some accelerator", "cuneiform"))
+    result = ternary_matmul(x, w, activations="A16")
+    narrow = np.asarray(x.astype(jnp.bfloat16), np.float64)
+    # float32 weights are exact in bfloat16: their scales have 8 significant bits.
+    np.testing.assert_allclose(result, narrow @ np.asarray(w.dequantize(), np.float64), rtol=1e-5, atol=1e-6)
 
 
 def test_another_platform_is_served_by_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,6 @@ def unsupported(*, device_kind: str, platform: str, dtype: Any, activations: Act
         return f"a GPU kernel does not run on platform {platform}"
     if not re.search(r"\bG?H(20|100|200|800)\b", device_kind):
         return f"it needs a Hopper GPU (H100, H200) for wgmma, not {device_kind}"
-    if activations == "A16":
-        return "activations of 16-bit integers (A16) are for CPUs: it takes A32 and A8"
     if activations == "A32" and dtype != jnp.bfloat16:
         return f"activations are bfloat16, not {dtype}"
     return None
@@ -84,10 +82,10 @@ def _shifts() -> jax.Array:
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret: Any = None) -> jax.Array:
     """Multiply in bf16 with float32 sums: x · ŵ.
 
-    Weights are rounded to bf16, and with them group scales of more than 8 significant bits. With A8 the rounded
-    activations are bf16 too, which holds ±127 exactly.
+    Weights are rounded to bf16, and with them group scales of more than 8 significant bits. So are activations with
+    A16. With A8 the rounded activations are bf16 too, which holds ±127 exactly.
     """
-    rows, level = (x, None) if activations == "A32" else quantize_activations(x)
+    rows, level = quantize_activations(x) if activations == "A8" else (x, None)
     size = next((size for size in (16, 32) if len(x) <= size), 64)
     rows = layout.pad(layout.spread(rows.astype(jnp.bfloat16), w.group, STEP, BLOCK, -1), size, 0)
     product = _dot(rows.T, w.data, w.scale, group=layout.padded(w.group, STEP), rows=size, interpret=interpret)

@@ -20,17 +20,13 @@ from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, t
 NAME = "mosaic_tpu"
 
 
-def unsupported(
-    *, device_kind: str, platform: str, shape: tuple[int, int], dtype: Any, activations: Activations, **_: Any
-) -> str | None:
+def unsupported(*, device_kind: str, platform: str, shape: tuple[int, int], dtype: Any, **_: Any) -> str | None:
     if platform != "tpu":
         return f"a TPU kernel does not run on platform {platform}"
     if device_kind not in DEVICES:
         return f"it is compiled for {', '.join(DEVICES)}, not for {device_kind}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"activations are bfloat16 or float32, not {dtype}"
-    if activations == "A16":
-        return "activations of 16-bit integers (A16) are for CPUs: it takes A32 and A8"
     if vmem(32, shape[0], 128, dtype.itemsize, dtype.itemsize) > DEVICES[device_kind].usable:
         return f"K of {shape[0]} does not fit VMEM"
     return None
@@ -56,15 +52,15 @@ def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations, interpret
     """Multiply: x · ŵ.
 
     With more than 256 rows, weights are rounded to bf16, and with them group scales of more than 8 significant bits.
-    With A8 the rounded activations are bf16 too, which holds ±127 exactly.
+    With A16 activations are rounded to bf16. With A8 the rounded activations are bf16 too, which holds ±127 exactly.
     """
     return multiply(x, w, "bf16", activations, interpret=interpret)
 
 
 def multiply(x: jax.Array, w: PackedTensor, order: Order, activations: Activations, *, interpret: bool) -> jax.Array:
     """The product in either order, with K of `x` padded like K of `w`."""
-    rows, level = (x, None) if activations == "A32" else quantize_activations(x)
-    if activations == "A8" and order == "bf16":
+    rows, level = quantize_activations(x) if activations == "A8" else (x, None)
+    if activations != "A32" and order == "bf16":
         rows = rows.astype(jnp.bfloat16)
     return tpu_dot(
         layout.spread(rows, w.group, layout.GRANULE[order], layout.BLOCK, -1),

@@ -22,7 +22,7 @@ def unsupported(*, device_kind: str, activations: Activations, **given: Any) -> 
         return "it multiplies int8 activations: A8"
     if device_kind in DEVICES and not DEVICES[device_kind].int8:
         return f"{device_kind} has no int8 matrix unit"
-    return mosaic_tpu.unsupported(device_kind=device_kind, activations=activations, **given)
+    return mosaic_tpu.unsupported(device_kind=device_kind, **given)
 
 
 def slower(*, shape: tuple[int, int], group: int, **_: Any) -> str | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tclip_jax.ternary.packing import pack_2bit, unpack_2bit
 from tclip_jax.ternary.sums import sum_products
-from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
+from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale, traced_device
 
 NAME = "reference"
 
@@ -37,12 +37,15 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """Multiply: x · ŵ; with A16 and A8, `x` is rounded by `quantize_activations`."""
+    """Multiply: x · ŵ; with A16 and A8, `x` is rounded first."""
     return multiply(x, unpack(w), activations)
 
 
 def multiply(x: jax.Array, dense: jax.Array, activations: Activations) -> jax.Array:
-    """Multiply by dense weights."""
+    """Multiply by dense weights; A16 is int16 on CPUs and bfloat16 elsewhere."""
+    if activations == "A16" and traced_device()[1] != "cpu":
+        narrow = x.astype(jnp.bfloat16)
+        return sum_products(narrow, dense.astype(narrow.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
     if activations == "A16":
         # bfloat16 holds no integers of 16 bits.
         rounded, level = quantize_activations(x, 16)

@@ -19,11 +19,9 @@ NAME = "xla_int2"
 DEVICE_KINDS = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
 
 
-def unsupported(*, device_kind: str, activations: Activations, **_: Any) -> str | None:
+def unsupported(*, device_kind: str, **_: Any) -> str | None:
     if device_kind not in DEVICE_KINDS:
         return f"XLA packs int2 on {', '.join(DEVICE_KINDS)}, not on {device_kind}"
-    if activations == "A16":
-        return "activations of 16-bit integers (A16) are for CPUs: it takes A32 and A8"
     return None
 
 
@@ -43,10 +41,14 @@ def unpack(w: PackedTensor) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: PackedTensor, *, activations: Activations) -> jax.Array:
-    """Multiply with weights in the dtype of `x`: x · ŵ; with A8, int32 sums of each group, scaled in float32."""
-    if activations == "A32":
-        weights = w.data.astype(x.dtype) * expand_scale(w.scale, w.group, w.layer_shape[0], -2).astype(x.dtype)
-        return jnp.matmul(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+    """Multiply with weights in the dtype of the activations: x · ŵ; with A8, int32 sums of each group, in float32.
+
+    With A16 activations are rounded to bfloat16.
+    """
+    if activations != "A8":
+        rows = x if activations == "A32" else x.astype(jnp.bfloat16)
+        weights = w.data.astype(rows.dtype) * expand_scale(w.scale, w.group, w.layer_shape[0], -2).astype(rows.dtype)
+        return jnp.matmul(rows, weights, preferred_element_type=jnp.float32).astype(x.dtype)
     rows, level = quantize_activations(x)
     total = jnp.zeros((x.shape[0], w.layer_shape[1]), jnp.float32)
     for j in range(w.scale.shape[-2]):
