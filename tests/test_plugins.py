@@ -83,6 +83,7 @@ def test_shards_draw_the_same_numbers_as_one_device() -> None:
         np.testing.assert_array_equal(draw(jax.device_put(w, jax.NamedSharding(mesh, spec))), draw(w))
 
 
+@pytest.mark.slow
 def test_every_layer_draws_its_own_numbers_and_every_call_with_a_key_the_same() -> None:
     register_stochastic()
     run = run_config(override(load_recipe("quickstart:student"), ["teacher=any", "quantizer.kind=stochastic"]))

@@ -66,6 +66,7 @@ def test_the_folder_of_pytorch_is_the_reference_in_either_position(
     assert "reference run by: open_clip on PyTorch" in shown and "reference TF32: " in shown
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_golden_file_of_pytorch_is_checked_without_it(folder: pathlib.Path) -> None:
     golden = str(folder / "golden")

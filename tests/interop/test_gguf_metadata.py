@@ -100,6 +100,7 @@ def test_mlp_ratios_of_large_models_come_back_as_their_hidden_sizes(width: int, 
     assert int(width * from_metadata(metadata).config.vision.mlp_ratio) == hidden
 
 
+@pytest.mark.slow
 def test_every_hidden_size_has_a_ratio() -> None:
     metadata = as_read(to_metadata(GgufModel(B16, Preprocess(224), 0.0), "tq1_0"))
     for hidden in range(1, 3000, 7):

@@ -21,6 +21,7 @@ PAGE = (ROOT / "docs" / "pods.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready")
 def test_every_dry_run_of_the_page_runs(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     commands = [shlex.split(line)[2:] for line in BLOCKS.splitlines() if line.startswith("tclip launch")]

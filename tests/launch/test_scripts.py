@@ -49,6 +49,7 @@ def test_a_dry_run_only_prints_commands(call: str, launch: Run, tmp_path: pathli
     assert ran.stderr == "".join(messages) and calls(tmp_path) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready")
 def test_every_launcher_has_a_dry_run_and_help_with_an_example(launch: Run) -> None:
     assert {call.split()[0] for call in CALLS} == set(LAUNCHERS)

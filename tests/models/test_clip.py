@@ -94,6 +94,7 @@ def test_initial_temperature_is_that_of_the_paper() -> None:
     np.testing.assert_allclose(np.exp(np.float64(initial)), 1 / 0.07, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_recomputes_blocks_and_changes_no_gradient(params: Params) -> None:
     def loss(params: Params, remat: bool) -> jax.Array:
         text = CLIP(CONFIG, remat=remat).apply({"params": params}, TOKENS, method="encode_text")

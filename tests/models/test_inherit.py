@@ -55,6 +55,7 @@ def test_leading_channels_and_heads_of_the_chosen_layers() -> None:
     np.testing.assert_array_equal(inherited["text/projection/kernel"], wide["text/projection/kernel"][:16, :8])
 
 
+@pytest.mark.slow
 def test_the_same_shape_inherits_everything_also_from_ternary_weights() -> None:
     params = draw(WIDE)
     jax.tree.map(np.testing.assert_array_equal, inherit_params(params, WIDE, WIDE), params)

@@ -103,6 +103,7 @@ def with_bias(params: Tree, bias: Any) -> Tree:
     return copy
 
 
+@pytest.mark.slow
 def test_modules_serve_what_the_block_cannot() -> None:
     """Recorded activations, LayerScale, bfloat16, trits that are not packed, and several devices."""
     clip, native, plain = build()

@@ -82,6 +82,7 @@ def test_embeddings(variant: str) -> None:
         np.testing.assert_allclose(our, their, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_contrastive_loss() -> None:
     import torch
     from open_clip.loss import ClipLoss

@@ -82,6 +82,7 @@ def test_a_folder_that_the_library_reads_itself(
     assert max(row.relative for rows in report.tables.values() for row in rows) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_ternary_weights_and_their_dequantised_copy(model: Model, batch: Batch) -> None:
     ternary = dataclasses.replace(model, rules=ternary_rules("Q-ALL", Quantizer(group=8)))

@@ -56,6 +56,7 @@ def block_gathers(width: int, each: int) -> set[tuple[int, ...]]:
     return {(k // each, n) for k, n in shapes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 2, 1)])
 def test_weights_are_gathered_packed_and_activations_are_not(
     sizes: tuple[int, int, int], capfd: pytest.CaptureFixture[str]

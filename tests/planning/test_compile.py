@@ -30,6 +30,7 @@ def elements(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     config.model.vision_cfg.layers = 2  # the same loops as three
     jax.config.update("jax_disable_most_optimizations", True)

@@ -53,6 +53,7 @@ def assert_near(expected: Any, actual: Any) -> None:
         assert x @ y >= (1 if y.size == 1 else 0.999) * norms[0] * norms[1] * (1 - 1e-9), path
 
 
+@pytest.mark.slow
 def test_25216_tokens_of_a_narrow_model() -> None:
     """The model also has LayerScale, pooling over tokens and a small embedding; the embeddings' gradient is fixed."""
     vision = VisionConfig((3, 5), patch_size=1, width=16, layers=1, head_width=8, ls_init_value=0.5, pool_type="avg")

@@ -26,6 +26,7 @@ def described(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
 
 
+@pytest.mark.slow
 def test_shapes_match_the_arrays_and_compile_to_the_same_program(config: ml_collections.ConfigDict) -> None:
     config.ternary, config.teacher = "Q-ALL", "somewhere"
     config.loss.update({"crd": 1.0, "icl": 1.0})

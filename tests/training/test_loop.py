@@ -175,6 +175,7 @@ def test_distilling_from_a_run(
         loop.train(config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_unreadable_image_is_counted_and_its_path_listed(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -300,6 +301,7 @@ def test_invalid_runs_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_missing_foreign_and_damaged_checkpoints(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> None:
     config.steps = 1
     workdir = tmp_path / "run"

@@ -80,6 +80,7 @@ def unit(x: Any) -> Any:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_every_loss_equals_its_function_and_they_add_up() -> None:
     (ours, inside), (theirs, teacher_inside) = seen()
     weights = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
