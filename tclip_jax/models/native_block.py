@@ -25,11 +25,9 @@ def is_native(params: Mapping[str, Any]) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
     kernels = [params[part][name]["kernel"] for part, name in _LAYERS]
-    packed = any(isinstance(w, PackedTensor) and w.layout == native_cpu.NAME for w in kernels)
-    other = any(
-        isinstance(w, TernaryTensor) or getattr(w, "layout", native_cpu.NAME) != native_cpu.NAME for w in kernels
-    )
-    return alone and packed and not other and traced_device()[1] == "cpu"
+    packed = [w for w in kernels if isinstance(w, PackedTensor)]
+    fits = all(w.layout == native_cpu.NAME for w in packed) and not any(isinstance(w, TernaryTensor) for w in kernels)
+    return alone and bool(packed) and fits and traced_device()[1] == "cpu"
 
 
 def native_block(
