@@ -64,7 +64,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Examine the installation. This starts JAX's backend, but runs no computation."""
-    return [*_versions(), *_devices(), _precision(), *_products(), *_optional()]
+    return [*_versions(), *_devices(), _precision(), *_optional()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -94,6 +94,8 @@ def _devices() -> Iterator[Finding]:
     # os.cpu_count also counts cores that this process may not use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("host", f"{cores} cores, {_host_memory()}")
+    if backend == "cpu":
+        yield _products()
 
 
 def _unused_accelerator(backend: str) -> str:
@@ -114,25 +116,15 @@ def _precision() -> Finding:
     return Finding("matmul of float32", str(chosen or default))
 
 
-def _default_devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except RuntimeError:  # An installed plugin cannot start.
-        return []
-
-
-def _products() -> Iterator[Finding]:
+def _products() -> Finding:
     from tclip_jax.ternary import default_activations
     from tclip_jax.ternary.kernels import native_cpu
 
-    if not any(device.platform == "cpu" for device in _default_devices()):
-        return
     default = f"activations {default_activations()} by default"
     if best := native_cpu.best_instructions():
-        yield Finding("ternary products", f"native kernel with {best}; {default}")
-    else:
-        remedy = "install a C++17 compiler, then pip install --force-reinstall --no-binary tclip-jax tclip-jax"
-        yield Finding("ternary products", f"XLA, because the native kernel was not built; {default}", remedy, True)
+        return Finding("ternary products", f"native kernel with {best}; {default}")
+    remedy = "with a C++17 compiler, install tclip_jax again"
+    return Finding("ternary products", f"XLA: {native_cpu.NOT_BUILT}; {default}", remedy, optional=True)
 
 
 def _optional() -> Iterator[Finding]:

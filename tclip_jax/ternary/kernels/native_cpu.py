@@ -23,8 +23,10 @@ NAME = "native_cpu"
 Activation = Literal["gelu", "quick_gelu"] | None
 # Where integer products of 16 bits have twice the rate of float32 ones.
 FAST_A16 = ("avx512_vnni", "avx_vnni", "avx2")
+NOT_BUILT = "the native library was not built when this version of tclip_jax was installed (it needs a C++17 compiler)"
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
 
+_INTERFACE = 2  # as in native/ternary_cpu.cc; raised when a function takes other arguments
 _TARGETS = {"tclip_ternary_matmul": "TclipTernaryMatmul", "tclip_attention": "TclipAttention"}
 _ACTIVATIONS = {"A32": 0, "A16": 1, "A8": 2}
 _FUNCTIONS = {None: 0, "gelu": 1, "quick_gelu": 2}
@@ -41,7 +43,7 @@ def unsupported(*, platform: str, dtype: Any, **_: Any) -> str | None:
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"activations are {jnp.dtype(dtype).name}: it takes float32 and bfloat16"
     if not instruction_sets():
-        return "the native library was not built when tclip_jax was installed (it needs a C++17 compiler)"
+        return NOT_BUILT
     return None
 
 
@@ -52,10 +54,13 @@ def slower(**_: Any) -> str | None:
 
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
-    """Instruction sets of the kernel, best first, "" for one that this CPU lacks; empty without the library."""
+    """Instruction sets of the kernel, best first, "" for one that this CPU lacks; empty without its library."""
     if not LIBRARY.exists():
         return ()
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
+    # An editable installation may have the library of an earlier checkout, whose functions take other arguments.
+    if not hasattr(library, f"TclipInterface{_INTERFACE}"):
+        return ()
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.TclipInstructions.restype = ctypes.c_char_p

@@ -237,6 +237,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TclipAttention, Attention,
                                   .Attr<bool>("causal")
                                   .Attr<int64_t>("instructions"));
 
+// Tells a library of this interface from those of other versions; see native_cpu.py.
+extern "C" void TclipInterface2() {}
+
 // Returns the name of the i-th instruction set, best first: "" if this CPU lacks it, null after the last one.
 extern "C" const char* TclipInstructions(int64_t i) {
   const auto& sets = InstructionSets();

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
 from typing import Any
 
 import jax
@@ -141,6 +143,17 @@ def test_large_scores_do_not_overflow(instructions: str) -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="operands do not fit together"):
         native_cpu.attention(jnp.ones((1, 4, 48)), 3, False)
+
+
+def test_the_library_of_another_version_is_not_called(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `git pull` in an editable installation: its functions take other arguments."""
+    (tmp_path / "old.cc").write_text('extern "C" void TclipTernaryMatmul() {}\n')
+    monkeypatch.setattr(native_cpu, "LIBRARY", tmp_path / "old.so")
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(tmp_path / "old.so"), str(tmp_path / "old.cc")], check=True)
+    monkeypatch.setattr(native_cpu, "instruction_sets", native_cpu.instruction_sets.__wrapped__)
+    assert native_cpu.instruction_sets() == ()
+    refusal = native_cpu.unsupported(platform="cpu", dtype=jnp.float32)
+    assert refusal == native_cpu.NOT_BUILT and "this version" in refusal
 
 
 def test_the_default_is_16_bits_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
