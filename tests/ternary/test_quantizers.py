@@ -198,9 +198,14 @@ def test_zero_weights_have_a_zero_scale() -> None:
     assert not np.asarray(packed.trits).any() and not bits(packed.scale).any()
 
 
+def _drop_small(x: float) -> float:
+    return x if abs(x) >= 1e-6 else 0.0
+
+
 @given(
     st.sampled_from([1, 2, 7, 300]).flatmap(
-        lambda size: hnp.arrays(np.float32, size, elements=st.floats(-1e3, 1e3, width=32))
+        # From 1e-6 on, so that no sum is subnormal: XLA takes those to be 0, NumPy does not.
+        lambda size: hnp.arrays(np.float32, size, elements=st.floats(-1e3, 1e3, width=32).map(_drop_small))
     )
 )
 @settings(max_examples=60, deadline=None)
