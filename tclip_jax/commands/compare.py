@@ -2,8 +2,8 @@
   tclip compare activations runs/student export --html compare.html
 
 A, B and MODEL: the workdir of a run, an artifact, a folder of open_clip or transformers, a file of open_clip (with
---preset or --model-cfg) or a GGUF file. B is the reference. For activations B may be an ONNX export, such as
-export/onnx, which onnxruntime runs.
+--preset or --model-cfg) or a GGUF file. B is the reference. For activations B may be an export for a runtime,
+which runs it: export/onnx for onnxruntime, export/litert for ai-edge-litert.
 The output has the options that the models state differently, PASS or FAIL, the first tap over budget, and a guess of
 the cause. The exit code is 0 for PASS, 1 for FAIL, 2 after an error. docs/compare.md is a tutorial.
 """
@@ -13,14 +13,26 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tclip_jax.schema import count, number
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from tclip_jax.inference.model import Model
     from tclip_jax.keys import Recipe
     from tclip_jax.numerics.golden import Recording
+
+
+class _Export(NamedTuple):
+    """The files of an export for a runtime by tower, and what can be done with them."""
+
+    files: dict[str, epath.Path]
+    recipe: Callable[..., Recipe]
+    rounds: Callable[..., bool]
+    record: Callable[..., Recording]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--via",
         choices=("auto", "torch", "jax"),
         default="auto",
-        help="library that runs the reference (auto: onnxruntime for ONNX files; PyTorch if it is installed and the"
-        " folder is of open_clip or transformers)",
+        help="library that runs the reference (auto: onnxruntime for ONNX files; ai-edge-litert for LiteRT files;"
+        " PyTorch if it is installed and the folder is of open_clip or transformers)",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     weights = kinds.add_parser(
@@ -99,7 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--budget",
             type=number(float, ge=0),
-            help="largest relative error allowed (default: 2e-5; for weights 0; for ONNX of accuracy level 4 0.1)",
+            help="largest relative error allowed (default: 2e-5; for weights 0; 0.1 for LiteRT and for ONNX of accuracy"
+            " level 4)",
         )
 
 
@@ -110,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.numerics.configurations import differences
     from tclip_jax.numerics.golden import read_golden, write_golden
     from tclip_jax.numerics.inputs import inputs_report
-    from tclip_jax.numerics.onnx_side import ROUNDED_BUDGET, onnx_files, rounds_activations
+    from tclip_jax.numerics.onnx_side import ROUNDED_BUDGET
     from tclip_jax.numerics.report import to_html, to_json, to_text
     from tclip_jax.numerics.weights import weights_report
     from tclip_jax.storage import write_atomic
@@ -144,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
             path, reference_path = _reference_last(args)
             model = _load(path, args)
             reference = _reference(reference_path, model, _stated(path, model), args)
-            rounded = _in_onnx(reference_path, args.via) and rounds_activations(onnx_files(reference_path))
+            export = _export(reference_path, args.via)
+            rounded = export is not None and export.rounds(export.files)
         report = activations_report(
             f"activations of {path} against {reference_path}",
             model,
@@ -184,12 +198,11 @@ def _reference(path: str, model: Model, stated: Recipe, args: argparse.Namespace
 
     from tclip_jax.numerics.configurations import differences, folder_recipe, other_shapes
     from tclip_jax.numerics.golden import Recording
-    from tclip_jax.numerics.onnx_side import onnx_files, onnx_recipe
     from tclip_jax.numerics.torch_side import library_of
 
     loaded, unknown = None, dict[str, str]()
-    if _in_onnx(path, args.via):
-        made_by = onnx_recipe(onnx_files(path))
+    if export := _export(path, args.via):
+        made_by = export.recipe(export.files)
     elif _in_torch(path, args.via) and library_of(path):
         try:
             made_by = folder_recipe(path)
@@ -207,14 +220,22 @@ def _reference(path: str, model: Model, stated: Recipe, args: argparse.Namespace
 
 def _reference_last(args: argparse.Namespace) -> tuple[str, str]:
     """Return A and B, exchanged if another library runs only A, so that this library is the reference."""
-    elsewhere = [_in_onnx(path, args.via) or _in_torch(path, args.via) for path in (args.a, args.b)]
+    elsewhere = [bool(_export(path, args.via)) or _in_torch(path, args.via) for path in (args.a, args.b)]
     return (args.b, args.a) if elsewhere == [True, False] else (args.a, args.b)
 
 
-def _in_onnx(path: str, via: str) -> bool:
-    from tclip_jax.numerics.onnx_side import onnx_files
+def _export(path: str, via: str) -> _Export | None:
+    """Return the export for a runtime at `path`; None if there is none, or `via` names another library."""
+    from tclip_jax.numerics.litert_side import litert_files, litert_recipe, record_litert
+    from tclip_jax.numerics.onnx_side import onnx_files, onnx_recipe, record_onnx, rounds_activations
 
-    return via == "auto" and bool(onnx_files(path))
+    if via != "auto":
+        return None
+    if files := onnx_files(path):
+        return _Export(files, onnx_recipe, rounds_activations, record_onnx)
+    if files := litert_files(path):
+        return _Export(files, litert_recipe, lambda _: True, record_litert)
+    return None
 
 
 def _in_torch(path: str, via: str) -> bool:
@@ -236,12 +257,11 @@ def _record(path: str, loaded: Any, model: Model, args: argparse.Namespace) -> R
     """
     from tclip_jax.numerics.activations import record
     from tclip_jax.numerics.inputs import sample_batch
-    from tclip_jax.numerics.onnx_side import onnx_files, record_onnx
     from tclip_jax.numerics.torch_side import build_torch, library_of, load_torch, record_torch
 
     pixels, tokens = sample_batch(model, args.batch)
-    if _in_onnx(path, args.via):
-        return record_onnx(onnx_files(path), model.config, pixels, tokens)
+    if export := _export(path, args.via):
+        return export.record(export.files, model.config, pixels, tokens)
     if not _in_torch(path, args.via):
         return record(loaded, pixels, tokens, precision=args.precision, dtype=args.dtype)
     module = load_torch(path) if library_of(path) else build_torch(loaded)

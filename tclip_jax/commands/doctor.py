@@ -36,6 +36,12 @@ OPTIONAL = {
     "flatbuffers": ("stablehlo", "writes StableHLO in `tclip export`", "import flatbuffers"),
     "onnx": ("onnx", "writes and reads ONNX files", "import onnx"),
     "onnxruntime": ("onnx", "verifies ONNX files and runs them in `tclip compare`", "import onnxruntime"),
+    "litert-converter": ("litert", "writes LiteRT files", "import litert_converter.converter_api_ext"),
+    "ai-edge-litert": (
+        "litert",
+        "verifies LiteRT files and runs them in `tclip compare`",
+        "import ai_edge_litert.interpreter",
+    ),
     "libtpu": ("plan", "compiles for TPUs in `tclip plan`", "import libtpu"),
 }
 _IMPORT_SECONDS = 120

@@ -2,16 +2,19 @@
   tclip export runs/student --out export
   tclip export runs/student --to onnx,open_clip,hf --out release
   tclip export runs/student --to gguf-tq1_0,gguf-tq2_0 --out release
+  tclip export runs/student --to litert --out phone
   tclip export runs/student --to stablehlo --out programs
 
 open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export") load the folder.
-`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX, and
-docs/hub.md on StableHLO.
+`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX and
+LiteRT, and docs/hub.md on StableHLO.
 """
 
 from __future__ import annotations
 
 import argparse
+
+from tclip_jax.schema import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ACCURACY_LEVELS,
         help="of 2-bit products in ONNX Runtime. 4 rounds activations to int8; 1 is exact and slow (default: 4)",
     )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        metavar="N",
+        help="images or texts that a file of litert takes; no other number fits (default: 1)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
 
 
@@ -54,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is for {takers}, and --to is {args.to}: the other formats fix their dtypes")
     if args.accuracy_level and "onnx" not in formats:
         raise ValueError(f"--accuracy-level is for onnx, and --to is {args.to}")
+    if args.batch and "litert" not in formats:
+        raise ValueError(f"--batch is for litert, and --to is {args.to}: the other formats take any number")
     model = load_packed(args.model)
     exported = export_model(
         args.out,
@@ -63,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         formats=formats,
         dtype=args.dtype or "float32",
         accuracy_level=args.accuracy_level or 4,
+        batch=args.batch or 1,
         figures=model.figures,
         provenance=model.provenance,
         check=not {"open_clip", "hf"}.isdisjoint(formats),

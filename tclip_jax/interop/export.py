@@ -40,6 +40,7 @@ def export_model(
     formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
     accuracy_level: int = 4,
+    batch: int = 1,
     figures: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     check: bool = False,
@@ -56,11 +57,12 @@ def export_model(
       preprocess: the preprocessing of its images.
       params: parameter tree with `TernaryTensor` leaves, which open_clip and transformers get as scale · trit. Other
         leaves may be lazy.
-      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. GGUF and ONNX files
-        are verified after writing.
+      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. GGUF, ONNX
+        and LiteRT files are verified after writing.
       dtype: dtype of the weights that open_clip, transformers and ONNX store as floats, one of `DTYPES`; for ONNX not
         bfloat16. Ternary weights with scales of 8 significant bits are exact in all of them.
       accuracy_level: of ONNX Runtime's products with 2-bit weights. 4 rounds activations to int8; 1 is exact and slow.
+      batch: number of images or texts that LiteRT files take; it is fixed in them.
       figures: measured values for the model card, by name; nested values get dotted names.
       provenance: the origin of the model, for the model card, in the same form.
       check: run the model on example inputs, and write check.py, which compares the libraries' embeddings with them.
@@ -69,10 +71,10 @@ def export_model(
     Raises:
       ValueError: a format cannot express the model, its preprocessing, groups or scales; the parameters or the image
         size do not match `config`; a format or dtype is unknown; weights are not finite in `dtype`; a package is not
-        installed or too old; or the embeddings of ONNX Runtime differ from those of JAX.
+        installed or too old; or the embeddings of ONNX Runtime or LiteRT differ from those of JAX.
       FileExistsError: the folder exists.
     """
-    _check_options(formats, dtype, accuracy_level)
+    _check_options(formats, dtype, accuracy_level, batch)
     if preprocess.size != config.vision.image_size:
         raise ValueError(f"preprocessing gives images of {preprocess.size}: the model takes {config.vision.image_size}")
     documents, transformers_js = _documents(config, preprocess, formats, dtype)
@@ -82,8 +84,8 @@ def export_model(
     files: list[tuple[str, int, str]] = []
     notes: list[str] = []
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
-        job = Job(unfinished, folder.name, config, preprocess, params, dtype, accuracy_level)
-        # GGUF, StableHLO and ONNX first: they are most likely to fail, for their groups, scales or packages.
+        job = Job(unfinished, folder.name, config, preprocess, params, dtype, accuracy_level, batch)
+        # GGUF, StableHLO, LiteRT and ONNX first: they are most likely to fail, for their groups, scales or packages.
         for name in sorted(set(formats), key=list(FORMATS).index, reverse=True):
             written, lines = FORMATS[name].write(job)
             files += [(file, (unfinished / file).stat().length, FORMATS[name].runs) for file in written]
@@ -107,11 +109,13 @@ def export_model(
     return Exported(tuple(files), tuple(notes))
 
 
-def _check_options(formats: Sequence[str], dtype: str, accuracy_level: int) -> None:
+def _check_options(formats: Sequence[str], dtype: str, accuracy_level: int, batch: int) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if accuracy_level not in ACCURACY_LEVELS:
         raise ValueError(f"accuracy_level {accuracy_level!r} is not one of {', '.join(map(str, ACCURACY_LEVELS))}")
+    if batch < 1:
+        raise ValueError(f"batch {batch} is below 1")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ValueError(f"format {unknown[0]!r} is not one of {', '.join(FORMATS)}")

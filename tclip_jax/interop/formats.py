@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 ACCURACY_LEVELS = (4, 1)
 ONNX_FOLDER = "onnx"  # where transformers.js looks
+LITERT_FOLDER = "litert"
 
 # transformers refuses safetensors files without this metadata.
 _METADATA = {"format": "pt"}
@@ -44,6 +45,7 @@ class Job:
       params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
       dtype: dtype of the weights that are stored as floats, one of `DTYPES`.
       accuracy_level: of ONNX Runtime's products with 2-bit weights, see `Form`.
+      batch: number of images or texts that LiteRT files take.
     """
 
     folder: epath.Path
@@ -53,6 +55,7 @@ class Job:
     params: Mapping[str, Any]
     dtype: str
     accuracy_level: int
+    batch: int
 
     @functools.cached_property
     def state(self) -> dict[str, LazyArray]:
@@ -125,6 +128,19 @@ def _write_onnx(job: Job, *, packed: bool = True, dtype: str | None = None) -> W
     return [f"{ONNX_FOLDER}/{file_name(tower, form)}" for tower in FILES], [note]
 
 
+def _write_litert(job: Job) -> Written:
+    from tclip_jax.interop.litert import FILES, rounding_note, verify_embeddings, verify_litert, write_litert
+    from tclip_jax.interop.litert_session import runtime_version
+
+    runtime_version()  # one that is too old is refused before it has to wait
+    folder = job.folder / LITERT_FOLDER
+    folder.mkdir(exist_ok=True)
+    write_litert(folder, config=job.config, preprocess=job.preprocess, params=job.params, batch=job.batch)
+    verify_litert(folder, job.params)
+    notes = [verify_embeddings(folder, job.examples("float32")), *rounding_note(folder)]
+    return [f"{LITERT_FOLDER}/{name}" for name in FILES.values()], notes
+
+
 def _write_stablehlo(job: Job) -> Written:
     from tclip_jax.interop.stablehlo import FOLDER, verify_stablehlo, write_stablehlo
 
@@ -151,6 +167,11 @@ FORMATS: dict[str, Format] = {
         "the same in float16",
         "onnxruntime, transformers.js, OpenVINO",
         functools.partial(_write_onnx, packed=False, dtype="float16"),
+    ),
+    "litert": Format(
+        "4-bit weights for LiteRT (TensorFlow Lite): phones, and CPUs",
+        "ai-edge-litert 1.4 or newer, LiteRT on Android and iOS",
+        _write_litert,
     ),
     "stablehlo": Format(
         "programs of jax.export with 2-bit weights, for CPUs, TPUs and CUDA",

@@ -13,7 +13,7 @@ from tclip_jax.ternary import TernaryTensor
 
 _LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # format -> name of the library on the hub
 # Start of a format's name, which is its tag on the hub -> its name in a sentence.
-_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "stablehlo": "StableHLO"}
+_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "litert": "LiteRT", "stablehlo": "StableHLO"}
 
 _CARD = """\
 ---
@@ -73,6 +73,20 @@ text = onnxruntime.InferenceSession("FOLDER/onnx/text_model{suffix}.onnx")
 
 Embeddings are not L2-normalised. The metadata of each file have the preprocessing and the factor of the similarities:
 `image.get_modelmeta().custom_metadata_map`.
+""",
+    "litert": """
+The LiteRT files run without PyTorch and JAX, with ternary weights as INT4, for ai-edge-litert 1.4 or newer:
+
+```python
+from ai_edge_litert.interpreter import Interpreter
+
+image = Interpreter("FOLDER/litert/image.tflite").get_signature_runner()
+text = Interpreter("FOLDER/litert/text.tflite").get_signature_runner()
+image_embeds = image(pixel_values=pixels)["image_embeds"]  # float32 (N, H, W, 3), normalised
+text_embeds = text(input_ids=ids)["text_embeds"]  # int32 (N, context length)
+```
+
+N was chosen at export, by default 1. Embeddings are not L2-normalised. open_clip_config.json has the preprocessing.
 """,
     "stablehlo": """
 The folder `stablehlo` holds both towers as programs of jax.export, for CPUs, TPUs and CUDA, with weights of 2 bits:

@@ -30,9 +30,12 @@ from tclip_jax.artifacts.safetensors import read_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import base, open_source
 from tclip_jax.data.sources.shard_index import ShardIndex
+from tclip_jax.interop import litert
 from tclip_jax.interop.checkpoints import open_checkpoint
 from tclip_jax.interop.export import export_model
 from tclip_jax.interop.gguf import read_gguf, write_gguf
+from tclip_jax.interop.litert_flatbuffer import Flatbuffer
+from tclip_jax.interop.litert_int4 import Int4, decode_int4
 from tclip_jax.interop.onnx import read_metadata, read_ternary, write_onnx
 from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.interop.torchscript import read_torchscript, torchscript_activation
@@ -218,6 +221,23 @@ def _onnx() -> Reader:
     return Reader(prepare, read, {"text_model_q2.onnx": None})
 
 
+def _litert() -> Reader:
+    def prepare(folder: pathlib.Path) -> None:
+        same: dict[str, Any] = {"config": WIDE, "params": params(WIDE, "mlp")}
+        litert.write_litert(folder, **same, preprocess=Preprocess(16))
+
+    def read(folder: pathlib.Path) -> None:
+        litert.read_metadata(folder / "text.tflite")
+        file = Flatbuffer(folder / "text.tflite")
+        for name in file.int4_names():
+            matrix = file.matrix(name)
+            if isinstance(matrix, Int4):
+                decode_int4(matrix)
+        file.with_outputs(file.names()[:3])
+
+    return Reader(prepare, read, {"text.tflite": None})
+
+
 def _golden() -> Reader:
     def prepare(folder: pathlib.Path) -> None:
         taps = {"image/patch": np.ones((1, 3), np.float32), "image/final": np.zeros((1, 2), np.float32)}
@@ -351,6 +371,7 @@ READERS: dict[str, Callable[[], Reader]] = {
     ),
     "open_clip": lambda: _library(["open_clip"], {"e/open_clip_config.json": JSON_FILE}),
     "onnx": _onnx,
+    "litert": _litert,
     "tar": _tar,
     "csv": _csv,
     "parquet": _parquet,

@@ -18,13 +18,15 @@ CHILD = pathlib.Path(__file__).with_name("child.py")
 ROOT = CHILD.parents[2]
 READERS = (
     *("safetensors", "manifest", "gguf", "torchscript", "transformers", "open_clip"),
-    *("onnx", "tar", "csv", "parquet", "arrayrecord", "golden", "overrides"),
+    *("onnx", "litert", "tar", "csv", "parquet", "arrayrecord", "golden", "overrides"),
 )
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS)
 def test_hostile_files(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if reader == "litert":
+        pytest.importorskip("litert_converter", reason="litert-converter is not installed (pip install -e '.[litert]')")
     seed = int(os.environ.get("TCLIP_FUZZ_SEED", secrets.randbits(32)))
     inputs = int(os.environ.get("TCLIP_FUZZ_INPUTS", "1000"))
     with capsys.disabled():
