@@ -1,0 +1,195 @@
+"""Exported LiteRT files in the runtime: embeddings of models with every option, batches, taps, and the page's code."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tclip_jax.artifacts import pack_params, write_artifact
+from tclip_jax.cli import main
+from tclip_jax.data.images import Preprocess
+from tclip_jax.interop.examples import make_examples
+from tclip_jax.interop.export import export_model
+from tclip_jax.interop.litert import verify_embeddings, verify_litert, write_litert
+from tclip_jax.interop.litert_session import run_litert
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.presets import PRESETS
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, ternary_rules
+from tclip_jax.ternary import Quantizer
+
+pytest.importorskip("litert_converter", reason="litert-converter is not installed (pip install -e '.[litert]')")
+pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (pip install -e '.[litert]')")
+pytestmark = pytest.mark.runtimes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+VISION = VisionConfig(image_size=(16, 16), patch_size=8, width=48, layers=2, head_width=16)
+TEXT = TextConfig(context_length=8, vocab_size=60, width=32, heads=2, layers=1)
+CONFIG = CLIPConfig(20, VISION, TEXT)
+WORDS = dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, vocab_size=49408))  # of the tokenizer
+RULES = {
+    "Q-ALL": ternary_rules("Q-ALL", Quantizer()),
+    "Q-FFN": ternary_rules("Q-FFN", Quantizer(group=32)),
+    "everything": ((".*", Quantizer(group="channel")),),
+    "mixed": (
+        (MLP, Quantizer(kind="twn", scale_bits=11)),
+        (ATTENTION, Quantizer(group="tensor", scale_bits=24)),
+        (TOKEN_EMBEDDING, Quantizer(factor=1.0, group=32)),
+    ),
+    "learned": ((MLP, Quantizer(kind="lsq")), (PATCH_EMBEDDING, Quantizer(group=64))),
+}
+
+
+def draw_params(config: CLIPConfig, rules: Any, seed: int = 0, deviation: float = 0.1) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, shape: Any) -> Any:
+        mean = 1.0 if path[-1].key in ("scale", "logit_scale") else 0.0
+        return (mean + deviation * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    return pack_params(jax.tree_util.tree_map_with_path(leaf, param_shapes(config, rules)), rules)
+
+
+def write(folder: pathlib.Path, config: CLIPConfig, params: dict[str, Any], batch: int = 1) -> None:
+    write_litert(folder, config=config, preprocess=Preprocess(config.vision.image_size), params=params, batch=batch)
+
+
+visions = st.builds(
+    VisionConfig,
+    image_size=st.sampled_from([(16, 16), (16, 24), (19, 13)]),
+    patch_size=st.sampled_from([5, 8]),
+    width=st.sampled_from([16, 48]),
+    head_width=st.sampled_from([8, 16]),
+    layers=st.integers(1, 2),
+    mlp_ratio=st.sampled_from([1.5, 4.0]),
+    ls_init_value=st.sampled_from([None, 0.1]),
+    pool_type=st.sampled_from(["tok", "avg"]),
+    no_ln_pre=st.booleans(),
+    final_ln_after_pool=st.booleans(),
+)
+texts = st.builds(
+    TextConfig,
+    context_length=st.integers(3, 9),
+    vocab_size=st.integers(10, 80),
+    width=st.sampled_from([5, 6, 32, 36]),  # rows of 5 do not end with a byte
+    heads=st.just(1),
+    layers=st.integers(1, 2),
+    ls_init_value=st.sampled_from([None, 0.1]),
+    pool_type=st.sampled_from(["argmax", "last"]),
+    no_causal_mask=st.booleans(),
+)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=st.builds(CLIPConfig, st.sampled_from([7, 20]), visions, texts, st.booleans()),
+    rules=st.sampled_from(sorted(RULES)),
+    batch=st.integers(1, 3),
+)
+def test_every_option_of_the_towers(
+    config: CLIPConfig,
+    rules: str,
+    batch: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    fast_compilation: None,
+) -> None:
+    folder, params = tmp_path_factory.mktemp("litert"), draw_params(config, RULES[rules])
+    write(folder, config, params, batch)
+    verify_litert(folder, params)
+    verify_embeddings(folder, make_examples(config, params))
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_without_rounded_activations_the_graph_is_exact(quick_gelu: bool, tmp_path: pathlib.Path) -> None:
+    """Float weights are multiplied in float32, so that only the projections' trits are left to be rounded."""
+    config = dataclasses.replace(CONFIG, quick_gelu=quick_gelu)
+    params = draw_params(config, ((TOKEN_EMBEDDING, Quantizer(group=32)),))
+    write(tmp_path, config, params)
+    examples = make_examples(config, params)
+    for name, inputs, expected in (
+        ("image", examples.pixels, examples.image),
+        ("text", examples.tokens, examples.text),
+    ):
+        (found,) = run_litert((tmp_path / f"{name}.tflite").read_bytes(), inputs)
+        np.testing.assert_allclose(found / np.linalg.norm(found, axis=-1, keepdims=True), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
+    params = draw_params(CONFIG, RULES["Q-ALL"])
+    write(tmp_path, CONFIG, params)
+    examples = make_examples(CONFIG, params)
+    assert "embeddings have a cosine of 0.9" in verify_embeddings(tmp_path, examples)
+    with pytest.raises(ValueError, match=r"cosine of .*: it must be 0\.9995 or more"):
+        verify_embeddings(tmp_path, examples._replace(image=examples.image[::-1]))
+
+
+def test_a_file_takes_its_batch_alone(tmp_path: pathlib.Path) -> None:
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    params = draw_params(CONFIG, RULES["Q-ALL"])
+    write(tmp_path, CONFIG, params, batch=3)
+    session = interpreter.Interpreter(str(tmp_path / "image.tflite"))
+    assert session.get_signature_list() == {
+        "serving_default": {"inputs": ["pixel_values"], "outputs": ["image_embeds"]}
+    }
+    run = session.get_signature_runner()
+    pixels = np.random.default_rng(0).standard_normal((3, 16, 16, 3), np.float32)
+    embeds = run(pixel_values=pixels)["image_embeds"]
+    assert embeds.shape == (3, CONFIG.embed_dim)
+    with pytest.raises(ValueError):
+        run(pixel_values=pixels[:2])
+    (parts,) = run_litert((tmp_path / "image.tflite").read_bytes(), np.concatenate([pixels, pixels[:1]]))
+    np.testing.assert_allclose(parts, np.concatenate([embeds, embeds[:1]]), rtol=0, atol=1e-5)
+
+
+def test_a_file_that_litert_cannot_run_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^ai-edge-litert [\d.]+: "):
+        run_litert(b"not LiteRT", np.zeros((1, 2), np.int32))
+
+
+def test_the_code_of_the_page_and_of_the_card_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same: dict[str, Any] = {"config": WORDS, "preprocess": Preprocess(16), "params": draw_params(WORDS, RULES["Q-ALL"])}
+    export_model(tmp_path / "release", **same, formats=["litert"])
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").partition("\n## LiteRT\n")[2]
+    namespace: dict[str, Any] = {"context_length": WORDS.text.context_length}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block.replace("77", str(WORDS.text.context_length)), namespace)
+    assert namespace["text_embeds"].shape == (1, WORDS.embed_dim)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "release" / "README.md").read_text(), re.DOTALL)
+    inputs = {"pixels": np.zeros((1, 16, 16, 3), np.float32), "ids": np.ones((1, 8), np.int32)}
+    exec(code.replace("FOLDER", "release"), inputs)
+    assert inputs["text_embeds"].shape == inputs["image_embeds"].shape == (1, WORDS.embed_dim)
+
+
+def test_the_command_compares_tap_by_tap(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    artifact, out = tmp_path / "artifact", tmp_path / "release"
+    same: dict[str, Any] = {"config": WORDS, "preprocess": Preprocess(16), "params": draw_params(WORDS, RULES["Q-ALL"])}
+    write_artifact(artifact, **same, rules=(), rest_dtype="float32")
+    assert main(["export", str(artifact), "--to", "litert", "--batch", "3", "--out", str(out)]) == 0
+    for path in (out, out / "litert", out / "litert" / "text.tflite"):
+        assert main(["compare", "activations", str(artifact), str(path)]) == 0
+        shown = capfd.readouterr().out
+        assert "19 taps within budget 0.1" in shown and "image.tflite and text.tflite" in shown
+    assert main(["compare", "activations", str(out), str(artifact), "--budget", "1e-9"]) == 1
+    assert "FAIL: first over budget 1e-09: image/" in capfd.readouterr().out
+    assert main(["compare", "activations", str(artifact), str(tmp_path / "image.tflite")]) == 2
+
+
+@pytest.mark.slow
+def test_sizes_of_vit_b_16(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CLIPConfig.from_open_clip(PRESETS["ViT-B-16"])
+    params = draw_params(config, RULES["Q-ALL"], deviation=0.03)
+    write(tmp_path, config, params)
+    verify_litert(tmp_path, params)
+    image, text = ((tmp_path / f"{name}.tflite").stat().st_size for name in ("image", "text"))
+    assert image <= 48.3e6 and text <= 34e6
+    with capsys.disabled():
+        print(f"\n{verify_embeddings(tmp_path, make_examples(config, params))}")
