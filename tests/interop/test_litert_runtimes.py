@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import time
 from typing import Any
 
 import jax
@@ -143,7 +144,7 @@ def test_a_file_takes_its_batch_alone(tmp_path: pathlib.Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((3, 16, 16, 3), np.float32)
     embeds = run(pixel_values=pixels)["image_embeds"]
     assert embeds.shape == (3, CONFIG.embed_dim)
-    with pytest.raises(ValueError):
+    with pytest.raises(RuntimeError):
         run(pixel_values=pixels[:2])
     (parts,) = run_litert((tmp_path / "image.tflite").read_bytes(), np.concatenate([pixels, pixels[:1]]))
     np.testing.assert_allclose(parts, np.concatenate([embeds, embeds[:1]]), rtol=0, atol=1e-5)
@@ -159,7 +160,7 @@ def test_the_code_of_the_page_and_of_the_card_runs(tmp_path: pathlib.Path, monke
     export_model(tmp_path / "release", **same, formats=["litert"])
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").partition("\n## LiteRT\n")[2]
-    namespace: dict[str, Any] = {"context_length": WORDS.text.context_length}
+    namespace: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block.replace("77", str(WORDS.text.context_length)), namespace)
     assert namespace["text_embeds"].shape == (1, WORDS.embed_dim)
@@ -187,9 +188,25 @@ def test_the_command_compares_tap_by_tap(tmp_path: pathlib.Path, capfd: pytest.C
 def test_sizes_of_vit_b_16(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CLIPConfig.from_open_clip(PRESETS["ViT-B-16"])
     params = draw_params(config, RULES["Q-ALL"], deviation=0.03)
+    begun = time.perf_counter()
     write(tmp_path, config, params)
+    seconds = time.perf_counter() - begun
     verify_litert(tmp_path, params)
     image, text = ((tmp_path / f"{name}.tflite").stat().st_size for name in ("image", "text"))
-    assert image <= 48.3e6 and text <= 34e6
+    assert image <= 48.5e6 and text <= 33.8e6
     with capsys.disabled():
-        print(f"\n{verify_embeddings(tmp_path, make_examples(config, params))}")
+        print(f"\n{verify_embeddings(tmp_path, make_examples(config, params))}; written in {seconds:.1f} s")
+        for path in sorted(tmp_path.iterdir()):
+            print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {milliseconds(path):.0f} ms with 2 threads")
+
+
+def milliseconds(path: pathlib.Path) -> float:
+    """The shortest of ten runs on one image or text."""
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    session, times = interpreter.Interpreter(str(path), num_threads=2), []
+    session.allocate_tensors()
+    for _ in range(10):
+        begun = time.perf_counter()
+        session.invoke()
+        times.append(time.perf_counter() - begun)
+    return 1e3 * min(times)

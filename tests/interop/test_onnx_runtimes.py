@@ -205,7 +205,7 @@ def test_the_code_of_the_page_and_of_the_card_runs(tmp_path: pathlib.Path, monke
     same: dict[str, Any] = {"config": WORDS, "preprocess": Preprocess(16), "params": draw_params(WORDS, RULES["Q-ALL"])}
     export_model(tmp_path / "release", **same, formats=["onnx"], accuracy_level=1)
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").partition("\n## LiteRT\n")[0]
     namespace: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, namespace)
