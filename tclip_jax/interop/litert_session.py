@@ -40,8 +40,7 @@ def run_litert(file: bytes, inputs: npt.NDArray[Any], outputs: Sequence[int] = (
       outputs: indices of the output tensors; empty for all.
 
     Returns:
-      The outputs, float32 (B, ...); where the first axis of an output is a multiple of the file's batch, tokens of one
-      input are on the second.
+      The outputs, float32 (B, T, D); T is 1 unless the file has several rows for an input, such as its tokens.
 
     Raises:
       ValueError: ai-edge-litert is not installed, or cannot run the file.
@@ -62,12 +61,9 @@ def run_litert(file: bytes, inputs: npt.NDArray[Any], outputs: Sequence[int] = (
             session.set_tensor(entry["index"], part)
             session.invoke()
             wanted = outputs or [each["index"] for each in session.get_output_details()]
-            parts.append([_by_input(session.get_tensor(index), size) for index in wanted])
+            values = [session.get_tensor(index) for index in wanted]
+            parts.append([value.reshape(size, -1, value.shape[-1]) for value in values])
         return [np.concatenate(each)[: len(inputs)] for each in zip(*parts, strict=True)]
     # The errors of LiteRT have no common base but Exception.
     except Exception as error:
         raise ValueError(f"ai-edge-litert {version}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _by_input(value: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
-    return value if len(value) == size else value.reshape(size, -1, *value.shape[1:])

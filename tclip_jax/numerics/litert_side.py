@@ -18,6 +18,8 @@ from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.numerics.torch_side import library_of
 from tclip_jax.storage import is_local
 
+_POOLED = ("/ln_post", "/ln_final", "/projection")  # one row for an input, not one for each token
+
 
 def litert_files(path: epath.PathLike) -> dict[str, epath.Path]:
     """Return the files of both towers, by tower; none if `path` is no LiteRT export.
@@ -76,7 +78,8 @@ def record_litert(
         if missing:
             raise ValueError(f"{file.path}: no value {missing[0]}: only files of `tclip export` can be compared")
         content, indices = file.with_outputs([stored[name] for name in wanted])
-        taps |= dict(zip(wanted, run_litert(content, inputs, indices), strict=True))
+        for name, value in zip(wanted, run_litert(content, inputs, indices), strict=True):
+            taps[name] = value[:, 0] if name.endswith(_POOLED) else value
         length = np.maximum(np.linalg.norm(taps[f"{tower}/projection"], axis=-1, keepdims=True), 1e-12)
         taps[f"{tower}/embedding"] = taps[f"{tower}/projection"] / length
     facts = {"run by": f"ai-edge-litert {runtime_version()} on the CPU, {files['image'].name} and {files['text'].name}"}
