@@ -4,10 +4,11 @@
   tclip export runs/student --to gguf-tq1_0,gguf-tq2_0 --out release
   tclip export runs/student --to litert --out phone
   tclip export runs/student --to stablehlo --out programs
+  tclip export runs/student --to onnx --demo --out demo && python -m http.server -d demo
 
 open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export") load the folder.
-`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX and
-LiteRT, and docs/hub.md on StableHLO.
+`python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX,
+LiteRT and browsers, and docs/hub.md on StableHLO.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images or texts that a file of litert takes; no other number fits (default: 1)",
     )
+    parser.add_argument(
+        "--demo", action="store_true", help="add a page to onnx that classifies and searches pictures in a browser"
+    )
+    parser.add_argument(
+        "--onnxruntime-web",
+        metavar="PATH",
+        help="npm package that --demo copies, or a folder with it in node_modules (default: the page loads it from"
+        " cdn.jsdelivr.net)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
 
 
@@ -65,6 +75,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--accuracy-level is for onnx, and --to is {args.to}")
     if args.batch and "litert" not in formats:
         raise ValueError(f"--batch is for litert, and --to is {args.to}: the other formats take any number")
+    if args.demo and "onnx" not in formats:
+        raise ValueError(f"--demo is for onnx, and --to is {args.to}")
+    if args.onnxruntime_web and not args.demo:
+        raise ValueError("--onnxruntime-web is for --demo, which is not there")
     model = load_packed(args.model)
     exported = export_model(
         args.out,
@@ -78,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         figures=model.figures,
         provenance=model.provenance,
         check=not {"open_clip", "hf"}.isdisjoint(formats),
+        demo=args.demo,
+        demo_runtime=args.onnxruntime_web,
         overwrite=args.overwrite,
     )
     rows = [[f"{args.out}/{file}", f"{size / 1e6:.1f} MB", runs] for file, size, runs in exported.files]

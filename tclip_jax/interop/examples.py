@@ -95,6 +95,26 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
         # The end of text is the highest token id; every second text ends at the last position.
         last = length - 1 if row % 2 else last
         tokens[row, last], tokens[row, last + 1 :] = end, 0
+    return Examples(pixels, tokens, *embed(config, params, pixels, tokens, dtype=dtype))
+
+
+def embed(
+    config: CLIPConfig,
+    params: Mapping[str, Any],
+    pixels: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.int32],
+    *,
+    dtype: str = "float32",
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the embeddings of images and texts as in `Examples`, at the highest precision.
+
+    Args:
+      config: the model.
+      params: packed parameters; other leaves may be lazy.
+      pixels: normalised images (N, H, W, 3) float32.
+      tokens: token ids (M, T) int32.
+      dtype: dtype in which `export_model` stores the weights; they are rounded to it.
+    """
     rounded = jax.tree.map(
         functools.partial(_rounded, dtype=jnp.dtype(dtype)),
         params,
@@ -102,7 +122,7 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
     )
     with jax.default_matmul_precision("highest"):
         image, text = _embed(CLIP(config), rounded, pixels, tokens)
-    return Examples(pixels, tokens, np.asarray(image), np.asarray(text))
+    return np.asarray(image), np.asarray(text)
 
 
 def write_check(folder: epath.Path, examples: Examples) -> None:

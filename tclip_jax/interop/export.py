@@ -10,6 +10,7 @@ from etils import epath
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.interop.demo_page import check_demo, write_demo
 from tclip_jax.interop.examples import write_check
 from tclip_jax.interop.formats import ACCURACY_LEVELS, DTYPES, FORMATS, ONNX_FOLDER, Job
 from tclip_jax.interop.hugging_face_config import hugging_face_config
@@ -44,6 +45,8 @@ def export_model(
     figures: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     check: bool = False,
+    demo: bool = False,
+    demo_runtime: epath.PathLike | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Export a model as a folder that open_clip ("local-dir:…"), transformers and runtimes load.
@@ -66,6 +69,8 @@ def export_model(
       figures: measured values for the model card, by name; nested values get dotted names.
       provenance: the origin of the model, for the model card, in the same form.
       check: run the model on example inputs, and write check.py, which compares the libraries' embeddings with them.
+      demo: add a page for browsers, which needs the format "onnx"; see `write_demo`.
+      demo_runtime: where the page's copy of onnxruntime-web comes from; None: it is loaded from the network.
       overwrite: replace the folder if it is an earlier export.
 
     Raises:
@@ -77,6 +82,10 @@ def export_model(
     _check_options(formats, dtype, accuracy_level, batch)
     if preprocess.size != config.vision.image_size:
         raise ValueError(f"preprocessing gives images of {preprocess.size}: the model takes {config.vision.image_size}")
+    if demo and "onnx" not in formats:
+        raise ValueError(f"the page runs the format onnx, and the formats are {', '.join(formats)}: add onnx")
+    if demo:
+        check_demo(config, demo_runtime)
     documents, transformers_js = _documents(config, preprocess, formats, dtype)
     folder = epath.Path(folder)
     if folder.exists() and not (folder / "open_clip_config.json").exists():
@@ -95,6 +104,10 @@ def export_model(
         if check:
             write_check(unfinished, job.examples(dtype))
         Tokenizer(config.text.context_length).save(unfinished)
+        if demo:
+            data = (provenance or {}).get("data")
+            digits = isinstance(data, Mapping) and data.get("source") == "digits"
+            notes.append(write_demo(job, digits=digits, runtime=demo_runtime))
         card = model_card(
             params,
             dtype,
@@ -104,6 +117,7 @@ def export_model(
             provenance or {},
             onnx_dtype=_onnx_dtype(formats, dtype),
             transformers_js=transformers_js,
+            demo=demo,
         )
         (unfinished / "README.md").write_text(card)
     return Exported(tuple(files), tuple(notes))

@@ -108,6 +108,9 @@ const image = await CLIPVisionModelWithProjection.from_pretrained("FOLDER", {{ d
 const text = await CLIPTextModelWithProjection.from_pretrained("FOLDER", {{ dtype: "{dtype}" }});
 ```
 """
+_DEMO = """
+`python -m http.server -d FOLDER` serves a page, index.html, that classifies and searches pictures in a browser.
+"""
 
 
 def model_card(
@@ -120,6 +123,7 @@ def model_card(
     *,
     onnx_dtype: str = "q2",
     transformers_js: bool = False,
+    demo: bool = False,
 ) -> str:
     """Return the README.md of an exported model: its weights, origin, usage, check and figures.
 
@@ -132,6 +136,7 @@ def model_card(
       provenance: the origin of the model.
       onnx_dtype: the dtype of transformers.js of the ONNX files that the usage shows, such as "q2" or "fp32".
       transformers_js: whether transformers.js loads the ONNX files.
+      demo: whether the folder has a page for browsers.
     """
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
@@ -154,6 +159,7 @@ def model_card(
     if "onnx" in tags:
         usage = usage.format(suffix="" if onnx_dtype == "fp32" else f"_{onnx_dtype}")
         usage += _TRANSFORMERS_JS.format(dtype=onnx_dtype) if transformers_js else ""
+    usage += _DEMO if demo else ""
     names = [*(_LIBRARIES[name] for name in libraries), *tags]
     return _CARD.format(
         library=f"library_name: {names[0]}\n" if libraries else "",
