@@ -33,7 +33,8 @@ async function start() {
   fact("Model", `${(bytes / 1e6).toFixed(1)} MB`);
   fact("Ternary", `${(100 * demo.ternary).toFixed(1)} %`);
   fact("Loaded in", time(performance.now() - began));
-  report(`Checked: embeddings of test inputs are those of the exported model (cosine ${model.cosine.toFixed(5)}).`);
+  const checked = `Checked: embeddings of test inputs are those of the exported model (cosine ${model.cosine.toFixed(5)}).`;
+  report(model.right ? checked : "");
   model.notes.forEach(problem);
   for (const { url, name } of demo.samples) enqueue(async () => pictures.push(await embed(await (await fetch(url)).blob(), name)));
   enqueue(update);

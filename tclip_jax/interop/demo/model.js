@@ -10,28 +10,27 @@ const BATCH = 16; // texts that run together
  * which also takes an adapter in software.
  *
  * The page embeds the reference inputs of demo.json, and compares with the embeddings that the export stored there.
- * Returns an object with `encodeImage`, `encodeTexts`, `backend`, `cosine` and `notes`, lines on what was not right.
+ * Returns an object with `encodeImage`, `encodeTexts`, `backend`, `right`, `cosine` and `notes`, lines on what is wrong.
  */
 export async function loadModel(demo, asked, report) {
   const gpu = asked !== "wasm" && (await hasWebGPU(asked === "webgpu"));
-  const [runtime, tokenizer] = await Promise.all([
-    loadRuntime(demo.runtime, gpu ? "webgpu" : "wasm", report),
-    fetchOk("tokenizer.json").then((response) => response.json()),
-  ]);
-  const tokenize = makeTokenizer(tokenizer, demo.context_length);
+  const runtime = await loadRuntime(demo.runtime, gpu ? "webgpu" : "wasm", report);
   const notes = [];
+  let tokenize;
   for (const backend of gpu ? ["webgpu", "wasm"] : ["wasm"]) {
     const last = backend === "wasm";
     let towers;
     try {
       towers = await openTowers(runtime, demo, backend, report);
+      // Last, as the towers need the most memory.
+      tokenize ??= makeTokenizer(await (await fetchOk("tokenizer.json")).json(), demo.context_length);
       const model = { backend, ...encoders(runtime, towers, demo, tokenize) };
       report("Comparing with the reference…");
       const cosine = await compare(model, demo.reference);
       const right = cosine >= demo.min_cosine; // false for NaN
       if (right || last) {
         if (!right) notes.push(`This browser computes other embeddings than the exported model (cosine ${show(cosine)}): do not trust the results.`);
-        return { ...model, cosine, notes };
+        return { ...model, right, cosine, notes };
       }
       notes.push(`WebGPU computes wrong embeddings here (cosine ${show(cosine)} to the exported model's), so WebAssembly runs instead.`);
     } catch (error) {
@@ -67,13 +66,41 @@ async function loadRuntime({ base, files }, kind, report) {
   return runtime;
 }
 
+/** Open the towers one after the other, and keep no copy of what was downloaded. */
 async function openTowers(runtime, demo, backend, report) {
   const towers = {};
-  for (const [tower, { file }] of Object.entries(demo.towers)) { // one after the other, to need less memory
-    report(`Loading the ${tower} model…`);
-    towers[tower] = await runtime.InferenceSession.create(file, { executionProviders: [backend], logSeverityLevel: 3 });
+  for (const [tower, { file, bytes }] of Object.entries(demo.towers)) {
+    report(`Loading the ${tower} model: ${(bytes / 1e6).toFixed(1)} MB…`);
+    const content = await download(file, bytes);
+    const options = { executionProviders: [backend], logSeverityLevel: 3 };
+    towers[tower] = await runtime.InferenceSession.create(content, options);
+    content.buffer.transfer?.(0); // frees it now; the garbage collector would wait
+    runtime.env.wasm.wasmBinary = undefined; // it was compiled with the first session
   }
   return towers;
+}
+
+/** Return the bytes of a file. Where browsers can, they are read through one small buffer, as others become garbage. */
+async function download(file, bytes) {
+  const response = await fetchOk(file);
+  const reader = byteReader(response.body);
+  const content = new Uint8Array(reader ? bytes : await response.arrayBuffer());
+  let length = reader ? 0 : content.length;
+  let buffer = new ArrayBuffer(2 ** 20);
+  for (let part; reader && !(part = await reader.read(new Uint8Array(buffer))).done; buffer = part.value.buffer) {
+    if (length + part.value.length <= bytes) content.set(part.value, length);
+    length += part.value.length;
+  }
+  if (length !== bytes) throw new Error(`${file} is not what the export wrote: it has ${length} bytes, not ${bytes}.`);
+  return content;
+}
+
+function byteReader(body) {
+  try {
+    return body.getReader({ mode: "byob" });
+  } catch {
+    return null;
+  }
 }
 
 function encoders(runtime, { image, text }, demo, tokenize) {

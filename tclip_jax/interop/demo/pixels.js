@@ -100,10 +100,10 @@ function withoutOrientation(bytes, { format }) {
 
 /** Read opaque pixels; a canvas loses colours where alpha is low. */
 function readCanvas(bitmap) {
-  const canvas = new OffscreenCanvas(bitmap.width, Math.min(BAND, bitmap.height));
+  const canvas = new OffscreenCanvas(bitmap.width, 1);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const read = (top, count) => {
-    context.clearRect(0, 0, canvas.width, canvas.height);
+    canvas.height = count; // which clears it
     context.drawImage(bitmap, 0, -top);
     return context.getImageData(0, 0, bitmap.width, count).data;
   };
@@ -136,22 +136,33 @@ function readTexture(bitmap) {
   return null;
 }
 
-/** Resize as Pillow does, first rows, then columns, with 8 bits between; returns RGBA. */
+/** Resize as Pillow 13 does: first rows, or first columns if more of them is left out, with 8 bits between. RGBA. */
 function resize(picture, height, width, filter) {
   const taps = picture.indexed ? nearest : weights;
   const [across, down] = [taps(picture.width, width, filter), taps(picture.height, height, filter)];
   const blends = picture.blends && (picture.height !== height || picture.width !== width);
-  const narrow = new Uint8ClampedArray(4 * picture.height * width);
-  for (let top = 0; top < picture.height; top += BAND) {
-    const count = Math.min(BAND, picture.height - top);
-    const rows = picture.read(top, count);
-    if (blends) premultiply(rows);
-    for (let y = 0; y < count; y++) mix(rows, 4 * y * picture.width, 4, narrow, 4 * (top + y) * width, 4, across);
-  }
+  const columnsFirst = picture.height > height && picture.height - height > 2 * (picture.width - width);
   const resized = new Uint8ClampedArray(4 * height * width);
-  for (let x = 0; x < width; x++) mix(narrow, 4 * x, 4 * width, resized, 4 * x, 4 * width, down);
+  const half = new Uint8ClampedArray(4 * (columnsFirst ? height * picture.width : picture.height * width));
+  const band = columnsFirst ? picture.height : BAND;
+  for (let top = 0; top < picture.height; top += band) {
+    const rows = picture.read(top, Math.min(band, picture.height - top));
+    if (blends) premultiply(rows);
+    if (columnsFirst) mixColumns(rows, picture.width, half, down);
+    else mixRows(rows, picture.width, half.subarray(4 * top * width), width, across);
+  }
+  if (columnsFirst) mixRows(half, picture.width, resized, width, across);
+  else mixColumns(half, width, resized, down);
   if (blends) divide(resized);
   return resized;
+}
+
+function mixRows(from, width, to, target, taps) {
+  for (let y = 0; 4 * y * width < from.length; y++) mix(from, 4 * y * width, 4, to, 4 * y * target, 4, taps);
+}
+
+function mixColumns(from, width, to, taps) {
+  for (let x = 0; x < width; x++) mix(from, 4 * x, 4 * width, to, 4 * x, 4 * width, taps);
 }
 
 /** Mix the pixels of a line of `from`, which start at `source` and are `step` bytes apart, into a line of `to`. */
