@@ -22,6 +22,7 @@ FILES = {
     "tclip_jax/launch/tclip.Dockerfile",
     "tclip_jax/data/bpe_simple_vocab_16e6.txt.gz",
     "tclip_jax/data/LICENSE.bpe",
+    *(f"tclip_jax/interop/demo/{path.name}" for path in (ROOT / "tclip_jax" / "interop" / "demo").iterdir()),
 }
 
 

@@ -102,8 +102,10 @@ function describe({ name, caption }, rank, bars) {
   caption.replaceChildren(title);
   for (const [label, value, share] of bars) {
     const bar = element("div", "bar");
-    const meter = Object.assign(element("meter"), { value: share, title: `${label}: ${value}` });
-    bar.append(element("span", "", label), element("span", "", value), meter);
+    const track = element("div", "track");
+    track.append(element("div"));
+    track.firstChild.style.width = `${100 * share}%`;
+    bar.append(element("span", "", label), element("span", "", value), track);
     caption.append(bar);
   }
 }
