@@ -36,7 +36,9 @@ async function start() {
   const checked = `Checked: embeddings of test inputs are those of the exported model (cosine ${model.cosine.toFixed(5)}).`;
   report(model.right ? checked : "");
   model.notes.forEach(problem);
-  for (const { url, name } of demo.samples) enqueue(async () => pictures.push(await embed(await (await fetch(url)).blob(), name)));
+  for (const { url, name } of demo.samples) {
+    enqueue(async () => pictures.push(await embed(await (await fetch(url)).blob(), name)));
+  }
   enqueue(update);
 }
 
@@ -75,12 +77,15 @@ async function update() {
   const embeddings = wanted.map((text) => texts.get(text));
   const shown = [...pictures];
   if (mode === "classify") {
-    for (const picture of drawing ? [drawing, ...shown] : shown) describe(picture, "", classify(picture, labels, embeddings));
+    for (const picture of drawing ? [drawing, ...shown] : shown) {
+      describe(picture, "", classify(picture, labels, embeddings));
+    }
   } else {
-    const score = (picture) => (embeddings.length ? dot(picture.embedding, embeddings[0]) : 0);
+    const [query] = embeddings;
+    const score = ({ embedding }) => (query ? dot(embedding, query) : 0);
+    const bars = (picture) => [["similarity", score(picture).toFixed(3), Math.max(0, score(picture))]].slice(query ? 0 : 1);
     shown.sort((a, b) => score(b) - score(a));
-    const bars = (picture) => (embeddings.length ? [["similarity", score(picture).toFixed(3), Math.max(0, score(picture))]] : []);
-    shown.forEach((picture, i) => describe(picture, embeddings.length ? `no. ${i + 1}` : "", bars(picture)));
+    shown.forEach((picture, i) => describe(picture, query ? `no. ${i + 1}` : "", bars(picture)));
     if (drawing) describe(drawing, "", bars(drawing));
   }
   $("drawn").replaceChildren(...(drawing ? [drawing.figure] : []));

@@ -19,9 +19,9 @@ export async function loadModel(demo, asked, report) {
   let tokenize;
   for (const backend of gpu ? ["webgpu", "wasm"] : ["wasm"]) {
     const last = backend === "wasm";
-    let towers;
+    const towers = {};
     try {
-      towers = await openTowers(runtime, demo, backend, report);
+      await openTowers(towers, runtime, demo, backend, report);
       // Last, as the towers need the most memory.
       tokenize ??= makeTokenizer(await (await fetchOk("tokenizer.json")).json(), demo.context_length);
       const model = { backend, ...encoders(runtime, towers, demo, tokenize) };
@@ -29,15 +29,17 @@ export async function loadModel(demo, asked, report) {
       const cosine = await compare(model, demo.reference);
       const right = cosine >= demo.min_cosine; // false for NaN
       if (right || last) {
-        if (!right) notes.push(`This browser computes other embeddings than the exported model (cosine ${show(cosine)}): do not trust the results.`);
+        const wrong = `This browser computes other embeddings than the exported model (cosine ${show(cosine)})`;
+        if (!right) notes.push(`${wrong}: do not trust the results.`);
         return { ...model, right, cosine, notes };
       }
-      notes.push(`WebGPU computes wrong embeddings here (cosine ${show(cosine)} to the exported model's), so WebAssembly runs instead.`);
+      const wrong = `WebGPU computes wrong embeddings here (cosine ${show(cosine)} to the exported model's)`;
+      notes.push(`${wrong}, so WebAssembly runs instead.`);
     } catch (error) {
       if (last) throw error;
       notes.push(`WebGPU fails here, so WebAssembly runs instead: ${error.message ?? error}`);
     }
-    await Promise.all(Object.values(towers ?? {}).map((session) => session.release()));
+    await Promise.all(Object.values(towers).map((session) => session.release()));
   }
 }
 
@@ -67,8 +69,7 @@ async function loadRuntime({ base, files }, kind, report) {
 }
 
 /** Open the towers one after the other, and keep no copy of what was downloaded. */
-async function openTowers(runtime, demo, backend, report) {
-  const towers = {};
+async function openTowers(towers, runtime, demo, backend, report) {
   for (const [tower, { file, bytes }] of Object.entries(demo.towers)) {
     report(`Loading the ${tower} model: ${(bytes / 1e6).toFixed(1)} MB…`);
     const content = await download(file, bytes);
@@ -77,7 +78,6 @@ async function openTowers(runtime, demo, backend, report) {
     content.buffer.transfer?.(0); // frees it now; the garbage collector would wait
     runtime.env.wasm.wasmBinary = undefined; // it was compiled with the first session
   }
-  return towers;
 }
 
 /** Return the bytes of a file. Where browsers can, they are read through one small buffer, as others become garbage. */

@@ -115,7 +115,8 @@ let gl; // one for all pictures, as browsers allow few
 /** Read pixels as they were decoded, from a texture; null where that is not possible. */
 function readTexture(bitmap) {
   gl ??= new OffscreenCanvas(1, 1).getContext("webgl");
-  if (!gl || gl.isContextLost() || Math.max(bitmap.width, bitmap.height) > gl.getParameter(gl.MAX_TEXTURE_SIZE)) return null;
+  const side = Math.max(bitmap.width, bitmap.height);
+  if (!gl || gl.isContextLost() || side > gl.getParameter(gl.MAX_TEXTURE_SIZE)) return null;
   const texture = gl.createTexture();
   gl.bindTexture(gl.TEXTURE_2D, texture);
   gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
@@ -168,7 +169,7 @@ function mixColumns(from, width, to, taps) {
 /** Mix the pixels of a line of `from`, which start at `source` and are `step` bytes apart, into a line of `to`. */
 function mix(from, source, step, to, target, stride, taps) {
   for (const { first, weights } of taps) {
-    let r = HALF, g = HALF, b = HALF, a = HALF;
+    let [r, g, b, a] = [HALF, HALF, HALF, HALF];
     for (let k = 0, at = source + first * step; k < weights.length; k++, at += step) {
       const weight = weights[k];
       r += from[at] * weight;

@@ -88,7 +88,7 @@ const isWhole = (decoded) => decoded === ";" || !decoded.endsWith(";");
 /** Python's html.unescape. */
 function unescape(text) {
   return text.replace(/&(#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[^\t\n\f <&#;]{1,32};?)/g, (entity) => {
-    if (entity[1] === "#") return fromNumber(Number(entity.slice(1).replace("#", "").replace(/^[xX]/, "0x").replace(";", "")));
+    if (entity[1] === "#") return fromNumber(Number(entity.slice(2).replace(/^[xX]/, "0x").replace(";", "")));
     entities.innerHTML = entity;
     return entities.textContent;
   });
