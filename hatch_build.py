@@ -1,4 +1,8 @@
-"""Compiles the native CPU kernel when the package is built or installed; without a C++ compiler, leaves it out."""
+"""Compiles the native CPU kernel when the package is built or installed; without a C++ compiler, leaves it out.
+
+The table of the hook in pyproject.toml has `source` and `library`, and `headers`, the package whose headers the source
+needs, if it needs any. tclip_jax and the package of `tclip export --to torch` share this file.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +18,31 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = pathlib.Path("tclip_jax/ternary/native")
 # No contraction: all instruction sets then give the same bits. No -march: the kernel chooses when it is called.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi")
 
 
 class NativeKernel(BuildHookInterface[Any]):
     """Beside its source in an editable installation, and within a wheel of this platform otherwise."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        folder = pathlib.Path(self.root) / FOLDER
-        library = folder / "libternary_cpu.so"
+        library = pathlib.Path(self.root) / self.config["library"]
         library.unlink(missing_ok=True)
-        jaxlib = importlib.util.find_spec("jaxlib")
-        if jaxlib is None or jaxlib.origin is None:
-            self.app.display_warning("jaxlib is not there, whose headers the native CPU kernel needs: left out")
-            return
-        include = pathlib.Path(jaxlib.origin).parent / "include"
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        command = [*compiler, *FLAGS, "-isystem", str(include), "-o", str(library), str(folder / "ternary_cpu.cc")]
+        command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, "-o", str(library)]
+        if headers := self.config.get("headers"):
+            package = importlib.util.find_spec(headers)
+            if package is None or package.origin is None:
+                self.app.display_warning(f"{headers} is not there, whose headers the native CPU kernel needs: left out")
+                return
+            command += ["-isystem", str(pathlib.Path(package.origin).parent / "include")]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            source = str(pathlib.Path(self.root) / self.config["source"])
+            subprocess.run([*command, source], check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            self.app.display_warning(f"the native CPU kernel is left out, XLA serves instead: {lines[0]}")
+            self.app.display_warning(f"the native CPU kernel is left out, a slower product serves: {lines[0]}")
             return
-        build_data["artifacts"].append(str(FOLDER / library.name))
+        build_data["artifacts"].append(self.config["library"])
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
 

@@ -149,6 +149,15 @@ def _write_stablehlo(job: Job) -> Written:
     return [f"{FOLDER}/{path.name}" for path in sorted((job.folder / FOLDER).iterdir()) if path.suffix != ".py"], []
 
 
+def _write_torch(job: Job) -> Written:
+    from tclip_jax.interop.torch_packed import FOLDER, verify_torch, write_torch
+
+    folder = job.folder / FOLDER
+    write_torch(folder, config=job.config, preprocess=job.preprocess, params=job.params)
+    note = verify_torch(folder, config=job.config, params=job.params, examples=job.examples("float32"))
+    return [f"{FOLDER}/model.safetensors"], [note]
+
+
 FORMATS: dict[str, Format] = {
     "open_clip": Format("weights as floats for open_clip", "open_clip", _write_open_clip, DTYPES),
     "hf": Format("weights as floats for transformers", "transformers", _write_hugging_face, DTYPES),
@@ -177,6 +186,11 @@ FORMATS: dict[str, Format] = {
         "programs of jax.export with 2-bit weights, for CPUs, TPUs and CUDA",
         "jax alone, with stablehlo/load.py",
         _write_stablehlo,
+    ),
+    "torch": Format(
+        "2-bit weights for PyTorch, open_clip and transformers on CPUs, with the package that runs them",
+        "PyTorch, after pip install of the folder torch",
+        _write_torch,
     ),
     **{
         f"gguf-{kind}": Format(
