@@ -49,7 +49,8 @@ def kernel() -> ctypes.CDLL | None:
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets of the kernel, best first, "" for one that this CPU lacks; empty without the kernel."""
-    library, names = kernel(), []
+    library = kernel()
+    names: list[str] = []
     while library and (name := library.TclipInstructions(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
@@ -145,8 +146,9 @@ def multiply(x: Tensor, dense: Tensor, activations: str) -> Tensor:
     x = x.float()
     if activations == "A32":
         return x @ dense
-    most = 32767.0 if activations == "A16" else 127.0
     largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    # A tensor, as PyTorch divides a number by a tensor in two roundings.
+    most = torch.full_like(largest, 32767 if activations == "A16" else 127)
     return (torch.round(x * (most / largest)) @ dense) * (largest / most)
 
 
@@ -167,6 +169,9 @@ class PackedLinear(nn.Module):
       out_features: N.
       activations: as in the operator `linear`.
     """
+
+    words: Tensor
+    scales: Tensor
 
     def __init__(
         self, words: Tensor, scales: Tensor, bias: Tensor | None, shape: tuple[int, int], group: int, activations: str
@@ -200,6 +205,10 @@ class PackedEmbedding(nn.Module):
 
     The result has the dtype to which the module was moved, at first float32.
     """
+
+    rows: Tensor
+    scales: Tensor
+    like: Tensor
 
     def __init__(self, rows: Tensor, scales: Tensor, width: int, group: int) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Put packed weights into a model of open_clip or transformers, in the place of its float ones."""
 
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -48,14 +49,10 @@ def replace_linears(model: nn.Module, folder: str | pathlib.Path, activations: s
     sources = _sources(model, weights)
     _check(state, sources, weights)
     layers, replaced = _packed_layers(model, sources, weights)
-    for key, source in sources.items():
-        if key not in replaced:
-            value = weights.tensor(source.name)
-            value = value if source.third is None else value.chunk(3)[source.third]
-            parent, _, name = key.rpartition(".")
-            like = state[key]
-            value = (value.T if source.transposed else value).reshape(like.shape).to(like.device, like.dtype)
-            setattr(model.get_submodule(parent), name, nn.Parameter(value.contiguous(), requires_grad=False))
+    values = {key: _value(state[key], source, weights) for key, source in sources.items() if key not in replaced}
+    for key, value in values.items():
+        path, _, name = key.rpartition(".")
+        setattr(model.get_submodule(path), name, nn.Parameter(value, requires_grad=False))
     for path, layer in layers.items():
         like = state[next(key for key in sources if key.startswith(f"{path}."))]
         model.set_submodule(path, layer.to(like.device, like.dtype))
@@ -97,7 +94,10 @@ def _sources(model: nn.Module, weights: Weights) -> dict[str, Source]:
             ("layer_norm_eps", tuple(each.layer_norm_eps for each in configs), (1e-5, 1e-5)),
             ("eos_token_id", eos, 2 if eos == 2 else text["vocab_size"] - 1),
         ]
-        sources = {key: Source(*source) for key, source in weights.config["transformers"].items()}
+        try:
+            sources = {key: Source(*source) for key, source in weights.config["transformers"].items()}
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"config.json: transformers does not name the tensors of CLIPModel: {error}") from None
     else:
         raise TypeError(f"{type(model).__name__} is not open_clip's CLIP or transformers' CLIPModel")
     for option, actual, expected in options:
@@ -114,11 +114,23 @@ def _check(state: dict[str, torch.Tensor], sources: dict[str, Source], weights: 
         shape, tensor = weights.shape(source.name), state[key]
         if source.third is not None:
             shape = (shape[0] // 3, *shape[1:])
-        if tuple(tensor.shape) != (shape[::-1] if source.transposed else shape) and tensor.numel() != 1:
+        # The logit scale may be an array of one number.
+        fits = tensor.numel() == math.prod(shape) == 1 or tuple(tensor.shape) == (
+            shape[::-1] if source.transposed else shape
+        )
+        if not fits:
             raise ValueError(f"{key} of the model has shape {tuple(tensor.shape)}: the exported one has {shape}")
         if tensor.is_meta or tensor.dtype not in (torch.float32, torch.bfloat16):
             where = "on the meta device, without values" if tensor.is_meta else str(tensor.dtype)
             raise TypeError(f"{key} of the model is {where}: packed layers need torch.float32 or torch.bfloat16")
+
+
+def _value(like: torch.Tensor, source: Source, weights: Weights) -> torch.Tensor:
+    """Return the values of a float parameter, in the dtype and on the device of the model's."""
+    value = weights.tensor(source.name)
+    value = value if source.third is None else value.chunk(3)[source.third]
+    value = value.T if source.transposed else value
+    return value.reshape(like.shape).to(like.device, like.dtype).contiguous()
 
 
 def _packed_layers(

@@ -145,7 +145,7 @@ class Weights:
     def _matrix(self, name: str) -> tuple[Tensor, Tensor]:
         (columns, length), group = self.packed[name]
         words, scales = self._part(f"{name}.words", (torch.int32,)), self._part(f"{name}.scales", tuple(FLOATS))
-        panels, whole, rest = -(-columns // PANEL), *divmod(length, group)
+        (whole, rest), panels = divmod(length, group), -(-columns // PANEL)
         chunks = whole * -(-group // CHUNK) + -(-rest // CHUNK)
         shapes = (panels, chunks, PANEL), (panels, -(-length // group), PANEL)
         if (tuple(words.shape), tuple(scales.shape)) != shapes:

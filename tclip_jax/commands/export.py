@@ -4,11 +4,8 @@
   tclip export runs/student --to gguf-tq1_0,gguf-tq2_0 --out release
   tclip export runs/student --to litert --out phone
   tclip export runs/student --to stablehlo --out programs
-  tclip export runs/student --to onnx --demo --out demo && python -m http.server -d demo
-
-open_clip.create_model_and_transforms("local-dir:export") and CLIPModel.from_pretrained("export") load the folder.
 `python export/check.py` compares their outputs with those of JAX. See docs/interchange.md, docs/deploy.md on ONNX,
-LiteRT and browsers, and docs/hub.md on StableHLO.
+LiteRT, browsers and packed PyTorch, and docs/hub.md on StableHLO.
 """
 
 from __future__ import annotations

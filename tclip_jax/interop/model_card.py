@@ -13,7 +13,7 @@ from tclip_jax.ternary import TernaryTensor
 
 _LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # format -> name of the library on the hub
 # Start of a format's name, which is its tag on the hub -> its name in a sentence.
-_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "litert": "LiteRT", "stablehlo": "StableHLO"}
+_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "litert": "LiteRT", "stablehlo": "StableHLO", "torch": "packed PyTorch"}
 
 _CARD = """\
 ---
@@ -96,6 +96,20 @@ from load import load  # in the folder stablehlo; pip install jax flatbuffers sa
 
 encode_image, encode_text = load()
 ```
+""",
+    "torch": """
+The folder `torch` holds weights of 2 bits for PyTorch on CPUs, and the package that runs them; `pip install
+FOLDER/torch` compiles its kernel:
+
+```python
+import tclip_torch
+
+model = tclip_torch.load("FOLDER/torch")
+image = model.encode_image(pixels)  # float32 (N, 3, H, W), normalised; embeddings of length 1
+text = model.encode_text(ids)  # int64 (N, T)
+```
+
+`tclip_torch.replace_linears(model, "FOLDER/torch")` puts the weights into a model of open_clip or transformers.
 """,
 }
 _TRANSFORMERS_JS = """

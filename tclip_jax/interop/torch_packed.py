@@ -11,6 +11,7 @@ presets leave float, are written as scale · trit.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -70,7 +71,8 @@ def write_torch(folder: epath.Path, *, config: CLIPConfig, preprocess: Preproces
       params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    packed, tensors = dict(_packed(params, config)), {}
+    packed = dict(_packed(params, config))
+    tensors: dict[str, Any] = {}
     for name, value in lazy_state(params, config).items():
         if name in packed:
             words, scales = _arrays(packed[name])
@@ -112,10 +114,9 @@ def verify_torch(folder: epath.Path, *, config: CLIPConfig, params: Mapping[str,
     for name, expected in lazy_state(params, config).items():
         if name in packed:
             words, scales = (np.asarray(stored[f"{name}.{part}"]) for part in ("words", "scales"))
-            words = words if packed[name].layout != native_cpu.NAME else words.view(np.uint32)
-            w = PackedTensor(words, scales, packed[name].layer_shape, packed[name].group, packed[name].layout)
-            dense = np.asarray(unpack(w).dequantize())
-            value = dense.T if w.layout == native_cpu.NAME else dense
+            own: Any = {"data": words.view(packed[name].data.dtype), "scale": scales}
+            dense = np.asarray(unpack(dataclasses.replace(packed[name], **own)).dequantize())
+            value = dense.T if packed[name].layout == native_cpu.NAME else dense
         else:
             value = np.asarray(stored[name])
         if not np.array_equal(value, np.asarray(expected)):
