@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors.numpy import save_file
 
 from benchmarks.peers import (
@@ -27,6 +28,7 @@ from benchmarks.peers import (
     ONNX_2BIT,
     ONNX_FLOAT,
     ONNX_INT8,
+    PACKED_TORCH,
     Array,
     Task,
     model_config,
@@ -38,6 +40,7 @@ from tclip_jax.artifacts.files import WEIGHT_FILES
 from tclip_jax.artifacts.safetensors import read_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
+from tclip_jax.interop.torch_packed import write_torch
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.numerics.torch_side import import_torch
 from tclip_jax.ternary import Quantizer
@@ -51,6 +54,8 @@ def write_files(folder: pathlib.Path) -> None:
     import_torch().set_num_threads(task.threads)
     write_weights(folder, task.model)
     write_inputs(folder, task)
+    if PACKED_TORCH in task.files:
+        write_packed_torch(folder)
     tower = torch_tower(folder, task)
     if any(file.endswith(".onnx") for file in task.files):
         write_onnx(folder, task, tower)
@@ -71,6 +76,13 @@ def write_weights(folder: pathlib.Path, model: str) -> None:
     write_artifact(folder / ARTIFACT, config=config, preprocess=preprocess, params=packed, rules=rules)
     # The artifact rounds a few float parameters.
     save_file(to_open_clip(read_artifact(folder / ARTIFACT).params, config), folder / CHECKPOINT)
+
+
+def write_packed_torch(folder: pathlib.Path) -> None:
+    """Write the artifact as `tclip export --to torch` does."""
+    own = read_artifact(folder / ARTIFACT)
+    target = epath.Path(folder / PACKED_TORCH).parent
+    write_torch(target, config=own.config, preprocess=own.preprocess, params=own.params)
 
 
 def write_inputs(folder: pathlib.Path, task: Task) -> None:

@@ -30,6 +30,7 @@ OURS = "tclip_jax"
 # What benchmarks.peer_files writes to a folder. LiteRT's files have a fixed batch size.
 ARTIFACT, CHECKPOINT, INPUTS = "artifact", "dense.safetensors", "inputs.npz"
 ONNX_FLOAT, ONNX_INT8, ONNX_2BIT = "float32.onnx", "int8.onnx", "2bit.onnx"
+PACKED_TORCH = "torch/model.safetensors"
 LITERT_FLOAT, LITERT_INT8 = "float32-{batch}.tflite", "int8-{batch}.tflite"
 
 
@@ -134,6 +135,32 @@ def load_torch(folder: pathlib.Path, task: Task, inputs: Array, setting: str) ->
     return encode
 
 
+def load_tclip_torch(folder: pathlib.Path, task: Task, inputs: Array, setting: str) -> Encode:
+    """Load the folder of `tclip export --to torch`; `setting` is the kind of its activations.
+
+    Raises:
+      Unsupported: the native kernel is missing.
+    """
+    import torch
+
+    from tclip_torch import linear, load
+
+    torch.set_num_threads(task.threads)
+    # The library of tclip_jax has the kernel too.
+    library = pathlib.Path(__file__).resolve().parents[1] / "tclip_jax" / "ternary" / "native" / "libternary_cpu.so"
+    os.environ.setdefault("TCLIP_TORCH_LIBRARY", str(library))
+    if linear.kernel() is None:
+        raise Unsupported("the native kernel was not built")
+    model, batch = load((folder / PACKED_TORCH).parent, setting), torch.from_numpy(inputs)
+    encode = model.encode_image if task.tower == "image" else model.encode_text
+
+    def call() -> Array:
+        with torch.inference_mode():
+            return encode(batch).numpy()
+
+    return call
+
+
 def torch_tower(folder: pathlib.Path, task: Task) -> Any:
     """Return a float32 PyTorch module that maps pixels (N, 3, H, W) or tokens (N, T) to normalised embeddings."""
     from tclip_jax.numerics.torch_side import import_torch
@@ -212,6 +239,7 @@ PEERS = {
     "JAX float32 (XLA)": Runtime(load_dense, "", CHECKPOINT),
     "PyTorch float32": Runtime(load_torch, "float32", CHECKPOINT),
     "PyTorch bfloat16": Runtime(load_torch, "bfloat16", CHECKPOINT),
+    **{f"tclip_torch {kind}": Runtime(load_tclip_torch, kind, PACKED_TORCH) for kind in ("A32", "A16", "A8")},
     "ONNX Runtime float32": Runtime(load_onnxruntime, ONNX_FLOAT, ONNX_FLOAT, _ORT),
     "ONNX Runtime int8": Runtime(load_onnxruntime, ONNX_INT8, ONNX_INT8, _ORT),
     "ONNX Runtime 2-bit": Runtime(load_onnxruntime, ONNX_2BIT, ONNX_2BIT, _ORT),

@@ -13,6 +13,8 @@ import zipfile
 
 import pytest
 
+from tclip_jax.interop.torch_packed import package_files
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = {
     "tclip_jax/py.typed",
@@ -23,6 +25,8 @@ FILES = {
     "tclip_jax/data/bpe_simple_vocab_16e6.txt.gz",
     "tclip_jax/data/LICENSE.bpe",
     *(f"tclip_jax/interop/demo/{path.name}" for path in (ROOT / "tclip_jax" / "interop" / "demo").iterdir()),
+    "tclip_jax/ternary/native/plain.cc",
+    "tclip_jax/tclip_torch/pyproject.toml",
 }
 
 
@@ -49,7 +53,9 @@ def test_the_wheel_carries_data_recipes_and_licences_and_nothing_else(unpacked: 
     assert "tclip = tclip_jax.cli:main" in (info / "entry_points.txt").read_text()
     assert {path.name for path in unpacked.iterdir()} == {"tclip_jax", info.name}
     python = {str(path.relative_to(ROOT)) for path in (ROOT / "tclip_jax").rglob("*.py")}
+    beside = [ROOT / "hatch_build.py", *(ROOT / "tclip_torch").glob("*.py")]
     python |= {f"tclip_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
+    python |= {f"tclip_jax/tclip_torch/{path.name}" for path in beside}
     assert {name for name in files if name.endswith(".py")} == python
     assert not [name for name in files if name.endswith(".pyc")]
 
@@ -59,7 +65,8 @@ def test_the_unpacked_wheel_finds_its_recipes_from_anywhere(unpacked: pathlib.Pa
     code = (
         "import tclip_jax, tclip_jax.recipes as r; print(tclip_jax.__file__); print(r.recipe_folder());"
         "print(r.load_recipe('quickstart:student').ternary); from tclip_jax.data.tokenizer import Tokenizer;"
-        "print(Tokenizer(4)(['a'])[0].tolist())"
+        "print(Tokenizer(4)(['a'])[0].tolist());"
+        "from tclip_jax.interop.torch_packed import package_files; print(*(name for _, name in package_files()))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -71,6 +78,7 @@ def test_the_unpacked_wheel_finds_its_recipes_from_anywhere(unpacked: pathlib.Pa
     )
     package = unpacked / "tclip_jax"
     expected = [str(package / "__init__.py"), str(package / "configs"), "Q-ALL", "[49406, 320, 49407, 0]"]
+    expected.append(" ".join(name for _, name in package_files()))  # those of the checkout
     assert ran.stdout.splitlines() == expected, ran.stderr
 
 

@@ -87,7 +87,7 @@ def write_torch(folder: epath.Path, *, config: CLIPConfig, preprocess: Preproces
         "transformers": _transformers_names(config),
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    for source, name in _package_files():
+    for source, name in package_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         epath.Path(source).copy(folder / name)
 
@@ -125,7 +125,7 @@ def verify_torch(folder: epath.Path, *, config: CLIPConfig, params: Mapping[str,
         return f"{FOLDER}: weights verified; PyTorch is not installed, so embeddings were not compared with JAX's"
     with tempfile.TemporaryDirectory() as temporary:
         local = pathlib.Path(temporary)
-        names = ["config.json", "model.safetensors", *(name for _, name in _package_files())]
+        names = ["config.json", "model.safetensors", *(name for _, name in package_files())]
         for name in names:
             (local / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).copy(epath.Path(local / name))
@@ -181,7 +181,7 @@ def _transformers_names(config: CLIPConfig) -> dict[str, tuple[str, int | None, 
         return None
 
 
-def _package_files() -> Iterator[tuple[pathlib.Path, str]]:
+def package_files() -> Iterator[tuple[pathlib.Path, str]]:
     """Yield the path and the name in the folder of each file of the package, sources of the kernel included."""
     yield _SHIPPED / "pyproject.toml", "pyproject.toml"
     yield _BUILD, "hatch_build.py"

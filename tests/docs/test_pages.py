@@ -16,7 +16,7 @@ from tclip_jax.runs.config import base_config, run_config
 
 # page -> what is done with its blocks instead.
 ELSEWHERE = {
-    "docs/deploy.md": "tests/interop/test_onnx_runtimes.py and test_litert_runtimes.py, which need an exported folder",
+    "docs/deploy.md": "test_onnx_runtimes.py, test_litert_runtimes.py and test_torch_packed.py, which need an export",
     "docs/inference.md": "tests/inference/test_docs.py, which needs every command of the page in order",
     "docs/plan.md": "parsed alone, by test_commands: minutes of the TPU compiler; tests/planning runs it small",
     "docs/release.md": "tests/test_release.py, and .ci/run, which runs .ci/install-check",

@@ -207,7 +207,8 @@ def test_the_code_of_the_page_and_of_the_card_runs(tmp_path: pathlib.Path, monke
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8").partition("\n## LiteRT\n")[0]
     namespace: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    section = page.partition("\n## ONNX\n")[2].partition("\n## ")[0]
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
         exec(block, namespace)
     assert namespace["text_embeds"].shape == (2, WORDS.embed_dim)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "release" / "README.md").read_text(), re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tclip_jax.inference.model import Model
 from tclip_jax.interop import torch_packed
 from tclip_jax.interop.examples import Examples, make_examples
 from tclip_jax.interop.hugging_face_config import hugging_face_config
+from tclip_jax.interop.model_card import model_card
 from tclip_jax.interop.privacy import find_private
 from tclip_jax.interop.torch_packed import BUDGET, verify_torch, write_torch
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -45,6 +47,7 @@ pytestmark = pytest.mark.torch
 Params = dict[str, Any]
 Draw = Callable[[CLIPConfig], Params]
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RULES = ternary_rules("Q-ALL", Quantizer(group=24))
 # Widths that fill no panel, no byte and no group, and three words for queries, keys and values.
 CONFIG = CLIPConfig(
@@ -335,3 +338,21 @@ def test_the_file_holds_packed_weights(folder: pathlib.Path, params: Params) -> 
     stored = safetensors.numpy.load_file(folder / "model.safetensors")
     assert len(described["packed"]) == 17 and set(stored) >= {f"{name}.words" for name in described["packed"]}
     assert not set(described["packed"]) & set(stored)
+
+
+def test_the_code_of_the_page_and_of_the_model_card_runs(
+    folder: pathlib.Path, params: Params, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "release" / "torch")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page.partition("\n## PyTorch, packed\n")[2], re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    shown: dict[str, Any] = {}
+    exec(code, shown)
+    theirs = shown["theirs"].encode_image(torch.zeros(1, 3, 16, 16), normalize=True)
+    np.testing.assert_allclose(theirs, shown["image"], rtol=0, atol=1e-4)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(params, "float32", {}, ["torch"]), re.DOTALL)
+    given = {"pixels": torch.zeros(2, 3, 16, 16), "ids": torch.zeros(2, 4, dtype=int)}
+    exec(code.replace("FOLDER", "release"), given)
+    assert given["image"].shape == given["text"].shape == (2, CONFIG.embed_dim)
