@@ -36,7 +36,8 @@ def kernel() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         linear = getattr(library, _SYMBOL)
     except (OSError, AttributeError) as error:
-        reason = "it was not built, which needs pip install and a C++17 compiler" if path == str(_LIBRARY) else error
+        absent = path == str(_LIBRARY) and not _LIBRARY.exists()
+        reason = "it was not built, which needs pip install and a C++17 compiler" if absent else error
         warnings.warn(f"tclip_torch has no native kernel, PyTorch multiplies instead, slowly: {reason}", stacklevel=2)
         return None
     linear.restype = ctypes.c_char_p
