@@ -60,8 +60,8 @@ def export_model(
       preprocess: the preprocessing of its images.
       params: parameter tree with `TernaryTensor` leaves, which open_clip and transformers get as scale · trit. Other
         leaves may be lazy.
-      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. GGUF, ONNX
-        and LiteRT files are verified after writing.
+      formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. Files other than
+        those of open_clip and transformers are verified after writing.
       dtype: dtype of the weights that open_clip, transformers and ONNX store as floats, one of `DTYPES`; for ONNX not
         bfloat16. Ternary weights with scales of 8 significant bits are exact in all of them.
       accuracy_level: of ONNX Runtime's products with 2-bit weights. 4 rounds activations to int8; 1 is exact and slow.
@@ -76,7 +76,7 @@ def export_model(
     Raises:
       ValueError: a format cannot express the model, its preprocessing, groups or scales; the parameters or the image
         size do not match `config`; a format or dtype is unknown; weights are not finite in `dtype`; a package is not
-        installed or too old; or the embeddings of ONNX Runtime or LiteRT differ from those of JAX.
+        installed or too old; or the embeddings of ONNX Runtime, LiteRT or packed PyTorch differ from those of JAX.
       FileExistsError: the folder exists.
     """
     _check_options(formats, dtype, accuracy_level, batch)
@@ -94,7 +94,7 @@ def export_model(
     notes: list[str] = []
     with atomic_folder(folder, overwrite=overwrite) as unfinished:
         job = Job(unfinished, folder.name, config, preprocess, params, dtype, accuracy_level, batch)
-        # GGUF, StableHLO, LiteRT and ONNX first: they are most likely to fail, for their groups, scales or packages.
+        # Those of open_clip and transformers last: the others are likelier to fail, for groups, scales or packages.
         for name in sorted(set(formats), key=list(FORMATS).index, reverse=True):
             written, lines = FORMATS[name].write(job)
             files += [(file, (unfinished / file).stat().length, FORMATS[name].runs) for file in written]
