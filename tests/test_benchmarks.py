@@ -12,13 +12,15 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import runtimes
+from benchmarks import deploy, runtimes
+from benchmarks.deploy_runtimes import RUNTIMES
 from benchmarks.peer_files import two_bit_codes
 from benchmarks.peers import least_cosine
 from benchmarks.runtimes import Outcome, chosen_names, rows_of, table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "def main(" in path.read_text("utf-8")]
+DEPLOYED = {"tclip_jax A8": [5.0, 4.0], "onnx in OpenVINO": [3.0, 6.0]}
 NAMES = [path.stem for path in SCRIPTS if path.stem != "overview"]  # it draws what the others measured
 
 
@@ -97,3 +99,14 @@ def test_an_unknown_runtime_is_refused() -> None:
 
 def test_the_cosine_does_not_depend_on_the_lengths_of_embeddings() -> None:
     assert least_cosine(np.array([[3, 4], [0, 2]], np.float32), np.array([[0.6, 0.8], [0, 1]])) == pytest.approx(1)
+
+
+def test_exports_are_rows_beside_the_first_of_ours() -> None:
+    figures = {"median_ms": 9.0, "max_error": 1e-3, "least_cosine": 0.99}
+    measured = {name: [figures | {"least_ms": each} for each in times] for name, times in DEPLOYED.items()}
+    rows = deploy.rows_of(deploy.Outcome(rounds=measured))
+    assert [(row["runtime"], row["least_ms"], row["over_ours"]) for row in rows] == [
+        ("onnx in OpenVINO", 3.0, 0.75),
+        ("tclip_jax A8", 4.0, 1.0),
+    ]
+    assert {RUNTIMES[name].file.partition("/")[0] for name in RUNTIMES} >= set(deploy.EXPORTS)
