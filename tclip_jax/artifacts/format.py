@@ -128,7 +128,8 @@ def write_artifact(
             TERNARY_FILE: write_safetensors(building / TERNARY_FILE, ternary),
             REST_FILE: write_safetensors(building / REST_FILE, rest),
         }
-        Tokenizer(config.text.context_length).save(building)
+        if not config.text.hf_tokenizer_name:
+            Tokenizer(config.text.context_length).save(building)
         _write_preprocessor_config(building, preprocess)
         fields = {
             "model_cfg": config.to_open_clip(),

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import ftfy
 import numpy as np
@@ -16,6 +17,9 @@ import numpy.typing as npt
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    from tclip_jax.models.config import TextConfig
 
 VOCAB_SIZE = 49408
 SOT = 49406
@@ -94,6 +98,20 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_bytes(text.encode())
+
+
+def tokenizer_of(text: TextConfig) -> Tokenizer:
+    """Return the tokenizer of a model's texts.
+
+    Raises:
+      ValueError: the model has another tokenizer than CLIP's.
+    """
+    if text.hf_tokenizer_name:
+        raise ValueError(
+            f"the model's texts are tokenized by {text.hf_tokenizer_name!r:.80}, which is not read yet: only CLIP's own"
+            " tokenizer is; its images can be encoded, and texts as token ids"
+        )
+    return Tokenizer(text.context_length)
 
 
 @functools.cache

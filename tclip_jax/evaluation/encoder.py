@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tclip_jax.data.eval_batches import eval_batches, log_bad_samples
 from tclip_jax.data.images import Preprocess, normalize
 from tclip_jax.data.sources import Source
-from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, Tokenizer
+from tclip_jax.data.tokenizer import EOT, VOCAB_SIZE, tokenizer_of
 from tclip_jax.inference.model import Embeddings, Model
 from tclip_jax.keys import recipe
 from tclip_jax.models.clip import CLIP
@@ -104,7 +104,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Embeddings:
         """Return the L2-normalised embeddings (N, D) of texts, which must be the same on every process."""
-        tokens = Tokenizer(self._text.context_length)(texts)
+        tokens = tokenizer_of(self._text)(texts)
         lengths = self._lengths(tokens)
         rows = min(self.batch_size, self._round_up(1 << max(len(texts) - 1, 0).bit_length()))
         local_rows = rows // jax.process_count()

@@ -23,7 +23,7 @@ from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, content_digest, parse_manifest
 from tclip_jax.artifacts.pack import flatten, pack_params, repack_leaf, repack_params
 from tclip_jax.data.images import Picture, Preprocess, as_sequence
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import tokenizer_of
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
@@ -149,7 +149,7 @@ class Model:
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
         """Return the tokens of one text or several, int32 (N, context_length)."""
-        return Tokenizer(self.config.text.context_length)(texts)
+        return tokenizer_of(self.config.text)(texts)
 
     def trits(self, path: str) -> TernaryTensor:
         """Return the trits and scales of a ternary weight, packed or latent.

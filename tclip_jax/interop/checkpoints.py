@@ -32,7 +32,7 @@ from tclip_jax.models.config import CLIPConfig
 
 HUB_PREFIX = "hf-hub:"
 
-_POSITIONS = "visual.positional_embedding"
+_POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
 _OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
     f"open_clip_model.safetensors{INDEX}",
@@ -58,8 +58,10 @@ _KINDS = (
     (r"\blora_[AB]\b|\blora\.(up|down)\b", "an adapter (LoRA), which must be merged into its model first"),
     (r"\btext_decoder\.|\bvisual\.attn_pool\.", "a CoCa"),
     (r"\bvisual\.layer1\.", "a ResNet"),
-    (r"\bvisual\.trunk\.attn_pool\.|\bvision_model\.head\.", "a SigLIP"),
-    (r"\bvisual\.trunk\.|\bimage_encoder\.model\.", "an image tower of timm"),
+    (
+        r"\bvisual\.trunk\.(?!attn_pool|blocks|norm\.|pos_embed|patch_embed\.proj)|\bimage_encoder\.model\.",
+        "an image tower of timm",
+    ),
     (r"\btext\.transformer\.(embeddings|encoder|shared)\.", "a text tower of Hugging Face"),
     (r"\bself_attn\.rotary|\bmodel\.layers\.\d+\.mlp\.gate_proj\b|\btransformer\.h\.\d", "a language model"),
 )
@@ -162,25 +164,28 @@ def fetch(source: str) -> epath.Path:
     raise FileNotFoundError(f"{source}: the repository has no weights of open_clip or transformers")
 
 
-def resize_positions(embedding: npt.NDArray[Any], grid: tuple[int, int]) -> npt.NDArray[np.float32]:
+def resize_positions(
+    embedding: npt.NDArray[Any], grid: tuple[int, int], class_token: bool = True
+) -> npt.NDArray[np.float32]:
     """Interpolate position embeddings to another patch grid, as open_clip's `resize_pos_embed` does.
 
     The interpolation is bicubic with antialiasing; the class token's embedding is unchanged.
 
     Args:
-      embedding: (1 + n·n, W), the class token first, then a square grid.
+      embedding: (1 + n·n, W), the class token first, then a square grid; or (n·n, W) without a class token.
       grid: height h and width w of the new grid, in patches.
+      class_token: whether there is one.
 
     Returns:
-      float32 (1 + h·w, W).
+      float32 (1 + h·w, W), or (h·w, W).
 
     Raises:
       ValueError: the old grid is not square.
     """
-    side = math.isqrt(len(embedding) - 1)
-    if side * side != len(embedding) - 1:
-        raise ValueError(f"{_POSITIONS} has {len(embedding) - 1} patches: only a square grid can be resized")
-    token, patches = np.split(np.asarray(embedding, np.float32), [1])
+    token, patches = np.split(np.asarray(embedding, np.float32), [int(class_token)])
+    side = math.isqrt(len(patches))
+    if side * side != len(patches):
+        raise ValueError(f"the position embedding has {len(patches)} patches: only a square grid can be resized")
     old = jnp.asarray(patches.reshape(side, side, -1))
     new = jax.image.resize(old, (*grid, old.shape[-1]), "cubic")
     return np.concatenate([token, np.asarray(new).reshape(grid[0] * grid[1], -1)])
@@ -291,8 +296,15 @@ def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[st
     """Return the tensors, with the image position embeddings interpolated to `grid` if their grid differs."""
     resized = dict(tensors)
     for key, value in tensors.items():
-        shape = (1 + grid[0] * grid[1], *value.shape[1:])
-        if key.endswith(_POSITIONS) and value.shape[:1] != shape[:1]:
-            load = functools.partial(lambda value: resize_positions(np.asarray(value), grid), value)
+        led, token = key.endswith("pos_embed"), not key.endswith("pos_embed")
+        shape = (1,) * led + (token + grid[0] * grid[1], *value.shape[led + 1 :])
+        if key.endswith(_POSITIONS) and value.shape != shape:
+            load = functools.partial(_resized, value, shape, grid, token)
             resized[key] = LazyArray(shape, np.dtype(np.float32), load)
     return resized
+
+
+def _resized(
+    value: LazyArray, shape: tuple[int, ...], grid: tuple[int, int], class_token: bool
+) -> npt.NDArray[np.float32]:
+    return resize_positions(np.asarray(value).reshape(-1, shape[-1]), grid, class_token).reshape(shape)

@@ -16,7 +16,9 @@ from tclip_jax.interop.formats import ACCURACY_LEVELS, DTYPES, FORMATS, ONNX_FOL
 from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.model_card import model_card
 from tclip_jax.interop.onnx_graph import Form
+from tclip_jax.interop.open_clip import is_timm
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.timm_cfg import to_timm
 from tclip_jax.storage import atomic_folder
 
 
@@ -103,7 +105,10 @@ def export_model(
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
         if check:
             write_check(unfinished, job.examples(dtype))
-        Tokenizer(config.text.context_length).save(unfinished)
+        if not config.text.hf_tokenizer_name:
+            Tokenizer(config.text.context_length).save(unfinished)
+        else:
+            notes.append(f"no tokenizer is written: copy that of {config.text.hf_tokenizer_name} into the folder")
         if demo:
             data = (provenance or {}).get("data")
             digits = isinstance(data, Mapping) and data.get("source") == "digits"
@@ -142,6 +147,11 @@ def _documents(
     config: CLIPConfig, preprocess: Preprocess, formats: Sequence[str], dtype: str
 ) -> tuple[dict[str, Any], bool]:
     """Return the JSON files of an export by name, and whether transformers.js can load its ONNX files."""
+    if "open_clip" in formats and is_timm(config) and to_timm(config.vision) is None:
+        raise ValueError(
+            f"vision_cfg.width is {config.vision.width}: open_clip builds SigLIP's image towers by their names in timm,"
+            " and none has this shape: hf has any"
+        )
     documents: dict[str, Any] = {
         "open_clip_config.json": {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()}
     }

@@ -49,7 +49,7 @@ def import_checkpoint(
     checkpoint = open_checkpoint(source, like=like, image_size=image_size)
     leaves = flatten(checkpoint.params)
     results: dict[str, TernaryTensor | NotTernaryError] = {}
-    for path in TERNARIZABLE if ternary else ():
+    for path in [path for path in TERNARIZABLE if ternary and path in leaves]:
         if isinstance(leaves[path], TernaryTensor):
             results[path] = leaves[path]
             continue

@@ -11,7 +11,9 @@ from etils import epath
 
 from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.hugging_face_config import activations, config_from_hugging_face, preprocess_from_hugging_face
+from tclip_jax.interop.hugging_face_config import activations, config_from_hugging_face
+from tclip_jax.interop.hugging_face_preprocess import preprocess_from_hugging_face
+from tclip_jax.interop.open_clip import is_timm
 from tclip_jax.interop.reader import check_object, read_json
 from tclip_jax.interop.torchscript import torchscript_activation
 from tclip_jax.models.config import CLIPConfig
@@ -66,18 +68,24 @@ def from_open_clip(folder: epath.Path) -> Metadata:
     )
     if beside.exists():
         stated, document = set(), read_json(beside)
-        if document.get("model_type") == "clip":
+        if document.get("model_type") in ("clip", "siglip"):
             stated = activations(document)
-        if stated and stated != {"quick_gelu" if metadata.config.quick_gelu else "gelu"}:
+        config = metadata.config
+        # open_clip's configurations of SigLIP leave out the approximation of the image tower, and some of the text's.
+        if (
+            stated
+            and not is_timm(config)
+            and stated != {config.activation(config.vision), config.activation(config.text)}
+        ):
             raise ValueError(
                 f"{beside} has hidden_act {', '.join(sorted(stated)):.80}, but {OPEN_CLIP} has"
-                f" quick_gelu {metadata.config.quick_gelu}: both must name the same activation"
+                f" quick_gelu {config.quick_gelu}: both must name the same activation"
             )
     return metadata
 
 
 def from_hugging_face(folder: epath.Path) -> Metadata:
-    """Return the metadata in a folder that transformers' CLIPModel saved.
+    """Return the metadata in a folder that transformers' CLIPModel or SiglipModel saved.
 
     Without preprocessor_config.json, the preprocessing is CLIP's default: that of CLIPImageProcessor at the model's
     image size.

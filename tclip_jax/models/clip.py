@@ -1,4 +1,4 @@
-"""The CLIP model: an image tower and a text tower with one embedding space."""
+"""The CLIP model, and SigLIP: an image tower and a text tower with one embedding space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from tclip_jax.ternary import initial_alpha
 
 
 class CLIP(nn.Module):
-    """The contrastive image-text model of CLIP (arXiv 2103.00020), with ternary weights as `rules` define.
+    """The contrastive image-text model of CLIP (arXiv 2103.00020) or SigLIP (arXiv 2303.15343), with ternary weights as
+    `rules` define.
+
+    The parameter `logit_bias` exists if the configuration has `init_logit_bias`.
 
     The parameter tree may hold `TernaryTensor` or `PackedTensor` leaves instead of float weights; they are used as they
     are.
@@ -41,10 +44,16 @@ class CLIP(nn.Module):
     def setup(self) -> None:
         mesh = mesh_in_force()
         check_tensor(self.config, self.rules, mesh.shape["tensor"] if mesh else 1)
-        shared = (self.config.embed_dim, self.config.quick_gelu, self.rules, self.dtype, self.remat)
-        self.image = VisionTransformer(self.config.vision, *shared)
-        self.text = TextTransformer(self.config.text, *shared)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        config, width, shared = self.config, self.config.embed_dim, (self.rules, self.dtype, self.remat)
+        self.image = VisionTransformer(config.vision, width, config.activation(config.vision), *shared)
+        self.text = TextTransformer(config.text, width, config.activation(config.text), *shared)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self._initial_scale()), ())
+        if config.init_logit_bias is not None:
+            self.param("logit_bias", nn.initializers.constant(config.init_logit_bias), ())
+
+    def _initial_scale(self) -> float:
+        """CLIP's 1 / 0.07, or with a bias SigLIP's 10, as a logarithm."""
+        return math.log(1 / 0.07) if self.config.init_logit_bias is None else math.log(10)
 
     def encode_image(self, images_BHWC: jax.Array) -> jax.Array:
         """Encode images.
@@ -119,7 +128,7 @@ def with_learned_scales(params: Mapping[str, Any], rules: TernaryRules) -> dict[
     leaves = flatten_dict(params, sep="/")
     for path in TERNARIZABLE:
         quantizer = find_quantizer(path, rules)
-        if quantizer and quantizer.learned and f"{path}_scale" not in leaves:
+        if path in leaves and quantizer and quantizer.learned and f"{path}_scale" not in leaves:
             weight = jnp.asarray(leaves[path])
             leaves[f"{path}_scale"] = initial_alpha(
                 weight.reshape(matrix_shape(weight.shape)), quantizer, input_axis(path)

@@ -6,7 +6,7 @@ Only matrix products count; all else is below 1 % in a model of useful width.
 
 from __future__ import annotations
 
-from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 
 # Dense bfloat16 FLOP/s of a JAX device, by its `device_kind`, from the vendors' data sheets. A chip of TPU v2, v3 or 7x
 # is two devices, one of v4 is one (its two cores are fused).
@@ -44,10 +44,15 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def image_flops(config: CLIPConfig) -> int:
-    """Return the number of operations that encode one image: patch embedding, blocks and projection."""
+    """Return the number of operations that encode one image: patch embedding, blocks, pooling and projection."""
     vision, patches = config.vision, config.vision.grid[0] * config.vision.grid[1]
     patch = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    return patch + _tower_flops(vision.layers, patches + 1, vision.width, vision.mlp_ratio, config.embed_dim)
+    width = vision.width
+    projection = 2 * width * config.embed_dim * vision.projection
+    # Keys and values of all tokens; attention of one query, the query, out and the MLP.
+    pool = 2 * width * (vision.tokens * 2 * width + 2 * vision.tokens + 2 * width + 2 * int(width * vision.mlp_ratio))
+    pool *= vision.pool_type == "map"
+    return patch + _tower_flops(vision, vision.tokens) + pool + projection
 
 
 def text_flops(config: CLIPConfig, length: int | None = None) -> int:
@@ -60,7 +65,8 @@ def text_flops(config: CLIPConfig, length: int | None = None) -> int:
       length: number of tokens; by default the context length.
     """
     text = config.text
-    return _tower_flops(text.layers, length or text.context_length, text.width, text.mlp_ratio, config.embed_dim)
+    projection = 2 * text.width * config.embed_dim * (text.proj_type == "linear")
+    return _tower_flops(text, length or text.context_length) + projection
 
 
 def train_flops(
@@ -90,9 +96,8 @@ def train_flops(
     return (3 + remat + grad_cache) * forward + teacher_passes * taught
 
 
-def _tower_flops(layers: int, tokens: int, width: int, mlp_ratio: float, embed_dim: int) -> int:
-    """For each layer: q, k, v and out, the MLP, attention logits and weighted sum of values; then the projection of one
-    token.
-    """
-    dense = 2 * tokens * width * (4 * width + 2 * int(width * mlp_ratio))
-    return layers * (dense + 4 * tokens * tokens * width) + 2 * width * embed_dim
+def _tower_flops(tower: VisionConfig | TextConfig, tokens: int) -> int:
+    """For each layer: q, k, v and out, the MLP, attention logits and weighted sum of values."""
+    width = tower.width
+    dense = 2 * tokens * width * (4 * width + 2 * int(width * tower.mlp_ratio))
+    return tower.layers * (dense + 4 * tokens * tokens * width)

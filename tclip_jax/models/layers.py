@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.config import Activation, CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.parallel.mesh import constrain, mesh_in_force
 from tclip_jax.parallel.sharding import matrix_specs, path_of
@@ -181,9 +181,6 @@ def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
     return dense_product(x, w_KN)
 
 
-EPSILON = 1e-5  # what every LayerNorm adds to the variance
-
-
 class Dense(nn.Module):
     """A dense layer x · W + b with a float or ternary W (K, N).
 
@@ -247,14 +244,16 @@ class Embedding(nn.Module):
         return table.rows(tokens, self.dtype)
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """A LayerNorm in float32 with PyTorch's epsilon; Flax's fast variance E[x²] − E[x]² would lose precision."""
-    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=jnp.float32, name=name)
+def layer_norm(name: str, epsilon: float) -> nn.LayerNorm:
+    """A LayerNorm in float32. Flax's fast variance E[x²] − E[x]² would lose precision."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
-def gelu(x: jax.Array, quick: bool) -> jax.Array:
-    """GELU by the error function, as in PyTorch; if `quick`, OpenAI's x · sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x) if quick else jax.nn.gelu(x, approximate=False)
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """GELU by the error function, its approximation with a hyperbolic tangent, or OpenAI's x · sigmoid(1.702 x)."""
+    if activation == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return jax.nn.gelu(x, approximate=activation == "gelu_tanh")
 
 
 def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool) -> jax.Array:
@@ -264,8 +263,8 @@ def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool
 
     Args:
       q_BTHK: queries (B, T, H, K).
-      k_BTHK: keys (B, T, H, K).
-      v_BTHK: values (B, T, H, K).
+      k_BTHK: keys (B, S, H, K); S may differ from T.
+      v_BTHK: values (B, S, H, K).
       causal: whether a token attends only to itself and earlier tokens.
 
     Returns:

@@ -13,7 +13,8 @@ import jax
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType
 
-from tclip_jax.models.layers import EPSILON, gelu
+from tclip_jax.models.config import Activation
+from tclip_jax.models.layers import activate
 from tclip_jax.ternary.kernels import native_cpu
 from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor, traced_device
 
@@ -31,26 +32,27 @@ def is_native(params: Mapping[str, Any]) -> bool:
 
 
 def native_block(
-    params: Mapping[str, Any], x_BTD: jax.Array, *, heads: int, causal: bool, quick_gelu: bool
+    params: Mapping[str, Any], x_BTD: jax.Array, *, heads: int, causal: bool, activation: Activation, epsilon: float
 ) -> jax.Array:
     """Compute a block without LayerScale: x + attention(ln_1(x)), then x + mlp(ln_2(x)).
 
     Args:
       params: the parameters of `Block`, for which `is_native` holds.
       x_BTD: the residual stream, float32 (B, T, D).
-      heads: as in `Block`.
+      heads: number of attention heads.
       causal: as in `Block`.
-      quick_gelu: as in `Block`.
+      activation: as in `Block`.
+      epsilon: what LayerNorm adds to the variance.
 
     Returns:
       float32 (B, T, D).
     """
     attention, mlp, batch = params["attention"], params["mlp"], x_BTD.shape[:2]
     x = x_BTD.reshape(-1, x_BTD.shape[-1])
-    qkv = _dense(x, attention["qkv"], norm=params["ln_1"])
+    qkv = _dense(x, attention["qkv"], norm=params["ln_1"], epsilon=epsilon)
     mixed = native_cpu.attention(qkv.reshape(*batch, -1), heads, causal)
     x = _dense(mixed.reshape(x.shape), attention["out"], residual=x)
-    hidden = _dense(x, mlp["fc1"], norm=params["ln_2"], activation="quick_gelu" if quick_gelu else "gelu")
+    hidden = _dense(x, mlp["fc1"], norm=params["ln_2"], epsilon=epsilon, activation=activation)
     return _dense(hidden, mlp["fc2"], residual=x).reshape(x_BTD.shape)
 
 
@@ -59,7 +61,8 @@ def _dense(
     layer: Mapping[str, Any],
     *,
     norm: Mapping[str, jax.Array] | None = None,
-    activation: native_cpu.Activation = None,
+    epsilon: float = 0.0,
+    activation: Activation | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
     w = layer["kernel"]
@@ -69,15 +72,15 @@ def _dense(
             w,
             activations=w.activations,
             norm=(norm["scale"], norm["bias"]) if norm else None,
-            epsilon=EPSILON,
+            epsilon=epsilon,
             bias=layer["bias"],
             activation=activation,
             residual=residual,
         )
     if norm:
-        x = jax.nn.standardize(x, axis=-1, epsilon=EPSILON) * norm["scale"] + norm["bias"]
+        x = jax.nn.standardize(x, axis=-1, epsilon=epsilon) * norm["scale"] + norm["bias"]
     y = x @ w + layer["bias"]
-    y = y if activation is None else gelu(y, activation == "quick_gelu")
+    y = y if activation is None else activate(y, activation)
     return y if residual is None else residual + y
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tclip_jax.models.timm_cfg import from_timm, is_timm_siglip
+
 # Fields from `global_average_pool` to `correct_cls_mask` belong to older versions of open_clip.
 
 
@@ -29,10 +31,6 @@ _ATTENTION = {
     "scale_attn_inner": _Field("normalises what attention gives before its output projection", (False, None)),
     "scale_attn": _Field("normalises what attention gives", (False, None)),
     "scale_fc": _Field("normalises the hidden layer of the MLPs", (False, None)),
-    "act_kwargs": _Field(
-        "computes another activation than GELU (erf) or QuickGELU", (None, {}, {"approximate": "none"})
-    ),
-    "norm_kwargs": _Field("has other LayerNorms than those with eps 1e-05", (None, {}, {"eps": 1e-5})),
     "output_tokens": _Field("also returns the embedding of each token", (False, None)),
 }
 _MODEL = {
@@ -41,8 +39,7 @@ _MODEL = {
     "nonscalar_logit_scale": _Field("", ()),
     "output_dict": _Field("", ()),
     "cast_dtype": _Field("computes in another dtype", (None,)),
-    "init_logit_scale": _Field("starts training at another logit scale than ln(1/0.07)", (None, math.log(1 / 0.07))),
-    "init_logit_bias": _Field("adds a learned bias to the logits, as SigLIP does", (None,)),
+    "init_logit_scale": _Field("starts training at another logit scale", (None, math.log(1 / 0.07), math.log(10))),
 }
 _VISION = _ATTENTION | {
     "patch_dropout": _Field("leaves out patches in training", (0, None)),
@@ -56,19 +53,13 @@ _VISION = _ATTENTION | {
         ("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
         _Field("", ()),
     ),
-    "timm_model_name": _Field("", (None, "")),
 }
 _TEXT = _ATTENTION | {
-    "hf_tokenizer_name": _Field("tokenizes texts by that tokenizer of Hugging Face, not by CLIP's own", (None, "")),
-    "tokenizer_kwargs": _Field(
-        "changes the tokenizer by these options", (None, {}, {"clean": "lower"}, {"reduction_mask": ""})
-    ),
+    "tokenizer_kwargs": _Field("", ()),  # of the tokenizer that hf_tokenizer_name names
     "embed_cls": _Field("appends a class token to texts, as CoCa does", (False, None)),
-    "proj_bias": _Field("adds a bias to the projection of texts, as SigLIP does", (False, None)),
-    "proj_type": _Field("has another projection of texts than a linear one", ("linear",)),
     "use_pad_mask": _Field("masks padding", (False, None)),
-    # Unused without hf_tokenizer_name, embed_cls and hf_model_name; open_clip itself does not use the last.
-    **dict.fromkeys(("tokenizer_mode", "pad_id", "correct_cls_mask", "eos_id"), _Field("", ())),
+    # Unused without such a tokenizer, embed_cls and hf_model_name; open_clip itself does not use the last.
+    **dict.fromkeys(("tokenizer_mode", "pad_id", "correct_cls_mask"), _Field("", ())),
     **dict.fromkeys(
         ("hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "pooler_type", "proj", "final_ln_after_pool"),
         _Field("", ()),
@@ -92,7 +83,7 @@ def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[s
       The same model in the fields of CLIPConfig.
 
     Raises:
-      ValueError: the model is of another kind (ResNet, timm, Hugging Face, CoCa, SigLIP), or a field has a value that
+      ValueError: the model is of another kind (ResNet, timm, Hugging Face, CoCa), or a field has a value that
         is not supported; the message has its meaning in open_clip.
     """
     model = dict(model_cfg)
@@ -101,13 +92,28 @@ def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[s
     model.pop("multimodal_cfg", None)
     for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
         if name in sections:
-            model[name] = _without(sections[name], fields, f"{name}.", trained)
+            section = _native_kwargs(sections[name], f"{name}.")
+            if is_timm_siglip(section.get("timm_model_name")):
+                section = from_timm(section)
+            model[name] = _without(section, fields, f"{name}.", trained)
             if name == "text_cfg":
-                _name_end(model[name], sections[name])
+                _name_end(model[name])
+                model[name] = {k: v for k, v in model[name].items() if k != "hf_tokenizer_name" or v}
     model = _without(model, _MODEL, "", trained)
     if "vision_cfg" in sections:
         _make_square(model["vision_cfg"])
     return model
+
+
+def _native_kwargs(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Convert `norm_kwargs` and `act_kwargs`, the arguments of PyTorch's LayerNorm and GELU, to our fields."""
+    native = dict(section)
+    for name, argument, field in (("norm_kwargs", "eps", "norm_eps"), ("act_kwargs", "approximate", "approximate")):
+        kwargs = native.pop(name, None) or {}
+        if not isinstance(kwargs, Mapping) or kwargs.keys() - {argument}:
+            raise ValueError(f"{where}{name} is {kwargs!r:.60}: only {argument} is supported")
+        native |= {field: kwargs[argument]} if argument in kwargs else {}
+    return native
 
 
 def _check_kind(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
@@ -115,16 +121,16 @@ def _check_kind(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mappi
     reason = None
     if model.get("multimodal_cfg"):
         reason = "a CoCa (it has a multimodal_cfg)"
-    elif isinstance(timm, str) and "siglip" in timm:
-        reason = f"a SigLIP (vision_cfg.timm_model_name is {timm!r:.60})"
-    elif timm:
+    elif timm and not is_timm_siglip(timm):
         reason = f"one with an image tower of timm (vision_cfg.timm_model_name is {timm!r:.60})"
     elif isinstance(layers, list | tuple):
         reason = f"a ResNet (vision_cfg.layers is {layers!s:.60})"
     elif hugging_face:
         reason = f"one with a text tower of Hugging Face (text_cfg.hf_model_name is {hugging_face!r:.60})"
     if reason:
-        raise ValueError(f"the model is {reason}: only CLIPs with open_clip's own transformers are supported")
+        raise ValueError(
+            f"the model is {reason}: only CLIPs with open_clip's own transformers, and SigLIPs, are supported"
+        )
 
 
 def _without(section: Mapping[str, Any], fields: Mapping[str, _Field], where: str, trained: bool) -> dict[str, Any]:
@@ -144,9 +150,12 @@ def _same(stated: Any, value: Any) -> bool:
     return stated == value
 
 
-def _name_end(text: dict[str, Any], stated: Mapping[str, Any]) -> None:
-    """Rename `pool_type` "eos" to "argmax" if the end-of-text id is the largest id: both then select the same token."""
-    if text.get("pool_type") == "eos" and stated.get("eos_id") == stated.get("vocab_size", 49408) - 1:
+def _name_end(text: dict[str, Any]) -> None:
+    """Keep `eos_id` only if a text is pooled there, and rename "eos" to "argmax" if both select the same token."""
+    if text.get("pool_type") != "eos":
+        text.pop("eos_id", None)
+    elif text.get("eos_id") == text.get("vocab_size", 49408) - 1:
+        del text["eos_id"]
         text["pool_type"] = "argmax"
 
 

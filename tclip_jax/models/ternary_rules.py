@@ -10,12 +10,14 @@ from tclip_jax.ternary import Quantizer
 
 TernaryRules = tuple[tuple[str, Quantizer], ...]
 
-MLP = r"(image|text)/blocks/mlp/(fc1|fc2)/kernel"
-ATTENTION = r"(image|text)/blocks/attention/(qkv|out)/kernel"
+# Those of the blocks, and of SigLIP's attention pooling.
+MLP = r"(image|text)/(blocks|pool)/mlp/(fc1|fc2)/kernel"
+ATTENTION = r"(image|text)/(blocks|pool)/attention/(qkv|q|kv|out)/kernel"
 TOKEN_EMBEDDING = r"text/token_embedding/embedding"
 PATCH_EMBEDDING = r"image/patch_embedding/kernel"
 
-# The only parameters that can be ternary: weights of Dense and Embedding layers, and the patch embedding.
+# The only parameters that can be ternary: weights of Dense and Embedding layers, and the patch embedding. A model has
+# attention pooling, a projection, or both.
 TERNARIZABLE = (
     TOKEN_EMBEDDING,
     PATCH_EMBEDDING,
@@ -24,6 +26,7 @@ TERNARIZABLE = (
         for tower in ("image", "text")
         for layer in ("blocks/attention/qkv", "blocks/attention/out", "blocks/mlp/fc1", "blocks/mlp/fc2", "projection")
     ),
+    *(f"image/pool/{layer}/kernel" for layer in ("attention/q", "attention/kv", "attention/out", "mlp/fc1", "mlp/fc2")),
 )
 
 # In Q-ALL the patch embedding, final projections, class and position embeddings, LayerNorm and biases stay float.

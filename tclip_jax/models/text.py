@@ -1,4 +1,4 @@
-"""CLIP's text transformer."""
+"""The text transformer of CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.config import TextConfig
+from tclip_jax.models.config import Activation, TextConfig
 from tclip_jax.models.layers import Dense, Embedding, layer_norm
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import scan_blocks
@@ -20,7 +20,7 @@ class TextTransformer(nn.Module):
     Attributes:
       config: the shape of the tower.
       embed_dim: width of the shared embedding space.
-      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      activation: the activation of the MLPs.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
       remat: whether the backward pass recomputes the activations of each block.
@@ -28,7 +28,7 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     embed_dim: int
-    quick_gelu: bool
+    activation: Activation
     rules: TernaryRules = ()
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
@@ -41,21 +41,31 @@ class TextTransformer(nn.Module):
         x_BTD = x_BTD.astype(jnp.float32) + position_TD[: tokens_BT.shape[1]]
         x_BTD = scan_blocks(
             x_BTD.astype(self.dtype),
-            layers=cfg.layers,
-            heads=cfg.heads,
-            mlp_ratio=cfg.mlp_ratio,
-            layer_scale=cfg.ls_init_value,
+            cfg,
+            activation=self.activation,
             causal=not cfg.no_causal_mask,
-            quick_gelu=self.quick_gelu,
             rules=self.rules,
             dtype=self.dtype,
             remat=self.remat,
         )
-        # The end-of-text token has the largest id of the vocabulary.
-        batch, length = tokens_BT.shape  # `jax.export` may leave the batch open, so that len would fail
-        end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(batch, length - 1)
         # A masked sum, because the gradient of a gather is a scatter, slow and in the dtype of the computation.
-        is_end_BT1 = jnp.expand_dims(jnp.arange(length) == end_B[:, None], -1)
-        x_BD = layer_norm("ln_final")(jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32))
-        small, bias = nn.initializers.normal(width**-0.5), False
-        return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)
+        is_end_BT1 = jnp.expand_dims(jnp.arange(tokens_BT.shape[1]) == pooled_position(tokens_BT, cfg)[:, None], -1)
+        pooled_BD = jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32)
+        x_BD = layer_norm("ln_final", cfg.norm_eps)(pooled_BD)
+        if cfg.proj_type == "none":
+            return x_BD
+        small = nn.initializers.normal(width**-0.5)
+        return Dense(self.embed_dim, self.rules, cfg.proj_bias, small, self.dtype, name="projection")(x_BD)
+
+
+def pooled_position(tokens_BT: jax.Array, config: TextConfig) -> jax.Array:
+    """Return the position of the token whose state becomes the embedding, int32 (B,).
+
+    The end-of-text token of CLIP has the largest id of the vocabulary. A text without `eos_id` is pooled at 0.
+    """
+    if config.pool_type == "argmax":
+        return tokens_BT.argmax(axis=-1)
+    if config.pool_type == "eos":
+        return (tokens_BT == config.eos_id).argmax(axis=-1)
+    batch, length = tokens_BT.shape  # `jax.export` may leave the batch open, so that len would fail
+    return jnp.full(batch, length - 1 if config.pool_type == "last" else 0)

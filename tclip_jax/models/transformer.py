@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.layers import QUANTIZER_RNG, Dense, attend, gelu, layer_norm
+from tclip_jax.models.config import Activation, TextConfig, VisionConfig
+from tclip_jax.models.layers import QUANTIZER_RNG, Dense, activate, attend, layer_norm
 from tclip_jax.models.native_block import is_native, native_block, with_transforms
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import constrain_batch
@@ -52,14 +53,14 @@ class MLP(nn.Module):
     Attributes:
       hidden: width between the layers.
       layers: depth of the tower, which scales the initial output layer.
-      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      activation: the activation.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
     """
 
     hidden: int
     layers: int
-    quick_gelu: bool
+    activation: Activation
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
 
@@ -69,7 +70,7 @@ class MLP(nn.Module):
         init = nn.initializers.normal((2 * width) ** -0.5)
         out_init = nn.initializers.normal(width**-0.5 * (2 * self.layers) ** -0.5)
         x_BTF = Dense(self.hidden, self.rules, kernel_init=init, dtype=self.dtype, name="fc1")(x_BTD)
-        x_BTF = constrain_batch(gelu(x_BTF, self.quick_gelu), None, "tensor")
+        x_BTF = constrain_batch(activate(x_BTF, self.activation), None, "tensor")
         return Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="fc2")(x_BTF)
 
 
@@ -77,66 +78,59 @@ class Block(nn.Module):
     """A pre-norm block: x + attention(ln_1(x)), then x + mlp(ln_2(x)). As the body of a scan it returns (carry, None).
 
     Attributes:
-      heads: number of attention heads.
-      layers: depth of the tower.
-      mlp_ratio: hidden width of the MLP, divided by the width.
-      layer_scale: initial value of LayerScale; None for no LayerScale.
+      config: the shape of the tower.
+      activation: the activation of the MLP.
       causal: whether a token attends only to itself and earlier tokens.
-      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
       native: whether packed weights may run in native calls (`native_block`).
     """
 
-    heads: int
-    layers: int
-    mlp_ratio: float
-    layer_scale: float | None
+    config: VisionConfig | TextConfig
+    activation: Activation
     causal: bool
-    quick_gelu: bool
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
     native: bool = True
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        cfg = self.config
         if self._is_native(x_BTD):
             plain = self.clone(native=False, parent=None)
-            native = functools.partial(native_block, heads=self.heads, causal=self.causal, quick_gelu=self.quick_gelu)
+            native = functools.partial(
+                native_block, heads=cfg.heads, causal=self.causal, activation=self.activation, epsilon=cfg.norm_eps
+            )
             block = with_transforms(native, lambda params, x: plain.apply({"params": params}, x)[0])
             return block(self.variables["params"], x_BTD), None
-        width = x_BTD.shape[-1]
-        attention = Attention(self.heads, self.layers, self.causal, self.rules, self.dtype, name="attention")
-        hidden = int(width * self.mlp_ratio)
-        mlp = MLP(hidden, self.layers, self.quick_gelu, self.rules, self.dtype, name="mlp")
-        x_BTD = x_BTD + self._scaled("ls_1", attention(layer_norm("ln_1")(x_BTD)))
-        x_BTD = x_BTD + self._scaled("ls_2", mlp(layer_norm("ln_2")(x_BTD)))
+        attention = Attention(cfg.heads, cfg.layers, self.causal, self.rules, self.dtype, name="attention")
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        mlp = MLP(hidden, cfg.layers, self.activation, self.rules, self.dtype, name="mlp")
+        x_BTD = x_BTD + self._scaled("ls_1", attention(layer_norm("ln_1", cfg.norm_eps)(x_BTD)))
+        x_BTD = x_BTD + self._scaled("ls_2", mlp(layer_norm("ln_2", cfg.norm_eps)(x_BTD)))
         return constrain_batch(x_BTD), None
 
     def _is_native(self, x_BTD: jax.Array) -> bool:
         """Whether this call is inference in float32 whose activations are not recorded, and the weights fit."""
         recorded = self.is_mutable_collection("taps") or "reference" in self.variables
-        if recorded or not self.native or self.layer_scale is not None or x_BTD.dtype != jnp.float32:
+        if recorded or not self.native or self.config.ls_init_value is not None or x_BTD.dtype != jnp.float32:
             return False
         return is_native(self.variables["params"])
 
     def _scaled(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Multiply by LayerScale's gain of each channel, if the model has one."""
-        if self.layer_scale is None:
+        if self.config.ls_init_value is None:
             return x_BTD
-        gain_D = self.param(name, nn.initializers.constant(self.layer_scale), (x_BTD.shape[-1],))
+        gain_D = self.param(name, nn.initializers.constant(self.config.ls_init_value), (x_BTD.shape[-1],))
         return (x_BTD.astype(jnp.float32) * gain_D).astype(self.dtype)
 
 
 def scan_blocks(
     x_BTD: jax.Array,
+    config: VisionConfig | TextConfig,
     *,
-    layers: int,
-    heads: int,
-    mlp_ratio: float,
-    layer_scale: float | None,
+    activation: Activation,
     causal: bool,
-    quick_gelu: bool,
     rules: TernaryRules,
     dtype: jax.typing.DTypeLike,
     remat: bool,
@@ -147,12 +141,9 @@ def scan_blocks(
 
     Args:
       x_BTD: the residual stream (B, T, D).
-      layers: number of blocks.
-      heads: as in `Block`.
-      mlp_ratio: as in `Block`.
-      layer_scale: as in `Block`.
+      config: the shape of the tower.
+      activation: as in `Block`.
       causal: as in `Block`.
-      quick_gelu: as in `Block`.
       rules: as in `Block`.
       dtype: as in `Block`.
       remat: whether the backward pass recomputes the activations of each block.
@@ -166,8 +157,8 @@ def scan_blocks(
         body,
         variable_axes={"params": 0, "taps": 0, "reference": 0},
         split_rngs={"params": True, QUANTIZER_RNG: True},
-        length=layers,
+        length=config.layers,
     )
     # Without a name, that of the wrappers (ScanCheckpointBlock_0) would be in the parameter paths.
-    blocks = scanned(heads, layers, mlp_ratio, layer_scale, causal, quick_gelu, rules, dtype, name="blocks")
+    blocks = scanned(config, activation, causal, rules, dtype, name="blocks")
     return blocks(constrain_batch(x_BTD), None)[0]

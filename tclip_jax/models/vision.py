@@ -1,4 +1,4 @@
-"""CLIP's vision transformer."""
+"""The vision transformer of CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tclip_jax.models.config import VisionConfig
+from tclip_jax.models.attention_pool import AttentionPool
+from tclip_jax.models.config import Activation, VisionConfig
 from tclip_jax.models.layers import Dense, find_weight, layer_norm, multiply
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import scan_blocks
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution with stride = kernel size and no bias, computed as a matrix product; the kernel is HWIO.
+    """A convolution with stride = kernel size, computed as a matrix product; the kernel is HWIO.
 
     Attributes:
       patch: size of a patch in pixels.
       width: number of output channels.
+      use_bias: whether a bias is added.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
     """
 
     patch: int
     width: int
+    use_bias: bool
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
 
@@ -31,16 +34,19 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         shape = (self.patch, self.patch, images_BHWC.shape[-1], self.width)
         kernel = find_weight(self, "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape, self.rules)
-        return multiply(patchify(images_BHWC, self.patch).astype(self.dtype), kernel)
+        x_BND = multiply(patchify(images_BHWC, self.patch).astype(self.dtype), kernel).astype(jnp.float32)
+        return x_BND + self.param("bias", nn.initializers.zeros, (self.width,)) if self.use_bias else x_BND
 
 
 class VisionTransformer(nn.Module):
     """The image tower: normalised float pixels (B, H, W, 3) to float embeddings (B, embed_dim), not yet normalised.
 
+    The parameters `class_embedding`, `ln_pre`, `pool` and `projection` exist if the configuration has them.
+
     Attributes:
       config: the shape of the tower.
       embed_dim: width of the shared embedding space.
-      quick_gelu: whether the activation is x · sigmoid(1.702 x) instead of GELU (erf).
+      activation: the activation of the MLPs.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
       remat: whether the backward pass recomputes the activations of each block.
@@ -48,7 +54,7 @@ class VisionTransformer(nn.Module):
 
     config: VisionConfig
     embed_dim: int
-    quick_gelu: bool
+    activation: Activation
     rules: TernaryRules = ()
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
@@ -56,40 +62,43 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         cfg, width = self.config, self.config.width
-        x_BND = PatchEmbedding(cfg.patch_size, width, self.rules, self.dtype, name="patch_embedding")(images_BHWC)
-        small = nn.initializers.normal(width**-0.5)
-        class_D = self.param("class_embedding", small, (width,))
-        position_TD = self.param("position_embedding", small, (1 + cfg.grid[0] * cfg.grid[1], width))
-        batch = x_BND.shape[0]  # `jax.export` may leave it open, so that len would fail
-        class_B1D = jnp.broadcast_to(class_D, (batch, 1, width))
+        patches = PatchEmbedding(cfg.patch_size, width, cfg.patch_bias, self.rules, self.dtype, name="patch_embedding")
         # In float32, because the gradients of both embeddings are sums over the batch.
-        x_BTD = jnp.concatenate([class_B1D, x_BND.astype(jnp.float32)], axis=1) + position_TD
-        x_BTD = x_BTD.astype(self.dtype)
+        x_BTD = patches(images_BHWC)
+        small = nn.initializers.normal(width**-0.5)
+        if cfg.class_token:
+            class_D = self.param("class_embedding", small, (width,))
+            batch = x_BTD.shape[0]  # `jax.export` may leave it open, so that len would fail
+            x_BTD = jnp.concatenate([jnp.broadcast_to(class_D, (batch, 1, width)), x_BTD], axis=1)
+        x_BTD = (x_BTD + self.param("position_embedding", small, (cfg.tokens, width))).astype(self.dtype)
         if not cfg.no_ln_pre:
-            x_BTD = layer_norm("ln_pre")(x_BTD).astype(self.dtype)
+            x_BTD = layer_norm("ln_pre", cfg.norm_eps)(x_BTD).astype(self.dtype)
         x_BTD = scan_blocks(
             x_BTD,
-            layers=cfg.layers,
-            heads=cfg.heads,
-            mlp_ratio=cfg.mlp_ratio,
-            layer_scale=cfg.ls_init_value,
+            cfg,
+            activation=self.activation,
             causal=False,
-            quick_gelu=self.quick_gelu,
             rules=self.rules,
             dtype=self.dtype,
             remat=self.remat,
         )
-        ln_post = layer_norm("ln_post")
+        ln_post = layer_norm("ln_post", cfg.norm_eps)
         # LayerNorm and the selection of the class token commute.
         if cfg.final_ln_after_pool or cfg.pool_type == "tok":
             x_BD = ln_post(self._pool(x_BTD))
         else:
             x_BD = self._pool(ln_post(x_BTD))
+        if not cfg.projection:
+            return x_BD
         bias = False
         return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)
 
     def _pool(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD[:, 1:].mean(axis=1, dtype=jnp.float32) if self.config.pool_type == "avg" else x_BTD[:, 0]
+        if self.config.pool_type == "map":
+            return AttentionPool(self.config, self.activation, self.rules, self.dtype, name="pool")(x_BTD)
+        if self.config.pool_type == "avg":
+            return x_BTD[:, int(self.config.class_token) :].mean(axis=1, dtype=jnp.float32)
+        return x_BTD[:, 0]
 
 
 def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:

@@ -10,7 +10,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from tclip_jax.data.images import Preprocess
-from tclip_jax.interop.hugging_face_config import EPSILON, config_from_hugging_face, norm_epsilons
+from tclip_jax.interop.hugging_face_config import config_from_hugging_face
 from tclip_jax.interop.metadata import HUGGING_FACE, from_open_clip, preprocess_of, warn_of_assumption
 from tclip_jax.interop.reader import read_json
 from tclip_jax.keys import Recipe, recipe
@@ -27,27 +27,23 @@ _SHAPES = (
 
 
 def folder_recipe(folder: epath.PathLike) -> Recipe:
-    """Return what a folder of open_clip or transformers states, as `model_recipe`, and `epsilons` by tower.
+    """Return what a folder of open_clip or transformers states, as `model_recipe`.
 
     Without a preprocessor file it has no `preprocess`.
 
     Raises:
-      ValueError: the model is not supported, apart from the epsilon of its LayerNorms.
+      ValueError: the model is not supported.
     """
     folder = epath.Path(folder)
     if library_of(folder) == "open_clip":
         metadata = from_open_clip(folder)
         return recipe(config=metadata.config, preprocess=metadata.preprocess)
     document = read_json(folder / HUGGING_FACE)
-    epsilons = norm_epsilons(document)
-    for tower in ("vision_config", "text_config", "vision_config_dict", "text_config_dict"):
-        if isinstance(document.get(tower), dict):
-            document[tower] = document[tower] | {"layer_norm_eps": EPSILON}
     config, preprocess = config_from_hugging_face(document), preprocess_of(folder)
     if preprocess is None:
         warn_of_assumption(folder, Preprocess(config.vision.image_size))
-        return recipe(config=config, epsilons=epsilons)
-    return recipe(config=config, epsilons=epsilons, preprocess=preprocess)
+        return recipe(config=config)
+    return recipe(config=config, preprocess=preprocess)
 
 
 def states_preprocess(path: epath.PathLike) -> bool:
@@ -64,7 +60,6 @@ def options(made_by: Mapping[str, Any]) -> Options:
     for tower in ("vision", "text"):
         # Equal models may state ratios that round to the same width.
         values[f"{tower}.mlp_width"] = int(values[f"{tower}.width"] * values.pop(f"{tower}.mlp_ratio"))
-        values[f"{tower}.layer_norm_eps"] = made_by.get("epsilons", {}).get(tower, EPSILON)
     return values | {f"preprocess.{name}": value for name, value in made_by.get("preprocess", {}).items()}
 
 

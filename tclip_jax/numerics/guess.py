@@ -19,8 +19,7 @@ from tclip_jax.numerics.golden import Recording
 from tclip_jax.numerics.taps import Taps
 from tclip_jax.numerics.weights import Difference, compare_taps
 
-# The epsilons of LayerNorm that other models have; ours is 1e-5.
-_EPSILONS = (1e-6, 1e-12, 1e-8, 1e-7, 1e-4, 1e-3)
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-4, 1e-3)  # of LayerNorms in models of other libraries
 _FIT = 1e-3  # relative error below which pixels are those of another mean and standard deviation
 
 # Taps of a changed model, or with another epsilon of its LayerNorms; each tap is computed from the recorded ones.
@@ -102,12 +101,13 @@ def _of_tower(
         unmasked = dataclasses.replace(model.config.text, no_causal_mask=not model.config.text.no_causal_mask)
         if explained_by(dataclasses.replace(model, config=dataclasses.replace(model.config, text=unmasked))):
             return f"the causal mask: the reference has {'none' if unmasked.no_causal_mask else 'one'}"
-    epsilons = [epsilon for epsilon in _EPSILONS if explained_by(model, epsilon)]
+    own = (model.config.vision if tower == "image" else model.config.text).norm_eps
+    epsilons = [epsilon for epsilon in _EPSILONS if epsilon != own and explained_by(model, epsilon)]
     if epsilons:
         # Several may explain a tower whose activations are large. The other tower decides.
         distances = {each: _distance(rerun(model, each), reference.taps) for each in epsilons}
         epsilon = min(distances, key=lambda each: distances[each])
-        return f"the epsilon of the LayerNorms: the reference has {epsilon:g}, ours is 1e-05"
+        return f"the epsilon of the LayerNorms: the reference has {epsilon:g}, ours is {own:g}"
     if kinds == {"attention"} and len(names) == blocks > 1:
         return "the attention: the number of heads, the scale of the queries, or the mask; every block is over budget"
     if first.endswith("/embedded"):

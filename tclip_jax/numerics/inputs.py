@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from tclip_jax.data.images import Preprocess, normalize, preprocess
-from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer, clean
+from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer, clean, tokenizer_of
 from tclip_jax.inference.model import Model
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.torch_side import library_inputs
@@ -98,7 +98,7 @@ def sample_batch(model: Model, count: int) -> tuple[npt.NDArray[np.float32], npt
     images = [image for image in sample_images(2 * count) if min(image.size) > 1]
     pixels = np.stack([preprocess(image, model.preprocess) for image in images[:count]])
     texts = [phrase if i % 2 else _PHRASES[-1] + phrase for i, phrase in enumerate(sample_texts(count))]
-    tokens = Tokenizer(model.config.text.context_length)(texts)
+    tokens = tokenizer_of(model.config.text)(texts)
     return normalize(pixels, model.preprocess.mean, model.preprocess.std), tokens
 
 

@@ -17,7 +17,7 @@ from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.pipeline import TrainIterator, TrainRow, train_iterator
 from tclip_jax.data.sources import Source, digest, open_source
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import tokenizer_of
 from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.parallel.mesh import shard_batch
 from tclip_jax.runs.config import RunConfig
@@ -72,7 +72,7 @@ def train_data(
     """
     return train_iterator(
         open_source(run.data.source, run.data.split) if source is None else source,
-        tokenizer=Tokenizer(run.model.text.context_length),
+        tokenizer=tokenizer_of(run.model.text),
         preprocess=run.preprocess,
         augment=run.data.augment,
         templates=run.data.templates,
@@ -88,7 +88,7 @@ def train_data(
 
 def draw_sample(run: RunConfig, source: Source) -> None:
     """Read and augment one record in this process; raise what the source or the augmentation raises."""
-    tokenizer = Tokenizer(run.model.text.context_length)
+    tokenizer = tokenizer_of(run.model.text)
     row = TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
     row.draw(0, np.random.default_rng(run.seed))
 

@@ -37,10 +37,10 @@ def init_heads(
     Returns:
       `image` and `text`: projections of embeddings to the teacher's width, for icl and fd. `icl_scale`: ICL's logit
       scale, initially 2.659. `hidden`: a projection of hidden states for each tower. `sigmoid_bias`: the bias of
-      SigLIP's loss, initially −10. `<name>`: the head of a plug-in's loss.
+      SigLIP's loss, initially −10, unless the model has one. `<name>`: the head of a plug-in's loss.
     """
     heads: dict[str, Any] = {}
-    if loss.sigmoid:
+    if loss.sigmoid and student.init_logit_bias is None:
         heads["sigmoid_bias"] = jnp.float32(-10)
     width = teacher.embed_dim if isinstance(teacher, CLIPConfig) else teacher
     for name in loss.weights:
@@ -217,7 +217,7 @@ class Objective:
         affinities = None
         if self.teacher is not None and teacher is not None and config.needs("affinities"):
             affinities = *teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
-        bias = heads["sigmoid_bias"] if config.sigmoid else None
+        bias = (params["clip"].get("logit_bias", heads.get("sigmoid_bias"))) if config.sigmoid else None
         rows = compare(image, text, _scale(params["clip"]), teacher=affinities, bias=bias, **masks)
         projected = None
         if teacher is not None and config.needs("projection"):

@@ -106,7 +106,7 @@ def _check_same(run: RunConfig, source: Stored) -> None:
 def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
     """Return `params` with a `TernaryTensor` for every float weight that has a rule and equals scale · trit."""
     leaves = flatten(params)
-    for path in TERNARIZABLE:
+    for path in leaves.keys() & {*TERNARIZABLE}:
         if find_quantizer(path, rules) and not isinstance(leaves[path], TernaryTensor):
             with contextlib.suppress(NotTernaryError):
                 leaves[path] = recover_parameter(path, leaves[path])

@@ -24,7 +24,7 @@ from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import Embeddings, TeacherCache, copy_generator
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import FAULTS, Source, described, open_source
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import tokenizer_of
 from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
@@ -133,7 +133,7 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
 
 def train_row(run: RunConfig, source: Source) -> TrainRow:
     """Return the function that makes a training row of a sample."""
-    tokenizer = Tokenizer(run.model.text.context_length)
+    tokenizer = tokenizer_of(run.model.text)
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
 

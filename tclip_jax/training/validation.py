@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import FAULTS, digest, open_source
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import tokenizer_of
 from tclip_jax.parallel.agreement import allgather_json
 from tclip_jax.parallel.mesh import shard_batch
 from tclip_jax.runs.config import EvalConfig, RunConfig
@@ -48,7 +48,7 @@ class ValidationLoss:
         self._source = open_source(config.source, config.split)
         if not len(self._source):
             raise ValueError(f"{config.source}: it has no sample in its split {config.split!r}")
-        tokenizer = Tokenizer(run.model.text.context_length)
+        tokenizer = tokenizer_of(run.model.text)
         self._row = TrainRow(self._source, tokenizer, run.preprocess, "none", config.templates)
         self._checked = False
 

@@ -110,7 +110,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
         ({"vision_cfg": {"pool_type": "max"}}, r"^vision_cfg\.pool_type is 'max': it must be .*tok.*avg"),
         ({"vision_cfg": {"layers": 0}}, r"^vision_cfg\.layers is 0: it must be at least 1$"),
         ({"text_cfg": {"width": 100}}, "text width 100 is not divisible by 8 heads"),
-        ({"text_cfg": {"pool_type": "first"}}, r"^text_cfg\.pool_type is 'first': it must be .*argmax.*last"),
+        ({"text_cfg": {"pool_type": "mean"}}, r"^text_cfg\.pool_type is 'mean': it must be .*argmax.*last"),
     ],
 )
 def test_an_impossible_model_is_one_clear_line(changed: dict[str, Any], message: str) -> None:

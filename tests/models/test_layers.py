@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from jax.sharding import PartitionSpec
 
-from tclip_jax.models.layers import Dense, Embedding, Latent, attend, gelu, layer_norm, multiply, normalize_embedding
+from tclip_jax.models.layers import (
+    Dense,
+    Embedding,
+    Latent,
+    activate,
+    attend,
+    layer_norm,
+    multiply,
+    normalize_embedding,
+)
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, initial_alpha, ternarize
 from tclip_jax.ternary.gathering import Placement
@@ -121,8 +130,8 @@ def test_gelu_is_torchs_and_openais() -> None:
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     exact = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.astype(float)]
     quick = [value / (1 + math.exp(-1.702 * value)) for value in x.astype(float)]
-    np.testing.assert_allclose(gelu(x, quick=False), exact, atol=1e-6)
-    np.testing.assert_allclose(gelu(x, quick=True), quick, atol=1e-6)
+    np.testing.assert_allclose(activate(x, "gelu"), exact, atol=1e-6)
+    np.testing.assert_allclose(activate(x, "quick_gelu"), quick, atol=1e-6)
 
 
 def test_layer_norm_keeps_precision_far_from_zero() -> None:
@@ -133,7 +142,7 @@ def test_layer_norm_keeps_precision_far_from_zero() -> None:
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return layer_norm("norm")(x)
+            return layer_norm("norm", 1e-5)(x)
 
     result = Normed().apply({"params": {"norm": {"scale": scale, "bias": bias}}}, x)
     wide = np.float64(x)

@@ -93,13 +93,13 @@ def test_ternary_weights_and_their_dequantised_copy(model: Model, batch: Batch) 
 
 @pytest.mark.torch
 def test_tanh_gelu(model: Model, reference: Recording, plant: Callable[[str, Any], None]) -> None:
-    plant("gelu", lambda x, quick: jax.nn.gelu(x))
+    plant("activate", lambda x, activation: jax.nn.gelu(x))
     assert first_over(model, reference) == ["image/blocks/0/mlp", "text/blocks/0/mlp"]
 
 
 @pytest.mark.torch
 def test_layer_norm_epsilon(model: Model, reference: Recording, plant: Callable[[str, Any], None]) -> None:
-    plant("layer_norm", lambda name: nn.LayerNorm(epsilon=1e-6, name=name))
+    plant("layer_norm", lambda name, epsilon: nn.LayerNorm(epsilon=1e-6, name=name))
     # The image tower's activations have a variance of about 1, which hides the difference of the epsilons.
     assert first_over(model, reference)[1] == "text/blocks/0/attention"
 

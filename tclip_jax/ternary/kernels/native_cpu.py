@@ -20,16 +20,16 @@ from tclip_jax.ternary.packing import narrow_scale
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor, expand_scale
 
 NAME = "native_cpu"
-Activation = Literal["gelu", "quick_gelu"] | None
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"] | None
 # Where integer products of 16 bits have twice the rate of float32 ones.
 FAST_A16 = ("avx512_vnni", "avx_vnni", "avx2")
 NOT_BUILT = "the native library was not built when this version of tclip_jax was installed (it needs a C++17 compiler)"
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
 
-_INTERFACE = 2  # as in native/ternary_cpu.cc; raised when a function takes other arguments
+_INTERFACE = 3  # as in native/ternary_cpu.cc; raised when a function takes other arguments or values
 _TARGETS = {"tclip_ternary_matmul": "TclipTernaryMatmul", "tclip_attention": "TclipAttention"}
 _ACTIVATIONS = {"A32": 0, "A16": 1, "A8": 2}
-_FUNCTIONS = {None: 0, "gelu": 1, "quick_gelu": 2}
+_FUNCTIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "gelu_tanh": 3}
 _PANEL, _CHUNK = 32, 16  # columns of a panel, k of a chunk; see native/ternary_cpu.cc
 _SHIFTS = np.array(
     [8 * (k % 4) + 2 * (k // 4) for k in range(_CHUNK)], np.uint32
@@ -150,7 +150,7 @@ def dense(
       norm: gain and bias of a LayerNorm of `x`, float32 (K,) each.
       epsilon: of the LayerNorm.
       bias: float32 (N,).
-      activation: "gelu" (erf), "quick_gelu" or None.
+      activation: "gelu" (erf), "gelu_tanh", "quick_gelu" or None.
       residual: float32 (M, N).
       instructions: one of `instruction_sets()`; by default the first that this CPU has.
 

@@ -22,7 +22,7 @@ constexpr int kChunk = 16;
 constexpr int kBlock = 256;  // most k that are summed in integers before the scale is applied
 constexpr float kSmallest = 0x1p-100f;
 
-enum Activation : int64_t { kLinear, kGelu, kQuickGelu };
+enum Activation : int64_t { kLinear, kGelu, kQuickGelu, kGeluTanh };
 
 struct Block {
   int64_t start, length, group, first;  // start and length in padded k; first: the first block of its group

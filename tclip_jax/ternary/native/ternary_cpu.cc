@@ -99,4 +99,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TclipAttention, XlaAttention,
                                   .Attr<int64_t>("instructions"));
 
 // Tells a library of this interface from those of other versions; see native_cpu.py.
-extern "C" void TclipInterface2() {}
+extern "C" void TclipInterface3() {}

@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 FUNCTIONS: dict[Any, Any] = {
     None: lambda z: z,
     "gelu": lambda z: z * (1 + erf(z / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
     "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
 }
 
@@ -60,7 +61,7 @@ def test_dense_fuses_what_is_around_a_product(
 
 
 @on_sets
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "gelu_tanh"])
 def test_activations_are_right_over_their_whole_range(instructions: str, activation: Any) -> None:
     """Through a product with the identity: 1 row for each value."""
     eye = ternarize(jnp.eye(32), Quantizer(group=32))

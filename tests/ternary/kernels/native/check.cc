@@ -92,7 +92,7 @@ bool Check(const InstructionSet& set) {
       }
     }
   }
-  for (Activation activation : {kGelu, kQuickGelu}) {
+  for (Activation activation : {kGelu, kQuickGelu, kGeluTanh}) {
     for (int i = 0; i < 100; ++i) {
       std::vector<float> own_row = Normal(kPanel), portable_row = own_row;
       own.finish(activation, 3.0f, nullptr, nullptr, own_row.data());

@@ -1,0 +1,92 @@
+"""Each configuration of open_clip whose towers are its own or SigLIP's gives open_clip's model, one block deep."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
+from tclip_jax.models.clip import CLIP
+from tclip_jax.models.config import CLIPConfig
+
+torch = pytest.importorskip("torch")
+open_clip = pytest.importorskip("open_clip")
+
+pytestmark = [pytest.mark.torch]
+
+VOCABULARY = 1000
+OTHERS = ("multimodal_cfg", "hf_model_name")
+
+
+def _is_known(cfg: dict[str, Any]) -> bool:
+    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
+    timm = vision.get("timm_model_name") or ""
+    own = "siglip" in timm or (not timm and isinstance(vision["layers"], int))
+    return own and not text.get("hf_model_name") and "multimodal_cfg" not in cfg
+
+
+CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+KNOWN = [name for name, cfg in CONFIGS.items() if _is_known(cfg)]
+
+
+def shallow(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """open_clip's model of this name with one block in each tower and a small vocabulary, drawn at random."""
+    cfg = copy.deepcopy(CONFIGS[name])
+    cfg["text_cfg"] |= {"layers": 1, "vocab_size": VOCABULARY, "hf_tokenizer_name": None}
+    cfg["vision_cfg"] |= {} if cfg["vision_cfg"].get("timm_model_name") else {"layers": 1}
+    if cfg["vision_cfg"].get("timm_model_name"):
+        timm = open_clip.timm_model.timm
+        monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
+    build = open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP
+    torch.manual_seed(0)
+    module = build(**cfg).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():  # biases and gains differ from zeros and ones
+            parameter += 0.02 * torch.randn_like(parameter)
+    return module
+
+
+def test_there_are_45_of_its_own_and_26_of_siglip() -> None:
+    siglip = [name for name in KNOWN if CONFIGS[name]["vision_cfg"].get("timm_model_name")]
+    assert (len(KNOWN), len(siglip)) == (71, 26)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in KNOWN])
+def test_others_are_refused_by_kind(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^the model is (a CoCa|a ResNet|one with an? (image|text) tower of) "):
+        CLIPConfig.from_open_clip(CONFIGS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
+def test_embeddings_and_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CLIPConfig.from_open_clip(CONFIGS[name])
+    assert CLIPConfig.from_open_clip(config.to_open_clip()) == config
+    module = shallow(name, monkeypatch)
+    one = {"layers": 1}
+    config = CLIPConfig.from_open_clip(
+        config.to_open_clip()
+        | {"vision_cfg": config.to_open_clip()["vision_cfg"] | one}
+        | {"text_cfg": config.to_open_clip()["text_cfg"] | one | {"vocab_size": VOCABULARY}}
+    )
+    state = {key: value.numpy() for key, value in module.state_dict().items()}
+    params = from_open_clip(state, config)
+    written = to_open_clip(params, config)
+    assert written.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(written[key], value)
+    generator = np.random.default_rng(0)
+    pixels = generator.standard_normal((2, *config.vision.image_size, 3)).astype(np.float32)
+    tokens = generator.integers(3, VOCABULARY, (2, config.text.context_length)).astype(np.int32)
+    tokens[:, 5] = config.text.eos_id
+    with torch.no_grad():
+        image = module.encode_image(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), normalize=True)
+        text = module.encode_text(torch.from_numpy(tokens).long(), normalize=True)
+    ours = CLIP(config).apply({"params": params}, jnp.asarray(pixels), jnp.asarray(tokens))
+    np.testing.assert_allclose(ours[0], image.numpy(), atol=1e-5)  # type: ignore[index]
+    np.testing.assert_allclose(ours[1], text.numpy(), atol=1e-5)  # type: ignore[index]
