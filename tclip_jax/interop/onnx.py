@@ -143,7 +143,8 @@ def _check_blocks(path: epath.Path, tower: str, config: CLIPConfig) -> None:
     block: list[tuple[str, dict[str, Any]]]
     block = [("MultiHeadAttention", {"num_heads": shape.heads, "unidirectional": causal})]
     block += [("QuickGelu", {"alpha": 1.702})] * config.quick_gelu
-    if found != block * shape.layers:
+    pool = tower == "image" and config.vision.pool_type == "map"
+    if found != block * (shape.layers + pool):
         raise ValueError(f"its attentions and activations are not {shape.layers} times {block}")
 
 

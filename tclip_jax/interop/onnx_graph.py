@@ -20,7 +20,6 @@ from tclip_jax.ternary import TernaryTensor
 
 OPSET, IR_VERSION = 20, 9  # the oldest with a Gelu
 CONTRIB = "com.microsoft"
-EPSILON = 1e-5
 OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
 
 Array = npt.NDArray[Any]
@@ -90,6 +89,7 @@ class _Graph:
     def __init__(self, tower: str, config: CLIPConfig, leaves: Mapping[str, Any], form: Form) -> None:
         self.onnx = onnx_package()
         self.tower, self.config, self.form = tower, config, form
+        self.shape: VisionConfig | TextConfig = config.vision if tower == "image" else config.text
         # Lazy leaves are loaded once, not once a layer.
         self.leaves = {
             path: leaf if isinstance(leaf, TernaryTensor) else np.asarray(leaf)
@@ -115,13 +115,14 @@ class _Graph:
 
     def image(self, cfg: VisionConfig) -> None:
         x = self.patches(cfg)
-        # The class token is a row of zeros, to which a constant is added: the class embedding and its position
-        # embedding. So the graph needs no batch size.
-        x = self.node("Pad", [x, self.integers([0, 1, 0, 0, 0, 0])], "image/tokens")
-        class_1D = self.floats("image/class_embedding", np.reshape(self.leaf("image/class_embedding"), (1, -1)))
-        class_TD = self.node("Pad", [class_1D, self.integers([0, 0, cfg.grid[0] * cfg.grid[1], 0])], "image/class")
-        position_TD = self.floats("image/position_embedding", self.leaf("image/position_embedding"))
-        added = self.node("Add", [class_TD, position_TD], "image/class_and_positions")
+        added = self.floats("image/position_embedding", self.leaf("image/position_embedding"))
+        if cfg.class_token:
+            # The class token is a row of zeros, to which a constant is added: the class embedding and its position
+            # embedding. So the graph needs no batch size.
+            x = self.node("Pad", [x, self.integers([0, 1, 0, 0, 0, 0])], "image/tokens")
+            class_1D = self.floats("image/class_embedding", np.reshape(self.leaf("image/class_embedding"), (1, -1)))
+            class_TD = self.node("Pad", [class_1D, self.integers([0, 0, cfg.tokens - 1, 0])], "image/class")
+            added = self.node("Add", [class_TD, added], "image/class_and_positions")
         x = self.node("Add", [x, added], "image/embedded" if cfg.no_ln_pre else "image/positioned")
         if not cfg.no_ln_pre:
             x = self.norm(x, "image/ln_pre", "image/embedded")
@@ -130,7 +131,14 @@ class _Graph:
             x = self.norm(self.pooled_image(x, cfg), "image/ln_post", "image/ln_post")
         else:
             x = self.pooled_image(self.norm(x, "image/ln_post", "image/ln_post"), cfg)
-        self.dense(x, "image/projection", OUTPUTS["image"], bias=False)
+        self.project(x, cfg.projection, bias=False)
+
+    def project(self, x: str, projected: bool, bias: bool) -> None:
+        """Add the projection, or name the pooled token as the output of the tower."""
+        if projected:
+            self.dense(x, f"{self.tower}/projection", OUTPUTS[self.tower], bias)
+        else:
+            self.node("Identity", [x], OUTPUTS[self.tower])
 
     def patches(self, cfg: VisionConfig) -> str:
         """Return the patch embedding (B, patches, width): a convolution if its weight is stored as floats."""
@@ -141,19 +149,55 @@ class _Graph:
             x = self.reshape(x, [0, 3, rows, patch, columns, patch], "image/cut")
             x = self.node("Transpose", [x], "image/cut_last", perm=[0, 2, 4, 3, 5, 1])
             x = self.reshape(x, [0, rows * columns, patch * patch * 3], "image/patches")
-            return self.product(x, PATCH_EMBEDDING, kernel, "image/patch_embedding")
+            x = self.product(
+                x, PATCH_EMBEDDING, kernel, "image/patch_product" if cfg.patch_bias else "image/patch_embedding"
+            )
+            if not cfg.patch_bias:
+                return x
+            bias = self.floats("image/patch_embedding/bias", self.leaf("image/patch_embedding/bias"))
+            return self.node("Add", [x, bias], "image/patch_embedding")
         weight = np.reshape(_dense(kernel), (patch, patch, 3, cfg.width)).transpose(3, 2, 0, 1)
         weight_name = self.floats(PATCH_EMBEDDING, weight)
-        x = self.node("Conv", ["pixel_values", weight_name], "image/conv", strides=[patch, patch])
+        inputs = ["pixel_values", weight_name]
+        if cfg.patch_bias:
+            inputs.append(self.floats("image/patch_embedding/bias", self.leaf("image/patch_embedding/bias")))
+        x = self.node("Conv", inputs, "image/conv", strides=[patch, patch])
         x = self.reshape(x, [0, cfg.width, rows * columns], "image/conv_flat")
         return self.node("Transpose", [x], "image/patch_embedding", perm=[0, 2, 1])
 
     def pooled_image(self, x: str, cfg: VisionConfig) -> str:
         if cfg.pool_type == "tok":
             return self.node("Gather", [x, self.integers(0)], "image/pooled", axis=1)
+        if cfg.pool_type == "map":
+            return self.attention_pool(x, cfg)
+        if not cfg.class_token:
+            return self.node("ReduceMean", [x, self.integers([1])], "image/pooled", keepdims=0)
         ends = [self.integers([1]), self.integers([np.iinfo(np.int64).max]), self.integers([1])]
         patches = self.node("Slice", [x, *ends], "image/patch_tokens")
         return self.node("ReduceMean", [patches, self.integers([1])], "image/pooled", keepdims=0)
+
+    def attention_pool(self, x: str, cfg: VisionConfig) -> str:
+        """Add the attention of one learned query, the same for every image, and the MLP after it."""
+        place = "image/pool"
+        probe = self.floats(f"{place}/attention/probe", np.reshape(self.leaf(f"{place}/attention/probe"), (1, 1, -1)))
+        query = self.dense(probe, f"{place}/attention/q")
+        # As many copies as there are images: the first token of each, times 0.
+        start = [self.integers([0]), self.integers([1]), self.integers([1])]
+        none = self.node("Mul", [self.node("Slice", [x, *start], f"{place}/first"), self.zero()], f"{place}/zeros")
+        query = self.node("Add", [none, query], f"{place}/queries")
+        keys_values = self.dense(x, f"{place}/attention/kv")
+        parts = [f"{place}/attention/{part}" for part in ("k", "v")]
+        split = self.onnx.helper.make_node("Split", [keys_values], parts, f"{place}/split", axis=-1, num_outputs=2)
+        self.nodes.append(split)
+        heads: dict[str, Any] = {"num_heads": cfg.heads, "unidirectional": 0}
+        y = self.node("MultiHeadAttention", [query, *parts], f"{place}/attention/mixed", CONTRIB, **heads)
+        x = self.dense(y, f"{place}/attention/out")
+        y = self.activation(self.dense(self.norm(x, f"{place}/ln"), f"{place}/mlp/fc1"), f"{place}/mlp/active")
+        x = self.node("Add", [x, self.dense(y, f"{place}/mlp/fc2")], f"{place}/added")
+        return self.node("Squeeze", [x, self.integers([1])], "image/pooled")
+
+    def zero(self) -> str:
+        return self.initializer("zero", np.zeros((), np.float32))
 
     def text(self, cfg: TextConfig) -> None:
         x = self.tokens(cfg)
@@ -167,9 +211,16 @@ class _Graph:
             ids = self.node("Cast", ["input_ids"], "text/ids", to=self.onnx.TensorProto.INT32)
             end = self.node("ArgMax", [ids], "text/end", axis=1, keepdims=1)
             x = self.node("GatherND", [x, end], "text/pooled", batch_dims=1)
+        elif cfg.pool_type == "eos":
+            same = self.node("Equal", ["input_ids", self.integers(cfg.eos_id)], "text/ends")
+            same = self.node("Cast", [same], "text/ends_as_numbers", to=self.onnx.TensorProto.INT32)
+            end = self.node("ArgMax", [same], "text/end", axis=1, keepdims=1)
+            x = self.node("GatherND", [x, end], "text/pooled", batch_dims=1)
         else:
-            x = self.node("Gather", [x, self.integers(cfg.context_length - 1)], "text/pooled", axis=1)
-        self.dense(self.norm(x, "text/ln_final", "text/ln_final"), "text/projection", OUTPUTS["text"], bias=False)
+            position = cfg.context_length - 1 if cfg.pool_type == "last" else 0
+            x = self.node("Gather", [x, self.integers(position)], "text/pooled", axis=1)
+        x = self.norm(x, "text/ln_final", "text/ln_final")
+        self.project(x, cfg.proj_type == "linear", cfg.proj_bias)
 
     def tokens(self, cfg: TextConfig) -> str:
         path, name = "text/token_embedding/embedding", "text/token_embedding"
@@ -208,9 +259,10 @@ class _Graph:
         return x
 
     def activation(self, x: str, name: str) -> str:
-        if self.config.quick_gelu:
+        activation = self.config.activation(self.shape)
+        if activation == "quick_gelu":
             return self.node("QuickGelu", [x], name, CONTRIB, alpha=1.702)
-        return self.node("Gelu", [x], name)
+        return self.node("Gelu", [x], name, approximate="tanh" if activation == "gelu_tanh" else "none")
 
     def residual(self, x: str, y: str, place: str, gain: str, name: str) -> str:
         if f"{self.tower}/blocks/{gain}" in self.leaves:
@@ -220,7 +272,9 @@ class _Graph:
 
     def norm(self, x: str, path: str, name: str = "") -> str:
         weights = [self.floats(f"{path}/{part}", self.leaf(f"{path}/{part}")) for part in ("scale", "bias")]
-        return self.node("LayerNormalization", [x, *weights], name or f"{path}/out", axis=-1, epsilon=EPSILON)
+        return self.node(
+            "LayerNormalization", [x, *weights], name or f"{path}/out", axis=-1, epsilon=self.shape.norm_eps
+        )
 
     def dense(self, x: str, path: str, name: str = "", bias: bool = True) -> str:
         """Add a dense layer; `name` is that of its result."""

@@ -55,7 +55,9 @@ _VISION = _ATTENTION | {
     ),
 }
 _TEXT = _ATTENTION | {
-    "tokenizer_kwargs": _Field("", ()),  # of the tokenizer that hf_tokenizer_name names
+    "tokenizer_kwargs": _Field(
+        "changes the tokenizer by these options", (None, {}, {"clean": "lower"}, {"reduction_mask": ""})
+    ),
     "embed_cls": _Field("appends a class token to texts, as CoCa does", (False, None)),
     "use_pad_mask": _Field("masks padding", (False, None)),
     # Unused without such a tokenizer, embed_cls and hf_model_name; open_clip itself does not use the last.
@@ -95,10 +97,13 @@ def native_cfg(model_cfg: Mapping[str, Any], *, trained: bool = False) -> dict[s
             section = _native_kwargs(sections[name], f"{name}.")
             if is_timm_siglip(section.get("timm_model_name")):
                 section = from_timm(section)
+            if section.get("hf_tokenizer_name"):
+                section.pop("tokenizer_kwargs", None)  # of that tokenizer
+            elif section.get("hf_tokenizer_name", "") is None:
+                del section["hf_tokenizer_name"]
             model[name] = _without(section, fields, f"{name}.", trained)
             if name == "text_cfg":
                 _name_end(model[name])
-                model[name] = {k: v for k, v in model[name].items() if k != "hf_tokenizer_name" or v}
     model = _without(model, _MODEL, "", trained)
     if "vision_cfg" in sections:
         _make_square(model["vision_cfg"])

@@ -50,6 +50,7 @@ def test_leaves_are_numpy_and_packing_again_changes_nothing(packed: Tree, rules:
 
 def test_a_rule_for_everything_packs_only_what_the_model_can_use(latent: Tree, config: CLIPConfig) -> None:
     packed = flatten(pack_params(latent, ((".*", Quantizer(group="channel")),)))
-    assert {path for path, leaf in packed.items() if isinstance(leaf, TernaryTensor)} == set(TERNARIZABLE)
+    possible = {path for path in TERNARIZABLE if "/pool/" not in path}  # which only a SigLIP has
+    assert {path for path, leaf in packed.items() if isinstance(leaf, TernaryTensor)} == possible
     assert packed["image/patch_embedding/kernel"].shape == (192, 24)  # rows, columns and channels are its inputs
-    assert set(TERNARIZABLE) <= flatten(param_shapes(config)).keys()
+    assert possible <= flatten(param_shapes(config)).keys()

@@ -83,6 +83,22 @@ visions = st.builds(
     pool_type=st.sampled_from(["tok", "avg"]),
     no_ln_pre=st.booleans(),
     final_ln_after_pool=st.booleans(),
+    norm_eps=st.sampled_from([1e-5, 1e-3]),
+    approximate=st.sampled_from(["none", "tanh"]),
+)
+headless = st.builds(
+    VisionConfig,
+    image_size=st.sampled_from([(16, 16), (19, 13)]),
+    patch_size=st.sampled_from([5, 8]),
+    width=st.just(20),
+    head_width=st.sampled_from([4, 10]),
+    layers=st.integers(1, 2),
+    pool_type=st.sampled_from(["map", "avg"]),
+    no_ln_pre=st.just(True),
+    class_token=st.just(False),
+    patch_bias=st.booleans(),
+    projection=st.booleans(),
+    approximate=st.sampled_from(["none", "tanh"]),
 )
 texts = st.builds(
     TextConfig,
@@ -92,24 +108,32 @@ texts = st.builds(
     heads=st.integers(1, 2),
     layers=st.integers(1, 2),
     ls_init_value=st.sampled_from([None, 0.1]),
-    pool_type=st.sampled_from(["argmax", "last"]),
+    pool_type=st.sampled_from(["argmax", "last", "first", "eos"]),
     no_causal_mask=st.booleans(),
+    norm_eps=st.sampled_from([1e-5, 1e-3]),
+    proj_bias=st.booleans(),
 )
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    config=st.builds(CLIPConfig, st.sampled_from([7, 20]), visions, texts, st.booleans()),
+    config=st.builds(
+        CLIPConfig, st.just(20), visions | headless, texts, st.just(False), st.sampled_from([None, -10.0])
+    ),
+    quick_gelu=st.booleans(),
     rules=st.sampled_from(sorted(RULES)),
     packed=st.booleans(),
 )
 def test_every_option_of_the_towers(
     config: CLIPConfig,
+    quick_gelu: bool,
     rules: str,
     packed: bool,
     tmp_path_factory: pytest.TempPathFactory,
     fast_compilation: None,
 ) -> None:
+    if config.vision.approximate == config.text.approximate == "none":
+        config = dataclasses.replace(config, quick_gelu=quick_gelu)
     folder, params = tmp_path_factory.mktemp("onnx"), draw_params(config, RULES[rules])
     form = Form(packed, accuracy_level=1)
     write_onnx(folder, config=config, preprocess=Preprocess(config.vision.image_size), params=params, form=form)

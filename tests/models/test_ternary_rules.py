@@ -56,7 +56,7 @@ def test_q_all_leaves_in_float_what_the_paper_does(sizes: dict[str, int]) -> Non
 
 
 def test_what_can_be_ternary_is_there_and_is_every_kernel_of_the_blocks(sizes: dict[str, int]) -> None:
-    assert set(TERNARIZABLE) <= set(sizes)
+    assert {path for path in TERNARIZABLE if "/pool/" not in path} <= set(sizes)
     assert {path for path in sizes if re.search("/blocks/.*/kernel", path)} <= set(TERNARIZABLE)
 
 
