@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from packaging.version import Version
 
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.layers import EPSILON, attend, gelu
+from tclip_jax.models.layers import activate, attend
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TOKEN_EMBEDDING
+from tclip_jax.models.text import pooled_position
 from tclip_jax.models.vision import patchify
 
 INPUTS = {"image": "pixel_values", "text": "input_ids"}
@@ -112,23 +113,48 @@ def _image(config: CLIPConfig, vectors: Values, matrices: Values, pixels_BHWC: j
     """Return the embeddings and taps of the image tower."""
     cfg, batch = config.vision, pixels_BHWC.shape[0]
     x_BNK = patchify(pixels_BHWC, cfg.patch_size)
-    taps = {"image/patch_embedding": _product(x_BNK.reshape(-1, x_BNK.shape[-1]), matrices[PATCH_EMBEDDING])}
-    x_BND = taps["image/patch_embedding"].reshape(batch, -1, cfg.width)
-    class_B1D = jnp.broadcast_to(vectors["image/class_embedding"], (batch, 1, cfg.width))
-    x_BTD = jnp.concatenate([class_B1D, x_BND], axis=1) + vectors["image/position_embedding"]
-    x_MD = x_BTD.reshape(-1, cfg.width)
-    x_MD = x_MD if cfg.no_ln_pre else _norm(x_MD, "image/ln_pre", vectors)
+    x_MD = _product(x_BNK.reshape(-1, x_BNK.shape[-1]), matrices[PATCH_EMBEDDING])
+    taps = {"image/patch_embedding": x_MD + vectors["image/patch_embedding/bias"] if cfg.patch_bias else x_MD}
+    x_BTD = taps["image/patch_embedding"].reshape(batch, -1, cfg.width)
+    if cfg.class_token:
+        class_B1D = jnp.broadcast_to(vectors["image/class_embedding"], (batch, 1, cfg.width))
+        x_BTD = jnp.concatenate([class_B1D, x_BTD], axis=1)
+    x_MD = (x_BTD + vectors["image/position_embedding"]).reshape(-1, cfg.width)
+    x_MD = x_MD if cfg.no_ln_pre else _norm(x_MD, "image/ln_pre", vectors, cfg.norm_eps)
     x_MD = _blocks(x_MD, "image", config, vectors, matrices, batch, taps)
 
     def pool(x_MD: jax.Array) -> jax.Array:
+        if cfg.pool_type == "map":
+            return _attention_pool(x_MD, config, vectors, matrices, batch)
         x_BTD = x_MD.reshape(batch, -1, cfg.width)
-        return x_BTD[:, 0] if cfg.pool_type == "tok" else x_BTD[:, 1:].mean(axis=1)
+        return x_BTD[:, 0] if cfg.pool_type == "tok" else x_BTD[:, int(cfg.class_token) :].mean(axis=1)
 
     if cfg.final_ln_after_pool or cfg.pool_type == "tok":
-        taps["image/ln_post"] = _norm(pool(x_MD), "image/ln_post", vectors)
+        x_BD = taps["image/ln_post"] = _norm(pool(x_MD), "image/ln_post", vectors, cfg.norm_eps)
     else:
-        taps["image/ln_post"] = pool(_norm(x_MD, "image/ln_post", vectors))
-    return taps | {OUTPUTS["image"]: _product(taps["image/ln_post"], matrices["image/projection/kernel"])}
+        taps["image/ln_post"] = _norm(x_MD, "image/ln_post", vectors, cfg.norm_eps)
+        x_BD = pool(taps["image/ln_post"])
+    if cfg.projection:
+        return taps | {OUTPUTS["image"]: _product(x_BD, matrices["image/projection/kernel"])}
+    return {name: tap for name, tap in taps.items() if tap is not x_BD} | {OUTPUTS["image"]: x_BD}
+
+
+def _attention_pool(x_MD: jax.Array, config: CLIPConfig, vectors: Values, matrices: Values, batch: int) -> jax.Array:
+    """Pool M = batch · T tokens as `AttentionPool`: (B, D)."""
+    cfg = config.vision
+
+    def dense(x: jax.Array, name: str) -> jax.Array:
+        return _product(x, matrices[f"image/pool/{name}/kernel"]) + vectors[f"image/pool/{name}/bias"]
+
+    def heads(x: jax.Array, rows: int) -> jax.Array:
+        return x.reshape(rows, -1, cfg.heads, cfg.width // cfg.heads)
+
+    query = heads(dense(vectors["image/pool/attention/probe"], "attention/q"), 1)
+    keys, values = (heads(part, batch) for part in jnp.split(dense(x_MD, "attention/kv"), 2, -1))
+    mixed = attend(jnp.broadcast_to(query, (batch, *query.shape[1:])), keys, values, causal=False)
+    x_BD = dense(mixed.reshape(batch, cfg.width), "attention/out")
+    normal_BD = _norm(x_BD, "image/pool/ln", vectors, cfg.norm_eps)
+    return x_BD + dense(_activation(dense(normal_BD, "mlp/fc1"), config, cfg), "mlp/fc2")
 
 
 def _text(config: CLIPConfig, vectors: Values, matrices: Values, tokens_BT: jax.Array) -> dict[str, jax.Array]:
@@ -137,11 +163,14 @@ def _text(config: CLIPConfig, vectors: Values, matrices: Values, tokens_BT: jax.
     taps = {"text/token_embedding": _look_up(tokens_BT.reshape(-1), matrices[TOKEN_EMBEDDING])[:, : cfg.width]}
     x_BTD = taps["text/token_embedding"].reshape(batch, length, -1) + vectors["text/position_embedding"]
     x_MD = _blocks(x_BTD.reshape(-1, cfg.width), "text", config, vectors, matrices, batch, taps)
-    end_B = tokens_BT.argmax(axis=-1) if cfg.pool_type == "argmax" else jnp.full(batch, length - 1)
-    is_end_BT1 = jnp.expand_dims(jnp.arange(length) == end_B[:, None], -1)
+    is_end_BT1 = jnp.expand_dims(jnp.arange(length) == pooled_position(tokens_BT, cfg)[:, None], -1)
     x_BD = jnp.where(is_end_BT1, x_MD.reshape(batch, length, -1), 0).sum(axis=1)
-    taps["text/ln_final"] = _norm(x_BD, "text/ln_final", vectors)
-    return taps | {OUTPUTS["text"]: _product(taps["text/ln_final"], matrices["text/projection/kernel"])}
+    x_BD = _norm(x_BD, "text/ln_final", vectors, cfg.norm_eps)
+    if cfg.proj_type == "none":
+        return taps | {OUTPUTS["text"]: x_BD}
+    x_BE = _product(x_BD, matrices["text/projection/kernel"])
+    x_BE = x_BE + vectors["text/projection/bias"] if cfg.proj_bias else x_BE
+    return taps | {"text/ln_final": x_BD, OUTPUTS["text"]: x_BE}
 
 
 def _blocks(
@@ -163,14 +192,15 @@ def _blocks(
         def dense(x: jax.Array, name: str, place: str = place) -> jax.Array:
             return _product(x, matrices[f"{place}/{name}/kernel"]) + vectors[f"{place}/{name}/bias"]
 
-        qkv_M3D = dense(_norm(x_MD, f"{place}/ln_1", vectors), "attention/qkv")
+        qkv_M3D = dense(_norm(x_MD, f"{place}/ln_1", vectors, cfg.norm_eps), "attention/qkv")
         q_BTHK, k_BTHK, v_BTHK = (
             part.reshape(batch, -1, cfg.heads, cfg.width // cfg.heads) for part in jnp.split(qkv_M3D, 3, -1)
         )
         mixed_MD = attend(q_BTHK, k_BTHK, v_BTHK, causal).reshape(-1, cfg.width)
         taps[f"{place}/attention"] = dense(mixed_MD, "attention/out")
         x_MD = x_MD + taps[f"{place}/attention"] * vectors.get(f"{place}/ls_1", 1)
-        hidden_MF = _activation(dense(_norm(x_MD, f"{place}/ln_2", vectors), "mlp/fc1"), config)
+        hidden_MF = dense(_norm(x_MD, f"{place}/ln_2", vectors, cfg.norm_eps), "mlp/fc1")
+        hidden_MF = _activation(hidden_MF, config, cfg)
         taps[f"{place}/mlp"] = dense(hidden_MF, "mlp/fc2")
         x_MD = x_MD + taps[f"{place}/mlp"] * vectors.get(f"{place}/ls_2", 1)
         taps[place] = x_MD
@@ -183,9 +213,9 @@ def _product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x_MK, w_NK, (((1,), (1,)), ((), ())))
 
 
-def _norm(x: jax.Array, path: str, vectors: Values) -> jax.Array:
+def _norm(x: jax.Array, path: str, vectors: Values, epsilon: float) -> jax.Array:
     centred = x - x.mean(axis=-1, keepdims=True)
-    normalized = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + EPSILON)
+    normalized = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     return normalized * vectors[f"{path}/scale"] + vectors[f"{path}/bias"]
 
 
@@ -197,7 +227,9 @@ def _look_up(ids_M: jax.Array, table_VD: jax.Array) -> jax.Array:
     return jax.lax.composite(lambda ids, table: take(table, ids), "odml.embedding_lookup")(ids_M, table_VD)
 
 
-def _activation(x: jax.Array, config: CLIPConfig) -> jax.Array:
-    if config.quick_gelu:
-        return gelu(x, True)
-    return jax.lax.composite(lambda x, approximate: gelu(x, False), "aten.gelu.default")(x, approximate="none")
+def _activation(x: jax.Array, config: CLIPConfig, tower: VisionConfig | TextConfig) -> jax.Array:
+    activation = config.activation(tower)
+    if activation == "quick_gelu":
+        return activate(x, activation)
+    gelu = jax.lax.composite(lambda x, approximate: activate(x, activation), "aten.gelu.default")
+    return gelu(x, approximate=tower.approximate)

@@ -212,13 +212,13 @@ class _Graph:
             end = self.node("ArgMax", [ids], "text/end", axis=1, keepdims=1)
             x = self.node("GatherND", [x, end], "text/pooled", batch_dims=1)
         elif cfg.pool_type == "eos":
-            same = self.node("Equal", ["input_ids", self.integers(cfg.eos_id)], "text/ends")
-            same = self.node("Cast", [same], "text/ends_as_numbers", to=self.onnx.TensorProto.INT32)
-            end = self.node("ArgMax", [same], "text/end", axis=1, keepdims=1)
+            ends = self.node("Equal", ["input_ids", self.integers(cfg.eos_id)], "text/ends")
+            ends = self.node("Cast", [ends], "text/ends_as_numbers", to=self.onnx.TensorProto.INT32)
+            end = self.node("ArgMax", [ends], "text/end", axis=1, keepdims=1)
             x = self.node("GatherND", [x, end], "text/pooled", batch_dims=1)
         else:
-            position = cfg.context_length - 1 if cfg.pool_type == "last" else 0
-            x = self.node("Gather", [x, self.integers(position)], "text/pooled", axis=1)
+            pooled = cfg.context_length - 1 if cfg.pool_type == "last" else 0
+            x = self.node("Gather", [x, self.integers(pooled)], "text/pooled", axis=1)
         x = self.norm(x, "text/ln_final", "text/ln_final")
         self.project(x, cfg.proj_type == "linear", cfg.proj_bias)
 

@@ -214,6 +214,14 @@ class Dense(nn.Module):
         return y if self.parts == 1 else y.reshape(*x.shape[:-1], self.parts, -1)
 
 
+class Identity(nn.Module):
+    """A layer without parameters that returns its input, in place of a projection that a tower does not have."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
 class Embedding(nn.Module):
     """An embedding layer: selects rows of a float or ternary table (V, W) by int32 tokens.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tclip_jax.models.config import Activation, TextConfig
-from tclip_jax.models.layers import Dense, Embedding, layer_norm
+from tclip_jax.models.layers import Dense, Embedding, Identity, layer_norm
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import scan_blocks
 
@@ -53,7 +53,7 @@ class TextTransformer(nn.Module):
         pooled_BD = jnp.sum(jnp.where(is_end_BT1, x_BTD, 0), axis=1, dtype=jnp.float32)
         x_BD = layer_norm("ln_final", cfg.norm_eps)(pooled_BD)
         if cfg.proj_type == "none":
-            return x_BD
+            return Identity(name="projection")(x_BD)
         small = nn.initializers.normal(width**-0.5)
         return Dense(self.embed_dim, self.rules, cfg.proj_bias, small, self.dtype, name="projection")(x_BD)
 

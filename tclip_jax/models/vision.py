@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from tclip_jax.models.attention_pool import AttentionPool
 from tclip_jax.models.config import Activation, VisionConfig
-from tclip_jax.models.layers import Dense, find_weight, layer_norm, multiply
+from tclip_jax.models.layers import Dense, Identity, find_weight, layer_norm, multiply
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import scan_blocks
 
@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
         else:
             x_BD = self._pool(ln_post(x_BTD))
         if not cfg.projection:
-            return x_BD
+            return Identity(name="projection")(x_BD)
         bias = False
         return Dense(self.embed_dim, self.rules, bias, small, self.dtype, name="projection")(x_BD)
 

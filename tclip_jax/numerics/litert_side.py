@@ -18,8 +18,6 @@ from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.numerics.torch_side import library_of
 from tclip_jax.storage import is_local
 
-_POOLED = ("/ln_post", "/ln_final", "/projection")  # one row for an input, not one for each token
-
 
 def litert_files(path: epath.PathLike) -> dict[str, epath.Path]:
     """Return the files of both towers, by tower; none if `path` is no LiteRT export.
@@ -68,18 +66,23 @@ def record_litert(
     Raises:
       ValueError: a file is damaged or was not written by `tclip export`, or ai-edge-litert is missing or too old.
     """
-    names = tap_names(config)
+    names, pooled = tap_names(config), ["text/ln_final", "image/projection", "text/projection"]
+    if config.vision.final_ln_after_pool or config.vision.pool_type == "tok":
+        pooled.append("image/ln_post")
+    projected = {"image": config.vision.projection, "text": config.text.proj_type == "linear"}
     taps: Taps = {}
     for tower, inputs in (("image", pixels), ("text", tokens)):
         file = Flatbuffer(files[tower])
-        stored = {name: OUTPUTS[tower] if name.endswith("/projection") else name for name in names}
+        # Without a projection the last of the pooled taps is the output, too.
+        last = ("/projection",) if projected[tower] else ("/projection", "/ln_post", "/ln_final")
+        stored = {name: OUTPUTS[tower] if name in pooled and name.endswith(last) else name for name in names}
         wanted = [name for name in names if name.startswith(f"{tower}/") and not name.endswith("/embedding")]
         missing = [name for name in wanted if stored[name] not in file.names()]
         if missing:
             raise ValueError(f"{file.path}: no value {missing[0]}: only files of `tclip export` can be compared")
         content, indices = file.with_outputs([stored[name] for name in wanted])
         for name, value in zip(wanted, run_litert(content, inputs, indices), strict=True):
-            taps[name] = value[:, 0] if name.endswith(_POOLED) else value
+            taps[name] = value[:, 0] if name in pooled else value
         length = np.maximum(np.linalg.norm(taps[f"{tower}/projection"], axis=-1, keepdims=True), 1e-12)
         taps[f"{tower}/embedding"] = taps[f"{tower}/projection"] / length
     facts = {"run by": f"ai-edge-litert {runtime_version()} on the CPU, {files['image'].name} and {files['text'].name}"}

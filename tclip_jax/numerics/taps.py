@@ -8,7 +8,7 @@ A tower with L layers has 5 + 3·L taps. In the order of the computation:
 | image/embedded, text/embedded | the input of the first block (B, T, D) |
 | …/blocks/i/attention, …/blocks/i/mlp | the output of each branch of block i, before any LayerScale |
 | …/blocks/i | the residual stream after block i |
-| image/ln_post, text/ln_final | the pooled and normalised token (B, D) |
+| image/ln_post, text/ln_final | the pooled and normalised token (B, D); all (B, T, D) if normalised before pooling |
 | …/projection, …/embedding | the embedding (B, E), before and after L2 normalisation |
 """
 

@@ -26,6 +26,7 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, ternary_rules
 from tclip_jax.ternary import Quantizer
+from tests.interop.model_shapes import clip_configs
 
 pytest.importorskip("litert_converter", reason="litert-converter is not installed (pip install -e '.[litert]')")
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (pip install -e '.[litert]')")
@@ -64,35 +65,9 @@ def write(folder: pathlib.Path, config: CLIPConfig, params: dict[str, Any], batc
     write_litert(folder, config=config, preprocess=Preprocess(config.vision.image_size), params=params, batch=batch)
 
 
-visions = st.builds(
-    VisionConfig,
-    image_size=st.sampled_from([(16, 16), (16, 24), (19, 13)]),
-    patch_size=st.sampled_from([5, 8]),
-    width=st.sampled_from([16, 48]),
-    head_width=st.sampled_from([8, 16]),
-    layers=st.integers(1, 2),
-    mlp_ratio=st.sampled_from([1.5, 4.0]),
-    ls_init_value=st.sampled_from([None, 0.1]),
-    pool_type=st.sampled_from(["tok", "avg"]),
-    no_ln_pre=st.booleans(),
-    final_ln_after_pool=st.booleans(),
-)
-texts = st.builds(
-    TextConfig,
-    context_length=st.integers(3, 9),
-    vocab_size=st.integers(10, 80),
-    width=st.sampled_from([5, 6, 32, 36]),  # rows of 5 do not end with a byte
-    heads=st.just(1),
-    layers=st.integers(1, 2),
-    ls_init_value=st.sampled_from([None, 0.1]),
-    pool_type=st.sampled_from(["argmax", "last"]),
-    no_causal_mask=st.booleans(),
-)
-
-
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    config=st.builds(CLIPConfig, st.sampled_from([7, 20]), visions, texts, st.booleans()),
+    config=clip_configs(),
     rules=st.sampled_from(sorted(RULES)),
     batch=st.integers(1, 3),
 )

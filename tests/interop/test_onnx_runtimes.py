@@ -27,6 +27,7 @@ from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.presets import PRESETS
 from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, ternary_rules
 from tclip_jax.ternary import Quantizer
+from tests.interop.model_shapes import clip_configs
 
 pytest.importorskip("onnx", reason="the onnx package is not installed (pip install -e '.[onnx]')")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install -e '.[onnx]')")
@@ -71,69 +72,19 @@ def run(folder: pathlib.Path, tower: str, inputs: np.ndarray, suffix: str = "_q2
     return embeds
 
 
-visions = st.builds(
-    VisionConfig,
-    image_size=st.sampled_from([(16, 16), (16, 24), (19, 13)]),
-    patch_size=st.sampled_from([5, 8]),
-    width=st.sampled_from([16, 48]),
-    head_width=st.sampled_from([8, 16]),
-    layers=st.integers(1, 2),
-    mlp_ratio=st.sampled_from([1.5, 4.0]),
-    ls_init_value=st.sampled_from([None, 0.1]),
-    pool_type=st.sampled_from(["tok", "avg"]),
-    no_ln_pre=st.booleans(),
-    final_ln_after_pool=st.booleans(),
-    norm_eps=st.sampled_from([1e-5, 1e-3]),
-    approximate=st.sampled_from(["none", "tanh"]),
-)
-headless = st.builds(
-    VisionConfig,
-    image_size=st.sampled_from([(16, 16), (19, 13)]),
-    patch_size=st.sampled_from([5, 8]),
-    width=st.just(20),
-    head_width=st.sampled_from([4, 10]),
-    layers=st.integers(1, 2),
-    pool_type=st.sampled_from(["map", "avg"]),
-    no_ln_pre=st.just(True),
-    class_token=st.just(False),
-    patch_bias=st.booleans(),
-    projection=st.booleans(),
-    approximate=st.sampled_from(["none", "tanh"]),
-)
-texts = st.builds(
-    TextConfig,
-    context_length=st.integers(3, 9),
-    vocab_size=st.integers(10, 80),
-    width=st.sampled_from([6, 32, 36]),  # rows of 6 do not end with a byte
-    heads=st.integers(1, 2),
-    layers=st.integers(1, 2),
-    ls_init_value=st.sampled_from([None, 0.1]),
-    pool_type=st.sampled_from(["argmax", "last", "first", "eos"]),
-    no_causal_mask=st.booleans(),
-    norm_eps=st.sampled_from([1e-5, 1e-3]),
-    proj_bias=st.booleans(),
-)
-
-
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    config=st.builds(
-        CLIPConfig, st.just(20), visions | headless, texts, st.just(False), st.sampled_from([None, -10.0])
-    ),
-    quick_gelu=st.booleans(),
+    config=clip_configs(),
     rules=st.sampled_from(sorted(RULES)),
     packed=st.booleans(),
 )
 def test_every_option_of_the_towers(
     config: CLIPConfig,
-    quick_gelu: bool,
     rules: str,
     packed: bool,
     tmp_path_factory: pytest.TempPathFactory,
     fast_compilation: None,
 ) -> None:
-    if config.vision.approximate == config.text.approximate == "none":
-        config = dataclasses.replace(config, quick_gelu=quick_gelu)
     folder, params = tmp_path_factory.mktemp("onnx"), draw_params(config, RULES[rules])
     form = Form(packed, accuracy_level=1)
     write_onnx(folder, config=config, preprocess=Preprocess(config.vision.image_size), params=params, form=form)
