@@ -58,6 +58,8 @@ _DIGITS = 8  # samples on the page
 
 def check_demo(config: CLIPConfig, runtime: epath.PathLike | None) -> None:
     """Raise the errors of `write_demo` that need no weights: they come before the work."""
+    if config.text.hf_tokenizer_name:
+        raise ValueError(f"the tokenizer is {config.text.hf_tokenizer_name!r:.80}: the page has only CLIP's own")
     if config.text.vocab_size != VOCAB_SIZE:
         raise ValueError(f"vocab_size {config.text.vocab_size}: the page has CLIP's tokenizer, of {VOCAB_SIZE} tokens")
     if runtime is not None:

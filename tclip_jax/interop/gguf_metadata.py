@@ -134,6 +134,8 @@ def to_metadata(model: GgufModel, kind: Kind) -> dict[str, Any]:
     check_expressible(
         config,
         "a GGUF of CLIP",
+        *(("norm_eps", tower.norm_eps, _EPSILON) for tower in (config.vision, config.text)),
+        *(("approximate", tower.approximate, "none") for tower in (config.vision, config.text)),
         ("preprocess_cfg.size", preprocess.size, config.vision.image_size),
         ("preprocess_cfg.interpolation", preprocess.interpolation, "bicubic"),
         ("preprocess_cfg.resize_mode", preprocess.resize_mode, "shortest"),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.artifacts.safetensors import LazyArray
-from tclip_jax.interop.open_clip import check_expressible, is_timm, unwrapped
+from tclip_jax.interop.open_clip import check_expressible, check_options, is_timm, unwrapped
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.schema import check_names
 
@@ -142,7 +142,8 @@ def check_hugging_face(config: CLIPConfig) -> None:
     if not is_timm(config):
         check_expressible(config, "transformers' CLIPModel")
         return
-    only = (
+    check_options(
+        "transformers' SiglipModel",
         ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
         ("vision_cfg.pool_type", vision.pool_type, "map"),
         ("vision_cfg.no_ln_pre", vision.no_ln_pre, True),
@@ -155,9 +156,6 @@ def check_hugging_face(config: CLIPConfig) -> None:
         ("text_cfg.ls_init_value", text.ls_init_value, None),
         ("whether it has a logit bias", config.init_logit_bias is not None, True),
     )
-    for option, value, possible in only:
-        if value != possible:
-            raise ValueError(f"{option} is {value!r}: transformers' SiglipModel can only have {possible!r}")
 
 
 def _timm_name(name: str) -> str:

@@ -305,7 +305,8 @@ def check_expressible(config: CLIPConfig, what: str, *others: tuple[str, Any, An
       *others: further options to check, as (name, value, only possible value).
     """
     vision, text = config.vision, config.text
-    only = (
+    check_options(
+        what,
         ("vision_cfg.image_size", vision.image_size, (vision.image_size[0],) * 2),
         ("vision_cfg.pool_type", vision.pool_type, "tok"),
         ("vision_cfg.no_ln_pre", vision.no_ln_pre, False),
@@ -321,6 +322,10 @@ def check_expressible(config: CLIPConfig, what: str, *others: tuple[str, Any, An
         ("init_logit_bias", config.init_logit_bias, None),
         *others,
     )
+
+
+def check_options(what: str, *only: tuple[str, Any, Any]) -> None:
+    """Raise ValueError for the first option, as (name, value, only possible value), that `what` cannot express."""
     for option, value, possible in only:
         if value != possible:
             raise ValueError(f"{option} is {value!r}: {what} can only have {possible!r}")

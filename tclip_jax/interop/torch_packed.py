@@ -31,7 +31,7 @@ from tclip_jax.artifacts.safetensors import read_safetensors, write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.examples import Examples
 from tclip_jax.interop.hugging_face import hugging_face_table
-from tclip_jax.interop.open_clip import lazy_state, open_clip_table
+from tclip_jax.interop.open_clip import check_options, lazy_state, open_clip_table
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.ternary import PackedTensor, TernaryTensor, pack_rows, unpack
@@ -69,7 +69,11 @@ def write_torch(folder: epath.Path, *, config: CLIPConfig, preprocess: Preproces
       config: the model.
       preprocess: the preprocessing of its images, for the reader of config.json.
       params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
+
+    Raises:
+      ValueError: the package has no layer for an option of the model, such as those of SigLIP; the message names it.
     """
+    _check_supported(config)
     folder.mkdir(parents=True, exist_ok=True)
     packed = dict(_packed(params, config))
     tensors: dict[str, Any] = {}
@@ -146,6 +150,22 @@ def verify_torch(folder: epath.Path, *, config: CLIPConfig, params: Mapping[str,
         if not error <= BUDGET:
             raise ValueError(f"{folder}: its {tower} embeddings differ by {error} from those of the model")
     return f"{FOLDER}: weights verified; embeddings differ by at most {max(errors.values()):.1e} from JAX's"
+
+
+def _check_supported(config: CLIPConfig) -> None:
+    vision, text = config.vision, config.text
+    check_options(
+        "packed PyTorch",
+        ("vision_cfg.class_token", vision.class_token, True),
+        ("vision_cfg.patch_bias", vision.patch_bias, False),
+        ("vision_cfg.projection", vision.projection, True),
+        ("text_cfg.pool_type", text.pool_type, "last" if text.pool_type == "last" else "argmax"),
+        ("text_cfg.proj_bias", text.proj_bias, False),
+        ("text_cfg.proj_type", text.proj_type, "linear"),
+        *(("norm_eps", tower.norm_eps, 1e-5) for tower in (vision, text)),
+        *(("approximate", tower.approximate, "none") for tower in (vision, text)),
+        ("init_logit_bias", config.init_logit_bias, None),
+    )
 
 
 def _packed(params: Mapping[str, Any], config: CLIPConfig) -> Iterator[tuple[str, PackedTensor]]:

@@ -49,10 +49,8 @@ _VISION = _ATTENTION | {
     "input_patchnorm": _Field("normalises patches before they are embedded", (False, None)),
     # Unused without attentional_pool and timm_model_name.
     **dict.fromkeys(("attn_pooler_queries", "attn_pooler_heads", "n_queries"), _Field("", ())),
-    **dict.fromkeys(
-        ("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
-        _Field("", ()),
-    ),
+    **dict.fromkeys(("timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj"), _Field("", ())),
+    **dict.fromkeys(("timm_proj_bias", "timm_drop", "timm_drop_path"), _Field("", ())),
 }
 _TEXT = _ATTENTION | {
     "tokenizer_kwargs": _Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from tclip_jax.models.config import VisionConfig
@@ -15,7 +15,6 @@ class _Size(NamedTuple):
     layers: int
     heads: int
     mlp_ratio: float = 4.0
-    approximate: Literal["none", "tanh"] = "none"
 
 
 # timm.models.vision_transformer
@@ -23,8 +22,10 @@ _SIZES = {
     "base": _Size(768, 12, 12),
     "large": _Size(1024, 24, 16),
     "so400m": _Size(1152, 27, 16, 3.7362),
-    "giantopt": _Size(1536, 40, 16, approximate="tanh"),
+    "giantopt": _Size(1536, 40, 16),
 }
+# Those with GELU by tanh.
+_TANH = re.compile(r"base_patch32|large_patch16_siglip(_gap)?_512|so400m_patch16|giantopt")
 _NAME = re.compile(r"vit_(?P<size>\w+?)_patch(?P<patch>\d+)_siglip(?P<gap>_gap)?_(?P<image>\d+)(\.\w+)?")
 _EPSILON = 1e-6
 
@@ -66,7 +67,7 @@ def from_timm(vision_cfg: Mapping[str, Any]) -> dict[str, Any]:
         "pool_type": pool,
         "no_ln_pre": True,
         "norm_eps": _EPSILON,
-        "approximate": size.approximate,
+        "approximate": "tanh" if _TANH.search(name) else "none",
         "class_token": False,
         "patch_bias": True,
         "projection": vision_cfg["timm_proj"] == "linear",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from etils import epath
@@ -20,10 +21,12 @@ from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.inference.model import Model
 from tclip_jax.interop.checkpoints import find_weights
-from tclip_jax.interop.metadata import OPEN_CLIP
-from tclip_jax.interop.open_clip import to_open_clip
+from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP
+from tclip_jax.interop.open_clip import is_timm, to_open_clip
 from tclip_jax.interop.reader import read_json
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.text import pooled_position
+from tclip_jax.models.timm_cfg import to_timm
 from tclip_jax.numerics.golden import Recording
 from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.storage import is_local
@@ -47,7 +50,23 @@ _TRANSFORMERS_TAPS = {
     "text_model.final_layer_norm": "text/ln_final",
     "text_projection": "text/projection",
 }
+_SIGLIP_TAPS = {
+    "vision_model.embeddings.patch_embedding": "image/patch_embedding",
+    "vision_model.encoder.layers": "image/blocks",
+    "vision_model.post_layernorm": "image/ln_post",
+    "vision_model.head": "image/projection",
+    "text_model.embeddings.token_embedding": "text/token_embedding",
+    "text_model.encoder.layers": "text/blocks",
+    "text_model.final_layer_norm": "text/ln_final",
+    "text_model.head": "text/projection",
+}
+_TIMM_TAPS = {
+    "visual.trunk.patch_embed.proj": "image/patch_embedding",
+    "visual.trunk.blocks": "image/blocks",
+    "visual.trunk.norm": "image/ln_post",
+}
 _BRANCHES = {"attn": "attention", "self_attn": "attention", "mlp": "mlp"}
+_TRANSFORMERS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 
 
 def library_of(path: epath.PathLike) -> str:
@@ -61,7 +80,7 @@ def library_of(path: epath.PathLike) -> str:
         return ""
     if described == OPEN_CLIP:
         return "open_clip"
-    return "transformers" if read_json(folder / described).get("model_type") == "clip" else ""
+    return "transformers" if read_json(folder / described).get("model_type") in _TRANSFORMERS else ""
 
 
 @functools.cache
@@ -101,14 +120,22 @@ def load_torch(folder: epath.PathLike) -> Any:
         open_clip = importlib.import_module("open_clip")
         return open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
     transformers = importlib.import_module("transformers")
-    return transformers.CLIPModel.from_pretrained(folder, dtype="float32").eval()
+    model = _TRANSFORMERS[read_json(epath.Path(folder) / HUGGING_FACE)["model_type"]]
+    return getattr(transformers, model).from_pretrained(folder, dtype="float32").eval()
 
 
 def build_torch(model: Model) -> Any:
-    """Return open_clip's CLIP with the weights of `model`, ternary weights dequantised, on the CPU."""
+    """Return open_clip's model with the weights of `model`, ternary weights dequantised, on the CPU.
+
+    Raises:
+      ValueError: open_clip cannot build the model.
+    """
     torch, open_clip = import_torch(), importlib.import_module("open_clip")
     state = to_open_clip(pack_params(model.params, model.rules), model.config)
-    module = open_clip.CLIP(**model.config.to_open_clip())
+    if is_timm(model.config) and to_timm(model.config.vision) is None:
+        raise ValueError("open_clip has no image tower of this shape: compare with a folder of transformers")
+    cfg = model.config.to_open_clip()
+    module = (open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg)
     module.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
     return module.eval()
 
@@ -127,7 +154,7 @@ def record_torch(
     torch = import_torch()
     images, ids = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2), torch.from_numpy(np.array(tokens)).long()
     taps: Taps = {}
-    with torch.no_grad(), _hooks(module, taps):
+    with torch.no_grad(), _hooks(module, _tap_paths(module), taps):
         if hasattr(module, "visual"):
             taps["image/projection"] = module.encode_image(images).float().numpy()
             taps["text/projection"] = module.encode_text(ids).float().numpy()
@@ -139,7 +166,7 @@ def record_torch(
     # open_clip normalises all tokens and then pools one; our tap is the pooled token.
     if taps["image/ln_post"].ndim == 3 and config.vision.pool_type == "tok":
         taps["image/ln_post"] = taps["image/ln_post"][:, 0]
-    end_B = tokens.argmax(axis=-1) if config.text.pool_type == "argmax" else np.full(len(tokens), -1)
+    end_B = np.asarray(pooled_position(jnp.asarray(tokens), config.text))
     taps["text/ln_final"] = taps["text/ln_final"][np.arange(len(tokens)), end_B]
     for tower in ("image", "text"):
         embedding = torch.from_numpy(taps[f"{tower}/projection"])
@@ -148,8 +175,19 @@ def record_torch(
     return Recording(pixels, tokens, {name: taps[name] for name in ordered | taps}, scale, _environment(module))
 
 
+def _tap_paths(module: Any) -> dict[str, str]:
+    """Return the paths of a model's parts, and the names of their taps."""
+    if not hasattr(module, "visual"):
+        return _SIGLIP_TAPS if type(module).__name__ == "SiglipModel" else _TRANSFORMERS_TAPS
+    image, text = (
+        {path: name for path, name in _OPEN_CLIP_TAPS.items() if name.startswith(tower)} for tower in ("image", "text")
+    )
+    prefix = "text." if hasattr(module, "text") else ""
+    return (_TIMM_TAPS if hasattr(module.visual, "trunk") else image) | {prefix + p: name for p, name in text.items()}
+
+
 @contextlib.contextmanager
-def _hooks(module: Any, taps: Taps) -> Iterator[None]:
+def _hooks(module: Any, paths: Mapping[str, str], taps: Taps) -> Iterator[None]:
     handles = []
 
     def keep(name: str, value: Any) -> None:
@@ -159,7 +197,7 @@ def _hooks(module: Any, taps: Taps) -> Iterator[None]:
     def tap(part: Any, name: str) -> None:
         handles.append(part.register_forward_hook(lambda _module, _args, output: keep(name, output)))
 
-    for path, name in (_OPEN_CLIP_TAPS if hasattr(module, "visual") else _TRANSFORMERS_TAPS).items():
+    for path, name in paths.items():
         part = module.get_submodule(path)
         if not name.endswith("/blocks"):
             tap(part, name)

@@ -11,8 +11,8 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.hugging_face_config import (
     config_from_hugging_face,
     hugging_face_config,
-    preprocess_from_hugging_face,
 )
+from tclip_jax.interop.hugging_face_preprocess import preprocess_from_hugging_face
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
 

@@ -11,8 +11,8 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.hugging_face_config import (
     config_from_hugging_face,
     hugging_face_config,
-    preprocess_from_hugging_face,
 )
+from tclip_jax.interop.hugging_face_preprocess import preprocess_from_hugging_face
 from tclip_jax.interop.metadata import from_hugging_face, from_name, from_open_clip
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
@@ -45,13 +45,13 @@ def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model_type", "siglip", "model_type is 'siglip'"),
+        ("model_type", "siglip2", "model_type is 'siglip2', a NaFlex model"),
         ("vision_config.hidden_act", None, "hidden_act is 'gelu' and 'quick_gelu': both towers"),
         ("vision_config.num_channels", 4, "vision_config.num_channels is 4: it must be 3"),
         ("vision_config", [1], r"vision_config is \[1\]: it must be a JSON object"),
         ("text_config.hidden_act", "quick_gelu", "hidden_act is 'gelu' and 'quick_gelu': both towers"),
-        ("vision_config.hidden_act", "gelu_new", "'gelu_new'"),
-        ("vision_config.layer_norm_eps", 1e-6, "vision_config.layer_norm_eps is 1e-06: it must be 1e-05"),
+        ("vision_config.hidden_act", "relu", "hidden_act is 'gelu' and 'relu': both towers"),
+        ("vision_config.layer_norm_eps", -1e-6, "norm_eps is -1e-06: it must be above 0"),
         ("text_config.eos_token_id", 3, "text_config.eos_token_id is 3: it must be 49407"),
         ("text_config.vocab_size", 1000, "text_config.eos_token_id is 49407: it must be below the vocab_size, 1000"),
         ("vision_config.num_attention_heads", 0, "not the config of a CLIPModel"),

@@ -157,8 +157,6 @@ def test_a_folder_without_weights_says_what_it_has(
         ("base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "an adapter (LoRA)"),
         ("visual.layer1.0.conv1.weight", "a ResNet"),
         ("visual.attn_pool.query", "a CoCa"),
-        ("visual.trunk.attn_pool.latent", "a SigLIP"),
-        ("vision_model.head.probe", "a SigLIP"),
         ("module.visual.trunk.stem.0.weight", "an image tower of timm"),
         ("text.transformer.embeddings.word_embeddings.weight", "a text tower of Hugging Face"),
         ("model.layers.0.mlp.gate_proj.weight", "a language model"),

@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tclip_jax.artifacts.pack import pack_params
+from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import tokenizer_of
+from tclip_jax.inference.model import Model
 from tclip_jax.interop.checkpoints import open_checkpoint
+from tclip_jax.interop.export import export_model
 from tclip_jax.interop.hugging_face import from_hugging_face, to_hugging_face
 from tclip_jax.interop.hugging_face_config import config_from_hugging_face, hugging_face_config
 from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
 from tclip_jax.losses.contrastive import sigmoid_loss
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.numerics.activations import activations_report
+from tclip_jax.numerics.torch_side import record_torch
+from tclip_jax.ternary import Quantizer
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 DOCUMENT: dict[str, Any] = {
@@ -140,3 +148,37 @@ def test_a_folder_is_read(image_size: int | None, module: Any, params: dict[str,
             assert ours[path].shape == (25, 32)
             continue
         np.testing.assert_array_equal(ours[path], value)
+
+
+@pytest.mark.torch
+def test_activations_are_those_of_transformers(module: Any, params: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    pixels = rng.standard_normal((2, 24, 24, 3), np.float32)
+    recording = record_torch(module, CONFIG, pixels, rng.integers(0, 99, (2, 7), np.int32))
+    report = activations_report("siglip", Model(CONFIG, Preprocess(24), params), recording)
+    assert report.passed and len(report.tables["isolated"]) == 22, report.verdict
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("formats", "message"), [("gguf-tq2_0", "vision_cfg"), ("torch", "vision_cfg.class_token")])
+def test_formats_that_cannot_hold_it_say_so(
+    formats: str, message: str, params: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    packed = pack_params(params, ternary_rules("Q-ALL", Quantizer(group=16)))
+    with pytest.raises(ValueError, match=message):
+        export_model(tmp_path / "out", config=CONFIG, preprocess=Preprocess(24), params=packed, formats=(formats,))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.torch
+def test_an_export_is_transformers_own(module: Any, params: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    exported = export_model(
+        tmp_path / "out", config=CONFIG, preprocess=Preprocess(24, resize_mode="squash"), params=params, formats=("hf",)
+    )
+    assert any("no tokenizer is written" in note for note in exported.notes)
+    again = transformers.SiglipModel.from_pretrained(tmp_path / "out")
+    for key, value in module.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="open_clip builds SigLIP's image towers by their names in timm"):
+        export_model(tmp_path / "b", config=CONFIG, preprocess=Preprocess(24), params=params, formats=("open_clip",))

@@ -14,6 +14,7 @@ import pytest
 from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.timm_cfg import from_timm, is_timm_siglip
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -78,3 +79,22 @@ def test_embeddings_and_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     ours = jax.jit(CLIP(config).apply)({"params": params}, pixels, tokens)
     np.testing.assert_allclose(ours[0], image.numpy(), atol=1e-5)  # type: ignore[index]
     np.testing.assert_allclose(ours[1], text.numpy(), atol=1e-5)  # type: ignore[index]
+
+
+def test_every_siglip_of_timm_is_known_with_its_shape() -> None:
+    timm = open_clip.timm_model.timm
+    names = [name for name in timm.list_models("*siglip*") if "naflex" not in name and "so150m" not in name]
+    assert len(names) > 30
+    for name in names:
+        assert is_timm_siglip(name), name
+        with torch.device("meta"):
+            trunk = timm.create_model(name, depth=1, num_classes=0)
+        size = trunk.patch_embed.img_size[0]
+        cfg = {"timm_model_name": name, "image_size": size, "timm_pool": "", "timm_proj": "none"}
+        fields, block = from_timm(cfg), trunk.blocks[0]
+        tanh = "tanh" in type(block.mlp.act).__name__.lower()
+        assert fields["approximate"] == ("tanh" if tanh else "none"), name
+        assert fields["pool_type"] == ("avg" if "gap" in name else "map") == trunk.global_pool, name
+        assert (fields["width"], fields["head_width"]) == (trunk.embed_dim, block.attn.head_dim), name
+        assert int(fields["width"] * fields["mlp_ratio"]) == block.mlp.fc1.out_features, name
+        assert (fields["patch_size"], fields["norm_eps"]) == (trunk.patch_embed.patch_size[0], block.norm1.eps), name
