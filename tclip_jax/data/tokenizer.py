@@ -9,7 +9,6 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import ftfy
 import numpy as np
@@ -17,9 +16,6 @@ import numpy.typing as npt
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-if TYPE_CHECKING:
-    from tclip_jax.models.config import TextConfig
 
 VOCAB_SIZE = 49408
 SOT = 49406
@@ -100,18 +96,22 @@ class Tokenizer:
             (folder / name).write_bytes(text.encode())
 
 
-def tokenizer_of(text: TextConfig) -> Tokenizer:
+def tokenizer_of(context_length: int, hf_tokenizer_name: str) -> Tokenizer:
     """Return the tokenizer of a model's texts.
+
+    Args:
+      context_length: number of ids per caption.
+      hf_tokenizer_name: as in `text_cfg`, "" for CLIP's own.
 
     Raises:
       ValueError: the model has another tokenizer than CLIP's.
     """
-    if text.hf_tokenizer_name:
+    if hf_tokenizer_name:
         raise ValueError(
-            f"the model's texts are tokenized by {text.hf_tokenizer_name!r:.80}, which is not read yet: only CLIP's own"
+            f"the model's texts are tokenized by {hf_tokenizer_name!r:.80}, which is not read yet: only CLIP's own"
             " tokenizer is; its images can be encoded, and texts as token ids"
         )
-    return Tokenizer(text.context_length)
+    return Tokenizer(context_length)
 
 
 @functools.cache

@@ -104,7 +104,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Embeddings:
         """Return the L2-normalised embeddings (N, D) of texts, which must be the same on every process."""
-        tokens = tokenizer_of(self._text)(texts)
+        tokens = tokenizer_of(self._text.context_length, self._text.hf_tokenizer_name)(texts)
         lengths = self._lengths(tokens)
         rows = min(self.batch_size, self._round_up(1 << max(len(texts) - 1, 0).bit_length()))
         local_rows = rows // jax.process_count()

@@ -149,7 +149,7 @@ class Model:
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
         """Return the tokens of one text or several, int32 (N, context_length)."""
-        return tokenizer_of(self.config.text)(texts)
+        return tokenizer_of(self.config.text.context_length, self.config.text.hf_tokenizer_name)(texts)
 
     def trits(self, path: str) -> TernaryTensor:
         """Return the trits and scales of a ternary weight, packed or latent.

@@ -156,7 +156,8 @@ def _same(stated: Any, value: Any) -> bool:
 def _name_end(text: dict[str, Any]) -> None:
     """Keep `eos_id` only if a text is pooled there, and rename "eos" to "argmax" if both select the same token."""
     if text.get("pool_type") != "eos":
-        text.pop("eos_id", None)
+        if type(text.get("eos_id")) is int and text["eos_id"] >= 0:  # another value is refused
+            del text["eos_id"]
     elif text.get("eos_id") == text.get("vocab_size", 49408) - 1:
         del text["eos_id"]
         text["pool_type"] = "argmax"

@@ -98,7 +98,7 @@ def sample_batch(model: Model, count: int) -> tuple[npt.NDArray[np.float32], npt
     images = [image for image in sample_images(2 * count) if min(image.size) > 1]
     pixels = np.stack([preprocess(image, model.preprocess) for image in images[:count]])
     texts = [phrase if i % 2 else _PHRASES[-1] + phrase for i, phrase in enumerate(sample_texts(count))]
-    tokens = tokenizer_of(model.config.text)(texts)
+    tokens = tokenizer_of(model.config.text.context_length, model.config.text.hf_tokenizer_name)(texts)
     return normalize(pixels, model.preprocess.mean, model.preprocess.std), tokens
 
 

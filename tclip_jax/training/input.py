@@ -72,7 +72,7 @@ def train_data(
     """
     return train_iterator(
         open_source(run.data.source, run.data.split) if source is None else source,
-        tokenizer=tokenizer_of(run.model.text),
+        tokenizer=tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name),
         preprocess=run.preprocess,
         augment=run.data.augment,
         templates=run.data.templates,
@@ -88,7 +88,7 @@ def train_data(
 
 def draw_sample(run: RunConfig, source: Source) -> None:
     """Read and augment one record in this process; raise what the source or the augmentation raises."""
-    tokenizer = tokenizer_of(run.model.text)
+    tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
     row = TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
     row.draw(0, np.random.default_rng(run.seed))
 

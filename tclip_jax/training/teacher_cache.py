@@ -133,7 +133,7 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
 
 def train_row(run: RunConfig, source: Source) -> TrainRow:
     """Return the function that makes a training row of a sample."""
-    tokenizer = tokenizer_of(run.model.text)
+    tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
 

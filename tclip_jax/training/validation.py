@@ -48,7 +48,7 @@ class ValidationLoss:
         self._source = open_source(config.source, config.split)
         if not len(self._source):
             raise ValueError(f"{config.source}: it has no sample in its split {config.split!r}")
-        tokenizer = tokenizer_of(run.model.text)
+        tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
         self._row = TrainRow(self._source, tokenizer, run.preprocess, "none", config.templates)
         self._checked = False
 

@@ -45,7 +45,10 @@ def test_packed_and_fake_quantized_models_agree_bit_exactly(packed_model: Model,
     np.testing.assert_array_equal(packed_model.encode_text(TOKENS), fake_quantized.encode_text(TOKENS))
 
 
-@pytest.mark.parametrize("implementation", [None, "reference", "xla_int8"])
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(None, marks=pytest.mark.slow), pytest.param("reference", marks=pytest.mark.slow), "xla_int8"],
+)
 def test_repacked_models_equal_the_fake_quantized_one(
     packed_model: Model, fake_quantized: Model, implementation: str | None
 ) -> None:
@@ -153,6 +156,7 @@ def test_a_file_that_is_not_an_image_is_named(packed_model: Model, tmp_path: pat
             packed_model.encode_image(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["packed", "repacked", "latent"])
 def test_apply_is_pure(which: str, packed_model: Model, fake_quantized: Model) -> None:
     model = {"packed": packed_model, "repacked": packed_model.repacked(activations="A32"), "latent": fake_quantized}[

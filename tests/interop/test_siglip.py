@@ -88,7 +88,7 @@ def test_other_models_are_refused(changed: dict[str, Any], message: str) -> None
 
 def test_texts_are_refused_without_their_tokenizer() -> None:
     with pytest.raises(ValueError, match="tokenized by 'SiglipTokenizer', which is not read yet"):
-        tokenizer_of(CONFIG.text)
+        tokenizer_of(CONFIG.text.context_length, CONFIG.text.hf_tokenizer_name)
 
 
 @pytest.mark.torch

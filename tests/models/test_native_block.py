@@ -57,7 +57,7 @@ def program(clip: CLIP, params: Tree, method: str = "encode_image") -> str:
 @pytest.mark.parametrize(
     ("rules", "quick_gelu", "activations", "budget"),
     [
-        ("Q-ALL", False, "A32", 2e-6),
+        pytest.param("Q-ALL", False, "A32", 2e-6, marks=pytest.mark.slow),
         ("Q-FFN", True, "A32", 2e-6),
         ("Q-ALL", True, "A16", 5e-5),
         ("Q-FFN", False, "A8", 5e-3),

@@ -8,6 +8,7 @@ files and review the diff:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -32,6 +33,10 @@ from tclip_jax.training.optimizer import make_optimizer
 from tclip_jax.training.state import TrainState
 
 TINY = CLIPConfig.from_open_clip(model_cfg("tiny"))
+SIGLIP = dataclasses.replace(
+    TINY,
+    vision=dataclasses.replace(TINY.vision, pool_type="map", class_token=False, patch_bias=True, no_ln_pre=True),
+)
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 MESHES = {"data4-fsdp2": (4, 2, 1), "data2-fsdp2-tensor2": (2, 2, 2)}
 
@@ -83,9 +88,19 @@ def test_a_device_holds_its_share_of_the_weights(preset: str, sizes: tuple[int, 
 @pytest.mark.parametrize("pattern", [pattern for pattern, *_ in RULES])
 def test_every_rule_applies_to_some_parameter(pattern: str) -> None:
     heads = jax.eval_shape(lambda key: init_heads(key, TINY, 96, LossConfig(icl=1.0)), jax.random.key(0))
-    trees = {"clip": shapes("tiny"), "heads": heads}
+    trees = {"clip": shapes("tiny"), "siglip": param_shapes(SIGLIP), "heads": heads}
     first = [next(p for p, *_ in RULES if re.search(rf"(?:^|/){p}$", path)) for path in by_path(trees)]
     assert pattern in first
+
+
+def test_attention_pooling_is_sharded_as_the_blocks_are() -> None:
+    mesh = make_mesh(2, 2, 2)
+    shardings = by_path(tree_shardings(param_shapes(SIGLIP), mesh))
+    for name in ("attention/out", "mlp/fc1", "mlp/fc2"):
+        in_block, in_pool = (shardings[f"image/{place}/{name}/kernel"].spec for place in ("blocks", "pool"))
+        assert tuple(in_block[1:]) == tuple(in_pool), name
+    for name in ("q", "kv"):
+        assert tuple(shardings[f"image/pool/attention/{name}/kernel"].spec) == (None, ("tensor", "fsdp"))
 
 
 def test_a_shard_never_splits_a_group_of_weights() -> None:

@@ -89,7 +89,8 @@ def total(params: Any, batch: Any) -> tuple[jax.Array, Any]:
     return jnp.sum(jnp.sin(3 * image) + jnp.cos(3 * text)), (image, text)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
 def test_embeddings_and_gradients_equal_those_of_one_device(sizes: tuple[int, int, int]) -> None:
     rng, params = np.random.default_rng(0), init_params(MODEL, jax.random.key(0))
     batch = {

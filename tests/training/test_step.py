@@ -115,6 +115,7 @@ def test_eight_devices_equal_one_in_ternary() -> None:
             assert of_eight["loss"] == pytest.approx(of_one["loss"], rel=1e-4), step
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_weighted_sum_and_each_model_normalizes_its_pixels() -> None:
     loss = DISTILLED
     run, batch = run_on(1, loss=loss), batch_of(0)
@@ -161,6 +162,7 @@ def test_logit_scale_is_clamped() -> None:
         assert metrics["logit_scale"] == pytest.approx(np.exp(limit))
 
 
+@pytest.mark.slow
 def test_weights_are_blended_to_ternary_and_averaged() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     student = Encoders(CLIP(CONFIG, Q_ALL), MEAN, STD)
