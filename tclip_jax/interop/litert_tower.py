@@ -149,9 +149,11 @@ def _attention_pool(x_MD: jax.Array, config: CLIPConfig, vectors: Values, matric
     def heads(x: jax.Array, rows: int) -> jax.Array:
         return x.reshape(rows, -1, cfg.heads, cfg.width // cfg.heads)
 
-    query = heads(dense(vectors["image/pool/attention/probe"], "attention/q"), 1)
+    # A row for each image before the product: LiteRT does not know the shape of its result, and cannot broadcast it.
+    probe_BD = jnp.broadcast_to(vectors["image/pool/attention/probe"], (batch, cfg.width))
+    query = heads(dense(probe_BD, "attention/q"), batch)
     keys, values = (heads(part, batch) for part in jnp.split(dense(x_MD, "attention/kv"), 2, -1))
-    mixed = attend(jnp.broadcast_to(query, (batch, *query.shape[1:])), keys, values, causal=False)
+    mixed = attend(query, keys, values, causal=False)
     x_BD = dense(mixed.reshape(batch, cfg.width), "attention/out")
     normal_BD = _norm(x_BD, "image/pool/ln", vectors, cfg.norm_eps)
     return x_BD + dense(_activation(dense(normal_BD, "mlp/fc1"), config, cfg), "mlp/fc2")
