@@ -156,6 +156,6 @@ def test_the_scripts_of_ci_pass_shellcheck() -> None:
     if program is None:
         pytest.skip("shellcheck is not installed (pip install -e '.[test]')")
     scripts = [path for path in sorted((ROOT / ".ci").iterdir()) if path.read_text().startswith("#!/usr/bin/env bash")]
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     checked = subprocess.run([program, *scripts], capture_output=True, text=True, timeout=120)
     assert checked.returncode == 0, checked.stdout
