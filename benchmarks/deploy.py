@@ -15,7 +15,6 @@ Needs the extras `torch` and `onnx`, OpenVINO, and `litert` for its rows: what i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -24,17 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
 import tqdm
 
 from benchmarks.deploy_runtimes import RUNTIMES
 from benchmarks.peers import ARTIFACT, Task, missing
-from benchmarks.runtimes import MODELS, processor, run_apart, versions
+from benchmarks.runtimes import MODELS, Outcome, Row, about, measure_once, print_omissions, run_apart
 from tclip_jax.pages import aligned
 from tclip_jax.schema import count, number
-
-Row = dict[str, Any]
 
 # Folder of an export -> options of `tclip export`, and its files of the image and the text tower, or of both.
 EXPORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -49,23 +45,6 @@ EXPORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "stablehlo": (("--to", "stablehlo"), ("stablehlo/weights.safetensors",)),
 }
 QUICK = ("tclip_jax A8", "onnx in ONNX Runtime", "onnx in OpenVINO")
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What was measured, and what was not.
-
-    Attributes:
-      exports: a row for each export.
-      rounds: for each runtime, the figures of each round.
-      left_out: the reason for each runtime that cannot run here.
-      failed: the error of each export or runtime that failed.
-    """
-
-    exports: list[Row] = dataclasses.field(default_factory=list)
-    rounds: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
-    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def export(folder: pathlib.Path, name: str) -> Row:
@@ -99,13 +78,16 @@ def export(folder: pathlib.Path, name: str) -> Row:
     }
 
 
-def measured(folder: pathlib.Path, args: argparse.Namespace) -> Outcome:
+def measured(folder: pathlib.Path, args: argparse.Namespace) -> tuple[list[Row], Outcome]:
     """Write the model, export it, and time each runtime once per round, in turn.
+
+    Returns:
+      A row for each export, and what was measured of the runtimes.
 
     Raises:
       RuntimeError: the model cannot be written.
     """
-    outcome = Outcome()
+    outcome, rows = Outcome(), list[Row]()
     for name, runtime in RUNTIMES.items():
         if absent := missing(runtime.modules):
             outcome.left_out[name] = f"not installed: {', '.join(absent)}"
@@ -122,30 +104,19 @@ def measured(folder: pathlib.Path, args: argparse.Namespace) -> Outcome:
         for name in exports:
             bar.set_description(f"exporting {name}")
             try:
-                outcome.exports.append(export(folder, name))
+                rows.append(export(folder, name))
             except RuntimeError as error:
                 outcome.failed[f"tclip export {' '.join(EXPORTS[name][0])}"] = str(error)
+                lost = [each for each in names if RUNTIMES[each].file.startswith(f"{name}/")]
+                outcome.left_out |= dict.fromkeys(lost, "its export failed")
             bar.update()
         for _ in range(args.rounds):
             for name in names:
                 bar.set_description(name)
-                if name not in outcome.left_out | outcome.failed and (folder / RUNTIMES[name].file).exists():
-                    _measure_once(folder, name, outcome)
+                if name not in outcome.left_out | outcome.failed:
+                    measure_once("benchmarks.deploy_runtimes", folder, name, outcome)
                 bar.update()
-    return outcome
-
-
-def _measure_once(folder: pathlib.Path, name: str, outcome: Outcome) -> None:
-    try:
-        printed = json.loads(run_apart("benchmarks.deploy_runtimes", folder, name).splitlines()[-1])
-    except RuntimeError as error:
-        outcome.failed[name] = str(error)
-        outcome.rounds.pop(name, None)
-        return
-    if "unsupported" in printed:
-        outcome.left_out[name] = printed["unsupported"]
-    else:
-        outcome.rounds.setdefault(name, []).append(printed["rows"][0])
+    return rows, outcome
 
 
 def rows_of(outcome: Outcome) -> list[Row]:
@@ -153,12 +124,12 @@ def rows_of(outcome: Outcome) -> list[Row]:
     rows: list[Row] = [
         {
             "runtime": name,
-            "least_ms": min(each["least_ms"] for each in figures),
-            "median_ms": statistics.median(each["median_ms"] for each in figures),
-            "max_error": max(each["max_error"] for each in figures),
-            "least_cosine": min(each["least_cosine"] for each in figures),
+            "least_ms": min(each["least_ms"] for (each,) in figures),
+            "median_ms": statistics.median(each["median_ms"] for (each,) in figures),
+            "max_error": max(each["max_error"] for (each,) in figures),
+            "least_cosine": min(each["least_cosine"] for (each,) in figures),
         }
-        for name, figures in outcome.rounds.items()
+        for name, figures in outcome.rounds.items()  # each round has one batch size
     ]
     ours = next((row["least_ms"] for row in rows if row["runtime"] == next(iter(RUNTIMES))), None)
     for row in rows:
@@ -166,17 +137,17 @@ def rows_of(outcome: Outcome) -> list[Row]:
     return sorted(rows, key=lambda row: row["least_ms"])
 
 
-def print_outcome(outcome: Outcome, rows: list[Row], args: argparse.Namespace) -> None:
-    """Print a table of the exports and one of the runtimes, and what was left out."""
+def print_tables(exports: list[Row], rows: list[Row], model: str) -> None:
+    """Print a table of the exports and one of the runtimes."""
 
     def megabytes(size: int | None) -> str:
         return "" if size is None else f"{size / 1e6:.1f}"
 
     lines = [["export", "image MB", "text MB", "both MB", "seconds", "peak GB"]]
-    for row in outcome.exports:
+    for row in exports:
         sizes = [megabytes(row[key]) for key in ("image_bytes", "text_bytes", "bytes")]
         lines.append([row["export"], *sizes, f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}"])
-    print(f"\n{args.model} Q-ALL", *aligned(lines), sep="\n")
+    print(f"\n{model} Q-ALL", *aligned(lines), sep="\n")
     first = next(iter(RUNTIMES))
     lines = [["one image", "least ms", "median ms", f"/ {first}", "max |Δ|", "least cosine"]]
     for row in rows:
@@ -184,10 +155,6 @@ def print_outcome(outcome: Outcome, rows: list[Row], args: argparse.Namespace) -
         times = [f"{row['least_ms']:.2f}", f"{row['median_ms']:.2f}", ratio]
         lines.append([row["runtime"], *times, f"{row['max_error']:.1e}", f"{row['least_cosine']:.6f}"])
     print("", *aligned(lines), "", sep="\n")
-    for name, reason in outcome.left_out.items():
-        print(f"left out: {name}: {reason}")
-    for name, error in outcome.failed.items():
-        print(f"FAILED: {name}: {error}")
 
 
 def arguments() -> argparse.Namespace:
@@ -209,20 +176,19 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Print the tables, and with --json one object last."""
     args = arguments()
-    about = {"processor": processor(), "threads": len(os.sched_getaffinity(0)), "versions": versions()}
-    print(f"{about['processor']}, {about['threads']} threads")
-    print(", ".join(f"{package} {version}" for package, version in versions().items()), flush=True)
+    machine = about()
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            outcome = measured(pathlib.Path(temporary), args)
+            exports, outcome = measured(pathlib.Path(temporary), args)
         except (RuntimeError, ValueError) as error:
             print(error, file=sys.stderr)
             return 2
     rows = rows_of(outcome)
-    print_outcome(outcome, rows, args)
+    print_tables(exports, rows, args.model)
+    print_omissions(outcome)
     if args.json:
-        results = {"exports": outcome.exports, "rows": rows, "left_out": outcome.left_out, "failed": outcome.failed}
-        print(json.dumps({**about, "model": args.model, "rounds": args.rounds, **results}))
+        results = {"exports": exports, "rows": rows, "left_out": outcome.left_out, "failed": outcome.failed}
+        print(json.dumps({**machine, "model": args.model, "rounds": args.rounds, **results}))
     return 1 if outcome.failed else 0
 
 

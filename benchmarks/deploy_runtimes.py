@@ -98,6 +98,7 @@ RUNTIMES = {
     "onnx --dtype float16 in ONNX Runtime": Runtime(load_onnx, _Q2F16, _Q2F16, _ONNX),
     "onnx in OpenVINO": Runtime(load_openvino, _Q2, _Q2, ("onnx", "openvino")),
     "onnx-fp32 in ONNX Runtime": Runtime(load_onnx, _FP32, _FP32, _ONNX),
+    "onnx-fp32 in OpenVINO": Runtime(load_openvino, _FP32, _FP32, ("onnx", "openvino")),
     "litert in ai-edge-litert": Runtime(load_litert, _LITERT, _LITERT, ("ai_edge_litert", "litert_converter")),
     "torch in PyTorch, A8": Runtime(load_exported_torch, "A8", "torch/torch/model.safetensors"),
     "torch in PyTorch, A16": Runtime(load_exported_torch, "A16", "torch/torch/model.safetensors"),

@@ -69,6 +69,14 @@ class Outcome:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
+def about() -> Row:
+    """Return the processor, the threads and the versions, after printing them."""
+    found: Row = {"processor": processor(), "threads": len(os.sched_getaffinity(0)), "versions": versions()}
+    print(f"{found['processor']}, {found['threads']} threads")
+    print(", ".join(f"{package} {version}" for package, version in found["versions"].items()), flush=True)
+    return found
+
+
 def processor() -> str:
     """Return the processor's name and those of its instruction sets that matter here."""
     file = pathlib.Path("/proc/cpuinfo")
@@ -142,15 +150,15 @@ def measured(folder: pathlib.Path, names: Sequence[str], args: argparse.Namespac
             for name in names:
                 bar.set_description(name)
                 if name not in outcome.left_out | outcome.failed:
-                    _measure_once(folder, name, outcome)
+                    measure_once("benchmarks.peers", folder, name, outcome)
                 bar.update()
     return outcome
 
 
-def _measure_once(folder: pathlib.Path, name: str, outcome: Outcome) -> None:
-    """Add a round of one runtime to the outcome; a runtime that fails loses its earlier rounds."""
+def measure_once(module: str, folder: pathlib.Path, name: str, outcome: Outcome) -> None:
+    """Add a round of one runtime, which `module` measures, to the outcome; one that fails loses its earlier rounds."""
     try:
-        printed = json.loads(run_apart("benchmarks.peers", folder, name).splitlines()[-1])
+        printed = json.loads(run_apart(module, folder, name).splitlines()[-1])
     except RuntimeError as error:
         outcome.failed[name] = str(error)
         outcome.rounds.pop(name, None)
@@ -205,6 +213,15 @@ def table(rows: Sequence[Row]) -> list[str]:
     return aligned(lines)
 
 
+def print_omissions(outcome: Outcome) -> None:
+    """Print what was left out, a line for each reason, and what failed."""
+    for reason in dict.fromkeys(outcome.left_out.values()):
+        names = [name for name, why in outcome.left_out.items() if why == reason]
+        print(f"left out ({len(names)}): {', '.join(names)}: {reason}")
+    for name, error in outcome.failed.items():
+        print(f"FAILED: {name}: {error}")
+
+
 def print_outcome(outcome: Outcome, rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Print a table for each batch size, and what was left out."""
     for batch in args.batches:
@@ -212,11 +229,7 @@ def print_outcome(outcome: Outcome, rows: Sequence[Row], args: argparse.Namespac
         if part:
             print(f"\n{args.model}, {args.tower} tower, batch {batch}, rounds: {args.rounds}", *table(part), sep="\n")
     print()
-    for reason in dict.fromkeys(outcome.left_out.values()):
-        names = [name for name, why in outcome.left_out.items() if why == reason]
-        print(f"left out ({len(names)}): {', '.join(names)}: {reason}")
-    for name, error in outcome.failed.items():
-        print(f"FAILED: {name}: {error}")
+    print_omissions(outcome)
 
 
 def arguments() -> argparse.Namespace:
@@ -253,9 +266,7 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 def main() -> int:
     """Print the tables, and with --json one object last."""
     args = arguments()
-    about = {"processor": processor(), "threads": len(os.sched_getaffinity(0)), "versions": versions()}
-    print(f"{about['processor']}, {about['threads']} threads")
-    print(", ".join(f"{package} {version}" for package, version in versions().items()), flush=True)
+    machine = about()
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         try:
@@ -271,7 +282,7 @@ def main() -> int:
     if args.json:
         task = {key: getattr(args, key) for key in ("model", "tower", "rounds")}
         results = {"rows": rows, "left_out": outcome.left_out, "failed": outcome.failed, "embed": embedded}
-        print(json.dumps(about | task | results))
+        print(json.dumps(machine | task | results))
     return 1 if outcome.failed else 0
 
 

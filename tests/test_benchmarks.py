@@ -103,8 +103,8 @@ def test_the_cosine_does_not_depend_on_the_lengths_of_embeddings() -> None:
 
 def test_exports_are_rows_beside_the_first_of_ours() -> None:
     figures = {"median_ms": 9.0, "max_error": 1e-3, "least_cosine": 0.99}
-    measured = {name: [figures | {"least_ms": each} for each in times] for name, times in DEPLOYED.items()}
-    rows = deploy.rows_of(deploy.Outcome(rounds=measured))
+    measured = {name: [[figures | {"least_ms": each}] for each in times] for name, times in DEPLOYED.items()}
+    rows = deploy.rows_of(Outcome(rounds=measured))
     assert [(row["runtime"], row["least_ms"], row["over_ours"]) for row in rows] == [
         ("onnx in OpenVINO", 3.0, 0.75),
         ("tclip_jax A8", 4.0, 1.0),

@@ -31,6 +31,7 @@ from tclip_jax.interop.demo_page import (
 )
 from tclip_jax.interop.examples import embed
 from tclip_jax.interop.export import export_model
+from tclip_jax.interop.privacy import find_private
 from tests.interop.browser import CONFIG, draw_params
 
 pytest.importorskip("onnx", reason="the onnx package is not installed (pip install -e '.[onnx]')")
@@ -126,6 +127,9 @@ def test_a_model_of_digits_gets_its_labels_and_samples(demo_params: Params, tmp_
         document = json.loads((tmp_path / "demo" / "demo.json").read_bytes())
         assert document["digits"] is digits and len(document["samples"]) == 8 * digits
         assert document["template"].count("{}") == 1 and ("seven" in document["labels"]) is digits
+        # The samples and the reference are pictures in base64, which `tclip push` must not take for paths.
+        files = [path for path in sorted((tmp_path / "demo").rglob("*")) if path.is_file()]
+        assert [each for path in files for each in find_private(path, path.name)] == []
 
 
 @pytest.mark.parametrize(

@@ -219,3 +219,13 @@ def test_shortened_paths_keep_the_name_of_the_data(text: str, short: str) -> Non
 def test_a_finding_is_one_short_line() -> None:
     line = str(Finding("a.md", "line 1", "a bucket", "gs://" + "x" * 500 + "\n\x1b[31m"))
     assert line.startswith("a.md, line 1: a bucket, gs://xxx") and len(line) < 140 and line.isprintable()
+
+
+def test_pictures_and_hashes_in_base64_are_no_paths() -> None:
+    """A slash is a digit of base64, so that one after + looks like the start of a path."""
+    body = "AAAAAAAAAAAAAAAA+/home/me/x+/gscratch/lab"
+    for start in ("iVBORw0KGgo", "/9j/4AAQ", "R0lGODlh", "UklGRh4A"):
+        assert found(f'"data:image/x;base64,{start}{body}==", "image/png": "{start}{body}"', "page.json") == []
+    assert found(f'"integrity": "sha384-{"A" * 40}+/d/e/{"B" * 17}"') == []
+    for hidden in (f"iVBORw0KGgo{body}== /home/me/x", f"sha384-short+/home/me/x {body}", body):
+        assert found(hidden), hidden
