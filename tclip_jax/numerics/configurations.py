@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.hugging_face_config import config_from_hugging_face
-from tclip_jax.interop.metadata import HUGGING_FACE, from_open_clip, preprocess_of, warn_of_assumption
+from tclip_jax.interop.metadata import HUGGING_FACE, Metadata, from_open_clip, preprocess_of, warn_of_assumption
 from tclip_jax.interop.reader import read_json
 from tclip_jax.keys import Recipe, recipe
 from tclip_jax.numerics.torch_side import library_of
@@ -44,6 +44,17 @@ def folder_recipe(folder: epath.PathLike) -> Recipe:
         warn_of_assumption(folder, Preprocess(config.vision.image_size))
         return recipe(config=config)
     return recipe(config=config, preprocess=preprocess)
+
+
+def recipe_of_towers(files: Mapping[str, epath.Path], stated: Mapping[str, Metadata]) -> Recipe:
+    """Return what the files of both towers state, as `model_recipe`.
+
+    Raises:
+      ValueError: they are of different models.
+    """
+    if stated["image"] != stated["text"]:
+        raise ValueError(f"{files['image']} and {files['text']} state different models: export them together")
+    return recipe(config=stated["image"].config, preprocess=stated["image"].preprocess)
 
 
 def states_preprocess(path: epath.PathLike) -> bool:

@@ -11,8 +11,9 @@ from tclip_jax.interop.litert import FILES, read_metadata
 from tclip_jax.interop.litert_flatbuffer import Flatbuffer
 from tclip_jax.interop.litert_session import run_litert, runtime_version
 from tclip_jax.interop.litert_tower import OUTPUTS
-from tclip_jax.keys import Recipe, recipe
+from tclip_jax.keys import Recipe
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.numerics.configurations import recipe_of_towers
 from tclip_jax.numerics.golden import Recording
 from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.numerics.torch_side import library_of
@@ -43,10 +44,7 @@ def litert_recipe(files: dict[str, epath.Path]) -> Recipe:
     Raises:
       ValueError: a file is damaged, or they are of different models.
     """
-    (image, _), (text, _) = (read_metadata(files[tower]) for tower in FILES)
-    if image != text:
-        raise ValueError(f"{files['image']} and {files['text']} state different models: export them together")
-    return recipe(config=image.config, preprocess=image.preprocess)
+    return recipe_of_towers(files, {tower: read_metadata(file)[0] for tower, file in files.items()})
 
 
 def record_litert(

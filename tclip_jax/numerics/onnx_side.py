@@ -12,8 +12,9 @@ from tclip_jax.interop.formats import ONNX_FOLDER
 from tclip_jax.interop.onnx import FILES, parse_onnx, read_metadata, read_ternary
 from tclip_jax.interop.onnx_graph import OUTPUTS, onnx_package
 from tclip_jax.interop.onnx_session import run_onnx, runtime_version
-from tclip_jax.keys import Recipe, recipe
+from tclip_jax.keys import Recipe
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.numerics.configurations import recipe_of_towers
 from tclip_jax.numerics.golden import Recording
 from tclip_jax.numerics.taps import Taps, tap_names
 from tclip_jax.numerics.torch_side import library_of
@@ -55,10 +56,7 @@ def onnx_recipe(files: dict[str, epath.Path]) -> Recipe:
     Raises:
       ValueError: a file is damaged, or they are of different models.
     """
-    (image, _), (text, _) = (read_metadata(files[tower]) for tower in FILES)
-    if image != text:
-        raise ValueError(f"{files['image']} and {files['text']} state different models: export them together")
-    return recipe(config=image.config, preprocess=image.preprocess)
+    return recipe_of_towers(files, {tower: read_metadata(file)[0] for tower, file in files.items()})
 
 
 def rounds_activations(files: dict[str, epath.Path]) -> bool:

@@ -17,16 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from tclip_jax.artifacts import pack_params
-from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.ternary_rules import ternary_rules
-from tclip_jax.ternary import Quantizer
+from tests.interop import model_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = CLIPConfig(
@@ -42,14 +38,9 @@ Open = Callable[..., Page]
 
 
 def draw_params(config: CLIPConfig, deviation: float = 0.1) -> dict[str, Any]:
-    rng, rules = np.random.default_rng(0), ternary_rules("Q-ALL", Quantizer())
-
-    def leaf(path: Any, shape: Any) -> Any:
-        mean = 1.0 if path[-1].key in ("scale", "logit_scale") else 0.0
-        return (mean + deviation * rng.standard_normal(shape.shape)).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(leaf, param_shapes(config, rules))
-    return pack_params({**params, "logit_scale": np.float32(np.log(20))}, rules)
+    """Random parameters whose probabilities are neither even nor certain."""
+    params = model_shapes.draw_params(config, model_shapes.RULES["Q-ALL"], deviation=deviation)
+    return {**params, "logit_scale": np.float32(np.log(20))}
 
 
 @contextlib.contextmanager

@@ -1,12 +1,34 @@
-"""Small models with every option of the towers, drawn by hypothesis."""
+"""Small models for tests of exports: rules, random parameters, and every option of the towers."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
+import numpy as np
 from hypothesis import strategies as st
 
+from tclip_jax.artifacts import pack_params
+from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, TernaryRules, ternary_rules
+from tclip_jax.ternary import Quantizer, TernaryTensor
+
+VISION = VisionConfig(image_size=(16, 16), patch_size=8, width=48, layers=2, head_width=16)
+TEXT = TextConfig(context_length=8, vocab_size=60, width=32, heads=2, layers=1)
+
+RULES: dict[str, TernaryRules] = {
+    "Q-ALL": ternary_rules("Q-ALL", Quantizer()),
+    "Q-FFN": ternary_rules("Q-FFN", Quantizer(group=32)),
+    "everything": ((".*", Quantizer(group="channel")),),
+    "mixed": (
+        (MLP, Quantizer(kind="twn", scale_bits=11)),
+        (ATTENTION, Quantizer(group="tensor", scale_bits=24)),
+        (TOKEN_EMBEDDING, Quantizer(factor=1.0, group=32)),
+    ),
+    "learned": ((MLP, Quantizer(kind="lsq")), (PATCH_EMBEDDING, Quantizer(group=64))),
+}
 
 _SIDES = st.sampled_from([(16, 16), (16, 24), (19, 13)])
 _WIDTH = 20  # of the embeddings
@@ -54,6 +76,26 @@ _texts = st.builds(
 _unprojected = _texts.map(
     lambda text: dataclasses.replace(text, width=_WIDTH, heads=2, proj_bias=False, proj_type="none")
 )
+
+
+def draw_params(config: CLIPConfig, rules: TernaryRules, seed: int = 0, deviation: float = 0.1) -> dict[str, Any]:
+    """Return packed random parameters, none of which is 0 or 1."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, shape: Any) -> Any:
+        mean = 1.0 if path[-1].key in ("scale", "logit_scale") else 0.0
+        return (mean + deviation * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    return pack_params(jax.tree_util.tree_map_with_path(leaf, param_shapes(config, rules)), rules)
+
+
+def ternary(shape: tuple[int, int], group: int, axis: int = -2, seed: int = 0) -> TernaryTensor:
+    """A weight (K, N), or a table (V, W), with scales of 8 bits."""
+    rng, scales = np.random.default_rng(seed), list(shape)
+    scales[axis] = -(-shape[axis] // group)
+    trits: Any = rng.integers(-1, 2, shape, np.int8)
+    scale: Any = (rng.integers(128, 256, scales) / 4096).astype(np.float32)
+    return TernaryTensor(trits, scale, group, axis)
 
 
 @st.composite

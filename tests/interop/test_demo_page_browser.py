@@ -101,6 +101,10 @@ def test_the_page_classifies_and_searches(demo: pathlib.Path, open_page: Open, d
     for name, row in zip(pictures, powers / powers.sum(axis=-1, keepdims=True), strict=True):
         assert [float(found[name][label].split()[0]) for label in labels] == pytest.approx(list(100 * row), abs=1)
 
+    assert page.locator("#bare").is_hidden()
+    page.locator("#template").fill("no place for a label")
+    settled(page, "!document.querySelector('#bare').hidden")
+
     page.locator("#search").click()
     page.locator("#query").fill("two dogs")
     settled(page, "document.querySelectorAll('#pictures .card .bar').length === 11")

@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from tclip_jax.interop.litert_int4 import BLOCK, Int4, decode_int4, encode_int4, is_rounded
 from tclip_jax.ternary import TernaryTensor
+from tests.interop.model_shapes import ternary
 
 FC1, TABLE = "image/blocks/0/mlp/fc1/kernel", "text/token_embedding/embedding"
-
-
-def ternary(shape: tuple[int, int], group: int, axis: int = -2, seed: int = 0) -> TernaryTensor:
-    """A weight (K, N), or a table (V, W), with scales of 8 bits."""
-    rng, scales = np.random.default_rng(seed), list(shape)
-    scales[axis] = -(-shape[axis] // group)
-    trits: Any = rng.integers(-1, 2, shape, np.int8)
-    scale: Any = (rng.integers(128, 256, scales) / 4096).astype(np.float32)
-    return TernaryTensor(trits, scale, group, axis)
 
 
 @settings(max_examples=60)

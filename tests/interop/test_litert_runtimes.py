@@ -8,57 +8,32 @@ import re
 import time
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tclip_jax.artifacts import pack_params, write_artifact
+from tclip_jax.artifacts import write_artifact
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.examples import make_examples
 from tclip_jax.interop.export import export_model
 from tclip_jax.interop.litert import verify_embeddings, verify_litert, write_litert
 from tclip_jax.interop.litert_session import run_litert
-from tclip_jax.models.clip import param_shapes
-from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
-from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, ternary_rules
+from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.ternary import Quantizer
-from tests.interop.model_shapes import clip_configs
+from tests.interop.model_shapes import RULES, TEXT, VISION, clip_configs, draw_params
 
 pytest.importorskip("litert_converter", reason="litert-converter is not installed (pip install -e '.[litert]')")
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed (pip install -e '.[litert]')")
 pytestmark = pytest.mark.runtimes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VISION = VisionConfig(image_size=(16, 16), patch_size=8, width=48, layers=2, head_width=16)
-TEXT = TextConfig(context_length=8, vocab_size=60, width=32, heads=2, layers=1)
 CONFIG = CLIPConfig(20, VISION, TEXT)
 # One patch, and the vocabulary of the tokenizer.
 WORDS = CLIPConfig(20, dataclasses.replace(VISION, image_size=(8, 8)), dataclasses.replace(TEXT, vocab_size=49408))
-RULES = {
-    "Q-ALL": ternary_rules("Q-ALL", Quantizer()),
-    "Q-FFN": ternary_rules("Q-FFN", Quantizer(group=32)),
-    "everything": ((".*", Quantizer(group="channel")),),
-    "mixed": (
-        (MLP, Quantizer(kind="twn", scale_bits=11)),
-        (ATTENTION, Quantizer(group="tensor", scale_bits=24)),
-        (TOKEN_EMBEDDING, Quantizer(factor=1.0, group=32)),
-    ),
-    "learned": ((MLP, Quantizer(kind="lsq")), (PATCH_EMBEDDING, Quantizer(group=64))),
-}
-
-
-def draw_params(config: CLIPConfig, rules: Any, seed: int = 0, deviation: float = 0.1) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: Any, shape: Any) -> Any:
-        mean = 1.0 if path[-1].key in ("scale", "logit_scale") else 0.0
-        return (mean + deviation * rng.standard_normal(shape.shape)).astype(np.float32)
-
-    return pack_params(jax.tree_util.tree_map_with_path(leaf, param_shapes(config, rules)), rules)
 
 
 def write(folder: pathlib.Path, config: CLIPConfig, params: dict[str, Any], batch: int = 1) -> None:

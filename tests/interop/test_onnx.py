@@ -25,6 +25,7 @@ from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.ternary import Quantizer, TernaryTensor
+from tests.interop.model_shapes import ternary
 
 onnx = pytest.importorskip("onnx", reason="the onnx package is not installed (pip install -e '.[onnx]')")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install -e '.[onnx]')")
@@ -54,15 +55,6 @@ def write(folder: pathlib.Path, params: Params, form: Form = PACKED) -> None:
 def changed(params: Params, path: str, **changes: Any) -> Params:
     leaves = flatten_dict(params, sep="/")
     return unflatten_dict({**leaves, path: dataclasses.replace(leaves[path], **changes)}, sep="/")
-
-
-def ternary(shape: tuple[int, int], group: int, axis: int = -2, seed: int = 0) -> TernaryTensor:
-    """A weight (K, N), or a table (V, W), with scales of 8 bits."""
-    rng, scales = np.random.default_rng(seed), list(shape)
-    scales[axis] = -(-shape[axis] // group)
-    trits: Any = rng.integers(-1, 2, shape, np.int8)
-    scale: Any = (rng.integers(128, 256, scales) / 4096).astype(np.float32)
-    return TernaryTensor(trits, scale, group, axis)
 
 
 @settings(max_examples=60)

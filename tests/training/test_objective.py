@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -127,9 +128,21 @@ def test_every_loss_equals_its_function_and_they_add_up() -> None:
         assert np.isfinite(leaf).all() and (np.any(leaf) or path.endswith("bias")), path
 
 
+def test_the_bias_of_the_model_is_that_of_the_sigmoid_loss() -> None:
+    rng = np.random.default_rng(0)
+    image, text = (unit(rng.standard_normal((len(BATCH["weight"]), 8)).astype(np.float32)) for _ in range(2))
+    clip = {"logit_scale": jnp.float32(1.5), "logit_bias": jnp.float32(-3)}
+    goal = Objective(SEES, None, LossConfig(task_kind="sigmoid"))
+    total, _ = goal.loss({"clip": clip}, None, BATCH, Embeddings(image, text), {})
+    expected = contrastive.sigmoid_loss(image, text, np.exp(1.5), -3.0, weight=BATCH["weight"])
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
 def test_only_the_heads_of_weighted_losses_are_created() -> None:
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig()) == {}
     assert init_heads(jax.random.key(0), STUDENT, None, LossConfig(task_kind="sigmoid")).keys() == {"sigmoid_bias"}
+    siglip = dataclasses.replace(STUDENT, init_logit_bias=-10.0)  # a model with a bias of its own
+    assert init_heads(jax.random.key(0), siglip, None, LossConfig(task_kind="sigmoid")) == {}
     assert init_heads(jax.random.key(0), STUDENT, TEACHER, LossConfig(task=0, task_kind="sigmoid", crd=1.0)) == {}
     for terms, expected in (
         ({}, set()),

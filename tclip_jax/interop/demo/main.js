@@ -65,7 +65,8 @@ async function embed(blob, name) {
 /** Embed the texts that are new, and show all pictures. */
 async function update() {
   const labels = [...new Set(lines($("labels").value))];
-  const template = $("template").value.includes("{}") ? $("template").value : "{}";
+  $("bare").hidden = $("template").value.includes("{}");
+  const template = $("bare").hidden ? $("template").value : "{}";
   const captions = labels.map((label) => template.replaceAll("{}", () => label));
   const queries = lines($("query").value);
   const wanted = mode === "classify" ? captions : queries;
