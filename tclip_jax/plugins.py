@@ -26,6 +26,7 @@ def quantizer(
     initial_alpha: Callable[[jax.Array, Quantizer, int], jax.Array] | None = None,
     random: bool = False,
     options: Mapping[str, float] | None = None,
+    uniform: bool = False,
 ) -> Callable[[LevelsRule], LevelsRule]:
     """Register the decorated function as the quantizer `config.quantizer.kind = name`.
 
@@ -37,7 +38,7 @@ def quantizer(
     """
 
     def register(levels: LevelsRule) -> LevelsRule:
-        QUANTIZERS.add(name, Kind(levels, gradient, initial_alpha, random, dict(options or {})), levels)
+        QUANTIZERS.add(name, Kind(levels, gradient, initial_alpha, random, dict(options or {}), uniform), levels)
         return levels
 
     return register

@@ -27,7 +27,7 @@ from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.recipes import load_recipe, override
 from tclip_jax.runs.config import base_config, read_config, run_config
 from tclip_jax.runs.record import last_record, read_metrics
-from tclip_jax.ternary import Quantizer, fake_quantize, find_levels, initial_alpha, ternarize
+from tclip_jax.ternary import Quantizer, fake_quantize, find_levels, group_maxima, initial_alpha, quantize, ternarize
 from tclip_jax.training.loop import train
 from tests.plugins import own_registries, register_stochastic
 
@@ -298,3 +298,18 @@ def test_plug_ins_that_return_something_else_are_named(tmp_path: pathlib.Path) -
     ):
         train(config, tmp_path / "augmentation")
     assert not (tmp_path / "augmentation").exists()
+
+
+def test_a_uniform_kind_of_a_plug_in_clips_at_its_largest_integer() -> None:
+    @plugins.quantizer("halved", uniform=True)
+    def halved(w: jax.Array, quantizer: Quantizer, axis: int) -> Any:
+        return group_maxima(jnp.abs(w), quantizer, axis) / 14, None
+
+    quantizer = Quantizer(kind="halved", bits=4, group=16)
+    packed = quantize(jnp.asarray(W), quantizer)
+    scale = np.repeat(np.asarray(packed.scale), 16, 0)
+    np.testing.assert_array_equal(packed.integers, np.clip(np.round(W / scale), -7, 7))
+    np.testing.assert_array_equal(packed.dequantize(), fake_quantize(jnp.asarray(W), quantizer))
+    plugins.quantizer("both", uniform=True)(lambda w, quantizer, axis: (halved(w, quantizer, axis)[0],) * 2)
+    with pytest.raises(ValueError, match="the quantizer both is uniform and gives thresholds: they must be None"):
+        quantize(jnp.asarray(W), Quantizer(kind="both"))

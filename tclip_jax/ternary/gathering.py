@@ -1,12 +1,13 @@
-"""All-gather of sharded weights, as packed trits and scales or as floats.
+"""All-gather of sharded weights, as packed integers and scales or as floats.
 
-Each device quantizes its own shard and sends 2-bit trits and scales. Shardings refer to the mesh in force
-(`jax.set_mesh`). The gathered weights are bit-identical to those that a single device computes.
+Each device quantizes its own shard and sends 2-bit trits, or integers of 4 or 8 bits, and scales. Shardings refer to
+the mesh in force (`jax.set_mesh`). The gathered weights are bit-identical to those that a single device computes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from tclip_jax.ternary.packing import join_2bit, split_2bit
-from tclip_jax.ternary.quantizers import Quantizer, ternarize
+from tclip_jax.ternary.packing import join_fields, split_fields
+from tclip_jax.ternary.quantizers import Quantizer, find_integers
 from tclip_jax.ternary.tensor import TernaryTensor
+from tclip_jax.ternary.uniform import dequantize_integers
 
-# `checkpoint_name` of the values that determine quantized weights: scales, thresholds and packed trits.
+# `checkpoint_name` of the values that determine quantized weights: scales, thresholds and packed integers.
 LEVELS = "levels"
 
 
@@ -30,11 +32,14 @@ class Placement(NamedTuple):
     Attributes:
       param_spec: sharding of the stored parameter.
       compute_spec: sharding of the operand of a product.
+      rows: mesh axes over which the rows of activations are sharded, where they are known.
     """
 
     param_spec: PartitionSpec
     compute_spec: PartitionSpec
+    rows: tuple[str, ...] = ()
 
+    @jax.named_scope("gather")
     def place(self, x: jax.Array) -> jax.Array:
         """Reshard from `param_spec` to `compute_spec`; an axis of size 1 stays unsharded."""
         return _constrain(_constrain(x, self.param_spec), self.compute_spec)
@@ -44,7 +49,7 @@ class Placement(NamedTuple):
         return _constrain(x, self.param_spec)
 
 
-def gather_ternary(
+def gather_quantized(
     w: jax.Array,
     quantizer: Quantizer,
     axis: int,
@@ -52,25 +57,25 @@ def gather_ternary(
     key: jax.Array | None,
     placement: Placement,
     dtype: jax.typing.DTypeLike,
-) -> TernaryTensor:
-    """Quantize each shard of a matrix, then gather the trits and scales for the computation.
+) -> jax.Array:
+    """Quantize each shard of a matrix, gather the integers and scales for the computation, and dequantize them.
 
     Args:
       w: latent weights (K, N), sharded as `placement.param_spec`.
-      quantizer: as in `ternarize`.
-      axis: as in `ternarize`.
-      alpha: as in `ternarize`.
-      key: as in `ternarize`.
+      quantizer: as in `quantize`.
+      axis: as in `quantize`.
+      alpha: as in `quantize`.
+      key: as in `quantize`.
       placement: shardings of `w`.
-      dtype: dtype of the scales. Scales of 8 significant bits are bfloat16 if that is not wider than `dtype`.
+      dtype: dtype of the result. Scales of 8 significant bits move as bfloat16 if that is not wider than `dtype`.
 
     Returns:
-      The quantized weight, sharded as `placement.compute_spec`.
+      The weights ŵ in `dtype`, sharded as `placement.compute_spec`.
     """
     packed, scale, group = _moved(w, quantizer, axis, alpha, key, placement, dtype)
     packed, scale = checkpoint_name((packed, scale), LEVELS)
-    trits = _unpack(packed, w.shape[axis], axis, _shards(placement, axis))
-    return TernaryTensor(trits, scale, group, axis)
+    integers = _unpack(packed, quantizer.stored_bits, w.shape[axis], axis, _shards(placement, axis))
+    return _dequantized(integers, scale, quantizer, group, axis, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -119,9 +124,10 @@ def look_up(
     """
     if quantizer is None:
         return placement.place(table.astype(dtype))[index]
-    packed, scale, group = _moved(table, quantizer, -1, None, None, placement, dtype)
-    trits = _unpack(packed[index], table.shape[-1], -1, 1)
-    return TernaryTensor(trits, jnp.take(scale, index, axis=0, mode="clip"), group, -1).dequantize(dtype)
+    with jax.named_scope("quantize"):
+        packed, scale, group = _moved(table, quantizer, -1, None, None, placement, dtype)
+    integers = _unpack(packed[index], quantizer.stored_bits, table.shape[-1], -1, 1)
+    return _dequantized(integers, jnp.take(scale, index, axis=0, mode="clip"), quantizer, group, -1, dtype)
 
 
 def _look_up_forward(
@@ -135,10 +141,33 @@ def _look_up_backward(
     quantizer: Quantizer | None, placement: Placement, dtype: Any, residuals: Any, gradient: jax.Array
 ) -> tuple[jax.Array, None]:
     like, index = residuals
-    zeros = jnp.zeros((len(like), gradient.shape[-1]), like.dtype)
-    # Constrained to compute_spec first: in param_spec, a device would need all activations to compute its rows.
-    added = _constrain(zeros.at[index].add(gradient.astype(like.dtype)), placement.compute_spec)
-    return placement.place_back(added), None
+
+    def add_rows(index: jax.Array, gradient: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((len(like), gradient.shape[-1]), like.dtype)
+        return zeros.at[index].add(gradient.astype(like.dtype))
+
+    names = placement.param_spec[0]
+    stored = (names,) if isinstance(names, str) else names or ()
+    shape = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(shape[name] for name in placement.rows)
+    if not set(stored) & set(placement.rows) or len(index) % devices:
+        # Constrained to compute_spec first: in param_spec, a device would need all activations to compute its rows.
+        return placement.place_back(_constrain(add_rows(index, gradient), placement.compute_spec)), None
+
+    # XLA would all-reduce the whole table. Each device needs the sum of its rows alone.
+    def local(index: jax.Array, gradient: jax.Array) -> jax.Array:
+        added = add_rows(index, gradient)
+        for name in stored:
+            if name in placement.rows:
+                added = jax.lax.psum_scatter(added, name, scatter_dimension=0, tiled=True)
+            else:
+                size = len(added) // shape[name]
+                added = jax.lax.dynamic_slice_in_dim(added, jax.lax.axis_index(name) * size, size)
+        return jax.lax.psum(added, tuple(name for name in placement.rows if name not in stored))
+
+    rows = PartitionSpec(placement.rows)
+    table = jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(names), check_vma=False)(index, gradient)
+    return placement.place_back(table), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)
@@ -153,29 +182,44 @@ def _moved(
     placement: Placement,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array, int]:
-    """Packed trits and scales, sharded as `compute_spec`, and the group size."""
-    own = ternarize(_constrain(w, placement.param_spec), quantizer, axis, alpha, key)
+    """Packed integers and scales, sharded as `compute_spec`, and the group size."""
+    integers, own = find_integers(_constrain(w, placement.param_spec), quantizer, axis, alpha, key)
     narrow = jnp.bfloat16 if quantizer.scale_bits == 8 else jnp.float32
-    scale = own.scale.astype(min(narrow, jnp.dtype(dtype), key=lambda each: jnp.dtype(each).itemsize))
-    return placement.place(_pack(own.trits, axis, _shards(placement, axis))), placement.place(scale), own.group
+    # A trit times a scale is rounded once, whether the scale is narrowed or the product; an integer's product is not.
+    dtypes = (narrow,) if quantizer.uniform else (narrow, jnp.dtype(dtype))
+    scale = own.scale.astype(min(dtypes, key=lambda each: jnp.dtype(each).itemsize))
+    packed = _pack(integers, quantizer.stored_bits, axis, _shards(placement, axis))
+    return placement.place(packed), placement.place(scale), own.group
 
 
-def _pack(trits: jax.Array, axis: int, shards: int) -> jax.Array:
-    """Pack four trits into a byte along `axis`, within each shard: those a quarter of the shard apart share a byte."""
-    axis %= trits.ndim
-    length = trits.shape[axis] // shards
-    split = trits.reshape(*trits.shape[:axis], shards, length, *trits.shape[axis + 1 :])
-    split = jnp.pad(split, [(0, -length % 4 if i == axis + 1 else 0) for i in range(split.ndim)])
-    packed = join_2bit(jnp.split(split, 4, axis=axis + 1))
-    return packed.reshape(*trits.shape[:axis], -1, *trits.shape[axis + 1 :])
+def _dequantized(
+    integers: jax.Array, scale: jax.Array, quantizer: Quantizer, group: int, axis: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    if quantizer.uniform:
+        return dequantize_integers(integers, scale, group, axis, dtype)
+    return TernaryTensor(integers, scale, group, axis).dequantize(dtype)
 
 
-def _unpack(packed: jax.Array, length: int, axis: int, shards: int) -> jax.Array:
-    """Undo `_pack`: int8 trits, `length` along `axis`."""
+def _pack(integers: jax.Array, bits: int, axis: int, shards: int) -> jax.Array:
+    """Pack 8 / `bits` integers into a byte along `axis`, within each shard.
+
+    Trits that share a byte are a quarter of the shard apart, integers of 4 bits a half.
+    """
+    axis, many = axis % integers.ndim, 8 // bits
+    length = integers.shape[axis] // shards
+    split = integers.reshape(*integers.shape[:axis], shards, length, *integers.shape[axis + 1 :])
+    split = jnp.pad(split, [(0, -length % many if i == axis + 1 else 0) for i in range(split.ndim)])
+    packed = join_fields(jnp.split(split, many, axis=axis + 1), bits)
+    return packed.reshape(*integers.shape[:axis], -1, *integers.shape[axis + 1 :])
+
+
+def _unpack(packed: jax.Array, bits: int, length: int, axis: int, shards: int) -> jax.Array:
+    """Undo `_pack`: int8 integers, `length` along `axis`."""
     axis %= packed.ndim
     split = packed.reshape(*packed.shape[:axis], shards, -1, *packed.shape[axis + 1 :])
-    trits = jax.lax.slice_in_dim(jnp.concatenate(split_2bit(split), axis=axis + 1), 0, length // shards, axis=axis + 1)
-    return trits.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
+    fields = jnp.concatenate(split_fields(split, bits), axis=axis + 1)
+    integers = jax.lax.slice_in_dim(fields, 0, length // shards, axis=axis + 1)
+    return integers.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
 def _shards(placement: Placement, axis: int) -> int:

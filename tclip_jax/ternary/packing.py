@@ -1,7 +1,9 @@
-"""Packing of trits into bytes, for disk and memory, and embedding tables packed by rows."""
+"""Packing of trits and other small integers into bytes, for disk and memory, and embedding tables packed by rows."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +56,7 @@ def unpack_base3(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pack_2bit(trits: Any, axis: int = -1) -> Any:
-    """Pack four consecutive trits along `axis` into a byte; zeros fill the last byte. `join_2bit` defines the bits.
+    """Pack four consecutive trits along `axis` into a byte, with `pack_fields`.
 
     Args:
       trits: integers −1, 0 and +1, a NumPy or JAX array (..., K, ...).
@@ -66,11 +68,7 @@ def pack_2bit(trits: Any, axis: int = -1) -> Any:
     Raises:
       ValueError: a NumPy array has a value that is not a trit; JAX arrays are not checked.
     """
-    xp: Any = np if isinstance(trits, np.ndarray) else jnp
-    trits, axis = checked_trits(trits) if xp is np else trits, axis % trits.ndim
-    padded = xp.pad(trits, [(0, -trits.shape[axis] % 4 if i == axis else 0) for i in range(trits.ndim)])
-    fields = padded.reshape(*trits.shape[:axis], padded.shape[axis] // 4, 4, *trits.shape[axis + 1 :])
-    return join_2bit([xp.take(fields, i, axis=axis + 1) for i in range(4)])
+    return pack_fields(checked_trits(trits) if isinstance(trits, np.ndarray) else trits, 2, axis)
 
 
 def unpack_2bit(packed: Any, length: int, axis: int = -1) -> Any:
@@ -88,27 +86,65 @@ def unpack_2bit(packed: Any, length: int, axis: int = -1) -> Any:
       ValueError: the number of bytes does not fit `length`, or a NumPy array has a field of −2; JAX arrays are not
         checked for it.
     """
-    xp: Any = np if isinstance(packed, np.ndarray) else jnp
-    axis %= packed.ndim
-    if packed.shape[axis] != -(-length // 4):
-        raise ValueError(f"{packed.shape[axis]} bytes do not hold {length} trits: expected {-(-length // 4)}")
-    fields = xp.stack(split_2bit(packed), axis=axis + 1)
-    if xp is np and fields.size and fields.min() < -1:
+    trits = unpack_fields(packed, 2, length, axis)
+    if isinstance(trits, np.ndarray) and trits.size and trits.min() < -1:
         raise ValueError("a 2-bit field holds −2, which is not a trit")
-    trits = fields.reshape(*packed.shape[:axis], 4 * packed.shape[axis], *packed.shape[axis + 1 :])
-    return trits[(slice(None),) * axis + (slice(length),)]
+    return trits
 
 
-def join_2bit(fields: Sequence[Any]) -> Any:
-    """Join four arrays of trits into one of uint8: two's-complement fields of 2 bits, the first array lowest."""
-    a, b, c, d = (field.astype(np.uint8) & 3 for field in fields)
-    return a | b << 2 | c << 4 | d << 6
+def pack_fields(integers: Any, bits: int, axis: int = -1) -> Any:
+    """Pack 8 / `bits` consecutive integers along `axis` into a byte; zeros fill the last byte.
+
+    Args:
+      integers: signed integers of `bits` bits, a NumPy or JAX array (..., K, ...).
+      bits: 2, 4 or 8. `join_fields` defines their order.
+      axis: the axis of size K.
+
+    Returns:
+      uint8 (..., ceil(K · bits / 8), ...), a NumPy or JAX array like `integers`.
+    """
+    xp: Any = np if isinstance(integers, np.ndarray) else jnp
+    shape, axis, many = integers.shape, axis % integers.ndim, 8 // bits
+    padded = xp.pad(integers, [(0, -shape[axis] % many if i == axis else 0) for i in range(len(shape))])
+    fields = padded.reshape(*shape[:axis], padded.shape[axis] // many, many, *shape[axis + 1 :])
+    return join_fields([xp.take(fields, i, axis=axis + 1) for i in range(many)], bits)
 
 
-def split_2bit(packed: Any) -> list[Any]:
-    """Undo `join_2bit`: four int8 arrays of trits."""
+def unpack_fields(packed: Any, bits: int, length: int, axis: int = -1) -> Any:
+    """Undo `pack_fields`.
+
+    Args:
+      packed: uint8, a NumPy or JAX array.
+      bits: 2, 4 or 8.
+      length: number of integers along `axis`.
+      axis: the packed axis.
+
+    Returns:
+      int8, a NumPy or JAX array like `packed`.
+
+    Raises:
+      ValueError: the number of bytes does not fit `length`.
+    """
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    axis, many = axis % packed.ndim, 8 // bits
+    if packed.shape[axis] != -(-length // many):
+        what = "trits" if bits == 2 else f"integers of {bits} bits"
+        raise ValueError(f"{packed.shape[axis]} bytes do not hold {length} {what}: expected {-(-length // many)}")
+    fields = xp.stack(split_fields(packed, bits), axis=axis + 1)
+    integers = fields.reshape(*packed.shape[:axis], many * packed.shape[axis], *packed.shape[axis + 1 :])
+    return integers[(slice(None),) * axis + (slice(length),)]
+
+
+def join_fields(fields: Sequence[Any], bits: int) -> Any:
+    """Join 8 / `bits` arrays of integers into one of uint8: two's-complement fields, the first array lowest."""
+    parts = [(field.astype(np.uint8) & (2**bits - 1)) << bits * i for i, field in enumerate(fields)]
+    return functools.reduce(operator.or_, parts)
+
+
+def split_fields(packed: Any, bits: int) -> list[Any]:
+    """Undo `join_fields`: 8 / `bits` int8 arrays."""
     # Each field moves to the top of an int8; the arithmetic shift back extends its sign.
-    return [(packed << shift).astype(np.int8) >> 6 for shift in (6, 4, 2, 0)]
+    return [(packed << shift).astype(np.int8) >> 8 - bits for shift in range(8 - bits, -1, -bits)]
 
 
 def checked_trits(trits: npt.ArrayLike) -> np.ndarray:

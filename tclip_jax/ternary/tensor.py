@@ -1,7 +1,8 @@
-"""Ternary weights as arrays: trits with their scales, or packed for one implementation of the product."""
+"""Quantized weights as arrays: trits with their scales, or packed for one implementation of the product."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from typing import Literal
@@ -10,9 +11,38 @@ import jax
 import jax.numpy as jnp
 
 
+class QuantizedTensor(abc.ABC):
+    """What `TernaryTensor` and `UniformTensor` share: a weight ŵ = scale · integer, stored as its two factors.
+
+    Attributes:
+      scale: float32, at least 0. The shape is that of the weight (..., K, N), except for `axis`: ceil(K / group)
+        entries, or 1 for a scale per output channel. A scale per tensor has 1 on both of the last axes.
+      group: number of consecutive weights along `axis` that share a scale; the last group may be short.
+      axis: the input axis, counted from the end: −2 for a kernel (K, N), −1 for an embedding table (V, W).
+    """
+
+    scale: jax.Array
+    group: int
+    axis: int
+
+    @property
+    @abc.abstractmethod
+    def integers(self) -> jax.Array:
+        """The integers, int8 in the shape of the weight."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @abc.abstractmethod
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Compute the weights scale · integer, in the shape of the weight."""
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("trits", "scale"), meta_fields=("group", "axis"))
 @dataclasses.dataclass(frozen=True)
-class TernaryTensor:
+class TernaryTensor(QuantizedTensor):
     """A ternary weight ŵ = scale · trit, stored as its two factors; a pytree.
 
     Attributes:
@@ -33,6 +63,11 @@ class TernaryTensor:
         return (
             f"TernaryTensor({_kind(self.trits)} trits, {_kind(self.scale)} scale, group={self.group}, axis={self.axis})"
         )
+
+    @property
+    def integers(self) -> jax.Array:
+        """The trits."""
+        return self.trits
 
     @property
     def shape(self) -> tuple[int, ...]:

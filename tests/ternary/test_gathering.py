@@ -47,6 +47,10 @@ def gathered(program: str) -> list[tuple[str, int]]:
         ((16, 20), -1, TABLE, Quantizer(group=8, kind="least_squares"), jnp.bfloat16),
         ((64, 16), -2, OUTPUT, Quantizer(group=16, kind="lsq"), jnp.bfloat16),
         ((64, 8), -2, ROWS, Quantizer(group=8, kind="seq"), jnp.float32),
+        ((12, 4), -2, ROWS, Quantizer(group=3, kind="uniform", bits=4), jnp.float32),  # 3 rows per shard, 2 to a byte
+        ((64, 16), -2, COLUMNS, Quantizer(group="channel", kind="uniform", bits=8), jnp.bfloat16),
+        ((64, 16), -2, OUTPUT, Quantizer(group=16, scale_bits=24, kind="uniform", bits=8), jnp.bfloat16),
+        ((16, 20), -1, TABLE, Quantizer(group=8, kind="uniform", bits=4), jnp.bfloat16),
     ],
 )
 def test_weights_and_gradients_are_those_of_one_device(
@@ -91,7 +95,18 @@ def test_what_moves_is_two_bits_a_weight_and_the_scales(placement: Placement, ro
     assert part // 4 + 2 * part // 128 <= 2 * part / 2
 
 
-@pytest.mark.parametrize("quantizer", [None, Quantizer(group=8)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_move_packed_too(bits: Any) -> None:
+    mesh, w, quantizer = make_mesh(2, 2, 2), draw((256, 64)), Quantizer(group=128, kind="uniform", bits=bits)
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(w, jax.sharding.NamedSharding(mesh, OUTPUT.param_spec))
+        move = jax.jit(lambda w: fake_quantize(w, quantizer, -2, None, None, jnp.bfloat16, OUTPUT))
+        gathers = gathered(move.lower(stored).compile().as_text())
+    assert sorted(dtype for dtype, _ in gathers)[-1] == "u8" and len(gathers) == 2
+    assert dict(gathers)["u8"] == 256 * 64 * bits // 8
+
+
+@pytest.mark.parametrize("quantizer", [None, Quantizer(group=8), Quantizer(group=8, kind="uniform", bits=4)])
 def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantizer: Quantizer | None) -> None:
     table, mesh = draw((16, 20)), make_mesh(2, 2, 2)
     index = jnp.asarray([[3, 3, 15, 9], [3, 0, 3, 12]] * 64)
@@ -108,6 +123,41 @@ def test_rows_of_a_table_and_a_gradient_that_is_summed_in_full_precision(quantiz
         (gradient,) = transpose(g)
     np.testing.assert_array_equal(actual, rows(table))
     np.testing.assert_array_equal(gradient, np.bincount(index.ravel(), minlength=16)[:, None] * np.ones(20, np.float32))
+
+
+@pytest.mark.parametrize(("spec", "devices"), [(("tensor", "fsdp"), 4), ("fsdp", 2), ("tensor", 2), (None, 1)], ids=str)
+def test_the_gradient_of_a_table_is_summed_where_it_is_stored(spec: Any, devices: int) -> None:
+    table, mesh = draw((16, 20)), make_mesh(2, 2, 2)
+    placement = Placement(P(spec, None), P(None, None), ("data", "fsdp"))
+    index = jnp.asarray(np.random.default_rng(0).integers(0, 16, (8, 5)), jnp.int32)
+    g = jnp.asarray(draw((40, 20), 2).reshape(8, 5, 20))
+    sharded = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(table, jax.sharding.NamedSharding(mesh, placement.param_spec))
+
+        @jax.jit
+        def gradient(table: jax.Array, index: jax.Array, g: jax.Array) -> jax.Array:
+            rows = lambda table: look_up(table, index, None, placement, jnp.float32)  # noqa: E731
+            return jax.vjp(rows, table)[1](g)[0]
+
+        arguments = stored, jax.device_put(index, sharded), jax.device_put(g, sharded)
+        actual, text = gradient(*arguments), gradient.lower(*arguments).compile().as_text()
+    expected = np.zeros((16, 20))
+    np.add.at(expected, np.asarray(index), np.asarray(g, np.float64))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert actual.addressable_shards[0].data.shape == (16 // devices, 20)
+    if spec in ("fsdp", ("tensor", "fsdp")):
+        reduced = re.findall(r"= f32\[([\d,]+)\]\S* all-reduce", text)
+        assert "reduce-scatter" in text and reduced == [f"{16 // devices},20"]
+
+
+def test_rows_that_the_devices_cannot_share_have_the_same_gradient() -> None:
+    mesh, placement = make_mesh(2, 2, 2), Placement(P("fsdp", None), P(None, None), ("data", "fsdp"))
+    index, g = jnp.asarray([[1, 2], [1, 7], [0, 1]]), jnp.ones((3, 2, 4))
+    with jax.set_mesh(mesh):
+        _, transpose = jax.vjp(lambda w: look_up(w, index, None, placement, jnp.float32), draw((8, 4)))
+        (gradient,) = transpose(g)
+    np.testing.assert_array_equal(gradient, np.bincount(index.ravel(), minlength=8)[:, None] * np.ones(4, np.float32))
 
 
 def test_floats_move_in_the_dtype_they_are_used_in() -> None:

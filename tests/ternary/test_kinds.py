@@ -19,7 +19,7 @@ from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, initial_alpha, ternarize
 from tclip_jax.ternary.sums import prefix_sums, quotient
 
-KINDS = ("factor", "twn", "least_squares", "lsq", "seq")
+KINDS = ("factor", "twn", "least_squares", "lsq", "seq", "sherry")
 GROUPS = ("tensor", 32, *(pytest.param(group, marks=pytest.mark.slow) for group in ("channel", 64, 128, 256)))
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -81,9 +81,34 @@ def levels_of(group: np.ndarray, kind: str, total: Any = halving) -> tuple[np.fl
     return scale, scale / 2
 
 
+def three_of_four(w: np.ndarray) -> np.ndarray:
+    """A kernel (K, N) without the smallest of every four weights of a column."""
+    kept = w.copy()
+    for start in range(0, len(w) - len(w) % 4, 4):
+        for n in range(w.shape[1]):
+            kept[start + np.argmin(np.abs(w[start : start + 4, n])), n] = 0
+    return kept
+
+
+def mean_of_nonzeros(kept: np.ndarray, total: Any = halving) -> np.float32:
+    """Scale (8 bits) of the weights that are not zero."""
+    mean = largest_quotient(total(np.abs(kept)), int(np.count_nonzero(kept)))
+    return np.float32(mean.astype(ml_dtypes.bfloat16))
+
+
 def numpy_dequantized(w: np.ndarray, quantizer: Quantizer) -> np.ndarray:
     """ŵ of a kernel (K, N), group by group."""
     result, (length, outputs) = np.zeros_like(w), w.shape
+    if quantizer.kind == "sherry":
+        kept = three_of_four(w)
+        if quantizer.group == "tensor":
+            by_column = mean_of_nonzeros(kept, lambda x: halving(np.array([halving(column) for column in x.T])))
+            return np.sign(kept) * by_column
+        group = quantizer.group if isinstance(quantizer.group, int) else length
+        for n, start in ((n, start) for n in range(outputs) for start in range(0, length, group)):
+            part = kept[start : start + group, n]
+            result[start : start + group, n] = np.sign(part) * mean_of_nonzeros(part)
+        return result
     if quantizer.group == "tensor":
         scale, threshold = levels_of(
             w, quantizer.kind, lambda x: halving(np.array([halving(column) for column in x.T]))
@@ -279,7 +304,18 @@ def test_prefix_sums_are_sums() -> None:
     np.testing.assert_allclose(prefix_sums(np.float32(x), 1), np.cumsum(x, 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["factor", "twn", "least_squares"])
+@given(hnp.arrays(np.float32, (11, 2), elements=st.floats(-1, 1, width=32, allow_subnormal=False)))
+@settings(max_examples=60, deadline=None)
+def test_sherry_drops_the_first_smallest_of_each_four_and_keeps_a_short_rest(w: np.ndarray) -> None:
+    w = np.where(np.abs(w) < 2**-10, np.float32(0), w)
+    trits = np.asarray(quantized(w, Quantizer(kind="sherry", group=8)).trits)
+    np.testing.assert_array_equal(trits, np.sign(three_of_four(w)))
+    whole = trits[:8].reshape(2, 4, 2)
+    assert ((whole == 0).sum(1) >= 1).all()
+    assert ((whole == 0).sum(1) == 1)[(w[:8].reshape(2, 4, 2) != 0).all(1)].all()
+
+
+@pytest.mark.parametrize("kind", ["factor", "twn", "least_squares", "sherry"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_group_with_a_value_that_is_not_finite_has_no_finite_weights(kind: Any, value: float) -> None:
     w = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)

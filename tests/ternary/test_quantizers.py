@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.ternary import Quantizer, fake_quantize, initial_alpha, ternarize
+from tclip_jax.ternary import QUANTIZERS, Quantizer, fake_quantize, initial_alpha, ternarize
 from tclip_jax.ternary.sums import halving_sum
+from tests.plugins import own_registries, register_stochastic
 
 GRANULARITIES = (256, 64, 48, "channel", "tensor")
 
@@ -248,3 +249,31 @@ def test_refuses_an_unknown_kind_when_it_is_used() -> None:
             use()
     with pytest.raises(ValueError, match="options of kind factor has no 'wdth'"):
         ternarize(w, Quantizer(options={"wdth": 1.0}))
+
+
+def test_the_record_of_a_quantizer_has_what_differs_from_none() -> None:
+    plain, tequila = Quantizer(), Quantizer(dead_zone_bias=0.001)
+    assert plain.to_dict() == {"factor": 2.0, "group": 256, "scale_bits": 8, "kind": "factor"}
+    assert tequila.to_dict() == plain.to_dict() | {"dead_zone_bias": 0.001}
+    assert Quantizer(**tequila.to_dict()) == tequila and tequila != plain
+    assert tequila.description == "k=2 group=256 dead_zone_bias=0.001" and plain.description == "k=2 group=256"
+    with pytest.raises(ValueError, match="dead_zone_bias is -1"):
+        Quantizer(dead_zone_bias=-1.0)
+
+
+def test_a_dead_zone_bias_is_refused_for_kinds_without_a_dead_zone_of_their_own() -> None:
+    with pytest.raises(ValueError, match=r"dead_zone_bias is 0.5, but the kind uniform has no trits: set it to 0.0"):
+        Quantizer(kind="uniform", dead_zone_bias=0.5)
+    later = Quantizer(kind="stochastic", dead_zone_bias=0.5)  # a plug-in that is not loaded yet
+    with own_registries():
+        register_stochastic()
+        for use in (lambda: later.rule, lambda: Quantizer(kind="stochastic", dead_zone_bias=0.5)):
+            with pytest.raises(ValueError, match=r"dead_zone_bias is 0.5, but the kind stochastic draws its trits at"):
+                use()
+        assert Quantizer(kind="stochastic").rule.random
+
+
+def test_only_sherry_has_a_threshold_per_weight_also_in_groups_of_one() -> None:
+    for group in (1, 4, "channel", "tensor"):
+        per_weight = {kind for kind in QUANTIZERS if Quantizer(kind=kind, group=group).threshold_per_weight}  # type: ignore[arg-type]
+        assert per_weight == {"sherry"}

@@ -32,6 +32,8 @@ def test_values_and_gradients(columns: tuple[int, ...], dtype: Any) -> None:
     np.testing.assert_allclose(np.float64(to_x), np.tensordot(wide_g, wide_w, axes), **close)
     # The tolerance of float32: the gradient is not rounded to bfloat16.
     np.testing.assert_allclose(to_w, np.tensordot(wide_x, wide_g, ([0, 1], [0, 1])), rtol=1e-5, atol=1e-5)
+    narrow = jax.jit(lambda x, w, g: jax.vjp(lambda w: dense_product(x, w, dtype), w)[1](g)[0])(x, w, g)
+    np.testing.assert_array_equal(narrow, to_w.astype(dtype).astype(jnp.float32))
 
 
 def test_devices_add_what_bfloat16_does_not_hold() -> None:
@@ -43,7 +45,10 @@ def test_devices_add_what_bfloat16_does_not_hold() -> None:
     with jax.set_mesh(mesh):
         on_x, on_g = (jax.device_put(jnp.asarray(each, jnp.bfloat16), rows) for each in (x, g))
         gradient = jax.jit(lambda x, w, g: jax.vjp(dense_product, x, w)[1](g)[1])(on_x, jnp.ones((4, 3)), on_g)
+        narrow = jax.jit(lambda x, w, g: jax.vjp(lambda x, w: dense_product(x, w, jnp.bfloat16), x, w)[1](g)[1])
+        rounded = narrow(on_x, jnp.ones((4, 3)), on_g)
     np.testing.assert_array_equal(gradient, np.full((4, 3), 8 + 2**-6, np.float32))
+    np.testing.assert_array_equal(rounded, np.full((4, 3), 8, np.float32))
 
 
 @pytest.mark.parametrize("backward", [False, True])

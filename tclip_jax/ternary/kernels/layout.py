@@ -20,8 +20,9 @@ from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor, expand_scale
 
 Order = Literal["bf16", "int8"]
 
+SUBLANES, LANES = 8, 128  # rows and columns of a tile of 32-bit numbers
 BLOCK = 128  # k of 8 words with 16 fields each
-_LANES = {"bf16": 2, "int8": 4}  # lanes in a word
+_PER_WORD = {"bf16": 2, "int8": 4}  # lanes in a word
 _FACTOR = {"bf16": 2, "int8": 64}  # value of an unpacked trit of 1
 # Groups are padded to a multiple of it: to whole steps (bf16), or to whole blocks (int8, whose sums are scaled).
 GRANULE = {"bf16": 16, "int8": BLOCK}
@@ -34,7 +35,7 @@ def pack_words(trits: jax.Array, order: Order) -> jax.Array:
     field S h + S − 1 − i of word 8 g + r.
     """
     *layers, length, columns = trits.shape
-    fields = (trits.astype(jnp.uint32) & 3).reshape(*layers, -1, 16 // _LANES[order], 8, _LANES[order], columns)
+    fields = (trits.astype(jnp.uint32) & 3).reshape(*layers, -1, 16 // _PER_WORD[order], 8, _PER_WORD[order], columns)
     # Fields do not overlap, so the sum is a bitwise or.
     words = (fields << _shifts(order)).sum(axis=(-4, -2), dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32).reshape(*layers, length // 16, columns)
@@ -57,8 +58,8 @@ def unpack_step(words: jax.Array, i: int, order: Order) -> jax.Array:
 
 def _shifts(order: Order) -> jax.Array:
     """Number of bits below each field: uint32 (steps, 1, lanes, 1)."""
-    steps = 16 // _LANES[order]
-    i, h = jnp.arange(steps, dtype=jnp.uint32)[:, None, None, None], jnp.arange(_LANES[order], dtype=jnp.uint32)
+    steps = 16 // _PER_WORD[order]
+    i, h = jnp.arange(steps, dtype=jnp.uint32)[:, None, None, None], jnp.arange(_PER_WORD[order], dtype=jnp.uint32)
     return 2 * (steps * h[:, None] + steps - 1 - i)
 
 

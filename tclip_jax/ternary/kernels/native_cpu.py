@@ -26,7 +26,7 @@ FAST_A16 = ("avx512_vnni", "avx_vnni", "avx2")
 NOT_BUILT = "the native library was not built when this version of tclip_jax was installed (it needs a C++17 compiler)"
 LIBRARY = pathlib.Path(__file__).parents[1] / "native" / "libternary_cpu.so"
 
-_INTERFACE = 3  # as in native/ternary_cpu.cc; raised when a function takes other arguments or values
+_INTERFACE = 4  # as in native/ternary_cpu.cc; raised when a function takes other arguments or values
 _TARGETS = {"tclip_ternary_matmul": "TclipTernaryMatmul", "tclip_attention": "TclipAttention"}
 _ACTIVATIONS = {"A32": 0, "A16": 1, "A8": 2}
 _FUNCTIONS = {None: 0, "gelu": 1, "quick_gelu": 2, "gelu_tanh": 3}
@@ -173,13 +173,17 @@ def dense(
     )
 
 
-def attention(qkv: jax.Array, heads: int, causal: bool, instructions: str | None = None) -> jax.Array:
-    """Compute softmax attention in float32.
+def attention(
+    qkv: jax.Array, heads: int, causal: bool, activations: Activations = "A32", instructions: str | None = None
+) -> jax.Array:
+    """Compute softmax attention, whose scores are never stored: softmax in float32, products as `activations` says.
 
     Args:
       qkv: queries, keys and values side by side, float32 (B, T, 3 · D).
       heads: number of heads, which divides D.
       causal: whether a token attends only to itself and earlier tokens.
+      activations: "A8" multiplies integers of 12 to 16 bits, to about 2⁻¹² of the largest value; the others multiply
+        in float32.
       instructions: as in `dense`.
 
     Returns:
@@ -187,7 +191,13 @@ def attention(qkv: jax.Array, heads: int, causal: bool, instructions: str | None
     """
     batch, length, width = qkv.shape
     call = jax.ffi.ffi_call("tclip_attention", jax.ShapeDtypeStruct((batch, length, width // 3), qkv.dtype))
-    return call(qkv, heads=np.int64(heads), causal=causal, instructions=_index(instructions))
+    return call(
+        qkv,
+        heads=np.int64(heads),
+        causal=causal,
+        activations=np.int64(_ACTIVATIONS[activations]),
+        instructions=_index(instructions),
+    )
 
 
 def _index(instructions: str | None) -> np.int64:

@@ -44,13 +44,15 @@ using Panel = void (*)(const Shape&, const Block*, int64_t, int64_t, const char*
                        const float*, float*);
 using Rounding = float (*)(const Shape&, const Block*, const float*, char*, int32_t*);
 
+using Attending = void (*)(const Heads&, int64_t, int64_t, const float*, const float*, const float*, float*);
+
 struct Kernels {
   int64_t rows;  // largest number of rows of a tile
   Panel floats, shorts, bytes;
   Rounding to_shorts, to_bytes;
-  void (*layer_norm)(float*, int64_t, float, const float*, const float*);
-  void (*finish)(int64_t, float, const float*, const float*, float*);
-  void (*attend)(const Heads&, int64_t, int64_t, const float*, const float*, const float*, float*);
+  void (*layer_norm)(const float*, int64_t, float, const float*, const float*, float*);
+  void (*finish)(int64_t, int64_t, const float*, const float*, const float*, int64_t, const float*, float*, int64_t);
+  Attending attend, attend_in_integers;
 };
 
 template <typename T>
@@ -81,7 +83,7 @@ struct Bytes {
 struct Shorts {
   using Value = int16_t;
   static Ints Dot(Ints sum, Words codes, int32_t q) {
-    return sum + (Ints)(codes & 0xffffu) * static_cast<int32_t>(static_cast<int16_t>(q)) + (Ints)(codes >> 16) * (q >> 16);
+    return sum + ((Ints)(codes << 16) >> 16) * static_cast<int32_t>(static_cast<int16_t>(q)) + ((Ints)codes >> 16) * (q >> 16);
   }
   static Ints Widen(Ints sum) { return sum; }
 };

@@ -3,7 +3,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -22,13 +21,11 @@ class SharedPool {
 
   int64_t num_threads() const { return threads_; }
 
-  template <typename Task>
-  void ParallelFor(int64_t count, int64_t most_threads, const Task& task) {
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-      for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-    };
-    const int64_t threads = std::min({count, most_threads, threads_});
+  template <typename First, typename Second>
+  void ParallelFor(int64_t first_count, const First& first, int64_t count, const Second& second, int64_t most_threads) {
+    Phases phases(first_count, count);
+    auto work = [&] { phases.Run(first, second); };
+    const int64_t threads = std::min({std::max(first_count, count), most_threads, threads_});
     // GNU's interface to a parallel region, which LLVM's runtime has too.
     using Parallel = void (*)(Work, void*, unsigned, unsigned);
     static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

@@ -1,6 +1,5 @@
 // The products and attention of product.h, called by XLA. The C functions of plain.cc are in the same library.
 
-#include <atomic>
 #include <thread>
 
 #include "plain.cc"
@@ -17,24 +16,16 @@ class XlaPool {
 
   int64_t num_threads() { return pool_.num_threads(); }
 
-  // The calling thread works too. It waits only for tasks that other threads have started, which avoids a deadlock.
-  template <typename Task>
-  void ParallelFor(int64_t count, int64_t most_threads, const Task& task) {
-    struct State {
-      std::atomic<int64_t> next{0}, done{0};
-    };
-    const int64_t helpers = std::min({count, most_threads, pool_.num_threads()}) - 1;
-    if (helpers < 1) {
-      for (int64_t i = 0; i < count; ++i) task(i);
-      return;
-    }
-    auto state = std::make_shared<State>();
-    auto work = [state, count, &task] {
-      for (int64_t i; (i = state->next.fetch_add(1)) < count; state->done.fetch_add(1)) task(i);
-    };
+  // The calling thread works too. It waits only for tasks that other threads have started, which avoids a deadlock. A
+  // thread that comes late finds no task, and does not touch what is gone by then.
+  template <typename First, typename Second>
+  void ParallelFor(int64_t first_count, const First& first, int64_t count, const Second& second, int64_t most_threads) {
+    const int64_t helpers = std::min({std::max(first_count, count), most_threads, pool_.num_threads()}) - 1;
+    const auto phases = std::make_shared<Phases>(first_count, count);
+    auto work = [phases, &first, &second] { phases->Run(first, second); };
     for (int64_t i = 0; i < helpers; ++i) pool_.Schedule(decltype(work)(work));
     work();
-    while (state->done.load() < count) std::this_thread::yield();
+    phases->Wait();
   }
 
  private:
@@ -62,12 +53,12 @@ ffi::Error XlaProduct(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
 }
 
 ffi::Error XlaAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> qkv, ffi::Result<ffi::Buffer<ffi::F32>> mixed,
-                        int64_t heads, bool causal, int64_t instructions) {
+                        int64_t heads, bool causal, int64_t activations, int64_t instructions) {
   const int64_t width = qkv.dimensions()[2] / 3;
   if (qkv.dimensions()[2] != 3 * width || mixed->element_count() * 3 != qkv.element_count()) return ToError(kDoNotFit);
   XlaPool pool(threads);
   return ToError(Attention(pool, qkv.dimensions()[0], qkv.dimensions()[1], width, qkv.typed_data(),
-                           mixed->typed_data(), heads, causal, instructions));
+                           mixed->typed_data(), heads, causal, activations, instructions));
 }
 
 }  // namespace
@@ -96,7 +87,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TclipAttention, XlaAttention,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("heads")
                                   .Attr<bool>("causal")
+                                  .Attr<int64_t>("activations")
                                   .Attr<int64_t>("instructions"));
 
 // Tells a library of this interface from those of other versions; see native_cpu.py.
-extern "C" void TclipInterface3() {}
+extern "C" void TclipInterface4() {}

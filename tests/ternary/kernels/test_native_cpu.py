@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from tclip_jax.models.layers import attend
+from tclip_jax.models.attention import attend
 from tclip_jax.ternary import Quantizer, default_activations, ternarize
 from tclip_jax.ternary.kernels import native_cpu
 
@@ -117,27 +117,57 @@ def test_attention_equals_float64(instructions: str, shape: tuple[int, int, int,
     weights = np.exp(np.where(np.tri(tokens, dtype=bool) | (not causal), scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshk->bthk", weights, v).reshape(batch, tokens, heads * size)
-    result = native_cpu.attention(jnp.asarray(qkv), heads, causal, instructions)
+    result = native_cpu.attention(jnp.asarray(qkv), heads, causal, instructions=instructions)
     np.testing.assert_allclose(result, expected, atol=3e-6)
 
 
 @on_sets
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_integer_attention_is_off_by_2_to_the_minus_12(
+    instructions: str, shape: tuple[int, int, int, int, bool]
+) -> None:
+    batch, tokens, heads, size, causal = shape
+    qkv = qkv_of(batch, tokens, heads, size)
+    result = native_cpu.attention(jnp.asarray(qkv), heads, causal, "A8", instructions)
+    portable = native_cpu.attention(jnp.asarray(qkv), heads, causal, "A8", "portable")
+    np.testing.assert_allclose(result, reference(qkv, heads, causal), atol=np.abs(qkv).max() * 2**-12)
+    # A weight of 15 bits may be rounded to its other neighbour.
+    np.testing.assert_allclose(result, portable, atol=np.abs(qkv).max() * 2**-15)
+
+
+@on_sets
+@pytest.mark.parametrize("tokens", [32, 4096])
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_integer_attention_of_extreme_tokens_does_not_overflow(instructions: str, tokens: int, size: int) -> None:
+    """Every product has the largest levels and one sign; weights are all alike, or one has everything."""
+    qkv = np.ones((1, tokens, 3 * size), np.float32)
+    result = native_cpu.attention(jnp.asarray(qkv), 1, False, "A8", instructions)
+    np.testing.assert_allclose(result, 1, rtol=1e-6)
+    qkv[0, 5, size : 2 * size] = 100
+    qkv[0, 5, 2 * size :] = -3
+    result = native_cpu.attention(jnp.asarray(qkv), 1, False, "A8", instructions)
+    np.testing.assert_allclose(result, -3, rtol=1e-6)
+
+
+@on_sets
+@pytest.mark.parametrize("activations", ["A32", "A8"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_attention_shows_what_is_not_finite_as_jnp_does(
-    instructions: str, causal: bool, part: str, value: float
+    instructions: str, activations: Any, causal: bool, part: str, value: float
 ) -> None:
     qkv = qkv_of(1, 30, 2, 16)
     qkv[0, 11, {"query": 3, "key": 35, "value": 70}[part]] = value
-    result = native_cpu.attention(jnp.asarray(qkv), 2, causal, instructions)
-    np.testing.assert_allclose(result, reference(qkv, 2, causal), atol=3e-6)
+    result = native_cpu.attention(jnp.asarray(qkv), 2, causal, activations, instructions)
+    tolerance = {"A32": 3e-6, "A8": 4 * 2**-12}[activations]  # the other head is finite
+    np.testing.assert_allclose(result, reference(qkv, 2, causal), atol=tolerance)
 
 
 @on_sets
 def test_large_scores_do_not_overflow(instructions: str) -> None:
     qkv = 40 * qkv_of(1, 50, 2, 64)
-    result = native_cpu.attention(jnp.asarray(qkv), 2, False, instructions)
+    result = native_cpu.attention(jnp.asarray(qkv), 2, False, instructions=instructions)
     np.testing.assert_allclose(result, reference(qkv, 2, False), atol=40 * 2e-4)  # scores of 1e4 have 1e-3 in float32
 
 
