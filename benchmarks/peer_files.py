@@ -206,7 +206,7 @@ def weight_bytes(folder: pathlib.Path, task: Task, file: str) -> int:
     """
     if file.endswith((".onnx", ".tflite")):
         return (folder / file.format(batch=task.batches[0])).stat().st_size
-    names = [f"{ARTIFACT}/{name}" for name in WEIGHT_FILES.values()] if file == ARTIFACT else [file]
+    names = [f"{ARTIFACT}/{name}" for name in WEIGHT_FILES] if file == ARTIFACT else [file]
     tensors = [item for name in names for item in read_safetensors(folder / name).items()]
     return sum(
         math.prod(tensor.shape) * tensor.dtype.itemsize

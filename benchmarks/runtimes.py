@@ -213,6 +213,27 @@ def table(rows: Sequence[Row]) -> list[str]:
     return aligned(lines)
 
 
+def markdown(rows: Sequence[Row], tower: str) -> list[str]:
+    """Return the lines of a table in Markdown with all batch sizes, the fastest of the largest batch first."""
+    batches = sorted({row["batch"] for row in rows})
+    ours = [each for each in reversed(rows[0]["ratios"]) if not each.endswith("A32")]
+    times = [f"{batch} {tower if tower == 'text' else 'image'}{'s' * (batch > 1)}, ms" for batch in batches]
+    head = ["runtime", "MB", *times, *(f"{each.removeprefix(f'{OURS} ')} / it" for each in ours), "least cosine"]
+    lines = [head, ["---"] * len(head)]
+    for last in [row for row in rows if row["batch"] == batches[-1]]:
+        own = sorted((row for row in rows if row["runtime"] == last["runtime"]), key=lambda row: row["batch"])
+        name = f"**{last['runtime']}**" if last["runtime"] in last["ratios"] else last["runtime"]
+        ratios = [
+            ", ".join("{ratio:.2f} ({least:.2f}–{largest:.2f})".format(**row["ratios"][each]) for row in own)
+            for each in ours
+        ]
+        cosine = f"{min(row['least_cosine'] for row in own):.6f}"
+        lines.append(
+            [name, f"{last['weight_bytes'] / 1e6:.1f}", *(f"{row['least_ms']:.0f}" for row in own), *ratios, cosine]
+        )
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def print_omissions(outcome: Outcome) -> None:
     """Print what was left out, a line for each reason, and what failed."""
     for reason in dict.fromkeys(outcome.left_out.values()):
@@ -223,8 +244,10 @@ def print_omissions(outcome: Outcome) -> None:
 
 
 def print_outcome(outcome: Outcome, rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Print a table for each batch size, and what was left out."""
-    for batch in args.batches:
+    """Print a table for each batch size, and what was left out; with --markdown one table of all batch sizes."""
+    if args.markdown and rows:
+        print("", *markdown(rows, args.tower), sep="\n")
+    for batch in () if args.markdown else args.batches:
         part = [row for row in rows if row["batch"] == batch]
         if part:
             print(f"\n{args.model}, {args.tower} tower, batch {batch}, rounds: {args.rounds}", *table(part), sep="\n")
@@ -246,6 +269,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--runtimes", nargs="+", default=[], metavar="NAME", help="beginnings of names (default: all)")
     parser.add_argument("--embed", action="store_true", help="also time `tclip embed` on a folder of JPEGs")
+    parser.add_argument("--markdown", action="store_true", help="one table in Markdown, as in docs/performance.md")
     parser.add_argument("--quick", action="store_true", help="preset 'tiny', one input, one round; under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()

@@ -28,7 +28,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}
 READERS = {"gcs": "gcsfs", "s3": "s3fs"}
 # Keys of a configuration, and options of commands, whose values name data sources, models, and folders for results.
 SOURCES = ("data.source", "eval.source", "--data")
-MODELS = ("init", "teacher", "inherit", "data.teacher_cache", "--teacher", "--tfds", "MODEL")
+MODELS = ("init", "teacher", "inherit", "data.teacher_cache", "data.tokenizer", "--teacher", "--tfds", "MODEL")
 RESULTS = ("--workdir", "--out", "--html")
 _REMEDIES = {
     "sources": "write a URL that the hosts read, such as wds:gs://BUCKET/cc12m/*.tar",

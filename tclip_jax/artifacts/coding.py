@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from tclip_jax.artifacts.manifest import FLOAT_CODING, TERNARY_CODING, ArtifactError
+from tclip_jax.artifacts.manifest import FLOAT_CODING, TERNARY_CODING, UNIFORM_CODINGS, ArtifactError
 from tclip_jax.artifacts.safetensors import LazyArray
-from tclip_jax.ternary import TernaryTensor
-from tclip_jax.ternary.packing import pack_base3, unpack_base3
+from tclip_jax.ternary import TernaryTensor, UniformTensor
+from tclip_jax.ternary.packing import pack_base3, pack_fields, unpack_base3, unpack_fields
+from tclip_jax.ternary.uniform import check_integers, largest_integer, pack_uniform
 
 # Trits repeat only by chance, so level 1, which hardly searches for repetitions, gives the smallest files at 45–75 %
 # zeros. In floats only the exponent bytes compress: scales shrink to 0.40 of their size, to 0.37 at level 19.
@@ -28,30 +29,33 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
 
     Args:
       path: the parameter's path; the names of the arrays start with it.
-      leaf: a `TernaryTensor` or a float array, lazy or not.
+      leaf: a `TernaryTensor`, a `UniformTensor` or a float array, lazy or not.
       rest_dtype: dtype in which a float array is stored. Scales are float16 if that is exact, else float32.
 
     Returns:
       The entry, and uint8 arrays (bytes,) by name.
 
     Raises:
-      ArtifactError: a value is not finite after the cast, a scale is negative, or a trit is not −1, 0 or +1.
+      ArtifactError: a value is not finite after the cast, a scale is negative or too large for its integers, a trit is
+        not −1, 0 or +1, or an integer is beyond its bits.
     """
     entry: dict[str, Any]
-    if not isinstance(leaf, TernaryTensor):
+    if not isinstance(leaf, TernaryTensor | UniformTensor):
         value = _cast(path, np.asarray(leaf), rest_dtype)
         entry = {"coding": FLOAT_CODING, "shape": list(value.shape), "dtype": rest_dtype, "sha256": _digest(value)}
         return entry, {path: _compressed(_planes(value))}
     scale = np.asarray(leaf.scale, np.float32)
     half = _cast(f"{path}.scale", scale, "float16" if _exact_in_float16(scale) else "float32")
-    if (half < 0).any():
-        raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
+    bits = leaf.bits if isinstance(leaf, UniformTensor) else None
+    coding = next((name for name, each in UNIFORM_CODINGS.items() if each == bits), TERNARY_CODING)
+    _check_scale(path, half, coding)
+    name = array_names(path, coding)[0]
     try:
-        packed = pack_base3(np.asarray(leaf.trits))
+        packed = _pack(np.asarray(leaf.integers), coding)
     except ValueError as error:
-        raise ArtifactError(f"{path}.trits: {error}") from None
+        raise ArtifactError(f"{name}: {error}") from None
     entry = {
-        "coding": TERNARY_CODING,
+        "coding": coding,
         "shape": list(leaf.shape),
         "dtype": half.dtype.name,
         "group": leaf.group,
@@ -59,11 +63,11 @@ def encode(path: str, leaf: Any, rest_dtype: str) -> tuple[dict[str, Any], Store
         "scale_shape": list(half.shape),
         "sha256": _digest(packed, half),
     }
-    return entry, {f"{path}.trits": _compressed(packed), f"{path}.scale": _compressed(_planes(half))}
+    return entry, {name: _compressed(packed), f"{path}.scale": _compressed(_planes(half))}
 
 
 def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray[Any] | LazyArray]) -> Any:
-    """Return the float32 array or `TernaryTensor` at `path`, the inverse of `encode`.
+    """Return the float32 array, `TernaryTensor` or `UniformTensor` at `path`, the inverse of `encode`.
 
     Args:
       path: the parameter's path.
@@ -78,29 +82,67 @@ def decode(path: str, entry: Mapping[str, Any], stored: Mapping[str, npt.NDArray
         _check_digest(path, entry, value)
         return value.astype(np.float32, copy=False)
     scale = _floats(f"{path}.scale", stored[f"{path}.scale"], entry["scale_shape"], entry["dtype"])
-    if (scale < 0).any():
-        raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
-    shape = tuple(entry["shape"])
-    packed = _expanded(f"{path}.trits", stored[f"{path}.trits"], packed_bytes(shape))
+    _check_scale(path, scale, entry["coding"])
+    coding, shape, name = entry["coding"], tuple(entry["shape"]), array_names(path, entry["coding"])[0]
+    packed = _expanded(name, stored[name], packed_bytes(coding, shape))
     try:
-        trits: Any = unpack_base3(packed, shape)
+        integers: Any = _unpack(packed, coding, shape)
     except ValueError as error:
-        raise ArtifactError(f"{path}.trits: {error}") from None
+        raise ArtifactError(f"{name}: {error}") from None
     _check_digest(path, entry, packed, scale)
     level: Any = scale.astype(np.float32)
-    return TernaryTensor(trits, level, entry["group"], entry["axis"])
+    if coding == TERNARY_CODING:
+        return TernaryTensor(integers, level, entry["group"], entry["axis"])
+    return pack_uniform(integers, level, UNIFORM_CODINGS[coding], entry["group"], entry["axis"])
 
 
-def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Return the size in bytes of a tensor in base-3 coding (five trits a byte), before compression."""
-    return -(-math.prod(shape) // 5)
+def array_names(path: str, coding: str) -> tuple[str, ...]:
+    """Return the names of the arrays that hold a parameter: trits or integers first, then scales."""
+    if coding == FLOAT_CODING:
+        return (path,)
+    return f"{path}.{'trits' if coding == TERNARY_CODING else 'integers'}", f"{path}.scale"
+
+
+def packed_bytes(coding: str, shape: tuple[int, ...]) -> int:
+    """Return the size in bytes of the trits (five a byte) or integers of a tensor, before compression."""
+    count = math.prod(shape)
+    return -(-count // 5) if coding == TERNARY_CODING else -(-count * UNIFORM_CODINGS[coding] // 8)
+
+
+def _check_scale(path: str, scale: npt.NDArray[Any], coding: str) -> None:
+    """Raise ArtifactError for a scale that is negative, or whose largest multiple is not finite in float32."""
+    if (scale < 0).any():
+        raise ArtifactError(f"{path}.scale is negative: a scale is 0 or more")
+    largest = 1 if coding == TERNARY_CODING else largest_integer(UNIFORM_CODINGS[coding])
+    bound = np.finfo(np.float32).max / largest
+    if (scale.astype(np.float64) > bound).any():
+        raise ArtifactError(
+            f"{path}.scale has {scale.max():g}: times the integer {largest} it must be finite, so at most {bound:g}"
+        )
+
+
+def _pack(integers: npt.NDArray[Any], coding: str) -> npt.NDArray[np.uint8]:
+    """Pack trits or integers, in C order. Raises ValueError for a value beyond the coding's."""
+    if coding == TERNARY_CODING:
+        return pack_base3(integers)
+    check_integers(integers, UNIFORM_CODINGS[coding])
+    return pack_fields(integers.reshape(-1), UNIFORM_CODINGS[coding])
+
+
+def _unpack(packed: npt.NDArray[np.uint8], coding: str, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
+    """Undo `_pack`."""
+    if coding == TERNARY_CODING:
+        return unpack_base3(packed, shape)
+    integers = unpack_fields(packed, UNIFORM_CODINGS[coding], math.prod(shape)).reshape(shape)
+    check_integers(integers, UNIFORM_CODINGS[coding])
+    return integers
 
 
 def largest_stored_bytes(entry: Mapping[str, Any]) -> int:
     """Return an upper bound, in bytes, for the stored arrays of an entry and their names in the header."""
-    ternary = entry["coding"] == TERNARY_CODING
-    size = math.prod(entry["scale_shape" if ternary else "shape"]) * np.dtype(entry["dtype"]).itemsize
-    size += packed_bytes(tuple(entry["shape"])) if ternary else 0
+    coding = entry["coding"]
+    size = math.prod(entry["shape" if coding == FLOAT_CODING else "scale_shape"]) * np.dtype(entry["dtype"]).itemsize
+    size += 0 if coding == FLOAT_CODING else packed_bytes(coding, tuple(entry["shape"]))
     # On incompressible data zstd adds less than 1/128 plus a few bytes a frame; 1,024 bytes are for the names.
     return size + size // 128 + 2 * 512 + 1024
 

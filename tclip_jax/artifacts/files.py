@@ -10,13 +10,18 @@ from typing import Any
 from etils import epath
 
 from tclip_jax.artifacts.coding import largest_stored_bytes
-from tclip_jax.artifacts.manifest import FLOAT_CODING, MANIFEST, TERNARY_CODING, ArtifactError
+from tclip_jax.artifacts.manifest import MANIFEST, TERNARY_CODING, ArtifactError
 from tclip_jax.artifacts.safetensors import LazyArray, read_safetensors
 
 TERNARY_FILE, REST_FILE = "ternary.safetensors", "rest.safetensors"
-WEIGHT_FILES = {TERNARY_CODING: TERNARY_FILE, FLOAT_CODING: REST_FILE}
+WEIGHT_FILES = (TERNARY_FILE, REST_FILE)
 
 MAX_OTHER_BYTES = 64 * 2**20
+
+
+def weight_file(entry: Mapping[str, Any]) -> str:
+    """Return the name of the file that holds the arrays of a tensor's entry."""
+    return TERNARY_FILE if entry["coding"] == TERNARY_CODING else REST_FILE
 
 
 def file_entry(path: epath.Path) -> dict[str, Any]:
@@ -40,9 +45,9 @@ def check_files(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
     Raises:
       ArtifactError: a file is missing, is larger than its tensors can be, or differs from its entry.
     """
-    limits = dict.fromkeys(WEIGHT_FILES.values(), 4096)
+    limits = dict.fromkeys(WEIGHT_FILES, 4096)
     for entry in manifest["tensors"].values():
-        limits[WEIGHT_FILES[entry["coding"]]] += largest_stored_bytes(entry)
+        limits[weight_file(entry)] += largest_stored_bytes(entry)
     for name in limits:
         if name not in manifest["files"]:
             raise ArtifactError(f"{MANIFEST}: files lacks {name}, which every artifact has")

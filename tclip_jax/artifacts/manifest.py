@@ -19,8 +19,11 @@ from tclip_jax.schema import check_names
 from tclip_jax.ternary import Quantizer
 
 MANIFEST = "tclip.json"
-FORMAT_VERSION = 1
 TERNARY_CODING, FLOAT_CODING = "base3+zstd", "planes+zstd"
+UNIFORM_CODINGS = {"int4+zstd": 4, "int8+zstd": 8}  # and their bits
+# The format version that introduced each coding. An artifact has the lowest version that has all of its codings.
+CODING_VERSIONS = {TERNARY_CODING: 1, FLOAT_CODING: 1, **dict.fromkeys(UNIFORM_CODINGS, 2)}
+FORMAT_VERSION = max(CODING_VERSIONS.values())
 
 MAX_MANIFEST_BYTES = 4 * 2**20
 MAX_PARAMETERS = 2**32
@@ -42,12 +45,21 @@ class DeclaredModel(NamedTuple):
 
 
 def dump_manifest(fields: Mapping[str, Any]) -> bytes:
-    """Return the bytes of tclip.json. Its last key, "sha256", is their digest with 64 zeros in the digest's place."""
-    head = {"format": "tclip", "format_version": FORMAT_VERSION}
+    """Return the bytes of tclip.json. Its last key, "sha256", is their digest with 64 zeros in the digest's place.
+
+    Args:
+      fields: the other keys; `format_version` is 1 if they lack it, see `lowest_version`.
+    """
+    head = {"format": "tclip", "format_version": 1}
     text = json.dumps({**head, **fields, "sha256": _NO_DIGEST}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     start = text.rindex(_NO_DIGEST)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return (text[:start] + digest + text[start + len(digest) :]).encode()
+
+
+def lowest_version(tensors: Mapping[str, Any]) -> int:
+    """Return the lowest format version that has the codings of all tensors."""
+    return max((CODING_VERSIONS[entry["coding"]] for entry in tensors.values()), default=1)
 
 
 def parse_manifest(data: bytes) -> dict[str, Any]:
@@ -65,9 +77,9 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
         raise ArtifactError(f'{MANIFEST} does not describe an artifact: it must be an object with "format": "tclip"')
     version = manifest.get("format_version")
     # Before the checksum, because the version defines how to compute it.
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):  # true and 1.0 equal 1
         raise ArtifactError(
-            f"{MANIFEST}: format_version is {_short(version)}, and this tclip_jax reads {FORMAT_VERSION}: "
+            f"{MANIFEST}: format_version is {_short(version)}, and this tclip_jax reads 1 to {FORMAT_VERSION}: "
             "a newer artifact needs a newer tclip_jax"
         )
     declared = manifest.get("sha256")
@@ -76,7 +88,7 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     before, separator, after = data.rpartition(declared.encode())
     if not separator or hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != declared:
         raise ArtifactError(f"{MANIFEST} is damaged: its bytes do not have the sha256 that it states")
-    optional = manifest.keys() & {"figures", "provenance"}
+    optional = manifest.keys() & {"figures", "provenance", "tokenizer"}
     for key in ("model_cfg", "preprocess_cfg", "tensors", "files", *optional):
         if not isinstance(manifest.get(key), dict):
             raise ArtifactError(f"{MANIFEST}: {key} is {_short(manifest.get(key))}: it must be an object")
@@ -84,8 +96,14 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
-    """Return the digest of what an artifact's manifest says of its model: configuration, preprocessing and tensors."""
-    return keys.digest({key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")})
+    """Return the digest of what an artifact's manifest says of its model.
+
+    This is its configuration, preprocessing and tensors, and a tokenizer that is not CLIP's own.
+    """
+    parts = {key: manifest[key] for key in ("model_cfg", "preprocess_cfg", "tensors")}
+    if options := manifest.get("tokenizer"):
+        parts["tokenizer"] = [options, manifest["files"].get(str(options.get("file")))]
+    return keys.digest(parts)
 
 
 def describe(manifest: Mapping[str, Any]) -> DeclaredModel:
@@ -125,25 +143,26 @@ def check_image_size(config: CLIPConfig, preprocess: Preprocess) -> None:
         raise ArtifactError(f"preprocess_cfg size is {preprocess.size}: the model's is {config.vision.image_size}")
 
 
-def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Raise ArtifactError unless `tensors` has a valid entry for each parameter of `shapes`, and no others."""
+def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, Any], version: int = FORMAT_VERSION) -> None:
+    """Raise ArtifactError unless `tensors` has an entry for each parameter of `shapes`, valid in a format version."""
     check_names(tensors, shapes, f"{MANIFEST}: the list of tensors", ArtifactError)
+    codings = [coding for coding, introduced in CODING_VERSIONS.items() if introduced <= version]
     for path, entry in tensors.items():
-        _check_tensor(f"{MANIFEST}: {path}", path, entry, shapes[path].shape)
+        _check_tensor(f"{MANIFEST}: {path}", path, entry, shapes[path].shape, codings)
 
 
-def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...]) -> None:
+def _check_tensor(where: str, path: str, entry: Any, shape: tuple[int, ...], codings: list[str]) -> None:
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}: it must be an object")
-    _require(where, entry, "coding", [TERNARY_CODING, FLOAT_CODING])
-    if entry["coding"] == TERNARY_CODING:
+    _require(where, entry, "coding", codings)
+    if entry["coding"] != FLOAT_CODING:
         shape = matrix_shape(shape)
     _require(where, entry, "shape", [list(shape)])
     _require(where, entry, "dtype", ["float16", "float32"])
     if entry["coding"] == FLOAT_CODING:
         return
     if path not in TERNARIZABLE:
-        raise ArtifactError(f"{where} has coding {TERNARY_CODING}: this parameter must be {FLOAT_CODING}")
+        raise ArtifactError(f"{where} has coding {entry['coding']}: this parameter must be {FLOAT_CODING}")
     axis, group = input_axis(path), entry.get("group")
     _require(where, entry, "axis", [axis])
     if type(group) is not int or not 1 <= group <= shape[axis]:

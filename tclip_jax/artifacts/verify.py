@@ -19,7 +19,7 @@ from tclip_jax.keys import difference
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules, matrix_shape
 from tclip_jax.schema import check_names
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor, UniformTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Verification:
 
     Attributes:
       trits: number of trits compared.
+      integers: number of integers of 4 and 8 bits compared.
       scales: number of scales compared.
       floats: number of other values compared.
       differences: one line for each parameter or setting that differs.
     """
 
     trits: int
+    integers: int
     scales: int
     floats: int
     differences: tuple[str, ...]
@@ -47,13 +49,13 @@ def verify_artifact(
     config: CLIPConfig | None = None,
     preprocess: Preprocess | None = None,
 ) -> Verification:
-    """Compare every bit of an artifact with a model: trits, scales, and floats in the artifact's dtype.
+    """Compare every bit of an artifact with a model: trits, integers, scales, and floats in the artifact's dtype.
 
     Args:
       folder: the artifact.
-      params: latent or packed parameters. Floats that no rule matches, but that are ternary in the artifact, must
-        equal scale · trit; checkpoints of other libraries have such floats.
-      rules: the quantizers that ternarize latent weights before the comparison.
+      params: latent or packed parameters. Floats that no rule matches, but that are quantized in the artifact, must
+        equal scale · trit or scale · integer; checkpoints of other libraries have such floats.
+      rules: the quantizers of latent weights before the comparison.
       config: the model's shape, to compare if given.
       preprocess: its preprocessing, to compare if given.
 
@@ -75,38 +77,50 @@ def verify_artifact(
         leaf = expected[path]
         reasons = _reasons(actual[path], leaf, artifact.manifest["tensors"][path]["dtype"])
         differences += [f"{path}: {reason}" for reason in reasons]
-    ternary = [leaf for leaf in actual.values() if isinstance(leaf, TernaryTensor)]
-    floats = [leaf for leaf in actual.values() if not isinstance(leaf, TernaryTensor)]
+    quantized = [leaf for leaf in actual.values() if isinstance(leaf, QuantizedTensor)]
+    trits, integers = (
+        sum(math.prod(leaf.shape) for leaf in quantized if isinstance(leaf, kind))
+        for kind in (TernaryTensor, UniformTensor)
+    )
     return Verification(
-        trits=sum(np.size(leaf.trits) for leaf in ternary),
-        scales=sum(np.size(leaf.scale) for leaf in ternary),
-        floats=sum(map(np.size, floats)),
+        trits=trits,
+        integers=integers,
+        scales=sum(np.size(leaf.scale) for leaf in quantized),
+        floats=sum(np.size(leaf) for leaf in actual.values() if not isinstance(leaf, QuantizedTensor)),
         differences=tuple(differences),
     )
 
 
 def _reasons(actual: Any, expected: Any, dtype: str) -> Iterator[str]:
     """Yield a description of each difference in one parameter."""
-    if isinstance(actual, TernaryTensor) and not isinstance(expected, TernaryTensor):
+    if isinstance(actual, QuantizedTensor) and not isinstance(expected, QuantizedTensor):
         expected = np.asarray(expected, np.float32).reshape(matrix_shape(np.shape(expected)))
     if np.shape(actual) != np.shape(expected):
         yield f"shape {np.shape(actual)}, expected {np.shape(expected)}"
-    elif isinstance(actual, TernaryTensor) and isinstance(expected, TernaryTensor):
+    elif isinstance(expected, QuantizedTensor) and _held(actual) != _held(expected):
+        yield f"{_held(actual)}, expected {_held(expected)}"
+    elif isinstance(actual, QuantizedTensor) and isinstance(expected, QuantizedTensor):
         layout, wanted = ((leaf.group, leaf.scale.shape) for leaf in (actual, expected))
         if layout != wanted:
             yield f"groups of {layout[0]}, scales {layout[1]}, expected groups of {wanted[0]}, scales {wanted[1]}"
         else:
             yield from _unequal("scales", _bits(actual.scale) != _bits(expected.scale))
-        yield from _unequal("trits", np.asarray(actual.trits) != np.asarray(expected.trits))
-    elif isinstance(actual, TernaryTensor):
+        what = "trits" if isinstance(actual, TernaryTensor) else "integers"
+        yield from _unequal(what, np.asarray(actual.integers) != np.asarray(expected.integers))
+    elif isinstance(actual, QuantizedTensor):
         # Compare values, not bits: another library may store −0 for a zero.
         yield from _unequal("weights", np.asarray(actual.dequantize()) != expected)
-    elif isinstance(expected, TernaryTensor):
-        yield "float, expected trits"
     else:
         with np.errstate(over="ignore"):
             cast = np.asarray(expected, np.float32).astype(dtype)
         yield from _unequal(f"values as {dtype}", _bits(actual) != _bits(cast))
+
+
+def _held(leaf: Any) -> str:
+    """What a parameter holds, in a word or two."""
+    if isinstance(leaf, UniformTensor):
+        return f"integers of {leaf.bits} bits"
+    return "trits" if isinstance(leaf, TernaryTensor) else "float"
 
 
 def _unequal(what: str, different: npt.NDArray[np.bool_]) -> Iterator[str]:

@@ -23,8 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument("--labels", metavar="A,B,…", help="labels separated by commas")
     labels.add_argument("--labels-file", metavar="FILE", help="UTF-8 text file with one label per line")
     add_template_arguments(parser, "captions of the labels")
-    parser.add_argument("--batch-size", type=count, default=64, help="images per batch (default: 64)")
+    add_batch_arguments(parser, "images")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser, inputs: str) -> None:
+    """Add --batch-size and --activations, for commands that encode with packed weights."""
+    parser.add_argument("--batch-size", type=count, default=64, help=f"{inputs} per batch (default: 64)")
+    parser.add_argument(
+        "--activations",
+        choices=("A32", "A16", "A8"),
+        help="bits of the activations of packed products: fewer are faster and less exact (default: A16 where it is"
+        " fast, else A32)",
+    )
 
 
 def add_template_arguments(parser: argparse.ArgumentParser, captions: str) -> None:
@@ -57,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
                 f"--labels {labels[0]} is one label: for a file of labels, write --labels-file {labels[0]}"
             )
     templates = parse_templates(args.templates) or DEFAULT
-    outcomes = classify_images(load_model(args.model).repacked(), args.images, labels, templates, args.batch_size)
+    model = load_model(args.model).repacked(activations=args.activations)
+    outcomes = classify_images(model, args.images, labels, templates, args.batch_size)
     guesses = [outcome for outcome in outcomes if isinstance(outcome, Guess)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if args.json:

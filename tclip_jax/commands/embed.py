@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from tclip_jax.schema import count
+from tclip_jax.commands.classify import add_batch_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument("--images", nargs="+", metavar="PATH", help="image files and folders of images")
     inputs.add_argument("--texts", metavar="FILE", help="UTF-8 text file with one text per line")
     parser.add_argument("--out", required=True, metavar="FILE", help="the output, x.npy or x.parquet")
-    parser.add_argument("--batch-size", type=count, default=64, help="inputs per batch (default: 64)")
+    add_batch_arguments(parser, "inputs")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         texts, blank = find_texts(args.texts)
         inputs = len(texts) + blank
-    model = load_model(args.model).repacked()
+    model = load_model(args.model).repacked(activations=args.activations)
     width, mark = model.config.embed_dim, embeddings_mark(model, args.model)
     store = Store(f"{out}.partial", width)
     if args.images:

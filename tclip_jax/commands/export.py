@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of what open_clip, hf and onnx store as floats, and of onnx's scales (default: float32)",
+        help="dtype of the floats of open_clip, hf, big_vision and onnx, and of onnx's scales (default: float32)",
     )
     parser.add_argument(
         "--accuracy-level",
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
         config=model.config,
         preprocess=model.preprocess,
         params=model.params,
+        tokenizer=model.tokenizer,
         formats=formats,
         dtype=args.dtype or "float32",
         accuracy_level=args.accuracy_level or 4,

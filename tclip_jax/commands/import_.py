@@ -3,12 +3,14 @@
   tclip import ViT-B-16.pt --preset ViT-B-16-quickgelu --out openai
 
 A source is a repository of the Hugging Face hub, a folder of open_clip or transformers, a file of open_clip, an archive
-of OpenAI, or a GGUF file. Weights that are exactly scale · trit are stored as trits and scales, all others as floats.
+of OpenAI, a GGUF file, or an .npz of big_vision. Weights that are exactly scale · trit are stored as trits and scales,
+all others as floats.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING
 
 from tclip_jax.schema import count
@@ -28,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=count, metavar="N", help="interpolate the position embeddings to this image size"
     )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="what tokenizes texts, if the source has no tokenizer: a folder with tokenizer.json or spiece.model and"
+        " tokenizer_config.json, an artifact or a run",
+    )
     parser.add_argument("--ternary", choices=("auto", "no"), default="auto", help="recover trits (default: auto)")
     parser.add_argument(
         "--dtype",
@@ -41,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the artifact, and print which parameters are ternary."""
     from tclip_jax.artifacts.inspection import weight_bytes
+    from tclip_jax.inference.load import load_tokenizer
     from tclip_jax.interop.importing import import_checkpoint
 
     recovered = import_checkpoint(
@@ -48,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         like=args.preset or args.model_cfg,
         image_size=args.image_size,
+        tokenizer=functools.partial(load_tokenizer, args.tokenizer) if args.tokenizer else None,
         ternary=args.ternary == "auto",
         rest_dtype=args.dtype,
         overwrite=args.overwrite,

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from etils import epath
 
     from tclip_jax.artifacts.format import write_artifact
-    from tclip_jax.artifacts.inspection import compression_real, ternary_share, weight_bytes, zero_share
+    from tclip_jax.artifacts.inspection import compression_real, ternary_share, uniform_share, weight_bytes, zero_share
     from tclip_jax.artifacts.manifest import MANIFEST
     from tclip_jax.artifacts.pack import pack_params
     from tclip_jax.inference.load import load_run
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         config=model.config,
         preprocess=model.preprocess,
         params=params,
+        tokenizer=model.tokenizer,
         rules=model.rules,
         rest_dtype=args.rest,
         figures=run_figures(workdir, step, average=average) | figures,
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     saved = f"{weight_bytes(args.out):,} bytes of weights, {compression_real(params, args.out):.2f}x below float32"
-    print(f"{args.out}: {saved}; {ternary_share(params):.2%} ternary, {zero_share(params):.1%} of the trits zero")
+    shares = f"{ternary_share(params):.2%} ternary, {zero_share(params):.1%} of the trits zero"
+    if uniform := uniform_share(params):
+        shares += f"; {uniform:.2%} of 4 or 8 bits"
+    print(f"{args.out}: {saved}; {shares}")
 
 
 def _read_figures(path: str) -> dict[str, Any]:

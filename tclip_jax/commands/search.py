@@ -16,6 +16,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from tclip_jax.commands.classify import add_batch_arguments
 from tclip_jax.schema import count
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("model", metavar="MODEL", help="workdir of a run, or an artifact")
     index.add_argument("folder", metavar="FOLDER", help="folder of images")
     index.add_argument("--out", required=True, metavar="INDEX", help="folder of the index, new or to update")
-    index.add_argument("--batch-size", type=count, default=64, help="images per batch (default: 64)")
+    add_batch_arguments(index, "images")
     query = actions.add_parser(
         "query",
         help="find the images nearest to a text or an image",
@@ -62,7 +63,7 @@ def _index(args: argparse.Namespace) -> int:
     from tclip_jax.inference.search import build_index
 
     path = args.model if "://" in args.model else os.path.abspath(args.model)
-    model = load_model(args.model).repacked()
+    model = load_model(args.model).repacked(activations=args.activations)
     outcome = build_index(model, args.folder, args.out, model_path=path, batch_size=args.batch_size)
     log_failures(outcome.failures)
     left_out = f", {len(outcome.failures)} left out" if outcome.failures else ""

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(outcome)))
     else:
         counts = f"{outcome.trits:,} trits, {outcome.scales:,} scales and {outcome.floats:,} other parameters"
+        if outcome.integers:
+            counts = f"{outcome.integers:,} integers, {counts}"
         verdict = f"{len(outcome.differences)} differences" if outcome.differences else "all equal"
         print("\n".join([*outcome.differences, f"{args.artifact}: {counts} compared with {args.origin}: {verdict}"]))
     return 1 if outcome.differences else 0

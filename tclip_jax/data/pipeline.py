@@ -24,7 +24,7 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import FAULTS, BadSample, Record, Source, described
 from tclip_jax.data.sources.base import Fault
 from tclip_jax.data.sources.remote import retry
-from tclip_jax.data.tokenizer import Tokenizer
+from tclip_jax.data.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ _NAME_BYTES, _REASON_BYTES = 256, 160
 def train_iterator(
     source: Source,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     preprocess: Preprocess,
     augment: str,
     templates: str | Sequence[str],
@@ -215,7 +215,7 @@ class TrainRow(grain.transforms.RandomMap):
     def __init__(
         self,
         source: Source,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         preprocess: Preprocess,
         augment: str,
         templates: str | Sequence[str],

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from typing import Protocol
 
 import ftfy
 import numpy as np
@@ -96,22 +97,43 @@ class Tokenizer:
             (folder / name).write_bytes(text.encode())
 
 
-def tokenizer_of(context_length: int, hf_tokenizer_name: str) -> Tokenizer:
+class TextTokenizer(Protocol):
+    """What converts a model's texts to token ids: CLIP's own `Tokenizer`, or a `FileTokenizer`."""
+
+    @property
+    def context_length(self) -> int:
+        """Number of ids per text."""
+
+    def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
+        """Return ids (N, context_length) int32."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of one row of ids."""
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Write the files that transformers' AutoTokenizer loads."""
+
+
+def tokenizer_of(context_length: int, hf_tokenizer_name: str, stored: TextTokenizer | None = None) -> TextTokenizer:
     """Return the tokenizer of a model's texts.
 
     Args:
       context_length: number of ids per caption.
       hf_tokenizer_name: as in `text_cfg`, "" for CLIP's own.
+      stored: the tokenizer that is stored with a model whose tokenizer is not CLIP's own.
 
     Raises:
-      ValueError: the model has another tokenizer than CLIP's.
+      ValueError: the model has another tokenizer than CLIP's, and none is stored with it.
     """
-    if hf_tokenizer_name:
+    if not hf_tokenizer_name:
+        return Tokenizer(context_length)
+    if stored is None:
         raise ValueError(
-            f"the model's texts are tokenized by {hf_tokenizer_name!r:.80}, which is not read yet: only CLIP's own"
-            " tokenizer is; its images can be encoded, and texts as token ids"
+            f"the model's texts are tokenized by {hf_tokenizer_name!r:.80}, which is not stored with it: import it"
+            " again with --tokenizer FOLDER, which has its tokenizer.json or spiece.model, and tokenizer_config.json;"
+            " its images can be encoded, and texts as token ids"
         )
-    return Tokenizer(context_length)
+    return stored
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tclip_jax.data.sources import FAULTS
-from tclip_jax.data.tokenizer import EOT, Tokenizer
+from tclip_jax.data.tokenizer import EOT, TextTokenizer, Tokenizer
 from tclip_jax.pages import blank, data_uri, page, paragraph, properties, sample_name
 
 _SMALL = 64  # longer side in pixels; smaller images are enlarged without interpolation
@@ -25,6 +25,7 @@ def contact_sheet(
     names: Sequence[str],
     reasons: Sequence[str],
     facts: Sequence[tuple[str, str]],
+    tokenizer: TextTokenizer | None = None,
 ) -> str:
     """Return an HTML page of a batch, with every image, the caption that its tokens decode to, and its name.
 
@@ -34,9 +35,11 @@ def contact_sheet(
       names: names of the samples.
       reasons: why samples are masked; "" for good samples.
       facts: (name, value) rows of the table at the top of the page.
+      tokenizer: what made the tokens; None: CLIP's own, whose tokens of a text are counted too.
     """
     tokens, weight = batch["tokens"], batch["weight"]
-    tokenizer = Tokenizer(tokens.shape[1])
+    tokenizer = tokenizer or Tokenizer(tokens.shape[1])
+    counted = isinstance(tokenizer, Tokenizer)  # the end of another tokenizer's texts is not known
     lengths = (tokens == EOT).argmax(axis=1) + 1
     good = weight > 0
     kinds = Counter(FAULTS[fault] for fault in batch["fault"][~good])
@@ -45,10 +48,11 @@ def contact_sheet(
     if good.any():
         mean, std = (f(batch["image"][good], axis=(0, 1, 2)) / 255 for f in (np.mean, np.std))
         rows += [("mean of R, G, B", _numbers(mean)), ("their standard deviation", _numbers(std))]
+    if good.any() and counted:
         full = (lengths[good] == tokens.shape[1]).mean()
         rows.append((f"captions that fill all {tokens.shape[1]} tokens", f"{full:.1%}"))
     cards = "".join(
-        _card(image, f"{tokenizer.decode(row)}\n{length} tokens", name)
+        _card(image, tokenizer.decode(row) + (f"\n{length} tokens" if counted else ""), name)
         if is_good
         else _bad_card(FAULTS[fault], reason, name)
         for image, row, length, is_good, fault, name, reason in zip(

@@ -73,7 +73,7 @@ class Encoder:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
-        if model.config.text.vocab_size < VOCAB_SIZE:
+        if not model.config.text.hf_tokenizer_name and model.config.text.vocab_size < VOCAB_SIZE:
             raise ValueError(
                 f"the model's vocabulary has {model.config.text.vocab_size} tokens, but the tokenizer has {VOCAB_SIZE}"
             )
@@ -84,12 +84,13 @@ class Encoder:
             activations=model.activations,
             preprocess=model.preprocess,
             context_length=model.config.text.context_length,
+            **({"tokenizer": model.tokenizer.digest} if model.tokenizer else {}),
         )
         self._mesh = mesh or make_mesh()
         self.batch_size = self._round_up(batch_size)
         self._clip = CLIP(model.config, model.rules, jnp.dtype(dtype))
         self._params = jax.tree.map(_place, model.params, tree_shardings(model.params, self._mesh))
-        self._text = model.config.text
+        self._text, self._tokenizer = model.config.text, model.tokenizer
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> jax.Array:
         """Encode a batch of images. The call returns before the devices finish, so the caller can load the next batch.
@@ -104,7 +105,8 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Embeddings:
         """Return the L2-normalised embeddings (N, D) of texts, which must be the same on every process."""
-        tokens = tokenizer_of(self._text.context_length, self._text.hf_tokenizer_name)(texts)
+        text = self._text
+        tokens = tokenizer_of(text.context_length, text.hf_tokenizer_name, self._tokenizer)(texts)
         lengths = self._lengths(tokens)
         rows = min(self.batch_size, self._round_up(1 << max(len(texts) - 1, 0).bit_length()))
         local_rows = rows // jax.process_count()

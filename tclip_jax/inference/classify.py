@@ -21,7 +21,7 @@ class Guess:
 
     Attributes:
       name: path of the image.
-      labels: probability by label, the most probable first; they sum to 1.
+      labels: probability by label, the most probable first. They sum to 1, unless the model has a bias of the logits.
     """
 
     name: str
@@ -37,7 +37,9 @@ def classify_images(
 ) -> list[Guess | Failure]:
     """Classify image files by the softmax of logit_scale · cosine over the labels.
 
-    The embedding of a label is the mean of its caption embeddings (CLIP, arXiv 2103.00020, section 3.1.4).
+    The embedding of a label is the mean of its caption embeddings (CLIP, arXiv 2103.00020, section 3.1.4). With a bias
+    of the logits each label has a probability of its own, σ(logit_scale · cosine + bias), whatever the other labels are
+    (SigLIP, arXiv 2303.15343, equation 1).
 
     Args:
       model: the model.
@@ -71,15 +73,20 @@ def classify_images(
         guesses = {}
         if pixels:
             logits = model.logit_scale * model.encode_image(np.stack(pixels), batch_size=batch_size) @ classes.T
-            guesses = {path: _guess(path, labels, row) for path, row in zip(readable, logits, strict=True)}
+            bias = model.logit_bias
+            shares = _softmax(logits) if bias is None else np.exp(-np.logaddexp(0, -(logits + bias)))
+            guesses = {path: _guess(path, labels, row) for path, row in zip(readable, shares, strict=True)}
         outcomes += [guesses.get(path) or failed[path] for path in batch]
     return outcomes
 
 
-def _guess(path: str, labels: Sequence[str], logits: np.ndarray) -> Guess:
-    exp = np.exp(logits - logits.max())
-    probabilities = exp / exp.sum()
-    return Guess(path, {labels[i]: float(probabilities[i]) for i in np.argsort(-probabilities, kind="stable")})
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exp / exp.sum(axis=-1, keepdims=True)
+
+
+def _guess(path: str, labels: Sequence[str], shares: np.ndarray) -> Guess:
+    return Guess(path, {labels[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable")})
 
 
 def guess_table(guesses: Sequence[Guess], shown: int = 3) -> str:

@@ -22,14 +22,16 @@ from tclip_jax.artifacts.files import check_size
 from tclip_jax.artifacts.format import read_artifact
 from tclip_jax.artifacts.manifest import MANIFEST, MAX_MANIFEST_BYTES, content_digest, parse_manifest
 from tclip_jax.artifacts.pack import flatten, pack_params, repack_leaf, repack_params
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.data.images import Picture, Preprocess, as_sequence
-from tclip_jax.data.tokenizer import tokenizer_of
+from tclip_jax.data.tokenizer import TextTokenizer, tokenizer_of
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.schema import check_keys
 from tclip_jax.ternary.matmul import unpack
 from tclip_jax.ternary.tensor import Activations, PackedTensor, TernaryTensor
+from tclip_jax.ternary.uniform import UniformTensor
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -59,14 +61,16 @@ class Model:
     Attributes:
       config: the shape of both towers.
       preprocess: the preprocessing of images.
-      params: parameter tree on the default device, packed (`PackedTensor` or `TernaryTensor` leaves) or latent floats.
+      params: parameter tree on the default device, packed (`PackedTensor`, `QuantizedTensor` leaves) or latent floats.
       rules: the ternary rules that fake-quantize latent floats; empty for a packed model.
+      tokenizer: what tokenizes texts, if it is not CLIP's own; None if it is, or is not stored with the model.
     """
 
     config: CLIPConfig
     preprocess: Preprocess
     params: Any = dataclasses.field(repr=False)
     rules: TernaryRules = ()
+    tokenizer: FileTokenizer | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Arrays stay on their devices: those of other processes are not addressable.
@@ -88,7 +92,7 @@ class Model:
         artifact = read_artifact(folder, lambda leaf: jax.device_put(pack(leaf)))
         _return_freed_memory()
         # The rules are dropped: the weights are packed already, and untrusted regexes must not run.
-        return cls(artifact.config, artifact.preprocess, artifact.params)
+        return cls(artifact.config, artifact.preprocess, artifact.params, (), artifact.tokenizer)
 
     def repacked(self, *, implementation: str | None = None, activations: Activations | None = None) -> Model:
         """Return the model with its ternary weights packed for this device; other parameters do not change.
@@ -114,6 +118,11 @@ class Model:
     def logit_scale(self) -> float:
         """The factor of cosine similarities before the softmax: the exponential of the parameter `logit_scale`."""
         return math.exp(self.params["logit_scale"])
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What a model with the sigmoid loss adds to its logits; None for a model without a bias."""
+        return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
     def apply_image(self, params: Any, pixels: jax.Array) -> jax.Array:
         """Encode images by a pure function, for jit, vmap, export, and grad with respect to pixels or latent weights.
@@ -148,8 +157,17 @@ class Model:
         return CLIP(self.config, self.rules).apply({"params": params}, tokens, method="encode_text")  # type: ignore[return-value]
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
-        """Return the tokens of one text or several, int32 (N, context_length)."""
-        return tokenizer_of(self.config.text.context_length, self.config.text.hf_tokenizer_name)(texts)
+        """Return the tokens of one text or several, int32 (N, context_length).
+
+        Raises:
+          ValueError: the model's tokenizer is not CLIP's own, and is not stored with it or damaged.
+        """
+        return self.text_tokenizer(texts)
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """What tokenizes texts. Raises ValueError if it is not CLIP's own, and not stored with the model."""
+        return tokenizer_of(self.config.text.context_length, self.config.text.hf_tokenizer_name, self.tokenizer)
 
     def trits(self, path: str) -> TernaryTensor:
         """Return the trits and scales of a ternary weight, packed or latent.
@@ -171,6 +189,8 @@ class Model:
         leaf = flatten(pack_params(unflatten_dict(weights, sep="/"), self.rules)).get(path, leaves[path])
         if isinstance(leaf, PackedTensor):
             return unpack(leaf)
+        if isinstance(leaf, UniformTensor):
+            raise ValueError(f"{path} is not ternary: it has integers of {leaf.bits} bits")
         if not isinstance(leaf, TernaryTensor):
             raise ValueError(f"{path} is not ternary: it is {leaf.dtype} {leaf.shape}")
         return jax.tree.map(jnp.asarray, leaf)
@@ -259,8 +279,8 @@ class Model:
 def fingerprint(model: Model, path: epath.PathLike) -> str:
     """Return 32 hexadecimal digits that change with everything that determines embeddings.
 
-    These are parameters, rules, configuration and preprocessing. The fingerprint of an artifact is computed from its
-    checksums, so it is the same on every device and for every packing.
+    These are parameters, rules, configuration, preprocessing and tokenizer. The fingerprint of an artifact is
+    computed from its checksums, so it is the same on every device and for every packing.
 
     Args:
       model: the model.
@@ -271,6 +291,8 @@ def fingerprint(model: Model, path: epath.PathLike) -> str:
         check_size(manifest, MAX_MANIFEST_BYTES)
         return content_digest(parse_manifest(manifest.read_bytes()))
     digest = hashlib.blake2b(f"{model!r} {jax.tree.structure(model.params)}".encode(), digest_size=16)
+    if model.tokenizer:
+        digest.update(model.tokenizer.digest.encode())
     for leaf in jax.tree.leaves(model.params):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{array.dtype} {array.shape}".encode())

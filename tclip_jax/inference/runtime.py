@@ -7,7 +7,7 @@ from typing import Any
 
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.pages import aligned
-from tclip_jax.ternary import TernaryTensor, default_activations
+from tclip_jax.ternary import QuantizedTensor, UniformTensor, default_activations
 from tclip_jax.ternary.kernels import native_cpu
 from tclip_jax.ternary.matmul import explain_choice
 from tclip_jax.ternary.tensor import traced_device
@@ -17,7 +17,7 @@ def inspect_runtime(params: Mapping[str, Any]) -> dict[str, Any]:
     """Describe how this machine would run a model.
 
     Args:
-      params: a tree with `TernaryTensor` leaves, as `read_artifact` returns it.
+      params: a tree with `QuantizedTensor` leaves, as `read_artifact` returns it.
 
     Returns:
       "device"; "instructions" of the native kernel ("" without it); "activations", the default here; and "weights", a
@@ -25,10 +25,12 @@ def inspect_runtime(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     activations, rows = default_activations(), []
     for path, leaf in flatten(params).items():
-        if not isinstance(leaf, TernaryTensor):
+        if not isinstance(leaf, QuantizedTensor):
             continue
         name, reason = "rows", "an embedding table: rows are unpacked as they are selected"
-        if leaf.axis == -2:
+        if leaf.axis == -2 and isinstance(leaf, UniformTensor):
+            name, reason = "dequantize", f"integers of {leaf.bits} bits: floats in each product"
+        elif leaf.axis == -2:
             name, reason = explain_choice((leaf.shape[-2], leaf.shape[-1]), leaf.group, activations=activations)
         rows.append({"path": path, "shape": leaf.shape, "group": leaf.group, "implementation": name, "reason": reason})
     kind, platform = traced_device()
@@ -48,7 +50,7 @@ def runtime_text(runtime: Mapping[str, Any]) -> str:
     ]
     if runtime["instructions"]:
         lines.insert(1, ("native kernel", runtime["instructions"]))
-    table = [("ternary weight", "shape", "group", "implementation", "reason")]
+    table = [("quantized weight", "shape", "group", "implementation", "reason")]
     table += [
         (row["path"], " x ".join(map(str, row["shape"])), str(row["group"]), row["implementation"], row["reason"])
         for row in runtime["weights"]

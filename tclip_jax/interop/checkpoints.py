@@ -19,20 +19,25 @@ from flax.traverse_util import flatten_dict
 
 from tclip_jax.artifacts.manifest import MAX_PARAMETERS
 from tclip_jax.artifacts.safetensors import LazyArray
+from tclip_jax.data.file_tokenizer import SPIECE_MODEL, FileTokenizer
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop import metadata
+from tclip_jax.interop.big_vision import from_big_vision, open_big_vision
+from tclip_jax.interop.big_vision_config import POSITIONS, config_of_shapes, default_preprocess, warn_of_defaults
 from tclip_jax.interop.gguf import read_gguf
 from tclip_jax.interop.hugging_face import from_hugging_face
 from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP, Metadata
 from tclip_jax.interop.open_clip import lazy_params, unwrapped
-from tclip_jax.interop.reader import GGUF, INDEX, check_file_kind, folder_kind, open_weights, read_json
+from tclip_jax.interop.reader import GGUF, INDEX, NPZ, check_file_kind, folder_kind, open_weights, read_json
+from tclip_jax.interop.tokenizer_files import read_tokenizer
 from tclip_jax.interop.torchscript import is_torchscript
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 
 HUB_PREFIX = "hf-hub:"
 
-_POSITIONS = ("visual.positional_embedding", "visual.trunk.pos_embed")
+# Name of the image position embeddings -> number of leading axes of size 1, and of tokens before the patches.
+_POSITIONS = {"visual.positional_embedding": (0, 1), "visual.trunk.pos_embed": (1, 0), POSITIONS: (1, 0)}
 _OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
     f"open_clip_model.safetensors{INDEX}",
@@ -75,12 +80,14 @@ class Checkpoint(NamedTuple):
       preprocess: the preprocessing of its images.
       params: parameter tree with lazy leaves.
       files: the files that hold the weights.
+      tokenizer: what tokenizes texts, if it is not CLIP's own; None if the source has none.
     """
 
     config: CLIPConfig
     preprocess: Preprocess
     params: dict[str, Any]
     files: tuple[epath.Path, ...]
+    tokenizer: FileTokenizer | None = None
 
 
 def is_checkpoint(source: epath.PathLike) -> bool:
@@ -102,9 +109,10 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
 
     Args:
       source: `hf-hub:org/name`, a folder of open_clip or transformers, a weights file of open_clip, an OpenAI archive,
-        or a GGUF file; local or remote (gs://).
-      like: a preset or a JSON file of open_clip. It defines the model of a weights file without metadata; otherwise the
-        checkpoint must match it in everything but the image size.
+        a GGUF file, or an .npz of big_vision; local or remote (gs://).
+      like: a preset or a JSON file of open_clip. It defines the model of a file without metadata; otherwise the
+        checkpoint must match it in everything but the image size. Without it, an .npz has big_vision's defaults, which
+        are logged.
       image_size: image size of the resulting model. If it or the size of `like` differs from that of the weights, the
         position embeddings are interpolated. Without either, contradictory sizes are an error.
 
@@ -116,6 +124,8 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
     required = metadata.from_name(like) if like else None
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, required, image_size)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_big_vision(path, required, image_size)
     file, library = find_weights(path)
     weights = open_weights(file)
     try:
@@ -125,9 +135,13 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
     stated = _stated(path, library, weights.tensors)
     if stated is None and required is None:
         raise ValueError(f"{source} does not state its architecture: name the model with --preset or --model-cfg")
+    if stated and path.is_dir():
+        metadata.warn_of_contradiction(path, library, stated.config)
     try:
         config, pixels, assumed = _agreed(stated, required, image_size)
-        if assumed:
+        # A JSON file without preprocess_cfg; that of a preset is known.
+        unstated = stated is None and required is not None and required.assumed and str(like).endswith(".json")
+        if assumed or unstated:
             metadata.warn_of_assumption(source, pixels)
         tensors = unwrapped(weights.tensors)
         _check_size(config, len(tensors))
@@ -135,13 +149,15 @@ def open_checkpoint(source: epath.PathLike, *, like: str | None = None, image_si
             tensors = from_hugging_face(tensors, config)
         if required or image_size is not None:
             tensors = _on_grid(tensors, config.vision.grid)
-        return Checkpoint(config, pixels, lazy_params(tensors, config), weights.files)
+        params = lazy_params(tensors, config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    tokenizer = read_tokenizer(path, library, config.text) if path.is_dir() else None
+    return Checkpoint(config, pixels, params, weights.files, tokenizer)
 
 
-def fetch(source: str) -> epath.Path:
-    """Download the JSON files and one set of weights of `hf-hub:org/name[@revision]`, and return their folder.
+def fetch(source: str, *, weights: bool = True) -> epath.Path:
+    """Download metadata, tokenizer and one set of weights of `hf-hub:org/name[@revision]`, and return their folder.
 
     Without a network connection, or with HF_HUB_OFFLINE=1, only the local cache is used.
 
@@ -151,7 +167,9 @@ def fetch(source: str) -> epath.Path:
     name, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     snapshot = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
     try:
-        folder = epath.Path(snapshot(allow_patterns=["*.json"]))
+        folder = epath.Path(snapshot(allow_patterns=["*.json", SPIECE_MODEL]))
+        if not weights:
+            return folder
         has_open_clip = (folder / "open_clip_config.json").exists()
         for patterns in _HUB_WEIGHTS if has_open_clip else _HUB_WEIGHTS[2:]:
             snapshot(allow_patterns=patterns)
@@ -167,7 +185,7 @@ def fetch(source: str) -> epath.Path:
 def resize_positions(
     embedding: npt.NDArray[Any], grid: tuple[int, int], class_token: bool = True
 ) -> npt.NDArray[np.float32]:
-    """Interpolate position embeddings to another patch grid, as open_clip's `resize_pos_embed` does.
+    """Interpolate position embeddings to another patch grid, as open_clip and timm do for their towers.
 
     The interpolation is bicubic with antialiasing; the class token's embedding is unchanged.
 
@@ -220,6 +238,14 @@ def find_weights(path: epath.Path) -> tuple[epath.Path, str]:
     )
 
 
+def described_by(folder: epath.Path) -> str:
+    """Return the metadata file that describes a folder, OPEN_CLIP or HUGGING_FACE, by its weights if it has any."""
+    try:
+        return find_weights(folder)[1]
+    except FileNotFoundError:
+        return OPEN_CLIP if (folder / OPEN_CLIP).exists() else HUGGING_FACE
+
+
 def _open_gguf(path: epath.Path, required: Metadata | None, image_size: int | None) -> Checkpoint:
     try:
         config, pixels, params = read_gguf(path)
@@ -234,6 +260,31 @@ def _open_gguf(path: epath.Path, required: Metadata | None, image_size: int | No
     if grid != config.vision.grid:
         image["position_embedding"] = resize_positions(image["position_embedding"], grid)
     return Checkpoint(agreed.config, agreed.preprocess, params, (path,))
+
+
+def _open_big_vision(path: epath.Path, required: Metadata | None, image_size: int | None) -> Checkpoint:
+    """Open a checkpoint of big_vision. `required` is the model if given, because the shapes do not show all of it."""
+    try:
+        tensors = open_big_vision(path)
+    except ValueError:
+        check_file_kind(path, NPZ)
+        raise
+    try:
+        shown = required
+        if shown is None:
+            config = config_of_shapes(tensors)
+            shown = Metadata(config, default_preprocess(config))
+            warn_of_defaults(path, *shown[:2])
+        elif shown.assumed:
+            shown = shown._replace(preprocess=default_preprocess(shown.config))
+            metadata.warn_of_assumption(path, shown.preprocess)
+        config, pixels, _ = _agreed(shown, None, image_size)
+        _check_size(config, len(tensors))
+        if required or image_size is not None:
+            tensors = _on_grid(tensors, config.vision.grid)
+        return Checkpoint(config, pixels, from_big_vision(tensors, config), (path,))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _stated(path: epath.Path, library: str, tensors: Mapping[str, LazyArray]) -> Metadata | None:
@@ -259,13 +310,15 @@ def _agreed(stated: Metadata | None, required: Metadata | None, image_size: int 
     ]
     wanted, actual = (flatten_dict(dataclasses.asdict(model), sep=".") for model in (models[0], models[-1]))
     for option in wanted:
-        if wanted[option] != actual[option]:
+        # The libraries have other names for the same tokenizer: what the source states is kept.
+        named = option == "text.hf_tokenizer_name" and wanted[option] and actual[option]
+        if wanted[option] != actual[option] and not named:
             raise ValueError(f"its {option} is {actual[option]}, but the given model's is {wanted[option]}")
     config, pixels, _ = known[0] if known[-1].assumed else known[-1]
     assumed = stated is not None and stated.assumed and (required is None or required.assumed)
     if pixels.size != config.vision.image_size:
         raise ValueError(f"its preprocessing gives images of {pixels.size}: the model takes {config.vision.image_size}")
-    return Metadata(models[0], dataclasses.replace(pixels, size=size), assumed)
+    return Metadata(models[-1], dataclasses.replace(pixels, size=size), assumed)
 
 
 def _check_size(config: CLIPConfig, tensors: int) -> None:
@@ -296,10 +349,13 @@ def _on_grid(tensors: Mapping[str, LazyArray], grid: tuple[int, int]) -> dict[st
     """Return the tensors, with the image position embeddings interpolated to `grid` if their grid differs."""
     resized = dict(tensors)
     for key, value in tensors.items():
-        led, token = key.endswith("pos_embed"), not key.endswith("pos_embed")
+        name = next((name for name in _POSITIONS if key.endswith(name)), None)
+        if name is None:
+            continue
+        led, token = _POSITIONS[name]
         shape = (1,) * led + (token + grid[0] * grid[1], *value.shape[led + 1 :])
-        if key.endswith(_POSITIONS) and value.shape != shape:
-            load = functools.partial(_resized, value, shape, grid, token)
+        if value.shape != shape:
+            load = functools.partial(_resized, value, shape, grid, bool(token))
             resized[key] = LazyArray(shape, np.dtype(np.float32), load)
     return resized
 

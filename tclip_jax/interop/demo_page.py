@@ -28,9 +28,9 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.sources import open_source
 from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from tclip_jax.interop.examples import embed
-from tclip_jax.interop.formats import ONNX_FOLDER, Job
+from tclip_jax.interop.formats import ONNX_FOLDER, Job, onnx_form
 from tclip_jax.interop.onnx import FILES, MIN_COSINE, file_name
-from tclip_jax.interop.onnx_graph import Form, pads
+from tclip_jax.interop.onnx_graph import pads
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.ternary import TernaryTensor
 
@@ -67,7 +67,7 @@ def check_demo(config: CLIPConfig, runtime: epath.PathLike | None) -> None:
 
 
 def write_demo(job: Job, *, digits: bool, runtime: epath.PathLike | None = None) -> str:
-    """Write the page into the folder of an export that has the 2-bit ONNX files and the tokenizer.
+    """Write the page into the folder of an export that has the packed ONNX files and the tokenizer.
 
     Args:
       job: the export.
@@ -82,7 +82,7 @@ def write_demo(job: Job, *, digits: bool, runtime: epath.PathLike | None = None)
       ValueError: the model has another vocabulary than the tokenizer, or `runtime` is no usable onnxruntime-web.
     """
     check_demo(job.config, runtime)
-    source, form = resources.files(__package__) / "demo", Form(True, job.dtype, job.accuracy_level)
+    source, form = resources.files(__package__) / "demo", onnx_form(job)
     for name in PAGE:
         (job.folder / name).write_bytes((source / name).read_bytes())
     files = {tower: f"{ONNX_FOLDER}/{file_name(tower, form)}" for tower in FILES}

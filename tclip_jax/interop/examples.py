@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.artifacts.safetensors import write_safetensors
-from tclip_jax.models.clip import CLIP
+from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor, UniformTensor
 
 SCRIPT, DATA = "check.py", "check.safetensors"
 
@@ -78,13 +79,16 @@ class Examples(NamedTuple):
     text: npt.NDArray[np.float32]
 
 
-def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str = "float32", count: int = 4) -> Examples:
+def make_examples(
+    config: CLIPConfig, params: Mapping[str, Any], *, dtype: str = "float32", floats: bool = False, count: int = 4
+) -> Examples:
     """Embed fixed noise images and random texts, which fill the context or a part of it, at the highest precision.
 
     Args:
       config: the model.
       params: packed parameters; other leaves may be lazy.
-      dtype: dtype in which `export_model` stores the weights; they are rounded to it.
+      dtype: as in `embed`.
+      floats: as in `embed`.
       count: number of images and of texts.
     """
     rng = np.random.default_rng(0)
@@ -95,7 +99,7 @@ def make_examples(config: CLIPConfig, params: Mapping[str, Any], *, dtype: str =
         # The end of text is the highest token id; every second text ends at the last position.
         last = length - 1 if row % 2 else last
         tokens[row, last], tokens[row, last + 1 :] = end, 0
-    return Examples(pixels, tokens, *embed(config, params, pixels, tokens, dtype=dtype))
+    return Examples(pixels, tokens, *embed(config, params, pixels, tokens, dtype=dtype, floats=floats))
 
 
 def embed(
@@ -105,6 +109,7 @@ def embed(
     tokens: npt.NDArray[np.int32],
     *,
     dtype: str = "float32",
+    floats: bool = False,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the embeddings of images and texts as in `Examples`, at the highest precision.
 
@@ -113,12 +118,15 @@ def embed(
       params: packed parameters; other leaves may be lazy.
       pixels: normalised images (N, H, W, 3) float32.
       tokens: token ids (M, T) int32.
-      dtype: dtype in which `export_model` stores the weights; they are rounded to it.
+      dtype: dtype in which `export_model` stores floats and scales; they are rounded to it.
+      floats: the format stores quantized weights as floats, so their products scale · integer are rounded too. It
+        makes no difference to trits.
     """
     rounded = jax.tree.map(
-        functools.partial(_rounded, dtype=jnp.dtype(dtype)),
+        functools.partial(_rounded, dtype=jnp.dtype(dtype), floats=floats),
         params,
-        is_leaf=lambda leaf: isinstance(leaf, TernaryTensor),
+        param_shapes(config),
+        is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor),
     )
     with jax.default_matmul_precision("highest"):
         image, text = _embed(CLIP(config), rounded, pixels, tokens)
@@ -143,9 +151,11 @@ def _embed(clip: CLIP, params: Any, pixels: jax.Array, tokens: jax.Array) -> tup
     return image, text
 
 
-def _rounded(leaf: Any, dtype: np.dtype[Any]) -> Any:
+def _rounded(leaf: Any, declared: jax.ShapeDtypeStruct, dtype: np.dtype[Any], floats: bool) -> Any:
     """Round a weight as the export stores it, and move it to the device; the model computes in float32."""
-    if not isinstance(leaf, TernaryTensor):
+    if not isinstance(leaf, TernaryTensor | UniformTensor):
         return jax.device_put(np.asarray(leaf).astype(dtype, copy=False))
+    if floats and isinstance(leaf, UniformTensor):
+        return leaf.dequantize().astype(dtype).reshape(declared.shape)
     scale: Any = np.asarray(leaf.scale).astype(dtype).astype(np.float32)
-    return TernaryTensor(leaf.trits, scale, leaf.group, leaf.axis)
+    return dataclasses.replace(leaf, scale=scale)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.interop.demo_page import check_demo, write_demo
@@ -15,6 +16,7 @@ from tclip_jax.interop.examples import write_check
 from tclip_jax.interop.formats import ACCURACY_LEVELS, DTYPES, FORMATS, ONNX_FOLDER, Job
 from tclip_jax.interop.hugging_face_config import hugging_face_config
 from tclip_jax.interop.model_card import model_card
+from tclip_jax.interop.onnx import fewest_bits
 from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.interop.open_clip import is_timm
 from tclip_jax.models.config import CLIPConfig
@@ -40,6 +42,7 @@ def export_model(
     config: CLIPConfig,
     preprocess: Preprocess,
     params: Mapping[str, Any],
+    tokenizer: FileTokenizer | None = None,
     formats: Sequence[str] = ("open_clip", "hf"),
     dtype: str = "float32",
     accuracy_level: int = 4,
@@ -60,13 +63,15 @@ def export_model(
       folder: the folder, local or remote (gs://).
       config: the model.
       preprocess: the preprocessing of its images.
-      params: parameter tree with `TernaryTensor` leaves, which open_clip and transformers get as scale · trit. Other
-        leaves may be lazy.
+      params: parameter tree with `QuantizedTensor` leaves, which open_clip and transformers get as floats. Other leaves
+        may be lazy.
+      tokenizer: what tokenizes texts, of a model whose tokenizer is not CLIP's own.
       formats: any of `FORMATS`. A GGUF file is named after the folder, as in release-tq1_0.gguf. Files other than
         those of open_clip and transformers are verified after writing.
       dtype: dtype of the weights that open_clip, transformers and ONNX store as floats, one of `DTYPES`; for ONNX not
-        bfloat16. Ternary weights with scales of 8 significant bits are exact in all of them.
-      accuracy_level: of ONNX Runtime's products with 2-bit weights. 4 rounds activations to int8; 1 is exact and slow.
+        bfloat16. Ternary weights with scales of 8 significant bits are exact in all of them, those with 4 and 8 bits in
+        float32.
+      accuracy_level: of ONNX Runtime's products with packed weights. 4 rounds activations to int8; 1 is exact and slow.
       batch: number of images or texts that LiteRT files take; it is fixed in them.
       figures: measured values for the model card, by name; nested values get dotted names.
       provenance: the origin of the model, for the model card, in the same form.
@@ -88,7 +93,9 @@ def export_model(
         raise ValueError(f"the page runs the format onnx, and the formats are {', '.join(formats)}: add onnx")
     if demo:
         check_demo(config, demo_runtime)
-    documents, transformers_js = _documents(config, preprocess, formats, dtype)
+    documents, transformers_js = _documents(config, preprocess, params, formats, dtype)
+    if tokenizer and config.text.hf_tokenizer_name:
+        documents["open_clip_config.json"]["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = tokenizer.open_clip_kwargs
     folder = epath.Path(folder)
     if folder.exists() and not (folder / "open_clip_config.json").exists():
         raise FileExistsError(f"{folder} exists and is not an earlier export: choose another folder")
@@ -104,9 +111,12 @@ def export_model(
         for name, document in documents.items():
             (unfinished / name).write_text(json.dumps(document, indent=2) + "\n")
         if check:
-            write_check(unfinished, job.examples(dtype))
+            write_check(unfinished, job.examples(dtype=dtype, floats=True))
         if not config.text.hf_tokenizer_name:
             Tokenizer(config.text.context_length).save(unfinished)
+        elif tokenizer:
+            tokenizer.save(unfinished)
+            notes += _tokenizer_notes(tokenizer)
         else:
             notes.append(f"no tokenizer is written: copy that of {config.text.hf_tokenizer_name} into the folder")
         if demo:
@@ -120,12 +130,19 @@ def export_model(
             formats,
             check,
             provenance or {},
-            onnx_dtype=_onnx_dtype(formats, dtype),
+            onnx=_smallest_onnx(formats, dtype, params),
             transformers_js=transformers_js,
             demo=demo,
         )
         (unfinished / "README.md").write_text(card)
     return Exported(tuple(files), tuple(notes))
+
+
+def _tokenizer_notes(tokenizer: FileTokenizer) -> list[str]:
+    """Return a line about the texts that one of both libraries tokenizes in another way."""
+    if tokenizer.clean:
+        return ["transformers does not repair mojibake and HTML entities in texts, as open_clip and the model do"]
+    return ["open_clip repairs mojibake, HTML entities and spaces in texts, which transformers and the model do not"]
 
 
 def _check_options(formats: Sequence[str], dtype: str, accuracy_level: int, batch: int) -> None:
@@ -144,7 +161,7 @@ def _check_options(formats: Sequence[str], dtype: str, accuracy_level: int, batc
 
 
 def _documents(
-    config: CLIPConfig, preprocess: Preprocess, formats: Sequence[str], dtype: str
+    config: CLIPConfig, preprocess: Preprocess, params: Mapping[str, Any], formats: Sequence[str], dtype: str
 ) -> tuple[dict[str, Any], bool]:
     """Return the JSON files of an export by name, and whether transformers.js can load its ONNX files."""
     if "open_clip" in formats and is_timm(config) and to_timm(config.vision) is None:
@@ -168,11 +185,11 @@ def _documents(
             raise
         return documents, False  # onnxruntime runs what transformers.js cannot express
     if onnx:
-        described["config.json"]["transformers.js_config"] = {"dtype": _onnx_dtype(formats, dtype)}
+        described["config.json"]["transformers.js_config"] = {"dtype": _smallest_onnx(formats, dtype, params).web_dtype}
     return documents | described, bool(onnx)
 
 
-def _onnx_dtype(formats: Sequence[str], dtype: str) -> str:
-    """Return transformers.js's name of the smallest ONNX files."""
+def _smallest_onnx(formats: Sequence[str], dtype: str, params: Mapping[str, Any]) -> Form:
+    """Return the form of the smallest ONNX files."""
     whole = Form(False, "float16" if "onnx-fp16" in formats else "float32")
-    return (Form(True, dtype) if "onnx" in formats else whole).suffix[1:] or "fp32"
+    return Form(True, dtype, bits=fewest_bits(params) or 2) if "onnx" in formats else whole

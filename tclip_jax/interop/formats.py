@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tclip_jax.artifacts.safetensors import LazyArray
     from tclip_jax.data.images import Preprocess
     from tclip_jax.interop.examples import Examples
+    from tclip_jax.interop.onnx_graph import Form
     from tclip_jax.models.config import CLIPConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,9 +43,9 @@ class Job:
       name: name of the finished folder.
       config: the model.
       preprocess: the preprocessing of its images.
-      params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
+      params: parameter tree with `QuantizedTensor` leaves; other leaves may be lazy.
       dtype: dtype of the weights that are stored as floats, one of `DTYPES`.
-      accuracy_level: of ONNX Runtime's products with 2-bit weights, see `Form`.
+      accuracy_level: of ONNX Runtime's products with packed weights, see `Form`.
       batch: number of images or texts that LiteRT files take.
     """
 
@@ -66,11 +67,11 @@ class Job:
         return {key: _cast(key, value, self.dtype) for key, value in state.items()}
 
     @functools.cached_property
-    def examples(self) -> Callable[[str], Examples]:
-        """Example inputs with the embeddings of the model with weights of a dtype, computed once."""
+    def examples(self) -> Callable[..., Examples]:
+        """Example inputs with the model's embeddings by `dtype` and `floats`, see `make_examples`; computed once."""
         from tclip_jax.interop.examples import make_examples
 
-        return functools.cache(lambda dtype: make_examples(self.config, self.params, dtype=dtype))
+        return functools.cache(functools.partial(make_examples, self.config, self.params))
 
 
 class Format(NamedTuple):
@@ -104,6 +105,17 @@ def _write_hugging_face(job: Job) -> Written:
     return ["model.safetensors"], []
 
 
+def _write_big_vision(job: Job) -> Written:
+    from tclip_jax.interop.big_vision import to_big_vision, write_big_vision
+    from tclip_jax.interop.big_vision_config import gelu_notes
+
+    arrays = to_big_vision(job.params, job.config)
+    write_big_vision(
+        job.folder / "big_vision.npz", {key: _cast(key, value, job.dtype) for key, value in arrays.items()}
+    )
+    return ["big_vision.npz"], gelu_notes(job.config)
+
+
 def _write_gguf(job: Job, kind: Kind) -> Written:
     from tclip_jax.interop.gguf import verify_gguf, write_gguf
 
@@ -113,18 +125,25 @@ def _write_gguf(job: Job, kind: Kind) -> Written:
     return [path.name], []
 
 
+def onnx_form(job: Job, packed: bool = True, dtype: str | None = None) -> Form:
+    """Return the form of the ONNX files of a job."""
+    from tclip_jax.interop.onnx import fewest_bits
+    from tclip_jax.interop.onnx_graph import Form
+
+    return Form(packed, dtype or job.dtype, job.accuracy_level, fewest_bits(job.params) or 2)
+
+
 def _write_onnx(job: Job, *, packed: bool = True, dtype: str | None = None) -> Written:
     from tclip_jax.interop.onnx import FILES, file_name, verify_embeddings, verify_onnx, write_onnx
-    from tclip_jax.interop.onnx_graph import Form
     from tclip_jax.interop.onnx_session import runtime_version
 
-    form = Form(packed, dtype or job.dtype, job.accuracy_level)
+    form = onnx_form(job, packed, dtype)
     runtime_version(packed=form.packed)  # one that is too old is refused before it has to wait
     folder = job.folder / ONNX_FOLDER
     folder.mkdir(exist_ok=True)
     write_onnx(folder, config=job.config, preprocess=job.preprocess, params=job.params, form=form)
     verify_onnx(folder, job.config, job.params, form)
-    note = verify_embeddings(folder, form, job.examples(form.dtype))
+    note = verify_embeddings(folder, form, job.examples(dtype=form.dtype, floats=not form.packed))
     return [f"{ONNX_FOLDER}/{file_name(tower, form)}" for tower in FILES], [note]
 
 
@@ -137,7 +156,7 @@ def _write_litert(job: Job) -> Written:
     folder.mkdir(exist_ok=True)
     write_litert(folder, config=job.config, preprocess=job.preprocess, params=job.params, batch=job.batch)
     verify_litert(folder, job.params)
-    notes = [verify_embeddings(folder, job.examples("float32")), *rounding_note(folder)]
+    notes = [verify_embeddings(folder, job.examples()), *rounding_note(folder)]
     return [f"{LITERT_FOLDER}/{name}" for name in FILES.values()], notes
 
 
@@ -154,15 +173,16 @@ def _write_torch(job: Job) -> Written:
 
     folder = job.folder / FOLDER
     write_torch(folder, config=job.config, preprocess=job.preprocess, params=job.params)
-    note = verify_torch(folder, config=job.config, params=job.params, examples=job.examples("float32"))
+    note = verify_torch(folder, config=job.config, params=job.params, examples=job.examples())
     return [f"{FOLDER}/model.safetensors"], [note]
 
 
 FORMATS: dict[str, Format] = {
     "open_clip": Format("weights as floats for open_clip", "open_clip", _write_open_clip, DTYPES),
     "hf": Format("weights as floats for transformers", "transformers", _write_hugging_face, DTYPES),
+    "big_vision": Format("weights as floats for big_vision (.npz)", "big_vision", _write_big_vision, DTYPES),
     "onnx": Format(
-        "2-bit weights for ONNX Runtime, OpenVINO and browsers",
+        "2-, 4- and 8-bit weights for ONNX Runtime, OpenVINO and browsers",
         "onnxruntime 1.28 or newer, transformers.js, OpenVINO (static shapes)",
         _write_onnx,
         ("float32", "float16"),
@@ -178,7 +198,7 @@ FORMATS: dict[str, Format] = {
         functools.partial(_write_onnx, packed=False, dtype="float16"),
     ),
     "litert": Format(
-        "4-bit weights for LiteRT (TensorFlow Lite): phones, and CPUs",
+        "4- and 8-bit weights for LiteRT (TensorFlow Lite): phones, and CPUs",
         "ai-edge-litert 1.4 or newer, LiteRT on Android and iOS",
         _write_litert,
     ),

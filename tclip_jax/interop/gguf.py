@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from tclip_jax.artifacts.pack import flatten
+from tclip_jax.artifacts.pack import check_no_uniform, flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.gguf_file import (
     BLOCK,
@@ -67,6 +67,7 @@ def write_gguf(
     """
     shapes, leaves = _shapes(config), flatten(params)
     check_names(leaves, shapes, "the parameter tree")
+    check_no_uniform(leaves, "GGUF")
     if not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
         raise ValueError(f"no parameter is ternary: a GGUF of kind {kind} needs at least one")
     logit_scale = float(_storable("logit_scale", leaves["logit_scale"], ()))  # type: ignore[arg-type]

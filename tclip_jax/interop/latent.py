@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from tclip_jax.artifacts.pack import compiled_ternarize
+from tclip_jax.artifacts.pack import compiled_quantize
 from tclip_jax.interop.recover import repeat_groups, scale_bits
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer
 from tclip_jax.parallel.sharding import path_of
-from tclip_jax.ternary import Quantizer, TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, Quantizer, TernaryTensor, UniformTensor, expand_scale
 
 Array = npt.NDArray[Any]
 
@@ -27,27 +27,34 @@ _FAR = 2.0
 def latent_params(params: Mapping[str, Any], rules: TernaryRules) -> dict[str, Any]:
     """Apply `latent_from_ternary` to every `TernaryTensor` of a tree; other leaves are unchanged.
 
+    The values of a `UniformTensor` are such latent weights themselves, if the quantizer maps them to themselves.
+
     Args:
-      params: parameter tree with ternary and float leaves.
-      rules: the quantizer for each path pattern; every ternary leaf needs one.
+      params: parameter tree with quantized and float leaves.
+      rules: the quantizer for each path pattern; every quantized leaf needs one.
 
     Raises:
-      ValueError: a ternary parameter has no rule, or its quantizer cannot reproduce it; the message has its path.
+      ValueError: a quantized parameter has no rule, or its quantizer cannot reproduce it; the message has its path.
     """
 
     def latent(key_path: tuple[Any, ...], leaf: Any) -> Any:
-        if not isinstance(leaf, TernaryTensor):
+        if not isinstance(leaf, QuantizedTensor):
             return leaf
         path = path_of(key_path)
         quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
         if quantizer is None:
-            raise ValueError(f"{path} is ternary, but no rule of the run matches it")
+            kind = f"has integers of {leaf.bits} bits" if isinstance(leaf, UniformTensor) else "is ternary"
+            raise ValueError(f"{path} {kind}, but no rule of the run matches it")
         try:
+            if isinstance(leaf, UniformTensor):
+                check_reproduced(leaf, quantizer)
+                return leaf
+            assert isinstance(leaf, TernaryTensor)
             return latent_from_ternary(leaf, quantizer)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    return jax.tree_util.tree_map_with_path(latent, params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
+    return jax.tree_util.tree_map_with_path(latent, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
 
 
 def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[np.float32]:
@@ -72,6 +79,8 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
     """
     if quantizer.kind != "factor":
         raise ValueError(f"latent weights exist only for quantizers of kind factor, not {quantizer.kind}")
+    if quantizer.dead_zone_bias:
+        raise ValueError("latent weights of zeros would change the layer's bias: set quantizer.dead_zone_bias = 0")
     trits, scale, length = np.asarray(t.trits), np.asarray(t.scale, np.float32), t.shape[t.axis]
     if trits.ndim == 3:
         parts = (TernaryTensor(*part, t.group, t.axis) for part in zip(trits, scale, strict=True))
@@ -84,10 +93,30 @@ def latent_from_ternary(t: TernaryTensor, quantizer: Quantizer) -> npt.NDArray[n
         w = _latent(trits.reshape(-1, 1), scale, trits.size, -2, quantizer.factor).reshape(trits.shape)
     else:
         w = _latent(trits, scale, group, t.axis, quantizer.factor)
-    again = jax.device_get(compiled_ternarize(w, quantizer, t.axis))
+    again = jax.device_get(compiled_quantize(w, quantizer, t.axis))
     if not np.array_equal(again.trits, trits) or again.scale.tobytes() != scale.tobytes():
         raise ValueError(_why_not(trits, scale, again, quantizer))
     return w
+
+
+def check_reproduced(t: UniformTensor, quantizer: Quantizer) -> None:
+    """Check that the quantizer maps the values of `t` to its integers and scales; its groups may be others.
+
+    Raises:
+      ValueError: it does not; the message says what would change.
+    """
+    if not quantizer.uniform or quantizer.bits != t.bits:
+        raise ValueError(f"the quantizer {quantizer.description} gives no integers of {t.bits} bits")
+    again = jax.device_get(compiled_quantize(np.asarray(t.dequantize(), np.float32), quantizer, t.axis))
+    integers, length = np.asarray(t.integers), t.shape[t.axis]
+    scales = (np.asarray(expand_scale(each.scale, each.group, length, t.axis), np.float32) for each in (t, again))
+    others = int((np.not_equal(*scales) & (integers != 0)).sum())
+    moved = int((np.asarray(again.integers) != integers).sum())
+    if others or moved:
+        raise ValueError(
+            f"the quantizer {quantizer.description} with scale_bits={quantizer.scale_bits} changes {moved:,} of its"
+            f" {integers.size:,} integers, and the scale of {others:,}"
+        )
 
 
 def _regrouped(trits: Array, scales: Array, group: int, axis: int, shared: bool) -> Array:

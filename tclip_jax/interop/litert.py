@@ -1,4 +1,4 @@
-"""Write a CLIP as one LiteRT file a tower, with ternary weights as INT4, and verify what was written.
+"""Write a CLIP as one LiteRT file a tower, with quantized weights as INT4 and INT8, and verify what was written.
 
     litert/image.tflite   pixel_values float32 (N, H, W, 3), normalised -> image_embeds float32 (N, embed_dim)
     litert/text.tflite    input_ids int32 (N, context length)           -> text_embeds float32 (N, embed_dim)
@@ -22,7 +22,7 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.examples import Examples
 from tclip_jax.interop.litert_flatbuffer import Flatbuffer, Matrix, fill_skeleton
-from tclip_jax.interop.litert_int4 import Int4, decode_int4, encode_int4, is_rounded
+from tclip_jax.interop.litert_integers import Integers, decode_integers, encode_integers, is_rounded
 from tclip_jax.interop.litert_session import run_litert, runtime_version
 from tclip_jax.interop.litert_tower import convert_tower, converter_version
 from tclip_jax.interop.metadata import Metadata, parse_open_clip
@@ -32,10 +32,10 @@ from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TOKEN_EMBEDDING, matrix_shape
 from tclip_jax.schema import check_names
 from tclip_jax.storage import write_atomic
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor
 
 FILES = {"image": "image.tflite", "text": "text.tflite"}
-MIN_COSINE = 0.9995  # of embeddings: LiteRT's products with INT4 weights round activations to int8
+MIN_COSINE = 0.9995  # of embeddings: LiteRT's products with packed weights round activations to int8
 _CONFIG, _LOGIT_SCALE = "open_clip_config", "logit_scale"
 
 
@@ -48,18 +48,18 @@ def write_litert(
       folder: an existing folder, local or remote (gs://).
       config: the model.
       preprocess: the preprocessing of its images, for the metadata.
-      params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
+      params: parameter tree with `QuantizedTensor` leaves; other leaves may be lazy.
       batch: N, the number of images or texts that the files take.
 
     Raises:
-      ValueError: the parameters do not match `config`; no parameter is ternary; INT4 cannot hold groups or scales; a
-        weight is not finite; a tower exceeds 2 GiB; or litert-converter is missing, too old, or fails.
+      ValueError: the parameters do not match `config`; no parameter is quantized; INT4 or INT8 cannot hold groups or
+        scales; a weight is not finite; a tower exceeds 2 GiB; or litert-converter is missing, too old, or fails.
     """
     converter_version()
     leaves = flatten(params)
     check_leaves(leaves, config)
-    if not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
-        raise ValueError("no parameter is ternary: litert packs trits")
+    if not any(isinstance(leaf, QuantizedTensor) for leaf in leaves.values()):
+        raise ValueError("no parameter is quantized: litert packs trits and integers")
     described = {
         _CONFIG: {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()},
         _LOGIT_SCALE: float(np.exp(np.asarray(leaves["logit_scale"]))),
@@ -78,7 +78,7 @@ def write_litert(
 
 
 def verify_litert(folder: epath.PathLike, params: Mapping[str, Any]) -> None:
-    """Read the files of a folder again, and compare every matrix with what was written: trits and scales, or floats.
+    """Read the files of a folder again, and compare every matrix with what was written: integers and scales, or floats.
 
     Raises:
       ValueError: a file is damaged, or something differs; the message names the file and the first weight.
@@ -87,9 +87,9 @@ def verify_litert(folder: epath.PathLike, params: Mapping[str, Any]) -> None:
     for tower, name in FILES.items():
         file = Flatbuffer(epath.Path(folder) / name)
         expected = {path: leaf for path, leaf in _by_layer(tower, leaves).items() if _is_matrix(path)}
-        ternary = [path for path, leaf in expected.items() if isinstance(leaf, TernaryTensor)]
+        quantized = [path for path, leaf in expected.items() if isinstance(leaf, QuantizedTensor)]
         try:
-            check_names(file.int4_names(), ternary, "the list of INT4 weights")
+            check_names(file.integer_names(), quantized, "the list of packed weights")
             for path, leaf in expected.items():
                 if not _same(file.matrix(path), path, leaf):
                     raise ValueError(f"{path} differs from the given parameters")
@@ -131,9 +131,9 @@ def rounding_note(folder: epath.PathLike) -> list[str]:
     rounded = []
     for name in FILES.values():
         file = Flatbuffer(epath.Path(folder) / name)
-        for path in file.int4_names():
+        for path in file.integer_names():
             matrix = file.matrix(path)
-            if path != TOKEN_EMBEDDING and isinstance(matrix, Int4) and is_rounded(matrix):
+            if path != TOKEN_EMBEDDING and isinstance(matrix, Integers) and is_rounded(matrix):
                 rounded.append(path)
     if not rounded:
         return []
@@ -166,7 +166,7 @@ def _by_layer(tower: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     for path, leaf in leaves.items():
         if not path.startswith(f"{tower}/"):
             continue
-        value = leaf if isinstance(leaf, TernaryTensor) else np.asarray(leaf)  # lazy leaves are loaded once
+        value = leaf if isinstance(leaf, QuantizedTensor) else np.asarray(leaf)  # lazy leaves are loaded once
         if "/blocks/" not in path:
             found[path] = value
         else:
@@ -183,8 +183,8 @@ def _arrays(tower: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a tower as the file has them, by layer."""
     arrays = _by_layer(tower, leaves)
     for path, leaf in arrays.items():
-        if isinstance(leaf, TernaryTensor):
-            arrays[path] = encode_int4(path, leaf)
+        if isinstance(leaf, QuantizedTensor):
+            arrays[path] = encode_integers(path, leaf)
             continue
         arrays[path] = _floats(path, leaf)
         if not np.isfinite(arrays[path]).all():
@@ -203,20 +203,20 @@ def _floats(path: str, leaf: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def _same(found: Matrix, path: str, leaf: Any) -> bool:
     """Whether a matrix of a file has the bits of a parameter; rows may be padded with zeros."""
-    if not isinstance(found, Int4):
-        return not isinstance(leaf, TernaryTensor) and found.tobytes() == _floats(path, leaf).tobytes()
-    if not isinstance(leaf, TernaryTensor):
+    if not isinstance(found, Integers):
+        return not isinstance(leaf, QuantizedTensor) and found.tobytes() == _floats(path, leaf).tobytes()
+    if not isinstance(leaf, QuantizedTensor):
         return False
-    found_trits, found_scale = decode_int4(found)
-    trits, scale = (np.moveaxis(np.asarray(each), leaf.axis, -1) for each in (leaf.trits, leaf.scale))
-    length = trits.shape[-1]
+    found_integers, found_scale = decode_integers(found)
+    integers, scale = (np.moveaxis(np.asarray(each), leaf.axis, -1) for each in (leaf.integers, leaf.scale))
+    length = integers.shape[-1]
     expanded = scale if scale.shape[-1] == 1 else scale.repeat(leaf.group, axis=-1)[..., :length]
-    expanded = np.broadcast_to(expanded, trits.shape).astype(np.float32)
-    if len(found_trits) != len(trits) or found_trits.shape[1] < length:
+    expanded = np.broadcast_to(expanded, integers.shape).astype(np.float32)
+    if len(found_integers) != len(integers) or found_integers.shape[1] < length:
         return False
     same_scale = found_scale[:, :length].view(np.uint32) == np.ascontiguousarray(expanded).view(np.uint32)
     return (
-        not found_trits[:, length:].any()
-        and np.array_equal(found_trits[:, :length], trits)
+        not found_integers[:, length:].any()
+        and np.array_equal(found_integers[:, :length], integers)
         and bool((same_scale | (expanded == 0)).all())  # LiteRT refuses a scale of zero
     )

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from etils import epath
 
-from tclip_jax.interop.litert_int4 import Int4
+from tclip_jax.interop.litert_integers import Integers
 from tclip_jax.interop.litert_tower import Skeleton
 
-Matrix = Int4 | npt.NDArray[np.float32]
+Matrix = Integers | npt.NDArray[np.float32]
 
 IDENTIFIER = b"TFL3"
 METADATA = "tclip_jax"  # the name of our entry in a file's metadata
@@ -36,7 +36,7 @@ def fill_skeleton(skeleton: Skeleton, matrices: Mapping[str, Matrix], metadata: 
 
     Args:
       skeleton: a converted tower.
-      matrices: values of the matrices by name; INT4 or float32, of the shapes of the skeleton.
+      matrices: values of the matrices by name; INT4, INT8 or float32, of the shapes of the skeleton.
       metadata: stored as `METADATA`.
 
     Raises:
@@ -54,9 +54,10 @@ def fill_skeleton(skeleton: Skeleton, matrices: Mapping[str, Matrix], metadata: 
     for name, value in matrices.items():
         tensor = graph.tensors[inputs.pop(name).tensorIndex]
         tensor.name = name
-        tensor.buffer = add_buffer(value.codes if isinstance(value, Int4) else value)
-        if isinstance(value, Int4):
-            tensor.type, tensor.quantization = schema.TensorType.INT4, schema.QuantizationParametersT()
+        tensor.buffer = add_buffer(value.codes if isinstance(value, Integers) else value)
+        if isinstance(value, Integers):
+            tensor.type = schema.TensorType.INT4 if value.bits == 4 else schema.TensorType.INT8
+            tensor.quantization = schema.QuantizationParametersT()
             if value.block is None:
                 tensor.quantization.scale = value.scale
                 tensor.quantization.zeroPoint = np.zeros(len(value.scale), np.int64)
@@ -141,18 +142,17 @@ class Flatbuffer:
         """Return the names of all tensors."""
         return tuple(self._tensors)
 
-    def int4_names(self) -> Sequence[str]:
-        """Return the names of the INT4 tensors."""
-        int4 = self._schema.TensorType.INT4
+    def integer_names(self) -> Sequence[str]:
+        """Return the names of the INT4 and INT8 tensors."""
         with self._checked():
-            return tuple(name for name, (_, tensor) in self._tensors.items() if tensor.Type() == int4)
+            return tuple(name for name, (_, tensor) in self._tensors.items() if tensor.Type() in self._widths())
 
     def matrix(self, name: str) -> Matrix:
         """Return a matrix by its name."""
         types = self._schema.TensorType
         with self._checked(name):
             _, tensor = self._tensors[name]
-            if tensor.Type() != types.INT4:
+            if tensor.Type() not in self._widths():
                 return self._array(tensor, {types.FLOAT32: np.float32}).copy()
             (rows, columns), quantization = self._shape(tensor, 2), tensor.Quantization()
             if quantization.DetailsType() == self._schema.QuantizationDetails.BlockwiseQuantization:
@@ -165,7 +165,11 @@ class Flatbuffer:
                 scale = quantization.ScaleAsNumpy()
                 if quantization.DetailsType() or quantization.QuantizedDimension() or np.size(scale) != rows:
                     raise ValueError("it has no scale for each row")
-            return Int4(self._bytes(tensor.Buffer()), (rows, columns), scale)
+            return Integers(self._bytes(tensor.Buffer()), (rows, columns), scale, self._widths()[tensor.Type()])
+
+    def _widths(self) -> dict[int, int]:
+        """Return the bits of each type of integers."""
+        return {self._schema.TensorType.INT4: 4, self._schema.TensorType.INT8: 8}
 
     def with_outputs(self, names: Sequence[str]) -> tuple[bytes, list[int]]:
         """Return the file with other outputs, and the indices of these tensors; the signature stays as it is."""

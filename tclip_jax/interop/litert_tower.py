@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from packaging.version import Version
 
+from tclip_jax.models.attention import attend
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.layers import activate, attend
+from tclip_jax.models.layers import activate
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, TOKEN_EMBEDDING
 from tclip_jax.models.text import pooled_position
 from tclip_jax.models.vision import patchify

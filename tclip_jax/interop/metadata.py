@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from tclip_jax.artifacts.safetensors import LazyArray
 from tclip_jax.data.images import Preprocess
@@ -18,7 +20,7 @@ from tclip_jax.interop.reader import check_object, read_json
 from tclip_jax.interop.torchscript import torchscript_activation
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.open_clip_cfg import native_cfg
-from tclip_jax.models.presets import model_cfg
+from tclip_jax.models.presets import model_cfg, preprocess_cfg
 
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 
@@ -50,7 +52,9 @@ def from_name(name: str) -> Metadata:
       FileNotFoundError: the file does not exist.
     """
     if not name.endswith(".json"):
-        return parse_open_clip(name, model_cfg(name), {})._replace(assumed=True)
+        pixels = preprocess_cfg(name)
+        # All SigLIPs have the same preprocessing; CLIP's is only the most common.
+        return parse_open_clip(name, model_cfg(name), pixels)._replace(assumed=pixels == preprocess_cfg())
     document = read_json(epath.Path(name))
     metadata = parse_open_clip(name, document.get("model_cfg", document), document.get("preprocess_cfg", {}))
     return metadata._replace(assumed="preprocess_cfg" not in document)
@@ -132,6 +136,36 @@ def warn_of_assumption(source: epath.PathLike, assumed: Preprocess) -> None:
         *assumed.size,
         *(", ".join(map(str, values)) for values in (assumed.mean, assumed.std)),
     )
+
+
+def warn_of_contradiction(folder: epath.Path, library: str, config: CLIPConfig) -> None:
+    """Log where the other library's metadata in a folder, if there is any, describes another model than the one read.
+
+    Args:
+      folder: the folder.
+      library: OPEN_CLIP or HUGGING_FACE, whose metadata is read.
+      config: the model that it describes.
+    """
+    other, read = (HUGGING_FACE, from_hugging_face) if library == OPEN_CLIP else (OPEN_CLIP, from_open_clip)
+    if not (folder / other).exists():
+        return
+    try:
+        theirs = flatten_dict(dataclasses.asdict(read(folder).config), sep=".")
+    except ValueError:
+        return  # it need not be understood
+    ours = flatten_dict(dataclasses.asdict(config), sep=".")
+    # The libraries have other names for a tokenizer, and one stores the width of an MLP, the other its ratio.
+    same = {"text.hf_tokenizer_name"}
+    for fields in (ours, theirs):
+        for tower in ("vision", "text"):
+            fields[f"{tower}.mlp width"] = int(fields[f"{tower}.width"] * fields.pop(f"{tower}.mlp_ratio"))
+    differing = [
+        f"{key} is {ours[key]!r}, and {theirs[key]!r} by {other}"
+        for key in ours
+        if key not in same and ours[key] != theirs[key]
+    ]
+    if differing:
+        _log.warning("%s: %s: %s is read", folder, "; ".join(differing), library)
 
 
 def from_torchscript(path: epath.Path, tensors: Mapping[str, LazyArray]) -> Metadata | None:

@@ -8,12 +8,20 @@ from typing import Any
 
 import jax
 
+from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.pages import dotted
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor, UniformTensor
 
 _LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # format -> name of the library on the hub
 # Start of a format's name, which is its tag on the hub -> its name in a sentence.
-_NAMES = {"gguf": "GGUF", "onnx": "ONNX", "litert": "LiteRT", "stablehlo": "StableHLO", "torch": "packed PyTorch"}
+_NAMES = {
+    "gguf": "GGUF",
+    "onnx": "ONNX",
+    "litert": "LiteRT",
+    "stablehlo": "StableHLO",
+    "torch": "packed PyTorch",
+    "big_vision": "big_vision",
+}
 
 _CARD = """\
 ---
@@ -48,6 +56,15 @@ model = CLIPModel.from_pretrained("FOLDER")
 processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")
 ```
 """,
+    "big_vision": """
+In big_vision:
+
+```python
+from big_vision import utils
+
+params = utils.load_params("FOLDER/big_vision.npz")
+```
+""",
     "gguf": """
 The GGUF files hold trits and scales, in llama.cpp's types and with clip.cpp's names. No runtime is known to run these
 types in a CLIP with two towers. To read a file:
@@ -59,8 +76,8 @@ config, preprocess, params = read_gguf("FOLDER/FILE.gguf")
 ```
 """,
     "onnx": """
-The ONNX files run without PyTorch and JAX. Those with q2 in their names hold 2-bit weights, for onnxruntime 1.28 or
-newer:
+The ONNX files run without PyTorch and JAX. Those with q2, q4 or quantized in their names hold packed weights, for
+onnxruntime 1.28 or newer:
 
 ```python
 import onnxruntime
@@ -75,7 +92,7 @@ Embeddings are not L2-normalised. The metadata of each file have the preprocessi
 `image.get_modelmeta().custom_metadata_map`.
 """,
     "litert": """
-The LiteRT files run without PyTorch and JAX, with ternary weights as INT4, for ai-edge-litert 1.4 or newer:
+The LiteRT files run without PyTorch and JAX, with packed weights, for ai-edge-litert 1.4 or newer:
 
 ```python
 from ai_edge_litert.interpreter import Interpreter
@@ -135,7 +152,7 @@ def model_card(
     check: bool = False,
     provenance: Mapping[str, Any] = {},
     *,
-    onnx_dtype: str = "q2",
+    onnx: Form | None = None,
     transformers_js: bool = False,
     demo: bool = False,
 ) -> str:
@@ -148,31 +165,36 @@ def model_card(
       formats: the exported formats.
       check: whether the folder has a check script.
       provenance: the origin of the model.
-      onnx_dtype: the dtype of transformers.js of the ONNX files that the usage shows, such as "q2" or "fp32".
+      onnx: the form of the ONNX files that the usage shows; None is the default one.
       transformers_js: whether transformers.js loads the ONNX files.
       demo: whether the folder has a page for browsers.
     """
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, TernaryTensor))
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
     total = sum(math.prod(leaf.shape) for leaf in leaves)
-    ternary = sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, TernaryTensor))
+    ternary, uniform = (
+        sum(math.prod(leaf.shape) for leaf in leaves if isinstance(leaf, kind))
+        for kind in (TernaryTensor, UniformTensor)
+    )
     libraries = [name for name in _LIBRARIES if name in formats]
     tags = [tag for tag in _NAMES if any(name.startswith(tag) for name in formats)]
     kind = dtype if libraries else " and ".join(_NAMES[tag] for tag in tags)
     about = f"A CLIP model with {total:,} parameters, exported from tclip_jax as {kind}."
     if ternary:
         about += f" {ternary / total:.1%} of them are ternary (−1, 0 or +1 times a scale)."
-    if ternary and libraries:
-        about += (
-            " The safetensors files store them as floats, scale · trit, and are as large as those of a float model."
-        )
+    if uniform:
+        about += f" {uniform / total:.1%} have 4 or 8 bits (integers times a scale)."
+    if (ternary or uniform) and libraries:
+        factors = " and ".join([*(["scale · trit"] if ternary else []), *(["scale · integer"] if uniform else [])])
+        about += f" The safetensors files store them as floats, {factors}, and are as large as those of a float model."
     table = ""
     for title, entries in (("measured", figures), ("provenance", provenance)):
         rows = "".join(f"| {_cell(name)} | {_cell(value)} |\n" for name, value in dotted(entries))
         table += f"\n| {title} | |\n|---|---|\n{rows}" if rows else ""
     usage = "".join(text for name, text in _USAGE.items() if any(chosen.startswith(name) for chosen in formats))
     if "onnx" in tags:
-        usage = usage.format(suffix="" if onnx_dtype == "fp32" else f"_{onnx_dtype}")
-        usage += _TRANSFORMERS_JS.format(dtype=onnx_dtype) if transformers_js else ""
+        onnx = onnx or Form()
+        usage = usage.format(suffix=onnx.suffix)
+        usage += _TRANSFORMERS_JS.format(dtype=onnx.web_dtype) if transformers_js else ""
     usage += _DEMO if demo else ""
     names = [*(_LIBRARIES[name] for name in libraries), *tags]
     return _CARD.format(

@@ -1,4 +1,4 @@
-"""Write a CLIP as one ONNX file a tower, with 2-bit weights that runtimes keep packed, and verify what was written.
+"""Write a CLIP as one ONNX file a tower, with 2-, 4- and 8-bit weights that runtimes keep packed, and verify the files.
 
 Names of files, inputs and outputs are those of optimum and transformers.js. The metadata of a file have the
 configuration, the preprocessing and the logit scale, so each file describes itself.
@@ -19,14 +19,14 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.examples import Examples
 from tclip_jax.interop.metadata import Metadata, parse_open_clip
-from tclip_jax.interop.onnx_blocks import BLOCKS, Blocks, decode_blocks
+from tclip_jax.interop.onnx_blocks import BLOCKS, WIDTHS, Blocks, code_bits, decode_blocks
 from tclip_jax.interop.onnx_graph import CONTRIB, IR_VERSION, OPSET, OUTPUTS, Form, build_tower, layer, onnx_package
 from tclip_jax.interop.onnx_session import run_onnx, runtime_version
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.schema import check_names
 from tclip_jax.storage import write_atomic
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor
 
 FILES = {"image": "vision_model", "text": "text_model"}
 # Protobuf, in which ONNX stores a file, holds 2 GiB. The graph without its weights is below 1 MiB.
@@ -37,16 +37,18 @@ _PRODUCTS = ("MatMulNBits", "GatherBlockQuantized")
 _CONFIG, _LOGIT_SCALE = "open_clip_config", "logit_scale"
 
 
-class TernaryNode(NamedTuple):
-    """A 2-bit weight in a file.
+class QuantizedNode(NamedTuple):
+    """A packed weight in a file.
 
     Attributes:
-      trits: int8 (N, K), one row for each output; (V, W) for a table.
-      scale: the scale of each trit, float32 in the same shape.
+      integers: trits or integers, int8 (N, K), one row for each output; (V, W) for a table.
+      bits: of a code, 2 for trits.
+      scale: the scale of each of them, float32 in the same shape.
       accuracy_level: of the product; None for a table.
     """
 
-    trits: npt.NDArray[np.int8]
+    integers: npt.NDArray[np.int8]
+    bits: int
     scale: npt.NDArray[np.float32]
     accuracy_level: int | None
 
@@ -65,17 +67,22 @@ def write_onnx(
       folder: an existing folder, local or remote (gs://).
       config: the model.
       preprocess: the preprocessing of its images, for the metadata.
-      params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
+      params: parameter tree with `QuantizedTensor` leaves; other leaves may be lazy.
       form: how weights are stored.
 
     Raises:
-      ValueError: the parameters do not match `config`; `form` is packed and no parameter is ternary, or its groups or
-        scales do not fit; a weight is not finite in the dtype; a tower exceeds 2 GiB; or the onnx package is missing.
+      ValueError: the parameters do not match `config`; `form` is packed and no parameter is quantized or has its bits,
+        or groups or scales do not fit; a weight is not finite in the dtype; a tower exceeds 2 GiB; or the onnx package
+        is missing.
     """
     leaves = flatten(params)
     check_leaves(leaves, config)
-    if form.packed and not any(isinstance(leaf, TernaryTensor) for leaf in leaves.values()):
-        raise ValueError("no parameter is ternary: onnx packs trits; onnx-fp32 and onnx-fp16 write float weights")
+    if form.packed and fewest_bits(params) != form.bits:
+        if fewest_bits(params) is None:
+            raise ValueError(
+                "no parameter is quantized: onnx packs trits and integers; onnx-fp32 and onnx-fp16 write float weights"
+            )
+        raise ValueError(f"the fewest bits of a weight are {fewest_bits(params)}: form.bits is {form.bits}")
     onnx = onnx_package()
     described = {"model_cfg": config.to_open_clip(), "preprocess_cfg": preprocess.to_open_clip()}
     metadata = {_CONFIG: json.dumps(described), _LOGIT_SCALE: repr(float(np.exp(np.asarray(leaves["logit_scale"]))))}
@@ -95,32 +102,39 @@ def write_onnx(
         write_atomic(epath.Path(folder) / file_name(tower, form), model.SerializeToString(deterministic=True))
 
 
+def fewest_bits(params: Mapping[str, Any]) -> int | None:
+    """Return the fewest bits of a quantized parameter, 2 for a trit; None if all are floats."""
+    return min(
+        (code_bits(leaf) for leaf in flatten(params).values() if isinstance(leaf, QuantizedTensor)), default=None
+    )
+
+
 def check_leaves(leaves: Mapping[str, Any], config: CLIPConfig) -> None:
     """Raise ValueError unless the parameters have the names and shapes of the model."""
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     check_names(leaves, shapes, "the parameter tree")
     for path, shape in shapes.items():
         matrix = (int(np.prod(shape[:3])), *shape[3:]) if len(shape) == 4 else shape
-        if np.shape(leaves[path]) != (matrix if isinstance(leaves[path], TernaryTensor) else shape):
+        if np.shape(leaves[path]) != (matrix if isinstance(leaves[path], QuantizedTensor) else shape):
             raise ValueError(f"{path} has shape {np.shape(leaves[path])}: the model's is {shape}")
 
 
 def verify_onnx(folder: epath.PathLike, config: CLIPConfig, params: Mapping[str, Any], form: Form) -> None:
-    """Read the files of a folder again, and compare them with what was written: trits, scales, and the attributes of
-    the nodes that onnx.checker does not know.
+    """Read the files of a folder again, and compare them with what was written: trits, integers, scales, and the
+    attributes of the nodes that onnx.checker does not know.
 
     Raises:
       ValueError: a file is damaged, or something differs; the message names the file and the first weight.
     """
     for tower in FILES:
         path = epath.Path(folder) / file_name(tower, form)
-        nodes, expected = read_ternary(path), dict[str, TernaryTensor]()
+        nodes, expected = read_quantized(path), dict[str, QuantizedTensor]()
         for name, leaf in flatten(params).items():
-            if form.packed and name.startswith(f"{tower}/") and isinstance(leaf, TernaryTensor):
+            if form.packed and name.startswith(f"{tower}/") and isinstance(leaf, QuantizedTensor):
                 expected |= _by_layer(name, leaf)
         try:
             _check_blocks(path, tower, config)
-            check_names(nodes, expected, "the list of 2-bit weights")
+            check_names(nodes, expected, "the list of packed weights")
             for name, leaf in expected.items():
                 if not _same(nodes[name], leaf):
                     raise ValueError(f"{name} differs from the given parameters")
@@ -180,7 +194,9 @@ def verify_embeddings(folder: epath.PathLike, form: Form, examples: Examples) ->
         )
         raise ValueError(f"{line}: {budget}" + ("" if exact else "; --accuracy-level 1 does not round activations"))
     if not exact and error <= MAX_ERROR:
-        line += ", which has no 2-bit product for this CPU and expands the weights to floats: newer versions may"
+        line += (
+            f", which has no {form.bits}-bit product for this CPU and expands the weights to floats: newer versions may"
+        )
     return line
 
 
@@ -199,12 +215,12 @@ def read_metadata(path: epath.PathLike) -> tuple[Metadata, float]:
         raise ValueError(f"{path} does not state a model of tclip_jax: {error!r:.200}") from None
 
 
-def read_ternary(path: epath.PathLike) -> dict[str, TernaryNode]:
-    """Return the 2-bit weights of a file by the path of the parameter, with the layer's index after "blocks".
+def read_quantized(path: epath.PathLike) -> dict[str, QuantizedNode]:
+    """Return the packed weights of a file by the path of the parameter, with the layer's index after "blocks".
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is damaged, or a 2-bit weight has attributes or a layout that `write_onnx` does not write.
+      ValueError: the file is damaged, or a packed weight has attributes or a layout that `write_onnx` does not write.
     """
     graph = parse_onnx(path).graph
     tensors, casts = {tensor.name: tensor for tensor in graph.initializer}, dict[str, str]()
@@ -245,7 +261,7 @@ def parse_onnx(path: epath.PathLike) -> Any:
     return model
 
 
-def _read_node(node: Any, tensors: Mapping[str, Any], casts: Mapping[str, str]) -> TernaryNode:
+def _read_node(node: Any, tensors: Mapping[str, Any], casts: Mapping[str, str]) -> QuantizedNode:
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     table, inputs = node.op_type == "GatherBlockQuantized", [name for name in node.input if name]
     codes_name = inputs[0 if table else 1] if len(inputs) == 3 else ""
@@ -253,19 +269,20 @@ def _read_node(node: Any, tensors: Mapping[str, Any], casts: Mapping[str, str]) 
     if codes_name not in tensors or scale_name not in tensors:
         raise ValueError("it must have codes and scales as constants, and no zero points or bias")
     codes, scale = _array(tensors[codes_name], 2 if table else 3), _array(tensors[scale_name], 2)
-    fixed = {"bits": 2} | ({"gather_axis": 0, "quantize_axis": 1} if table else {"N": len(codes)})
+    fixed = {"gather_axis": 0, "quantize_axis": 1} if table else {"N": len(codes)}
     wrong = [
         f"{name} {attributes.get(name)}, not {value}" for name, value in fixed.items() if attributes.get(name) != value
     ]
-    block = attributes.get("block_size", 0)
-    if block not in BLOCKS:
-        wrong.append(f"block_size {block}, not one of {', '.join(map(str, BLOCKS))}")
+    bits, block = attributes.get("bits", 0), attributes.get("block_size", 0)
+    for name, value, choices in (("bits", bits, WIDTHS), ("block_size", block, BLOCKS)):
+        if value not in choices:
+            wrong.append(f"{name} {value}, not one of {', '.join(map(str, choices))}")
     if wrong or codes.dtype != np.uint8 or scale.dtype not in (np.float32, np.float16):
         raise ValueError(f"it has {', '.join(wrong) or f'codes {codes.dtype} and scales {scale.dtype}'}")
     flat = codes.reshape(len(codes), -1)
-    length = flat.shape[1] * 4 if table else attributes.get("K", 0)
-    trits, expanded = decode_blocks(Blocks(flat, scale, block, length))
-    return TernaryNode(trits, expanded, None if table else attributes.get("accuracy_level", 0))
+    length = flat.shape[1] * 8 // bits if table else attributes.get("K", 0)
+    integers, expanded = decode_blocks(Blocks(flat, scale, block, length, bits))
+    return QuantizedNode(integers, bits, expanded, None if table else attributes.get("accuracy_level", 0))
 
 
 def _array(tensor: Any, axes: int) -> npt.NDArray[Any]:
@@ -277,25 +294,26 @@ def _array(tensor: Any, axes: int) -> npt.NDArray[Any]:
         raise ValueError(f"the tensor {tensor.name!r:.80} is damaged: {error}") from None
 
 
-def _by_layer(path: str, leaf: TernaryTensor) -> Iterator[tuple[str, TernaryTensor]]:
-    """Yield the layers of a ternary weight with the names of their nodes."""
+def _by_layer(path: str, leaf: QuantizedTensor) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield the layers of a quantized weight with the names of their nodes."""
     if "/blocks/" not in path:
         yield path, leaf
         return
-    for i in range(len(leaf.trits)):
+    for i in range(leaf.shape[0]):
         yield path.replace("/blocks/", f"/blocks/{i}/"), layer(leaf, i)
 
 
-def _same(node: TernaryNode, leaf: TernaryTensor) -> bool:
-    """Whether a node has the trits of a weight and the bits of its scales; rows of a table may be padded with zeros."""
-    trits, scale = (np.moveaxis(np.asarray(each), leaf.axis, -1) for each in (leaf.trits, leaf.scale))
-    length = trits.shape[-1]
+def _same(node: QuantizedNode, leaf: QuantizedTensor) -> bool:
+    """Whether a node has the integers and scales of a weight, bit for bit; rows of a table may be padded with zeros."""
+    integers, scale = (np.moveaxis(np.asarray(each), leaf.axis, -1) for each in (leaf.integers, leaf.scale))
+    length = integers.shape[-1]
     expanded = scale if scale.shape[-1] == 1 else scale.repeat(leaf.group, axis=-1)[..., :length]
-    expanded = np.broadcast_to(expanded, trits.shape).astype(np.float32)
+    expanded = np.broadcast_to(expanded, integers.shape).astype(np.float32)
     return (
-        node.trits.shape[0] == len(trits)
-        and 0 <= node.trits.shape[1] - length < 4
-        and not node.trits[:, length:].any()
-        and np.array_equal(node.trits[:, :length], trits)
+        node.bits == code_bits(leaf)
+        and node.integers.shape[0] == len(integers)
+        and 0 <= node.integers.shape[1] - length < 8 // node.bits
+        and not node.integers[:, length:].any()
+        and np.array_equal(node.integers[:, :length], integers)
         and np.array_equal(node.scale[:, :length].view(np.uint32), np.ascontiguousarray(expanded).view(np.uint32))
     )

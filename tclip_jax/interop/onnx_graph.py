@@ -1,4 +1,4 @@
-"""Build the ONNX graphs of both towers, with the operators of ONNX Runtime for 2-bit weights and attention.
+"""Build the ONNX graphs of both towers, with the operators of ONNX Runtime for quantized weights and attention.
 
 Values have the names of the taps in `tclip_jax.numerics.taps`, so that a comparison can ask for them.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import operator
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.interop.onnx_blocks import Blocks, encode_blocks
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor
 
 OPSET, IR_VERSION = 20, 9  # the oldest with a Gelu
 CONTRIB = "com.microsoft"
@@ -30,25 +32,29 @@ class Form:
     """How weights are stored.
 
     Attributes:
-      packed: ternary weights as 2-bit blocks; otherwise as floats, scale · trit.
+      packed: ternary weights as 2-bit blocks, uniform ones as 4- and 8-bit blocks; otherwise as floats.
       dtype: "float32" or "float16", of the scales and of all that stays float. The computation is float32.
-      accuracy_level: of a product with 2-bit weights. 1: weights are expanded to float32, which is exact and slow.
+      accuracy_level: of a product with packed weights. 1: weights are expanded to float32, which is exact and slow.
         4: activations are rounded to int8, in blocks, within the product.
+      bits: the fewest bits of a packed weight, for which the files are named: 2 with trits, otherwise 4 or 8.
     """
 
     packed: bool = True
     dtype: str = "float32"
     accuracy_level: int = 4
+    bits: int = 2
+
+    @property
+    def web_dtype(self) -> str:
+        """The dtype by which transformers.js knows the files: q2, q2f16, q4, q4f16, q8, fp32 or fp16."""
+        if not self.packed:
+            return "fp32" if self.dtype == "float32" else "fp16"
+        return f"q{self.bits}" + ("f16" if self.dtype == "float16" and self.bits < 8 else "")
 
     @property
     def suffix(self) -> str:
-        """What transformers.js appends to a file's name for its dtype q2, q2f16, fp32 or fp16."""
-        return {
-            (True, "float32"): "_q2",
-            (True, "float16"): "_q2f16",
-            (False, "float32"): "",
-            (False, "float16"): "_fp16",
-        }[self.packed, self.dtype]
+        """What transformers.js appends to a file's name for its dtype."""
+        return {"fp32": "", "q8": "_quantized"}.get(self.web_dtype, f"_{self.web_dtype}")
 
 
 def onnx_package() -> Any:
@@ -74,11 +80,11 @@ def build_tower(tower: str, config: CLIPConfig, leaves: Mapping[str, Any], form:
     Args:
       tower: "image" or "text".
       config: the model.
-      leaves: parameters by path; leaves are `TernaryTensor` or arrays, also lazy ones.
+      leaves: parameters by path; leaves are `QuantizedTensor` or arrays, also lazy ones.
       form: how weights are stored.
 
     Raises:
-      ValueError: 2-bit blocks cannot hold a weight, or a weight is not finite in `form.dtype`; the message names it.
+      ValueError: blocks cannot hold a weight, or a weight is not finite in `form.dtype`; the message names it.
     """
     return _Graph(tower, config, leaves, form).build()
 
@@ -92,7 +98,7 @@ class _Graph:
         self.shape: VisionConfig | TextConfig = config.vision if tower == "image" else config.text
         # Lazy leaves are loaded once, not once a layer.
         self.leaves = {
-            path: leaf if isinstance(leaf, TernaryTensor) else np.asarray(leaf)
+            path: leaf if isinstance(leaf, QuantizedTensor) else np.asarray(leaf)
             for path, leaf in leaves.items()
             if path.startswith(f"{tower}/")
         }
@@ -143,7 +149,7 @@ class _Graph:
     def patches(self, cfg: VisionConfig) -> str:
         """Return the patch embedding (B, patches, width): a convolution if its weight is stored as floats."""
         kernel, patch, (rows, columns) = self.leaf(PATCH_EMBEDDING), cfg.patch_size, cfg.grid
-        if isinstance(kernel, TernaryTensor) and self.form.packed:
+        if isinstance(kernel, QuantizedTensor) and self.form.packed:
             sides = self.integers([rows * patch, columns * patch])
             x = self.node("Slice", ["pixel_values", self.integers([0, 0]), sides, self.integers([2, 3])], "image/whole")
             x = self.reshape(x, [0, 3, rows, patch, columns, patch], "image/cut")
@@ -225,17 +231,18 @@ class _Graph:
     def tokens(self, cfg: TextConfig) -> str:
         path, name = "text/token_embedding/embedding", "text/token_embedding"
         table = self.leaf(path)
-        if not (isinstance(table, TernaryTensor) and self.form.packed):
+        if not (isinstance(table, QuantizedTensor) and self.form.packed):
             return self.node("Gather", [self.floats(path, _dense(table)), "input_ids"], name)
-        blocks = encode_blocks(path, table, self.form.dtype)
-        row = -(-cfg.width // 4)  # bytes; rows end with the weights, not with the block
-        # The result has the dtype of the scales. OpenVINO does not accept scales that are cast.
+        # The result has the dtype of the scales: in float16, an integer of 8 bits times a scale would be rounded.
+        blocks = encode_blocks(path, table, self.form.dtype if isinstance(table, TernaryTensor) else "float32")
+        row = -(-cfg.width * blocks.bits // 8)  # bytes; rows end with the weights, not with the block
+        # OpenVINO does not accept scales that are cast.
         inputs = [
-            self.initializer(f"{path}.trits", blocks.codes[:, :row]),
+            self.initializer(_codes_name(path, blocks), blocks.codes[:, :row]),
             "input_ids",
             self.initializer(f"{path}.scale", blocks.scale),
         ]
-        layout: dict[str, Any] = {"bits": 2, "block_size": blocks.block, "gather_axis": 0, "quantize_axis": 1}
+        layout: dict[str, Any] = {"bits": blocks.bits, "block_size": blocks.block, "gather_axis": 0, "quantize_axis": 1}
         x = self.node("GatherBlockQuantized", inputs, f"{name}/bytes", CONTRIB, called=path, **layout)
         ends = [self.integers([0]), self.integers([cfg.width]), self.integers([2])]
         x = self.node("Slice", [x, *ends], f"{name}/rows")
@@ -285,13 +292,13 @@ class _Graph:
         return self.node("Add", [y, self.floats(f"{path}/bias", self.leaf(f"{path}/bias"))], name)
 
     def product(self, x: str, path: str, weight: Any, name: str) -> str:
-        if not (isinstance(weight, TernaryTensor) and self.form.packed):
+        if not (isinstance(weight, QuantizedTensor) and self.form.packed):
             return self.node("MatMul", [x, self.floats(path, _dense(weight))], name)
         blocks = encode_blocks(_stacked(path), weight, self.form.dtype)
-        codes = self.initializer(f"{path}.trits", _shaped(blocks))
+        codes = self.initializer(_codes_name(path, blocks), _shaped(blocks))
         inputs = [x, codes, self.floats(f"{path}.scale", blocks.scale)]
-        layout: dict[str, Any] = {"K": blocks.length, "N": len(blocks.codes), "bits": 2, "block_size": blocks.block}
-        layout["accuracy_level"] = self.form.accuracy_level
+        layout: dict[str, Any] = {"K": blocks.length, "N": len(blocks.codes), "bits": blocks.bits}
+        layout |= {"block_size": blocks.block, "accuracy_level": self.form.accuracy_level}
         return self.node("MatMulNBits", inputs, name, CONTRIB, called=path, **layout)
 
     def leaf(self, path: str) -> Any:
@@ -339,8 +346,8 @@ def pads(config: TextConfig) -> bool:
 
 def layer(leaf: Any, i: int) -> Any:
     """Return layer i of a stacked parameter."""
-    if isinstance(leaf, TernaryTensor):
-        return dataclasses.replace(leaf, trits=leaf.trits[i], scale=leaf.scale[i])
+    if isinstance(leaf, QuantizedTensor):
+        return jax.tree.map(operator.itemgetter(i), leaf)
     return leaf[i]
 
 
@@ -350,11 +357,15 @@ def _stacked(path: str) -> str:
     return "/".join(parts[:2] + parts[3:]) if parts[1] == "blocks" else path
 
 
+def _codes_name(path: str, blocks: Blocks) -> str:
+    return f"{path}.{'trits' if blocks.bits == 2 else 'integers'}"
+
+
 def _shaped(blocks: Blocks) -> Array:
     """Return codes (N, blocks, bytes of a block)."""
-    return blocks.codes.reshape(*blocks.scale.shape, blocks.block // 4)
+    return blocks.codes.reshape(*blocks.scale.shape, blocks.block * blocks.bits // 8)
 
 
 def _dense(weight: Any) -> Array:
-    """Return a weight as floats, scale · trit if it is ternary."""
-    return np.asarray(weight.dequantize() if isinstance(weight, TernaryTensor) else weight)
+    """Return a weight as floats, dequantized if it is quantized."""
+    return np.asarray(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)

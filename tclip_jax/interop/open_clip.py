@@ -17,7 +17,7 @@ from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import PATCH_EMBEDDING, is_learned_scale
 from tclip_jax.schema import check_names, plain
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor
 
 Axes = tuple[int, ...] | None
 State = dict[str, npt.NDArray[Any]]
@@ -193,7 +193,7 @@ def lazy_state(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyA
     state = {}
     for entry in entries:
         leaf = leaves[entry.path]
-        as_matrix = entry.path == PATCH_EMBEDDING and isinstance(leaf, TernaryTensor)
+        as_matrix = entry.path == PATCH_EMBEDDING and isinstance(leaf, QuantizedTensor)
         shape = shapes[entry.path].shape if as_matrix else np.shape(leaf)
         _check_shape((1,) * (entry.key in _LED) + _permuted(shape[entry.layer is not None :], entry.axes), entry)
         load = functools.partial(_write, leaf, entry, shape[entry.layer is not None :])
@@ -202,10 +202,14 @@ def lazy_state(params: Mapping[str, Any], config: CLIPConfig) -> dict[str, LazyA
 
 
 def _write(leaf: Any, entry: OpenClipEntry, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    if entry.layer is not None:
-        leaf = jax.tree.map(lambda stacked: stacked[entry.layer], leaf)
-    value = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
-    return _transposed(value.reshape(shape), entry.axes).reshape(entry.shape)
+    return _transposed(dense_layer(leaf, entry.layer, shape), entry.axes).reshape(entry.shape)
+
+
+def dense_layer(leaf: Any, layer: int | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a parameter as floats of this shape, or one layer of it; a ternary one becomes scale · trit."""
+    if layer is not None:
+        leaf = jax.tree.map(lambda stacked: stacked[layer], leaf)
+    return np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf, np.float32).reshape(shape)
 
 
 def from_open_clip(state_dict: Mapping[str, Any], config: CLIPConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tclip_jax.schema import plain
 from tclip_jax.storage import is_local
 
 PYTORCH, SAFETENSORS, GGUF = "a PyTorch file", "a safetensors file", "a GGUF"
+NPZ = "an archive of NumPy arrays (.npz)"
 
 _HEAD = 512
 _MAX_MEMBERS = 10_000
@@ -57,7 +58,7 @@ _FILES = (
     ("*.onnx", "an ONNX model"),
     ("*.tflite", "a model of TensorFlow Lite"),
     ("*.gguf", "a GGUF: pass that file instead of the folder"),
-    ("*.npz", "NumPy arrays"),
+    ("*.npz", "NumPy arrays: if they are of big_vision, pass that file instead of the folder"),
 )
 
 INDEX = ".index.json"
@@ -99,7 +100,7 @@ def open_weights(path: epath.PathLike) -> Weights:
         check_file_kind(path, expected)
         raise
     kind = file_kind(path) or path.suffix or "without suffix"
-    raise ValueError(f"{path}: a weights file is .safetensors, {', '.join(_PICKLES)} or .gguf, not {kind}")
+    raise ValueError(f"{path}: a weights file is .safetensors, {', '.join(_PICKLES)}, .gguf or .npz, not {kind}")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -233,5 +234,5 @@ def _zip_kind(path: epath.Path) -> str:
     if any(name.endswith((".pkl", "/version")) for name in names):
         return PYTORCH
     if any(name.endswith(".npy") for name in names):
-        return "an archive of NumPy arrays (.npz)"
+        return NPZ
     return "a zip archive: unpack it first"

@@ -34,7 +34,7 @@ from tclip_jax.artifacts.safetensors import LazyArray, LazyStack, read_safetenso
 from tclip_jax.interop.examples import make_examples
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.ternary import PackedTensor
+from tclip_jax.ternary import PackedTensor, UniformTensor
 from tclip_jax.ternary.kernels import reference
 
 FOLDER = "stablehlo"
@@ -86,7 +86,7 @@ def write_stablehlo(folder: epath.Path, *, config: CLIPConfig, params: Mapping[s
     Args:
       folder: the folder, local or remote.
       config: the model.
-      params: parameter tree with `TernaryTensor` leaves; other leaves may be lazy.
+      params: parameter tree with `QuantizedTensor` leaves; other leaves may be lazy.
 
     Raises:
       ValueError: the package flatbuffers, which jax.export needs, is not installed.
@@ -165,7 +165,7 @@ def _no_source_paths() -> Iterator[None]:
 
 def _encoder(config: CLIPConfig, tower: str, weights: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function of a tower that is exported; of `weights` it uses only how the arrays are packed."""
-    packed = {path: weight for path, weight in weights.items() if isinstance(weight, PackedTensor)}
+    packed = {path: weight for path, weight in weights.items() if isinstance(weight, PackedTensor | UniformTensor)}
 
     def encode(arrays: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
         leaves: dict[str, Any] = {path: array for path, array in arrays.items() if not path.endswith(_SCALE)}
@@ -182,7 +182,7 @@ def _arrays(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays of packed weights and the other leaves, by the names that the programs have for them."""
     arrays: dict[str, Any] = {}
     for path, weight in weights.items():
-        if isinstance(weight, PackedTensor):
+        if isinstance(weight, PackedTensor | UniformTensor):
             arrays[path] = np.asarray(weight.data)
             arrays[path + _SCALE] = np.asarray(weight.scale, np.float32)
         else:

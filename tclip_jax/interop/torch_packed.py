@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tclip_jax.artifacts.pack import flatten
+from tclip_jax.artifacts.pack import check_no_uniform, flatten
 from tclip_jax.artifacts.safetensors import read_safetensors, write_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.examples import Examples
@@ -74,6 +74,7 @@ def write_torch(folder: epath.Path, *, config: CLIPConfig, preprocess: Preproces
       ValueError: the package has no layer for an option of the model, such as those of SigLIP; the message names it.
     """
     _check_supported(config)
+    check_no_uniform(params, "packed PyTorch")
     folder.mkdir(parents=True, exist_ok=True)
     packed = dict(_packed(params, config))
     tensors: dict[str, Any] = {}

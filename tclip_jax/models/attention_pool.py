@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from tclip_jax.models.attention import attend
 from tclip_jax.models.config import Activation, VisionConfig
-from tclip_jax.models.layers import Dense, attend, layer_norm
+from tclip_jax.models.layers import Dense, layer_norm
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.models.transformer import MLP
 
@@ -35,7 +36,8 @@ class ProbeAttention(nn.Module):
         q_1HK = query(probe_1D).reshape(1, self.heads, width // self.heads)
         kv_BT2D = keys_values(x_BTD)
         k_BTHK, v_BTHK = (kv_BT2D[:, :, i].reshape(batch, length, *q_1HK.shape[1:]) for i in range(2))
-        mixed_B1HK = attend(jnp.broadcast_to(q_1HK, (batch, *q_1HK.shape)), k_BTHK, v_BTHK, causal=False)
+        with jax.named_scope("attend"):
+            mixed_B1HK = attend(jnp.broadcast_to(q_1HK, (batch, *q_1HK.shape)), k_BTHK, v_BTHK, causal=False)
         out = Dense(width, self.rules, kernel_init=init, dtype=self.dtype, name="out")
         return out(mixed_B1HK.reshape(batch, 1, width))
 

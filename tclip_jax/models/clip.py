@@ -34,17 +34,23 @@ class CLIP(nn.Module):
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation. Parameters, LayerNorm, softmax and the embeddings are float32.
       remat: whether the backward pass recomputes the activations of each block instead of storing them.
+      attention: implementation of the attention, see `models.attention.self_attention`.
+      gradient_dtype: dtype in which devices add their sums of the gradients of the blocks' matrices: float32, or
+        `dtype`.
     """
 
     config: CLIPConfig
     rules: TernaryRules = ()
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
+    attention: str = "auto"
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
 
     def setup(self) -> None:
         mesh = mesh_in_force()
         check_tensor(self.config, self.rules, mesh.shape["tensor"] if mesh else 1)
-        config, width, shared = self.config, self.config.embed_dim, (self.rules, self.dtype, self.remat)
+        config, width = self.config, self.config.embed_dim
+        shared = self.rules, self.dtype, self.remat, self.attention, self.gradient_dtype
         self.image = VisionTransformer(config.vision, width, config.activation(config.vision), *shared)
         self.text = TextTransformer(config.text, width, config.activation(config.text), *shared)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self._initial_scale()), ())
@@ -99,7 +105,8 @@ def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
     height, width = model.config.vision.image_size
     images = jnp.zeros((1, height, width, 3))
     tokens = jnp.zeros((1, model.config.text.context_length), jnp.int32)
-    return with_learned_scales(model.clone(rules=()).init(key, images, tokens)["params"], model.rules)
+    plain = model.clone(rules=(), attention="reference")  # a forced one may not take a single row
+    return with_learned_scales(plain.init(key, images, tokens)["params"], model.rules)
 
 
 def param_shapes(config: CLIPConfig, rules: TernaryRules = ()) -> dict[str, Any]:

@@ -143,6 +143,11 @@ class CLIPConfig:
         if self.quick_gelu and "tanh" in (self.vision.approximate, self.text.approximate):
             raise ValueError("quick_gelu is true: QuickGELU has no approximation, so approximate must be 'none'")
 
+    @property
+    def towers(self) -> dict[str, tuple[VisionConfig | TextConfig, int]]:
+        """The shape of each tower, "image" and "text", and the number of its tokens."""
+        return {"image": (self.vision, self.vision.tokens), "text": (self.text, self.text.context_length)}
+
     def activation(self, tower: VisionConfig | TextConfig) -> Activation:
         """Return the activation of the MLPs of a tower."""
         return "quick_gelu" if self.quick_gelu else "gelu_tanh" if tower.approximate == "tanh" else "gelu"

@@ -93,11 +93,21 @@ def train_flops(
     """
     forward = image_flops(student) + text_flops(student)
     taught = image_flops(teacher) + text_flops(teacher) if teacher else 0
-    return (3 + remat + grad_cache) * forward + teacher_passes * taught
+    return student_passes(remat, grad_cache) * forward + teacher_passes * taught
+
+
+def student_passes(remat: bool, grad_cache: bool) -> int:
+    """Return the time of the student's forward and backward passes in forward passes; see `train_flops`."""
+    return 3 + remat + grad_cache
+
+
+def attention_flops(tower: VisionConfig | TextConfig, tokens: int) -> int:
+    """Return the operations of attention logits and weighted sums of values in all layers, for one sequence."""
+    return tower.layers * 4 * tokens * tokens * tower.width
 
 
 def _tower_flops(tower: VisionConfig | TextConfig, tokens: int) -> int:
-    """For each layer: q, k, v and out, the MLP, attention logits and weighted sum of values."""
+    """For each layer: q, k, v and out, the MLP, and attention."""
     width = tower.width
     dense = 2 * tokens * width * (4 * width + 2 * int(width * tower.mlp_ratio))
-    return tower.layers * (dense + 4 * tokens * tokens * width)
+    return tower.layers * dense + attention_flops(tower, tokens)

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.ternary_rules import is_learned_scale
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor
 
 Array = npt.NDArray[np.float32]
 
@@ -64,7 +64,7 @@ def inherit_params(params: Mapping[str, Any], config: CLIPConfig, student: CLIPC
     inherited = {}
     for path, shape in shapes.items():
         leaf = leaves[path]
-        whole = np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
+        whole = np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf, np.float32)
         whole = whole.reshape(full[path])
         if "/blocks/" in path:
             depth, heads, student_depth, student_heads = sizes[path.split("/")[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +12,60 @@ from flax import linen as nn
 
 from tclip_jax.models.config import Activation, CLIPConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
-from tclip_jax.parallel.mesh import constrain, mesh_in_force
+from tclip_jax.parallel.mesh import BATCH_AXES, constrain, mesh_in_force
 from tclip_jax.parallel.sharding import matrix_specs, path_of
-from tclip_jax.ternary import PackedTensor, Quantizer, TernaryTensor, fake_quantize, gather_rows, ternary_matmul
+from tclip_jax.ternary import (
+    PackedTensor,
+    QuantizedTensor,
+    Quantizer,
+    TernaryTensor,
+    UniformTensor,
+    dead_zone_bias,
+    fake_quantize,
+    gather_rows,
+    soft_quantize,
+    ternary_matmul,
+)
 from tclip_jax.ternary.gathering import LEVELS, Placement, gather_float, look_up
+from tclip_jax.ternary.int8 import Int8Matrix, int8_product
 from tclip_jax.ternary.sums import dense_product
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "share"), meta_fields=())
+class Softness(NamedTuple):
+    """How far weights are from ternary: w_eff = λ · ŵ + (1 − λ) · w, where ŵ is soft with a temperature above 0.
+
+    For λ = 1 and τ = 0, w_eff equals the hard ŵ to the bit.
+
+    Attributes:
+      quant_lambda: the quantization blend λ, float32, a scalar or one value per layer.
+      temperature: τ of `soft_quantize`, in the shape of λ; None for 0.
+    """
+
+    quant_lambda: jax.Array
+    temperature: jax.Array | None = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "softness"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """A leaf of a parameter tree that is used as w_eff = λ · ŵ + (1 − λ) · w. For λ = 1, w_eff equals ŵ to the bit.
+    """A leaf of a parameter tree that is not used as ternary, or not yet.
 
     Attributes:
       weight: the latent weight w; stacked layers are on its first axis.
-      share: the quantization blend λ, float32, a scalar or one value per layer.
+      softness: how the weight is used.
     """
 
     weight: jax.Array
-    share: jax.Array
+    softness: Softness
 
 
-def blend_params(params: Any, rules: TernaryRules, share: jax.Array) -> Any:
+def blend_params(params: Any, rules: TernaryRules, softness: Softness) -> Any:
     """Replace every latent weight that `rules` select with a `Blend`.
 
     Args:
       params: a parameter tree with latent weights.
       rules: (regex, quantizer) pairs that select the ternary parameters.
-      share: the quantization blend λ, a scalar from 0 to 1.
+      softness: λ and τ, scalars.
 
     Returns:
       The new tree.
@@ -49,7 +75,10 @@ def blend_params(params: Any, rules: TernaryRules, share: jax.Array) -> Any:
         path = path_of(key_path)
         if path not in TERNARIZABLE or find_quantizer(path, rules) is None:
             return leaf
-        return Blend(leaf, jnp.broadcast_to(share, (len(leaf),)) if "/blocks/" in path else share)
+        each = softness
+        if "/blocks/" in path:
+            each = jax.tree.map(lambda value: jnp.broadcast_to(value, (len(leaf),)), softness)
+        return Blend(leaf, each)
 
     return jax.tree_util.tree_map_with_path(blend, params)
 
@@ -61,7 +90,7 @@ QUANTIZER_RNG = "quantizer"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("weight", "alpha", "share", "key"),
+    data_fields=("weight", "alpha", "softness", "key"),
     meta_fields=("size", "quantizer", "axis", "placement"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +103,7 @@ class Latent:
       quantizer: None if the weight stays float.
       axis: the input axis, −2 or −1.
       alpha: the learned scale of the kinds that have one, or None.
-      share: the quantization blend λ; None for 1.
+      softness: how far the weight is from ternary; None for hard trits.
       placement: shardings of the matrix; None if it is not sharded.
       key: PRNG key of a quantizer that draws random numbers; None makes it deterministic.
     """
@@ -84,7 +113,7 @@ class Latent:
     quantizer: Quantizer | None = None
     axis: int = -2
     alpha: jax.Array | None = None
-    share: jax.Array | None = None
+    softness: Softness | None = None
     placement: Placement | None = None
     key: jax.Array | None = None
 
@@ -96,7 +125,7 @@ class Latent:
         """
         whole = self.quantizer is not None and (self.quantizer.group == "tensor" or self.key is not None)
         plain = self.quantizer is None or self.quantizer.rule.gradient is None
-        if self.placement and plain and not whole and self.share is None:
+        if self.placement and plain and not whole and self.softness is None:
             return look_up(self.weight, index, self.quantizer, self.placement, jnp.dtype(dtype))
         if self.placement or whole:
             return self.quantized(jnp.float32)[index].astype(dtype)
@@ -114,15 +143,27 @@ class Latent:
             quantize = functools.partial(
                 fake_quantize, self.weight, self.quantizer, self.axis, self.alpha, self.size, key=self.key
             )
-            if self.share is None:
+            if self.softness is None:
                 return quantize(dtype=jnp.float32, placement=self.placement)
-            weight = self.share * quantize() + (1 - self.share) * self.weight
+            quant_lambda, temperature = self.softness
+            if temperature is not None and not self.quantizer.uniform:
+                quantize = functools.partial(
+                    soft_quantize, self.weight, self.quantizer, temperature, self.axis, self.key
+                )
+            weight = quant_lambda * quantize() + (1 - quant_lambda) * self.weight
         return gather_float(weight, self.placement, jnp.dtype(dtype)) if self.placement else weight
+
+    def added_bias(self) -> jax.Array | None:
+        """Return the bias (N,) that dead-zone weights add to the layer's; None if the quantizer has none."""
+        if self.quantizer is None or not self.quantizer.dead_zone_bias:
+            return None
+        bias = dead_zone_bias(self.weight, self.quantizer, self.axis, self.alpha)
+        return bias if self.softness is None else self.softness.quant_lambda * bias
 
 
 def find_weight(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], rules: TernaryRules
-) -> PackedTensor | TernaryTensor | Latent:
+) -> PackedTensor | QuantizedTensor | Int8Matrix | Latent:
     """Read the parameter `name` of a module as a matrix, and create it during initialisation.
 
     Args:
@@ -133,38 +174,66 @@ def find_weight(
       rules: (regex, quantizer) pairs that select the ternary parameters.
 
     Returns:
-      The packed or ternary weight of the parameter tree, otherwise a `Latent`.
+      The packed, quantized or int8 weight of the parameter tree, otherwise a `Latent`.
     """
     stored: Any = module.get_variable("params", name)
-    if isinstance(stored, PackedTensor | TernaryTensor):
+    if isinstance(stored, PackedTensor | QuantizedTensor):
         return stored
+    if isinstance(stored, Int8Matrix):
+        specs = matrix_specs("/".join((*module.path, name)), stored.int8.shape)
+        return dataclasses.replace(stored, int8=Placement(*specs).place(stored.int8)) if specs else stored
     value: Any = module.param(name, init, shape)
-    share = value.share if isinstance(value, Blend) else None
+    softness = value.softness if isinstance(value, Blend) else None
     value = value.weight if isinstance(value, Blend) else value
     path = "/".join((*module.path, name))
     weight, quantizer, axis = value.reshape(matrix_shape(shape)), find_quantizer(path, rules), input_axis(path)
     alpha = module.get_variable("params", f"{name}_scale") if quantizer and quantizer.learned else None
     specs = matrix_specs(path, weight.shape)
-    placement, key = specs and Placement(*specs), None
+    placement, key = specs and Placement(*specs, BATCH_AXES), None
     if quantizer and quantizer.rule.random and module.has_rng(QUANTIZER_RNG):
         key = module.make_rng(QUANTIZER_RNG)
-    return Latent(weight, weight.size, quantizer, axis, alpha, share, placement, key)
+    return Latent(weight, weight.size, quantizer, axis, alpha, softness, placement, key)
 
 
-def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts: int = 1) -> jax.Array:
-    """Multiply activations by a weight: x · W.
+def find_bias(
+    module: nn.Module, features: int, weight: PackedTensor | QuantizedTensor | Int8Matrix | Latent
+) -> jax.Array:
+    """Read the parameter `bias` (N,) of a layer, with what dead-zone weights add to it, and create it at first.
+
+    Args:
+      module: the layer, in its own scope.
+      features: N.
+      weight: the weight of the layer, from `find_weight`.
+    """
+    bias: jax.Array = module.param("bias", nn.initializers.zeros, (features,))
+    added = weight.added_bias() if isinstance(weight, Latent) else None
+    return bias if added is None else bias + added
+
+
+def multiply(
+    x: jax.Array,
+    weight: PackedTensor | QuantizedTensor | Int8Matrix | Latent,
+    parts: int = 1,
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Multiply activations by a weight: x · W. A uniform weight is dequantized in each call.
 
     Args:
       x: floats (..., K).
       weight: (K, N).
       parts: number of equal matrices that W holds side by side.
+      gradient_dtype: dtype in which devices add their sums of the gradient of a latent W, see `dense_product`.
 
     Returns:
       (..., N) in the dtype of `x`; (..., parts, N / parts) if devices along the mesh axis `tensor` share each part.
     """
     if isinstance(weight, PackedTensor | TernaryTensor):
         return ternary_matmul(x, weight)
-    product = functools.partial(_multiply_latent, parts=parts)
+    if isinstance(weight, Int8Matrix):
+        return int8_product(x, jax.tree.map(lambda leaf: _split_parts(leaf, parts), weight))
+    if isinstance(weight, QuantizedTensor):
+        return dense_product(x, weight.dequantize())
+    product = functools.partial(_multiply_latent, parts=parts, gradient_dtype=gradient_dtype)
     if weight.quantizer is None:
         return product(x, weight)
     # Quantized weights saved for the backward pass would be as large as the latent weights. Scales and packed trits are
@@ -173,12 +242,16 @@ def multiply(x: jax.Array, weight: PackedTensor | TernaryTensor | Latent, parts:
     return jax.checkpoint(product, prevent_cse=False, policy=policy)(x, weight)
 
 
-def _multiply_latent(x: jax.Array, weight: Latent, parts: int) -> jax.Array:
-    w_KN = weight.quantized(x.dtype)
+def _multiply_latent(x: jax.Array, weight: Latent, parts: int, gradient_dtype: jax.typing.DTypeLike) -> jax.Array:
+    return dense_product(x, _split_parts(weight.quantized(x.dtype), parts), gradient_dtype)
+
+
+def _split_parts(w_KN: jax.Array, parts: int) -> jax.Array:
+    """Reshape to (K, parts, N / parts) if devices along the mesh axis `tensor` share each part."""
     mesh = mesh_in_force()
-    if parts > 1 and mesh is not None and mesh.shape["tensor"] > 1:
-        return dense_product(x, constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor"))
-    return dense_product(x, w_KN)
+    if parts == 1 or mesh is None or mesh.shape["tensor"] == 1:
+        return w_KN
+    return constrain(w_KN.reshape(len(w_KN), parts, -1), None, None, "tensor")
 
 
 class Dense(nn.Module):
@@ -192,6 +265,7 @@ class Dense(nn.Module):
       dtype: dtype of the computation and of the result.
       parts: number of equal matrices that W holds side by side. With several, the result is (..., parts, N / parts),
         and devices along the mesh axis `tensor` share each part.
+      gradient_dtype: dtype in which devices add their sums of the gradient of W.
     """
 
     features: int
@@ -200,14 +274,15 @@ class Dense(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     dtype: jax.typing.DTypeLike = jnp.float32
     parts: int = 1
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = find_weight(self, "kernel", self.kernel_init, shape, self.rules)
-        y = multiply(x.astype(self.dtype), kernel, self.parts)
+        y = multiply(x.astype(self.dtype), kernel, self.parts, self.gradient_dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = find_bias(self, self.features, kernel)
             # In float32, because the gradient of the bias is a sum over all tokens in this dtype.
             y = (y.astype(jnp.float32) + bias.reshape(y.shape[x.ndim - 1 :])).astype(self.dtype)
         # After the sum, which XLA would otherwise store and reshape in float32.
@@ -249,6 +324,9 @@ class Embedding(nn.Module):
                 table.trits[tokens], jnp.take(table.scale, tokens, axis=0, mode="clip"), table.group, table.axis
             )
             return rows.dequantize(self.dtype)
+        if isinstance(table, UniformTensor):
+            return table.rows(tokens).dequantize(self.dtype)
+        assert isinstance(table, Latent)  # tables are not int8
         return table.rows(tokens, self.dtype)
 
 
@@ -262,29 +340,6 @@ def activate(x: jax.Array, activation: Activation) -> jax.Array:
     if activation == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
     return jax.nn.gelu(x, approximate=activation == "gelu_tanh")
-
-
-def attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, causal: bool) -> jax.Array:
-    """Compute the attention softmax(q · kᵀ / √K) · v of each head, with the softmax in float32.
-
-    It equals jax.nn.dot_product_attention. Transposing heads before tokens first makes XLA twice as fast on CPUs.
-
-    Args:
-      q_BTHK: queries (B, T, H, K).
-      k_BTHK: keys (B, S, H, K); S may differ from T.
-      v_BTHK: values (B, S, H, K).
-      causal: whether a token attends only to itself and earlier tokens.
-
-    Returns:
-      (B, T, H, K).
-    """
-    q_BHTK, k_BHSK, v_BHSK = (x.transpose(0, 2, 1, 3) for x in (q_BTHK, k_BTHK, v_BTHK))
-    logits_BHTS = jnp.einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    logits_BHTS *= q_BTHK.shape[-1] ** -0.5
-    if causal:
-        logits_BHTS = jnp.where(jnp.tri(logits_BHTS.shape[-1], dtype=bool), logits_BHTS, -jnp.inf)
-    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(v_BTHK.dtype)
-    return jnp.einsum("BHTS,BHSK->BHTK", weights_BHTS, v_BHSK).transpose(0, 2, 1, 3)
 
 
 def normalize_embedding(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from tclip_jax.models.config import Activation
 from tclip_jax.models.layers import activate
 from tclip_jax.ternary.kernels import native_cpu
-from tclip_jax.ternary.tensor import PackedTensor, TernaryTensor, traced_device
+from tclip_jax.ternary.tensor import PackedTensor, QuantizedTensor, TernaryTensor, traced_device
 
 _LAYERS = (("attention", "qkv"), ("attention", "out"), ("mlp", "fc1"), ("mlp", "fc2"))
 
@@ -50,7 +50,9 @@ def native_block(
     attention, mlp, batch = params["attention"], params["mlp"], x_BTD.shape[:2]
     x = x_BTD.reshape(-1, x_BTD.shape[-1])
     qkv = _dense(x, attention["qkv"], norm=params["ln_1"], epsilon=epsilon)
-    mixed = native_cpu.attention(qkv.reshape(*batch, -1), heads, causal)
+    kernel = attention["qkv"]["kernel"]
+    activations = kernel.activations if isinstance(kernel, PackedTensor) else "A32"
+    mixed = native_cpu.attention(qkv.reshape(*batch, -1), heads, causal, activations)
     x = _dense(mixed.reshape(x.shape), attention["out"], residual=x)
     hidden = _dense(x, mlp["fc1"], norm=params["ln_2"], epsilon=epsilon, activation=activation)
     return _dense(hidden, mlp["fc2"], residual=x).reshape(x_BTD.shape)
@@ -77,6 +79,8 @@ def _dense(
             activation=activation,
             residual=residual,
         )
+    if isinstance(w, QuantizedTensor):
+        w = w.dequantize()
     if norm:
         x = jax.nn.standardize(x, axis=-1, epsilon=epsilon) * norm["scale"] + norm["bias"]
     y = x @ w + layer["bias"]

@@ -24,6 +24,8 @@ class TextTransformer(nn.Module):
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
       remat: whether the backward pass recomputes the activations of each block.
+      attention: implementation of the attention, see `self_attention`.
+      gradient_dtype: dtype in which devices add their sums of the gradients of the blocks' matrices.
     """
 
     config: TextConfig
@@ -32,6 +34,8 @@ class TextTransformer(nn.Module):
     rules: TernaryRules = ()
     dtype: jax.typing.DTypeLike = jnp.float32
     remat: bool = False
+    attention: str = "auto"
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -47,6 +51,8 @@ class TextTransformer(nn.Module):
             rules=self.rules,
             dtype=self.dtype,
             remat=self.remat,
+            attention=self.attention,
+            gradient_dtype=self.gradient_dtype,
         )
         # A masked sum, because the gradient of a gather is a scatter, slow and in the dtype of the computation.
         is_end_BT1 = jnp.expand_dims(jnp.arange(tokens_BT.shape[1]) == pooled_position(tokens_BT, cfg)[:, None], -1)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from tclip_jax.models.attention import self_attention
 from tclip_jax.models.config import Activation, TextConfig, VisionConfig
-from tclip_jax.models.layers import QUANTIZER_RNG, Dense, activate, attend, layer_norm
+from tclip_jax.models.layers import QUANTIZER_RNG, Dense, activate, layer_norm
 from tclip_jax.models.native_block import is_native, native_block, with_transforms
 from tclip_jax.models.ternary_rules import TernaryRules
 from tclip_jax.parallel.mesh import constrain_batch
@@ -24,6 +25,8 @@ class Attention(nn.Module):
       causal: whether a token attends only to itself and earlier tokens.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
+      implementation: see `self_attention`.
+      gradient_dtype: dtype in which devices add their sums of the gradients of matrices.
     """
 
     heads: int
@@ -31,20 +34,19 @@ class Attention(nn.Module):
     causal: bool
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
+    implementation: str = "auto"
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        batch, length, width = x_BTD.shape
+        width = x_BTD.shape[-1]
         std = width**-0.5
         init, out_init = nn.initializers.normal(std), nn.initializers.normal(std * (2 * self.layers) ** -0.5)
-        qkv = Dense(3 * width, self.rules, kernel_init=init, dtype=self.dtype, parts=3, name="qkv")
+        dense = functools.partial(Dense, rules=self.rules, dtype=self.dtype, gradient_dtype=self.gradient_dtype)
+        qkv = dense(3 * width, kernel_init=init, parts=3, name="qkv")
         qkv_BT3D = constrain_batch(qkv(x_BTD), None, None, "tensor")
-        q_BTHK, k_BTHK, v_BTHK = (
-            qkv_BT3D[:, :, i].reshape(batch, length, self.heads, width // self.heads) for i in range(3)
-        )
-        mixed_BTHK = constrain_batch(attend(q_BTHK, k_BTHK, v_BTHK, self.causal), None, "tensor")
-        out = Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="out")
-        return out(mixed_BTHK.reshape(batch, length, width))
+        mixed_BTD = self_attention(qkv_BT3D, self.heads, self.causal, self.implementation)
+        return dense(width, kernel_init=out_init, name="out")(mixed_BTD)
 
 
 class MLP(nn.Module):
@@ -56,6 +58,7 @@ class MLP(nn.Module):
       activation: the activation.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
+      gradient_dtype: dtype in which devices add their sums of the gradients of matrices.
     """
 
     hidden: int
@@ -63,15 +66,17 @@ class MLP(nn.Module):
     activation: Activation
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = x_BTD.shape[-1]
+        dense = functools.partial(Dense, rules=self.rules, dtype=self.dtype, gradient_dtype=self.gradient_dtype)
         init = nn.initializers.normal((2 * width) ** -0.5)
         out_init = nn.initializers.normal(width**-0.5 * (2 * self.layers) ** -0.5)
-        x_BTF = Dense(self.hidden, self.rules, kernel_init=init, dtype=self.dtype, name="fc1")(x_BTD)
+        x_BTF = dense(self.hidden, kernel_init=init, name="fc1")(x_BTD)
         x_BTF = constrain_batch(activate(x_BTF, self.activation), None, "tensor")
-        return Dense(width, self.rules, kernel_init=out_init, dtype=self.dtype, name="fc2")(x_BTF)
+        return dense(width, kernel_init=out_init, name="fc2")(x_BTF)
 
 
 class Block(nn.Module):
@@ -83,6 +88,8 @@ class Block(nn.Module):
       causal: whether a token attends only to itself and earlier tokens.
       rules: (regex, quantizer) pairs that select the ternary parameters.
       dtype: dtype of the computation.
+      attention: implementation of the attention, see `self_attention`.
+      gradient_dtype: dtype in which devices add their sums of the gradients of matrices.
       native: whether packed weights may run in native calls (`native_block`).
     """
 
@@ -91,6 +98,8 @@ class Block(nn.Module):
     causal: bool
     rules: TernaryRules
     dtype: jax.typing.DTypeLike
+    attention: str = "auto"
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32
     native: bool = True
 
     @nn.compact
@@ -103,9 +112,10 @@ class Block(nn.Module):
             )
             block = with_transforms(native, lambda params, x: plain.apply({"params": params}, x)[0])
             return block(self.variables["params"], x_BTD), None
-        attention = Attention(cfg.heads, cfg.layers, self.causal, self.rules, self.dtype, name="attention")
+        shared = self.rules, self.dtype, self.attention, self.gradient_dtype
+        attention = Attention(cfg.heads, cfg.layers, self.causal, *shared, name="attention")
         hidden = int(cfg.width * cfg.mlp_ratio)
-        mlp = MLP(hidden, cfg.layers, self.activation, self.rules, self.dtype, name="mlp")
+        mlp = MLP(hidden, cfg.layers, self.activation, self.rules, self.dtype, self.gradient_dtype, name="mlp")
         x_BTD = x_BTD + self._scaled("ls_1", attention(layer_norm("ln_1", cfg.norm_eps)(x_BTD)))
         x_BTD = x_BTD + self._scaled("ls_2", mlp(layer_norm("ln_2", cfg.norm_eps)(x_BTD)))
         return constrain_batch(x_BTD), None
@@ -134,6 +144,8 @@ def scan_blocks(
     rules: TernaryRules,
     dtype: jax.typing.DTypeLike,
     remat: bool,
+    attention: str = "auto",
+    gradient_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Apply the blocks of a tower as one scan, which is compiled once.
 
@@ -147,6 +159,8 @@ def scan_blocks(
       rules: as in `Block`.
       dtype: as in `Block`.
       remat: whether the backward pass recomputes the activations of each block.
+      attention: as in `Block`.
+      gradient_dtype: as in `Block`.
 
     Returns:
       The residual stream after the last block, (B, T, D).
@@ -160,5 +174,5 @@ def scan_blocks(
         length=config.layers,
     )
     # Without a name, that of the wrappers (ScanCheckpointBlock_0) would be in the parameter paths.
-    blocks = scanned(config, activation, causal, rules, dtype, name="blocks")
+    blocks = scanned(config, activation, causal, rules, dtype, attention, gradient_dtype, name="blocks")
     return blocks(constrain_batch(x_BTD), None)[0]

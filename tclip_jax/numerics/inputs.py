@@ -12,11 +12,14 @@ import numpy.typing as npt
 from etils import epath
 from PIL import Image
 
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.data.images import Preprocess, normalize, preprocess
-from tclip_jax.data.tokenizer import VOCAB_SIZE, Tokenizer, clean, tokenizer_of
+from tclip_jax.data.tokenizer import VOCAB_SIZE, TextTokenizer, clean
 from tclip_jax.inference.model import Model
+from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP
+from tclip_jax.interop.tokenizer_files import TOKENIZER_CONFIG
 from tclip_jax.numerics.report import Report
-from tclip_jax.numerics.torch_side import library_inputs
+from tclip_jax.numerics.torch_side import library_inputs, library_pixels, library_texts
 from tclip_jax.storage import is_local
 
 _PHRASES = (
@@ -89,17 +92,16 @@ def sample_batch(model: Model, count: int) -> tuple[npt.NDArray[np.float32], npt
     Half of the texts fill the whole context, because short texts would hide errors at late positions.
 
     Raises:
-      ValueError: `count` is below 1, or the model has another vocabulary than CLIP's.
+      ValueError: `count` is below 1, or the model's tokenizer is neither CLIP's nor stored with it.
     """
     if count < 1:
         raise ValueError(f"a batch of {count}: it must be 1 or more")
-    if model.config.text.vocab_size != VOCAB_SIZE:
+    if not model.config.text.hf_tokenizer_name and model.config.text.vocab_size != VOCAB_SIZE:
         raise ValueError(f"vocab_size is {model.config.text.vocab_size}: sample texts need CLIP's {VOCAB_SIZE}")
     images = [image for image in sample_images(2 * count) if min(image.size) > 1]
     pixels = np.stack([preprocess(image, model.preprocess) for image in images[:count]])
     texts = [phrase if i % 2 else _PHRASES[-1] + phrase for i, phrase in enumerate(sample_texts(count))]
-    tokens = tokenizer_of(model.config.text.context_length, model.config.text.hf_tokenizer_name)(texts)
-    return normalize(pixels, model.preprocess.mean, model.preprocess.std), tokens
+    return normalize(pixels, model.preprocess.mean, model.preprocess.std), model.tokenize(texts)
 
 
 # In normalised pixels: a few float32 roundings, and about 1/10,000 of one of the 255 steps of a pixel.
@@ -133,7 +135,7 @@ class InputDifference:
       name: library and kind, for example 'open_clip tokens'.
       compared: number of inputs compared.
       differ: number of inputs that differ.
-      max_abs: max |Δ| over token ids or normalised pixels.
+      max_abs: max |Δ| over token ids or normalised pixels; 1 if cleaned texts differ.
       first: description of the first input that differs, or "".
     """
 
@@ -175,20 +177,37 @@ def compare_pixels(
 def inputs_report(model: Model, path: epath.PathLike, count: int = 50) -> Report:
     """Compare a model's tokens and pixels of generated samples with open_clip and, if possible, transformers.
 
+    If the model's tokenizer is not CLIP's own, texts are compared before that as they are cleaned, and with a library
+    only if the folder is local and has its metadata. The verdict names the first stage that differs.
+
     Args:
-      model: the model whose preprocessing and context length are tested.
+      model: the model whose preprocessing and tokenizer are tested.
       path: its folder; transformers is compared if the folder is local and has the files that transformers loads.
       count: number of texts and of images. Images too thin to resize for this model are skipped.
+
+    Raises:
+      ValueError: the model's tokenizer is not CLIP's own, and is not stored with it.
     """
-    length, p = model.config.text.context_length, model.preprocess
+    tokenizer, p = model.text_tokenizer, model.preprocess
     texts, images = sample_texts(count), [image for image in sample_images(count) if _can_be_resized(image, p)]
-    rows = _compare_library("open_clip", p, length, texts, images, None)
-    files = ("tokenizer.json", "preprocessor_config.json")
-    if is_local(epath.Path(path)) and all((epath.Path(path) / name).exists() for name in files):
-        texts, images = list(filter(same_in_transformers, texts)), list(map(square_rgb, images))
-        rows += _compare_library("transformers", p, length, texts, images, path)
+    folder, squares, local = epath.Path(path), list(map(square_rgb, images)), is_local(epath.Path(path))
+    has_pixels = local and (folder / "preprocessor_config.json").exists()
+    stages: list[str] = []
+    if isinstance(tokenizer, FileTokenizer):
+        rows = [_compare_pixels("open_clip", p, images, None)]
+        rows += [_compare_pixels("transformers", p, squares, folder)] if has_pixels else []
+        for library, name in (("open_clip", OPEN_CLIP), ("transformers", HUGGING_FACE)):
+            if local and (folder / name).exists() and (folder / TOKENIZER_CONFIG).exists():
+                compared = _compare_texts(tokenizer, library, folder, texts)
+                rows += compared
+                stages += [f"texts first differ from {row.name}" for row in compared if row.differ][:1]
+    else:
+        rows = _compare_library("open_clip", tokenizer, p, texts, images, None)
+        if has_pixels and (folder / "tokenizer.json").exists():
+            texts = list(filter(same_in_transformers, texts))
+            rows += _compare_library("transformers", tokenizer, p, texts, squares, folder)
     equal = sum(not row.differ for row in rows)
-    verdict = [f"{equal} of {len(rows)} kinds of input are equal"]
+    verdict = [f"{equal} of {len(rows)} kinds of input are equal", *stages]
     for row in rows:
         verdict.append(f"{row.name}: {row.compared} compared, {row.differ} differ")
         verdict[-1] += f"; the first: {row.first}" if row.differ else ""
@@ -205,15 +224,36 @@ def _can_be_resized(image: Image.Image, p: Preprocess) -> bool:
 
 def _compare_library(
     library: str,
+    tokenizer: TextTokenizer,
     p: Preprocess,
-    length: int,
     texts: Sequence[str],
     images: Sequence[Image.Image],
     folder: epath.PathLike | None,
 ) -> list[InputDifference]:
-    tokens, pixels = library_inputs(p, length, texts, images, folder)
+    tokens, pixels = library_inputs(p, tokenizer.context_length, texts, images, folder)
     ours = [normalize(preprocess(image, p), p.mean, p.std) for image in images]
     return [
-        compare_tokens(f"{library} tokens", Tokenizer(length)(texts), tokens, texts),
+        compare_tokens(f"{library} tokens", tokenizer(texts), tokens, texts),
         compare_pixels(f"{library} pixels", ours, pixels, images),
+    ]
+
+
+def _compare_pixels(
+    library: str, p: Preprocess, images: Sequence[Image.Image], folder: epath.PathLike | None
+) -> InputDifference:
+    ours = [normalize(preprocess(image, p), p.mean, p.std) for image in images]
+    return compare_pixels(f"{library} pixels", ours, library_pixels(p, images, folder), images)
+
+
+def _compare_texts(
+    tokenizer: FileTokenizer, library: str, folder: epath.Path, texts: Sequence[str]
+) -> list[InputDifference]:
+    """Compare texts with a library after cleaning, and as tokens."""
+    cleaned, tokens = library_texts(library, folder, tokenizer.context_length, texts)
+    ours = [tokenizer.cleaned(text) for text in texts]
+    differ = [i for i, (mine, theirs) in enumerate(zip(ours, cleaned, strict=True)) if mine != theirs]
+    first = f"{texts[differ[0]]!r:.60} is {ours[differ[0]]!r:.60}, not {cleaned[differ[0]]!r:.60}" if differ else ""
+    return [
+        InputDifference(f"{library} cleaning", len(texts), len(differ), float(bool(differ)), first),
+        compare_tokens(f"{library} tokens", tokenizer(texts), tokens, texts),
     ]

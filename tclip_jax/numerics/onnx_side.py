@@ -9,7 +9,7 @@ import numpy.typing as npt
 from etils import epath
 
 from tclip_jax.interop.formats import ONNX_FOLDER
-from tclip_jax.interop.onnx import FILES, parse_onnx, read_metadata, read_ternary
+from tclip_jax.interop.onnx import FILES, parse_onnx, read_metadata, read_quantized
 from tclip_jax.interop.onnx_graph import OUTPUTS, onnx_package
 from tclip_jax.interop.onnx_session import run_onnx, runtime_version
 from tclip_jax.keys import Recipe
@@ -23,7 +23,7 @@ from tclip_jax.storage import is_local
 # Products that round activations to int8, by 0.5 % of their RMS: at a tap of ViT-B/16 the largest error is about 4e-2.
 ROUNDED_BUDGET = 0.1
 
-_SUFFIXES = ("_q2", "_q2f16", "", "_fp16")  # in order of preference
+_SUFFIXES = ("_q2", "_q2f16", "_q4", "_q4f16", "_quantized", "", "_fp16")  # in order of preference
 
 
 def onnx_files(path: epath.PathLike) -> dict[str, epath.Path]:
@@ -61,7 +61,7 @@ def onnx_recipe(files: dict[str, epath.Path]) -> Recipe:
 
 def rounds_activations(files: dict[str, epath.Path]) -> bool:
     """Whether a product of the files rounds activations, at accuracy_level 4."""
-    return any(node.accuracy_level == 4 for file in files.values() for node in read_ternary(file).values())
+    return any(node.accuracy_level == 4 for file in files.values() for node in read_quantized(file).values())
 
 
 def record_onnx(
@@ -83,7 +83,7 @@ def record_onnx(
     """
     onnx, names = onnx_package(), tap_names(config)
     taps: Taps = {}
-    version = runtime_version(packed=any(read_ternary(file) for file in files.values()))
+    version = runtime_version(packed=any(read_quantized(file) for file in files.values()))
     for tower, inputs in (("image", pixels), ("text", tokens)):
         model = parse_onnx(files[tower])
         values = {output for node in model.graph.node for output in node.output}

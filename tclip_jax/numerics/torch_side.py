@@ -238,19 +238,58 @@ def library_inputs(
     import_torch()
     if folder is None:
         open_clip = importlib.import_module("open_clip")
+        tokens = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)(list(texts)).numpy()
+        return tokens.astype(np.int32), library_pixels(preprocess, images)
+    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder)
+    batch = _padded(tokenizer, texts, context_length)
+    # transformers pads with another token than open_clip; the mask sets its padding to 0.
+    return (batch["input_ids"] * batch["attention_mask"]).astype(np.int32), library_pixels(preprocess, images, folder)
+
+
+def library_pixels(
+    preprocess: Preprocess, images: Sequence[Image.Image], folder: epath.PathLike | None = None
+) -> list[npt.NDArray[np.float32]]:
+    """Preprocess images as `library_inputs` does."""
+    import_torch()
+    if folder is None:
         transform = importlib.import_module("open_clip.transform")
         prepare = transform.image_transform_v2(transform.PreprocessCfg(**preprocess.to_open_clip()), is_train=False)
-        tokens = open_clip.tokenizer.SimpleTokenizer(context_length=context_length)(list(texts)).numpy()
-        return tokens.astype(np.int32), [prepare(image).numpy().transpose(1, 2, 0) for image in images]
-    transformers = importlib.import_module("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer(
-        list(texts), padding="max_length", max_length=context_length, truncation=True, return_tensors="np"
-    )
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pixels = [processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0) for image in images]
-    # transformers pads with another token than open_clip; the mask sets its padding to 0.
-    return (batch["input_ids"] * batch["attention_mask"]).astype(np.int32), pixels
+        return [prepare(image).numpy().transpose(1, 2, 0) for image in images]
+    processor = importlib.import_module("transformers").AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return [processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0) for image in images]
+
+
+def library_texts(
+    library: str, folder: epath.PathLike, context_length: int, texts: Sequence[str]
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Clean and tokenize texts with the tokenizer in a folder, which is not CLIP's own.
+
+    Args:
+      library: "open_clip" or "transformers".
+      folder: a local folder that the library loads.
+      context_length: number of tokens of a text.
+      texts: the texts.
+
+    Returns:
+      The texts as their words are looked up, and token ids (N, context_length) int32 with the library's padding.
+    """
+    import_torch()
+    if library == "open_clip":
+        wrapped = importlib.import_module("open_clip").get_tokenizer(f"local-dir:{folder}")
+        tokenizer, cleaned = wrapped.tokenizer, [wrapped.clean_fn(text) for text in texts]
+        tokens = wrapped(list(texts), context_length).numpy()
+    else:
+        tokenizer, cleaned = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder), list(texts)
+        tokens = _padded(tokenizer, texts, context_length)["input_ids"]
+    if hasattr(tokenizer, "canonicalize_text"):  # SiglipTokenizer
+        cleaned = [tokenizer.canonicalize_text(text) for text in cleaned]
+    elif normalizer := tokenizer.backend_tokenizer.normalizer:
+        cleaned = [normalizer.normalize_str(text) for text in cleaned]
+    return cleaned, tokens.astype(np.int32)
+
+
+def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
+    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
 
 
 def _environment(module: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tclip_jax.numerics.configurations import Differences, differences, other_sh
 from tclip_jax.numerics.golden import model_recipe
 from tclip_jax.numerics.report import Report
 from tclip_jax.numerics.taps import Taps
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor
 from tclip_jax.ternary.tensor import expand_scale
 
 Array = npt.NDArray[Any]
@@ -192,8 +192,8 @@ def _layers(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 layer = jax.tree.map(lambda stacked, i=i: stacked[i], leaf)
                 yield path.replace("/blocks/", f"/blocks/{i}/"), layer
         else:
-            # A ternary patch embedding is stored as a matrix.
-            yield path, leaf if isinstance(leaf, TernaryTensor) else leaf.reshape(matrix_shape(leaf.shape))
+            # A quantized patch embedding is stored as a matrix.
+            yield path, leaf if isinstance(leaf, QuantizedTensor) else leaf.reshape(matrix_shape(leaf.shape))
 
 
 def _weight_difference(name: str, ours: Any, reference: Any) -> WeightDifference:
@@ -208,11 +208,11 @@ def _weight_difference(name: str, ours: Any, reference: Any) -> WeightDifference
 
 
 def _values(leaf: Any) -> Any:
-    return np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf)
+    return np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf)
 
 
 def _trits(leaf: Any) -> Any:
-    return leaf.trits if isinstance(leaf, TernaryTensor) else np.sign(leaf)
+    return leaf.trits if isinstance(leaf, TernaryTensor) else np.sign(_values(leaf))
 
 
 def _scale_error(ours: TernaryTensor, reference: TernaryTensor) -> float:

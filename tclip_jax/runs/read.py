@@ -21,6 +21,7 @@ from tclip_jax.runs.checksums import CheckpointError, files_below
 from tclip_jax.runs.config import RunConfig, read_config
 from tclip_jax.runs.record import HISTORY, read_metrics
 from tclip_jax.runs.steps import all_steps
+from tclip_jax.runs.tokenizer import kept_tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -84,12 +85,14 @@ def weights_origin(path: epath.PathLike, step: int) -> dict[str, Any]:
     """Return {"source", "step", "content"} of the weights that `read_weights` read; "content" is a digest."""
     workdir, _, average = split_step(path)
     folder, config = workdir / "checkpoints" / str(step) / ("average" if average else "params"), read_config(workdir)
+    tokenizer = kept_tokenizer(workdir, config.model.text)
     files = {name: str(file) for name, file in files_below(folder).items()}
     made_by = keys.recipe(
         model=config.model,
         preprocess=config.preprocess,
         rules=config.rules,
         files=dict(zip(files, contents(files.values()), strict=True)),
+        **({"tokenizer": tokenizer.digest} if tokenizer else {}),
     )
     return {"source": str(path), "step": step, "content": keys.digest(made_by)}
 

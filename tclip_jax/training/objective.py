@@ -17,7 +17,7 @@ from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.layers import QUANTIZER_RNG, blend_params, normalize_embedding
+from tclip_jax.models.layers import QUANTIZER_RNG, Softness, blend_params, normalize_embedding
 from tclip_jax.models.taps import States, apply_with_states
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.runs.config import LossConfig
@@ -184,7 +184,7 @@ class Objective:
         """
         clip = params["clip"]
         if quant_lambda is not None:
-            clip = blend_params(clip, self.student.model.rules, quant_lambda)
+            clip = blend_params(clip, self.student.model.rules, Softness(quant_lambda))
         image, text, states = self.student(clip, batch, self.config, key)
         if self.teacher is None:
             return Embeddings(image, text), {}

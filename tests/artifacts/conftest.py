@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from etils import epath
 
-from tclip_jax.artifacts import write_artifact
+from tclip_jax.artifacts import pack_params, write_artifact
 from tclip_jax.artifacts.files import file_entry
 from tclip_jax.artifacts.manifest import MANIFEST, dump_manifest
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.ternary_rules import ATTENTION, PATCH_EMBEDDING, TOKEN_EMBEDDING, TernaryRules
+from tclip_jax.ternary import Quantizer
 
 Tree = dict[str, Any]
 
@@ -37,6 +38,36 @@ def written(
     """An artifact that no test may change."""
     folder = tmp_path_factory.mktemp("artifacts") / "written"
     write_artifact(folder, config=config, preprocess=preprocess, params=packed, rules=rules, figures={"top1": 0.5})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_rules(rules: TernaryRules) -> TernaryRules:
+    """Attention with 8 bits, the token embedding with 4, in groups of an odd size; the MLPs are ternary."""
+    return (
+        (ATTENTION, Quantizer(group="channel", kind="uniform", bits=8)),
+        (TOKEN_EMBEDDING, Quantizer(group=5, kind="uniform", bits=4)),
+        (PATCH_EMBEDDING, Quantizer(group="tensor", kind="uniform", bits=4, scale_bits=24)),
+        *rules,
+    )
+
+
+@pytest.fixture(scope="session")
+def mixed(latent: Tree, mixed_rules: TernaryRules) -> Tree:
+    return pack_params(latent, mixed_rules)
+
+
+@pytest.fixture(scope="session")
+def mixed_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    config: CLIPConfig,
+    preprocess: Preprocess,
+    mixed: Tree,
+    mixed_rules: TernaryRules,
+) -> pathlib.Path:
+    """An artifact with trits and integers of 4 and 8 bits, which no test may change."""
+    folder = tmp_path_factory.mktemp("artifacts") / "mixed"
+    write_artifact(folder, config=config, preprocess=preprocess, params=mixed, rules=mixed_rules)
     return folder
 
 

@@ -20,8 +20,12 @@ def write(
     model_cfg: Mapping[str, Any],
     ternary: Mapping[str, tuple[np.ndarray, np.ndarray, int, int]],
     floats: Mapping[str, np.ndarray],
+    integers: Mapping[str, tuple[np.ndarray, int, np.ndarray, int, int]] = {},
 ) -> None:
-    """Writes trits, scales, group and axis by path, and the other parameters as float32 or float16 arrays."""
+    """Writes trits, scales, group and axis by path, and the other parameters as float32 or float16 arrays.
+
+    Of integers it writes the values, their bits, scales, group and axis.
+    """
     folder.mkdir()
     tensors, frames, rest = {}, {}, {}
     for path, (trits, scale, group, axis) in ternary.items():
@@ -30,6 +34,15 @@ def write(
         packed = (digits.reshape(-1, 5) * np.array([1, 3, 9, 27, 81])).sum(axis=1).astype(np.uint8).tobytes()
         frames |= {f"{path}.trits": compress(packed), f"{path}.scale": compress(planes(scale))}
         tensors[path] = {"coding": "base3+zstd", "shape": trits.shape, "dtype": scale.dtype.name, "axis": axis}
+        tensors[path] |= {"group": group, "scale_shape": scale.shape, "sha256": sha256(packed + scale.tobytes())}
+    for path, (values, bits, scale, group, axis) in integers.items():
+        codes = [int(value) % 2**bits for value in values.ravel()]
+        if bits == 4:
+            codes += [0] * (len(codes) % 2)
+            codes = [low + 16 * high for low, high in zip(codes[::2], codes[1::2], strict=True)]
+        packed = bytes(codes)
+        rest |= {f"{path}.integers": compress(packed), f"{path}.scale": compress(planes(scale))}
+        tensors[path] = {"coding": f"int{bits}+zstd", "shape": values.shape, "dtype": scale.dtype.name, "axis": axis}
         tensors[path] |= {"group": group, "scale_shape": scale.shape, "sha256": sha256(packed + scale.tobytes())}
     for path, value in floats.items():
         rest[path] = compress(planes(value))
@@ -40,7 +53,7 @@ def write(
         (folder / name).write_bytes(data)
     manifest = {
         "format": "tclip",
-        "format_version": 1,
+        "format_version": 2 if integers else 1,
         "model_cfg": model_cfg,
         "preprocess_cfg": {},
         "ternary": [],

@@ -40,7 +40,7 @@ def truncated_file_with_forged_checksums(folder: pathlib.Path, forge: Forge) -> 
 
 def newer_version(folder: pathlib.Path, forge: Forge) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 2}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 3}))
 
 
 def other_shape(folder: pathlib.Path, forge: Forge) -> None:
@@ -108,7 +108,10 @@ def warm(written: pathlib.Path) -> None:
             truncated_file_with_forged_checksums,
             rf"{FILE} is truncated or damaged: it has \d+ bytes, its header states \d+",
         ),
-        (newer_version, "format_version is 2, and this tclip_jax reads 1: a newer artifact needs a newer tclip_jax"),
+        (
+            newer_version,
+            "format_version is 3, and this tclip_jax reads 1 to 2: a newer artifact needs a newer tclip_jax",
+        ),
         (other_shape, rf"{FC1} has shape \[2, 24, 1048576\]: it must be \[2, 24, 96\]"),
         (wider_model, r"embedding has shape \[50, 16\]: it must be \[134217728, 16\]"),
         (other_group, rf"{FC1} has scale_shape \[2, 2, 96\]: it must be \[2, 24, 96\]"),

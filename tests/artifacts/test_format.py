@@ -70,6 +70,16 @@ def test_rectangular_images_and_other_options_survive(model: Tree, tmp_path: pat
     assert not (tmp_path / "a" / "preprocessor_config.json").exists()  # transformers has no "longest"
 
 
+def test_the_record_of_a_quantizer_lacks_the_bias_that_is_folded_in(model: Tree, tmp_path: pathlib.Path) -> None:
+    """Readers of version 1 refuse the key."""
+    rules = tuple((pattern, dataclasses.replace(each, dead_zone_bias=0.5)) for pattern, each in model["rules"])
+    write_artifact(tmp_path / "a", **model | {"rules": rules})
+    manifest = read_artifact(tmp_path / "a").manifest
+    assert manifest["format_version"] == 1
+    assert {*manifest["ternary"][0][1]} == {"factor", "group", "scale_bits", "kind"}
+    assert read_artifact(tmp_path / "a").rules == model["rules"]
+
+
 def test_equal_arguments_give_equal_bytes(model: Tree, written: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write_artifact(tmp_path / "a", **model, figures={"top1": 0.5})
     for path in written.iterdir():
@@ -88,7 +98,7 @@ def test_parameters_of_another_model_are_refused(model: Tree, tmp_path: pathlib.
 
 
 def test_latent_weights_are_refused(model: Tree, latent: Tree, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ArtifactError, match=r"image/.* holds latent weights, but a rule makes it ternary: call"):
+    with pytest.raises(ArtifactError, match=r"image/.* holds latent weights, but a rule quantizes it: call"):
         write_artifact(tmp_path / "a", **model | {"params": latent})
 
 
@@ -207,6 +217,8 @@ def test_a_forged_scale_is_refused(artifact: pathlib.Path, forge: Forge) -> None
 
 def test_a_newer_version_is_refused(artifact: pathlib.Path) -> None:
     manifest = json.loads((artifact / "tclip.json").read_text())
-    (artifact / "tclip.json").write_text(json.dumps(manifest | {"format_version": 2, "tensors": "elsewhere"}))
-    with pytest.raises(ArtifactError, match="format_version is 2, and this tclip_jax reads 1: a newer artifact needs"):
+    (artifact / "tclip.json").write_text(json.dumps(manifest | {"format_version": 3, "tensors": "elsewhere"}))
+    with pytest.raises(
+        ArtifactError, match="format_version is 3, and this tclip_jax reads 1 to 2: a newer artifact needs"
+    ):
         read_artifact(artifact)

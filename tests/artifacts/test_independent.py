@@ -13,7 +13,7 @@ import pytest
 from tclip_jax.artifacts import read_artifact
 from tclip_jax.artifacts.pack import flatten
 from tclip_jax.models.config import CLIPConfig
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor, TernaryTensor, UniformTensor
 
 Tree = dict[str, Any]
 
@@ -25,18 +25,30 @@ independent_writer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(independent_writer)
 
 
+@pytest.fixture(scope="session", params=["packed", "mixed"])
+def params(request: pytest.FixtureRequest) -> Tree:
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
-def theirs(tmp_path_factory: pytest.TempPathFactory, config: CLIPConfig, packed: Tree) -> pathlib.Path:
+def theirs(tmp_path_factory: pytest.TempPathFactory, config: CLIPConfig, params: Tree) -> pathlib.Path:
     """The model, written by the independent writer."""
     folder = tmp_path_factory.mktemp("independent") / "artifact"
-    ternary, floats = {}, {}
-    for path, leaf in flatten(packed).items():
+    ternary, floats, integers = {}, {}, {}
+    for path, leaf in flatten(params).items():
         if isinstance(leaf, TernaryTensor):
             ternary[path] = (np.asarray(leaf.trits), np.asarray(leaf.scale), leaf.group, leaf.axis)
+        elif isinstance(leaf, UniformTensor):
+            integers[path] = (np.asarray(leaf.integers), leaf.bits, np.asarray(leaf.scale), leaf.group, leaf.axis)
         else:
             floats[path] = leaf
-    independent_writer.write(folder, config.to_open_clip(), ternary, floats)
+    independent_writer.write(folder, config.to_open_clip(), ternary, floats, integers)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ours(params: Tree, packed: Tree, written: pathlib.Path, mixed_written: pathlib.Path) -> pathlib.Path:
+    return written if params is packed else mixed_written
 
 
 def documented_reader(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -47,34 +59,35 @@ def documented_reader(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return names["weights"]
 
 
-def test_another_writer_is_read_to_the_bit(theirs: pathlib.Path, config: CLIPConfig, packed: Tree) -> None:
+def test_another_writer_is_read_to_the_bit(theirs: pathlib.Path, config: CLIPConfig, params: Tree) -> None:
     loaded = read_artifact(theirs)
     assert loaded.config == config and loaded.rules == () and "provenance" not in loaded.manifest
-    expected, leaves = flatten(packed), flatten(loaded.params)
+    expected, leaves = flatten(params), flatten(loaded.params)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
-        if isinstance(leaf, TernaryTensor):
-            np.testing.assert_array_equal(leaves[path].trits, leaf.trits)
+        if isinstance(leaf, QuantizedTensor):
+            assert type(leaves[path]) is type(leaf)
+            np.testing.assert_array_equal(leaves[path].integers, leaf.integers)
             np.testing.assert_array_equal(leaves[path].scale, leaf.scale)
             assert (leaves[path].group, leaves[path].axis) == (leaf.group, leaf.axis)
         else:
             np.testing.assert_array_equal(leaves[path], leaf)
 
 
-def test_both_writers_give_the_same_checksums_of_tensors(theirs: pathlib.Path, written: pathlib.Path) -> None:
-    ours = json.loads((written / "tclip.json").read_text())["tensors"]
+def test_both_writers_give_the_same_checksums_of_tensors(theirs: pathlib.Path, ours: pathlib.Path) -> None:
+    entries = json.loads((ours / "tclip.json").read_text())["tensors"]
     for path, entry in json.loads((theirs / "tclip.json").read_text())["tensors"].items():
-        if entry["dtype"] == ours[path]["dtype"]:
-            assert entry == ours[path]
+        if entry["dtype"] == entries[path]["dtype"]:
+            assert entry == entries[path]
 
 
-@pytest.mark.parametrize("which", ["theirs", "written"])
-def test_the_documented_reader_reads_both(which: str, packed: Tree, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("which", ["theirs", "ours"])
+def test_the_documented_reader_reads_both(which: str, params: Tree, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(which)
     weights, dtypes = documented_reader(folder), json.loads((folder / "tclip.json").read_text())["tensors"]
-    assert weights.keys() == flatten(packed).keys()
-    for path, leaf in flatten(packed).items():
-        if isinstance(leaf, TernaryTensor):
+    assert weights.keys() == flatten(params).keys()
+    for path, leaf in flatten(params).items():
+        if isinstance(leaf, QuantizedTensor):
             np.testing.assert_array_equal(weights[path], leaf.dequantize())
         else:
             np.testing.assert_array_equal(weights[path], leaf.astype(dtypes[path]["dtype"]))

@@ -14,6 +14,8 @@ from tclip_jax.artifacts.pack import flatten
 from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.ternary import Quantizer
 from tclip_jax.ternary.kernels import native_cpu
 
 Tree = dict[str, Any]
@@ -78,7 +80,22 @@ def test_a_model_of_floats_has_sizes_too(
     write_artifact(tmp_path / "a", config=config, preprocess=preprocess, params=params, rules=(), rest_dtype="float32")
     found = inspect_artifact(tmp_path / "a")
     assert found["layers"] == [] and found["zeros"] == found["bits_per_trit"] == found["bytes"]["trits"] == 0
-    assert "0.00%" in inspection_text(found) and plot_inspection(found).axes[1].get_legend() is None
+    assert found["compression_theoretical"] == 1
+    text, (sizes,) = inspection_text(found), plot_inspection(found).axes
+    assert "0.00%" in text and "trit" not in text + sizes.get_xlabel() and "zeros" not in text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_of_integers_shows_no_figures_of_trits(
+    tmp_path: pathlib.Path, config: CLIPConfig, preprocess: Preprocess, latent: Tree, bits: Any
+) -> None:
+    rules = ternary_rules("Q-ALL", Quantizer(kind="uniform", bits=bits))
+    params = pack_params(latent, rules)
+    write_artifact(tmp_path / "a", config=config, preprocess=preprocess, params=params, rules=rules)
+    found = inspect_artifact(tmp_path / "a")
+    assert json.loads(json.dumps(found))["compression_theoretical"] is None and found["uniform_share"] > 0.5
+    text, (sizes,) = inspection_text(found), plot_inspection(found).axes
+    assert "trit" not in text + sizes.get_xlabel() and "zeros" not in text and "formula" not in text
 
 
 def test_the_runtime_names_the_kernel_of_each_weight(

@@ -138,7 +138,7 @@ def test_a_reference_that_only_its_library_reads(
     arguments = ["compare", "activations", str(folder / "artifact"), str(transformers_folder)]
     assert main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4:-2] == [f"{tower}.layer_norm_eps: ours 1e-05, reference 0.001" for tower in ("vision", "text")]
+    assert lines[-4:-2] == [f"{tower}.norm_eps: ours 1e-05, reference 0.001" for tower in ("text", "vision")]
     assert lines[-1] == "  guess: the epsilon of the LayerNorms: the reference has 0.001, ours is 1e-05"
     (transformers_folder / "preprocessor_config.json").write_text('{"do_resize": false}')
     assert main(arguments) == 1

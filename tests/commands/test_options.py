@@ -29,7 +29,7 @@ from tclip_jax.cli import main
         ("plan --config ternaryclip --topology v5e:2x2 --out o", "--out is the folder of a sweep: it needs --sweep"),
         (
             "export m --out o --to gguf-tq1_0 --dtype float16",
-            "--dtype is for open_clip, hf, onnx, and --to is gguf-tq1_0",
+            "--dtype is for open_clip, hf, big_vision, onnx, and --to is gguf-tq1_0",
         ),
         ("data prepare --data csv:x --name n --out o --beam= --workers 2", "--workers is for this machine"),
         ("data prepare --data 'wds:*.tar' --name n --out o --file-samples 5", "--file-samples is for other sources"),

@@ -14,7 +14,10 @@ from PIL import Image
 from tclip_jax import cli
 from tclip_jax.data.tokenizer import Tokenizer
 from tclip_jax.datasets.contact_sheet import contact_sheet
+from tclip_jax.inference.load import load_tokenizer
+from tclip_jax.models.config import TextConfig
 from tests.pages import Page
+from tests.small_tokenizers import CONTEXT, write_gemma
 
 
 def pictures(page: str) -> list[np.ndarray]:
@@ -66,3 +69,18 @@ def test_a_bad_sample_is_shown_with_its_name_and_reason(
     assert {*kinds} == {"corrupt_image", "no_caption", "broken_shard", "empty_shard"} and len(page.pictures()) == 7
     names = {attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes}
     assert len(names) == 11 and all(str(name).startswith(f"{tars}/") for name in names)
+
+
+def test_captions_of_another_tokenizer_are_decoded_by_it(tmp_path: pathlib.Path) -> None:
+    size = write_gemma(tmp_path)
+    text = TextConfig(context_length=CONTEXT, vocab_size=size, hf_tokenizer_name="org/small")
+    tokenizer = load_tokenizer(tmp_path, text)
+    assert tokenizer is not None
+    batch = {
+        "image": np.zeros((1, 8, 8, 3), np.uint8),
+        "tokens": tokenizer("two small dogs"),
+        "weight": np.ones(1, np.float32),
+        "fault": np.zeros(1, np.int32),
+    }
+    sheet = contact_sheet("title", batch, ["a"], [""], [], tokenizer)
+    assert "two small dogs" in sheet and "tokens" not in sheet.split('<div class="cards">')[1]

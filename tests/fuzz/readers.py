@@ -26,26 +26,29 @@ import pyarrow.parquet
 import safetensors.numpy
 
 from tclip_jax.artifacts.format import read_artifact, write_artifact
+from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.artifacts.safetensors import read_safetensors
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import base, open_source
 from tclip_jax.data.sources.shard_index import ShardIndex
 from tclip_jax.interop import litert
+from tclip_jax.interop.big_vision import to_big_vision, write_big_vision
 from tclip_jax.interop.checkpoints import open_checkpoint
 from tclip_jax.interop.export import export_model
 from tclip_jax.interop.gguf import read_gguf, write_gguf
 from tclip_jax.interop.litert_flatbuffer import Flatbuffer
-from tclip_jax.interop.litert_int4 import Int4, decode_int4
-from tclip_jax.interop.onnx import read_metadata, read_ternary, write_onnx
+from tclip_jax.interop.litert_integers import Integers, decode_integers
+from tclip_jax.interop.onnx import read_metadata, read_quantized, write_onnx
 from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.interop.torchscript import read_torchscript, torchscript_activation
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.ternary_rules import input_axis, matrix_shape, ternary_rules
+from tclip_jax.models.ternary_rules import MLP, input_axis, matrix_shape
 from tclip_jax.numerics.golden import Recording, read_golden, write_golden
 from tclip_jax.recipes import load_recipe, override
 from tclip_jax.runs.config import run_config
 from tclip_jax.ternary import Quantizer, TernaryTensor
+from tests import siglip
 
 CONFIG = CLIPConfig(
     embed_dim=16,
@@ -131,8 +134,9 @@ def _safetensors() -> Reader:
 
 def _manifest() -> Reader:
     def prepare(folder: pathlib.Path) -> None:
-        rules = ternary_rules("Q-FFN", Quantizer())
-        write_artifact(folder / "a", config=SMALL, preprocess=Preprocess(16), params=params(SMALL, "row"), rules=rules)
+        rules = ((MLP, Quantizer()), ("i.*", Quantizer(kind="uniform", bits=4)), (".*", Quantizer(kind="uniform")))
+        same: dict[str, Any] = {"config": SMALL, "params": pack_params(params(SMALL), rules), "rules": rules}
+        write_artifact(folder / "a", **same, preprocess=Preprocess(16))
 
     def sign(folder: pathlib.Path, name: str) -> None:
         """Checksums that fit, of every second input, so that what they protect is reached."""
@@ -158,6 +162,21 @@ def _gguf() -> Reader:
         write_gguf(folder / "m.gguf", config=WIDE, preprocess=Preprocess(16), params=params(WIDE, "row"), kind="tq2_0")
 
     return Reader(prepare, lambda folder: read_gguf(folder / "m.gguf"), {"m.gguf": None})
+
+
+def _big_vision() -> Reader:
+    config = dataclasses.replace(
+        SMALL,
+        embed_dim=64,
+        vision=dataclasses.replace(SMALL.vision, **siglip.VISION),
+        text=dataclasses.replace(SMALL.text, **siglip.TEXT),
+    )
+
+    return Reader(
+        lambda folder: write_big_vision(folder / "m.npz", to_big_vision(params(config), config)),
+        lambda folder: jax.tree.map(np.asarray, open_checkpoint(folder / "m.npz").params),
+        {"m.npz": None},
+    )
 
 
 def _torchscript() -> Reader:
@@ -215,7 +234,7 @@ def _onnx() -> Reader:
         write_onnx(folder, **same, preprocess=Preprocess(16))
 
     def read(folder: pathlib.Path) -> None:
-        read_ternary(folder / "text_model_q2.onnx")
+        read_quantized(folder / "text_model_q2.onnx")
         read_metadata(folder / "text_model_q2.onnx")
 
     return Reader(prepare, read, {"text_model_q2.onnx": None})
@@ -229,10 +248,9 @@ def _litert() -> Reader:
     def read(folder: pathlib.Path) -> None:
         litert.read_metadata(folder / "text.tflite")
         file = Flatbuffer(folder / "text.tflite")
-        for name in file.int4_names():
-            matrix = file.matrix(name)
-            if isinstance(matrix, Int4):
-                decode_int4(matrix)
+        for matrix in map(file.matrix, file.integer_names()):
+            if isinstance(matrix, Integers):
+                decode_integers(matrix)
         file.with_outputs(file.names()[:3])
 
     return Reader(prepare, read, {"text.tflite": None})
@@ -364,6 +382,7 @@ READERS: dict[str, Callable[[], Reader]] = {
     "safetensors": _safetensors,
     "manifest": _manifest,
     "gguf": _gguf,
+    "big_vision": _big_vision,
     "torchscript": _torchscript,
     "transformers": lambda: _library(
         ["hf"],

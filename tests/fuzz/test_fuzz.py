@@ -17,7 +17,7 @@ import pytest
 CHILD = pathlib.Path(__file__).with_name("child.py")
 ROOT = CHILD.parents[2]
 READERS = (
-    *("safetensors", "manifest", "gguf", "torchscript", "transformers", "open_clip"),
+    *("safetensors", "manifest", "gguf", "big_vision", "torchscript", "transformers", "open_clip"),
     *("onnx", "litert", "tar", "csv", "parquet", "arrayrecord", "golden", "overrides"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -28,6 +29,25 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(model: Model, readable:
         assert isinstance(guess, Guess) and guess.name == str(path)
         assert list(guess.labels) == [LABELS[i] for i in np.argsort(-row)]
         assert [guess.labels[label] for label in LABELS] == pytest.approx(row, abs=1e-5)
+
+
+def test_a_bias_of_the_logits_gives_each_label_its_own_probability(model: Model, readable: list[epath.Path]) -> None:
+    biased = dataclasses.replace(model, params=model.params | {"logit_bias": np.float32(-3.0)})
+    paths = list(map(str, readable))
+    guesses, softmax = (classify_images(each, paths, LABELS, ["{c}"]) for each in (biased, model))
+    images = model.encode_image([Image.open(path) for path in readable]).astype(np.float64)
+    logits = model.logit_scale * images @ model.encode_text(LABELS).astype(np.float64).T - 3
+    for guess, before, row in zip(guesses, softmax, logits, strict=True):
+        assert isinstance(guess, Guess) and isinstance(before, Guess)
+        assert list(guess.labels) == list(before.labels)  # the order is the same
+        assert [guess.labels[label] for label in LABELS] == pytest.approx(1 / (1 + np.exp(-row)), rel=1e-4)
+    # Logits of large models are below −88, where the exponential overflows in float32.
+    extreme = dataclasses.replace(model, params=model.params | {"logit_bias": np.float32(-300.0)})
+    assert all(
+        0 <= share < 1e-38 for guess in classify_images(extreme, paths, LABELS) for share in guess.labels.values()
+    )  # type: ignore[union-attr]
+    alone = classify_images(biased, paths, LABELS[:1], ["{c}"])
+    assert [guess.labels[LABELS[0]] for guess in alone] == pytest.approx([g.labels[LABELS[0]] for g in guesses])  # type: ignore[union-attr]
 
 
 def test_outcomes_are_in_the_order_of_the_paths(model: Model, pictures: pathlib.Path) -> None:

@@ -143,6 +143,17 @@ def test_the_command(
     assert json.loads((tmp_path / "x.names.json").read_text()) == ["a cat", "a dog"]
 
 
+@pytest.mark.parametrize("activations", ["A32", "A8"])
+def test_the_command_packs_for_the_activations_that_are_asked_for(
+    artifact: pathlib.Path, model: Model, readable: list[epath.Path], activations: Any, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "x.npy"
+    files = list(map(str, readable))
+    assert main(["embed", str(artifact), "--images", *files, "--out", str(out), "--activations", activations]) == 0
+    expected = model.repacked(activations=activations).encode_image([Image.open(path) for path in readable])
+    np.testing.assert_allclose(np.load(out), expected, atol=1e-6)
+
+
 def test_the_command_resumes(
     artifact: pathlib.Path, model: Model, readable: list[epath.Path], tmp_path: pathlib.Path
 ) -> None:

@@ -17,10 +17,17 @@ from etils import epath
 
 import tclip_jax
 from tclip_jax.artifacts.format import read_artifact
+from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.cli import main
-from tclip_jax.inference.load import load_model, load_run
+from tclip_jax.data.images import Preprocess
+from tclip_jax.inference import load
+from tclip_jax.inference.load import Stored, load_model, load_packed, load_run
+from tclip_jax.models.clip import CLIP, init_params
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.runs.checksums import CheckpointError, write_checksums
 from tclip_jax.runs.steps import saved_steps
+from tclip_jax.ternary import Quantizer
 from tclip_jax.training import loop, session
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -214,6 +221,20 @@ def test_training_resumes_from_the_newest_complete_step(
         (cut_short / "checkpoints" / str(step) / "commit_success.txt").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoints: no step is whole: .*; to start again, remove that folder"):
         loop.train(config, cut_short)
+
+
+def test_a_run_is_packed_layer_by_layer_with_the_bias_of_its_dead_zone_weights(
+    model_config: CLIPConfig, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = ternary_rules("Q-ALL", Quantizer(group=12, kind="lsq", dead_zone_bias=0.5))
+    params = jax.device_get(init_params(CLIP(model_config, rules), jax.random.key(0)))
+    monkeypatch.setattr(load, "load_stored", lambda path: Stored(model_config, preprocess, params, rules))
+    packed, expected = flatten(load_packed("run").params), flatten(pack_params(params, rules))
+    assert packed.keys() == expected.keys()
+    for path, leaf in expected.items():
+        jax.tree.map(np.testing.assert_array_equal, packed[path], leaf)
+    path = "text/blocks/mlp/fc1/bias"
+    assert np.any(packed[path] != flatten(params)[path])
 
 
 def test_an_artifact_is_loaded_without_orbax_and_training(artifact: pathlib.Path) -> None:

@@ -126,7 +126,7 @@ def test_export_has_each_format_that_was_asked_for(params: Params, tmp_path: pat
     [
         (
             ("coreml",),
-            "format 'coreml' is not one of open_clip, hf, onnx, onnx-fp32, onnx-fp16, litert, stablehlo,"
+            "format 'coreml' is not one of open_clip, hf, big_vision, onnx, onnx-fp32, onnx-fp16, litert, stablehlo,"
             " torch, gguf-tq1_0, gguf-tq2_0",
         ),
         (("open_clip", "gguf-tq1_0"), "128"),

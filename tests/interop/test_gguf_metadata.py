@@ -81,7 +81,7 @@ def as_read(metadata: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "SigLIP" not in name])
 @pytest.mark.parametrize("stats", [{}, {"mean": HALF_MEAN, "std": HALF_STD}, {"mean": (0.1, 0.2, 0.3)}])
 def test_every_preset_comes_back(preset: str, stats: dict[str, Any]) -> None:
     config = CLIPConfig.from_open_clip(PRESETS[preset])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tclip_jax.artifacts.pack import flatten
 from tclip_jax.interop.latent import latent_from_ternary, latent_params
-from tclip_jax.ternary import Quantizer, TernaryTensor, ternarize
+from tclip_jax.ternary import Quantizer, TernaryTensor, quantize, ternarize
 
 _ternarize = jax.jit(ternarize, static_argnums=(1, 2))
 
@@ -44,6 +46,44 @@ def test_what_weights_ternarize_to_is_reached_again(factor: float, group: Any, b
     # The weights suit training: none is far out, and zeros of both signs cancel.
     assert np.abs(latent).max() <= 2 * t.scale.max()
     assert abs(latent[t.trits == 0].mean()) < 0.01 * t.scale.max()
+
+
+def test_integers_are_left_to_their_quantizer_and_trits_are_not_made_integers() -> None:
+    path, uniform = "text/token_embedding/embedding", Quantizer(group=8, kind="uniform", bits=4)
+    w = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, (30, 16)).astype(np.float32))
+    tree = {"text": {"token_embedding": {"embedding": quantize(w, uniform, -1)}}}
+    kept = flatten(latent_params(tree, ((path, uniform),)))[path]
+    again = quantize(kept.dequantize(), uniform, -1)
+    np.testing.assert_array_equal(again.integers, kept.integers)
+    np.testing.assert_array_equal(again.scale, kept.scale)
+    tree["text"]["token_embedding"]["embedding"] = quantize(w, Quantizer(group=8), -1)
+    with pytest.raises(ValueError, match=f"^{path}: latent weights exist only for quantizers of kind factor, not"):
+        latent_params(tree, ((path, uniform),))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_that_the_quantizer_would_change_are_refused(bits: Any) -> None:
+    path, uniform = "image/projection/kernel", Quantizer(group=16, kind="uniform", bits=bits)
+    w = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, (64, 30)).astype(np.float32))
+    tree = {"image": {"projection": {"kernel": quantize(w, uniform)}}}
+    other: Any = {4: 8, 8: 4}[bits]
+    changes = r"with scale_bits=8 changes [\d,]+ of its 1,920 integers, and the scale of [\d,]+$"
+    for quantizer, message in (
+        (dataclasses.replace(uniform, bits=other), rf"uniform bits={other} group=16 gives no integers of {bits} bits$"),
+        (Quantizer(group=16), rf"k=2 group=16 gives no integers of {bits} bits$"),
+        (dataclasses.replace(uniform, group=32), f"uniform bits={bits} group=32 {changes}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{path}: the quantizer {message}"):
+            latent_params(tree, ((path, quantizer),))
+    with pytest.raises(ValueError, match=f"^{path} has integers of {bits} bits, but no rule of the run matches it$"):
+        latent_params(tree, ())
+    of_64 = ((path, dataclasses.replace(uniform, group=64)),)  # the groups are those of "channel"
+    tree["image"]["projection"]["kernel"] = quantize(w, dataclasses.replace(uniform, group="channel"))
+    assert flatten(latent_params(tree, of_64)).keys() == {path}
+    exact = dataclasses.replace(uniform, scale_bits=24)
+    tree["image"]["projection"]["kernel"] = quantize(w, exact)
+    with pytest.raises(ValueError, match=r"scale_bits=24 changes 0 of its 1,920 integers, and the scale of \d+$"):
+        latent_params(tree, ((path, exact),))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 11, 24]), st.floats(0.02, 0.98), st.integers(-9, 2))

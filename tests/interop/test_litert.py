@@ -21,7 +21,7 @@ from tclip_jax.interop import litert_flatbuffer
 from tclip_jax.interop.export import export_model
 from tclip_jax.interop.litert import read_metadata, rounding_note, verify_embeddings, verify_litert, write_litert
 from tclip_jax.interop.litert_flatbuffer import Flatbuffer
-from tclip_jax.interop.litert_int4 import Int4, decode_int4
+from tclip_jax.interop.litert_integers import Integers, decode_integers
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.ternary import Quantizer, TernaryTensor
@@ -76,8 +76,8 @@ def test_files_have_the_same_trits_and_describe_themselves(
         assert logit_scale == pytest.approx(float(np.exp(params["logit_scale"])))
     weight = flatten_dict(params, sep="/")[FC1]
     matrix = Flatbuffer(written / "image.tflite").matrix("image/blocks/1/mlp/fc1/kernel")
-    assert isinstance(matrix, Int4) and matrix.block == 32
-    trits, scale = decode_int4(matrix)
+    assert isinstance(matrix, Integers) and matrix.block == 32
+    trits, scale = decode_integers(matrix)
     np.testing.assert_array_equal((trits * scale).T, weight.dequantize()[1])
     projection = Flatbuffer(written / "text.tflite").matrix("text/projection/kernel")
     np.testing.assert_array_equal(projection, params["text"]["projection"]["kernel"].T)
@@ -136,7 +136,7 @@ def test_a_file_that_differs_is_detected(params: Params, written: pathlib.Path) 
                 },
                 sep="/",
             ),
-            "no parameter is ternary: litert packs trits",
+            "no parameter is quantized: litert packs trits and integers",
         ),
     ],
 )
@@ -180,7 +180,9 @@ def test_a_damaged_or_foreign_file_is_one_line(params: Params, written: pathlib.
         read_metadata(path)
     name = b"image/blocks/0/mlp/fc1/kernel"
     path.write_bytes(whole.replace(name, name.replace(b"fc1", b"fc9")))
-    message = "the list of INT4 weights does not fit the model: missing image/blocks/0/mlp/fc1/kernel; unexpected image"
+    message = (
+        "the list of packed weights does not fit the model: missing image/blocks/0/mlp/fc1/kernel; unexpected image"
+    )
     with pytest.raises(ValueError, match=f"^{path}: {message}"):
         verify_litert(tmp_path, params)
     with pytest.raises(FileNotFoundError):
@@ -255,7 +257,10 @@ def test_the_command(params: Params, tmp_path: pathlib.Path, capfd: pytest.Captu
             ["--to", "onnx", "--batch", "2"],
             "--batch is for litert, and --to is onnx: the other formats take any number",
         ),
-        (["--to", "litert", "--dtype", "float16"], "--dtype is for open_clip, hf, onnx, and --to is litert"),
+        (
+            ["--to", "litert", "--dtype", "float16"],
+            "--dtype is for open_clip, hf, big_vision, onnx, and --to is litert",
+        ),
     ],
 )
 def test_options_that_the_format_does_not_take(

@@ -22,7 +22,7 @@ from tclip_jax.interop.litert import verify_embeddings, verify_litert, write_lit
 from tclip_jax.interop.litert_session import run_litert
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS
-from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
+from tclip_jax.models.ternary_rules import MLP, TOKEN_EMBEDDING
 from tclip_jax.ternary import Quantizer
 from tests.interop.model_shapes import RULES, TEXT, VISION, clip_configs, draw_params
 
@@ -71,6 +71,31 @@ def test_look_ups_and_products_with_float_weights_are_exact(quick_gelu: bool, tm
     ):
         found = run_litert((tmp_path / f"{name}.tflite").read_bytes(), inputs)[0][:, 0]
         np.testing.assert_allclose(found / np.linalg.norm(found, axis=-1, keepdims=True), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {r".*/kernel": Quantizer(kind="uniform", bits=8, group="channel"), TOKEN_EMBEDDING: Quantizer(group=32)},
+        {r".*": Quantizer(kind="uniform", bits=4, group=32)},
+        {MLP: Quantizer(group=32), r".*": Quantizer(kind="uniform", bits=4, group="channel")},
+        {TOKEN_EMBEDDING: Quantizer(kind="uniform", bits=8, group="channel"), MLP: Quantizer(group=32)},
+    ],
+)
+def test_weights_of_4_and_8_bits(rules: dict[str, Quantizer], tmp_path: pathlib.Path) -> None:
+    params = draw_params(CONFIG, tuple(rules.items()))
+    write(tmp_path, CONFIG, params)
+    verify_litert(tmp_path, params)
+    assert "embeddings have a cosine of " in verify_embeddings(tmp_path, make_examples(CONFIG, params))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_look_ups_of_integers_are_exact(bits: Any, tmp_path: pathlib.Path) -> None:
+    params = draw_params(CONFIG, ((TOKEN_EMBEDDING, Quantizer(kind="uniform", bits=bits, group="channel")),))
+    write(tmp_path, CONFIG, params)
+    examples = make_examples(CONFIG, params)
+    found = run_litert((tmp_path / "text.tflite").read_bytes(), examples.tokens)[0][:, 0]
+    np.testing.assert_allclose(found / np.linalg.norm(found, axis=-1, keepdims=True), examples.text, rtol=0, atol=1e-5)
 
 
 def test_embeddings_that_differ_are_refused(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -23,8 +24,21 @@ TINY = CLIPConfig.from_open_clip(PRESETS["tiny"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_config_json_gives_the_model_it_was_written_from(preset: str) -> None:
     config = CLIPConfig.from_open_clip(PRESETS[preset])
-    assert config_from_hugging_face(hugging_face_config(config)) == config
-    assert from_name(preset) == (config, Preprocess(config.vision.image_size), True)
+    back = config_from_hugging_face(hugging_face_config(config))
+    vision, text = config.vision, config.text
+    # A config.json has the hidden sizes, not the ratios, and does not name the tokenizer of open_clip.
+    assert int(back.vision.width * back.vision.mlp_ratio) == int(vision.width * vision.mlp_ratio)
+    assert int(back.text.width * back.text.mlp_ratio) == int(text.width * text.mlp_ratio)
+    vision = dataclasses.replace(vision, mlp_ratio=back.vision.mlp_ratio)
+    name = back.text.hf_tokenizer_name
+    text = dataclasses.replace(text, mlp_ratio=back.text.mlp_ratio, hf_tokenizer_name=name)
+    assert back == dataclasses.replace(config, vision=vision, text=text)
+    pixels = Preprocess(config.vision.image_size)
+    if "SigLIP" not in preset:
+        assert from_name(preset) == (config, pixels, True)
+        return
+    pixels = dataclasses.replace(pixels, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash")
+    assert from_name(preset) == (config, pixels, False)
 
 
 def test_preprocessing_is_the_inverse_of_export(tmp_path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from tclip_jax.cli import main
 from tclip_jax.data.images import Preprocess
 from tclip_jax.interop import onnx as interop_onnx
 from tclip_jax.interop.export import export_model
-from tclip_jax.interop.onnx import parse_onnx, read_metadata, read_ternary, verify_embeddings, verify_onnx, write_onnx
+from tclip_jax.interop.onnx import parse_onnx, read_metadata, read_quantized, verify_embeddings, verify_onnx, write_onnx
 from tclip_jax.interop.onnx_blocks import BLOCKS, decode_blocks, encode_blocks, find_block
 from tclip_jax.interop.onnx_graph import Form
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -107,7 +107,7 @@ def test_files_have_the_same_trits_and_describe_themselves(form: Form, params: P
         graph = parse_onnx(path).graph
         assert tuple(value.name for value in graph.input) == ends
         assert [value.name for value in graph.output] == ["image_embeds" if name == "vision" else "text_embeds"]
-        levels = {node.accuracy_level for node in read_ternary(path).values()} - {None}
+        levels = {node.accuracy_level for node in read_quantized(path).values()} - {None}
         assert levels == {form.accuracy_level}
     again = tmp_path / "again"
     again.mkdir()
@@ -183,7 +183,7 @@ def test_another_attention_is_detected(name: str, value: int, params: Params, tm
                 sep="/",
             ),
             Form(),
-            "no parameter is ternary: onnx packs trits; onnx-fp32 and onnx-fp16 write float weights",
+            "no parameter is quantized: onnx packs trits and integers; onnx-fp32 and onnx-fp16 write float weights",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_tower_of_more_than_2_gib_is_refused(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda model, node: node.attribute.remove(attribute(node, "bits")), "bits None, not 2"),
+        (lambda model, node: node.attribute.remove(attribute(node, "bits")), "bits 0, not one of 2, 4, 8"),
         (lambda model, node: set_attribute(node, "block_size", 256), "block_size 256, not one of 128, 64, 32"),
         (lambda model, node: set_attribute(node, "K", 2**40), "do not hold 1099511627776 inputs in blocks of"),
         (lambda model, node: set_attribute(node, "N", 7), "N 7, not"),
@@ -229,7 +229,7 @@ def test_a_damaged_file_is_one_line(
     damage(model, next(node for node in model.graph.node if node.op_type == "MatMulNBits"))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match=f"^{path}.*{message}"):
-        read_ternary(path)
+        read_quantized(path)
 
 
 def attribute(node: Any, name: str) -> Any:
@@ -312,7 +312,10 @@ def test_the_command(params: Params, tmp_path: pathlib.Path, capsys: pytest.Capt
     [
         (["--to", "gguf-tq1_0", "--accuracy-level", "1"], "--accuracy-level is for onnx, and --to is gguf-tq1_0"),
         (["--to", "onnx", "--dtype", "bfloat16"], "onnx has no dtype bfloat16: choose float32 or float16"),
-        (["--to", "onnx-fp16", "--dtype", "float16"], "--dtype is for open_clip, hf, onnx, and --to is onnx-fp16"),
+        (
+            ["--to", "onnx-fp16", "--dtype", "float16"],
+            "--dtype is for open_clip, hf, big_vision, onnx, and --to is onnx-fp16",
+        ),
     ],
 )
 def test_options_that_a_format_does_not_take(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.images import Preprocess
 from tclip_jax.data.tokenizer import tokenizer_of
 from tclip_jax.inference.model import Model
-from tclip_jax.interop.checkpoints import open_checkpoint
+from tclip_jax.interop.checkpoints import open_checkpoint, resize_positions
 from tclip_jax.interop.export import export_model
 from tclip_jax.interop.hugging_face import from_hugging_face, to_hugging_face
 from tclip_jax.interop.hugging_face_config import config_from_hugging_face, hugging_face_config
@@ -87,7 +88,7 @@ def test_other_models_are_refused(changed: dict[str, Any], message: str) -> None
 
 
 def test_texts_are_refused_without_their_tokenizer() -> None:
-    with pytest.raises(ValueError, match="tokenized by 'SiglipTokenizer', which is not read yet"):
+    with pytest.raises(ValueError, match="tokenized by 'SiglipTokenizer', which is not stored with it"):
         tokenizer_of(CONFIG.text.context_length, CONFIG.text.hf_tokenizer_name)
 
 
@@ -182,3 +183,24 @@ def test_an_export_is_transformers_own(module: Any, params: dict[str, Any], tmp_
         assert torch.equal(again.state_dict()[key], value), key
     with pytest.raises(ValueError, match="open_clip builds SigLIP's image towers by their names in timm"):
         export_model(tmp_path / "b", config=CONFIG, preprocess=Preprocess(24), params=params, formats=("open_clip",))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("side", [13, 14, 16, 27])
+@pytest.mark.parametrize("grid", [(7, 7), (15, 15), (24, 24), (32, 32), (20, 9)])
+def test_positions_are_resized_as_timm_and_open_clip_do(side: int, grid: tuple[int, int]) -> None:
+    """open_clip's towers of timm are resized by timm, its own by open_clip; both with antialiasing, at any factor."""
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from open_clip.model import resize_pos_embed
+
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((1 + side * side, 64), np.float32)
+    model = timm.create_model("test_vit", img_size=side, patch_size=1, class_token=False, global_pool="avg")
+    model.pos_embed = torch.nn.Parameter(torch.from_numpy(embedding[None, 1:]))
+    model.set_input_size(grid)  # as open_clip's `force_image_size`
+    np.testing.assert_allclose(
+        resize_positions(embedding[1:], grid, False), model.pos_embed[0].detach().numpy(), atol=1e-5
+    )
+    state = {"visual.positional_embedding": torch.from_numpy(embedding)}
+    resize_pos_embed(state, types.SimpleNamespace(visual=types.SimpleNamespace(grid_size=grid)))
+    np.testing.assert_allclose(resize_positions(embedding, grid), state["visual.positional_embedding"], atol=1e-5)

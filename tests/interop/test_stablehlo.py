@@ -25,7 +25,7 @@ from tclip_jax.inference.model import Model
 from tclip_jax.interop import stablehlo
 from tclip_jax.interop.stablehlo import BUDGET, verify_stablehlo, write_stablehlo
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, TOKEN_EMBEDDING, ternary_rules
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.ternary.packing import unpack_2bit
 
@@ -101,6 +101,18 @@ def test_every_kind_of_pooling_norm_and_scale(tmp_path: pathlib.Path, random_par
     floats = random_params(config)
     write_stablehlo(epath.Path(tmp_path / "float"), config=config, params=floats)
     assert_gives_the_embeddings_of(tmp_path / "float", config, floats, 2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_stay_packed_too(bits: Any, random_params: Draw, tmp_path: pathlib.Path) -> None:
+    rules = ((TOKEN_EMBEDDING, Quantizer(kind="uniform", bits=bits, group=8)), (MLP, Quantizer()))
+    rules = ((ATTENTION, Quantizer(kind="uniform", bits=bits, group="channel")), *rules)
+    params = pack_params(random_params(CONFIG), rules)
+    write_stablehlo(epath.Path(tmp_path / "out"), config=CONFIG, params=params)
+    assert_gives_the_embeddings_of(tmp_path / "out", CONFIG, params, 2)
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "weights.safetensors")
+    for path in (TOKEN_EMBEDDING, "image/blocks/attention/qkv/kernel"):
+        assert stored[path].tobytes() == np.asarray(flatten(params)[path].data).tobytes()
 
 
 def test_weights_are_packed_four_to_a_byte_and_exact(programs: pathlib.Path, params: Params) -> None:

@@ -57,6 +57,7 @@ def test_any_config_survives_open_clips_json(config: CLIPConfig) -> None:
         ("ViT-B-16", 149_620_737),
         ("ViT-B-16-quickgelu", 149_620_737),
         ("ViT-L-14", 427_616_513),
+        ("ViT-B-16-SigLIP", 203_155_970),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
@@ -70,8 +71,10 @@ def test_presets_are_open_clips(preset: str) -> None:
     import open_clip
 
     assert CLIPConfig.from_open_clip(model_cfg(preset)) == CLIPConfig.from_open_clip(open_clip.get_model_config(preset))
-    ours, defaults = preprocess_cfg(), vars(open_clip.transform.PreprocessCfg())
-    assert ours == {key: defaults[key] for key in ours}
+    ours, theirs = preprocess_cfg(preset), vars(open_clip.transform.PreprocessCfg())
+    if "SigLIP" in preset:
+        theirs |= open_clip.get_pretrained_cfg(preset, "webli")
+    assert ours == {key: theirs[key] for key in ours}
 
 
 def test_tiny_preset_keeps_clips_vocabulary() -> None:

@@ -14,39 +14,47 @@ from hypothesis.extra import numpy as st_numpy
 from jax.sharding import PartitionSpec
 
 from tclip_jax.models.layers import (
+    Blend,
     Dense,
     Embedding,
     Latent,
+    Softness,
     activate,
-    attend,
     layer_norm,
     multiply,
     normalize_embedding,
 )
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.ternary import Quantizer, TernaryTensor, fake_quantize, initial_alpha, ternarize
+from tclip_jax.ternary import Quantizer, TernaryTensor, UniformTensor, fake_quantize, initial_alpha, quantize
 from tclip_jax.ternary.gathering import Placement
 
 RNG = np.random.default_rng(0)
-QUANTIZERS = [Quantizer(group=8), Quantizer(1.0, "channel"), Quantizer(2.0, "tensor", 24)]
+QUANTIZERS = [
+    Quantizer(group=8),
+    Quantizer(1.0, "channel"),
+    Quantizer(2.0, "tensor", 24),
+    Quantizer(group=8, kind="uniform", bits=4),
+    Quantizer(group="channel", kind="uniform", bits=8),
+]
+every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: quantizer.description)
 
 
-def ternary(w: np.ndarray, quantizer: Quantizer, axis: int) -> TernaryTensor:
-    return jax.jit(ternarize, static_argnums=(1, 2))(w, quantizer, axis)
+def packed_weight(w: np.ndarray, quantizer: Quantizer, axis: int) -> TernaryTensor | UniformTensor:
+    return jax.jit(quantize, static_argnums=(1, 2))(w, quantizer, axis)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: str(quantizer.group))
+@every_quantizer
 def test_dense_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: jax.typing.DTypeLike) -> None:
     x, kernel, bias = (RNG.standard_normal(shape, np.float32) for shape in ((3, 20), (20, 7), (7,)))
-    packed = ternary(kernel, quantizer, -2)
+    packed = packed_weight(kernel, quantizer, -2)
     layer = Dense(7, rules=(("kernel", quantizer),), dtype=dtype)
     training = jax.jit(layer.apply)({"params": {"kernel": kernel, "bias": bias}}, x)
     inference = jax.jit(layer.apply)({"params": {"kernel": packed, "bias": bias}}, x)
     assert training.dtype == inference.dtype == dtype
     np.testing.assert_array_equal(training, inference)
     scale = np.repeat(np.float64(packed.scale), packed.group, 0)[:20]
-    expected = np.float64(x) @ (packed.trits * scale) + bias
+    expected = np.float64(x) @ (packed.integers * scale) + bias
     np.testing.assert_allclose(np.float64(training), expected, atol=1e-5 if dtype == jnp.float32 else 0.1)
 
 
@@ -63,17 +71,17 @@ def test_a_dense_of_several_parts_reshapes_no_float32_sum() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda quantizer: str(quantizer.group))
+@every_quantizer
 def test_embedding_is_the_same_in_training_and_packed(quantizer: Quantizer, dtype: jax.typing.DTypeLike) -> None:
     table, tokens = RNG.standard_normal((11, 20), np.float32), np.array([[0, 10, 3], [3, 3, 7]], np.int32)
-    packed = ternary(table, quantizer, -1)
+    packed = packed_weight(table, quantizer, -1)
     layer = Embedding(11, 20, rules=(("embedding", quantizer),), dtype=dtype)
     training = jax.jit(layer.apply)({"params": {"embedding": table}}, tokens)
     inference = jax.jit(layer.apply)({"params": {"embedding": packed}}, tokens)
     assert training.dtype == inference.dtype == dtype
     np.testing.assert_array_equal(training, inference)
     scale = np.repeat(np.asarray(packed.scale), packed.group, -1)[:, :20]
-    np.testing.assert_array_equal(training, (packed.trits * scale)[tokens].astype(dtype))
+    np.testing.assert_array_equal(training, (packed.integers * scale)[tokens].astype(dtype))
 
 
 def test_only_the_parameter_that_the_rule_names_is_quantized() -> None:
@@ -85,21 +93,33 @@ def test_only_the_parameter_that_the_rule_names_is_quantized() -> None:
     assert not np.array_equal(unquantized, Dense(7, rules=((".*", Quantizer()),)).apply(params, x))
 
 
-def test_the_gradient_of_a_ternary_dense_is_straight_through() -> None:
+@every_quantizer
+def test_the_gradient_of_a_quantized_dense_is_straight_through(quantizer: Quantizer) -> None:
     x, kernel = RNG.standard_normal((3, 20), np.float32), RNG.standard_normal((20, 7), np.float32)
-    quantizer = Quantizer(group=8)
     layer = Dense(7, rules=(("kernel", quantizer),), use_bias=False)
     gradient = jax.grad(lambda w: (layer.apply({"params": {"kernel": w}}, x) ** 2).sum())(kernel)
     quantized = np.float64(fake_quantize(kernel, quantizer))
     np.testing.assert_allclose(gradient, 2 * x.T @ (x @ quantized), rtol=1e-4, atol=1e-4)
 
 
+@every_quantizer
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_blend_is_between_the_float_and_the_quantized_weight(quantizer: Quantizer, share: float) -> None:
+    x, kernel = RNG.standard_normal((3, 20), np.float32), RNG.standard_normal((20, 7), np.float32)
+    layer = Dense(7, rules=(("kernel", quantizer),), use_bias=False)
+    blended = layer.apply({"params": {"kernel": Blend(kernel, Softness(jnp.float32(share)))}}, x)
+    quantized = np.float64(fake_quantize(kernel, quantizer))
+    np.testing.assert_allclose(blended, np.float64(x) @ (share * quantized + (1 - share) * kernel), atol=1e-5)
+    if share == 1:
+        np.testing.assert_array_equal(blended, layer.apply({"params": {"kernel": kernel}}, x))
+
+
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind", ["factor", "twn", "lsq"])
+@pytest.mark.parametrize("kind", ["factor", "twn", "lsq", "uniform"])
 def test_no_quantized_weights_are_kept_for_the_backward_pass(
-    kind: Literal["factor", "twn", "lsq"], sharded: bool
+    kind: Literal["factor", "twn", "lsq", "uniform"], sharded: bool
 ) -> None:
-    quantizer, weight = Quantizer(kind=kind, group=16), RNG.standard_normal((64, 32), np.float32)
+    quantizer, weight = Quantizer(kind=kind, group=16, bits=4), RNG.standard_normal((64, 32), np.float32)
     alpha = initial_alpha(weight, quantizer) if quantizer.learned else None
     placement = Placement(PartitionSpec("fsdp", None), PartitionSpec(None, None)) if sharded else None
 
@@ -111,19 +131,6 @@ def test_no_quantized_weights_are_kept_for_the_backward_pass(
     large = [np.asarray(kept) for kept in jax.tree.leaves(transpose) if kept.size >= weight.size]
     for each in large:
         np.testing.assert_array_equal(each, weight)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_the_softmax_of_scaled_products(causal: bool) -> None:
-    q, k, v = RNG.standard_normal((3, 2, 7, 3, 4)).astype(np.float32)
-    logits = np.einsum("bthk,bshk->bhts", np.float64(q), k) / 2
-    logits = np.where(np.tri(7, dtype=bool), logits, -np.inf) if causal else logits
-    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(attend(q, k, v, causal), np.einsum("bhts,bshk->bthk", weights, v), atol=1e-6)
-    narrow = [jnp.asarray(each, jnp.bfloat16) for each in (q, k, v)]
-    result, expected = attend(*narrow, causal), jax.nn.dot_product_attention(*narrow, is_causal=causal)
-    assert result.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(result), np.float32(expected), atol=0.02)
 
 
 def test_gelu_is_torchs_and_openais() -> None:

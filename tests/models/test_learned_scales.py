@@ -22,9 +22,17 @@ from tclip_jax.data.images import Preprocess
 from tclip_jax.interop.open_clip import from_open_clip, to_open_clip
 from tclip_jax.models.clip import CLIP, init_params, param_shapes, with_learned_scales
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.layers import blend_params
+from tclip_jax.models.layers import Softness, blend_params
 from tclip_jax.models.summary import parameter_rows, parameter_table
-from tclip_jax.models.ternary_rules import ATTENTION, MLP, PATCH_EMBEDDING, TOKEN_EMBEDDING, is_learned_scale
+from tclip_jax.models.ternary_rules import (
+    ATTENTION,
+    MLP,
+    PATCH_EMBEDDING,
+    TOKEN_EMBEDDING,
+    TernaryRules,
+    is_learned_scale,
+    ternary_rules,
+)
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.sharding import partition_spec, path_of
 from tclip_jax.ternary import Quantizer, TernaryTensor
@@ -130,7 +138,13 @@ def test_learned_scales_are_sharded_like_their_weights_and_do_not_decay() -> Non
 
 def test_the_table_shows_scales_and_does_not_count_them() -> None:
     rows = parameter_rows(param_shapes(CONFIG, RULES), RULES, make_mesh(4, 2))
-    assert {row["ternary"] for row in rows} == {"", "lsq group=32", "lsq group=8", "seq group=channel", "seq group=64"}
+    assert {row["quantizer"] for row in rows} == {
+        "",
+        "lsq group=32",
+        "lsq group=8",
+        "seq group=channel",
+        "seq group=64",
+    }
     total = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG)))
     share = f"{ternary_share(pack_params(latent(), RULES)):.2%}"
     line = next(line for line in parameter_table(rows).splitlines() if line.startswith("all parameters"))
@@ -140,13 +154,30 @@ def test_the_table_shows_scales_and_does_not_count_them() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_blended_weights_go_from_float_to_ternary(share: float) -> None:
     params = latent()
-    blended = forward()(blend_params(params, RULES, jnp.float32(share)))
+    blended = forward()(blend_params(params, RULES, Softness(jnp.float32(share))))
     if share == 0.5:
         gradient = jax.jit(
-            jax.grad(lambda w: jnp.sum(forward()(blend_params(w, RULES, jnp.float32(share)))[0])),
+            jax.grad(lambda w: jnp.sum(forward()(blend_params(w, RULES, Softness(jnp.float32(share))))[0])),
         )(params)
         assert all(np.any(leaf) for path, leaf in flatten(gradient).items() if path.startswith("image/blocks/mlp"))
         return
     ends = {0.0: jax.jit(CLIP(CONFIG).apply)({"params": params}, IMAGES, TOKENS)[:2], 1.0: forward()(params)}
     compare = np.testing.assert_array_equal if share else functools.partial(np.testing.assert_allclose, atol=1e-6)
     jax.tree.map(compare, blended, ends[share])
+
+
+def test_while_trits_are_soft_integers_of_other_weights_are_hard() -> None:
+    """A rule for 4 bits beside soft trits; with a temperature of 0 everything is hard."""
+    rules = ternary_rules([(".*/mlp/.*", Quantizer(kind="uniform", bits=4)), (".*", Quantizer(group=8))], Quantizer())
+    params = latent()
+
+    def outputs(temperature: float, rules: TernaryRules) -> Any:
+        softness = Softness(jnp.float32(1), jnp.float32(temperature))
+        return jax.jit(CLIP(CONFIG, rules).apply)({"params": blend_params(params, rules, softness)}, IMAGES, TOKENS)[:2]
+
+    hard = jax.jit(CLIP(CONFIG, rules).apply)({"params": params}, IMAGES, TOKENS)[:2]
+    jax.tree.map(np.testing.assert_array_equal, outputs(0.0, rules), hard)
+    assert np.any(outputs(0.4, rules)[0] != hard[0])
+    integers = rules[:1]
+    hard = jax.jit(CLIP(CONFIG, integers).apply)({"params": params}, IMAGES, TOKENS)[:2]
+    jax.tree.map(np.testing.assert_array_equal, outputs(0.4, integers), hard)

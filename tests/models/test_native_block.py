@@ -14,7 +14,7 @@ from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
 from tclip_jax.models.taps import apply_with_states
-from tclip_jax.models.ternary_rules import ternary_rules
+from tclip_jax.models.ternary_rules import ATTENTION, MLP, ternary_rules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer
 from tclip_jax.ternary.kernels import native_cpu
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not native_cpu.instruction_sets(), reason="the n
 Tree = dict[str, Any]
 
 
-def build(rules: str = "Q-ALL", activations: Activations = "A32", **options: Any) -> tuple[CLIP, Tree, Tree]:
+def build(rules: Any = "Q-ALL", activations: Activations = "A32", **options: Any) -> tuple[CLIP, Tree, Tree]:
     """A tiny model; its parameters packed natively, and packed for the reference."""
     config = CLIPConfig.from_open_clip(model_cfg("tiny") | options)
     clip = CLIP(config)
@@ -61,9 +61,10 @@ def program(clip: CLIP, params: Tree, method: str = "encode_image") -> str:
         ("Q-FFN", True, "A32", 2e-6),
         ("Q-ALL", True, "A16", 5e-5),
         ("Q-FFN", False, "A8", 5e-3),
+        ([(MLP, Quantizer(group=32)), (ATTENTION, Quantizer(kind="uniform", bits=4))], True, "A32", 2e-6),
     ],
 )
-def test_both_towers_equal_the_modules(rules: str, quick_gelu: bool, activations: Any, budget: float) -> None:
+def test_both_towers_equal_the_modules(rules: Any, quick_gelu: bool, activations: Any, budget: float) -> None:
     clip, native, plain = build(rules, activations, quick_gelu=quick_gelu)
     for method, inputs in (("encode_image", pixels()), ("encode_text", tokens(clip))):
         assert "tclip_attention" in program(clip, native, method)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import zstandard
 
-from tclip_jax.models.summary import parameter_rows, parameter_table
+from tclip_jax.artifacts.coding import encode
+from tclip_jax.artifacts.pack import flatten, pack_params
+from tclip_jax.cli import main
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.config import CLIPConfig
+from tclip_jax.models.presets import model_cfg
+from tclip_jax.models.summary import parameter_rows, parameter_table, size_rows
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.ternary import Quantizer
@@ -22,7 +31,7 @@ PARAMS = {
     },
 }
 TABLE = """\
-path                            shape           size  dtype     sharding              ternary
+path                            shape           size  dtype     sharding              quantizer
 ------------------------------  -----------  -------  --------  --------------------  -----------------
 image/blocks/mlp/fc1/kernel     (2, 8, 250)    4,000  bfloat16  (None, None, 'fsdp')  k=1.5 group=32
 logit_scale                     ()                 1  float32   ()
@@ -40,9 +49,10 @@ def test_rows_say_all_of_each_parameter_and_are_json() -> None:
         "size": 4000,
         "dtype": "bfloat16",
         "sharding": "(None, None, 'fsdp')",
-        "ternary": "k=2 group=channel",
+        "quantizer": "k=2 group=channel",
+        "bits": 2,
     }
-    assert [row["ternary"] for row in rows[1:]] == ["", "", ""]
+    assert [(row["quantizer"], row["bits"]) for row in rows[1:]] == [("", None)] * 3
     assert [row["path"] for row in json.loads(json.dumps(rows))] == [row["path"] for row in rows]
 
 
@@ -64,3 +74,48 @@ def test_an_axis_that_does_not_divide_is_shown_as_not_sharded(fsdp: int, shardin
     assert (
         parameter_rows(PARAMS, (), make_mesh(-1, fsdp))[0]["sharding"] == sharding
     )  # four devices do not divide 250 columns
+
+
+def test_sizes_with_and_without_a_ternary_token_embedding() -> None:
+    # fc1 has 4,000 weights in 800 bytes, and 250 outputs of 2 layers with a scale each; the embedding has 500 rows.
+    full, blocks, whole = size_rows(PARAMS, Quantizer())
+    assert full == {"weights": "full precision", "parameters": 10000, "quantized": 0} | {
+        "float32_bytes": 40000,
+        "float16_bytes": 20000,
+    }
+    assert blocks["quantized"] == 4000 and blocks["float32_bytes"] == 800 + 2 * 500 + 4 * 6000
+    assert whole["quantized"] == 9000 and whole["float16_bytes"] == 800 + 2 * 500 + 1000 + 2 * 500 + 2 * 1000
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_counted_apart(bits: Literal[4, 8]) -> None:
+    rules = (("text/token_embedding/embedding", Quantizer(kind="uniform", bits=bits)), (".*", Quantizer()))
+    table = parameter_table(parameter_rows(PARAMS, rules, make_mesh(4, 2)))
+    assert f"all parameters: 10,000, of which ternary 4,000 (40.00%), {bits} bits 5,000 (50.00%)" in table
+    assert f"uniform bits={bits} group=256" in table
+    whole = size_rows(PARAMS, Quantizer(kind="uniform", bits=bits))[2]
+    assert whole["float16_bytes"] == 9000 * bits // 8 + 2 * 500 + 2 * 500 + 2 * 1000
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(), Quantizer(kind="uniform", bits=4), Quantizer(kind="uniform")])
+def test_sizes_are_those_of_an_artifact(quantizer: Quantizer) -> None:
+    config = CLIPConfig.from_open_clip(model_cfg("tiny"))
+    rules = ternary_rules("Q-ALL", quantizer)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), param_shapes(config))
+    arrays = {
+        name: array
+        for path, leaf in flatten(pack_params(params, rules)).items()
+        for name, array in encode(path, leaf, "float16")[1].items()
+    }
+    stored = sum(len(zstandard.decompress(array.tobytes())) for array in arrays.values())
+    assert stored == size_rows(params, quantizer)[2]["float16_bytes"]
+
+
+def test_what_does_not_change_sizes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--preset", "tiny", "--config.ternary=Q-FFN"]) == 2
+    assert (
+        "--config.ternary does not change these sizes: with --preset, only model and quantizer do"
+        in capsys.readouterr().err
+    )
+    assert main(["params", "--preset", "tiny", "--config.model.vision_cfg.layers=1"]) == 0
