@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tclip_jax.data.images import OPENAI_MEAN, OPENAI_STD
 from tclip_jax.losses.contrastive import accuracy_of_rows, info_nce_of_rows
 from tclip_jax.losses.distillation import crd_of_rows
-from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.exchange import Exchange, Gather, Ring
 from tclip_jax.losses.statistics import compare
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
@@ -45,7 +45,7 @@ from tclip_jax.training.optimizer import make_optimizer
 from tclip_jax.training.state import init_state
 from tclip_jax.training.step import make_train_step
 
-FORMS = {"gather": None, "ring": Ring(BATCH_AXES, 128)}
+FORMS: dict[str, Exchange] = {"gather": Gather(BATCH_AXES), "ring": Ring(BATCH_AXES, 128)}
 STUDENT, TEACHER, TEXT = 512, 768, 77  # widths of ViT-B/16 and L/14, tokens
 TPU_ROWS = 128  # per chip
 
@@ -55,7 +55,7 @@ def compiled_loss(form: str, mesh: Mesh, rows: int, widths: tuple[int, int], tok
 
     def loss(image: Any, text: Any, scale: Any, their_image: Any, their_text: Any, tokens: Any, weight: Any) -> Any:
         teacher = their_image, their_text, 100.0
-        sides = compare(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, ring=FORMS[form])
+        sides = compare(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, exchange=FORMS[form])
         return info_nce_of_rows(*sides) + crd_of_rows(*sides), accuracy_of_rows(sides[0])
 
     def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -1,65 +1,152 @@
-"""Models of the accuracy benchmark: small CLIPs on CIFAR-10 or emoji, for each quantizer, distilled or not.
+"""Models of the accuracy benchmark: small CLIPs on CIFAR-10 or emoji, by quantizer and methods, distilled or not.
 
     python -m benchmarks.accuracy --out runs/accuracy
 
 trains and compares all models. To train one of them, on the data that the benchmark wrote to runs/accuracy/data:
 
     tclip train --config accuracy:cifar10,teacher --workdir runs/teacher
-    tclip train --config accuracy:cifar10,lsq --config.teacher=runs/teacher --workdir runs/lsq
+    tclip train --config accuracy:cifar10,ternaryclip+soft+x4 --config.teacher=runs/teacher --workdir runs/soft
 
-After the data and the variant, `,plain` trains without distillation, and `,runlocal` is a test that takes seconds.
+A variant is a quantizer and methods, such as ternaryclip+soft+x4; x4 raises the learning rate of the matrices by 4.
+After the data and the variant, `,plain` trains without distillation, `,siglip` trains SigLIPs, teacher and students of
+one shape, with the sigmoid loss, and `,runlocal` is a test that takes seconds.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_collections
 
 from tclip_jax.runs.config import base_config
 
+# Changes of the configuration. Keys "steps" and "..._steps" are factors of all steps, so that those of "added" come on
+# top. "latent.KEY" is a key of an optimizer group: the matrices that ternary students quantize (with `patches` also the
+# patch embedding).
+Changes = dict[str, Any]
 
-def _faster(factor: float) -> dict[str, Any]:
-    """Raise the learning rate of latent weights, because a trit changes only after a large change of its weight."""
-    latent = r"clip/(image|text)/(blocks/.*/kernel|token_embedding/embedding)"
-    return {"optimizer.groups": ((latent, {"learning_rate": factor}),)}
-
-
-# Variant -> changes of the default quantizer (factor 2, groups of 256) and schedule.
-VARIANTS: dict[str, dict[str, Any]] = {
+QUANTIZERS: dict[str, Changes] = {
     "full": {"ternary": "none"},
-    "full_twice": {"ternary": "none", **_faster(2.0)},
-    "full_fourfold": {"ternary": "none", **_faster(4.0)},
-    "full_eightfold": {"ternary": "none", **_faster(8.0)},
-    "ternaryclip": {},
+    "ternaryclip": {},  # factor 2, groups of 256
     "bitnet": {"quantizer.factor": 1.0, "quantizer.group": "tensor"},
     "twn": {"quantizer.kind": "twn"},
     "least_squares": {"quantizer.kind": "least_squares"},
     "lsq": {"quantizer.kind": "lsq"},
     "seq": {"quantizer.kind": "seq", "quantizer.group": "channel"},
-    # The default quantizer with one change of the recipe.
-    "twice": _faster(2.0),
-    "fourfold": _faster(4.0),
-    "eightfold": _faster(8.0),
+    "sherry": {"quantizer.kind": "sherry"},  # 3 of 4 nonzero, arXiv 2601.07892
     "group64": {"quantizer.group": 64},
-    "gradual": {"ternary_warmup_steps": 0.2},
-    "recovery": {"optimizer.recovery_steps": 0.1, "optimizer.recovery_learning_rate": 2e-5},
+    "patches": {"ternary": "all"},
+    # The baselines of the frontier, for the same weights as Q-ALL.
+    "int8": {"quantizer.kind": "uniform", "quantizer.bits": 8, "quantizer.group": "channel"},
+    "int4": {"quantizer.kind": "uniform", "quantizer.bits": 4, "quantizer.group": 128},
+}
+NOT_TERNARY = ("full", "int8", "int4")
+
+# Methods of training, which full precision gets too.
+METHODS: dict[str, Changes] = {
+    # FTerViT, arXiv 2605.21171: a tenth of the rate again, by a second cosine, 10 % of the steps, which are added.
+    "added": {
+        "steps": 1.1,
+        "optimizer.recovery_steps": 0.1,
+        "optimizer.recovery_learning_rate": 1e-4,
+        "optimizer.recovery_decay": "cosine",
+    },
+    "recovery": {"optimizer.recovery_steps": 0.1, "optimizer.recovery_learning_rate": 2e-5},  # taken out of the steps
+    "longer": {"steps": 1.25},
+    "relational": {"loss.vrd": 1.0, "loss.xrd": 1.0},  # CLIP-RD, arXiv 2603.25383
     "hidden": {"loss.hidden": 1.0},
     "relations": {"loss.relations": 1.0},
+    "in_step": {},  # the teacher runs in the step; its embeddings are not those of a cache
+    "int8_teacher": {"teacher_int8": True},
     "average": {"optimizer.ema_decay": 0.998},
-    "patches": {"ternary": "all"},
+    "undecayed": {"latent.weight_decay": 0.0},
+    "decayed": {"latent.weight_decay": 0.3},
+    "inherit": {"init": "teacher"},  # which has the student's shape with ",siglip"
+    "pretrained": {"init": "full"},  # the full-precision student of the same seed, methods and rate
+}
+# Methods of ternary students.
+TERNARY_METHODS: dict[str, Changes] = {
+    "gradual": {"ternary_warmup_steps": 0.2},
+    "soft": {"ternary_warmup_steps": 0.2, "ternary_anneal_steps": 0.7},  # Hestia, arXiv 2601.20745
+    "dead_zone": {"quantizer.dead_zone_bias": 1e-3},  # Tequila, arXiv 2509.23809
+    "clipped": {"optimizer.latent_clip": 1.0},  # BinaryConnect, arXiv 1511.00363
+    "embedding4": {  # the token embedding in 4 bits, as in EdgeRazor
+        "ternary": [
+            ("text/token_embedding/embedding", {"kind": "uniform", "bits": 4, "dead_zone_bias": 0.0}),
+            ("(image|text)/(blocks|pool)/.*", {}),
+        ]
+    },
 }
 DATA = ("cifar10", "emoji")
 
 
+def changes_of(variant: str) -> Changes:
+    """Return the changes of a variant, QUANTIZER[+METHOD...].
+
+    Raises:
+      ValueError: a part has no meaning, is a method of ternary students in another one, or sets a key that another
+        part sets to another value.
+    """
+    quantizer, *methods = variant.split("+")
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"{variant}: {quantizer!r} is no quantizer: there are {', '.join(QUANTIZERS)}")
+    allowed = METHODS if quantizer in NOT_TERNARY else METHODS | TERNARY_METHODS
+    changes = dict(QUANTIZERS[quantizer])
+    setters = dict.fromkeys(changes, quantizer)
+    for method in methods:
+        factor = re.fullmatch(r"x(\d+(?:\.\d+)?)", method)
+        if not factor and method not in allowed:
+            names = f"{', '.join(allowed)}, or x and a factor of the learning rate"
+            raise ValueError(f"{variant}: {method!r} is no method of {quantizer}: there are {names}")
+        for key, value in ({"latent.learning_rate": float(factor[1])} if factor else allowed[method]).items():
+            if changes.setdefault(key, value) != value:
+                raise ValueError(f"{variant}: {setters[key]} and {method} both set {key}: leave one of them out")
+            setters.setdefault(key, method)
+    return changes
+
+
+def full_precision_of(variant: str) -> str:
+    """Return the full-precision variant with the same methods, as far as they apply."""
+    return "+".join(["full", *(method for method in variant.split("+")[1:] if method not in TERNARY_METHODS)])
+
+
+def plain_of(variant: str) -> str:
+    """Return the variant without methods at the same rate: of `full` for full precision, otherwise of `ternaryclip`.
+
+    That of a teacher in int8 has the same teacher, in floats.
+    """
+    quantizer, *methods = variant.split("+")
+    if "int8_teacher" in methods:
+        return variant.replace("int8_teacher", "in_step")
+    rates = (method for method in methods if method not in METHODS | TERNARY_METHODS)
+    return "+".join(["full" if quantizer == "full" else "ternaryclip", *rates])
+
+
+def steps_of(variant: str, steps: int) -> int:
+    """Return all training steps of a variant, where the recipe has `steps`; with those before `pretrained`."""
+    changes = changes_of(variant)
+    return _part(changes.get("steps", 1.0), steps) * (2 if changes.get("init") == "full" else 1)
+
+
+def _part(factor: float, steps: int) -> int:
+    return max(int(factor * steps), 1)
+
+
 def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
-    """Return the configuration; `arg` is DATA,VARIANT[,plain][,runlocal], where "teacher" is also a variant."""
+    """Return the configuration; `arg` is DATA,VARIANT[,plain][,siglip][,runlocal]; "teacher" is also a variant."""
     data, who, *modes = f"{arg},teacher".split(",")[: max(arg.count(",") + 1, 2)]
-    if data not in DATA or who not in ("teacher", *VARIANTS) or set(modes) - {"plain", "runlocal"}:
-        raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {', '.join(DATA)}; teacher, {', '.join(VARIANTS)}")
+    if data not in DATA or set(modes) - {"plain", "siglip", "runlocal"}:
+        raise ValueError(f"accuracy:{arg}: write DATA,VARIANT[,plain][,siglip][,runlocal], with {' or '.join(DATA)}")
+    try:
+        changes = {} if who == "teacher" else changes_of(who)
+    except ValueError as error:
+        raise ValueError(f"accuracy:{arg}: write DATA,VARIANT: {error}") from None
     local = "runlocal" in modes
     config = base_config()
-    width, layers = (128, 4) if who == "teacher" else (64, 3)  # minutes on a CPU; --width of the benchmark sets others
+    siglip = "siglip" in modes
+    # Minutes on a CPU; --width of the benchmark sets others.
+    width, layers = (128, 4) if who == "teacher" and not siglip else (64, 3)
     if local:
         width, layers = 32, 1
     config.model.embed_dim = width
@@ -67,6 +154,13 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     config.model.vision_cfg.head_width = min(32, width // 2)
     config.model.text_cfg.update({"width": width, "heads": max(width // 64, 2), "layers": max(layers // 2, 1)})
     config.model.text_cfg.context_length = 16
+    if siglip:
+        image = {"class_token": False, "patch_bias": True, "projection": False, "pool_type": "map", "norm_eps": 1e-6}
+        config.model.vision_cfg.update(image)
+        text = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_eps": 1e-6}
+        config.model.text_cfg.update(text)
+        config.model.init_logit_bias = -10.0
+        config.loss.task_kind = "sigmoid"
     labelled = data == "cifar10"
     config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 128})
     config.data.templates = "cifar10" if labelled else ""
@@ -84,10 +178,21 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     config.ternary = "Q-ALL"
     if "plain" not in modes:
         config.loss.update({"crd": 1.0, "icl": 1.0, "fd": 1.0, "fd_kind": "cosine"})
-    for key, value in VARIANTS[who].items():
-        if key.endswith("_steps"):  # a fraction of all steps
-            value = max(int(value * config.steps), 1)
+    steps, latent = config.steps, {}
+    for key, value in changes.items():
+        if key.endswith("steps"):
+            value = _part(value, steps)
         if value == "all":
-            value = [("(image|text)/(blocks|token|patch).*", {})]
-        config.update_from_flattened_dict({key: value})
+            value = [("(image|text)/(blocks|pool|token|patch).*", {})]
+        if key.startswith("latent."):
+            latent[key.removeprefix("latent.")] = value
+        else:
+            config.update_from_flattened_dict({key: value})
+    if latent:
+        matrices = ["blocks/.*/kernel", "token_embedding/embedding"]  # what the variant quantizes
+        if siglip:
+            matrices.append("pool/.*/kernel")
+        if changes.get("ternary") == "all":
+            matrices.append("patch_embedding/kernel")
+        config.optimizer.groups = ((f"clip/(image|text)/({'|'.join(matrices)})", latent),)
     return config

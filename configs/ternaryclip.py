@@ -7,7 +7,7 @@ paper does not publish its losses and schedule. This recipe uses those of CLIP-K
 teacher and student and similar data. docs/reproduce.md has every command, from the download to the 41 data sets.
 
 `ternaryclip:Q-ALL,8gpu` is the same run on one node of 8 GPUs of 80 GB. The batch stays at 1,024 pairs, 128 per GPU. By
-`tclip plan` it takes 17.5 GiB per GPU without recomputing activations, so `remat` is off, which saves a forward pass:
+`tclip plan` it takes 11.6 GiB per GPU without recomputing activations, so `remat` is off, which saves a forward pass:
 
     tclip launch slurm --nodes 1 -- train --config ternaryclip:Q-ALL,8gpu --config.data.source=… --workdir …
 

@@ -44,6 +44,7 @@ COMMANDS = {
     "classify": "rank labels by how well they fit each image",
     "search": "index a folder of images, and find the images nearest to a text or an image",
     "import": "convert a checkpoint of open_clip, transformers or OpenAI to an artifact",
+    "sensitivity": "show how much the loss rises when a part of a model is ternary or in 4 bits, and propose rules",
     "pack": "write a run's model as an artifact: trits and scales, ~20x smaller",
     "verify": "compare an artifact bit for bit with its source",
     "inspect": "show the sizes, ternary share, zeros and provenance of an artifact",

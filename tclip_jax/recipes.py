@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import pathlib
 import re
 import traceback
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import ml_collections
 
 from tclip_jax.registry import load_file
 from tclip_jax.schema import check_keys, plain
+
+if TYPE_CHECKING:
+    from tclip_jax.runs.config import RunConfig
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -93,6 +98,19 @@ def resolve(spec: str, assignments: Sequence[str] = (), *, teacher_may_miss: boo
             raise
         raise ValueError(f"{path}:{line}: {error}") from error
     return config
+
+
+def data_run(spec: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """Return the run of a recipe for commands that read its data alone: without a teacher cache, or perhaps a teacher.
+
+    Args and errors are those of `resolve`.
+    """
+    from tclip_jax.runs.config import run_config
+
+    config = resolve(spec, ["data.teacher_cache=", *assignments], teacher_may_miss=True)
+    named = config.teacher
+    config.teacher = named or "any"
+    return dataclasses.replace(run_config(config), teacher=named)
 
 
 def override(config: ml_collections.ConfigDict, assignments: Iterable[str]) -> ml_collections.ConfigDict:

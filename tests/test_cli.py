@@ -226,15 +226,16 @@ def test_params_as_json_needs_no_teacher(capsys: pytest.CaptureFixture[str]) -> 
         "size": 3 * 64 * 256,
         "dtype": "float32",
         "sharding": "(None, None, 'fsdp')",
-        "ternary": "k=2 group=32",
+        "quantizer": "k=2 group=32",
+        "bits": 2,
     }
-    assert rows["logit_scale"]["ternary"] == "" and rows["logit_scale"]["shape"] == []
+    assert rows["logit_scale"]["quantizer"] == "" and rows["logit_scale"]["shape"] == []
 
 
 def test_params_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STUDENT, "--config.ternary=Q-FFN"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["path", "shape", "size", "dtype", "sharding", "ternary"]
+    assert lines[0].split() == ["path", "shape", "size", "dtype", "sharding", "quantizer"]
     assert next(line for line in lines if line.startswith("text/blocks/mlp/fc2/kernel")).endswith("k=2 group=256")
     mlps, rest = 2 * 64 * 256 * (3 + 2), 49408 * 64
     assert re.fullmatch(rf"all parameters: [\d,]+, of which ternary {mlps:,} \(\d+\.\d\d%\)", lines[-2])

@@ -11,10 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tclip_jax import recipes
-from tclip_jax.recipes import load_recipe, override, recipe_folder
+from tclip_jax.recipes import data_run, load_recipe, override, recipe_folder
 from tclip_jax.runs.config import base_config, run_config
 
 RECIPES = sorted(path.stem for path in recipe_folder().glob("[!_]*.py"))
+
+
+def test_commands_that_read_data_alone_keep_the_teacher_of_a_recipe() -> None:
+    assert data_run("quickstart:student").teacher == ""
+    assert data_run("quickstart:student", ["teacher=runs/teacher"]).teacher == "runs/teacher"
 
 
 def test_recipes_of_the_checkout_are_found() -> None:

@@ -15,7 +15,7 @@ import json
 import logging
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import resolve
+from tclip_jax.recipes import data_run
 from tclip_jax.schema import number
 
 _logger = logging.getLogger(__name__)
@@ -52,10 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from tclip_jax.data.bad_samples import format_counts
     from tclip_jax.datasets.bench import measure
     from tclip_jax.pages import aligned
-    from tclip_jax.runs.config import run_config
 
-    # Batches are measured without a teacher cache.
-    config = run_config(resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides]))
+    config = data_run(args.config, args.overrides)
     speeds = [
         measure(config, workers, seconds=args.seconds, step_seconds=args.step_seconds)
         for workers in tqdm.tqdm(args.workers or [config.data.workers], desc="bench", disable=not sys.stderr.isatty())

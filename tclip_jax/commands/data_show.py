@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from tclip_jax.commands.train import add_config_arguments
-from tclip_jax.recipes import resolve
+from tclip_jax.recipes import data_run
 from tclip_jax.schema import count
 
 
@@ -27,19 +27,20 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     from tclip_jax.datasets.contact_sheet import contact_sheet
-    from tclip_jax.runs.config import run_config
     from tclip_jax.storage import write_atomic
     from tclip_jax.training.input import train_data
+    from tclip_jax.training.tokenizer import run_tokenizer
 
-    config = run_config(resolve(args.config, ["teacher=any", "data.teacher_cache=", *args.overrides]))
+    config = data_run(args.config, args.overrides)
     # One batch of `count` samples: their order and augmentation do not depend on the batch size.
     data = dataclasses.replace(config.data, batch_size=args.count, workers=0)
-    rows = train_data(dataclasses.replace(config, data=data))
+    tokenizer = run_tokenizer(config)
+    rows = train_data(dataclasses.replace(config, data=data), tokenizer=tokenizer)
     batch = next(rows)
     names, reasons = (
         [each.decode("utf-8", "replace") for each in part.tolist()] for part in (rows.names, rows.reasons)
     )
     facts = [("source", f"{data.source} {data.split}"), ("augmentation", data.augment), ("seed", str(config.seed))]
     title = f"The first {args.count} samples of {args.config}"
-    write_atomic(args.out, contact_sheet(title, batch, names, reasons, facts))
+    write_atomic(args.out, contact_sheet(title, batch, names, reasons, facts, tokenizer))
     print(f"{args.out}: {args.count} samples of {data.source}, {int((batch['weight'] == 0).sum())} of them bad")

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     import ml_collections
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add --config and its overrides, for commands that read a recipe."""
     parser.add_argument(
-        "--config", required=True, metavar="NAME[:ARG]", help="a recipe: the name of a shipped one, or path.py[:ARG]"
+        "--config",
+        required=required,
+        metavar="NAME[:ARG]",
+        help="a recipe: the name of a shipped one, or path.py[:ARG]",
     )
     add_override_arguments(parser)
 

@@ -7,12 +7,20 @@ the functions `…_of_rows` of contrastive.py and distillation.py.
 """
 
 from tclip_jax.losses.contrastive import info_nce, interactive_contrastive, retrieval_accuracy, sigmoid_loss
-from tclip_jax.losses.distillation import affinity_mimicking, crd, feature_distillation, kl_mix, open_clip_distillation
+from tclip_jax.losses.distillation import (
+    affinity_mimicking,
+    crd,
+    feature_distillation,
+    kl_mix,
+    open_clip_distillation,
+    relational_agreement,
+)
+from tclip_jax.losses.exchange import Gather, Ring
 from tclip_jax.losses.features import hidden_matching, relation_matching
-from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import RowStats, compare, compare_rows
 
 __all__ = [
+    "Gather",
     "Ring",
     "RowStats",
     "affinity_mimicking",
@@ -26,6 +34,7 @@ __all__ = [
     "kl_mix",
     "open_clip_distillation",
     "relation_matching",
+    "relational_agreement",
     "retrieval_accuracy",
     "sigmoid_loss",
 ]

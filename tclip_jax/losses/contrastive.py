@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 from jax.typing import ArrayLike
 
-from tclip_jax.losses.ring import Ring
+from tclip_jax.losses.exchange import Exchange
 from tclip_jax.losses.statistics import RowStats, compare, compare_rows, weighted_mean
 
 
@@ -24,7 +24,7 @@ def info_nce(
     *,
     tokens: jax.Array | None = None,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute CLIP's contrastive loss (InfoNCE), the mean of the image → text and the text → image cross entropy.
 
@@ -39,14 +39,14 @@ def info_nce(
       scale: s, a scalar.
       tokens: int (B, T); samples with equal tokens are positives. None: each sample is its own positive.
       weight: (B,), 0 for a masked sample; None if no sample is masked.
-      ring: computes the same without all embeddings on one device.
+      exchange: how devices get the embeddings of others: `Ring`, `Gather`, or None, which leaves it to XLA.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: CLIP, arXiv 2103.00020, figure 3; several positives as in supervised contrastive learning, arXiv 2004.11362.
     """
-    return info_nce_of_rows(*compare(image, text, scale, tokens=tokens, weight=weight, ring=ring))
+    return info_nce_of_rows(*compare(image, text, scale, tokens=tokens, weight=weight, exchange=exchange))
 
 
 def interactive_contrastive(
@@ -58,7 +58,7 @@ def interactive_contrastive(
     *,
     tokens: jax.Array | None = None,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute CLIP-KD's interactive contrastive loss (ICL): InfoNCE between embeddings of a student and of a teacher.
 
@@ -72,7 +72,7 @@ def interactive_contrastive(
       scale: s, a scalar, which CLIP-KD learns for this loss alone.
       tokens: as in `info_nce`.
       weight: as in `info_nce`.
-      ring: as in `info_nce`.
+      exchange: as in `info_nce`.
 
     Returns:
       The loss, a float32 scalar.
@@ -80,8 +80,8 @@ def interactive_contrastive(
     Source: L_ICL of CLIP-KD, arXiv 2307.12732.
     """
     return info_nce_of_rows(
-        compare_rows(image, teacher_text, scale, tokens=tokens, weight=weight, ring=ring),
-        compare_rows(text, teacher_image, scale, tokens=tokens, weight=weight, ring=ring),
+        compare_rows(image, teacher_text, scale, tokens=tokens, weight=weight, exchange=exchange),
+        compare_rows(text, teacher_image, scale, tokens=tokens, weight=weight, exchange=exchange),
     )
 
 
@@ -93,7 +93,7 @@ def sigmoid_loss(
     *,
     tokens: jax.Array | None = None,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute SigLIP's loss: each image-text pair is a binary classification.
 
@@ -109,14 +109,14 @@ def sigmoid_loss(
       bias: b, a scalar.
       tokens: as in `info_nce`.
       weight: as in `info_nce`.
-      ring: as in `info_nce`.
+      exchange: as in `info_nce`.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: SigLIP, arXiv 2303.15343, section 3.2 and algorithm 1.
     """
-    return sigmoid_of_rows(compare_rows(image, text, scale, tokens=tokens, weight=weight, bias=bias, ring=ring))
+    return sigmoid_of_rows(compare_rows(image, text, scale, tokens=tokens, weight=weight, bias=bias, exchange=exchange))
 
 
 def retrieval_accuracy(

@@ -11,12 +11,15 @@ not masked. `…_of_rows` are the same losses from statistics of a batch that we
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from tclip_jax.losses.ring import Ring
-from tclip_jax.losses.statistics import Pair, RowStats, compare, masked_rows, weighted_mean
+from tclip_jax.losses.exchange import Exchange
+from tclip_jax.losses.statistics import Pair, RowStats, compare, compare_rows, masked_rows, weighted_mean
 
 
 def crd(
@@ -26,7 +29,7 @@ def crd(
     teacher: Pair,
     *,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute CLIP-KD's contrastive relational distillation: KL(teacher ‖ student) of the affinities.
 
@@ -38,14 +41,14 @@ def crd(
       scale: the student's exp(logit_scale), a scalar.
       teacher: the teacher's image embeddings (B, D'), text embeddings (B, D') and scale; no gradient reaches them.
       weight: (B,), 0 for a masked sample; None if no sample is masked.
-      ring: computes the same without all embeddings on one device.
+      exchange: how devices get the embeddings of others: `Ring`, `Gather`, or None, which leaves it to XLA.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: L_CRD of CLIP-KD, arXiv 2307.12732.
     """
-    return crd_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
+    return crd_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, exchange=exchange))
 
 
 def kl_mix(
@@ -56,7 +59,7 @@ def kl_mix(
     reverse: float = 0.5,
     *,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute a mix of the forward and the reverse KL divergence between the affinities of student and teacher.
 
@@ -66,7 +69,7 @@ def kl_mix(
     keeps it from what is unlikely for the teacher.
 
     Args:
-      image, text, scale, teacher, weight, ring: as in `crd`.
+      image, text, scale, teacher, weight, exchange: as in `crd`.
       reverse: r, the fraction of the reverse divergence, from 0 (`crd`) to 1.
 
     Returns:
@@ -75,7 +78,7 @@ def kl_mix(
     Source: MiniLLM, arXiv 2306.08543, for the reverse divergence. arXiv 2404.02657 adapts the weights of both at every
     token; here they are fixed.
     """
-    return kl_mix_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring), reverse)
+    return kl_mix_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, exchange=exchange), reverse)
 
 
 def open_clip_distillation(
@@ -85,7 +88,7 @@ def open_clip_distillation(
     teacher: Pair,
     *,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute the cross entropy between the affinities of teacher and student, the mean of both directions.
 
@@ -94,14 +97,14 @@ def open_clip_distillation(
     The gradient is that of `crd`. The value is larger by the entropy of the teacher's affinities.
 
     Args:
-      image, text, scale, teacher, weight, ring: as in `crd`.
+      image, text, scale, teacher, weight, exchange: as in `crd`.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: `distill_loss` of open_clip's DistillClipLoss.
     """
-    return open_clip_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
+    return open_clip_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, exchange=exchange))
 
 
 def affinity_mimicking(
@@ -111,21 +114,21 @@ def affinity_mimicking(
     teacher: Pair,
     *,
     weight: jax.Array | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> jax.Array:
     """Compute TinyCLIP's affinity mimicking: `open_clip_distillation` with the sum of both directions, not the mean.
 
         L = L_I2T + L_T2I = mean_i −Σ_j p^T_ij · log p^S_ij + the same for text → image
 
     Args:
-      image, text, scale, teacher, weight, ring: as in `crd`.
+      image, text, scale, teacher, weight, exchange: as in `crd`.
 
     Returns:
       The loss, a float32 scalar.
 
     Source: L_distill of TinyCLIP, arXiv 2309.12314. The authors' training code then halves it.
     """
-    return affinity_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, ring=ring))
+    return affinity_of_rows(*compare(image, text, scale, teacher=teacher, weight=weight, exchange=exchange))
 
 
 def feature_distillation(
@@ -160,6 +163,52 @@ def feature_distillation(
     if kind == "cosine":
         return weighted_mean(1 - jnp.sum(student * teacher, axis=-1), weight)
     raise ValueError(f"feature distillation {kind!r} is unknown: use 'mse' or 'cosine'")
+
+
+def relational_agreement(
+    image: tuple[jax.Array, jax.Array],
+    text: tuple[jax.Array, jax.Array],
+    scale: ArrayLike,
+    *,
+    weight: jax.Array | None = None,
+    exchange: Exchange = None,
+) -> jax.Array:
+    """Compute how far student-teacher similarities of images differ from those of texts, in both directions.
+
+        L = ½ mean_i [KL(p^T_i ‖ p^I_i) + KL(p^I_i ‖ p^T_i)],    p^I_i = softmax_j(s · ⟨x_i, X_j⟩)
+
+    x are the student's embeddings of images and X embeddings of the teacher; p^T is the same of texts. X of the same
+    modality gives vertical, X of the other modality cross relational distillation. In each term the first distribution
+    is a target without a gradient. A learned scale could make all distributions uniform, so the scale is the teacher's.
+
+    Args:
+      image: x, the student's L2-normalised embeddings of images, projected to the teacher's width, and X; (B, D') each.
+      text: the same of texts.
+      scale: s, the teacher's exp(logit_scale).
+      weight: (B,), 0 for a masked sample; None if no sample is masked.
+      exchange: how devices get the embeddings of others: `Ring`, `Gather`, or None, which leaves it to XLA.
+
+    Returns:
+      The loss, a float32 scalar.
+
+    Source: VRD and XRD of CLIP-RD, arXiv 2603.25383, after its abstract; the equations could not be read.
+    """
+    compared = functools.partial(compare_rows, weight=weight, exchange=exchange)
+    return crd_of_rows(*agreement_rows(image, text, scale, compared))
+
+
+def agreement_rows(
+    image: tuple[jax.Array, jax.Array],
+    text: tuple[jax.Array, jax.Array],
+    scale: ArrayLike | None,
+    compared: Callable[..., RowStats],
+) -> tuple[RowStats, RowStats]:
+    """Compare each modality by `compared`, which is `compare_rows` with the masks of a batch, for `crd_of_rows`.
+
+    The other modality is its teacher. No gradient reaches the teacher's embeddings, the second of each pair.
+    """
+    images, texts = ((student, jax.lax.stop_gradient(teacher)) for student, teacher in (image, text))
+    return compared(*images, scale, teacher=(*texts, scale)), compared(*texts, scale, teacher=(*images, scale))
 
 
 def crd_of_rows(image: RowStats, text: RowStats) -> jax.Array:

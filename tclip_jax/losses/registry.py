@@ -7,15 +7,18 @@ Plug-ins add losses by `tclip_jax.plugins.loss`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from tclip_jax.losses.contrastive import info_nce_of_rows, sigmoid_of_rows
 from tclip_jax.losses.distillation import (
     affinity_of_rows,
+    agreement_rows,
     crd_of_rows,
     feature_distillation,
     kl_mix_of_rows,
@@ -38,10 +41,11 @@ class Inputs:
       weight: (B,), 0 for a masked sample.
       options: `config.loss`; its keys other than the weights are options of the losses.
       heads: learned parameters of the losses; those of a loss with `init_head` are at its name.
-      compare: `statistics.compare_rows` with the masks and the ring of the batch.
+      compare: `statistics.compare_rows` with the masks of the batch and the exchange of the devices.
       projected: the student's image and text embeddings (B, D'), projected to the teacher's width, for losses that need
         them.
       teacher: the teacher's image and text embeddings (B, D'), or None without a teacher.
+      teacher_scale: the teacher's exp(logit_scale), or None without a teacher.
     """
 
     rows: tuple[RowStats, RowStats]
@@ -49,9 +53,10 @@ class Inputs:
     weight: jax.Array
     options: Any
     heads: Mapping[str, Any]
-    compare: Callable[[jax.Array, jax.Array, jax.Array], RowStats]
+    compare: Callable[..., RowStats]
     projected: tuple[jax.Array, jax.Array] | None = None
     teacher: tuple[jax.Array, jax.Array] | None = None
+    teacher_scale: ArrayLike | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,14 @@ def _fd(x: Inputs) -> jax.Array:
     return distances[0] + distances[1]
 
 
+def _relational(x: Inputs, *, cross: bool) -> jax.Array:
+    (image, text), (their_image, their_text) = _both(x)
+    if cross:
+        their_image, their_text = their_text, their_image
+    pairs = (image, their_image), (text, their_text)
+    return crd_of_rows(*agreement_rows(*pairs, x.teacher_scale, x.compare))
+
+
 def _both(x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     assert x.projected is not None and x.teacher is not None, "the loss does not declare that it needs a projection"
     return x.projected, x.teacher
@@ -157,6 +170,16 @@ LOSSES: Registry[Loss] = Registry(
         "fd": Loss(
             _fd,
             "distance to the teacher's embeddings; 2000 in CLIP-KD, whose distance is mse",
+            ("projection",),
+        ),
+        "vrd": Loss(
+            functools.partial(_relational, cross=False),
+            "agreement of student-teacher similarities among images with those among texts (CLIP-RD, arXiv 2603.25383)",
+            ("projection",),
+        ),
+        "xrd": Loss(
+            functools.partial(_relational, cross=True),
+            "agreement of student images to teacher texts with student texts to teacher images (CLIP-RD)",
             ("projection",),
         ),
     },

@@ -8,13 +8,13 @@ every sample is masked. Under `jit` the embeddings may be sharded over the batch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from tclip_jax.losses.ring import PAIRS, Operand, PartialStats, Ring, partial_stats, ring_stats
+from tclip_jax.losses.exchange import PAIRS, Exchange, Operand, PartialStats, exchange_stats
 
 Pair = tuple[jax.Array, jax.Array, ArrayLike]
 
@@ -49,7 +49,7 @@ def compare_rows(
     tokens: jax.Array | None = None,
     weight: jax.Array | None = None,
     bias: ArrayLike | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> RowStats:
     """Compare every row with all columns by the logits scale · rows · columnsᵀ + bias.
 
@@ -61,7 +61,7 @@ def compare_rows(
       tokens: int (B, T); samples with equal tokens are positives. None: each sample is its own positive.
       weight: (B,), 0 for a masked sample; None if no sample is masked.
       bias: scalar added to the student's logits, for `sigmoid_loss`; None for no bias.
-      ring: computes the same without all columns on one device; None gathers the columns.
+      exchange: how devices get the columns of others: `Ring`, `Gather`, or None, which leaves it to XLA.
 
     Returns:
       Statistics of each row, (B,).
@@ -82,8 +82,7 @@ def compare_rows(
     biases = None if bias is None else jnp.broadcast_to(jnp.asarray(bias, jnp.float32), mask.shape)
     row_side = Operand(jnp.float32(scale) * masked_rows(rows, weight), biases, theirs_rows, **shared)
     column_side = Operand(masked_rows(columns, weight), None, theirs_columns, **shared)
-    sums = partial_stats(row_side, column_side) if ring is None else ring_stats(row_side, column_side, ring)
-    return _rows_of(sums, mask)
+    return _rows_of(exchange_stats(row_side, column_side, exchange), mask)
 
 
 def compare(
@@ -95,7 +94,7 @@ def compare(
     tokens: jax.Array | None = None,
     weight: jax.Array | None = None,
     bias: ArrayLike | None = None,
-    ring: Ring | None = None,
+    exchange: Exchange = None,
 ) -> tuple[RowStats, RowStats]:
     """Compare images with texts and texts with images, both by `compare_rows`.
 
@@ -107,16 +106,15 @@ def compare(
       tokens: as in `compare_rows`.
       weight: as in `compare_rows`.
       bias: as in `compare_rows`.
-      ring: as in `compare_rows`.
+      exchange: as in `compare_rows`.
 
     Returns:
       Statistics of each image against all texts, and of each text against all images, (B,).
     """
     swapped = None if teacher is None else (teacher[1], teacher[0], teacher[2])
-    image_rows = compare_rows(image, text, scale, teacher=teacher, tokens=tokens, weight=weight, bias=bias, ring=ring)
-    return image_rows, compare_rows(
-        text, image, scale, teacher=swapped, tokens=tokens, weight=weight, bias=bias, ring=ring
-    )
+    shared: Any = {"tokens": tokens, "weight": weight, "bias": bias, "exchange": exchange}
+    image_rows = compare_rows(image, text, scale, teacher=teacher, **shared)
+    return image_rows, compare_rows(text, image, scale, teacher=swapped, **shared)
 
 
 def sample_mask(weight: jax.Array | None, batch: int) -> jax.Array:

@@ -23,7 +23,7 @@ HISTOGRAM_EDGES = tuple(np.arange(0, 2.25, 0.125).tolist())
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def trit_snapshot(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[str, TernaryTensor]:
-    """Take a snapshot of the trits and scales of every ternary parameter.
+    """Take a snapshot of the trits and scales of every ternary parameter; uniform kinds have no trits.
 
     Args:
       params: a parameter tree with latent weights.
@@ -38,7 +38,7 @@ def trit_snapshot(params: Any, rules: TernaryRules, limit: int = LIMIT) -> dict[
     snapshot = {}
     for path, leaf in leaves.items():
         quantizer = find_quantizer(path, rules) if path in TERNARIZABLE else None
-        if quantizer:
+        if quantizer and not quantizer.uniform:
             weight, axis = _layers(path, leaf), input_axis(path)
             alpha = _layers(path, leaves[f"{path}_scale"]) if quantizer.learned else None
             if quantizer.group != "tensor":

@@ -128,6 +128,28 @@ def constrain_replicated(x: Any) -> Any:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
+def device_record(mesh: Mesh) -> dict[str, Any]:
+    """Return what the record of a run says about its devices.
+
+    Returns:
+      `kind`; `count` of all devices; `processes`; `slices`; `shape`, the chips of a TPU slice along each axis of its
+      coordinates, empty for other devices.
+    """
+    devices = list(mesh.devices.flat)
+    slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+    shape: list[int] = []
+    if devices[0].platform == "tpu":
+        first = [device for device, index in zip(devices, slices, strict=True) if index == slices[0]]
+        shape = [len(set(axis)) for axis in zip(*(device.coords for device in first), strict=True)]
+    return {
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "processes": len({device.process_index for device in devices}),
+        "slices": len(set(slices)),
+        "shape": shape,
+    }
+
+
 def describe_run(mesh: Mesh, batch_size: int) -> tuple[str, ...]:
     """Return the first lines of a run's log: process, mesh and batch."""
     first, processes = mesh.devices.flat[0], jax.process_count()

@@ -20,9 +20,9 @@ P = PartitionSpec
 _OUTPUT = ("tensor", "fsdp")
 RULES: tuple[tuple[str, PartitionSpec, PartitionSpec], ...] = (
     # path, spec of the stored parameter, spec for its matrix product
-    (r"blocks/attention/qkv/kernel(_scale)?", P(None, None, _OUTPUT), P()),
-    (r"blocks/mlp/fc1/kernel(_scale)?", P(None, None, _OUTPUT), P(None, None, "tensor")),
-    (r"blocks/(attention/out|mlp/fc2)/kernel(_scale)?", P(None, "tensor", "fsdp"), P(None, "tensor", None)),
+    (r"blocks/attention/qkv/kernel(_scale|/int8)?", P(None, None, _OUTPUT), P()),
+    (r"blocks/mlp/fc1/kernel(_scale|/int8)?", P(None, None, _OUTPUT), P(None, None, "tensor")),
+    (r"blocks/(attention/out|mlp/fc2)/kernel(_scale|/int8)?", P(None, "tensor", "fsdp"), P(None, "tensor", None)),
     (r"pool/attention/(q|kv)/kernel(_scale)?", P(None, _OUTPUT), P()),
     (r"pool/mlp/fc1/kernel(_scale)?", P(None, _OUTPUT), P(None, "tensor")),
     (r"pool/(attention/out|mlp/fc2)/kernel(_scale)?", P("tensor", "fsdp"), P("tensor", None)),

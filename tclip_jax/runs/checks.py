@@ -47,6 +47,10 @@ def check_run(run: RunConfig) -> None:
             f"config.data.batch_size {run.data.batch_size} is not divisible by"
             f" config.data.microbatches {run.data.microbatches}"
         )
+    if run.gradient_dtype == "bfloat16" != run.dtype:
+        raise ValueError("config.gradient_dtype is 'bfloat16', but config.dtype 'float32': set both to 'bfloat16'")
+    if run.teacher_int8 and not run.teacher:
+        raise ValueError("config.teacher_int8 needs config.teacher: a teacher that runs in the step")
     if run.init and run.inherit:
         raise ValueError("config.init and config.inherit both set the initial weights: leave one of them empty")
     names = [each.name for each in run.evals]
@@ -74,10 +78,28 @@ def check_run(run: RunConfig) -> None:
         )
     for name, count in (
         ("ternary_warmup_steps", run.ternary_warmup_steps),
+        ("ternary_anneal_steps", run.ternary_anneal_steps + run.ternary_warmup_steps),
         ("optimizer.recovery_steps", run.optimizer.recovery_steps + run.optimizer.warmup_steps),
     ):
         if count >= run.steps:
             raise ValueError(f"config.{name} (with the warmup) {count} is not below config.steps {run.steps}")
+    learned = next((quantizer.kind for _, quantizer in run.rules if quantizer.learned), None)
+    if run.ternary_anneal_steps and learned:
+        raise ValueError(
+            f"config.ternary_anneal_steps is {run.ternary_anneal_steps}, but quantizers of kind {learned} learn their"
+            " scale: soft trits need another kind"
+        )
+    per_weight = next((quantizer.kind for _, quantizer in run.rules if quantizer.threshold_per_weight), None)
+    if run.ternary_anneal_steps and per_weight:
+        raise ValueError(
+            f"config.ternary_anneal_steps is {run.ternary_anneal_steps}, but quantizers of kind {per_weight} have a"
+            " threshold per weight: soft trits need another kind"
+        )
+    optimizer = run.optimizer
+    if optimizer.recovery_decay == "cosine" and not (optimizer.recovery_steps and optimizer.recovery_learning_rate):
+        raise ValueError(
+            "config.optimizer.recovery_decay is 'cosine': set recovery_steps and recovery_learning_rate above 0"
+        )
     for pattern, _ in run.optimizer.groups:
         try:
             re.compile(pattern)

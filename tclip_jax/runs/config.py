@@ -44,6 +44,9 @@ class DataConfig:
     max_bad_share: float = key(
         0.1, "fraction of bad samples, among about the last 10,000, above which the run stops", ge=0, le=1
     )
+    tokenizer: str = key(
+        "", 'tokenizer that is not CLIP\'s own: its folder, an artifact or a run; "": that of init, inherit or teacher'
+    )
     teacher_cache: str = key("", "folder written by `tclip teacher-cache`, in place of a teacher in the step")
 
     def __post_init__(self) -> None:
@@ -132,13 +135,18 @@ class GroupConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, with linear warmup, cosine decay and an optional recovery phase at a constant learning rate."""
+    """The optimizer, with linear warmup, cosine decay and an optional recovery phase at a low learning rate."""
 
     name: Literal["adamw", "adafactor", "lion", "muon"] = key("adamw", "the optimizer")
     learning_rate: float = key(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = key(0, "steps of linear warmup from 0", ge=0, le=MOST)
     recovery_steps: int = key(0, "steps of recovery at the end, after the cosine decay (FTerViT)", ge=0, le=MOST)
-    recovery_learning_rate: float = key(0.0, "learning rate at the end of the cosine decay, and in recovery", ge=0)
+    recovery_learning_rate: float = key(
+        0.0, "learning rate in recovery, or at its start; without a decay also the end of the cosine decay", ge=0
+    )
+    recovery_decay: Literal["none", "cosine"] = key(
+        "none", "recovery at a constant rate; or a second cosine decay to 0, after the first has reached 0"
+    )
     weight_decay: float = key(
         0.1, "weight decay; none for biases, LayerNorm, class embedding, logit scale and learned scales", ge=0
     )
@@ -151,6 +159,9 @@ class OptimizerConfig:
         (),
         "pairs (regex, {changes}), or (regex, None) to freeze; the first that matches a whole path applies"
         " (clip/image/blocks/mlp/fc1/kernel)",
+    )
+    latent_clip: float = key(
+        0.0, "largest magnitude of latent weights after an update, in scales before clipping; 0: no clipping", ge=0
     )
     ema_decay: float = key(0.0, "decay of an average of the latent weights, evaluated too; 0: none", ge=0, lt=1)
 
@@ -219,14 +230,30 @@ class RunConfig:
     )
     quantizer: Quantizer = key(Quantizer(), "quantizer of the weights that `ternary` selects")
     dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of the computation; parameters stay float32")
-    remat: bool = key(False, "recompute blocks in the backward pass to save memory")
+    gradient_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "dtype in which devices add their sums of the gradients of the blocks' matrices; at most `dtype`"
+    )
+    remat: bool = key(False, "recompute blocks and patches in the backward pass to save memory")
+    attention: Literal["auto", "reference", "mosaic_tpu", "cudnn"] = key(
+        "auto", "self-attention of the step: fused where device and shapes allow (auto), or always this implementation"
+    )
     init: str = key("", 'initial weights: a run, an artifact, or a file that `tclip import` reads; "": random')
     init_scales: Literal["keep", "recompute"] = key(
         "keep", "scales of ternary weights in init: keep them, or recompute them from scale · trit with the quantizer"
     )
     teacher: str = key("", "a run's workdir, an artifact or another library's checkpoint; \"\": no teacher")
+    teacher_int8: bool = key(
+        False,
+        "run the teacher's blocks in int8: weights with a scale per channel, activations per token",
+    )
     inherit: str = key("", "a wider or deeper model, as in teacher, whose layers and channels initialize the student")
     ternary_warmup_steps: int = key(0, "steps of blending from full precision to ternary", ge=0, le=MOST)
+    ternary_anneal_steps: int = key(
+        0, "then, steps in which soft trits become hard, as their temperature falls to 0 (Hestia)", ge=0, le=MOST
+    )
+    ternary_temperature: float = key(
+        0.4, "temperature of soft trits before ternary_anneal_steps, relative to the squared scale", gt=0
+    )
     telemetry_every: int = key(100, "steps between snapshots of trits and weights; 0: none", ge=0, le=MOST)
     log_every: int = key(100, "steps between log lines with loss, speed and time; 0: none", ge=0, le=MOST)
     max_skipped_steps: int = key(

@@ -2,7 +2,7 @@
 
     history.jsonl   a line for the first start, and for each later start that changed something:
                     {"step": done before the start, "changed": {key: [old, new]}, "config": resolved, "data",
-                    "teacher", "init", "software", "plugins"}
+                    "teacher", "init", "software", "plugins", "devices"}
 
 A refused start writes nothing. When a restart repeats steps, their lines are dropped.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.data.images import Preprocess
 from tclip_jax.data.sources import FAULTS
+from tclip_jax.inference.load import Architecture
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP, param_shapes
-from tclip_jax.models.config import CLIPConfig
-from tclip_jax.models.ternary_rules import TernaryRules
+from tclip_jax.models.ternary_rules import TernaryRules, find_quantizer
 from tclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
-from tclip_jax.parallel.sharding import tree_shardings
+from tclip_jax.parallel.sharding import path_of, tree_shardings
 from tclip_jax.runs.config import RunConfig
+from tclip_jax.ternary.int8 import Int8Matrix, round_matrix
 from tclip_jax.training.objective import Encoders, Objective, check_teacher
-from tclip_jax.training.optimizer import make_optimizer, quant_lambda, stop_gradients
+from tclip_jax.training.optimizer import clip_latent, make_optimizer, soft_phase, stop_gradients
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import make_train_step
-
-
-class Architecture(NamedTuple):
-    """A model without its weights; `rules` selects the ternary ones."""
-
-    config: CLIPConfig
-    preprocess: Preprocess
-    rules: TernaryRules = ()
 
 
 def check_batch(run: RunConfig, mesh: Mesh) -> None:
@@ -47,6 +39,29 @@ def check_batch(run: RunConfig, mesh: Mesh) -> None:
             f"the {rows} rows of a device, of global batch {run.data.batch_size}, are not divisible by"
             f" config.data.microbatches {parts}"
         )
+
+
+def teacher_params(params: Any, rules: TernaryRules, run: RunConfig) -> Any:
+    """Return a teacher's parameters as the step of a run takes them.
+
+    Matrices, which a step rounds to `run.dtype`, are stored in it; the embeddings are the same to the bit. With
+    `run.teacher_int8` those of the blocks are int8. Latent weights, vectors and position embeddings stay float32.
+
+    Raises:
+      ValueError: `run.teacher_int8` is set, and all matrices of the teacher's blocks are ternary or packed.
+    """
+
+    def narrow(key_path: tuple[Any, ...], leaf: Any) -> Any:
+        path = path_of(key_path)
+        if not path.endswith(("/kernel", "/embedding")) or find_quantizer(path, rules):
+            return leaf
+        return round_matrix(leaf) if run.teacher_int8 and "/blocks/" in path else leaf.astype(run.dtype)
+
+    stored = jax.tree_util.tree_map_with_path(narrow, params)
+    leaves = jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
+    if run.teacher_int8 and not any(isinstance(leaf, Int8Matrix) for leaf in leaves):
+        raise ValueError("config.teacher_int8: the matrices of the teacher's blocks are ternary already: leave it out")
+    return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +88,9 @@ class Build:
     @functools.cached_property
     def student(self) -> CLIP:
         """The model that is trained."""
-        return CLIP(self.run.model, self.run.rules, jnp.dtype(self.run.dtype), self.run.remat)
+        run = self.run
+        dtype, gradients = jnp.dtype(run.dtype), jnp.dtype(run.gradient_dtype)
+        return CLIP(run.model, run.rules, dtype, run.remat, run.attention, gradients)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
@@ -95,10 +112,12 @@ class Build:
 
     @functools.cached_property
     def teacher_shapes(self) -> Any:
-        """The teacher's float32 parameters as shapes with shardings; None if no teacher runs in the step."""
+        """The teacher's parameters, of `teacher_params`, as shapes with shardings; None if none runs in the step."""
         if self.teacher is None or isinstance(self.teacher, TeacherCache):
             return None
-        return self._sharded(param_shapes(self.teacher.config, self.teacher.rules))
+        rules = self.teacher.rules
+        shapes = param_shapes(self.teacher.config, rules)
+        return self._sharded(jax.eval_shape(lambda params: teacher_params(params, rules, self.run), shapes))
 
     @functools.cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -125,26 +144,30 @@ class Build:
         """
         step = make_train_step(
             Encoders(self.student, self.run.preprocess.mean, self.run.preprocess.std),
-            self._teacher(self.student.dtype),
+            self._teacher(self.run.attention),
             self.optimizer,
             self.run.loss,
-            quant_lambda(self.run.ternary_warmup_steps),
+            soft_phase(self.run.ternary_warmup_steps, self.run.ternary_temperature, self.run.ternary_anneal_steps),
             self.run.optimizer.ema_decay,
             self.run.data.microbatches,
             functools.partial(stop_gradients, self.run.optimizer),
             self.run.seed if any(quantizer.rule.random for _, quantizer in self.run.rules) else None,
+            functools.partial(clip_latent, rules=self.run.rules, config=self.run.optimizer),
         )
         return jax.jit(step, out_shardings=(tree_shardings(state, self.mesh), None), donate_argnums=0)
 
     @functools.cached_property
     def jitted_loss(self) -> Any:
-        """The jitted objective in float32: (student's `clip` and `heads`, batch, teacher's parameters) -> metrics.
+        """The jitted objective: (student's `clip` and `heads`, batch, teacher's parameters) -> metrics.
 
         The metrics are those of `Objective.loss`, `pairs`, the number of pairs that are not masked, and `faults`, the
-        number of rows by index in `FAULTS`. A teacher cache counts as no teacher.
+        number of rows by index in `FAULTS`. The student is computed in float32, the teacher as in the step. A teacher
+        cache counts as no teacher.
         """
-        student = CLIP(self.run.model, self.run.rules, jnp.float32)
-        teacher = None if isinstance(self.teacher, TeacherCache) else self._teacher(jnp.float32)
+        # A forced implementation may not take float32, or the rows of an evaluation.
+        attention = "reference" if self.run.attention == "reference" else "auto"
+        student = CLIP(self.run.model, self.run.rules, jnp.float32, attention=attention)
+        teacher = None if isinstance(self.teacher, TeacherCache) else self._teacher(attention)
         pixels = self.run.preprocess
         objective = Objective(Encoders(student, pixels.mean, pixels.std), teacher, self.run.loss)
 
@@ -156,13 +179,17 @@ class Build:
 
         return jax.jit(loss, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def _teacher(self, dtype: Any) -> Encoders | float | None:
+    def _teacher(self, attention: str) -> Encoders | float | None:
         teacher = self.teacher
         if teacher is None:
             return None
         if isinstance(teacher, TeacherCache):
             return teacher.logit_scale
-        return Encoders(CLIP(teacher.config, teacher.rules, dtype), teacher.preprocess.mean, teacher.preprocess.std)
+        return Encoders(
+            CLIP(teacher.config, teacher.rules, self.student.dtype, attention=attention),
+            teacher.preprocess.mean,
+            teacher.preprocess.std,
+        )
 
     def _sharded(self, shapes: Any) -> Any:
         return jax.tree.map(

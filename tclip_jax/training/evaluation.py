@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tclip_jax.data.file_tokenizer import FileTokenizer
+from tclip_jax.data.tokenizer import TextTokenizer
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import Report, evaluate
 from tclip_jax.evaluation.tasks import opened, source_task, suite_tasks
@@ -55,11 +57,11 @@ Measure = Callable[[Any, Build, Any], Measured]
 class Evaluation:
     """One evaluation of the configuration. The constructor opens its data, and raises an error if that fails."""
 
-    def __init__(self, config: EvalConfig, run: RunConfig) -> None:
+    def __init__(self, config: EvalConfig, run: RunConfig, tokenizer: TextTokenizer | None = None) -> None:
         self._config = config
         self._failures, self._succeeded = 0, False
         self._excluded: Mapping[str, Mapping[str, int]] = {}
-        self._measure = _loss(config, run) if config.kind == "loss" else _tasks(config)
+        self._measure = _loss(config, run, tokenizer) if config.kind == "loss" else _tasks(config, tokenizer)
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to evaluate after `step` of `steps` steps."""
@@ -119,9 +121,9 @@ def _prefix(config: EvalConfig) -> str:
     return config.name or ("validation" if config.kind == "loss" else "eval")
 
 
-def _loss(config: EvalConfig, run: RunConfig) -> Measure:
+def _loss(config: EvalConfig, run: RunConfig, tokenizer: TextTokenizer | None) -> Measure:
     """Return the measurement of the validation loss."""
-    loss, prefix = ValidationLoss(config, run), _prefix(config)
+    loss, prefix = ValidationLoss(config, run, tokenizer), _prefix(config)
 
     def measure(params: Any, build: Build, teacher_params: Any) -> Measured:
         try:
@@ -134,7 +136,7 @@ def _loss(config: EvalConfig, run: RunConfig) -> Measure:
     return measure
 
 
-def _tasks(config: EvalConfig) -> Measure:
+def _tasks(config: EvalConfig, tokenizer: TextTokenizer | None) -> Measure:
     """Return the measurement of a suite or a source by the tasks of `tclip evaluate`."""
     tasks = opened(
         suite_tasks(config.source, config.suite)
@@ -142,8 +144,10 @@ def _tasks(config: EvalConfig) -> Measure:
         else [source_task(config.source, config.split, config.templates)]
     )
 
+    stored = tokenizer if isinstance(tokenizer, FileTokenizer) else None
+
     def measure(params: Any, build: Build, _: Any) -> Measured:
-        model = Model(build.run.model, build.run.preprocess, params["clip"], build.run.rules)
+        model = Model(build.run.model, build.run.preprocess, params["clip"], build.run.rules, stored)
         encoder = Encoder(model, batch_size=config.batch_size, mesh=build.mesh)
         report = evaluate(encoder, tasks, model="", title=config.name)
         return Measured(_measured(config, report), report.partial, report.errors)

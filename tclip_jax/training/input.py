@@ -17,10 +17,11 @@ from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.pipeline import TrainIterator, TrainRow, train_iterator
 from tclip_jax.data.sources import Source, digest, open_source
-from tclip_jax.data.tokenizer import tokenizer_of
+from tclip_jax.data.tokenizer import TextTokenizer
 from tclip_jax.parallel.agreement import allgather_json, together
 from tclip_jax.parallel.mesh import shard_batch
 from tclip_jax.runs.config import RunConfig
+from tclip_jax.training.tokenizer import run_tokenizer
 
 _ATTEMPTS = 3
 
@@ -28,7 +29,12 @@ _logger = logging.getLogger(__name__)
 
 
 def open_input(
-    run: RunConfig, source: Source, workdir: epath.PathLike, mesh: Mesh, cache: TeacherCache | None = None
+    run: RunConfig,
+    source: Source,
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    cache: TeacherCache | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> tuple[ResumableIterator, BadSamples]:
     """Return a run's batches as global arrays, and its record of bad samples. A collective.
 
@@ -50,7 +56,8 @@ def open_input(
     bad = BadSamples(epath.Path(workdir) / name, run.data.max_bad_share, len(source))
 
     def start() -> DevicePrefetch:
-        rows = train_data(run, source, process_index=process, process_count=jax.process_count(), cache=cache, bad=bad)
+        processes = {"process_index": process, "process_count": jax.process_count()}
+        rows = train_data(run, source, tokenizer, **processes, cache=cache, bad=bad)
         return DevicePrefetch(rows, mesh)
 
     return ResumableIterator(start), bad
@@ -59,6 +66,7 @@ def open_input(
 def train_data(
     run: RunConfig,
     source: Source | None = None,
+    tokenizer: TextTokenizer | None = None,
     *,
     process_index: int = 0,
     process_count: int = 1,
@@ -67,12 +75,14 @@ def train_data(
 ) -> TrainIterator:
     """Return `train_iterator` of a run's configuration, over `source` or the source that the configuration names.
 
+    Without `tokenizer`, it is that of `run_tokenizer`.
+
     Raises:
       FileNotFoundError, ValueError: the data are missing or do not fit the configuration.
     """
     return train_iterator(
         open_source(run.data.source, run.data.split) if source is None else source,
-        tokenizer=tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name),
+        tokenizer=tokenizer or run_tokenizer(run),
         preprocess=run.preprocess,
         augment=run.data.augment,
         templates=run.data.templates,
@@ -86,9 +96,8 @@ def train_data(
     )
 
 
-def draw_sample(run: RunConfig, source: Source) -> None:
+def draw_sample(run: RunConfig, source: Source, tokenizer: TextTokenizer) -> None:
     """Read and augment one record in this process; raise what the source or the augmentation raises."""
-    tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
     row = TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
     row.draw(0, np.random.default_rng(run.seed))
 

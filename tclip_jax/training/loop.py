@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_collections
 from etils import epath
 
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.inference.model import Model
 from tclip_jax.training.session import Session, prepare
 
@@ -45,4 +46,5 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Model:
                 session.stop(step, stop)
             session.evaluate(step, state)
         session.failure.raise_everywhere()
-    return Model(run.model, run.preprocess, state.params["clip"], run.rules)
+    stored = prepared.tokenizer if isinstance(prepared.tokenizer, FileTokenizer) else None
+    return Model(run.model, run.preprocess, state.params["clip"], run.rules, stored)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from tclip_jax.data.images import normalize
 from tclip_jax.losses.contrastive import accuracy_of_rows
+from tclip_jax.losses.exchange import Exchange, Gather, Ring
 from tclip_jax.losses.registry import LOSSES, Inputs, LayerInputs, Need
-from tclip_jax.losses.ring import Ring
 from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.layers import QUANTIZER_RNG, Softness, blend_params, normalize_embedding
 from tclip_jax.models.taps import States, apply_with_states
-from tclip_jax.parallel.mesh import BATCH_AXES
+from tclip_jax.parallel.mesh import BATCH_AXES, mesh_in_force
 from tclip_jax.runs.config import LossConfig
 
 
@@ -89,6 +89,7 @@ def valid_tokens(batch: Batch) -> dict[str, jax.Array]:
     return {"image": mask, "text": mask & (jnp.arange(tokens.shape[1]) <= tokens.argmax(axis=-1, keepdims=True))}
 
 
+@jax.named_scope("losses")
 def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, loss: LossConfig, whole: Batch) -> Metrics:
     """Return the losses of hidden states and relations, each the mean over layers and towers.
 
@@ -112,7 +113,8 @@ def layer_losses(heads: Any, batch: Batch, student: States, teacher: States, los
                 x, y = ours[kind][i], theirs[kind][j]
                 head = heads["hidden"][tower] if kind == "hidden" else None
                 inputs = LayerInputs(x, y, jnp.broadcast_to(mask, x.shape[:2]), loss, head)
-                values[name] += [share * value for value in LOSSES[name].function(inputs)]
+                with jax.named_scope(name):
+                    values[name] += [share * value for value in LOSSES[name].function(inputs)]
     return {name: sum(each, jnp.float32(0)) / len(each) for name, each in values.items()}
 
 
@@ -169,7 +171,7 @@ class Objective:
         teacher_params: Any,
         batch: Batch,
         whole: Batch,
-        quant_lambda: jax.Array | None = None,
+        softness: Softness | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Embeddings, Metrics]:
         """Return the embeddings of some rows, and their part of the losses of hidden states.
@@ -179,22 +181,33 @@ class Objective:
           teacher_params: the teacher's parameters if it runs in the step, otherwise None.
           batch: some rows of `whole`, or all.
           whole: the batch.
-          quant_lambda: the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
+          softness: how far weights are from ternary; None for hard trits.
           key: PRNG key of the student's quantizers that draw random numbers.
         """
         clip = params["clip"]
-        if quant_lambda is not None:
-            clip = blend_params(clip, self.student.model.rules, Softness(quant_lambda))
-        image, text, states = self.student(clip, batch, self.config, key)
+        if softness is not None:
+            clip = blend_params(clip, self.student.model.rules, softness)
+        with jax.named_scope("student"):
+            image, text, states = self.student(clip, batch, self.config, key)
         if self.teacher is None:
             return Embeddings(image, text), {}
         if not isinstance(self.teacher, Encoders):
             cached = batch["teacher_image"].astype(jnp.float32), batch["teacher_text"].astype(jnp.float32)
             return Embeddings(image, text, cached), {}
-        their_image, their_text, their_states = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.config))
+        with jax.named_scope("teacher"):
+            theirs = jax.lax.stop_gradient(self.teacher(teacher_params, batch, self.config))
+        their_image, their_text, their_states = theirs
         of_layers = layer_losses(params.get("heads", {}), batch, states, their_states, self.config, whole)
         return Embeddings(image, text, (their_image, their_text)), of_layers
 
+    @property
+    def _exchange(self) -> Exchange:
+        """How devices get the embeddings of others."""
+        if mesh_in_force() is None:
+            return None
+        return Ring(BATCH_AXES, self.config.ring_chunk) if self.config.distributed == "ring" else Gather(BATCH_AXES)
+
+    @jax.named_scope("losses")
     def loss(
         self, params: Any, teacher_params: Any, batch: Batch, embeddings: Embeddings, of_layers: Metrics
     ) -> tuple[jax.Array, Metrics]:
@@ -212,21 +225,23 @@ class Objective:
         masks: dict[str, Any] = {
             "tokens": batch["tokens"] if config.positives == "equal_text" else None,
             "weight": batch["weight"],
-            "ring": Ring(BATCH_AXES, config.ring_chunk) if config.distributed == "ring" else None,
+            "exchange": self._exchange,
         }
-        affinities = None
-        if self.teacher is not None and teacher is not None and config.needs("affinities"):
-            affinities = *teacher, _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
+        affinities = their_scale = None
+        if self.teacher is not None and teacher is not None:
+            their_scale = _scale(teacher_params) if isinstance(self.teacher, Encoders) else self.teacher
+            affinities = (*teacher, their_scale) if config.needs("affinities") else None
         bias = (params["clip"].get("logit_bias", heads.get("sigmoid_bias"))) if config.sigmoid else None
         rows = compare(image, text, _scale(params["clip"]), teacher=affinities, bias=bias, **masks)
         projected = None
         if teacher is not None and config.needs("projection"):
             projected = _project(heads["image"], image), _project(heads["text"], text)
         compared = functools.partial(compare_rows, **masks)
-        inputs = Inputs(rows, (image, text), batch["weight"], config, heads, compared, projected, teacher)
+        inputs = Inputs(rows, (image, text), batch["weight"], config, heads, compared, projected, teacher, their_scale)
         for name in config.weights:
             if not LOSSES[name].of_layers and (teacher is not None or not LOSSES[name].needs):
-                losses[name] = LOSSES[name].function(inputs)
+                with jax.named_scope(name):
+                    losses[name] = LOSSES[name].function(inputs)
                 if jnp.shape(losses[name]):
                     raise ValueError(f"the loss {name} returns an array {losses[name].shape}: it must be a scalar")
         total = sum((config.weights[name] * value for name, value in losses.items()), jnp.float32(0))
@@ -239,7 +254,7 @@ def check_teacher(teacher: CLIPConfig, student: CLIPConfig, loss: LossConfig) ->
     ours, theirs = student.vision.image_size, teacher.vision.image_size
     if ours != theirs:
         sizes = f"{theirs}, the student's {ours}"
-        raise ValueError(f"the teacher's image size is {sizes}: they see the same pixels, so both must be equal")
+        raise ValueError(f"the teacher's image size is {sizes}: they encode the same pixels, so both must be equal")
     ours_text, theirs_text = student.text, teacher.text
     if (ours_text.context_length, ours_text.vocab_size) != (theirs_text.context_length, theirs_text.vocab_size):
         raise ValueError(

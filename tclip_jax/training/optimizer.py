@@ -1,4 +1,4 @@
-"""Optimizers, their learning rate schedule and parameter groups, the quantization blend, and the moving average."""
+"""Optimizers, their learning rate schedule and parameter groups, the soft phase, and the moving average."""
 
 from __future__ import annotations
 
@@ -12,26 +12,83 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from tclip_jax.models.layers import Softness
+from tclip_jax.models.ternary_rules import TERNARIZABLE, TernaryRules, find_quantizer, input_axis, matrix_shape
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.runs.config import OptimizerConfig
+from tclip_jax.ternary import find_levels
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the schedule: linear warmup from 0, cosine decay to the recovery learning rate, then that rate."""
-    end = config.recovery_learning_rate
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, steps - config.recovery_steps, end
-    )
+    """Return the schedule: linear warmup from 0 and cosine decay, then the recovery phase.
 
-
-def quant_lambda(steps: int) -> Callable[[jax.Array], jax.Array] | None:
-    """Return the schedule of the blend λ in w_eff = λ · ŵ + (1 − λ) · w: linear from 0, exactly 1 from `steps` on.
-
-    None for λ = 1 throughout, if `steps` is 0.
+    With `recovery_decay` "none", the cosine decay ends at the recovery learning rate, which recovery keeps. With
+    "cosine" it ends at 0, and recovery is a second cosine decay, from its own rate to 0 (FTerViT, arXiv 2605.21171).
     """
-    if not steps:
+    main, end = steps - config.recovery_steps, config.recovery_learning_rate
+    again = bool(config.recovery_steps) and config.recovery_decay == "cosine"
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, main, 0.0 if again else end
+    )
+    if not again:
+        return schedule
+    return optax.join_schedules([schedule, optax.cosine_decay_schedule(end, config.recovery_steps)], [main])
+
+
+def soft_phase(
+    blend_steps: int, temperature: float = 0.0, anneal_steps: int = 0
+) -> Callable[[jax.Array], Softness] | None:
+    """Return the schedule of the blend λ and of the temperature τ, from full precision to hard trits.
+
+    λ rises linearly from 0 to exactly 1 at `blend_steps`. Until then τ is `temperature`; then it falls to exactly 0 by
+    half a cosine over `anneal_steps`.
+
+    Returns:
+      The schedule by the number of steps done; None if weights are ternary throughout.
+
+    Source: the phases of Hestia, arXiv 2601.20745.
+    """
+    if not blend_steps and not anneal_steps:
         return None
-    return lambda step: jnp.where(step < steps, step / jnp.float32(steps), 1.0)
+
+    def softness(step: jax.Array) -> Softness:
+        quant_lambda = jnp.where(step < blend_steps, step / jnp.float32(max(blend_steps, 1)), 1.0)
+        if not anneal_steps:
+            return Softness(quant_lambda)
+        done = jnp.clip((step - blend_steps) / jnp.float32(anneal_steps), 0, 1)
+        falling = temperature * (1 + jnp.cos(jnp.pi * done)) / 2
+        return Softness(quant_lambda, jnp.where(done < 1, falling, 0.0))
+
+    return softness
+
+
+def clip_latent(params: Any, rules: TernaryRules, config: OptimizerConfig) -> Any:
+    """Clip the latent weights of ternary parameters to `latent_clip` times the scale of their group; 0: no clipping.
+
+    A weight beyond its scale has the trit ±1 whatever its size, and grows as long as its gradient keeps its sign. The
+    clipped weight returns to the threshold sooner, as in BinaryConnect (arXiv 1511.00363), whose bound is the level.
+    The scale is that of the weights before they are clipped, which lowers it for the kinds that compute it from them.
+
+    Args:
+      params: parameters of the run, the latent weights of its model under "clip".
+      rules: (regex, quantizer) pairs that select the ternary parameters.
+      config: its `latent_clip`, in units of the scale; its `groups` may freeze parameters, which stay as they are.
+    """
+    bound = config.latent_clip
+    if not bound:
+        return params
+    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def clipped(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        head, _, path = path_of(key_path).partition("/")
+        quantizer = find_quantizer(path, rules) if head == "clip" and path in TERNARIZABLE else None
+        if quantizer is None or quantizer.uniform or _group(config, key_path) is None:
+            return leaf
+        w, axis = leaf.reshape(matrix_shape(leaf.shape)), input_axis(path)
+        scale, _ = find_levels(w, quantizer, axis, leaves.get(f"clip/{path}_scale")).expanded(w.shape[axis], axis)
+        return jnp.clip(w, -bound * scale, bound * scale).reshape(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(clipped, params)
 
 
 def decays(params: Any) -> Any:
@@ -158,7 +215,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 
 
 def updates_done(state: optax.OptState) -> jax.Array:
-    """The number of updates that an optimizer's state has seen: int32 scalar."""
+    """The number of updates that an optimizer's state has applied: int32 scalar."""
     (_, count), *_ = optax.tree.get_all_with_path(state, "count")
     return count
 

@@ -17,18 +17,21 @@ from jax.sharding import Mesh
 
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import TeacherCache
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.data.sources import FAULTS, described, open_source
-from tclip_jax.inference.load import load_known
+from tclip_jax.data.tokenizer import TextTokenizer
+from tclip_jax.inference.load import Architecture, load_known
 from tclip_jax.models.flops import train_flops
 from tclip_jax.models.trits import trit_metrics, trit_snapshot
 from tclip_jax.parallel.agreement import Agreement, FirstError, allgather_json, together
-from tclip_jax.parallel.mesh import describe_run, make_mesh
+from tclip_jax.parallel.mesh import describe_run, device_record, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.checkpoints import Checkpoints, check_checkpoint
 from tclip_jax.runs.config import RunConfig, run_config
 from tclip_jax.runs.record import in_words, read_metrics
 from tclip_jax.runs.steps import saved_steps, whole_steps
-from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.runs.tokenizer import keep_tokenizer
+from tclip_jax.training.build import Build, check_batch, teacher_params
 from tclip_jax.training.evaluation import FAILED, Evaluation, EvaluationError
 from tclip_jax.training.input import ResumableIterator, draw_sample, open_input
 from tclip_jax.training.metrics import MetricsLogger, Telemetry, check_telemetry
@@ -38,7 +41,8 @@ from tclip_jax.training.start import Resume, start_params
 from tclip_jax.training.state import TrainState
 from tclip_jax.training.step_log import AVERAGE, StepLog
 from tclip_jax.training.teacher_cache import open_cache
-from tclip_jax.training.timing import StepTimer, Throughput, Trace
+from tclip_jax.training.timing import Compilations, StepTimer, Throughput, Trace, device_memory
+from tclip_jax.training.tokenizer import check_teacher_tokenizer, run_tokenizer
 from tclip_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
@@ -68,6 +72,7 @@ class Prepared:
     workdir: epath.Path
     mesh: Mesh
     data: ResumableIterator
+    tokenizer: TextTokenizer
     bad: BadSamples
     build: Build
     teacher_params: Any
@@ -96,23 +101,33 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
         _logger.info("the first moment accumulates in %s (config.optimizer.mu_dtype)", run.optimizer.mu_dtype)
     with together():
         source = open_source(run.data.source, run.data.split)
-        cache = open_cache(run, source) if run.data.teacher_cache else None
-    data, bad = open_input(run, source, workdir, mesh, cache)
-    teacher, teacher_params, teacher_origin = _load_teacher(run, cache, mesh)
+        tokenizer = run_tokenizer(run, workdir)
+        cache = open_cache(run, source, tokenizer) if run.data.teacher_cache else None
+    data, bad = open_input(run, source, workdir, mesh, cache, tokenizer)
+    teacher, teacher_params, teacher_origin = _load_teacher(run, cache, mesh, tokenizer)
     build = Build(run, mesh, teacher or cache)
     with together():
-        evaluations = [Evaluation(each, run) for each in (run.eval, *run.evals) if each.source]
+        evaluations = [Evaluation(each, run, tokenizer) for each in (run.eval, *run.evals) if each.source]
         check_telemetry(run.wandb_project)
     whole = whole_steps(workdir / "checkpoints")
     first = max(whole, default=0)
     start, init_origin = start_params(run, mesh) if not first else (None, None)
     data_origin = {"source": run.data.source, "split": run.data.split, **described(source)}
+    if isinstance(tokenizer, FileTokenizer):
+        data_origin["tokenizer"] = tokenizer.digest
     resume = Resume(
-        config, workdir, first, data=data_origin, teacher=teacher_origin, init=init_origin, plugins=run.plugins
+        config,
+        workdir,
+        first,
+        data=data_origin,
+        teacher=teacher_origin,
+        init=init_origin,
+        plugins=run.plugins,
+        devices=device_record(mesh),
     )
     if run.plugins:  # an error in one is found by a sample and by tracing the step, before anything is written
         with together():
-            draw_sample(run, source)
+            draw_sample(run, source, tokenizer)
         with jax.set_mesh(mesh):
             step = build.jitted_step(build.state_shapes)
             jax.eval_shape(step, build.state_shapes, build.batch_shapes, build.teacher_shapes)
@@ -120,7 +135,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Prepa
         changed = in_words(resume.changed, ("loss", "optimizer", "teacher", "data.teacher_cache"))
         with jax.set_mesh(mesh):
             check_checkpoint(workdir / "checkpoints", first, build.state_shapes.trees(), data.seek, changed)
-    return Prepared(run, config, workdir, mesh, data, bad, build, teacher_params, evaluations, whole, start, resume)
+    return Prepared(
+        run, config, workdir, mesh, data, tokenizer, bad, build, teacher_params, evaluations, whole, start, resume
+    )
 
 
 class Session:
@@ -146,6 +163,7 @@ class Session:
             self._checkpoints = enter(Checkpoints(prepared.workdir / "checkpoints", run.checkpoint, prepared.whole))
             self._watchdog = enter(Watchdog(prepared.workdir, self._timer, run.stall_minutes, leave=run.stall_exit))
             self._trace = enter(Trace(prepared.workdir, run.profile_steps))
+            self._compilations = enter(Compilations())
             undo.pop_all()
         return self
 
@@ -172,6 +190,8 @@ class Session:
         self._telemetry = self._stack.enter_context(telemetry)
         self.failure = telemetry.failure
         with together():
+            if isinstance(prepared.tokenizer, FileTokenizer) and jax.process_index() == 0:
+                keep_tokenizer(workdir, prepared.tokenizer)
             prepared.resume.begin()
         throughput = Throughput(run.data.batch_size, _flops(prepared.build), prepared.mesh.devices.flat)
         self._metrics = MetricsLogger(
@@ -223,7 +243,9 @@ class Session:
         self._metrics.flush()
         with self.failure.captured():
             self._trace.after(step, metrics)
-        rates = self._throughput.metrics(self._timer.take())
+        rates = self._throughput.metrics(self._timer.take()) | self._compilations.metrics()
+        if step == self._run.steps or (self._run.log_every and step % self._run.log_every == 0):
+            rates |= device_memory(self._prepared.mesh.local_devices)
         self._metrics.add(step, metrics | {"learning_rate": self._schedule(step - 1)} | rates)
         if self._is_snapshot_due(step):
             self._telemetry.write_trits(step, trit_metrics(self._snapshot, state.params["clip"], self._run.rules))
@@ -286,13 +308,15 @@ class Session:
 
 
 def _load_teacher(
-    run: RunConfig, cache: TeacherCache | None, mesh: Mesh
+    run: RunConfig, cache: TeacherCache | None, mesh: Mesh, tokenizer: TextTokenizer
 ) -> tuple[Architecture | None, Any, dict[str, Any] | None]:
     """Return the teacher that runs in the step, its parameters over `mesh`, and its origin or that of the cache."""
     if not run.teacher:
         return None, None, cache.origin if cache else None
     teacher, origin = load_known(run.teacher, mesh)
-    params = jax.device_put(teacher.params, tree_shardings(teacher.params, mesh))
+    check_teacher_tokenizer(run.teacher, teacher.config.text, teacher.tokenizer, tokenizer)
+    params = teacher_params(teacher.params, teacher.rules, run)
+    params = jax.device_put(params, tree_shardings(params, mesh))
     return Architecture(teacher.config, teacher.preprocess, teacher.rules), params, origin
 
 

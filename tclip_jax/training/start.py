@@ -38,7 +38,7 @@ from tclip_jax.runs.record import (
     write_record,
 )
 from tclip_jax.runs.steps import decided
-from tclip_jax.ternary import TernaryTensor
+from tclip_jax.ternary import QuantizedTensor
 
 
 def start_params(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
@@ -107,23 +107,35 @@ def _recovered(params: dict[str, Any], rules: TernaryRules) -> dict[str, Any]:
     """Return `params` with a `TernaryTensor` for every float weight that has a rule and equals scale · trit."""
     leaves = flatten(params)
     for path in leaves.keys() & {*TERNARIZABLE}:
-        if find_quantizer(path, rules) and not isinstance(leaves[path], TernaryTensor):
+        quantizer = find_quantizer(path, rules)
+        if quantizer and not quantizer.uniform and not isinstance(leaves[path], QuantizedTensor):
             with contextlib.suppress(NotTernaryError):
                 leaves[path] = recover_parameter(path, leaves[path])
     return unflatten_dict(leaves, sep="/")
 
 
 def _floats(leaf: Any) -> Any:
-    return np.asarray(leaf.dequantize() if isinstance(leaf, TernaryTensor) else leaf, np.float32)
+    return np.asarray(leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf, np.float32)
 
 
 # Keys that must not change in a run.
 _FIXED = ("model", "ternary", "quantizer", "seed", "init", "init_scales", "inherit")
 # Keys that do not change the weights, except by rounding of sums in another order.
 _FREE = (
-    *("mesh.", "checkpoint.", "eval.", "evals", "remat", "telemetry_every", "log_every", "max_skipped_steps"),
+    *(
+        "mesh.",
+        "devices.",
+        "checkpoint.",
+        "eval.",
+        "evals",
+        "remat",
+        "attention",
+        "telemetry_every",
+        "log_every",
+        "max_skipped_steps",
+    ),
     *("stall_minutes", "stall_exit", "compile_cache", "profile_steps", "wandb_project", "software.", "plugins."),
-    *("data.workers", "data.microbatches", "data.max_bad_share"),
+    *("data.workers", "data.microbatches", "data.max_bad_share", "data.tokenizer"),
 )
 _PATHS = ("teacher.source", "data.source", "data.teacher_cache")  # their contents are compared instead
 
@@ -141,6 +153,7 @@ class Resume:
       teacher: {"source", "content", …} of the teacher, or None.
       init: {"source", "content", …} of the initial weights, or None.
       plugins: the plug-ins of the run, as `RunConfig.plugins`.
+      devices: the devices, as of `device_record`.
 
     Attributes:
       changed: the changed keys, as {key: [old, new]}.
@@ -160,12 +173,13 @@ class Resume:
         teacher: dict[str, Any] | None,
         init: dict[str, Any] | None,
         plugins: dict[str, dict[str, str]] | None = None,
+        devices: dict[str, Any] | None = None,
     ) -> None:
         self._workdir, self._step = epath.Path(workdir), step
         resolved = json.loads(config.to_json())
         self._record: Record = {
             "config": resolved, "data": data, "teacher": teacher, "init": init, "software": software(),
-            "plugins": plugins or {},
+            "plugins": plugins or {}, "devices": devices or {},
         }  # fmt: skip
         self.changed: Changes = decided(lambda: self._compare(resolved))
 
@@ -192,7 +206,8 @@ class Resume:
             return {}
         if self._record["init"] is None:
             self._record["init"] = previous.get("init")
-        parts = {name: previous.get(name) for name in ("data", "teacher", "software", "plugins") if previous.get(name)}
+        names = ("data", "teacher", "software", "plugins", "devices")
+        parts = {name: previous.get(name) for name in names if previous.get(name)}
         changed = changes(_merged(before, parts), _merged(resolved, self._record))
         steps = resolved["steps"]
         if self._step > steps:
@@ -232,4 +247,5 @@ def _merged(config: dict[str, Any], record: Record) -> dict[str, Any]:
         "teacher": teacher,
         "software": record.get("software") or {},
         "plugins": record.get("plugins") or {},
+        "devices": record.get("devices") or {},
     }

@@ -12,13 +12,14 @@ import optax
 
 from tclip_jax.data.sources import FAULTS
 from tclip_jax.losses.grad_cache import gradient_in_parts
+from tclip_jax.models.layers import Softness
 from tclip_jax.parallel.mesh import BATCH_AXES
 from tclip_jax.runs.config import LossConfig
 from tclip_jax.training.objective import Batch, Encoders, Metrics, Objective
 from tclip_jax.training.optimizer import moving_average, updates_done
 from tclip_jax.training.state import TrainState
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.Array], Softness]
 MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -27,11 +28,12 @@ def make_train_step(
     teacher: Encoders | float | None,
     optimizer: optax.GradientTransformationExtraArgs,
     loss: LossConfig,
-    blend: Schedule | None = None,
+    soften: Schedule | None = None,
     ema_decay: float = 0.0,
     microbatches: int = 1,
     freeze: Callable[[Any], Any] = lambda params: params,
     noise_seed: int | None = None,
+    constrain: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """Return the step: (state, batch, teacher's parameters or None) -> (next state, metrics as float32 scalars).
 
@@ -43,20 +45,21 @@ def make_train_step(
       teacher: the teacher's model if it runs in the step, its logit scale if batches hold its embeddings, or None.
       optimizer: optimizer of all parameters, see `make_optimizer`.
       loss: weights and options of the losses.
-      blend: maps the step to the quantization blend λ of w_eff = λ · ŵ + (1 − λ) · w; None for λ = 1.
+      soften: maps the step to how far weights are from ternary; None for hard trits.
       ema_decay: decay of the moving average, if the state has one.
       microbatches: parts into which a batch is split to save memory; the result does not depend on it.
       freeze: returns its argument, the parameters, with the gradients of frozen ones stopped.
       noise_seed: random seed of quantizers that draw random numbers, other ones in each step; None if there are none.
+      constrain: maps the updated parameters to those that are kept.
     """
 
     objective = Objective(student, teacher, loss)
 
     def train_step(state: TrainState, batch: Batch, teacher_params: Any) -> tuple[TrainState, Metrics]:
-        quant_lambda = blend(state.step) if blend else None
+        softness = soften(state.step) if soften else None
         noise = None if noise_seed is None else jax.random.fold_in(jax.random.key(noise_seed), state.step)
         gradients, metrics = gradient_in_parts(
-            lambda params, rows: objective.encode(freeze(params), teacher_params, rows, batch, quant_lambda, noise),
+            lambda params, rows: objective.encode(freeze(params), teacher_params, rows, batch, softness, noise),
             lambda params, embeddings, of_layers: objective.loss(
                 freeze(params), teacher_params, batch, embeddings, of_layers
             ),
@@ -65,12 +68,17 @@ def make_train_step(
             microbatches,
             BATCH_AXES,
         )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
-        params["clip"]["logit_scale"] = jnp.clip(params["clip"]["logit_scale"], 0, MAX_LOGIT_SCALE)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, step=state.step)
+            params = optax.apply_updates(state.params, updates)
+            params = constrain(params)
+        # CLIP's bound; SigLIP's scale has none, and is above it in published models.
+        bound = None if loss.sigmoid else MAX_LOGIT_SCALE
+        params["clip"]["logit_scale"] = jnp.clip(params["clip"]["logit_scale"], 0, bound)
         average = state.average
         if average is not None:
-            average = moving_average(average, params["clip"], ema_decay, updates_done(optimizer_state))
+            with jax.named_scope("average"):
+                average = moving_average(average, params["clip"], ema_decay, updates_done(optimizer_state))
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
         usable = jnp.any(batch["weight"] > 0)
         changes = usable & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])

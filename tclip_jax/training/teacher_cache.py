@@ -22,9 +22,10 @@ from tclip_jax.data import prompts
 from tclip_jax.data.augment import AUGMENTATIONS, DRAWS
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import Embeddings, TeacherCache, copy_generator
+from tclip_jax.data.file_tokenizer import FileTokenizer
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import FAULTS, Source, described, open_source
-from tclip_jax.data.tokenizer import tokenizer_of
+from tclip_jax.data.tokenizer import TextTokenizer
 from tclip_jax.inference.load import load_known
 from tclip_jax.inference.model import Model
 from tclip_jax.models.clip import CLIP
@@ -33,6 +34,7 @@ from tclip_jax.parallel.mesh import batch_sharding, make_mesh
 from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.objective import Encoders, check_teacher
+from tclip_jax.training.tokenizer import check_teacher_tokenizer, run_tokenizer
 
 _THREADS = 4  # threads that decode images, and batches that are prefetched
 _NAMED = ("name", "reason")  # of a bad sample, in a row
@@ -64,6 +66,8 @@ def write_cache(
     mesh = make_mesh(devices=jax.local_devices())
     (model, origin), source = load_known(teacher, mesh), open_source(run.data.source, run.data.split)
     check_teacher(model.config, run.model, run.loss)
+    tokenizer = run_tokenizer(run, teacher=teacher)
+    check_teacher_tokenizer(teacher, model.config.text, model.tokenizer, tokenizer)
     cache = TeacherCache(
         str(folder),
         teacher,
@@ -74,14 +78,14 @@ def write_cache(
         copies,
         run.seed,
         file_rows,
-        keys.recipe(teacher=origin["content"], **describe_inputs(run, source)),
+        keys.recipe(teacher=origin["content"], **describe_inputs(run, source, tokenizer)),
     )
     cache.write_manifest()
     # The missing files, as process 0 sees them, are divided evenly, whichever process wrote the others.
     missing = allgather_json([file for file in range(cache.files) if not _is_whole(cache, file)])[0]
     assigned = missing[jax.process_index() :: jax.process_count()]
     bad = BadSamples()
-    embedded = _embed(cache, assigned, model, train_row(run, source), mesh, batch_size, bad)
+    embedded = _embed(cache, assigned, model, train_row(run, source, tokenizer), mesh, batch_size, bad)
     rows = sum(len(cache.rows_of(file)) for file in assigned)
     hidden = jax.process_index() > 0 or not sys.stderr.isatty()
     with tqdm.tqdm(total=rows, unit="sample", desc="teacher", disable=hidden) as bar:
@@ -96,26 +100,32 @@ def write_cache(
     return TeacherCache.open(folder)
 
 
-def open_cache(run: RunConfig, source: Source | None = None) -> TeacherCache:
+def open_cache(run: RunConfig, source: Source | None = None, tokenizer: TextTokenizer | None = None) -> TeacherCache:
     """Return the cache of a run, after a comparison of its inputs with those of the run.
 
     Args:
       run: the configuration.
       source: the run's data; None skips the comparison of the data, as in a plan.
+      tokenizer: the run's tokenizer; None skips its comparison.
 
     Raises:
       FileNotFoundError: the cache does not exist, or is incomplete.
       ValueError: the cache is damaged, or has other inputs than the run.
     """
     cache = TeacherCache.open(run.data.teacher_cache)
-    wanted = describe_inputs(run, source)
+    wanted = describe_inputs(run, source, tokenizer)
     if differs := keys.difference({name: cache.made_by.get(name) for name in wanted}, wanted):
         raise ValueError(f"{run.data.teacher_cache}: the teacher's inputs differ ({differs}): make another cache")
     return cache
 
 
-def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe:
-    """Return the recipe of a teacher's inputs, without the seed: augmentation, preprocessing, and data if `source`."""
+def describe_inputs(
+    run: RunConfig, source: Source | None = None, tokenizer: TextTokenizer | None = None
+) -> keys.Recipe:
+    """Return the recipe of a teacher's inputs, without the seed: augmentation, preprocessing, and data if `source`.
+
+    A `tokenizer` is named if it is not CLIP's own.
+    """
     pixels = dataclasses.asdict(run.preprocess)
     opened: dict[str, Any] = {}
     if source is not None:
@@ -126,14 +136,14 @@ def describe_inputs(run: RunConfig, source: Source | None = None) -> keys.Recipe
         draws=DRAWS,
         **({"augment_plugin": plugin} if (plugin := AUGMENTATIONS.plugin(run.data.augment)) else {}),
         context_length=run.model.text.context_length,
+        **({"tokenizer": tokenizer.digest} if isinstance(tokenizer, FileTokenizer) else {}),
         **{name: pixels[name] for name in ("size", "interpolation", "resize_mode")},
         **opened,
     )
 
 
-def train_row(run: RunConfig, source: Source) -> TrainRow:
+def train_row(run: RunConfig, source: Source, tokenizer: TextTokenizer) -> TrainRow:
     """Return the function that makes a training row of a sample."""
-    tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
     return TrainRow(source, tokenizer, run.preprocess, run.data.augment, run.data.templates)
 
 

@@ -1,4 +1,4 @@
-"""Time per phase, throughput and MFU of a run, and profiler traces for xprof."""
+"""Time per phase, throughput, MFU, compilations and memory of a run, and profiler traces for xprof."""
 
 from __future__ import annotations
 
@@ -84,6 +84,37 @@ class Throughput:
         rate = self._pairs * steps / max(spent, 1e-9)
         mfu = {"mfu": rate / self._at_peak} if self._at_peak else {}
         return {"images_per_second": rate, "images_per_second_per_device": rate / self._devices} | mfu
+
+
+class Compilations:
+    """Counts the programs that this process compiles, or reads from the compile cache; a context manager."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+    def metrics(self) -> dict[str, float]:
+        """Return `programs_compiled` since the last call, {} if there are none."""
+        count, self._count = self._count, 0
+        return {"programs_compiled": float(count)} if count else {}
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        self._count += event == self._EVENT
+
+
+def device_memory(devices: Iterable[jax.Device]) -> dict[str, float]:
+    """Return `memory_peak_bytes`: the most memory that one of these devices has used so far; {} where it is unknown."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    known = [float(peak) for peak in peaks if peak is not None]
+    return {"memory_peak_bytes": max(known)} if known else {}
 
 
 _logger = logging.getLogger(__name__)

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from tclip_jax.data.pipeline import TrainRow
 from tclip_jax.data.sources import FAULTS, digest, open_source
-from tclip_jax.data.tokenizer import tokenizer_of
+from tclip_jax.data.tokenizer import TextTokenizer
 from tclip_jax.parallel.agreement import allgather_json
 from tclip_jax.parallel.mesh import shard_batch
 from tclip_jax.runs.config import EvalConfig, RunConfig
 from tclip_jax.training.build import Build
+from tclip_jax.training.tokenizer import run_tokenizer
 
 _THREADS = 2  # that load batches
 _COLUMNS = ("image", "tokens", "weight", "fault")
@@ -37,19 +38,23 @@ class ValidationLoss:
 
     Args:
       config: source, split, templates and batch size of the evaluation.
-      run: the run, for its preprocessing and context length.
+      run: the run, for its preprocessing and tokenizer.
+      tokenizer: the run's tokenizer; None: that of `run_tokenizer`.
+      pairs: the most pairs, the first in the random order; 0 for all.
 
     Raises:
       FileNotFoundError, ValueError: the data are missing or empty.
     """
 
-    def __init__(self, config: EvalConfig, run: RunConfig) -> None:
+    def __init__(
+        self, config: EvalConfig, run: RunConfig, tokenizer: TextTokenizer | None = None, *, pairs: int = 0
+    ) -> None:
         self._config = config
         self._source = open_source(config.source, config.split)
         if not len(self._source):
             raise ValueError(f"{config.source}: it has no sample in its split {config.split!r}")
-        tokenizer = tokenizer_of(run.model.text.context_length, run.model.text.hf_tokenizer_name)
-        self._row = TrainRow(self._source, tokenizer, run.preprocess, "none", config.templates)
+        self._row = TrainRow(self._source, tokenizer or run_tokenizer(run), run.preprocess, "none", config.templates)
+        self._pairs = min(pairs or len(self._source), len(self._source))
         self._checked = False
 
     def __call__(self, params: Any, build: Build, teacher_params: Any) -> tuple[dict[str, float], dict[str, int]]:
@@ -73,14 +78,14 @@ class ValidationLoss:
 
         pending: dict[str, Any] = {}
         shown = first and sys.stderr.isatty()
-        with tqdm.tqdm(total=len(self._source), unit="pair", desc="validation", disable=not shown, leave=False) as bar:
+        with tqdm.tqdm(total=self._pairs, unit="pair", desc="validation", disable=not shown, leave=False) as bar:
             for batch in self._batches(build.mesh):
                 with jax.default_matmul_precision("highest"):
                     running = step(params, batch, teacher_params)
                 if pending:  # the devices compute the next batch meanwhile
                     add(pending)
                 pending = running
-                bar.update(min(self._config.batch_size, len(self._source) - bar.n))
+                bar.update(min(self._config.batch_size, self._pairs - bar.n))
         add(pending)
         pairs = sums.pop("pairs", 0.0)
         failed = {kind: count for kind, count in faults.items() if count}
@@ -93,7 +98,8 @@ class ValidationLoss:
 
     def _batches(self, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
         """Yield global batches of a fixed shape; masked rows fill up each to a multiple of the number of devices."""
-        order, size = np.random.default_rng(0).permutation(len(self._source)), self._config.batch_size
+        order = np.random.default_rng(0).permutation(len(self._source))[: self._pairs]
+        size = self._config.batch_size
         rows = -(-size // mesh.size) * mesh.size
         local = rows // jax.process_count()
         start = jax.process_index() * local

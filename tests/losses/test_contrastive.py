@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tclip_jax import losses
 from tclip_jax.losses.contrastive import sigmoid_of_rows
-from tclip_jax.losses.ring import Operand, positives_of
+from tclip_jax.losses.exchange import Operand, positives_of
 from tclip_jax.losses.statistics import compare_rows, masked_rows
 
 BATCH, WIDTH = 8, 6

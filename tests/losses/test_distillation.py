@@ -197,6 +197,54 @@ def test_crd_of_a_student_that_equals_its_teacher_is_zero(scale: float) -> None:
     np.testing.assert_allclose(gradient, 0, atol=1e-6 * scale)
 
 
+def symmetric_divergence(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> float:
+    """½ mean [KL(b's target ‖ a) + KL(a's target ‖ b)] of logits; the targets are logits of their own."""
+    p, q, fixed_p, fixed_q = (log_softmax(logits) for logits in (a, b, of_a, of_b))
+    return (np.sum(np.exp(fixed_q) * (fixed_q - p)) + np.sum(np.exp(fixed_p) * (fixed_p - q))) / 2 / len(a)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_relational_agreement_equals_numpy_and_each_side_is_a_fixed_target(cross: bool) -> None:
+    v, t, V, T = (np.float64(x) for x in random_batch(10))
+    X, Y = (T, V) if cross else (V, T)
+    loss = jax.jit(lambda v, t, X, Y, s, w=None: losses.relational_agreement((v, X), (t, Y), s, weight=w))
+    narrow = tuple(np.float32(x) for x in (v, t, X, Y))
+    a, b = 20 * v @ X.T, 20 * t @ Y.T
+    np.testing.assert_allclose(loss(*narrow, 20.0), symmetric_divergence(a, b, a, b), rtol=2e-6)
+    to_v, to_t, to_X, to_Y = jax.grad(loss, (0, 1, 2, 3))(*narrow, 20.0)
+    assert not np.any(to_X) and not np.any(to_Y)
+    rng = np.random.default_rng(0)
+    for gradient, of_images in ((to_v, True), (to_t, False)):
+        direction = rng.normal(size=v.shape)
+        moved = []
+        for step in (1e-6, -1e-6):
+            ahead = (20 * (v + step * direction) @ X.T, b) if of_images else (a, 20 * (t + step * direction) @ Y.T)
+            moved.append(symmetric_divergence(*ahead, a, b))
+        slope = np.sum(np.float64(gradient) * direction)
+        np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-6, rtol=1e-5)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1, 1.0])
+    kept = mask > 0
+    few = (20 * v[kept] @ X[kept].T, 20 * t[kept] @ Y[kept].T)
+    np.testing.assert_allclose(loss(*narrow, 20.0, mask), symmetric_divergence(*few, *few), rtol=2e-6)
+
+
+def test_relational_agreement_is_zero_if_both_modalities_are_equal_and_a_ring_computes_the_same() -> None:
+    v, t, V, T = random_batch(11, 16)
+    assert float(losses.relational_agreement((v, V), (v, V), 20.0)) == 0
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    batch = jax.device_put((v, t, V, T), NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        around, plain = (
+            jax.jit(
+                lambda v, t, V, T, exchange=exchange: losses.relational_agreement(
+                    (v, V), (t, T), 20.0, exchange=exchange
+                )
+            )(*batch)
+            for exchange in (losses.Ring(("data",), 3), None)
+        )
+    np.testing.assert_allclose(around, plain, rtol=1e-6)
+
+
 def test_cosine_is_half_the_width_times_mse() -> None:
     v, _, V, _ = random_batch(6)
     cosine, mse = feature_distillation(v, V, "cosine"), feature_distillation(v, V, "mse")

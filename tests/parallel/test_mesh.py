@@ -15,7 +15,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tclip_jax.models.clip import CLIP, param_shapes
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.parallel.mesh import abstract_mesh, batch_sharding, constrain_batch, describe_run, make_mesh, shard_batch
+from tclip_jax.parallel.mesh import (
+    abstract_mesh,
+    batch_sharding,
+    constrain_batch,
+    describe_run,
+    device_record,
+    make_mesh,
+    shard_batch,
+)
 
 CONFIG = CLIPConfig(
     8,
@@ -102,6 +110,20 @@ def test_the_first_lines_of_a_log() -> None:
         "mesh data=2, fsdp=2, tensor=2 of cpu (cpu)",
         "global batch 128: 128 a process, 16 a device",
     )
+
+
+def test_the_record_of_devices() -> None:
+    assert device_record(make_mesh()) == {"kind": "cpu", "count": 8, "processes": 1, "slices": 1, "shape": []}
+
+    class Chip:
+        platform, device_kind = "tpu", "TPU v5 lite"
+
+        def __init__(self, x: int, y: int, index: int) -> None:
+            self.coords, self.slice_index, self.process_index = (x, y, 0), index, 2 * index + x // 2
+
+    chips = [Chip(x, y, index) for index in range(2) for x in range(4) for y in range(2)]
+    mesh: Any = type("", (), {"devices": np.array(chips).reshape(4, 2, 2)})
+    assert device_record(mesh) == {"kind": "TPU v5 lite", "count": 16, "processes": 4, "slices": 2, "shape": [4, 2, 1]}
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 2, 2)])

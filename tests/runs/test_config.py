@@ -79,6 +79,31 @@ def test_round_trip_through_json() -> None:
         ({"loss__towers": ("vision",)}, "config.loss.towers has no 'vision': it has image, text$"),
         ({"teacher": "t", "data__teacher_cache": "c"}, "are two teachers"),
         ({"ternary_warmup_steps": 1000}, "ternary_warmup_steps .* 1000 is not below config.steps 1000"),
+        (
+            {"ternary_warmup_steps": 300, "ternary_anneal_steps": 700},
+            "ternary_anneal_steps .* 1000 is not below config.steps 1000",
+        ),
+        ({"gradient_dtype": "bfloat16"}, "gradient_dtype is 'bfloat16', but config.dtype 'float32': set both"),
+        (
+            {"ternary": "Q-ALL", "quantizer__kind": "lsq", "ternary_anneal_steps": 10},
+            "ternary_anneal_steps is 10, but quantizers of kind lsq learn their scale",
+        ),
+        (
+            {"ternary": "Q-ALL", "quantizer__kind": "sherry", "ternary_anneal_steps": 10},
+            "ternary_anneal_steps is 10, but quantizers of kind sherry have a threshold per weight: soft trits need",
+        ),
+        (
+            {"optimizer__recovery_decay": "cosine", "optimizer__recovery_learning_rate": 1e-4},
+            "recovery_decay is 'cosine': set recovery_steps and recovery_learning_rate above 0",
+        ),
+        (
+            {"optimizer__recovery_decay": "cosine", "optimizer__recovery_steps": 10},
+            "recovery_decay is 'cosine': set recovery_steps and recovery_learning_rate above 0",
+        ),
+        (
+            {"ternary": [(".*", {"kind": "uniform"})], "quantizer__dead_zone_bias": 0.5},
+            "dead_zone_bias is 0.5, but the kind uniform has no trits: set it to 0.0",
+        ),
         ({"optimizer__recovery_steps": 1000}, "recovery_steps .* is not below config.steps 1000"),
         ({"optimizer__groups": [("(", {})]}, "groups '\\(' is not a regular expression"),
         (

@@ -64,9 +64,9 @@ def watched(self):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     batch = draw(self)
-    seen = {"start": start, "tokens": batch["tokens"].tolist(), "weight": batch["weight"].tolist()}
-    with open(f"{work}/seen.{index}.jsonl", "a") as file:
-        file.write(json.dumps(seen) + "\\n")
+    record = {"start": start, "tokens": batch["tokens"].tolist(), "weight": batch["weight"].tolist()}
+    with open(f"{work}/batches.{index}.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\\n")
     return batch
 
 TrainIterator.__next__ = watched
@@ -181,8 +181,8 @@ def run(work: pathlib.Path, kill_at: int) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def seen_by(work: pathlib.Path, process: int) -> list[dict[str, list[float]]]:
-    return [json.loads(line) for line in (work / f"seen.{process}.jsonl").read_text().splitlines()]
+def batches_of(work: pathlib.Path, process: int) -> list[dict[str, list[float]]]:
+    return [json.loads(line) for line in (work / f"batches.{process}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.faults
@@ -193,16 +193,16 @@ def test_every_good_sample_is_used_once_per_epoch(tmp_path: pathlib.Path) -> Non
     assert first[1].wait(timeout=300) == -9, (tmp_path / "stderr.1").read_text()[-2000:]
     first[0].kill()
     first[0].wait()
-    before = len(seen_by(tmp_path, 0))
+    before = len(batches_of(tmp_path, 0))
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
 
     for i, process in enumerate(run(tmp_path, kill_at=0)):
         assert process.wait(timeout=300) == 0, (tmp_path / f"stderr.{i}").read_text()[-2000:]
 
-    assert seen_by(tmp_path, 0)[before]["start"] == saved * BATCH > 0
+    assert batches_of(tmp_path, 0)[before]["start"] == saved * BATCH > 0
     rows: dict[tuple[int, int, int], tuple[str, float]] = {}
     for process in range(2):
-        for batch in seen_by(tmp_path, process):
+        for batch in batches_of(tmp_path, process):
             for row, (tokens, weight) in enumerate(zip(batch["tokens"], batch["weight"], strict=True)):
                 key = int(batch["start"]), process, row  # type: ignore[call-overload]
                 text = Tokenizer(12).decode(tokens)  # type: ignore[arg-type]

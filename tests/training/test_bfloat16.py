@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tclip_jax.inference.load import Architecture
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import ternary_rules
@@ -27,7 +28,7 @@ from tclip_jax.planning.hlo import called, parse_program
 from tclip_jax.recipes import load_recipe, override
 from tclip_jax.runs.config import LossConfig, run_config
 from tclip_jax.ternary import Quantizer
-from tclip_jax.training.build import Architecture, Build
+from tclip_jax.training.build import Build
 from tclip_jax.training.objective import Encoders, Objective, init_heads
 
 HALF = (0.5, 0.5, 0.5)
@@ -98,10 +99,10 @@ def test_the_recipes_gradients(which: str, rows: int, grid: tuple[int, int]) -> 
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(params: Any, dtype: Any) -> Any:
         student = Encoders(CLIP(config, rules, dtype, remat=True), HALF, HALF)
-        goal = Objective(student, Encoders(CLIP(config), HALF, HALF), LOSS)
+        objective = Objective(student, Encoders(CLIP(config), HALF, HALF), LOSS)
 
         def loss(params: Any) -> jax.Array:
-            return goal.loss(params, teacher, batch, *goal.encode(params, teacher, batch, batch))[0]
+            return objective.loss(params, teacher, batch, *objective.encode(params, teacher, batch, batch))[0]
 
         return jax.grad(loss)(params)
 
@@ -143,9 +144,9 @@ def narrow_sums(module: Any) -> list[str]:
     sums = []
     for each in operations(module):
         kind = each.name.removeprefix("stablehlo.")
-        inside = [op.name for op in operations(each)] if len(each.regions) else []
+        names = [op.name for op in operations(each)] if len(each.regions) else []
         if kind in ("reduce", "all_reduce", "reduce_scatter", "scatter", "reduce_window", "select_and_scatter"):
-            if "stablehlo.add" in inside and any(map(is_narrow, each.results)):
+            if "stablehlo.add" in names and any(map(is_narrow, each.results)):
                 sums.append(f"{kind} {each.results[0].type}")
         elif kind == "dot_general" and is_narrow(each.results[0]):
             if "batching_dim" not in str(each.attributes["dot_dimension_numbers"]):
@@ -206,7 +207,8 @@ import json, pathlib, sys
 import jax, ml_collections
 from jax.experimental import topologies
 from tclip_jax.parallel.mesh import make_mesh
-from tclip_jax.training.build import Architecture, Build
+from tclip_jax.inference.load import Architecture
+from tclip_jax.training.build import Build
 from tclip_jax.runs.config import run_config
 
 run = run_config(ml_collections.ConfigDict(json.load(sys.stdin)))
@@ -221,8 +223,12 @@ pathlib.Path(sys.argv[1]).write_text(compiled.as_text())
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("changes", [{}, {"mesh.tensor": 2, "data.microbatches": 2}], ids=["recipe", "tensor"])
-def test_no_sum_of_the_step_that_is_compiled_for_a_tpu_is_in_bfloat16(
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mesh.tensor": 2, "data.microbatches": 2}, {"gradient_dtype": "bfloat16"}],
+    ids=["recipe", "tensor", "gradients"],
+)
+def test_the_step_that_is_compiled_for_a_tpu_sums_in_bfloat16_only_gradients_that_ask_for_it(
     tmp_path: pathlib.Path, changes: dict[str, Any]
 ) -> None:
     """The compiled program also has the sums between devices, which the partitioner adds."""
@@ -246,4 +252,5 @@ def test_no_sum_of_the_step_that_is_compiled_for_a_tpu_is_in_bfloat16(
                 reductions.append((kind, {array.dtype for array in each.arrays}, kind != "reduce" or adds))
     kinds = {kind for kind, *_ in reductions}
     assert {"reduce", "all-reduce", "scatter"} <= kinds  # the program has these sums, and they were read
-    assert [each for each in reductions if each[1] & {"bf16", "f16"} and each[2]] == []
+    narrow = [kind for kind, dtypes, adds in reductions if dtypes & {"bf16", "f16"} and adds]
+    assert {*narrow} == ({"all-reduce"} if "gradient_dtype" in changes else set())

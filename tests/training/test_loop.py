@@ -370,3 +370,28 @@ def test_all_parts_of_the_schedule_in_one_resumed_run(
     assert_equal_params(whole.params, resumed.params)
     assert [line for line in read_metrics(tmp_path / "cut") if "zero_shot_accuracy" in line] == accuracies
     assert_equal_params(tclip_jax.load(tmp_path / "whole").params, whole.params)
+
+
+@pytest.mark.slow
+def test_soft_trits_resume_while_they_anneal_and_the_packed_model_is_the_trained_one(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 8 steps: 2 blended, 5 annealed, 1 hard; with dead-zone biases, clipping, microbatches and an average."""
+    config.ternary, config.quantizer.group, config.quantizer.dead_zone_bias = "Q-ALL", 8, 0.25
+    config.ternary_warmup_steps, config.ternary_anneal_steps = 2, 5
+    config.data.batch_size, config.data.microbatches = 16, 2
+    config.optimizer.update({"latent_clip": 1.5, "ema_decay": 0.5, "warmup_steps": 1, "recovery_steps": 2})
+    config.optimizer.update({"recovery_learning_rate": 1e-4, "recovery_decay": "cosine"})
+    whole = loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "cut")
+    assert_equal_params(whole.params, loop.train(config, tmp_path / "cut").params)
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "whole") if "learning_rate" in line]
+    assert rates[-2:] == pytest.approx([1e-4, 5e-5]) and rates[1] == pytest.approx(1e-3)
+    packed = Model(whole.config, whole.preprocess, pack_params(whole.params, whole.rules))
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    for a, b in ((whole, packed), (tclip_jax.load(tmp_path / "whole"), packed)):
+        np.testing.assert_allclose(a.encode_image(images), b.encode_image(images), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a.encode_text(["one", "two"]), b.encode_text(["one", "two"]), rtol=1e-5, atol=1e-6)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tclip_jax.losses.grad_cache import gradient_in_parts
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.models.layers import Softness
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh, shard_batch
 from tclip_jax.parallel.sharding import tree_shardings
@@ -30,7 +31,7 @@ TEACHER = CLIPConfig(24, CONFIG.vision, CONFIG.text)
 STUDENT = Encoders(CLIP(CONFIG, ternary_rules("Q-ALL", Quantizer(group=8))), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 IN_STEP = Encoders(CLIP(TEACHER), (0.5,) * 3, (0.5,) * 3)
 TERMS = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
-INSIDE = {"hidden": 0.7, "relations": 0.9, "relation_heads": 2, "layers": (0,)}
+OF_LAYERS = {"hidden": 0.7, "relations": 0.9, "relation_heads": 2, "layers": (0,)}
 ROWS = 16
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -46,8 +47,8 @@ BATCH["tokens"][np.arange(ROWS), RNG.integers(1, 6, ROWS)] = 31  # the ends of t
 
 
 def loss_config(teacher: str, **changes: Any) -> LossConfig:
-    inside = INSIDE if teacher == "in the step" else {}
-    return LossConfig(**TERMS, **inside, positives="equal_text", **changes)  # type: ignore[arg-type]
+    of_layers = OF_LAYERS if teacher == "in the step" else {}
+    return LossConfig(**TERMS, **of_layers, positives="equal_text", **changes)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -60,12 +61,12 @@ def params() -> tuple[Any, Any]:
 @functools.cache
 def gradients(teacher: str, mesh: Mesh | None, parts: int, distributed: str) -> tuple[Any, Any]:
     loss = loss_config(teacher, distributed=distributed, ring_chunk=1)
-    goal = Objective(STUDENT, IN_STEP if teacher == "in the step" else 20.0, loss)
+    objective = Objective(STUDENT, IN_STEP if teacher == "in the step" else 20.0, loss)
 
     def run(params: Any, teacher_params: Any, batch: Any) -> Any:
         return gradient_in_parts(
-            lambda params, rows: goal.encode(params, teacher_params, rows, batch, jnp.float32(0.5)),
-            lambda params, seen, inside: goal.loss(params, teacher_params, batch, seen, inside),
+            lambda params, rows: objective.encode(params, teacher_params, rows, batch, Softness(jnp.float32(0.5))),
+            lambda params, *encoded: objective.loss(params, teacher_params, batch, *encoded),
             params,
             batch,
             parts,
@@ -102,10 +103,10 @@ def test_parts_have_the_loss_and_the_gradients_of_the_whole_batch(
 
 def test_rows_of_parts_stay_on_their_devices() -> None:
     """A part consists of the next rows of every device, and the step is traced once for all parts."""
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     def embed(scale: jax.Array, rows: Any) -> Any:
-        seen.append(rows["x"].shape)
+        shapes.append(rows["x"].shape)
         return scale * rows["x"], jnp.sum(rows["x"])
 
     def loss(scale: jax.Array, rows: jax.Array, sums: jax.Array) -> Any:
@@ -117,7 +118,7 @@ def test_rows_of_parts_stay_on_their_devices() -> None:
         batch = shard_batch({"x": x}, mesh)
         gradient, (rows, sums) = run(jnp.float32(3), batch)
         program = run.lower(jnp.float32(3), batch).compile().as_text()
-    assert set(seen) == {(8,)}
+    assert set(shapes) == {(8,)}
     assert not any(name in program for name in ("all-gather", "all-to-all", "collective-permute"))
     np.testing.assert_array_equal(rows, 3 * x)
     assert sums == x.sum() and gradient == np.sum(x * np.arange(16)) + x.sum()

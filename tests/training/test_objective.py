@@ -17,7 +17,7 @@ from tclip_jax.losses.features import hidden_matching, relation_matching
 from tclip_jax.losses.statistics import compare, compare_rows
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
-from tclip_jax.models.layers import blend_params
+from tclip_jax.models.layers import Softness, blend_params
 from tclip_jax.models.taps import apply_with_states
 from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.runs.config import LossConfig
@@ -36,7 +36,7 @@ BATCH = {
     "weight": np.array([1, 1, 1, 0], np.float32),
 }
 CLIP_STUDENT, CLIP_TEACHER = CLIP(STUDENT, RULES), CLIP(TEACHER)
-SEES = Encoders(CLIP_STUDENT, MEAN, STD)
+STUDENT_ENCODERS = Encoders(CLIP_STUDENT, MEAN, STD)
 
 
 @functools.cache
@@ -46,9 +46,9 @@ def params() -> tuple[Any, Any]:
 
 
 @functools.cache
-def seen() -> tuple[Any, Any]:
+def outputs() -> tuple[Any, Any]:
     """Returns embeddings and all states of both models, each with its own pixel statistics."""
-    outputs = []
+    both = []
     for clip, tree, mean, std in zip((CLIP_STUDENT, CLIP_TEACHER), params(), (MEAN, HALF), (STD, HALF), strict=True):
         pixels = (np.float32(BATCH["image"]) / 255 - np.float32(mean)) / np.float32(std)
         run = jax.jit(
@@ -56,12 +56,13 @@ def seen() -> tuple[Any, Any]:
                 clip, tree, pixels, BATCH["tokens"], ("image", "text"), ("hidden", "qkv")
             )
         )
-        outputs.append(run(tree, pixels))
-    return outputs[0], outputs[1]
+        both.append(run(tree, pixels))
+    return both[0], both[1]
 
 
-def objective(tree: Any, teacher_params: Any, goal: Objective, batch: Any = BATCH, share: Any = None) -> Any:
-    return goal.loss(tree, teacher_params, batch, *goal.encode(tree, teacher_params, batch, batch, share))
+def loss_of(tree: Any, teacher_params: Any, objective: Objective, batch: Any = BATCH, quant_lambda: Any = None) -> Any:
+    softness = None if quant_lambda is None else Softness(quant_lambda)
+    return objective.loss(tree, teacher_params, batch, *objective.encode(tree, teacher_params, batch, batch, softness))
 
 
 def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
@@ -70,8 +71,8 @@ def run(loss: LossConfig) -> tuple[Any, dict[str, Any]]:
     tree = {"clip": clip, "heads": init_heads(jax.random.key(2), STUDENT, TEACHER, loss)}
 
     def gradients(tree: Any, teacher_params: Any) -> Any:
-        goal = Objective(SEES, Encoders(CLIP_TEACHER, HALF, HALF), loss)
-        return jax.grad(objective, has_aux=True)(tree, teacher_params, goal)
+        objective = Objective(STUDENT_ENCODERS, Encoders(CLIP_TEACHER, HALF, HALF), loss)
+        return jax.grad(loss_of, has_aux=True)(tree, teacher_params, objective)
 
     gradient, metrics = jax.jit(gradients)(tree, teacher_params)
     return (gradient, tree), {name: float(value) for name, value in metrics.items()}
@@ -83,9 +84,9 @@ def unit(x: Any) -> Any:
 
 @pytest.mark.slow
 def test_every_loss_equals_its_function_and_they_add_up() -> None:
-    (ours, inside), (theirs, teacher_inside) = seen()
+    (ours, states), (theirs, teacher_states) = outputs()
     weights = {"task": 1.0, "crd": 0.5, "icl": 0.25, "fd": 2.0, "open_clip": 0.75, "affinity": 0.5, "kl": 1.5}
-    weights |= {"hidden": 0.7, "relations": 0.9}
+    weights |= {"hidden": 0.7, "relations": 0.9, "vrd": 0.3, "xrd": 0.6}
     kinds = {"task_kind": "sigmoid", "fd_kind": "cosine", "hidden_kind": "mse", "positives": "equal_text"}
     loss = LossConfig(**weights, **kinds, kl_reverse=0.3, relation_heads=2, layers=(0, -1))  # type: ignore[arg-type]
     (gradients, tree), metrics = run(loss)
@@ -102,9 +103,9 @@ def test_every_loss_equals_its_function_and_they_add_up() -> None:
     for tower, pairs in (("image", ((0, 1), (1, 3))), ("text", ((0, 1), (1, 2)))):
         for i, j in pairs:
             head = heads["hidden"][tower]
-            projected = inside[tower]["hidden"][i] @ head["kernel"] + head["bias"]
-            hidden.append(hidden_matching(projected, teacher_inside[tower]["hidden"][j], "mse", valid[tower]))
-            a, b = (jnp.split(states[tower]["qkv"][k], 3, -1) for states, k in ((inside, i), (teacher_inside, j)))
+            projected = states[tower]["hidden"][i] @ head["kernel"] + head["bias"]
+            hidden.append(hidden_matching(projected, teacher_states[tower]["hidden"][j], "mse", valid[tower]))
+            a, b = (jnp.split(each[tower]["qkv"][k], 3, -1) for each, k in ((states, i), (teacher_states, j)))
             relations += [relation_matching(x, y, 2, valid[tower]) for x, y in zip(a, b, strict=True)]
     expected = {
         "task": contrastive.sigmoid_of_rows(rows[0]),
@@ -114,6 +115,8 @@ def test_every_loss_equals_its_function_and_they_add_up() -> None:
         ),
         "fd": distillation.feature_distillation(to_image, theirs[0], "cosine", weight)
         + distillation.feature_distillation(to_text, theirs[1], "cosine", weight),
+        "vrd": distillation.relational_agreement((to_image, theirs[0]), (to_text, theirs[1]), theirs[2], weight=weight),
+        "xrd": distillation.relational_agreement((to_image, theirs[1]), (to_text, theirs[0]), theirs[2], weight=weight),
         "open_clip": distillation.open_clip_of_rows(*rows),
         "affinity": distillation.affinity_of_rows(*rows),
         "kl": distillation.kl_mix_of_rows(*rows, 0.3),
@@ -132,8 +135,8 @@ def test_the_bias_of_the_model_is_that_of_the_sigmoid_loss() -> None:
     rng = np.random.default_rng(0)
     image, text = (unit(rng.standard_normal((len(BATCH["weight"]), 8)).astype(np.float32)) for _ in range(2))
     clip = {"logit_scale": jnp.float32(1.5), "logit_bias": jnp.float32(-3)}
-    goal = Objective(SEES, None, LossConfig(task_kind="sigmoid"))
-    total, _ = goal.loss({"clip": clip}, None, BATCH, Embeddings(image, text), {})
+    objective = Objective(STUDENT_ENCODERS, None, LossConfig(task_kind="sigmoid"))
+    total, _ = objective.loss({"clip": clip}, None, BATCH, Embeddings(image, text), {})
     expected = contrastive.sigmoid_loss(image, text, np.exp(1.5), -3.0, weight=BATCH["weight"])
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
@@ -169,10 +172,10 @@ def test_losses_do_not_depend_on_the_heads_of_others(loss: LossConfig) -> None:
     if heads := init_heads(jax.random.key(2), STUDENT, 20, loss):
         tree["heads"] = heads
     everything = init_heads(jax.random.key(2), STUDENT, 20, LossConfig(task_kind="sigmoid", icl=1.0, fd=1.0))
-    (ours, _), (theirs, _) = seen()
-    goal = Objective(SEES, float(theirs[2]), loss)
+    (ours, _), (theirs, _) = outputs()
+    objective = Objective(STUDENT_ENCODERS, float(theirs[2]), loss)
     batch, embeddings = BATCH, Embeddings(ours[0], ours[1], (theirs[0], theirs[1]))
-    few, many = (goal.loss(each, None, batch, embeddings, {}) for each in (tree, tree | {"heads": everything}))
+    few, many = (objective.loss(each, None, batch, embeddings, {}) for each in (tree, tree | {"heads": everything}))
     assert few[1].keys() == many[1].keys() and float(few[0]) == pytest.approx(float(many[0]), rel=1e-6)
 
 
@@ -188,28 +191,32 @@ def test_a_blended_student_reaches_the_ternary_loss_exactly() -> None:
     clip, _ = params()
 
     @jax.jit
-    def loss(share: Any) -> jax.Array:
-        tree = clip if share is None else blend_params(clip, RULES, share)
-        return objective({"clip": tree}, None, Objective(SEES, None, LossConfig()))[0]
+    def loss(quant_lambda: Any) -> jax.Array:
+        tree = clip if quant_lambda is None else blend_params(clip, RULES, Softness(quant_lambda))
+        return loss_of({"clip": tree}, None, Objective(STUDENT_ENCODERS, None, LossConfig()))[0]
 
     @jax.jit
-    def by_share(share: Any) -> jax.Array:
-        return objective({"clip": clip}, None, Objective(SEES, None, LossConfig()), share=share)[0]
+    def blended(quant_lambda: Any) -> jax.Array:
+        return loss_of(
+            {"clip": clip}, None, Objective(STUDENT_ENCODERS, None, LossConfig()), quant_lambda=quant_lambda
+        )[0]
 
-    assert by_share(jnp.float32(1)) == loss(None)
-    floats = objective({"clip": clip}, None, Objective(Encoders(CLIP(STUDENT), MEAN, STD), None, LossConfig()))[0]
-    assert float(by_share(jnp.float32(0))) == pytest.approx(float(floats), rel=1e-5) and floats != loss(None)
+    assert blended(jnp.float32(1)) == loss(None)
+    floats = loss_of({"clip": clip}, None, Objective(Encoders(CLIP(STUDENT), MEAN, STD), None, LossConfig()))[0]
+    assert float(blended(jnp.float32(0))) == pytest.approx(float(floats), rel=1e-5) and floats != loss(None)
 
 
 def test_cached_embeddings_give_the_losses_of_the_teacher_in_the_step() -> None:
-    _, (theirs, _) = seen()
+    _, (theirs, _) = outputs()
     batch = BATCH | {"teacher_image": np.float16(theirs[0]), "teacher_text": np.float16(theirs[1])}
-    terms = ("crd", "icl", "fd", "open_clip", "affinity", "kl")
+    terms = ("crd", "icl", "fd", "open_clip", "affinity", "kl", "vrd", "xrd")
     loss = LossConfig(**dict.fromkeys(terms, 1.0))  # type: ignore[arg-type]
     tree = {"clip": params()[0], "heads": init_heads(jax.random.key(2), STUDENT, 20, loss)}
-    goals = [Objective(SEES, teacher, loss) for teacher in (Encoders(CLIP_TEACHER, HALF, HALF), float(theirs[2]))]
-    metrics = jax.jit(lambda tree, teacher, goal: objective(tree, teacher, goal, batch)[1], static_argnums=2)
-    both = [metrics(tree, params()[1], goal) for goal in goals]
+    objectives = [
+        Objective(STUDENT_ENCODERS, teacher, loss) for teacher in (Encoders(CLIP_TEACHER, HALF, HALF), float(theirs[2]))
+    ]
+    metrics = jax.jit(lambda tree, teacher, each: loss_of(tree, teacher, each, batch)[1], static_argnums=2)
+    both = [metrics(tree, params()[1], each) for each in objectives]
     for name in (f"loss/{term}" for term in terms):
         assert float(both[0][name]) == pytest.approx(float(both[1][name]), abs=1e-3), name
 

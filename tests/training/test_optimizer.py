@@ -16,18 +16,21 @@ import pytest
 from tclip_jax.models.clip import param_shapes
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
+from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.planning.estimate import device_bytes
 from tclip_jax.runs.config import OptimizerConfig, run_config
+from tclip_jax.ternary import Quantizer
 from tclip_jax.training.build import Build
 from tclip_jax.training.optimizer import (
     OPTIMIZERS,
+    clip_latent,
     decays,
     learning_rate_schedule,
     make_optimizer,
     moving_average,
-    quant_lambda,
+    soft_phase,
     updates_done,
 )
 
@@ -46,12 +49,58 @@ def test_recovery_is_a_low_constant_rate_at_the_end() -> None:
     assert schedule(109) > 0.05
 
 
+def test_an_added_recovery_is_a_second_cosine_after_the_first_has_reached_zero() -> None:
+    """FTerViT: the schedule of 150 steps is that of 110, then 40 more from a tenth of the rate to 0."""
+    rates = {"learning_rate": 1.0, "warmup_steps": 10}
+    added = OptimizerConfig(**rates, recovery_steps=40, recovery_learning_rate=0.1, recovery_decay="cosine")  # type: ignore[arg-type]
+    schedule, alone = learning_rate_schedule(added, 150), learning_rate_schedule(OptimizerConfig(**rates), 110)  # type: ignore[arg-type]
+    np.testing.assert_allclose([schedule(step) for step in range(110)], [alone(step) for step in range(110)], rtol=1e-6)
+    expected = [0.05 * (1 + np.cos(np.pi * step / 40)) for step in range(41)]
+    np.testing.assert_allclose([schedule(step) for step in range(110, 151)], expected, atol=1e-7)
+
+
 def test_the_quantization_blend_reaches_one_exactly() -> None:
-    share = quant_lambda(7)
-    assert share is not None and quant_lambda(0) is None
-    shares = [float(jax.jit(share)(step)) for step in (*range(9), 10**6)]
-    assert shares[0] == 0 and shares[7:] == [1, 1, 1]
-    np.testing.assert_allclose(shares[:7], np.arange(7) / 7, rtol=1e-6)
+    schedule = soft_phase(7)
+    assert schedule is not None and soft_phase(0) is None
+    blends = [float(jax.jit(lambda step: schedule(step).quant_lambda)(step)) for step in (*range(9), 10**6)]
+    assert blends[0] == 0 and blends[7:] == [1, 1, 1]
+    np.testing.assert_allclose(blends[:7], np.arange(7) / 7, rtol=1e-6)
+    assert schedule(jnp.int32(3)).temperature is None
+
+
+@pytest.mark.parametrize("blend", [0, 4])
+def test_the_temperature_falls_after_the_blend_to_exactly_zero(blend: int) -> None:
+    schedule = soft_phase(blend, 0.4, 10)
+    assert schedule is not None
+    shares, temperatures = zip(*(map(float, jax.jit(schedule)(step)) for step in range(30)), strict=True)  # type: ignore[arg-type]
+    assert shares[blend:] == (1,) * (30 - blend)
+    np.testing.assert_allclose(temperatures[: blend + 1], 0.4, rtol=1e-6)
+    falling = [0.2 * (1 + np.cos(np.pi * step / 10)) for step in range(10)]
+    np.testing.assert_allclose(temperatures[blend : blend + 10], falling, rtol=1e-5, atol=1e-7)
+    assert temperatures[blend + 10 :] == (0,) * (20 - blend)
+
+
+def test_latent_weights_are_clipped_in_scales_of_their_group() -> None:
+    rng, rules = np.random.default_rng(0), ternary_rules("Q-ALL", Quantizer(group=8, scale_bits=24))
+    kernel, table = rng.normal(size=(2, 16, 3)).astype(np.float32), rng.normal(size=(5, 16)).astype(np.float32)
+    params = {"image": {"blocks": {"mlp": {"fc1": {"kernel": kernel, "bias": 9 * np.ones((2, 3))}}}}}
+    tree: Any = {"clip": params | {"text": {"token_embedding": {"embedding": table}}}, "heads": {"kernel": kernel}}
+    config = OptimizerConfig(latent_clip=1.25)
+    whole = clip_latent(tree, rules, config)
+    clipped = whole["clip"]
+    bound = 2.5 * np.abs(np.float64(kernel)).reshape(2, 2, 8, 3).mean(2).repeat(8, axis=1)
+    mlp = clipped["image"]["blocks"]["mlp"]["fc1"]
+    np.testing.assert_allclose(mlp["kernel"], np.clip(kernel, -bound, bound), rtol=1e-6)
+    rows = 2.5 * np.abs(np.float64(table)).reshape(5, 2, 8).mean(2).repeat(8, axis=1)
+    np.testing.assert_allclose(clipped["text"]["token_embedding"]["embedding"], np.clip(table, -rows, rows), rtol=1e-6)
+    assert np.any(mlp["kernel"] != kernel) and np.all(mlp["bias"] == 9) and whole["heads"]["kernel"] is kernel
+    assert clip_latent(tree, rules, OptimizerConfig()) is tree
+    uniform = ternary_rules("Q-ALL", Quantizer(kind="uniform", bits=4))
+    jax.tree.map(np.testing.assert_array_equal, clip_latent(tree, uniform, config), tree)
+    groups = (("clip/text/.*", {"learning_rate": 2.0}), (".*", None))
+    frozen = clip_latent(tree, rules, OptimizerConfig(latent_clip=1.25, groups=groups))["clip"]
+    np.testing.assert_array_equal(frozen["image"]["blocks"]["mlp"]["fc1"]["kernel"], kernel)
+    assert np.any(frozen["text"]["token_embedding"]["embedding"] != table)
 
 
 def test_the_first_matching_group_sets_learning_rate_and_decay() -> None:

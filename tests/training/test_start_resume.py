@@ -159,3 +159,15 @@ def test_a_whole_run_its_refusals_and_its_artifact(
     assert main(["export", f"{tmp_path}/artifact", "--to", "open_clip", "--out", f"{tmp_path}/export"]) == 0
     card = (tmp_path / "export" / "README.md").read_text()
     assert "| provenance | |" in card and f"| data.content | {made['data']['content']} |" in card
+
+
+def test_other_devices_are_recorded_and_allowed(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    devices = {"kind": "TPU v4", "count": 8, "processes": 2, "slices": 1, "shape": [2, 2, 2]}
+    started(config, tmp_path / "run", 0, devices=devices).begin()
+    fewer = devices | {"count": 4, "processes": 1, "shape": [2, 2, 1]}
+    with caplog.at_level(logging.INFO):
+        started(config, tmp_path / "run", config.steps, devices=fewer).begin()  # all steps are done
+    assert f"devices.count 8 → 4 from step {config.steps}" in caplog.messages
+    assert [line["devices"] for line in read_history(tmp_path / "run")] == [devices, fewer]

@@ -23,7 +23,7 @@ from tclip_jax.parallel.sharding import tree_shardings
 from tclip_jax.runs.config import LossConfig, OptimizerConfig
 from tclip_jax.ternary import Quantizer, TernaryTensor
 from tclip_jax.training.objective import Encoders
-from tclip_jax.training.optimizer import learning_rate_schedule, make_optimizer, moving_average, quant_lambda
+from tclip_jax.training.optimizer import clip_latent, learning_rate_schedule, make_optimizer, moving_average, soft_phase
 from tclip_jax.training.state import TrainState, init_state
 from tclip_jax.training.step import MAX_LOGIT_SCALE, make_train_step
 
@@ -166,13 +166,39 @@ def test_logit_scale_is_clamped() -> None:
 def test_weights_are_blended_to_ternary_and_averaged() -> None:
     run, batch = run_on(1, Q_ALL), batch_of(0)
     student = Encoders(CLIP(CONFIG, Q_ALL), MEAN, STD)
-    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), quant_lambda(4), ema_decay=0.75))
+    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), soft_phase(4), ema_decay=0.75))
     old = run.state.replace(average=jax.tree.map(lambda leaf: leaf + 1, run.state.params["clip"]))
     for now, same in ((0, run_on(1)), (4, run)):
         with jax.set_mesh(run.mesh):
             new, metrics = step(old.replace(step=jnp.int32(now)), shard_batch(batch, run.mesh), None)
         assert float(metrics["loss"]) == pytest.approx(same.step(same.state, batch)[1]["loss"], rel=1e-5)
     jax.tree.map(np.testing.assert_array_equal, new.average, new.params["clip"])  # after one update
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_soft_trits_end_hard_and_latent_weights_stay_within_their_bound(devices: int) -> None:
+    """In 6 steps: blended for 2, annealed for 2, hard for 2; accumulated in two parts, on one device and on eight."""
+    run, rules = run_on(devices, Q_ALL), ternary_rules("Q-ALL", Quantizer(dead_zone_bias=0.25))
+    student = Encoders(CLIP(CONFIG, rules, remat=devices == 8), MEAN, STD)
+    clip = functools.partial(clip_latent, rules=rules, config=OptimizerConfig(latent_clip=1.0))
+    options = {"microbatches": 2, "ema_decay": 0.9, "constrain": clip}
+    step = jax.jit(make_train_step(student, None, OPTIMIZER, LossConfig(), soft_phase(2, 0.4, 2), **options))
+    state = run.state.replace(average=run.state.params["clip"])
+    losses = []
+    for i in range(6):
+        before = jax.device_get(state.params["clip"])
+        with jax.set_mesh(run.mesh):
+            state, metrics = step(state, shard_batch(batch_of(i), run.mesh), None)
+        losses.append(float(metrics["loss"]))
+    batch = batch_of(5)
+    pixels = (np.float32(batch["image"]) / 255 - np.float32(MEAN)) / np.float32(STD)
+    image, text, scale = jax.jit(CLIP(CONFIG).apply)({"params": pack_params(before, rules)}, pixels, batch["tokens"])
+    assert losses[-1] == pytest.approx(float(contrastive.info_nce(image, text, scale)), rel=1e-5)
+    kernel, path = state.params["clip"]["text"]["blocks"]["mlp"]["fc1"]["kernel"], "text/blocks/mlp/fc1/kernel"
+    packed = flatten(pack_params(state.params["clip"], rules))[path]
+    assert float(jnp.abs(kernel).max()) < 1.3 * float(packed.scale.max())  # the scale shrinks as weights are clipped
+    assert np.isfinite(losses).all()
 
 
 @pytest.mark.slow
@@ -286,12 +312,12 @@ def test_a_skipped_step_is_not_an_update_and_its_learning_rate_is_unused() -> No
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 0.99999])
 def test_the_average_has_no_weight_on_initial_parameters(decay: float) -> None:
     poisons = [1, 1, 1, np.nan, 1, 1, np.nan, 1, 1, 1, 1, 1]
-    states, seen = run_table(poisons, decay), []
+    states, applied = run_table(poisons, decay), []
     for poison, (state, _) in zip(poisons, states, strict=True):
         if np.isfinite(poison):
-            seen.append(np.float64(state.params["clip"]["image"]))
-        weights = decay ** np.arange(len(seen) - 1, -1, -1, dtype=np.float64)
-        expected = np.tensordot(weights / weights.sum(), np.array(seen), 1)
+            applied.append(np.float64(state.params["clip"]["image"]))
+        weights = decay ** np.arange(len(applied) - 1, -1, -1, dtype=np.float64)
+        expected = np.tensordot(weights / weights.sum(), np.array(applied), 1)
         np.testing.assert_allclose(state.average["image"], expected, rtol=2e-6, atol=2e-6)
 
 

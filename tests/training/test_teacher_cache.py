@@ -82,14 +82,14 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
         "clip": jax.jit(init_params, static_argnums=0)(student, jax.random.key(0)),
         "heads": init_heads(jax.random.key(1), run.model, cache.embed_dim, loss),
     }
-    sees = Encoders(CLIP(teacher.config), teacher.preprocess.mean, teacher.preprocess.std)
-    learns = Encoders(student, run.preprocess.mean, run.preprocess.std)
+    encode_teacher = Encoders(CLIP(teacher.config), teacher.preprocess.mean, teacher.preprocess.std)
+    encode_student = Encoders(student, run.preprocess.mean, run.preprocess.std)
 
-    def metrics(goal: Objective, p: Any, t: Any, b: Any) -> Any:
-        return goal.loss(p, t, b, *goal.encode(p, t, b, b))[1]
+    def metrics(objective: Objective, p: Any, t: Any, b: Any) -> Any:
+        return objective.loss(p, t, b, *objective.encode(p, t, b, b))[1]
 
-    in_the_step = jax.jit(lambda p, t, b: metrics(Objective(learns, sees, loss), p, t, b))
-    from_cache = jax.jit(lambda p, b: metrics(Objective(learns, cache.logit_scale, loss), p, None, b))
+    in_the_step = jax.jit(lambda p, t, b: metrics(Objective(encode_student, encode_teacher, loss), p, t, b))
+    from_cache = jax.jit(lambda p, b: metrics(Objective(encode_student, cache.logit_scale, loss), p, None, b))
     for batch in batches(cached, 2):
         in_step, stored = in_the_step(params, teacher.params, batch), from_cache(params, batch)
         for name in ("loss/crd", "loss/icl", "loss/fd"):
@@ -102,7 +102,7 @@ def test_cache(cached: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> Non
     export_model(tmp_path / "open_clip", **described, formats=("open_clip",))
     imported = load_model(tmp_path / "open_clip")
     again = Encoders(CLIP(imported.config), imported.preprocess.mean, imported.preprocess.std)
-    for ours, theirs in zip(sees(teacher.params, batch)[:2], again(imported.params, batch)[:2], strict=True):
+    for ours, theirs in zip(encode_teacher(teacher.params, batch)[:2], again(imported.params, batch)[:2], strict=True):
         np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
     # Both copies are used, and they are reproducible.

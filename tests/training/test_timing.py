@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from tclip_jax.training.timing import StepTimer, Throughput, Trace
+from tclip_jax.training.timing import Compilations, StepTimer, Throughput, Trace, device_memory
 
 
 def test_the_phases_share_out_all_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,30 @@ def test_throughput_and_mfu() -> None:
     rates = throughput.rates({"step": 1.5, "data": 0.5, "checkpoint": 1.0, "evaluate": 3.0, "compile": 30.0}, 2)
     assert rates["images_per_second"] == pytest.approx(200 / 3)
     assert "mfu" not in Throughput(8, 10, jax.devices()[:1]).metrics({"step": 1.0})
+
+
+def test_compilations_are_counted_while_a_run_lasts() -> None:
+    double = jax.jit(lambda x: x * 2)
+    inputs = [np.ones(size, np.float32) for size in (3, 4, 5)]
+    with Compilations() as compilations:
+        assert compilations.metrics() == {}
+        for x in inputs[:2]:
+            double(x)
+        assert compilations.metrics() == {"programs_compiled": 2} and compilations.metrics() == {}
+        double(inputs[0])
+        assert compilations.metrics() == {}
+    double(inputs[2])
+    assert compilations.metrics() == {}
+
+
+def test_the_memory_of_the_fullest_device() -> None:
+    class Stated(Device):
+        def __init__(self, stats: dict[str, int] | None) -> None:
+            self.memory_stats = lambda: stats
+
+    devices: Any = [Stated({"peak_bytes_in_use": 5, "bytes_in_use": 9}), Stated({"peak_bytes_in_use": 7}), Stated(None)]
+    assert device_memory(devices) == {"memory_peak_bytes": 7}
+    assert device_memory(devices[2:]) == device_memory(jax.devices()) == {}
 
 
 @pytest.mark.parametrize("error", [None, ValueError("the run's own")])

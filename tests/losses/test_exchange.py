@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tclip_jax.losses import contrastive, distillation, ring
-from tclip_jax.losses.ring import Ring
+from tclip_jax.losses import contrastive, distillation
+from tclip_jax.losses.exchange import Exchange, Gather, Ring, _join_chunks, _split_chunks
 from tclip_jax.losses.statistics import compare, compare_rows
 
 BATCH, AXES = 32, ("data", "fsdp")
@@ -37,10 +37,10 @@ STUDENT = (
 )
 
 
-def losses(student: Any, fixed: Any, ring: Ring | None) -> jax.Array:
+def losses(student: Any, fixed: Any, exchange: Exchange) -> jax.Array:
     v, t, scale, bias, to_V, to_T, icl_scale = student
     V, T, tokens, weight = fixed
-    how: dict[str, Any] = {"tokens": tokens, "weight": weight, "ring": ring}
+    how: dict[str, Any] = {"tokens": tokens, "weight": weight, "exchange": exchange}
     rows = compare(v, t, scale, teacher=(V, T, 50.0), bias=bias, **how)
     crossed = compare_rows(to_V, T, icl_scale, **how), compare_rows(to_T, V, icl_scale, **how)
     values = (
@@ -85,24 +85,24 @@ def mesh_of(*shape: int) -> Mesh:
 
 
 @functools.cache
-def value_and_gradients(ring: Ring | None) -> Callable[..., Any]:
+def value_and_gradients(exchange: Exchange) -> Callable[..., Any]:
     """All losses, and the gradient of their weighted sum."""
 
     def run(student: Any, fixed: Any, weights: Any) -> Any:
-        values, pull = jax.vjp(lambda student: losses(student, fixed, ring), student)
+        values, pull = jax.vjp(lambda student: losses(student, fixed, exchange), student)
         return values, *pull(weights)
 
     return jax.jit(run)
 
 
-def run_on(mesh: Mesh, ring: Ring | None, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Any]]:
+def run_on(mesh: Mesh, exchange: Exchange, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Any]]:
     """The losses, and the gradient of each loss."""
     garbage = [np.where(WEIGHT[:, None] > 0, x, np.nan) if np.ndim(x) else x for x in STUDENT]
     place = NamedSharding(mesh, PartitionSpec(AXES)), NamedSharding(mesh, PartitionSpec())
     put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, place[not np.ndim(x)]), tree)  # noqa: E731
     student, fixed = put(tuple(garbage)), put((V, T, tokens, WEIGHT))
     with jax.set_mesh(mesh):
-        results = [value_and_gradients(ring)(student, fixed, weights) for weights in np.eye(8, dtype=np.float32)]
+        results = [value_and_gradients(exchange)(student, fixed, weights) for weights in np.eye(8, dtype=np.float32)]
     return np.asarray(results[0][0]), [jax.device_get(gradients) for _, gradients in results]
 
 
@@ -126,9 +126,11 @@ def test_one_device_has_the_losses_and_slopes_of_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "ring", "equal_text"),
+    ("shape", "exchange", "equal_text"),
     [
         ((4, 2, 1), None, True),
+        ((4, 2, 1), Gather(AXES), True),
+        ((2, 2, 2), Gather(AXES), False),
         ((8, 1, 1), Ring(AXES), True),
         ((2, 2, 2), Ring(AXES, 2), False),
         ((1, 4, 2), Ring(AXES, 3), True),  # three chunks of three, with one sample of padding
@@ -138,10 +140,10 @@ def test_one_device_has_the_losses_and_slopes_of_numpy() -> None:
     ],
 )
 def test_many_devices_have_the_losses_and_gradients_of_one(
-    shape: tuple[int, ...], ring: Ring | None, equal_text: bool
+    shape: tuple[int, ...], exchange: Exchange, equal_text: bool
 ) -> None:
     expected, expected_gradients = of_one_device(equal_text)
-    values, gradients = run_on(mesh_of(*shape), ring, TOKENS if equal_text else None)
+    values, gradients = run_on(mesh_of(*shape), exchange, TOKENS if equal_text else None)
     np.testing.assert_allclose(values, expected, rtol=1e-6)
     for name, ours, theirs in zip(NAMES, gradients, expected_gradients, strict=True):
         for ours_of, theirs_of in zip(ours, theirs, strict=True):
@@ -152,13 +154,13 @@ def test_many_devices_have_the_losses_and_gradients_of_one(
 def test_of_equal_columns_on_several_devices_the_first_is_found() -> None:
     images, texts = np.eye(8, dtype=np.float32), np.eye(8, dtype=np.float32)[[5, 1, 1, 3, 4, 5, 6, 1]]
     with jax.set_mesh(mesh_of(8, 1, 1)):
-        rows = jax.jit(compare_rows, static_argnames="ring")(images, texts, 1.0, ring=Ring(AXES))
+        rows = jax.jit(compare_rows, static_argnames="exchange")(images, texts, 1.0, exchange=Ring(AXES))
     dense = compare_rows(images, texts, 1.0)
     np.testing.assert_array_equal(rows.hit, dense.hit)
     assert rows.hit.tolist() == [True, True, False, True, True, False, True, False]
 
 
-def program(ring: Ring | None, batch: int) -> str:
+def program(exchange: Exchange, batch: int) -> str:
     mesh = mesh_of(4, 2, 1)
     sharded, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(AXES), PartitionSpec()))
     shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=sharded if dims else whole)  # noqa: E731
@@ -166,7 +168,7 @@ def program(ring: Ring | None, batch: int) -> str:
     fixed = shape(batch, 9), shape(batch, 9), shape(batch, 2, dtype=jnp.int32), shape(batch)
     weights = jax.ShapeDtypeStruct((8,), jnp.float32)
     with jax.set_mesh(mesh):
-        return value_and_gradients(ring).lower(student, fixed, weights).compile().as_text()
+        return value_and_gradients(exchange).lower(student, fixed, weights).compile().as_text()
 
 
 def dimensions(text: str) -> set[int]:
@@ -184,12 +186,15 @@ def test_in_a_ring_no_device_ever_holds_more_rows_than_its_own() -> None:
 )
 def test_chunks_are_the_fewest_whatever_the_number_of_rows(rows: int, most: int, chunk: int) -> None:
     x = np.arange(2 * rows).reshape(rows, 2)
-    parts = ring._split_chunks({"a": x, "mask": np.ones(rows, bool)}, Ring(AXES, most))
+    parts = _split_chunks({"a": x, "mask": np.ones(rows, bool)}, Ring(AXES, most))
     assert parts["a"].shape == (-(-rows // most), chunk, 2) and parts["mask"].sum() == rows
-    np.testing.assert_array_equal(ring._join_chunks(parts["a"], rows), x)
+    np.testing.assert_array_equal(_join_chunks(parts["a"], rows), x)
 
 
 def test_gathered_every_device_holds_its_rows_of_the_logits_only() -> None:
-    text = program(None, 8 * 96)
+    text = program(Gather(AXES), 8 * 96)
     assert "all-gather" in text and "all-to-all" not in text
+    # Gradients of embeddings are reduce-scattered. What is all-reduced has no axis of the batch.
+    reduced = re.findall(r"= (.*?) all-reduce\(", text)
+    assert "reduce-scatter" in text and not {768, 96} & set().union(*map(dimensions, reduced))
     assert "[96,768]" in text and "[768,768]" not in text

@@ -1,4 +1,4 @@
-"""Partial statistics of a similarity matrix, merged block by block, and a ring of devices that computes them.
+"""Partial statistics of a similarity matrix, and how devices exchange embeddings to compute them.
 
 `merge` combines the statistics of a row over two sets of columns into those over both, as online softmax does (arXiv
 1805.02867). No device therefore needs the whole matrix, or all columns.
@@ -148,6 +148,38 @@ class Ring(NamedTuple):
     chunk: int = 1024
 
 
+class Gather(NamedTuple):
+    """Each device gathers the columns of all devices; gradients of the columns are reduce-scattered.
+
+    Attributes:
+      axes: as in `Ring`.
+    """
+
+    axes: tuple[str, ...]
+
+
+Exchange = Ring | Gather | None
+
+
+def exchange_stats(rows: Operand, columns: Operand, exchange: Exchange) -> PartialStats:
+    """Compute `partial_stats(rows, columns)` of samples that are sharded over the axes of `exchange`.
+
+    With None, XLA chooses the collectives; it all-reduces the gradients of all columns.
+    """
+    if exchange is None:
+        return partial_stats(rows, columns)
+    if isinstance(exchange, Ring):
+        return ring_stats(rows, columns, exchange)
+
+    def on_device(rows: Operand, columns: Operand) -> PartialStats:
+        # Axis by axis: XLA for TPUs all-reduces what is reduce-scattered over two axes at once.
+        for name in reversed(exchange.axes):
+            columns = jax.tree.map(functools.partial(jax.lax.all_gather, axis_name=name, tiled=True), columns)
+        return partial_stats(rows, columns)
+
+    return _shard_map(on_device, exchange.axes)(rows, columns)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def ring_stats(rows: Operand, columns: Operand, ring: Ring) -> PartialStats:
     """Compute `partial_stats(rows, columns)` for samples that are sharded over `ring.axes`.
@@ -177,7 +209,7 @@ def ring_stats(rows: Operand, columns: Operand, ring: Ring) -> PartialStats:
         start = _varying(nothing(rows, columns), ring), columns
         return jax.lax.fori_loop(0, jax.lax.axis_size(ring.axes), visit, start)[0]
 
-    return _shard_map(on_device, ring)(rows, columns)
+    return _shard_map(on_device, ring.axes)(rows, columns)
 
 
 def _forward(rows: Operand, columns: Operand, ring: Ring) -> tuple[PartialStats, Any]:
@@ -205,7 +237,7 @@ def _backward(ring: Ring, kept: Any, cotangent: PartialStats) -> tuple[Operand, 
         start = *_varying(zeros, ring), columns
         return jax.lax.fori_loop(0, jax.lax.axis_size(ring.axes), visit, start)[:2]
 
-    return _shard_map(on_device, ring)(*kept, cotangent.sums)
+    return _shard_map(on_device, ring.axes)(*kept, cotangent.sums)
 
 
 ring_stats.defvjp(_forward, _backward)
@@ -224,8 +256,8 @@ def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _shard_map(f: Any, ring: Ring) -> Any:
-    each = PartitionSpec(ring.axes)
+def _shard_map(f: Any, axes: tuple[str, ...]) -> Any:
+    each = PartitionSpec(axes)
     return jax.shard_map(f, in_specs=each, out_specs=each)
 
 
