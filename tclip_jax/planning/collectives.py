@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tclip_jax.planning.hlo import Array, Computation, Instruction, Program, called, executions
+from tclip_jax.planning.kernels import Costs, KernelCost
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # XLA for TPUs writes a reduce-scatter as a fusion of this name around an all-reduce. It writes an asynchronous
@@ -32,6 +33,7 @@ class Collective:
       devices: number of devices in a group.
       times: executions per step.
       name: JAX's name of the operation.
+      is_async: whether its start and its end are two instructions, between which the device computes.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Collective:
     devices: int
     times: int
     name: str
+    is_async: bool = False
 
     @property
     def dtype(self) -> str:
@@ -63,7 +66,7 @@ class Collective:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Collective:
         arrays = tuple(Array(array["dtype"], tuple(array["dims"]), array["on_chip"]) for array in fields["arrays"])
-        names = ("kind", "devices", "times", "name")
+        names = ("kind", "devices", "times", "name", "is_async")
         return cls(arrays=arrays, axes=tuple(fields["axes"]), **{name: fields[name] for name in names})
 
 
@@ -74,9 +77,7 @@ def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collecti
       program: the compiled program.
       mesh: name of axis -> size.
     """
-    collectives = [
-        _collective(instruction, computation, times, mesh) for instruction, computation, times in _instructions(program)
-    ]
+    collectives = [_collective(*found, mesh) for found in _instructions(program)]
     return sorted((each for each in collectives if each.devices > 1), key=lambda each: -each.sent_bytes)
 
 
@@ -94,7 +95,7 @@ def carries_activations(
       sizes: sequence · width of each such array in the models.
       rows: size of the global batch.
       least_rows: size of the smallest part of the batch that a device processes at once.
-      weights: shapes of parameters and gradients, sorted and without axes of size 1.
+      weights: shapes of parameters, gradients and embeddings, sorted and without axes of size 1.
     """
     for array in collective.arrays:
         if tuple(sorted(size for size in array.dims if size > 1)) in weights:
@@ -105,12 +106,15 @@ def carries_activations(
     return False
 
 
-def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
-    """Yield collectives with their computation and executions; the copies of an asynchronous collective count once."""
+def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, bool]]:
+    """Yield collectives with their computation, their executions, and whether they are asynchronous.
+
+    The copies of an asynchronous collective count once.
+    """
     for computation, times in executions(program):
-        pending = [computation]
+        pending = [(computation, False)]
         while pending:
-            name = pending.pop()
+            name, inside = pending.pop()
             instructions = program.computations[name]
             started = {
                 operand
@@ -121,12 +125,15 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int]]:
             for each in instructions.values():
                 if each.opcode.removesuffix("-start") in KINDS:
                     if "chain_id=" not in each.attributes or each.name in started:
-                        yield each, name, times
+                        split = inside or each.opcode.endswith("-start") or each.name in started
+                        yield each, name, times, split
                 elif each.opcode in ("fusion", "async-start"):
-                    pending += called(each)
+                    pending += [(inner, inside or each.opcode == "async-start") for inner in called(each)]
 
 
-def _collective(instruction: Instruction, computation: str, times: int, mesh: Mapping[str, int]) -> Collective:
+def _collective(
+    instruction: Instruction, computation: str, times: int, is_async: bool, mesh: Mapping[str, int]
+) -> Collective:
     kind, arrays = instruction.opcode, instruction.arrays
     if kind.endswith("-start"):
         kind = kind.removesuffix("-start")
@@ -140,7 +147,7 @@ def _collective(instruction: Instruction, computation: str, times: int, mesh: Ma
     if computation.startswith(_FUSED_SCATTER):
         kind = "reduce-scatter"
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return Collective(kind, arrays, _axes(groups, mesh), devices, times, name[1] if name else "")
+    return Collective(kind, arrays, _axes(groups, mesh), devices, times, name[1] if name else "", is_async)
 
 
 def _groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
@@ -208,20 +215,53 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATE = "dynamic-update-slice"
 
 
-def memory_traffic(program: Program) -> int:
-    """Return the bytes that a device reads from and writes to HBM per step."""
+def memory_traffic(program: Program, kernels: Costs) -> int:
+    """Return the bytes that a device reads from and writes to HBM per step.
+
+    Args:
+      program: the compiled program.
+      kernels: the costs of its Pallas kernels.
+
+    Raises:
+      ValueError: the program calls a kernel without a cost.
+    """
     return sum(
-        times * _moved(program, each, program.computations[name])
+        times * _moved(program, each, program.computations[name], kernels)
         for name, times in executions(program)
         for each in program.computations[name].values()
     )
 
 
-def _moved(program: Program, each: Instruction, computation: Computation) -> int:
+def kernel_flops(program: Program, kernels: Costs) -> int:
+    """Return the FLOPs of the Pallas kernels per step on a device; arguments and errors as of `memory_traffic`."""
+    return sum(
+        times * _kernel(each, kernels).flops
+        for name, times in executions(program)
+        for each in program.computations[name].values()
+        if _is_kernel(each)
+    )
+
+
+def _is_kernel(each: Instruction) -> bool:
+    return each.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in each.attributes
+
+
+def _kernel(each: Instruction, kernels: Costs) -> KernelCost:
+    key = each.name.partition(".")[0], tuple(array.dims for array in each.arrays)
+    if key not in kernels:
+        raise ValueError(f"the compiled program calls a kernel {key[0]} with results {key[1]}, which has no known cost")
+    return kernels[key]
+
+
+def _moved(program: Program, each: Instruction, computation: Computation, kernels: Costs) -> int:
     """Return the bytes that one execution of an instruction reads and writes."""
-    if each.opcode in _FREE or each.opcode.endswith("-done"):
+    if each.opcode in _FREE or each.opcode.endswith("-done") or '"AllocateBuffer"' in each.attributes:
         return 0
     operands = [computation[name].arrays for name in each.operands if name in computation]
+    if _is_kernel(each):
+        cost = _kernel(each, kernels)
+        arrays = zip((*operands, *((array,) for array in each.arrays)), cost.operands + cost.results, strict=True)
+        return sum(size for (array,), size in arrays if not array.on_chip)
     if each.opcode == "copy-start":  # (to, from, context)
         return _bytes(each.arrays[:2])
     if each.opcode == "slice-start":  # ((from), to, context)

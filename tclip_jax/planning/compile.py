@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,15 +22,25 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from tclip_jax.inference.load import Architecture
+from tclip_jax.models.attention import explain_choice
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.parallel.mesh import BATCH_AXES, make_mesh
-from tclip_jax.planning.collectives import Collective, carries_activations, find_collectives, memory_traffic
+from tclip_jax.planning.collectives import (
+    Collective,
+    carries_activations,
+    find_collectives,
+    kernel_flops,
+    memory_traffic,
+)
 from tclip_jax.planning.estimate import StepFacts, argument_bytes, compiled_memory
 from tclip_jax.planning.hardware import Topology, parse_topology
 from tclip_jax.planning.hlo import parse_program
+from tclip_jax.planning.kernels import kernel_costs
+from tclip_jax.planning.liveness import dump_options, find_peak, read_assignment
 from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import run_config
-from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.training.build import Build, check_batch
 
 
 def compile_for(config: Mapping[str, Any], topology: Topology, teacher_preset: str = "") -> StepFacts:
@@ -59,28 +70,55 @@ def compile_step(build: Build, topology: Topology | None = None) -> StepFacts:
     started = time.perf_counter()
     with jax.set_mesh(build.mesh):
         shapes = build.state_shapes, build.batch_shapes, build.teacher_shapes
-        compiled = build.jitted_step(shapes[0]).lower(*shapes).compile()
+        traced = build.jitted_step(shapes[0]).trace(*shapes)
+        with tempfile.TemporaryDirectory() as dumps:
+            compiled = traced.lower().compile(dump_options(dumps))
+            assignment = read_assignment(dumps)
+        attention = attention_choices(build)
     seconds = time.perf_counter() - started
-    program = parse_program(compiled.as_text())
+    text = compiled.as_text()
+    program, kernels = parse_program(text), kernel_costs(traced.jaxpr.jaxpr)
     mesh = dict(build.mesh.shape)
     collectives = find_collectives(program, mesh)
     memory = compiled_memory(compiled, argument_bytes(build))
     rows = build.run.data.batch_size
     sizes = activation_sizes(build)
     least_rows = rows // math.prod(mesh[axis] for axis in BATCH_AXES) // build.run.data.microbatches
-    weights = weight_shapes(build)
-    moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows, weights))
+    # The loss exchanges the embeddings of the whole batch, which may be as large as the activations of a part of it.
+    known = weight_shapes(build) | {tuple(sorted((rows, config.embed_dim))) for config in _configs(build)}
+    moving = (each for each in collectives if carries_activations(each, sizes, rows, least_rows, known))
     return StepFacts(
         how="compiled",
         mesh=mesh,
         memory=memory,
         peak=compiled.memory_analysis().peak_memory_in_bytes,
-        traffic=memory_traffic(program),
+        traffic=memory_traffic(program, kernels),
         collectives=tuple(collectives),
         moving_activations=tuple(f"{each.kind} {_shapes(each)} {each.name}" for each in moving),
         links=count_links(build.mesh, topology, (each.axes for each in collectives)) if topology else {},
         seconds=seconds,
+        kernel_flops=kernel_flops(program, kernels),
+        attention=attention,
+        at_peak=find_peak(assignment, program, text),
     )
+
+
+def attention_choices(build: Build) -> dict[str, tuple[str, str]]:
+    """Return the implementation of the attention of each tower of a step, and the reason of the choice.
+
+    The keys are "student image", "student text", "teacher image" and "teacher text". Call it under `jax.set_mesh`.
+    """
+    run, rows = build.run, build.run.data.batch_size // build.run.data.microbatches
+    models = {"student": run.model}
+    if isinstance(build.teacher, Architecture):
+        models["teacher"] = build.teacher.config
+    return {
+        f"{name} {tower}": explain_choice(
+            (rows, tokens, shape.heads, shape.width // shape.heads), run.dtype, run.attention
+        )
+        for name, config in models.items()
+        for tower, (shape, tokens) in config.towers.items()
+    }
 
 
 def activation_sizes(build: Build) -> frozenset[int]:
@@ -88,9 +126,11 @@ def activation_sizes(build: Build) -> frozenset[int]:
 
     These are hidden states, queries, keys, values, activations of MLPs, and attention logits.
     """
-    configs = [build.run.model, *([build.teacher.config] if isinstance(build.teacher, Architecture) else [])]
     return frozenset(
-        size // part for config in configs for size in _sizes(config) for part in (1, build.mesh.shape.get("tensor", 1))
+        size // part
+        for config in _configs(build)
+        for size in _sizes(config)
+        for part in (1, build.mesh.shape.get("tensor", 1))
     )
 
 
@@ -102,6 +142,10 @@ def weight_shapes(build: Build) -> frozenset[tuple[int, ...]]:
             choices = [[size // part for part in (1, *build.mesh.shape.values(), build.mesh.size)] for size in shape]
             shapes |= {tuple(sorted(size for size in sizes if size > 1)) for sizes in itertools.product(*choices)}
     return frozenset(shapes)
+
+
+def _configs(build: Build) -> list[CLIPConfig]:
+    return [build.run.model, *([build.teacher.config] if isinstance(build.teacher, Architecture) else [])]
 
 
 def _sizes(config: CLIPConfig) -> Iterable[int]:
@@ -150,6 +194,7 @@ def _shapes(collective: Collective) -> str:
 def main() -> int:
     """Read a request from stdin, and print its facts or its error as the last line, after "answer "."""
     request = json.load(sys.stdin)
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program comes without its buffer assignment
     try:
         topology = parse_topology(request["topology"])
         answer: dict[str, Any] = {

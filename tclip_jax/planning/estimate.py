@@ -1,8 +1,8 @@
 """Facts of a step before it runs: memory, HBM traffic and collectives, from the compiled program or by formula.
 
 Plans for GPUs are estimated by formula, so they are less exact than compiled plans for TPUs. Sharding is exact, since
-the formulas use the sharding rules of training. Activations are those of a transformer whose attention is not fused, as
-in `models.layers.attend`: its logits are arrays in HBM. With remat, each layer stores one hidden state.
+the formulas use the sharding rules of training. Activations are those of a transformer. Where `models.attention` has no
+fused attention for GPUs, its logits are arrays in HBM. With remat, each layer stores one hidden state.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 
 import jax
 
-from tclip_jax.models.config import CLIPConfig, TextConfig, VisionConfig
+from tclip_jax.inference.load import Architecture
+from tclip_jax.models.attention import unsupported_by_cudnn
+from tclip_jax.models.config import TextConfig, VisionConfig
 from tclip_jax.models.ternary_rules import TERNARIZABLE, find_quantizer
 from tclip_jax.parallel.mesh import BATCH_AXES, abstract_mesh
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.planning.collectives import Collective
 from tclip_jax.planning.hardware import Topology
 from tclip_jax.planning.hlo import Array
+from tclip_jax.planning.liveness import Peak
 from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import RunConfig
-from tclip_jax.training.build import Architecture, Build, check_batch
+from tclip_jax.training.build import Build, check_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +99,16 @@ class StepFacts:
       how: "compiled" or "by formula".
       mesh: name of axis -> size.
       memory: allocated bytes, by content.
-      peak: the compiler's maximum of live bytes, with arrays on the chip and without fragmentation; 0 by formula.
-        `memory.total` is the allocated size.
+      peak: the compiler's maximum of live bytes, without fragmentation; 0 by formula. It is the sum of the inputs and
+        of the temporaries in HBM or, if those are more, on the chip. `memory.total` is the allocated size.
       traffic: bytes to and from HBM.
       collectives: the largest first.
       moving_activations: descriptions of collectives that carry a batch x sequence x width array.
       links: mesh axes joined by "+" -> links of a device that a ring over these axes uses at once.
       seconds: compile time.
+      kernel_flops: FLOPs of Pallas kernels, with the padding of the matrix unit; 0 by formula.
+      attention: tower, such as "student image" -> implementation of its attention, and the reason; {} by formula.
+      at_peak: what HBM contains when most of it is in use; None by formula.
     """
 
     how: str
@@ -114,9 +120,16 @@ class StepFacts:
     moving_activations: tuple[str, ...]
     links: dict[str, int]
     seconds: float
+    kernel_flops: int = 0
+    attention: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    at_peak: Peak | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"collectives": [each.to_json() for each in self.collectives]}
+        collectives = [each.to_json() for each in self.collectives]
+        return dataclasses.asdict(self) | {
+            "collectives": collectives,
+            "at_peak": self.at_peak and self.at_peak.to_json(),
+        }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> StepFacts:
@@ -125,7 +138,9 @@ class StepFacts:
                 **fields,
                 "memory": Memory(**fields["memory"]),
                 "collectives": tuple(map(Collective.from_json, fields["collectives"])),
+                "attention": {tower: tuple(choice) for tower, choice in fields["attention"].items()},
                 "moving_activations": tuple(fields["moving_activations"]),
+                "at_peak": fields["at_peak"] and Peak.from_json(fields["at_peak"]),
             }
         )
 
@@ -144,6 +159,12 @@ def formula_facts(run: RunConfig, topology: Topology, teacher_preset: str = "") 
     Raises:
       ValueError: the mesh or the batch does not fit the devices, or the architecture of the teacher is unknown.
     """
+    for tower, _ in run.model.towers.values():
+        reason = "it is for TPUs" if run.attention == "mosaic_tpu" else None
+        if run.attention == "cudnn":
+            reason = unsupported_by_cudnn(tower.width // tower.heads, run.dtype)
+        if reason:
+            raise ValueError(f"config.attention {run.attention!r} cannot run on {topology.name}: {reason}")
     # Shapes and shardings need no devices.
     mesh: Any = abstract_mesh(topology.devices, run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     check_batch(run, mesh)
@@ -174,24 +195,21 @@ def _rows(build: Build) -> int:
     return build.run.data.batch_size // math.prod(build.mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _towers(config: CLIPConfig) -> Iterator[tuple[VisionConfig | TextConfig, int]]:
-    """Yield both towers with their sequence lengths."""
-    yield config.vision, 1 + math.prod(config.vision.grid)
-    yield config.text, config.text.context_length
-
-
-def _block(tower: VisionConfig | TextConfig, tokens: int, itemsize: int) -> float:
+def _block(tower: VisionConfig | TextConfig, tokens: int, run: RunConfig) -> float:
     """Return bytes per row of the activations that a block stores for its backward pass.
 
     Two norms, queries, keys, values and the attention output are six arrays of the width; the MLP stores its hidden
-    layer twice. Attention stores its logits in float32, and its weights.
+    layer twice. Attention that is not fused stores its logits in float32, and its weights.
 
     Args:
       tower: the tower of the block.
       tokens: length of the sequence.
-      itemsize: bytes of an activation.
+      run: the run, for its dtype and the implementation of its attention.
     """
-    return (6 + 2 * tower.mlp_ratio) * tokens * tower.width * itemsize + tower.heads * tokens**2 * (4 + itemsize)
+    itemsize = 2 if run.dtype == "bfloat16" else 4
+    fused = run.attention != "reference" and not unsupported_by_cudnn(tower.width // tower.heads, run.dtype)
+    logits = 0 if fused else tower.heads * tokens**2 * (4 + itemsize)
+    return (6 + 2 * tower.mlp_ratio) * tokens * tower.width * itemsize + logits
 
 
 def _temporaries(build: Build) -> int:
@@ -200,12 +218,12 @@ def _temporaries(build: Build) -> int:
     rows = _rows(build) // parts
     itemsize = 2 if run.dtype == "bfloat16" else 4
     stored = working = 0.0
-    for tower, tokens in _towers(run.model):
-        block = _block(tower, tokens, itemsize)
+    for tower, tokens in run.model.towers.values():
+        block = _block(tower, tokens, run)
         stored += rows * tower.layers * (tokens * tower.width * itemsize if run.remat else block)
         working = max(working, rows * block)
     if isinstance(build.teacher, Architecture):
-        blocks = (_block(tower, tokens, itemsize) for tower, tokens in _towers(build.teacher.config))
+        blocks = (_block(tower, tokens, run) for tower, tokens in build.teacher.config.towers.values())
         working = max(working, rows * max(blocks))
     gradients = device_bytes(build.state_shapes.params) * (2 if parts > 1 else 1)  # a part's, and their sum
     # Similarities of images with texts and of texts with images of the global batch, and their gradients, in float32.
@@ -216,14 +234,13 @@ def _temporaries(build: Build) -> int:
 def _activations(build: Build) -> int:
     """Return the HBM traffic of activations in bytes: a pass writes and reads each array of a block once."""
     run, rows = build.run, _rows(build)
-    itemsize = 2 if run.dtype == "bfloat16" else 4
     models = [(run.model, 1 + _passes(run))]  # the backward pass moves twice as much
     if isinstance(build.teacher, Architecture):
         models.append((build.teacher.config, 1))
     traffic = (
-        2 * passes * tower.layers * rows * _block(tower, tokens, itemsize)
+        2 * passes * tower.layers * rows * _block(tower, tokens, run)
         for config, passes in models
-        for tower, tokens in _towers(config)
+        for tower, tokens in config.towers.values()
     )
     return int(sum(traffic))
 
@@ -239,38 +256,55 @@ def _collectives(build: Build) -> Iterator[Collective]:
     dtype, fsdp, tensor, parts = _XLA[run.dtype], mesh["fsdp"], mesh["tensor"], run.data.microbatches
     student = _elements(build.state_shapes.params["clip"]) // tensor
     if fsdp > 1:
-        # Ternary weights are gathered as four trits per byte. Their scales are small and not counted.
-        trits = 0 if run.ternary_warmup_steps else _ternary_elements(build) // tensor
-        floats, packed = Array(dtype, (student - trits,)), Array("u8", (trits // 4,))
+        # Quantized weights are gathered packed, as four trits per byte. Their scales are small and not counted.
+        soft = run.ternary_warmup_steps or run.ternary_anneal_steps
+        count, size = (0, 0) if soft else _quantized(build)
+        floats, packed = Array(dtype, (student - count // tensor,)), Array("u8", (size // tensor,))
         for array in (floats, packed):
             if array.size:
                 yield Collective("all-gather", (array,), ("fsdp",), fsdp, parts * _passes(run), "weights")
         if build.teacher_shapes is not None:
             weights = (Array(dtype, (_elements(build.teacher_shapes) // tensor,)),)
             yield Collective("all-gather", weights, ("fsdp",), fsdp, parts, "the teacher's weights")
-        yield Collective("reduce-scatter", (Array("f32", (student,)),), ("fsdp",), fsdp, parts, "gradients")
-    if mesh["data"] > 1:
-        shard = (Array("f32", (student // fsdp,)),)
-        yield Collective("all-reduce", shard, ("data",), mesh["data"], parts, "gradients")
+    for gradients, count in _gradients(build).items():
+        if fsdp > 1:
+            whole = (Array(gradients, (count // tensor,)),)
+            yield Collective("reduce-scatter", whole, ("fsdp",), fsdp, parts, "gradients")
+        if mesh["data"] > 1:
+            shard = (Array(gradients, (count // tensor // fsdp,)),)
+            yield Collective("all-reduce", shard, ("data",), mesh["data"], parts, "gradients")
     shards = math.prod(mesh[axis] for axis in BATCH_AXES)
     if shards > 1:
         embeddings = (Array("f32", (2, run.data.batch_size, run.model.embed_dim)),)
         for kind, name in (("all-gather", "embeddings"), ("reduce-scatter", "gradients of embeddings")):
             yield Collective(kind, embeddings, BATCH_AXES, shards, 1, name)
     if mesh["tensor"] > 1:
-        for tower, tokens in _towers(run.model):
+        for tower, tokens in run.model.towers.values():
             hidden = (Array("f32", (_rows(build), tokens, tower.width)),)
             times = tower.layers * 2 * _passes(run)  # after attention and after the MLP, in each pass
             yield Collective("all-reduce", hidden, ("tensor",), mesh["tensor"], times, "partial sums")
 
 
-def _ternary_elements(build: Build) -> int:
-    leaves = jax.tree_util.tree_leaves_with_path(build.state_shapes.params["clip"])
-    return sum(
-        math.prod(leaf.shape)
-        for path, leaf in leaves
-        if path_of(path) in TERNARIZABLE and find_quantizer(path_of(path), build.run.rules)
-    )
+def _gradients(build: Build) -> dict[str, int]:
+    """Number of parameters by the dtype in which devices add their gradients."""
+    counts: dict[str, int] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(build.state_shapes.params["clip"]):
+        is_matrix = "/blocks/" in path_of(key_path) and path_of(key_path).endswith("/kernel")
+        dtype = _XLA[build.run.gradient_dtype] if is_matrix else "f32"
+        counts[dtype] = counts.get(dtype, 0) + math.prod(leaf.shape)
+    return counts
+
+
+def _quantized(build: Build) -> tuple[int, int]:
+    """Number of quantized weights, and their bytes when packed."""
+    count, bits = 0, 0
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(build.state_shapes.params["clip"]):
+        path = path_of(key_path)
+        quantizer = find_quantizer(path, build.run.rules) if path in TERNARIZABLE else None
+        if quantizer:
+            count += math.prod(leaf.shape)
+            bits += math.prod(leaf.shape) * quantizer.stored_bits
+    return count, bits // 8
 
 
 def _elements(tree: Any) -> int:

@@ -7,6 +7,8 @@ import difflib
 import itertools
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from tclip_jax.models.flops import PEAK_FLOPS
 
@@ -30,6 +32,7 @@ class Chip:
       ring: a dimension of a slice closes to a ring if its size is a multiple of `ring`; 0 for GPUs.
       devices: number of JAX devices per chip.
       type: Google Cloud's name of the type, as in the accelerator type "v5litepod-16"; "" for GPUs.
+      int8: peak rate of int8 products, relative to bfloat16; 1 if the chip has no faster ones.
       cores: what a chip adds to the number in an accelerator type: its TensorCores, or 1 if the number counts chips.
     """
 
@@ -44,6 +47,7 @@ class Chip:
     devices: int = 1
     type: str = ""
     cores: int = 1
+    int8: float = 1.0
 
     @property
     def peak_flops(self) -> float:
@@ -54,18 +58,18 @@ class Chip:
 # The bandwidth of a TPU link is the "inter-chip interconnect bandwidth" / ports: 4 in a 2D torus, 6 in a 3D torus.
 TPUS = {
     "v4": Chip("TPU v4", 32 * 2**30, 1228e9, 50e9, f"{_SHEETS}/v4", torus=3, ring=4, type="v4", cores=2),
-    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16, type="v5litepod"),
-    "v5p": Chip("TPU v5", 95 * 10**9, 2765e9, 100e9, f"{_SHEETS}/v5p", torus=3, ring=4, type="v5p", cores=2),
-    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16, type="v6e"),
+    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 50e9, f"{_SHEETS}/v5e", torus=2, ring=16, type="v5litepod", int8=2),
+    "v5p": Chip("TPU v5", 95 * 10**9, 2765e9, 100e9, f"{_SHEETS}/v5p", torus=3, ring=4, type="v5p", cores=2, int8=2),
+    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1640e9, 100e9, f"{_SHEETS}/v6e", torus=2, ring=16, type="v6e", int8=2),
     "tpu7x": Chip(
         *("TPU7x", 192 * 2**30, 7370e9, 200e9, f"{_SHEETS}/tpu7x"), torus=3, ring=4, devices=2, type="tpu7x", cores=2
     ),
 }
 NODE = 8  # GPUs connected by NVLink
 GPUS = {
-    "a100": Chip("NVIDIA A100", 80e9, 2039e9, 300e9, "https://www.nvidia.com/en-us/data-center/a100", 25e9),
-    "h100": Chip("NVIDIA H100", 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100", 50e9),
-    "h200": Chip("NVIDIA H200", 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200", 50e9),
+    "a100": Chip("NVIDIA A100", 80e9, 2039e9, 300e9, "https://www.nvidia.com/en-us/data-center/a100", 25e9, int8=2),
+    "h100": Chip("NVIDIA H100", 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100", 50e9, int8=2),
+    "h200": Chip("NVIDIA H200", 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200", 50e9, int8=2),
 }
 _POD = 256  # chips of the largest slice of a 2D torus that Google Cloud offers
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 16))
@@ -133,6 +137,32 @@ def parse_topology(name: str) -> Topology:
     if topology := _parse_accelerator_type(lowered):
         return topology
     raise ValueError(f"there is no topology {name!r}: {_choices(re.split('[:-]', lowered)[0])}")
+
+
+def recorded_topology(devices: Mapping[str, Any]) -> Topology | None:
+    """Return the topology of the devices that a run has recorded (`parallel.mesh.device_record`).
+
+    Returns:
+      One slice; None if there are no figures for these devices.
+    """
+    of_kind = [name for name, chip in (TPUS | GPUS).items() if _is_kind(devices["kind"], chip)]
+    if not of_kind:
+        return None
+    kind = of_kind[0]
+    if kind in GPUS:
+        return Topology(kind, (devices["count"],)) if devices["count"] <= MOST_CHIPS else None
+    shape = tuple(devices["shape"][: TPUS[kind].torus])
+    # The runtime may number the axes of a slice in another order.
+    return next((Topology(kind, each) for each in _slice_shapes(kind) if sorted(each) == sorted(shape)), None)
+
+
+def _is_kind(device_kind: str, chip: Chip) -> bool:
+    """Return whether JAX's name of a device is that of a chip, or another name of it."""
+    others = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+    name = others.get(device_kind, device_kind)
+    return name == chip.device_kind or (
+        name.startswith("NVIDIA") and name.startswith((f"{chip.device_kind} ", f"{chip.device_kind}-"))
+    )
 
 
 def _choices(kind: str) -> str:

@@ -183,10 +183,11 @@ def _instruction(text: str, name: str, is_root: bool) -> Instruction:
     operands = rest[len(opcode) : close]
     # The value of a constant and the number of a parameter are in the place of operands.
     attributes = rest[len(opcode) :] if opcode in ("constant", "parameter") else rest[close:]
-    return Instruction(name, _arrays(arrays), opcode, tuple(_NAME.findall(operands)), attributes, is_root)
+    return Instruction(name, parse_arrays(arrays), opcode, tuple(_NAME.findall(operands)), attributes, is_root)
 
 
-def _arrays(text: str) -> tuple[Array, ...]:
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """Parse the dtypes and shapes of an array or of a tuple of arrays."""
     return tuple(
         Array(dtype, tuple(map(int, dims.split(","))) if dims else (), space not in ("", "0", "5"))
         for dtype, dims, space in _ARRAY.findall(text)

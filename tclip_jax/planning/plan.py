@@ -8,18 +8,23 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import jax
 import ml_collections
 from etils import epath
 
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.models.flops import train_flops
+from tclip_jax.inference.load import Architecture
+from tclip_jax.models.clip import param_shapes
+from tclip_jax.models.flops import attention_flops, student_passes, train_flops
 from tclip_jax.pages import aligned
+from tclip_jax.parallel.sharding import path_of
 from tclip_jax.planning.child import compiled_facts
 from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import Topology
 from tclip_jax.planning.roofline import EFFICIENCY, Estimate, assumptions, estimate
 from tclip_jax.planning.teachers import find_teacher
 from tclip_jax.runs.config import RunConfig, run_config
+from tclip_jax.training.build import teacher_params
 
 _MIB, _GIB = 2**20, 2**30
 # dtype of gathered trits -> trits per element: one in an int8, four in a packed byte.
@@ -125,14 +130,7 @@ def make_plan(
     else:
         facts = compiled_facts(json.loads(config.to_json()), topology.name, teacher_preset, cache)
     shape = None if teacher is None or isinstance(teacher, TeacherCache) else teacher.config
-    grad_cache = run.data.microbatches > 1
-    pair_flops = train_flops(
-        run.model,
-        shape,
-        remat=run.remat,
-        grad_cache=grad_cache,
-        teacher_passes=1 + (grad_cache and bool(run.loss.states)),
-    )
+    pair_flops, int8_flops = _pair_flops(run, teacher if isinstance(teacher, Architecture) else None, facts)
     time = estimate(
         facts,
         topology,
@@ -142,8 +140,40 @@ def make_plan(
         model_flops=train_flops(run.model, shape),
         price=price,
         efficiency=efficiency,
+        int8_flops=int8_flops,
     )
     return Plan(run, topology, facts, time, pair_flops)
+
+
+def _pair_flops(run: RunConfig, teacher: Architecture | None, facts: StepFacts) -> tuple[int, int]:
+    """Return FLOPs per pair with recomputation, and those of them that are int8.
+
+    Fused attention counts as its kernels compute it, with padding.
+    """
+    grad_cache = run.data.microbatches > 1
+    again = 1 + (grad_cache and bool(run.loss.states))
+    models = {"student": (run.model, student_passes(run.remat, grad_cache))}
+    if teacher:
+        models["teacher"] = teacher.config, again
+    flops = train_flops(
+        run.model, teacher and teacher.config, remat=run.remat, grad_cache=grad_cache, teacher_passes=again
+    )
+    for name, (implementation, _) in facts.attention.items():
+        model, tower = name.split()
+        config, passes = models[model]
+        if implementation == "mosaic_tpu":
+            flops -= passes * attention_flops(*config.towers[tower])
+    flops += facts.kernel_flops * math.prod(facts.mesh.values()) // run.data.batch_size
+    if not teacher:
+        return flops, 0
+    shapes = param_shapes(teacher.config, teacher.rules)
+    params = jax.eval_shape(lambda params: teacher_params(params, teacher.rules, run), shapes)
+    int8 = sum(
+        2 * again * math.prod(leaf.shape) * teacher.config.towers[path_of(path).partition("/")[0]][1]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path_of(path).endswith("/int8")
+    )
+    return flops, int8
 
 
 def plan_text(plan: Plan) -> str:
@@ -164,7 +194,9 @@ def plan_text(plan: Plan) -> str:
         "",
         *_collective_lines(facts),
         "",
+        *_async_lines(facts),
         _moving_line(facts),
+        *_attention_lines(facts),
         *_gather_lines(plan),
         "",
         *aligned(
@@ -180,6 +212,34 @@ def plan_text(plan: Plan) -> str:
         "",
         "assumed: " + "\n         ".join(assumptions(plan.topology, facts)),
     ]
+    return "\n".join(lines)
+
+
+def explain_text(plan: Plan) -> str:
+    """Say what HBM contains when most of it is in use: a table of the largest arrays."""
+    peak = plan.facts.at_peak
+    if peak is None:
+        return f"--explain needs a compiled plan: plans for {plan.topology.kind} are by formula"
+    rows = [("MiB", "without padding", "array", "what it is")]
+    for each in peak.arrays:
+        shape = f"{each.array.dtype}[{','.join(map(str, each.array.dims))}]"
+        name = each.name + (f"  ({each.source})" if each.source else "")
+        rows.append((f"{each.bytes / _MIB:,.1f}", f"{each.array.bytes / _MIB:,.1f}", shape, name))
+    shown = sum(each.bytes for each in peak.arrays)
+    columns = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:3]]
+    lines = [
+        f"HBM at its peak: {peak.total / _GIB:.3f} GiB = {peak.inputs / _GIB:.3f} of inputs +"
+        f" {peak.temporaries / _GIB:.3f} of temporaries, which reserve {peak.allocated / _GIB:.3f} with fragmentation",
+        f"during {peak.at}" + (f" ({peak.source})" if peak.source else ""),
+        f"the largest {len(peak.arrays)} of {peak.count} arrays, {shown / peak.total:.0%} of it, on one device:",
+    ]
+    for size, content, shape, name in rows:
+        lines.append(f"{size:>{columns[0]}}  {content:>{columns[1]}}  {shape:<{columns[2]}}  {name}")
+    if abs(plan.facts.peak - peak.total) > 1e-3 * peak.total:
+        line = f"the compiler's peak of live arrays is {plan.facts.peak / _GIB:.3f} GiB"
+        if peak.on_chip > peak.temporaries:
+            line += f": it counts {peak.on_chip / _GIB:.3f} GiB of on-chip memory in place of the temporaries"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -235,6 +295,21 @@ def _collective_lines(facts: StepFacts) -> list[str]:
     return aligned(rows)
 
 
+def _async_lines(facts: StepFacts) -> list[str]:
+    """Say how much of the communication has a start and an end, between which the device computes."""
+    if facts.how != "compiled" or not facts.collectives:
+        return []
+    pairs = [each for each in facts.collectives if each.is_async]
+    (count, sent), (all_count, all_sent) = (
+        (sum(each.times for each in some), sum(each.sent_bytes for each in some) / _MIB)
+        for some in (pairs, facts.collectives)
+    )
+    return [
+        f"asynchronous: {count:,} of {all_count:,} collectives, {sent:,.1f} of {all_sent:,.1f} MiB sent; computation"
+        " can overlap these alone"
+    ]
+
+
 def _moving_line(facts: StepFacts) -> str:
     if facts.how != "compiled":
         return "plans by formula do not detect collectives that carry a batch x sequence x width array"
@@ -242,6 +317,14 @@ def _moving_line(facts: StepFacts) -> str:
     if not moving:
         return "no collective carries a batch x sequence x width array"
     return f"{len(moving)} collectives carry batch x sequence x width arrays:\n  " + "\n  ".join(moving[:5])
+
+
+def _attention_lines(facts: StepFacts) -> list[str]:
+    """Say which implementation of the attention each tower has; the reason only of those that are not fused."""
+    towers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for tower, (implementation, reason) in facts.attention.items():
+        towers[implementation, f" ({reason})" if implementation == "reference" else ""].append(tower)
+    return [f"attention: {name}{reason} in {', '.join(where)}" for (name, reason), where in towers.items()]
 
 
 def _gather_lines(plan: Plan) -> list[str]:

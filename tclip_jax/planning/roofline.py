@@ -82,6 +82,7 @@ def estimate(
     model_flops: float,
     price: float | None = None,
     efficiency: float = EFFICIENCY,
+    int8_flops: float = 0.0,
 ) -> Estimate:
     """Estimate the time of a step and of a run.
 
@@ -94,10 +95,13 @@ def estimate(
       model_flops: FLOPs per pair without recomputation.
       price: price of a chip-hour, in any currency.
       efficiency: see `Estimate`.
+      int8_flops: the part of `pair_flops` that is int8 products.
     """
     chip, devices = topology.chip, math.prod(facts.mesh.values())
     flops = batch * pair_flops / devices
-    compute, memory = flops / chip.peak_flops, facts.traffic * chip.devices / chip.bandwidth
+    # The time that int8 products save, in operations of bfloat16.
+    saved = batch * int8_flops / devices * (1 - 1 / chip.int8)
+    compute, memory = (flops - saved) / chip.peak_flops, facts.traffic * chip.devices / chip.bandwidth
     network = sum(
         each.sent_bytes * chip.devices / link_bandwidth(chip, facts, each.axes, each.devices)
         for each in facts.collectives
@@ -133,9 +137,11 @@ def link_bandwidth(chip: Chip, facts: StepFacts, axes: tuple[str, ...], devices:
 def assumptions(topology: Topology, facts: StepFacts) -> list[str]:
     """Return lines of text: the rates, their sources, and what the estimate omits."""
     chip = topology.chip
+    int8 = f"; int8 {chip.int8:.0f} times that" if chip.int8 > 1 else ""
+    fused = "; fused attention as its kernels compute it, with padding" if facts.kernel_flops else ""
     lines = [
-        f"peak {chip.peak_flops * chip.devices / 1e12:,.0f} TFLOP/s (bfloat16), HBM {chip.memory / 2**30:.1f} GiB at"
-        f" {chip.bandwidth / 1e9:,.0f} GB/s per chip: {chip.source}",
+        f"peak {chip.peak_flops * chip.devices / 1e12:,.0f} TFLOP/s (bfloat16{int8}), HBM"
+        f" {chip.memory / 2**30:.1f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s per chip: {chip.source}",
     ]
     if chip.torus:
         used = ", ".join(f"{axes or 'others'} {links}" for axes, links in sorted(facts.links.items()))
@@ -146,7 +152,7 @@ def assumptions(topology: Topology, facts: StepFacts) -> list[str]:
         )
     lines += [
         "FLOPs by formula: matrix products of three student forward passes (one more with remat, one more with"
-        " microbatches) and one of the teacher; frozen parameters count as if they were trained",
+        " microbatches) and one of the teacher; frozen parameters count as if they were trained" + fused,
         "HBM bytes from the compiled program: operands and results of each instruction that are in HBM"
         if facts.how == "compiled"
         else "memory, HBM bytes and collectives by formula, without compilation: within a factor of about 1.5",

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from etils import epath
 
-from tclip_jax.artifacts.manifest import MANIFEST, describe, parse_manifest
 from tclip_jax.data.embedding_store import MANIFEST as CACHE_MANIFEST
 from tclip_jax.data.embedding_store import TeacherCache
-from tclip_jax.interop.checkpoints import HUB_PREFIX, is_checkpoint, open_checkpoint
+from tclip_jax.inference.load import Architecture, find_architecture
+from tclip_jax.interop.checkpoints import HUB_PREFIX
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import PRESETS, model_cfg
-from tclip_jax.runs.config import RunConfig, read_config
-from tclip_jax.runs.read import split_step
-from tclip_jax.training.build import Architecture
+from tclip_jax.runs.config import RunConfig
 from tclip_jax.training.teacher_cache import describe_inputs, open_cache
 
 # repository on the Hugging Face hub -> preset, for common teachers
@@ -49,17 +47,14 @@ def _architecture(run: RunConfig, preset: str, teacher: str) -> Architecture:
     preset = preset or HUB.get(teacher.removeprefix(HUB_PREFIX), teacher if teacher in PRESETS else "")
     if preset:
         return Architecture(CLIPConfig.from_open_clip(model_cfg(preset)), run.preprocess)
-    if (manifest := epath.Path(teacher) / MANIFEST).exists():
-        artifact = describe(parse_manifest(manifest.read_bytes()))
-        return Architecture(artifact.config, artifact.preprocess)
-    if not teacher.startswith(HUB_PREFIX) and is_checkpoint(teacher):
-        checkpoint = open_checkpoint(teacher)
-        return Architecture(checkpoint.config, checkpoint.preprocess)
-    if ((workdir := split_step(teacher).workdir) / "config.json").exists():
-        teacher_run = read_config(workdir)
-        return Architecture(teacher_run.model, teacher_run.preprocess, teacher_run.rules)
+    reason = ""
+    if not teacher.startswith(HUB_PREFIX):  # no network here
+        try:
+            return find_architecture(teacher)
+        except FileNotFoundError as error:
+            reason = f" ({error})"
     raise ValueError(
         f"the architecture of the teacher {teacher!r} is unknown: it is not a preset, not a run, artifact or checkpoint"
-        f" on this machine, and not one of {', '.join(HUB)}; add --teacher-preset with the path of an open_clip JSON"
-        f" file or one of {', '.join(PRESETS)}"
+        f" on this machine{reason}, and not one of {', '.join(HUB)}; add --teacher-preset with the path of an open_clip"
+        f" JSON file or one of {', '.join(PRESETS)}"
     )

@@ -23,6 +23,7 @@ def test_an_asynchronous_collective_counts_once_per_trip(loop: str) -> None:
         *(2, 12),
     )
     assert gather.name == "jit(step)/blocks/mlp/fc1"
+    assert gather.is_async and not scatter.is_async
     assert gather.bytes == 12 * 64 * 64 * 2 and gather.sent_bytes == gather.bytes / 2
     # Programs for TPUs write a reduce-scatter as a slice of an all-reduce.
     assert (scatter.kind, scatter.axes, scatter.times, scatter.bytes) == ("reduce-scatter", ("fsdp",), 1, 4096)
@@ -123,12 +124,19 @@ def test_which_arrays_are_activations(dims: tuple[int, ...], expected: bool) -> 
     assert carries_activations(collective, sizes, 32768, 128, weights) is expected
 
 
+def test_embeddings_as_large_as_activations_of_a_part_of_the_batch_are_known_by_their_shape() -> None:
+    """SigLIP: 32,768 embeddings of width 768 are as many numbers as 64 tokens of width 768 of 512 texts."""
+    collective = Collective("all-gather", (Array("f32", (32768, 768)),), ("data",), 16, 1, "")
+    assert carries_activations(collective, {64 * 768}, 32768, 128)
+    assert not carries_activations(collective, {64 * 768}, 32768, 128, {(768, 32768)})
+
+
 def test_a_loop_reads_one_slice_per_trip_and_no_array_on_the_chip(loop: str) -> None:
     slices = 12 * 64 * 32 * 2  # the results are on the chip, so HBM is only read
     negations = 12 * 2 * 8 * 128 * 4
     scattered = (8 * 128 + 4 * 128) * 4
     counters = 8 + 12 * 4  # copied before the loop, and read by each slice
-    assert memory_traffic(parse_program(loop)) == slices + negations + scattered + counters
+    assert memory_traffic(parse_program(loop), {}) == slices + negations + scattered + counters
 
 
 @pytest.mark.parametrize(
@@ -141,10 +149,12 @@ def test_a_loop_reads_one_slice_per_trip_and_no_array_on_the_chip(loop: str) -> 
         ("((f32[2]{0}), f32[1]{0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1]}", 4),
         ("f32[2]{0} bitcast(%x)", 0),
         ("f32[2]{0} copy-done(%x)", 0),
+        ('f32[12,2]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        ('f32[2]{0} custom-call(%x), custom_call_target="Other"', 16),
     ],
 )
 def test_the_traffic_of_instructions(single: Callable[[str], str], line: str, moved: int) -> None:
-    assert memory_traffic(parse_program(single(f"%a.1 = {line}"))) == moved
+    assert memory_traffic(parse_program(single(f"%a.1 = {line}")), {}) == moved
 
 
 UPDATE = """\
@@ -177,4 +187,4 @@ ENTRY %main (a: f32[12,8], b: f32[8], i: s32[]) -> (f32[12,8], f32[8]) {
 @pytest.mark.parametrize("called", ["update", "outer"])
 def test_an_update_in_place_moves_only_the_updated_slice(called: str) -> None:
     update, index = 8 * 4, 4
-    assert memory_traffic(parse_program(UPDATE.replace("CALLED", called))) == 2 * update + index
+    assert memory_traffic(parse_program(UPDATE.replace("CALLED", called)), {}) == 2 * update + index

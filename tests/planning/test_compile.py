@@ -54,6 +54,11 @@ def test_a_step_on_eight_devices(config: ml_collections.ConfigDict) -> None:
     # Weights are gathered as four trits per byte, such as fc1 of shape (64, 256). Activations are not gathered.
     assert (16, 256) in {array.dims for each in gathers if each.dtype == "u8" for array in each.arrays}
     assert facts.moving_activations == ()
+    assert facts.at_peak and facts.at_peak.total <= facts.memory.total
+    table = next(
+        each for each in facts.at_peak.arrays if each.name == "state/params/clip/text/token_embedding/embedding"
+    )
+    assert table.array == Array("f32", (49408 // 2, 64)) and table.bytes == 49408 // 2 * 64 * 4
     assert StepFacts.from_json(facts.to_json()) == facts
 
 

@@ -22,7 +22,8 @@ from tclip_jax.planning.collectives import Collective
 from tclip_jax.planning.estimate import StepFacts, formula_facts
 from tclip_jax.planning.hardware import parse_topology
 from tclip_jax.planning.hlo import Array
-from tclip_jax.planning.plan import Plan, make_plan, plan_text
+from tclip_jax.planning.liveness import LiveArray, Peak
+from tclip_jax.planning.plan import Plan, explain_text, make_plan, plan_text
 from tclip_jax.planning.roofline import Speed
 from tclip_jax.planning.sweep import Point, _figure, best, parse_grid
 from tclip_jax.planning.teachers import find_teacher
@@ -41,7 +42,7 @@ def test_a_plan_states_whether_it_fits(config: ml_collections.ConfigDict) -> Non
     assert plan.fits and plan_text(plan).splitlines()[1].startswith("fits: 0.")
     assert f" of {80e9 / 2**30:.1f} GiB per device, 0%" in plan_text(plan)
     large = changed(plan, memory=dataclasses.replace(plan.facts.memory, temporaries=10**11))
-    assert not large.fits and "does NOT fit: 93.16 of 74.5 GiB per device, 125%" in plan_text(large)
+    assert not large.fits and "does NOT fit: 93.15 of 74.5 GiB per device, 125%" in plan_text(large)
     assert large.to_json()["fits"] is False and large.to_json()["memory"]["total"] > 10**11
     text = plan_text(plan)
     assert "8 chips, mesh data=4, fsdp=2, tensor=1; batch 64, 8 per device; by formula" in text
@@ -64,6 +65,34 @@ def test_speed_time_and_cost_are_ranges_whose_ends_are_explained(config: ml_coll
     text = plan_text(dataclasses.replace(plan, estimate=serial))
     assert "slow end: peak rates, nothing overlaps: slower than matrix products at 25% of the peak rate" in text
     assert "everything overlaps, HBM takes longest" in text
+
+
+def test_what_the_peak_consists_of_is_explained(config: ml_collections.ConfigDict) -> None:
+    plan = make_plan(config, H100)
+    assert explain_text(plan) == "--explain needs a compiled plan: plans for h100 are by formula"
+    assert "asynchronous" not in plan_text(plan)
+    arrays = (
+        LiveArray("jvp(CLIP)/text/token_embedding/add", "ternary/sums.py:19", Array("f32", (64, 2, 256)), 3 * 2**20),
+        LiveArray("state/params/clip/image/projection/kernel", "", Array("f32", (512, 512)), 2**20),
+    )
+    gib = 2**30
+    peak = Peak(gib, 2 * gib, 3 * gib, gib // 8, "jvp(CLIP)/text/token_embedding/add", "ternary/sums.py:19", 90, arrays)
+    plan = changed(plan, how="compiled", peak=3 * gib, at_peak=peak)
+    assert explain_text(plan).splitlines() == [
+        "HBM at its peak: 3.000 GiB = 1.000 of inputs + 2.000 of temporaries, which reserve 3.000 with fragmentation",
+        "during jvp(CLIP)/text/token_embedding/add (ternary/sums.py:19)",
+        "the largest 2 of 90 arrays, 0% of it, on one device:",
+        "MiB  without padding  array          what it is",
+        "3.0              0.1  f32[64,2,256]  jvp(CLIP)/text/token_embedding/add  (ternary/sums.py:19)",
+        "1.0              1.0  f32[512,512]   state/params/clip/image/projection/kernel",
+    ]
+    on_chip = changed(plan, at_peak=dataclasses.replace(peak, temporaries=0), peak=gib + gib // 8)
+    assert "peak of live arrays is 1.125 GiB: it counts 0.125 GiB of on-chip memory" in explain_text(on_chip)
+    other = changed(plan, peak=4 * gib)
+    assert explain_text(other).splitlines()[-1] == "the compiler's peak of live arrays is 4.000 GiB"
+    pair = Collective("all-gather", (Array("bf16", (2**20,)),), ("fsdp",), 2, 3, "", is_async=True)
+    plan = changed(plan, collectives=(pair, dataclasses.replace(pair, is_async=False, times=1)))
+    assert "asynchronous: 3 of 4 collectives, 3.0 of 4.0 MiB sent; " in plan_text(plan)
 
 
 def test_microbatches_take_less_memory_and_one_more_forward_pass(config: ml_collections.ConfigDict) -> None:
@@ -108,7 +137,7 @@ def test_a_sweep_of_gpus(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     header, *rows = text.splitlines()
     names = ["batch_size", "fsdp", "remat", "fits", "GiB", "optimizer", "GiB", "bound", "by", "images/s", "MFU", "%"]
     assert header.split() == [*names, "hours", "chip-hours"]
-    assert rows[0].split()[:6] == ["1", "32768", "1", "True", "yes,", "17%"] and rows[2].split()[4:] == ["-"] * 8
+    assert rows[0].split()[:6] == ["1", "32768", "1", "True", "yes,", "12%"] and rows[2].split()[4:] == ["-"] * 8
     assert "matrix products at 50% of the peak rate, an assumption" in text
     assert "batch_size=32768, fsdp=3, remat=True: mesh data=-1, fsdp=3, tensor=1 does not fit 64 devices" in text
     assert "best at the slow end that fits: batch_size=32768, fsdp=1, remat=False, " in text
@@ -278,6 +307,7 @@ def test_the_architecture_of_a_teacher_needs_no_weights(
         (["h100:64", "--config.teacher=runs/none"], "add --teacher-preset"),
         (["h100:64", "--teacher-preset", "ViT-L"], "the nearest is 'ViT-L-14'"),
         (["h100:64", "--sweep", "batch=1,2"], "config has no 'batch': the nearest is 'data.batch_size'"),
+        (["h100:64", "--explain", "--sweep", "remat=1"], "--explain describes one plan: leave out --sweep"),
         (["h100:64", "--sweep", "mesh.fsdp=3"], "no point of the sweep can be planned; fsdp=3: "),
     ],
 )
@@ -344,11 +374,18 @@ def test_the_command_on_a_small_topology(tmp_path: pathlib.Path, capsys: pytest.
     assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["memory"]["parameters"], rel=1e-3)
     assert plan["links"] and all(each["axes"] for each in plan["collectives"])
     assert {each["times"] for each in plan["collectives"]} >= {1, 2, 3}
+    # Here the compiler's own peak counts on-chip memory, whose ranges it does not state for every buffer.
+    at_peak = plan["at_peak"]
+    assert at_peak["temporaries"] < at_peak["on_chip"]
+    assert plan["peak"] == pytest.approx(at_peak["inputs"] + at_peak["on_chip"], rel=2e-3)
+    assert 0 < sum(each["is_async"] for each in plan["collectives"]) < len(plan["collectives"])
     assert 0 < plan["estimate"]["slow"]["mfu"] < plan["estimate"]["fast"]["mfu"] <= 1
     assert "compiling for v5e:2x2" in captured.err
     # The second call reads the cache. Errors of the configuration come from the other process as one line.
-    assert main(command) == 0
-    assert "mesh data=2, fsdp=2, tensor=1; batch 64, 16 per device; compiled in" in capsys.readouterr().out
+    assert main([*command, "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert "mesh data=2, fsdp=2, tensor=1; batch 64, 16 per device; compiled in" in text
+    assert "f32[24704,64]   state/params/clip/text/token_embedding/embedding\n" in text
     assert main([*command, "--config.mesh.fsdp=3"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tclip plan: error: mesh data=-1, fsdp=3, tensor=1 does not fit 4 devices")

@@ -169,3 +169,13 @@ def test_every_chip_has_a_peak_and_a_source() -> None:
         assert chip.peak_flops > 1e14 and chip.source.startswith("https://")
         lines = assumptions(Topology(kind, (1,)), facts({"data": 1}, {"data": 2}))
         assert chip.source in lines[0] and f"{chip.memory / 2**30:.1f} GiB" in lines[0]
+
+
+def test_int8_products_take_half_the_time_where_the_chip_has_them() -> None:
+    for name, seconds in (("v5e:1x1", 0.75), ("v4:2x2x1", 4 * 0.197 / 0.275)):
+        topology = parse_topology(name)
+        step = facts({"data": topology.devices}, {})
+        batch = topology.devices * 4 if topology.devices > 1 else 1
+        time = estimate(step, topology, batch=batch, steps=1, pair_flops=197e12, model_flops=1, int8_flops=98.5e12)
+        assert time.compute == pytest.approx(seconds)
+        assert time.flops == pytest.approx(197e12 * batch / topology.devices)
