@@ -106,9 +106,9 @@ class Run:
         return [line["step"] for line in read_metrics(self.workdir) if "loss" in line]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl, without values that depend on the clock."""
+        """Returns the lines of metrics.jsonl, without values that depend on the clock or on restarts."""
         lines = [
-            {name: value for name, value in line.items() if "seconds" not in name and "per_second" not in name}
+            {name: value for name, value in line.items() if "second" not in name and name != "programs_compiled"}
             for line in read_metrics(self.workdir)
         ]
         return sorted(lines, key=lambda line: (line["step"], sorted(line)))

@@ -83,7 +83,8 @@ def test_any_other_exit_code_ends_the_run(code: int, stub: Stub, launch: Run, tm
 
 def start(environ: dict[str, str], tmp_path: pathlib.Path, processes: int) -> subprocess.Popen[bytes]:
     script = [str(ROOT / "launch" / "local"), "-n", str(processes), "--", "train"]
-    started = subprocess.Popen(script, env=environ, start_new_session=True)
+    # A test suite in the background ignores SIGINT, and a shell cannot trap what it inherits as ignored.
+    started = subprocess.Popen(["env", "--default-signal=INT", *script], env=environ, start_new_session=True)
     while any(count(tmp_path, i) == 0 for i in range(processes)):
         assert started.poll() is None
         time.sleep(0.02)
