@@ -13,6 +13,7 @@ of the repository. Neither is repeated; rerun the same command to resume.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -25,20 +26,18 @@ from typing import Any
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from benchmarks.accuracy_data import lay_out
-from benchmarks.accuracy_results import FULL, METRICS, Kept, picture, summarize, table
+from benchmarks.accuracy_data import lay_out, write_tokenizer
+from benchmarks.accuracy_results import FULL, METRICS, Kept, picture, sizes_of, summarize, table
 from configs.accuracy import QUANTIZERS, changes_of, full_precision_of
 from tclip_jax import keys
-from tclip_jax.artifacts.coding import encode
 from tclip_jax.artifacts.inspection import ternary_share, zero_share
-from tclip_jax.artifacts.pack import flatten, pack_params
+from tclip_jax.artifacts.pack import pack_params
 from tclip_jax.data.embedding_store import TeacherCache
 from tclip_jax.data.sources import described, open_source
 from tclip_jax.evaluation.encoder import Encoder
 from tclip_jax.evaluation.runner import evaluate
 from tclip_jax.evaluation.tasks import source_task
 from tclip_jax.inference.model import Model
-from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.recipes import load_recipe
 from tclip_jax.runs.config import base_config, run_config
 from tclip_jax.runs.record import read_metrics, software
@@ -48,7 +47,7 @@ from tclip_jax.training.loop import train
 from tclip_jax.training.teacher_cache import write_cache
 
 IN_THE_STEP = {"hidden", "relations", "in_step", "int8_teacher"}  # the teacher runs in the step, without a cache
-COPIES = {"cifar10": 4, "emoji": 16}
+COPIES = {"cifar10": 4, "cifar10_words": 4, "emoji": 16}
 MODES = {"siglip": "siglip", "runlocal": "quick"}  # of the recipe, by their options
 STEPS = ("optimizer.warmup_steps", "optimizer.recovery_steps", "ternary_warmup_steps", "ternary_anneal_steps", "steps")
 
@@ -59,6 +58,8 @@ def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> An
     modes += "" if distilled else ",plain"
     config = load_recipe(f"accuracy:{data},{who}{modes}")
     config.data.source = f"folder:{images(args, data)}"
+    if config.data.tokenizer:
+        config.data.tokenizer = str(tokenizer_of(args))
     config.eval.source = ""  # the packed model is evaluated instead, at the end
     if "average" in who.split("+"):
         splits = {split for split, _ in METRICS[data].values()}
@@ -76,7 +77,12 @@ def recipe(args: argparse.Namespace, data: str, who: str, distilled: bool) -> An
 
 def images(args: argparse.Namespace, data: str) -> pathlib.Path:
     """Return the folder of the images of one data set."""
-    return pathlib.Path(args.out) / "data" / f"{data}{'-choose' if args.choose else ''}"
+    return pathlib.Path(args.out) / "data" / f"{data.removesuffix('_words')}{'-choose' if args.choose else ''}"
+
+
+def tokenizer_of(args: argparse.Namespace) -> pathlib.Path:
+    """Return the folder of the tokenizer of cifar10_words."""
+    return pathlib.Path(args.out) / "data" / "words"
 
 
 def place(args: argparse.Namespace, data: str) -> pathlib.Path:
@@ -223,15 +229,13 @@ def evaluated(model: Model, config: Any, data: str, workdir: pathlib.Path, *, av
       ValueError: the model cannot be evaluated.
     """
     params = pack_params(model.params, model.rules)
-    encoder = Encoder(Model(model.config, model.preprocess, params), batch_size=256)
-    sizes = {path: _stored_bytes(path, leaf) for path, leaf in flatten(params).items()}
+    encoder = Encoder(dataclasses.replace(model, params=params, rules=()), batch_size=256)
     result = {
         "share": ternary_share(params),
         "share without embedding": ternary_share(params, token_embedding=False),
         "zeros": zero_share(params),
         "zeros without embedding": zero_share(params, token_embedding=False),
-        "bytes": sum(sizes.values()),
-        "bytes without embedding": sum(size for path, size in sizes.items() if path != TOKEN_EMBEDDING),
+        **sizes_of(params),
     }
     for metric, (split, measured) in METRICS[data].items():
         task = source_task(config.data.source, split, config.data.templates)
@@ -244,14 +248,9 @@ def evaluated(model: Model, config: Any, data: str, workdir: pathlib.Path, *, av
     return result
 
 
-def _stored_bytes(path: str, leaf: Any) -> int:
-    """The bytes of a parameter in an artifact, compressed; floats are float16."""
-    return sum(array.nbytes for array in encode(path, leaf, "float16")[1].values())
-
-
 def _without_paths(config: Any) -> dict[str, Any]:
     """A configuration as JSON, without paths of data, teacher and initial weights, whose contents or recipes count."""
-    paths = {"data.source": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
+    paths = {"data.source": "", "data.tokenizer": "", "data.teacher_cache": "", "teacher": "", "evals": ()}
     resolved = config.copy_and_resolve_references()
     resolved.update_from_flattened_dict(paths)
     return json.loads(resolved.to_json())
@@ -286,6 +285,7 @@ def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, A
     kept = Kept(pathlib.Path(args.results)) if args.results else None
     for data in args.data:
         lay_out(images(args, data), shared, data, 20 if args.quick else 10**6, choose=args.choose)
+        write_tokenizer(tokenizer_of(args))
         results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
         for seed in args.seeds:
             for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
@@ -327,7 +327,7 @@ def main() -> int:
     parser.add_argument(
         "--results", metavar="FILE", help="JSON file that keeps the results, as benchmarks/results.json"
     )
-    parser.add_argument("--data", nargs="+", choices=METRICS, default=list(METRICS), help="data sets (default: both)")
+    parser.add_argument("--data", nargs="+", choices=METRICS, default=["cifar10", "emoji"], help="data sets")
     parser.add_argument("--variants", nargs="+", type=variant, metavar="NAME", help="such as ternaryclip+soft+x4")
     parser.add_argument(
         "--plain", nargs="*", type=variant, default=[], metavar="NAME", help="students trained without a teacher"
@@ -359,7 +359,7 @@ def main() -> int:
     if args.quick:
         args.out, args.data, args.seeds = f"{args.out}-quick", ["emoji"], [0]
         args.variants, args.plain, args.choose = [FULL, "ternaryclip+average"], [], False
-    if args.choose and args.data != ["cifar10"]:
+    if args.choose and "emoji" in args.data:
         parser.error("--choose has held-out images only of CIFAR-10: add --data cifar10")
     if args.against not in (FULL, *args.variants):
         parser.error(f"--against {args.against} is not one of --variants {' '.join(args.variants)}")

@@ -9,10 +9,14 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
+import tokenizers
 from etils import epath
 from PIL import Image
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from configs.accuracy import END, PAD, UNKNOWN, vocabulary
 from tclip_jax import keys
+from tclip_jax.data.file_tokenizer import TOKENIZER_JSON
 from tclip_jax.data.sources.content import contents
 from tclip_jax.storage import atomic_folder, write_atomic
 
@@ -25,7 +29,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
     Args:
       folder: where the images go.
       shared: the folder of the archives.
-      data: "cifar10" or "emoji".
+      data: a data set of configs/accuracy.py; cifar10_words has the images of cifar10.
       per_class: the most images of a class.
       choose: of CIFAR-10, make `test` of training images that are held out from `train`, to choose methods and rates
         without the test images.
@@ -33,6 +37,7 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
     Raises:
       ValueError: the existing folder was made from other archives or with other settings.
     """
+    data = data.removesuffix("_words")
     archives = sorted((shared / data).glob("*.tar*"))
     made_by = keys.recipe(
         archives={path.name: content for path, content in zip(archives, contents(map(str, archives)), strict=True)},
@@ -52,6 +57,22 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
             path = building / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Write the tokenizer of cifar10_words, as transformers reads it, unless the folder exists."""
+    words = vocabulary()
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, words.index(END))]
+    )
+    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
+    if not folder.exists():
+        with atomic_folder(folder) as building:
+            (building / TOKENIZER_JSON).write_text(tokenizer.to_str())
+            (building / "tokenizer_config.json").write_text(json.dumps(stated))
 
 
 def _cifar10(shared: pathlib.Path, per_class: int, choose: bool) -> Iterator[tuple[str, bytes]]:

@@ -8,19 +8,25 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
 from configs.accuracy import full_precision_of
 from tclip_jax import keys
+from tclip_jax.artifacts.coding import encode
+from tclip_jax.artifacts.pack import flatten, repack_leaf
 from tclip_jax.evaluation.probe import t_interval
+from tclip_jax.models.ternary_rules import TOKEN_EMBEDDING
 from tclip_jax.storage import write_atomic
+from tclip_jax.ternary.tensor import QuantizedTensor
 
 FULL = "full"
 # Metric -> (split, its name in the evaluation).
 METRICS = {
     "cifar10": {"accuracy": ("test", "acc1")},
+    "cifar10_words": {"accuracy": ("test", "acc1")},
     "emoji": {"R@5": ("test", "text_retrieval_recall@5"), "R@5 unseen names": ("unseen", "text_retrieval_recall@5")},
 }
 SHARES = ("share", "share without embedding", "zeros", "zeros without embedding")
@@ -71,10 +77,43 @@ class Kept:
         write_atomic(epath.Path(self._path), f'{{"results": [\n{lines}\n]}}\n')
 
 
+def sizes_of(params: Any) -> dict[str, int]:
+    """Return the bytes of packed parameters in an artifact, compressed, and in memory, packed for this machine.
+
+    Floats are float16 in both. "… without embedding" leaves out the token embedding.
+    """
+    leaves = flatten(params)
+    stored = {
+        path: sum(array.nbytes for array in encode(path, leaf, "float16")[1].values()) for path, leaf in leaves.items()
+    }
+    resident = {path: _resident_bytes(leaf) for path, leaf in leaves.items()}
+    return {
+        "bytes": sum(stored.values()),
+        "bytes without embedding": sum(stored.values()) - stored[TOKEN_EMBEDDING],
+        "resident bytes": sum(resident.values()),
+        "resident bytes without embedding": sum(resident.values()) - resident[TOKEN_EMBEDDING],
+    }
+
+
+def _resident_bytes(leaf: Any) -> int:
+    if not isinstance(leaf, QuantizedTensor):
+        return 2 * math.prod(leaf.shape)
+    return sum(array.nbytes for array in jax.tree.leaves(repack_leaf(leaf)))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the half-width of the 95 % interval by Student's t; NaN for a single value."""
     low, high = t_interval(values)
     return float(np.mean(values)), (high - low) / 2
+
+
+def shown(fractions: list[float], *, sign: bool = False) -> str:
+    """Return mean ± half a 95 % interval, in per cent or points; "" for no value, and no interval for a single one."""
+    if not fractions:
+        return ""
+    mean, half = interval(fractions)
+    text = f"{100 * mean:{'+' if sign else ''}.2f}".replace("-", "−")
+    return text if math.isnan(half) else f"{text} ± {100 * half:.2f}"
 
 
 def table(rows: list[dict[str, Any]], against: str) -> str:

@@ -7,7 +7,8 @@ trains and compares all models. To train one of them, on the data that the bench
     tclip train --config accuracy:cifar10,teacher --workdir runs/teacher
     tclip train --config accuracy:cifar10,ternaryclip+soft+x4 --config.teacher=runs/teacher --workdir runs/soft
 
-A variant is a quantizer and methods, such as ternaryclip+soft+x4; x4 raises the learning rate of the matrices by 4.
+A variant is a quantizer and methods, such as ternaryclip+soft+x4; x4 raises the learning rate of the matrices by 4, w96
+makes the student 96 wide. The captions of cifar10_words are those of cifar10, with a vocabulary of their words alone.
 After the data and the variant, `,plain` trains without distillation, `,siglip` trains SigLIPs, teacher and students of
 one shape, with the sigmoid loss, and `,runlocal` is a test that takes seconds.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import ml_collections
 
+from tclip_jax.data.prompts import captions
 from tclip_jax.runs.config import base_config
 
 # Changes of the configuration. Keys "steps" and "..._steps" are factors of all steps, so that those of "added" come on
@@ -78,7 +80,25 @@ TERNARY_METHODS: dict[str, Changes] = {
         ]
     },
 }
-DATA = ("cifar10", "emoji")
+# Methods of ternary students, int4 and int8.
+QUANTIZED_METHODS: dict[str, Changes] = {
+    "edges8": {  # what Q-ALL leaves in floats, patch embedding and projections, in 8 bits
+        "ternary": [
+            ("(image|text)/(patch_embedding|projection)/kernel", {"kind": "uniform", "bits": 8, "group": "channel"}),
+            ("(image|text)/(blocks|token|pool).*", {}),
+        ]
+    },
+}
+DATA = ("cifar10", "cifar10_words", "emoji")
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # of CIFAR-10
+PAD, UNKNOWN, END = "<pad>", "<unk>", "<end>"
+_WIDTH, _RATE = re.compile(r"w(\d+)"), re.compile(r"x(\d+(?:\.\d+)?)")
+
+
+def vocabulary() -> list[str]:
+    """Return the tokens of cifar10_words by their ids. END has the largest, by which CLIP finds the end of a text."""
+    texts = " ".join(caption for name in CLASSES for caption in captions(name, "cifar10"))
+    return [PAD, UNKNOWN, *sorted(set(re.findall(r"\w+|[^\w\s]+", texts.lower()))), END]
 
 
 def changes_of(variant: str) -> Changes:
@@ -91,15 +111,21 @@ def changes_of(variant: str) -> Changes:
     quantizer, *methods = variant.split("+")
     if quantizer not in QUANTIZERS:
         raise ValueError(f"{variant}: {quantizer!r} is no quantizer: there are {', '.join(QUANTIZERS)}")
-    allowed = METHODS if quantizer in NOT_TERNARY else METHODS | TERNARY_METHODS
+    allowed = METHODS if quantizer == "full" else METHODS | QUANTIZED_METHODS
+    allowed |= {} if quantizer in NOT_TERNARY else TERNARY_METHODS
     changes = dict(QUANTIZERS[quantizer])
     setters = dict.fromkeys(changes, quantizer)
     for method in methods:
-        factor = re.fullmatch(r"x(\d+(?:\.\d+)?)", method)
-        if not factor and method not in allowed:
-            names = f"{', '.join(allowed)}, or x and a factor of the learning rate"
+        if factor := _RATE.fullmatch(method):
+            changed: Changes = {"latent.learning_rate": float(factor[1])}
+        elif width := _WIDTH.fullmatch(method):
+            changed = {"width": int(width[1])}
+        elif method in allowed:
+            changed = allowed[method]
+        else:
+            names = f"{', '.join(allowed)}, x and a factor of the learning rate, or w and a width"
             raise ValueError(f"{variant}: {method!r} is no method of {quantizer}: there are {names}")
-        for key, value in ({"latent.learning_rate": float(factor[1])} if factor else allowed[method]).items():
+        for key, value in changed.items():
             if changes.setdefault(key, value) != value:
                 raise ValueError(f"{variant}: {setters[key]} and {method} both set {key}: leave one of them out")
             setters.setdefault(key, method)
@@ -108,18 +134,20 @@ def changes_of(variant: str) -> Changes:
 
 def full_precision_of(variant: str) -> str:
     """Return the full-precision variant with the same methods, as far as they apply."""
-    return "+".join(["full", *(method for method in variant.split("+")[1:] if method not in TERNARY_METHODS)])
+    of_ternary = QUANTIZED_METHODS | TERNARY_METHODS
+    return "+".join(["full", *(method for method in variant.split("+")[1:] if method not in of_ternary)])
 
 
 def plain_of(variant: str) -> str:
-    """Return the variant without methods at the same rate: of `full` for full precision, otherwise of `ternaryclip`.
+    """Return the variant without methods, of the same rate and width: `full` for full precision, else `ternaryclip`.
 
     That of a teacher in int8 has the same teacher, in floats.
     """
     quantizer, *methods = variant.split("+")
     if "int8_teacher" in methods:
         return variant.replace("int8_teacher", "in_step")
-    rates = (method for method in methods if method not in METHODS | TERNARY_METHODS)
+    named = METHODS | QUANTIZED_METHODS | TERNARY_METHODS
+    rates = (method for method in methods if method not in named)
     return "+".join(["full" if quantizer == "full" else "ternaryclip", *rates])
 
 
@@ -149,6 +177,7 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     width, layers = (128, 4) if who == "teacher" and not siglip else (64, 3)
     if local:
         width, layers = 32, 1
+    width = changes.pop("width", width)
     config.model.embed_dim = width
     config.model.vision_cfg.update({"image_size": 32, "patch_size": 8, "width": width, "layers": layers})
     config.model.vision_cfg.head_width = min(32, width // 2)
@@ -161,8 +190,11 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
         config.model.text_cfg.update(text)
         config.model.init_logit_bias = -10.0
         config.loss.task_kind = "sigmoid"
-    labelled = data == "cifar10"
-    config.data.update({"source": f"folder:runs/accuracy/data/{data}", "batch_size": 128})
+    labelled = data != "emoji"
+    config.data.update({"source": f"folder:runs/accuracy/data/{data.removesuffix('_words')}", "batch_size": 128})
+    if data == "cifar10_words":
+        config.model.text_cfg.update({"vocab_size": len(vocabulary()), "hf_tokenizer_name": "words"})
+        config.data.tokenizer = "runs/accuracy/data/words"
     config.data.templates = "cifar10" if labelled else ""
     config.data.update({"augment": "random_resized_crop" if labelled else "affine"})
     config.loss.positives = "equal_text"

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/accuracy.md from the kept results: `python docs/accuracy.py`."""
+"""Writes the tables of docs/accuracy.md and its frontier's picture from kept results: `python docs/accuracy.py`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import matplotlib
 import numpy as np
 
+from benchmarks.accuracy_frontier import equal_bytes_table, frontier_picture, points_of, points_table
+from benchmarks.accuracy_results import shown
 from configs.accuracy import full_precision_of, plain_of, steps_of
-from tclip_jax.evaluation.probe import t_interval
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
+PICTURE = PAGE.with_name("figures") / "frontier.svg"
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "accuracy.json"
 Entry = dict[str, Any]
 Results = dict[int, dict[str, Any]]  # by seed
+FRONTIER = {"data": "cifar10_words", "split": "test", "steps": 1000, "distilled": True, "siglip": False}
 # Between <!-- results: NAME --> and <!-- end -->; NAME -> what an entry must have.
 TABLES: dict[str, dict[str, Any]] = {
     "choose": {"data": "cifar10", "split": "choose", "width": 64, "siglip": False},
     "final": {"data": "cifar10", "split": "test", "width": 64, "siglip": False},
     "wide": {"data": "cifar10", "split": "test", "width": 256, "siglip": False},
     "emoji": {"data": "emoji", "split": "test", "width": 64, "siglip": False},
+    "frontier": FRONTIER,
+    "equal_bytes": FRONTIER,
 }
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,10 +43,15 @@ def page(text: str, entries: list[Entry]) -> str:
     def table_of(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
             raise ValueError(f"{PAGE.name}: no table {match[2]!r}: there are {', '.join(TABLES)}")
-        wanted = TABLES[match[2]].items()
-        return f"{match[1]}\n{table(entry for entry in entries if wanted <= entry.items())}\n{match[3]}"
+        made = MAKERS.get(match[2], table)(chosen(entries, TABLES[match[2]]))
+        return f"{match[1]}\n{made}\n{match[3]}"
 
     return _MARKED.sub(table_of, text)
+
+
+def chosen(entries: Iterable[Entry], wanted: dict[str, Any]) -> list[Entry]:
+    """Return the entries that have all wanted values."""
+    return [entry for entry in entries if wanted.items() <= entry.items()]
 
 
 def table(entries: Iterable[Entry]) -> str:
@@ -85,15 +96,14 @@ def pairs(ours: Results, theirs: Results) -> list[tuple[dict[str, Any], dict[str
     return [(result, theirs[seed]) for seed, result in ours.items() if "failed" not in theirs.get(seed, {"failed": ""})]
 
 
-def shown(fractions: list[float], *, sign: bool = False) -> str:
-    """Return mean ± half a 95 % interval, in per cent or points; "" for no value, and no interval for a single one."""
-    if not fractions:
-        return ""
-    mean, (low, high) = 100 * float(np.mean(fractions)), t_interval(fractions)
-    text = f"{mean:{'+' if sign else ''}.2f}".replace("-", "−")
-    return text if np.isnan(low) else f"{text} ± {50 * (high - low):.2f}"
-
+MAKERS = {
+    "frontier": lambda entries: points_table(points_of(entries)),
+    "equal_bytes": lambda entries: equal_bytes_table(points_of(entries)),
+}
 
 if __name__ == "__main__":
     entries = json.loads(RESULTS.read_text("utf-8"))["results"]
     PAGE.write_text(page(PAGE.read_text("utf-8"), entries), encoding="utf-8")
+    matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
+    if points := points_of(chosen(entries, FRONTIER)):
+        frontier_picture(points).savefig(PICTURE, metadata={"Date": None})

@@ -36,6 +36,7 @@ ACCURACY = [
         ),
         *(f"ternaryclip+{method}" for method in METHODS | TERNARY_METHODS if method != "longer"),
         *("full+x4", "ternaryclip+soft+dead_zone+clipped+embedding4+x3.5", "full+added+relational"),
+        *("ternaryclip+edges8+w96", "int8+edges8+x4"),
     )
     for plain in ("", ",plain")
     for mode in ("", ",siglip", ",siglip,runlocal", ",runlocal")
@@ -70,14 +71,16 @@ def test_a_variant_is_a_quantizer_and_methods() -> None:
     ((pattern, group),) = run.optimizer.groups
     assert group == {"learning_rate": 2.5, "weight_decay": 0.3} and "token_embedding" in pattern
     assert run.steps - run.optimizer.recovery_steps == plain.steps and run.optimizer.recovery_steps == 200
-    assert full_precision_of("sherry+soft+x2.5+added") == "full+x2.5+added"
+    assert full_precision_of("sherry+soft+edges8+x2.5+w96+added") == "full+x2.5+w96+added"
     assert plain_of("ternaryclip+x4+int8_teacher") == "ternaryclip+x4+in_step"
-    assert plain_of("sherry+soft+x2.5+added") == "ternaryclip+x2.5" and plain_of("full+added") == "full"
+    assert plain_of("sherry+soft+edges8+x2.5+w96+added") == "ternaryclip+x2.5+w96" and plain_of("full+added") == "full"
     assert [steps_of(f"full{each}", 1000) for each in ("", "+added", "+longer+pretrained")] == [1000, 1100, 2500]
     for variant, reason in (
         ("ternary+x2", "'ternary' is no quantizer"),
         ("int4+soft", "'soft' is no method of int4"),
         ("full+added+longer", "added and longer both set steps: leave one of them out"),
+        ("full+edges8", "'edges8' is no method of full"),
+        ("full+w32+w64", "w32 and w64 both set width"),
         ("full+x2+x4", "x2 and x4 both set latent.learning_rate"),
         ("full+undecayed+x2+decayed", "undecayed and decayed both set latent.weight_decay"),
         ("patches+embedding4", "patches and embedding4 both set ternary"),
