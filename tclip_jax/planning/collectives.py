@@ -76,6 +76,9 @@ def find_collectives(program: Program, mesh: Mapping[str, int]) -> list[Collecti
     Args:
       program: the compiled program.
       mesh: name of axis -> size.
+
+    Raises:
+      ValueError: a computation with collectives is called in a way that is not known here.
     """
     collectives = [_collective(*found, mesh) for found in _instructions(program)]
     return sorted((each for each in collectives if each.devices > 1), key=lambda each: -each.sent_bytes)
@@ -111,10 +114,12 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, boo
 
     The copies of an asynchronous collective count once.
     """
-    for computation, times in executions(program):
-        pending = [(computation, False)]
+    seen = set()
+    for computation, times, beside in executions(program):
+        pending = [(computation, beside)]
         while pending:
             name, inside = pending.pop()
+            seen.add(name)
             instructions = program.computations[name]
             started = {
                 operand
@@ -129,6 +134,12 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, boo
                         yield each, name, times, split
                 elif each.opcode in ("fusion", "async-start"):
                     pending += [(inner, inside or each.opcode == "async-start") for inner in called(each)]
+    for name in program.computations.keys() - seen:
+        for each in program.computations[name].values():
+            if each.opcode.removesuffix("-start") in KINDS:
+                raise ValueError(
+                    f"the compiled program has {each.opcode} {each.name} in {name}, of which no call is known"
+                )
 
 
 def _collective(
@@ -209,7 +220,7 @@ def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
 # Instructions that move no bytes: they rename existing arrays, or contain instructions that are counted themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("while", "conditional", "call", "iota", "optimization-barrier"),
+    *("while", "conditional", "call", "call-start", "iota", "optimization-barrier"),
 }
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATE = "dynamic-update-slice"
@@ -227,7 +238,7 @@ def memory_traffic(program: Program, kernels: Costs) -> int:
     """
     return sum(
         times * _moved(program, each, program.computations[name], kernels)
-        for name, times in executions(program)
+        for name, times, _ in executions(program)
         for each in program.computations[name].values()
     )
 
@@ -236,7 +247,7 @@ def kernel_flops(program: Program, kernels: Costs) -> int:
     """Return the FLOPs of the Pallas kernels per step on a device; arguments and errors as of `memory_traffic`."""
     return sum(
         times * _kernel(each, kernels).flops
-        for name, times in executions(program)
+        for name, times, _ in executions(program)
         for each in program.computations[name].values()
         if _is_kernel(each)
     )

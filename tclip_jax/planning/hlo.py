@@ -76,10 +76,17 @@ class Program(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """A computation, and how often a step executes it: the entry, the body of a loop, or a computation they call."""
+    """A computation that a step executes: the entry, the body of a loop, or a computation they call.
+
+    Attributes:
+      computation: its name.
+      times: how often a step executes it.
+      is_async: whether it runs beside what calls it, as collectives on SparseCores do.
+    """
 
     computation: str
     times: int
+    is_async: bool = False
 
 
 def parse_program(text: str) -> Program:
@@ -105,14 +112,15 @@ def executions(program: Program) -> Iterator[Execution]:
     """Yield the computations that run as sequences of instructions, without those fused into one instruction."""
     pending = [Execution(program.entry, 1)]
     while pending:
-        computation, times = execution = pending.pop()
+        computation, times, is_async = execution = pending.pop()
         yield execution
         for each in program.computations[computation].values():
             if each.opcode == "while":
                 trips = trip_count(program, each, program.computations[computation])
-                pending.append(Execution(_attribute(each, "body"), times * trips))
-            elif each.opcode in ("call", "conditional"):
-                pending += [Execution(name, times) for name in called(each)]
+                pending.append(Execution(_attribute(each, "body"), times * trips, is_async))
+            elif each.opcode in ("call", "call-start", "conditional"):
+                beside = is_async or each.opcode == "call-start"
+                pending += [Execution(name, times, beside) for name in called(each)]
 
 
 def called(instruction: Instruction) -> list[str]:

@@ -30,6 +30,37 @@ def test_an_asynchronous_collective_counts_once_per_trip(loop: str) -> None:
     assert Collective.from_json(gather.to_json()) == gather
 
 
+SPARSE_CORE = """
+%called_computation.7 (p.1: bf16[1,64,16]) -> bf16[1,64,32] {
+  %p.1 = bf16[1,64,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.3 = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=1, replica_groups=[4,2]<=[8], \
+dimensions={2}, metadata={op_name="jit(step)/blocks/mlp/fc1"}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[1,64,16]) -> bf16[1,64,32] {
+  %x = bf16[1,64,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.3.call-start = ((bf16[1,64,16]{2,1,0:T(8,128)(2,1)}), bf16[1,64,32]{2,1,0:T(8,128)(2,1)}, u32[]{:S(8)}) \
+call-start(%x), async_execution_thread="sparsecore", to_apply=%called_computation.7
+  ROOT %all-gather.3.call-done = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} call-done(%all-gather.3.call-start)
+}
+"""
+
+
+def test_a_collective_of_a_sparse_core_counts_once_and_is_asynchronous() -> None:
+    """tpu7x: what runs on SparseCores is a computation of its own, between call-start and call-done."""
+    program = parse_program(SPARSE_CORE)
+    (gather,) = find_collectives(program, MESH)
+    assert (gather.kind, gather.axes, gather.times, gather.is_async) == ("all-gather", ("fsdp",), 1, True)
+    assert gather.bytes == 64 * 32 * 2 and gather.name == "jit(step)/blocks/mlp/fc1"
+    assert memory_traffic(program, {}) == 64 * 16 * 2 + 64 * 32 * 2
+
+
+def test_a_collective_that_is_called_in_an_unknown_way_is_an_error() -> None:
+    text = SPARSE_CORE.replace(" call-start(", " new-start(")
+    with pytest.raises(ValueError, match=r"has all-gather all-gather.3 in called_computation.7, of which no call"):
+        find_collectives(parse_program(text), MESH)
+
+
 @pytest.mark.parametrize(
     ("groups", "axes", "devices"),
     [

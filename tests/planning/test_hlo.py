@@ -64,7 +64,7 @@ def test_a_program_for_cpus() -> None:
         return jax.lax.scan(lambda carry, _: (jnp.sin(carry) @ carry, None), x, length=5)[0]
 
     program = parse_program(jax.jit(step).lower(jnp.ones((8, 8))).compile().as_text())
-    times = [times for _, times in executions(program)]
+    times = [execution.times for execution in executions(program)]
     assert times[0] == 1 and max(times) == 5
     loops = [
         (instruction, computation)
