@@ -54,6 +54,25 @@ def test_rows_compare_by_seed_with_the_same_methods_and_show_failures(script: Mo
         script.page("<!-- results: tables -->\n<!-- end -->", [])
 
 
+def test_the_frontier_leaves_out_the_first_runs(script: ModuleType) -> None:
+    sizes = dict.fromkeys(("bytes", "resident bytes", "resident bytes without embedding"), 40_000)
+    entries = [
+        entry(f"{quantizer}+x2+w{width}", seed, accuracy, width=width, data="cifar10_words", split="test")
+        for quantizer, width, accuracy in (("full", 24, 0.5), ("ternaryclip", 64, 0.6))
+        for seed in (20, 30, 31)
+    ]
+    for each in entries:
+        each["result"] |= sizes
+    marked = "<!-- results: frontier -->\n<!-- end -->\n<!-- results: equal_bytes -->\n<!-- end -->"
+    rows = [line for line in script.page(marked, entries).splitlines() if line.startswith("| ")]
+    assert rows[1:3] == [
+        "| float16 | 24 | 2 | 50.00 ± 0.00 | 40.0 | 40.0 | 40.0 |",
+        "| ternary | 64 | 2 | 60.00 ± 0.00 | 40.0 | 40.0 | 40.0 |",
+    ]
+    # One width of float16 is no curve, but bytes equal to its own can be compared.
+    assert rows[4].startswith("| towers, on disk | 40.0 | 64 |")
+
+
 def test_full_precision_has_the_same_methods_and_steps_or_is_left_out(script: ModuleType) -> None:
     variants = {
         "full": 0.5,
