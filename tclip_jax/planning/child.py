@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,15 @@ _PREFIXES = (
 )  # of environment variables that change the compiled program
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
+_TOO_LARGE = re.compile(
+    r"RESOURCE_EXHAUSTED: Ran out of memory on HBM.*\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)"
+)
+
 _logger = logging.getLogger(__name__)
+
+
+class DoesNotFitError(ValueError):
+    """The compiler finds no place for the arrays of a step, so that there is no program to measure."""
 
 
 def compiled_facts(
@@ -57,6 +66,7 @@ def compiled_facts(
       cache: folder of cached results; None for no cache.
 
     Raises:
+      DoesNotFitError: the compiler refuses the step, because it has no place for its arrays.
       ValueError: the configuration is invalid, or libtpu is missing or failed.
     """
     request = {"config": dict(config), "topology": topology, "teacher_preset": teacher_preset}
@@ -113,6 +123,12 @@ def _compile(request: Mapping[str, Any]) -> StepFacts:
         if process.returncode or not answers:
             errors.seek(0)
             reason = (errors.read().strip().splitlines() or ["no error message"])[-1]
+            if sizes := _TOO_LARGE.search(reason):
+                raise DoesNotFitError(
+                    f"does not fit {request['topology']}: the compiler needs {sizes[1]} GiB for temporaries, and"
+                    f" {sizes[2]} GiB of HBM are available. config.remat, config.data.microbatches, and a smaller"
+                    " config.data.batch_size reduce them"
+                )
             raise ValueError(f"compiling for {request['topology']} ended with exit code {process.returncode}: {reason}")
     answer = json.loads(answers[-1])
     if "error" in answer:

@@ -14,6 +14,7 @@ import tqdm
 from etils import epath
 
 from tclip_jax.pages import aligned, page, paragraph, plot, table
+from tclip_jax.planning.child import DoesNotFitError
 from tclip_jax.planning.hardware import Topology
 from tclip_jax.planning.plan import Plan, between, make_plan
 from tclip_jax.planning.roofline import assumptions
@@ -41,11 +42,13 @@ class Point:
       changes: key of the configuration -> value, as text.
       plan: its plan; None after an error.
       error: message of the error; "" without one.
+      fits: whether the error is not that the compiler has no place for the arrays.
     """
 
     changes: dict[str, str]
     plan: Plan | None
     error: str = ""
+    fits: bool = True
 
     @property
     def name(self) -> str:
@@ -128,7 +131,7 @@ def run_sweep(
             try:
                 points.append(Point(changes, make_plan(config, topology, **options)))
             except ValueError as error:
-                points.append(Point(changes, None, str(error)))
+                points.append(Point(changes, None, str(error), not isinstance(error, DoesNotFitError)))
             _logger.info("%d of %d: %s: %s", i, len(configs), points[-1].name, points[-1].result)
             bar.update()
     if all(point.plan is None for point in points):
@@ -156,7 +159,7 @@ _COLUMNS = ("fits", "GiB", "optimizer GiB", "bound by", "images/s", "MFU %", "ho
 def _row(point: Point, keys: Sequence[str], priced: bool) -> tuple[str, ...]:
     values, plan = tuple(point.changes[key] for key in keys), point.plan
     if plan is None:
-        return (*values, *("-",) * (len(_COLUMNS) + priced))
+        return (*values, "-" if point.fits else "NO", *("-",) * (len(_COLUMNS) + priced - 1))
     memory = plan.facts.memory
     return (
         *values,
