@@ -79,6 +79,13 @@ TERNARY_METHODS: dict[str, Changes] = {
             ("(image|text)/(blocks|pool)/.*", {}),
         ]
     },
+    # The same for the matrices whose ternarization costs a trained student most, by `tclip sensitivity`.
+    "sensitive4": {
+        "ternary": [
+            ("image/blocks/attention/qkv/kernel", {"kind": "uniform", "bits": 4, "dead_zone_bias": 0.0}),
+            ("(image|text)/(blocks|pool|token).*", {}),
+        ]
+    },
 }
 # Methods of ternary students, int4 and int8.
 QUANTIZED_METHODS: dict[str, Changes] = {
