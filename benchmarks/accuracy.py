@@ -285,7 +285,8 @@ def measured(args: argparse.Namespace, shared: pathlib.Path) -> list[dict[str, A
     kept = Kept(pathlib.Path(args.results)) if args.results else None
     for data in args.data:
         lay_out(images(args, data), shared, data, 20 if args.quick else 10**6, choose=args.choose)
-        write_tokenizer(tokenizer_of(args))
+        if data == "cifar10_words":
+            write_tokenizer(tokenizer_of(args))
         results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
         for seed in args.seeds:
             for who, distilled in [*((who, True) for who in args.variants), *((who, False) for who in args.plain)]:
@@ -325,9 +326,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/accuracy", metavar="DIR", help="data, runs and results")
     parser.add_argument(
-        "--results", metavar="FILE", help="JSON file that keeps the results, as benchmarks/results.json"
+        "--results", metavar="FILE", help="JSON file that keeps the results, as benchmarks/results/accuracy.json"
     )
-    parser.add_argument("--data", nargs="+", choices=METRICS, default=["cifar10", "emoji"], help="data sets")
+    parser.add_argument(
+        "--data", nargs="+", choices=METRICS, default=["cifar10", "emoji"], help="default: cifar10 emoji"
+    )
     parser.add_argument("--variants", nargs="+", type=variant, metavar="NAME", help="such as ternaryclip+soft+x4")
     parser.add_argument(
         "--plain", nargs="*", type=variant, default=[], metavar="NAME", help="students trained without a teacher"

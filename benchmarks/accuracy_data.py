@@ -60,7 +60,11 @@ def lay_out(folder: pathlib.Path, shared: pathlib.Path, data: str, per_class: in
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
-    """Write the tokenizer of cifar10_words, as transformers reads it, unless the folder exists."""
+    """Write the tokenizer of cifar10_words, as transformers reads it, unless the folder has it.
+
+    Raises:
+      ValueError: the folder has another one.
+    """
     words = vocabulary()
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -69,10 +73,13 @@ def write_tokenizer(folder: pathlib.Path) -> None:
         single=f"$A {END}", special_tokens=[(END, words.index(END))]
     )
     stated = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END}
+    files = {TOKENIZER_JSON: tokenizer.to_str(), "tokenizer_config.json": json.dumps(stated)}
     if not folder.exists():
         with atomic_folder(folder) as building:
-            (building / TOKENIZER_JSON).write_text(tokenizer.to_str())
-            (building / "tokenizer_config.json").write_text(json.dumps(stated))
+            for name, text in files.items():
+                (building / name).write_text(text)
+    elif any((folder / name).read_text() != text for name, text in files.items()):
+        raise ValueError(f"{folder}: it has the tokenizer of other captions; choose another --out")
 
 
 def _cifar10(shared: pathlib.Path, per_class: int, choose: bool) -> Iterator[tuple[str, bytes]]:

@@ -34,12 +34,14 @@ class Point:
     Attributes:
       precision: a name of `PRECISIONS`.
       width: the width of the towers.
-      results: by seed.
+      results: by seed, of those that did not fail.
+      failed: the number of those that did.
     """
 
     precision: str
     width: int
     results: Mapping[int, Mapping[str, Any]]
+    failed: int = 0
 
     def accuracies(self, seeds: Iterable[int] | None = None) -> list[float]:
         """Return the accuracy of each seed, a fraction; of all seeds, or of some in their order."""
@@ -51,15 +53,28 @@ class Point:
 
 
 def points_of(entries: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Return the points of the entries that did not fail, by precision and width."""
+    """Return the points of the entries by precision and width; other quantizers are left out.
+
+    Raises:
+      ValueError: two variants have the same precision and width, as with two learning rates.
+    """
     groups: dict[tuple[str, int], dict[int, Any]] = {}
+    variants: dict[tuple[str, int], str] = {}
     for entry in entries:
         quantizer = entry["variant"].partition("+")[0]
-        if quantizer in PRECISIONS and "failed" not in entry["result"]:
-            groups.setdefault((quantizer, entry["width"]), {})[entry["seed"]] = entry["result"]
+        if quantizer not in PRECISIONS:
+            continue
+        key = quantizer, entry["width"]
+        if (other := variants.setdefault(key, entry["variant"])) != entry["variant"]:
+            raise ValueError(f"{other} and {entry['variant']} are both {quantizer} of width {entry['width']}")
+        groups.setdefault(key, {})[entry["seed"]] = entry["result"]
     order = list(PRECISIONS)
-    found = sorted(groups.items(), key=lambda group: (order.index(group[0][0]), group[0][1]))
-    return [Point(PRECISIONS[quantizer][0], width, results) for (quantizer, width), results in found]
+    points = []
+    for quantizer, width in sorted(groups, key=lambda key: (order.index(key[0]), key[1])):
+        results = groups[quantizer, width]
+        whole = {seed: result for seed, result in results.items() if "failed" not in result}
+        points.append(Point(PRECISIONS[quantizer][0], width, whole, len(results) - len(whole)))
+    return points
 
 
 def at_equal_bytes(points: Iterable[Point], kind: str) -> list[tuple[Point, dict[str, list[float]]]]:
@@ -76,7 +91,7 @@ def at_equal_bytes(points: Iterable[Point], kind: str) -> list[tuple[Point, dict
       fractions. A precision is left out where it has no smaller, or no larger model.
     """
     by_precision: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda point: point.size(kind)):
+    for point in sorted((point for point in points if point.results), key=lambda point: point.size(kind)):
         by_precision.setdefault(point.precision, []).append(point)
     compared = []
     for ours in by_precision.pop(TERNARY, []):
@@ -87,9 +102,7 @@ def at_equal_bytes(points: Iterable[Point], kind: str) -> list[tuple[Point, dict
                 continue
             seeds = sorted(set(ours.results).intersection(*(other.results for other in others)))
             theirs = np.array([other.accuracies(seeds) for other in others])
-            place = np.interp(np.log(ours.size(kind)), np.log(sizes), np.arange(len(sizes)))
-            below = min(int(place), len(sizes) - 2)
-            between = theirs[below] + (place - below) * (theirs[below + 1] - theirs[below])
+            between = [np.interp(np.log(ours.size(kind)), np.log(sizes), of_seed) for of_seed in theirs.T]
             differences[precision] = list(np.array(ours.accuracies(seeds)) - between)
         compared.append((ours, {name: each for name, each in differences.items() if each}))
     return compared
@@ -100,8 +113,9 @@ def points_table(points: Iterable[Point]) -> str:
     lines = [f"| precision | width | seeds | accuracy | {' | '.join(f'{kind}, kB' for kind in SIZES)} |"]
     lines.append("|---|---|---|---|" + "---|" * len(SIZES))
     for point in points:
-        sizes = [f"{point.size(kind) / 1e3:,.1f}" for kind in SIZES]
-        cells = [point.precision, str(point.width), str(len(point.results)), shown(point.accuracies()), *sizes]
+        seeds = f"{len(point.results)} ({point.failed} failed)" if point.failed else str(len(point.results))
+        sizes = [f"{point.size(kind) / 1e3:,.1f}" if point.results else "" for kind in SIZES]
+        cells = [point.precision, str(point.width), seeds, shown(point.accuracies()), *sizes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -127,7 +141,7 @@ def frontier_picture(
     points: Iterable[Point], kinds: Iterable[str] = ("towers, on disk", "towers, in memory")
 ) -> Figure:
     """Plot accuracy against bytes, a line for each precision, with 95 % intervals."""
-    points, kinds = list(points), list(kinds)
+    points, kinds = [point for point in points if point.results], list(kinds)
     figure = Figure(figsize=(4.6 * len(kinds), 3.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds, strict=True):
         for name, color in PRECISIONS.values():

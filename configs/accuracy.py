@@ -20,6 +20,7 @@ from typing import Any
 
 import ml_collections
 
+from tclip_jax import keys
 from tclip_jax.data.prompts import captions
 from tclip_jax.runs.config import base_config
 
@@ -200,7 +201,9 @@ def get_config(arg: str = "cifar10,ternaryclip") -> ml_collections.ConfigDict:
     labelled = data != "emoji"
     config.data.update({"source": f"folder:runs/accuracy/data/{data.removesuffix('_words')}", "batch_size": 128})
     if data == "cifar10_words":
-        config.model.text_cfg.update({"vocab_size": len(vocabulary()), "hf_tokenizer_name": "words"})
+        words = vocabulary()
+        name = f"words-{keys.digest({'words': words})[:8]}"  # so that other words make another configuration
+        config.model.text_cfg.update({"vocab_size": len(words), "hf_tokenizer_name": name})
         config.data.tokenizer = "runs/accuracy/data/words"
     config.data.templates = "cifar10" if labelled else ""
     config.data.update({"augment": "random_resized_crop" if labelled else "affine"})

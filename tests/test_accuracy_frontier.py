@@ -42,6 +42,10 @@ def entry(quantizer: str, width: int, seed: int, size: float, accuracy: float) -
 def test_every_caption_is_made_of_the_vocabulary(tmp_path: pathlib.Path) -> None:
     write_tokenizer(tmp_path / "words")
     write_tokenizer(tmp_path / "words")
+    write_tokenizer(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="other: it has the tokenizer of other captions"):
+        write_tokenizer(tmp_path / "other")
     tokenizer, words = run_tokenizer(run_of("full", tmp_path / "words")), vocabulary()
     texts = [caption for name in CLASSES for caption in captions(name, "cifar10")]
     ids = tokenizer(texts)
@@ -100,7 +104,7 @@ def test_ternary_is_compared_seed_by_seed_at_equal_bytes() -> None:
     ]
     points = points_of(entries)
     assert [(point.precision, point.width) for point in points] == [
-        ("float16", 16), ("float16", 32), ("int4", 16), ("int4", 32), ("ternary", 48)
+        ("float16", 16), ("float16", 32), ("int4", 16), ("int4", 32), ("ternary", 48), ("ternary", 64)
     ]  # fmt: skip
     ((ours, differences),) = at_equal_bytes(points, "whole file")
     # 200 is half way from 100 to 400 in the logarithm; int4 has no model as large.
@@ -108,7 +112,16 @@ def test_ternary_is_compared_seed_by_seed_at_equal_bytes() -> None:
     np.testing.assert_allclose(differences["float16"], [0.45 - 0.40, 0.46 - 0.40])
     row = equal_bytes_table(points).splitlines()[2]
     assert row == "| towers, on disk | 0.2 | 48 | **+5.50 ± 6.35** |  |  |"
-    assert points_table(points).splitlines()[2] == "| float16 | 16 | 2 | 31.00 ± 12.71 | 0.1 | 0.1 | 0.1 |"
+    rows = points_table(points).splitlines()
+    assert rows[2] == "| float16 | 16 | 2 | 31.00 ± 12.71 | 0.1 | 0.1 | 0.1 |"
+    assert rows[-1] == "| ternary | 64 | 0 (1 failed) |  |  |  |  |"
+    assert len(frontier_picture(points).axes) == 2
+
+
+def test_two_rates_of_one_width_are_an_error() -> None:
+    entries = [entry("int4", 32, 0, 100, 0.5), entry("int4", 32, 1, 100, 0.5) | {"variant": "int4+x2+w32"}]
+    with pytest.raises(ValueError, match=r"int4\+x4\+w32 and int4\+x2\+w32 are both int4 of width 32"):
+        points_of(entries)
 
 
 def test_a_size_at_an_end_is_compared_with_that_model() -> None:

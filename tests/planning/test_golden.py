@@ -62,6 +62,7 @@ def test_the_recipe_compiles_for_the_smallest_slice(
     )
     assert plan["fits"] and plan["moving_activations"] == []
     assert {choice[0] for choice in plan["attention"].values()} == {"mosaic_tpu"}
-    assert any(each["kind"] == "collective-permute" for each in plan["collectives"]) == (distributed == "ring")
+    # XLA writes some other collectives of two devices as permutations, too.
+    assert any("/ppermute" in each["name"] for each in plan["collectives"]) == (distributed == "ring")
     # Each chip gathers the matrices of the teacher in bfloat16, 0.8 GB.
     assert measured(plan)["all-gather fsdp bf16"] == pytest.approx(0.861e9, rel=0.03)
