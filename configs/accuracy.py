@@ -39,6 +39,7 @@ QUANTIZERS: dict[str, Changes] = {
     "seq": {"quantizer.kind": "seq", "quantizer.group": "channel"},
     "sherry": {"quantizer.kind": "sherry"},  # 3 of 4 nonzero, arXiv 2601.07892
     "group64": {"quantizer.group": 64},
+    "factor1.5": {"quantizer.factor": 1.5},  # about as many zeros as TWN
     "patches": {"ternary": "all"},
     # The baselines of the frontier, for the same weights as Q-ALL.
     "int8": {"quantizer.kind": "uniform", "quantizer.bits": 8, "quantizer.group": "channel"},
