@@ -67,6 +67,8 @@ METHODS: dict[str, Changes] = {
     "undecayed": {"latent.weight_decay": 0.0},
     "decayed": {"latent.weight_decay": 0.3},
     "inherit": {"init": "teacher"},  # which has the student's shape with ",siglip"
+    "muon": {"optimizer.name": "muon"},  # arXiv 2502.16982, for the matrices of blocks; at AdamW's rates
+    "warm": {"optimizer.warmup_steps": 0.15},  # instead of a twentieth
     "pretrained": {"init": "full"},  # the full-precision student of the same seed, methods and rate
 }
 # Methods of ternary students.

@@ -272,3 +272,7 @@ def _common_first(arguments: list[str]) -> list[str]:
         else:
             (common if word == "--debug" or word.startswith(("--log-format=", "--plugin=")) else rest).append(word)
     return common + rest + arguments[end:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
