@@ -90,6 +90,12 @@ TERNARY_METHODS: dict[str, Changes] = {
             ("(image|text)/(blocks|pool|token).*", {}),
         ]
     },
+    "text4": {  # the text tower in 4 bits
+        "ternary": [
+            ("text/(blocks|pool|token).*", {"kind": "uniform", "bits": 4, "dead_zone_bias": 0.0}),
+            ("image/(blocks|pool)/.*", {}),
+        ]
+    },
 }
 # Methods of ternary students, int4 and int8.
 QUANTIZED_METHODS: dict[str, Changes] = {
