@@ -40,6 +40,8 @@ def get_config(arg: str = "Q-ALL") -> ml_collections.ConfigDict:
     config.dtype, config.remat = "bfloat16", True
     config.loss.update({"task": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0})
     config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.1, "warmup_steps": 10_000})
+    if which != "none":
+        config.optimizer.latent_clip = 1.0  # docs/accuracy.md, the study of methods
     config.steps = 330_000  # 32 epochs of the 10.5 million pairs of CC12M that are still online
     config.checkpoint.every = 2000
     if mode == "8gpu":

@@ -12,7 +12,7 @@ from tclip_jax.losses.registry import LOSSES
 from tclip_jax.models.layers import check_tensor
 from tclip_jax.registry import Registry
 from tclip_jax.schema import plain
-from tclip_jax.ternary import QUANTIZERS
+from tclip_jax.ternary import QUANTIZERS, Quantizer
 
 if TYPE_CHECKING:
     from tclip_jax.runs.config import EvalConfig, RunConfig
@@ -96,6 +96,8 @@ def check_run(run: RunConfig) -> None:
             " threshold per weight: soft trits need another kind"
         )
     optimizer = run.optimizer
+    for _, quantizer in run.rules if optimizer.latent_clip else ():
+        _check_latent_clip(optimizer.latent_clip, quantizer)
     if optimizer.recovery_decay == "cosine" and not (optimizer.recovery_steps and optimizer.recovery_learning_rate):
         raise ValueError(
             "config.optimizer.recovery_decay is 'cosine': set recovery_steps and recovery_learning_rate above 0"
@@ -118,6 +120,21 @@ def check_run(run: RunConfig) -> None:
             for layer in run.loss.layers:
                 if not -depth <= layer < depth:
                     raise ValueError(f"config.loss.layers has {layer}: the {tower} tower has {depth} layers")
+
+
+def _check_latent_clip(bound: float, quantizer: Quantizer) -> None:
+    """Raise ValueError if clipping would lower the scale with every step, until few weights are zeros.
+
+    Clipping spreads magnitudes towards an even distribution up to the bound. If those of such a distribution are
+    clipped too, nothing ends it. Learned scales do not follow the weights; those of plug-ins are not checked.
+    """
+    # The scale of magnitudes that are spread evenly over 0 … 1.
+    scale = {"factor": quantizer.factor / 2, "twn": 0.675, "least_squares": 2 / 3, "sherry": 0.6}.get(quantizer.kind)
+    if scale and bound * scale < 1:
+        raise ValueError(
+            f"config.optimizer.latent_clip is {bound:g}, which would lower the scales of {quantizer.description} with"
+            f" every step: set it to 0, or to {1 / scale:.3g} or more"
+        )
 
 
 def _check_validation(run: RunConfig, config: EvalConfig) -> None:

@@ -93,6 +93,10 @@ def test_round_trip_through_json() -> None:
             "ternary_anneal_steps is 10, but quantizers of kind sherry have a threshold per weight: soft trits need",
         ),
         (
+            {"ternary": "Q-ALL", "quantizer__kind": "twn", "optimizer__latent_clip": 1.0},
+            "latent_clip is 1, which would lower the scales of twn group=256 .*: set it to 0, or to 1.48 or more",
+        ),
+        (
             {"optimizer__recovery_decay": "cosine", "optimizer__recovery_learning_rate": 1e-4},
             "recovery_decay is 'cosine': set recovery_steps and recovery_learning_rate above 0",
         ),

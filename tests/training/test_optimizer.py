@@ -20,8 +20,8 @@ from tclip_jax.models.ternary_rules import ternary_rules
 from tclip_jax.parallel.mesh import make_mesh
 from tclip_jax.parallel.sharding import path_of
 from tclip_jax.planning.estimate import device_bytes
-from tclip_jax.runs.config import OptimizerConfig, run_config
-from tclip_jax.ternary import Quantizer
+from tclip_jax.runs.config import OptimizerConfig, base_config, run_config
+from tclip_jax.ternary import Quantizer, find_levels
 from tclip_jax.training.build import Build
 from tclip_jax.training.optimizer import (
     OPTIMIZERS,
@@ -101,6 +101,23 @@ def test_latent_weights_are_clipped_in_scales_of_their_group() -> None:
     frozen = clip_latent(tree, rules, OptimizerConfig(latent_clip=1.25, groups=groups))["clip"]
     np.testing.assert_array_equal(frozen["image"]["blocks"]["mlp"]["fc1"]["kernel"], kernel)
     assert np.any(frozen["text"]["token_embedding"]["embedding"] != table)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [*({"factor": k} for k in (1.0, 1.5, 2.0, 3.0)), *({"kind": k} for k in ("twn", "least_squares", "sherry"))],
+)
+def test_a_latent_clip_that_cuts_evenly_spread_weights_is_refused(quantizer: dict[str, Any]) -> None:
+    even = np.random.default_rng(0).permutation(np.linspace(0, 1, 2**14, dtype=np.float32))[:, None]
+    levels = find_levels(jnp.asarray(even), Quantizer(**quantizer, group="tensor", scale_bits=24))
+    config = base_config()
+    config.ternary = "Q-ALL"
+    config.quantizer.update(quantizer)
+    config.optimizer.latent_clip = 1.02 / float(levels.scale[0, 0])
+    assert run_config(config).optimizer.latent_clip > 0
+    config.optimizer.latent_clip *= 0.98 / 1.02
+    with pytest.raises(ValueError, match=r"latent_clip is .* would lower the scales of"):
+        run_config(config)
 
 
 def test_the_first_matching_group_sets_learning_rate_and_decay() -> None:
