@@ -156,16 +156,16 @@ def full_precision_of(variant: str) -> str:
 
 
 def plain_of(variant: str) -> str:
-    """Return the variant without methods, of the same rate and width: `full` for full precision, else `ternaryclip`.
+    """Return the variant without methods: `full` for full precision, else `ternaryclip`, of the same rate and width.
 
-    That of a teacher in int8 has the same teacher, in floats.
+    That of Muon has Muon, and that of a teacher in int8 the same teacher in floats.
     """
     quantizer, *methods = variant.split("+")
     if "int8_teacher" in methods:
         return variant.replace("int8_teacher", "in_step")
     named = METHODS | QUANTIZED_METHODS | TERNARY_METHODS
-    rates = (method for method in methods if method not in named)
-    return "+".join(["full" if quantizer == "full" else "ternaryclip", *rates])
+    kept = (method for method in methods if method == "muon" or method not in named)
+    return "+".join(["full" if quantizer == "full" else "ternaryclip", *kept])
 
 
 def steps_of(variant: str, steps: int) -> int:

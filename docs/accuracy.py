@@ -28,9 +28,17 @@ TABLES: dict[str, dict[str, Any]] = {
     "final": {"data": "cifar10", "split": "test", "width": 64, "siglip": False},
     "wide": {"data": "cifar10", "split": "test", "width": 256, "siglip": False},
     "emoji": {"data": "emoji", "split": "test", "width": 64, "siglip": False},
+    "differences": {"data": "cifar10", "split": "test", "width": 64, "siglip": False, "distilled": True, "steps": 1000},
     "frontier": FRONTIER,
     "equal_bytes": FRONTIER,
 }
+# Of the final table: (variant, what it is compared with).
+DIFFERENCES = (
+    ("ternaryclip+clipped+dead_zone+x4", "full+x4"),
+    ("ternaryclip+clipped+muon+x16", "full+muon+x16"),
+    ("ternaryclip+clipped+muon+longer+x16", "full+muon+x16"),
+    ("ternaryclip+clipped+muon+x16", "ternaryclip+muon+x16"),
+)
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -98,7 +106,21 @@ def pairs(ours: Results, theirs: Results) -> list[tuple[dict[str, Any], dict[str
     return [(result, theirs[seed]) for seed, result in ours.items() if "failed" not in theirs.get(seed, {"failed": ""})]
 
 
+def differences(entries: Iterable[Entry]) -> str:
+    """Return a Markdown table of the pairs of `DIFFERENCES` that have been run."""
+    by_variant: dict[str, Results] = {}
+    for entry in entries:
+        by_variant.setdefault(entry["variant"], {})[entry["seed"]] = entry["result"]
+    lines = ["| variant | compared with | seeds | difference |", "|---|---|---|---|"]
+    for ours, theirs in DIFFERENCES:
+        paired = pairs(by_variant.get(ours, {}), by_variant.get(theirs, {}))
+        if points := [one["accuracy"] - other["accuracy"] for one, other in paired]:
+            lines.append(f"| {ours} | {theirs} | {len(points)} | {shown(points, sign=True)} |")
+    return "\n".join(lines) + "\n"
+
+
 MAKERS = {
+    "differences": differences,
     "frontier": lambda entries: points_table(points_of(entries)),
     "equal_bytes": lambda entries: equal_bytes_table(points_of(entries)),
 }

@@ -72,6 +72,7 @@ def test_a_variant_is_a_quantizer_and_methods() -> None:
     assert group == {"learning_rate": 2.5, "weight_decay": 0.3} and "token_embedding" in pattern
     assert run.steps - run.optimizer.recovery_steps == plain.steps and run.optimizer.recovery_steps == 200
     assert full_precision_of("sherry+soft+edges8+x2.5+w96+added") == "full+x2.5+w96+added"
+    assert plain_of("ternaryclip+clipped+muon+x16") == "ternaryclip+muon+x16"
     assert plain_of("ternaryclip+x4+int8_teacher") == "ternaryclip+x4+in_step"
     assert plain_of("sherry+soft+edges8+x2.5+w96+added") == "ternaryclip+x2.5+w96" and plain_of("full+added") == "full"
     assert [steps_of(f"full{each}", 1000) for each in ("", "+added", "+longer+pretrained")] == [1000, 1100, 2500]
