@@ -32,6 +32,12 @@ def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", ["tclip_jax", "tclip_jax.cli"])
+def test_the_package_and_its_module_run_as_tclip(module: str) -> None:
+    ran = python("-m", module, "plam")
+    assert ran.returncode == 2 and "no command 'plam': the nearest is 'plan'" in ran.stderr
+
+
 def test_every_command_module_is_in_the_table() -> None:
     folder = pathlib.Path(importlib.import_module("tclip_jax.commands").__path__[0])
     assert {name.replace(" ", "_").replace("-", "_") for name in COMMANDS} == {
