@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Eight devices share few cores with other processes: 40 seconds without all of them in a collective is no deadlock.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+)
 
 import hypothesis
 import jax
@@ -57,6 +64,31 @@ if importlib.util.find_spec("torch"):
         torchvision_library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+class FailuresAtOnce:
+    """Names each failed test as it fails, so that a run that is cut off before its summary says what failed."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            error = getattr(report.longrepr, "reprcrash", None) or report.longreprtext
+            self.terminal.write_line(f"\nFAILED {report.nodeid}: {error}"[:2000])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """Ends the run when a test ends its process: xdist would wait forever for the rest of that process's files."""
+    pytest.exit(f"{crashitem} ended its process", returncode=1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Names failures at once where no one looks on."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and "CI" in os.environ:
+        config.pluginmanager.register(FailuresAtOnce(terminal))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+ABORTS = "import os\ndef test_fails():\n    assert False\ndef test_aborts():\n    os.abort()\ndef test_passes(): pass\n"
+PASSES = "import time\ndef test_passes():\n    time.sleep(1)\n"
 
 
 def test_child_processes_import_this_tree_whatever_is_installed(tmp_path: pathlib.Path) -> None:
@@ -17,3 +20,18 @@ def test_child_processes_import_this_tree_whatever_is_installed(tmp_path: pathli
     ):  # -S: nothing that is installed is found, an editable installation of this tree neither
         ran = subprocess.run([sys.executable, *options, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert ran.stdout.strip() == str(ROOT / "tclip_jax" / "__init__.py"), ran.stderr
+
+
+def test_a_test_that_ends_its_process_ends_the_run(tmp_path: pathlib.Path) -> None:
+    for name, text in (("test_aborts", ABORTS), ("test_first", PASSES), ("test_second", PASSES)):
+        (tmp_path / f"{name}.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-n2"]
+    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = os.environ | {"CI": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1, ran.stdout
+    failed, ended = (
+        line for line in ran.stdout.splitlines() if line.startswith("FAILED") or "ended its process" in line
+    )
+    assert "test_aborts.py::test_fails" in failed and "assert False" in failed
+    assert "test_aborts.py::test_aborts ended its process" in ended
