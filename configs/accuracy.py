@@ -58,6 +58,7 @@ METHODS: dict[str, Changes] = {
     },
     "recovery": {"optimizer.recovery_steps": 0.1, "optimizer.recovery_learning_rate": 2e-5},  # taken out of the steps
     "longer": {"steps": 1.25},
+    "longest": {"steps": 1.6},
     "relational": {"loss.vrd": 1.0, "loss.xrd": 1.0},  # CLIP-RD, arXiv 2603.25383
     "hidden": {"loss.hidden": 1.0},
     "relations": {"loss.relations": 1.0},

@@ -26,7 +26,7 @@ FIRST_SEEDS = range(20, 25)  # of the first runs, at one rate for all widths
 TABLES: dict[str, dict[str, Any]] = {
     "choose": {"data": "cifar10", "split": "choose", "width": 64, "siglip": False},
     "final": {"data": "cifar10", "split": "test", "width": 64, "siglip": False},
-    "wide": {"data": "cifar10", "split": "test", "width": 256, "siglip": False},
+    "wide": {"data": "cifar10_words", "split": "test", "width": 256, "siglip": False},
     "emoji": {"data": "emoji", "split": "test", "width": 64, "siglip": False},
     "differences": {"data": "cifar10", "split": "test", "width": 64, "siglip": False, "distilled": True, "steps": 1000},
     "frontier": FRONTIER,
@@ -59,9 +59,12 @@ def page(text: str, entries: list[Entry]) -> str:
 
 
 def chosen(entries: Iterable[Entry], wanted: dict[str, Any]) -> list[Entry]:
-    """Return the entries that have all wanted values, without the frontier's first runs."""
-    matching = (entry for entry in entries if wanted.items() <= entry.items())
-    return [entry for entry in matching if wanted is not FRONTIER or entry["seed"] not in FIRST_SEEDS]
+    """Return the entries that have all wanted values; of the frontier without its first runs, and of equal steps."""
+    matching = [entry for entry in entries if wanted.items() <= entry.items()]
+    if wanted is not FRONTIER:
+        return matching
+    equal = (entry for entry in matching if steps_of(entry["variant"], entry["steps"]) == entry["steps"])
+    return [entry for entry in equal if entry["seed"] not in FIRST_SEEDS]
 
 
 def table(entries: Iterable[Entry]) -> str:
