@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.accuracy_frontier import equal_bytes_table, frontier_picture, points_of, points_table
 from benchmarks.accuracy_results import shown
 from configs.accuracy import full_precision_of, plain_of, steps_of
+from tclip_jax import keys
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 PICTURE = PAGE.with_name("figures") / "frontier.svg"
@@ -122,6 +123,11 @@ def differences(entries: Iterable[Entry]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def made_by_results(entries: list[Entry]) -> str:
+    """Return what a picture of these results says of its making, in its metadata."""
+    return f"python docs/accuracy.py, results {keys.digest({'entries': entries})}"
+
+
 MAKERS = {
     "differences": differences,
     "frontier": lambda entries: points_table(points_of(entries)),
@@ -132,5 +138,6 @@ if __name__ == "__main__":
     entries = json.loads(RESULTS.read_text("utf-8"))["results"]
     PAGE.write_text(page(PAGE.read_text("utf-8"), entries), encoding="utf-8")
     matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
-    if points := points_of(chosen(entries, FRONTIER)):
-        frontier_picture(points).savefig(PICTURE, metadata={"Date": None})
+    if kept := chosen(entries, FRONTIER):
+        made_by = {"Date": None, "Description": made_by_results(kept)}
+        frontier_picture(points_of(kept)).savefig(PICTURE, metadata=made_by)

@@ -30,6 +30,9 @@ def test_the_page_is_made_from_the_kept_results(script: ModuleType) -> None:
     text, entries = script.PAGE.read_text("utf-8"), json.loads(script.RESULTS.read_text("utf-8"))["results"]
     assert "<!-- results: choose -->" in text
     assert text == script.page(text, entries), "run python docs/accuracy.py"
+    picture = script.PICTURE.read_text("utf-8")
+    assert script.made_by_results(script.chosen(entries, script.FRONTIER)) in picture, "run python docs/accuracy.py"
+    assert len(picture) < 60_000
 
 
 def test_rows_compare_by_seed_with_the_same_methods_and_show_failures(script: ModuleType) -> None:
@@ -54,13 +57,15 @@ def test_rows_compare_by_seed_with_the_same_methods_and_show_failures(script: Mo
         script.page("<!-- results: tables -->\n<!-- end -->", [])
 
 
-def test_the_frontier_leaves_out_the_first_runs(script: ModuleType) -> None:
+def test_the_frontier_leaves_out_the_first_runs_and_those_of_more_steps(script: ModuleType) -> None:
     sizes = dict.fromkeys(("bytes", "resident bytes", "resident bytes without embedding"), 40_000)
     entries = [
         entry(f"{quantizer}+x2+w{width}", seed, accuracy, width=width, data="cifar10_words", split="test")
         for quantizer, width, accuracy in (("full", 24, 0.5), ("ternaryclip", 64, 0.6))
         for seed in (20, 30, 31)
     ]
+    # Of more steps: not in the frontier.
+    entries.append(entry("full+longest+x2+w24", 32, 0.9, width=24, data="cifar10_words", split="test"))
     for each in entries:
         each["result"] |= sizes
     marked = "<!-- results: frontier -->\n<!-- end -->\n<!-- results: equal_bytes -->\n<!-- end -->"
