@@ -84,6 +84,7 @@ def pytest_handlecrashitem(crashitem: str) -> None:
     pytest.exit(f"{crashitem} ended its process", returncode=1)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest's own, which makes the reporter
 def pytest_configure(config: pytest.Config) -> None:
     """Names failures at once where no one looks on."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")

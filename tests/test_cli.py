@@ -22,7 +22,7 @@ STUDENT = ("params", "--config", "quickstart:student")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=900)
 
 
 def help_of(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -153,7 +153,7 @@ def test_a_closed_output_ends_a_command_without_an_error(
         read, write = os.pipe()
         os.close(read)
         command = [sys.executable, "-m", "tclip_jax", *arguments]
-        ran = subprocess.run(command, stdout=write, stderr=stderr or write, text=True, timeout=120)
+        ran = subprocess.run(command, stdout=write, stderr=stderr or write, text=True, timeout=900)
         os.close(write)
         assert ran.returncode in codes
         assert not stderr or len(ran.stderr.splitlines()) == (codes == {2})

@@ -23,15 +23,16 @@ def test_child_processes_import_this_tree_whatever_is_installed(tmp_path: pathli
 
 
 def test_a_test_that_ends_its_process_ends_the_run(tmp_path: pathlib.Path) -> None:
-    for name, text in (("test_aborts", ABORTS), ("test_first", PASSES), ("test_second", PASSES)):
+    hooks = "from tests.conftest import pytest_configure, pytest_handlecrashitem\n"
+    for name, text in (("conftest", hooks), ("test_aborts", ABORTS), ("test_first", PASSES), ("test_second", PASSES)):
         (tmp_path / f"{name}.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-n2"]
-    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", str(tmp_path)]
+    command += ["-p", "no:cacheprovider", str(tmp_path)]
     environment = os.environ | {"CI": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 1, ran.stdout
-    failed, ended = (
-        line for line in ran.stdout.splitlines() if line.startswith("FAILED") or "ended its process" in line
-    )
-    assert "test_aborts.py::test_fails" in failed and "assert False" in failed
-    assert "test_aborts.py::test_aborts ended its process" in ended
+    lines = ran.stdout.splitlines()
+    (at_once,) = (number for number, line in enumerate(lines) if "test_aborts.py::test_fails: " in line)
+    assert lines[at_once].startswith("FAILED ") and lines[at_once].endswith("assert False")
+    (ended,) = (number for number, line in enumerate(lines) if "test_aborts.py::test_aborts ended its process" in line)
+    assert at_once < ended

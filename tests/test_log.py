@@ -67,7 +67,7 @@ def broken(tmp_path: pathlib.Path) -> str:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tclip_jax", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_the_line_of_an_error_is_an_object_too(tmp_path: pathlib.Path, capsys: p
 
 def test_a_warning_of_python_is_one_line() -> None:
     code = "import warnings; from tclip_jax.log import start_logging; start_logging(form='json'); warnings.warn('old')"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     (line,) = ran.stderr.splitlines()
     assert json.loads(line)["message"].endswith("UserWarning: old") and json.loads(line)["level"] == "WARNING"
 

@@ -178,7 +178,7 @@ def test_a_stock_installation_reads_inspects_and_evaluates_the_artifact(tmp_path
         "              'evaluate artifact --data digits --out results'):\n"
         "    assert main(words.split()) in (0, None), words\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "stochastic clip=2 group=256" in ran.stdout
     np.testing.assert_array_equal(np.load(tmp_path / "text.npy"), expected)

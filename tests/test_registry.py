@@ -88,7 +88,7 @@ def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path: pathlib.Path) -> N
 def run_python(program: str, *, path: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(path), str(pathlib.Path(__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": paths, **environment}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_an_installed_package_adds_its_entries(tmp_path: pathlib.Path) -> None:

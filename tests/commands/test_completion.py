@@ -40,7 +40,7 @@ def test_bash_completes(words: list[str], expected: set[str], script: pathlib.Pa
         f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; complete -p tclip >&2;"
         f' _shtab_tclip tclip "{words[-1]}" "{words[-2]}"; printf "%s\\n" "${{COMPREPLY[@]}}"'
     )
-    ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=900)
     assert "-F _shtab_tclip tclip" in ran.stderr
     assert expected <= set(ran.stdout.split()), ran
     assert not words[-1] or all(reply.startswith(words[-1]) for reply in ran.stdout.split())
@@ -55,7 +55,7 @@ def test_other_shells_know_every_command(
     assert all(word in text for name in COMMANDS for word in name.split())
     if shutil.which(shell):
         (tmp_path / "script").write_text(text)
-        subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+        subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=900)
 
 
 def test_the_whole_parser_parses_each_command() -> None:

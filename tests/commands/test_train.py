@@ -53,5 +53,5 @@ def test_a_run_with_workers_ends_without_a_warning(tmp_path: pathlib.Path) -> No
     run = ["train", "--config", "quickstart:teacher,runlocal", "--workdir", str(tmp_path / "run")]
     changes = ["steps=2", "optimizer.warmup_steps=1", "data.workers=1", "eval.source="]
     command = [sys.executable, "-m", "tclip_jax", *run, *(f"--config.{change}" for change in changes)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0 and "Warning" not in ended.stderr, ended.stderr

@@ -131,7 +131,7 @@ def test_a_killed_command_resumes(tars: pathlib.Path, tmp_path: pathlib.Path) ->
     command += ["--workers", "2", "--json", "--out"]
     notes = tmp_path / "killed" / "toy" / "1.0.0" / "prepared" / "train"
     first = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(notes.glob("0*.json"))) < 20 and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(first.pid, signal.SIGKILL)

@@ -145,7 +145,7 @@ def test_two_processes_write_the_files_of_one(exports: types.SimpleNamespace, tm
         for arguments, out in ((["0", port], "two"), (["1", port], "other"), (["0", "0"], "one"))
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-2000:]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()

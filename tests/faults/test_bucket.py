@@ -115,7 +115,7 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_packed(
     bucket.put("data/0.tar", tar.read_bytes())
     command = train("wds:gs://bucket/data/*.tar", "gs://bucket/run")
     child = tclip("slow=1", *command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while "run/checkpoints/2/commit_success.txt" not in bucket.blobs:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

@@ -106,7 +106,7 @@ def run_alone(folder: pathlib.Path, profile: pathlib.Path, until: str) -> list[i
             [chromium(), *options, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while until not in asked:
                 assert time.monotonic() < deadline, asked
                 time.sleep(0.1)

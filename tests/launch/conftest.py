@@ -45,6 +45,6 @@ def launch(tmp_path: pathlib.Path, environ: dict[str, str]) -> Callable[..., sub
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         script = [str(ROOT / "launch" / name), *arguments]
-        return subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+        return subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=900)
 
     return run

@@ -43,7 +43,7 @@ def test_the_launcher_of_the_page_runs_by_its_path(
     )
     options = ["--host=two", "--", "train", "--config", "my own.py", "--workdir", "gs://b/a b"]
     call = [sys.executable, "-m", "tclip_jax", "launch", "./my-launcher", *options]
-    ran = subprocess.run(call, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(call, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=900)
     command = "tclip launch local -- train --config 'my own.py' --workdir 'gs://b/a b'"
     assert (ran.returncode, ran.stdout) == (0, f"scp {tmp_path}/my own.py two:\nssh two {command}\n"), ran.stderr
 

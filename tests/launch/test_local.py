@@ -99,7 +99,7 @@ def test_a_signal_is_forwarded_and_ends_the_run(
     started = start(environ, tmp_path, 2)
     time.sleep(0.3)
     started.send_signal(number)
-    assert started.wait(timeout=20) == code
+    assert started.wait(timeout=900) == code
     assert all((tmp_path / f"saved.{i}").exists() for i in range(2)) and count(tmp_path) == 1
 
 
@@ -110,7 +110,7 @@ def test_a_second_signal_kills_the_processes(stub: Stub, environ: dict[str, str]
     time.sleep(1)
     assert started.poll() is None
     started.send_signal(signal.SIGINT)
-    assert started.wait(timeout=20) == 130
+    assert started.wait(timeout=900) == 130
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # children of the processes end a little later
             os.killpg(started.pid, 0)

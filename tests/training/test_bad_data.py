@@ -190,14 +190,14 @@ def batches_of(work: pathlib.Path, process: int) -> list[dict[str, list[float]]]
 def test_every_good_sample_is_used_once_per_epoch(tmp_path: pathlib.Path) -> None:
     shards = write_shards(tmp_path / "shards")
     first = run(tmp_path, kill_at=SAMPLES)
-    assert first[1].wait(timeout=300) == -9, (tmp_path / "stderr.1").read_text()[-2000:]
+    assert first[1].wait(timeout=900) == -9, (tmp_path / "stderr.1").read_text()[-2000:]
     first[0].kill()
     first[0].wait()
     before = len(batches_of(tmp_path, 0))
     saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
 
     for i, process in enumerate(run(tmp_path, kill_at=0)):
-        assert process.wait(timeout=300) == 0, (tmp_path / f"stderr.{i}").read_text()[-2000:]
+        assert process.wait(timeout=900) == 0, (tmp_path / f"stderr.{i}").read_text()[-2000:]
 
     assert batches_of(tmp_path, 0)[before]["start"] == saved * BATCH > 0
     rows: dict[tuple[int, int, int], tuple[str, float]] = {}

@@ -44,7 +44,7 @@ def test_the_report_is_one_line() -> None:
 
 
 def until(text: str, caplog: pytest.LogCaptureFixture) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while text not in caplog.text:
         assert time.monotonic() < deadline, caplog.text
         time.sleep(0.01)
