@@ -139,5 +139,5 @@ if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text("utf-8"), entries), encoding="utf-8")
     matplotlib.rcParams.update({"svg.hashsalt": "tclip", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
     if kept := chosen(entries, FRONTIER):
-        made_by = {"Date": None, "Description": made_by_results(kept)}
-        frontier_picture(points_of(kept)).savefig(PICTURE, metadata=made_by)
+        metadata = {"Date": None, "Description": made_by_results(kept)}
+        frontier_picture(points_of(kept)).savefig(PICTURE, metadata=metadata)
