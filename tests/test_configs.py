@@ -34,7 +34,7 @@ ACCURACY = [
             "group64",
             "patches",
         ),
-        *(f"ternaryclip+{method}" for method in METHODS | TERNARY_METHODS if method != "longer"),
+        *(f"ternaryclip+{method}" for method in METHODS | TERNARY_METHODS),
         *("full+x4", "ternaryclip+soft+dead_zone+clipped+embedding4+x3.5", "full+added+relational"),
         *("ternaryclip+edges8+w96", "int8+edges8+x4"),
     )
@@ -49,7 +49,8 @@ def test_recipe_is_a_run(spec: str) -> None:
     if ",plain" in spec and any(term in spec for term in ("hidden", "relation")):
         return  # these need a teacher, as the check of the configuration says
     run = run_config(override(load_recipe(spec), [] if ",teacher" in spec else ["teacher=runs/teacher"]))
-    assert run.steps == (4 if "runlocal" in spec else run.steps)
+    if "runlocal" in spec:
+        assert run.steps == (5 if "longer" in spec else 6 if "longest" in spec else 4)
     assert bool(run.rules) != any(name in spec for name in (",full", ",teacher", "ternaryclip:none", "clip_kd"))
     if "runlocal" not in spec and "accuracy" not in spec:
         assert run.model.vision.width == 768 and run.teacher and run.loss.weights["fd"] == 2000
