@@ -22,7 +22,7 @@ from benchmarks.accuracy_results import sizes_of
 from configs.accuracy import CLASSES, END, PAD, UNKNOWN, vocabulary
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.data.prompts import captions
-from tclip_jax.models.clip import CLIP, param_shapes
+from tclip_jax.models.clip import CLIP, init_params, param_shapes
 from tclip_jax.models.ternary_rules import TERNARIZABLE, find_quantizer
 from tclip_jax.recipes import load_recipe, override
 from tclip_jax.runs.config import RunConfig, run_config
@@ -68,9 +68,7 @@ def test_edges8_quantizes_all_matrices_and_sizes_count_them(quantizer: str, bits
     edges = {"image/patch_embedding/kernel", "image/projection/kernel", "text/projection/kernel"}
     assert all(found.values()) and edges <= found.keys()
     assert {(found[path].kind, found[path].bits) for path in edges} == {("uniform", 8)}
-    texts = np.zeros((1, run.model.text.context_length), np.int32)
-    images = np.zeros((1, 32, 32, 3), np.float32)
-    params = CLIP(run.model, run.rules).init(jax.random.key(0), images, texts)["params"]
+    params = init_params(CLIP(run.model, run.rules), jax.random.key(0))
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     sizes = sizes_of(pack_params(params, run.rules))
     floats = 2 * sum(leaf.size for path, leaf in leaves.items() if path not in TERNARIZABLE)
@@ -86,8 +84,7 @@ def test_edges8_quantizes_all_matrices_and_sizes_count_them(quantizer: str, bits
 
 def test_full_precision_has_two_bytes_for_each_parameter_in_memory() -> None:
     run = run_of("full+w24")
-    images, texts = np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 16), np.int32)
-    params = CLIP(run.model, run.rules).init(jax.random.key(0), images, texts)["params"]
+    params = init_params(CLIP(run.model, run.rules), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert sizes_of(pack_params(params, run.rules))["resident bytes"] == 2 * count
 

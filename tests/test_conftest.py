@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ABORTS = "import os\ndef test_fails():\n    assert False\ndef test_aborts():\n    os.abort()\ndef test_passes(): pass\n"
 PASSES = "import time\ndef test_passes():\n    time.sleep(1)\n"
@@ -22,6 +24,7 @@ def test_child_processes_import_this_tree_whatever_is_installed(tmp_path: pathli
         assert ran.stdout.strip() == str(ROOT / "tclip_jax" / "__init__.py"), ran.stderr
 
 
+@pytest.mark.slow
 def test_a_test_that_ends_its_process_ends_the_run(tmp_path: pathlib.Path) -> None:
     hooks = "from tests.conftest import pytest_configure, pytest_handlecrashitem\n"
     for name, text in (("conftest", hooks), ("test_aborts", ABORTS), ("test_first", PASSES), ("test_second", PASSES)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -102,11 +103,16 @@ def init_params(model: CLIP, key: jax.Array) -> dict[str, Any]:
     Returns:
       A nested dict of float32 arrays, with the learned scales that the rules need.
     """
+    plain = model.clone(rules=(), attention="reference")  # a forced one may not take a single row
+    return with_learned_scales(_init(plain, key), model.rules)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for a model, instead of hundreds of small programs
+def _init(model: CLIP, key: jax.Array) -> dict[str, Any]:
     height, width = model.config.vision.image_size
     images = jnp.zeros((1, height, width, 3))
     tokens = jnp.zeros((1, model.config.text.context_length), jnp.int32)
-    plain = model.clone(rules=(), attention="reference")  # a forced one may not take a single row
-    return with_learned_scales(plain.init(key, images, tokens)["params"], model.rules)
+    return model.init(key, images, tokens)["params"]
 
 
 def param_shapes(config: CLIPConfig, rules: TernaryRules = ()) -> dict[str, Any]:

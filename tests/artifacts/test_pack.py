@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from tclip_jax.artifacts.pack import flatten, pack_params
 from tclip_jax.models.clip import CLIP, init_params, param_shapes
@@ -73,6 +74,7 @@ def test_the_bias_of_dead_zone_weights_folds_into_that_of_their_layer_and_output
     assert all(np.array_equal(again[path], after[path]) for path in changed)
 
 
+@pytest.mark.slow
 def test_a_rule_for_everything_adds_the_bias_of_the_patch_embedding_in_training_too(config: CLIPConfig) -> None:
     config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, patch_bias=True))
     rules = ((".*", Quantizer(group=20, dead_zone_bias=0.5)),)

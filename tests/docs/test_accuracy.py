@@ -53,6 +53,13 @@ def test_rows_compare_by_seed_with_the_same_methods_and_show_failures(script: Mo
     assert script.page(marked, entries[:2]).splitlines()[3:5] == script.table(entries[:2]).splitlines()[:2]
     siglips = [entry("full+x4", 0, 0.5, siglip=True)]
     assert script.page(marked, siglips).splitlines()[4:7] == [*script.table([]).splitlines()[1:2], "", "<!-- end -->"]
+    emoji = [entry("full+x4", 40, 0, data="emoji", split="test")]
+    emoji[0]["result"] |= {"R@5": 0.4, "R@5 unseen names": 0.1}
+    rows = script.page("<!-- results: emoji -->\n<!-- end -->\n<!-- results: emoji_unseen -->\n<!-- end -->", emoji)
+    assert [line for line in rows.splitlines() if line.startswith("| full")] == [
+        "| full+x4 | 1,000 | 1 | 40.00 |  |  | 40 |  |",
+        "| full+x4 | 1,000 | 1 | 10.00 |  |  | 40 |  |",
+    ]
     with pytest.raises(ValueError, match=r"accuracy.md: no table 'tables'"):
         script.page("<!-- results: tables -->\n<!-- end -->", [])
 

@@ -223,6 +223,7 @@ def test_training_resumes_from_the_newest_complete_step(
         loop.train(config, cut_short)
 
 
+@pytest.mark.slow
 def test_a_run_is_packed_layer_by_layer_with_the_bias_of_its_dead_zone_weights(
     model_config: CLIPConfig, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

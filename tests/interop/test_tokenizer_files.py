@@ -28,7 +28,7 @@ from tclip_jax.interop.hugging_face_config import config_from_hugging_face
 from tclip_jax.interop.importing import import_checkpoint
 from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP
 from tclip_jax.interop.tokenizer_files import read_tokenizer
-from tclip_jax.models.clip import CLIP
+from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig, TextConfig
 from tests.small_tokenizers import CONTEXT, captions, write_gemma, write_spiece, write_t5
 
@@ -212,7 +212,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Pa
     (tmp_path / "tokenizer").mkdir()
     size = write(tmp_path / "tokenizer")
     config = siglip(size)
-    params = CLIP(config).init(jax.random.key(0), np.zeros((1, 16, 16, 3)), np.zeros((1, CONTEXT), np.int32))["params"]
+    params = init_params(CLIP(config), jax.random.key(0))
     tokenizer = read(tmp_path / "tokenizer", size)
     folder = tmp_path / "checkpoint"
     export_model(folder, config=config, preprocess=PIXELS, params=params, tokenizer=tokenizer, formats=("hf",))
@@ -351,7 +351,7 @@ def test_an_artifact_of_a_clip_has_no_key_for_it(tmp_path: pathlib.Path) -> None
             "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
         }
     )
-    params = CLIP(clip).init(jax.random.key(0), np.zeros((1, 16, 16, 3)), np.zeros((1, 8), np.int32))["params"]
+    params = init_params(CLIP(clip), jax.random.key(0))
     write_artifact(tmp_path / "a", config=clip, preprocess=Preprocess(16), params=params, rules=())
     assert "tokenizer" not in json.loads((tmp_path / "a" / "tclip.json").read_text())
     assert read_artifact(tmp_path / "a").tokenizer is None

@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
@@ -18,7 +17,7 @@ from tclip_jax.interop.export import export_model
 from tclip_jax.interop.hugging_face_config import config_from_hugging_face
 from tclip_jax.interop.metadata import HUGGING_FACE, OPEN_CLIP
 from tclip_jax.interop.tokenizer_files import read_tokenizer
-from tclip_jax.models.clip import CLIP
+from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.numerics.inputs import inputs_report, sample_batch
 from tests.small_tokenizers import CONTEXT, write_gemma
 
@@ -34,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     vision = SMALL | {"image_size": 16, "patch_size": 8}
     config = config_from_hugging_face({"model_type": "siglip", "vision_config": vision, "text_config": text})
     tokenizer = read_tokenizer(epath.Path(folder), HUGGING_FACE, config.text)
-    params = CLIP(config).init(jax.random.key(0), np.zeros((1, 16, 16, 3)), np.zeros((1, CONTEXT), np.int32))["params"]
+    params = init_params(CLIP(config), jax.random.key(0))
     pixels = Preprocess(16, (0.5,) * 3, (0.5,) * 3, resize_mode="squash")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     out = folder.parent / "exported"

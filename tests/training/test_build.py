@@ -101,6 +101,7 @@ def test_a_batch_that_is_not_divisible_is_refused(config: ml_collections.ConfigD
         check_batch(run_config(config), make_mesh(8))
 
 
+@pytest.mark.slow
 def test_a_teacher_in_bfloat16_has_the_same_embeddings_to_the_bit(config: ml_collections.ConfigDict) -> None:
     run = run_config(config)
     rules = ternary_rules("Q-FFN", Quantizer(group=16))

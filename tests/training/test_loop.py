@@ -208,6 +208,7 @@ def write_tar(path: pathlib.Path, image: bytes, samples: int) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_a_short_run_without_a_usable_sample_fails(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

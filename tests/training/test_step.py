@@ -133,6 +133,7 @@ def test_the_loss_is_the_weighted_sum_and_each_model_normalizes_its_pixels() -> 
     assert terms["crd"] == pytest.approx(float(distillation.crd_of_rows(*rows)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_heads_are_trained_and_the_teacher_is_not() -> None:
     run = run_on(1, loss=DISTILLED)
     before = jax.device_get(run.teacher_params)

@@ -52,6 +52,7 @@ def draw() -> Callable[[CLIPConfig], dict[str, Any]]:
     return params
 
 
+@pytest.mark.slow
 def test_a_siglip_is_trained_from_itself(draw: Callable[[CLIPConfig], dict[str, Any]], tmp_path: pathlib.Path) -> None:
     source, params = tmp_path / "siglip", draw(SIGLIP)
     write_artifact(source, config=SIGLIP, preprocess=PIXELS, params=params, rules=(), rest_dtype="float32")

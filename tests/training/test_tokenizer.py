@@ -39,6 +39,7 @@ def siglip(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
     return config
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(
     siglip: ml_collections.ConfigDict, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
