@@ -29,6 +29,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "choose": {"data": "cifar10", "split": "choose", "width": 64, "siglip": False},
     "final": {"data": "cifar10", "split": "test", "width": 64, "siglip": False},
     "wide": {"data": "cifar10_words", "split": "test", "width": 256, "siglip": False},
+    "wide_choose": {"data": "cifar10_words", "split": "choose", "width": 256, "siglip": False},
     "emoji": EMOJI,
     "emoji_unseen": EMOJI,
     "differences": {"data": "cifar10", "split": "test", "width": 64, "siglip": False, "distilled": True, "steps": 1000},
