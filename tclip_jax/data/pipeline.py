@@ -263,12 +263,19 @@ class TrainRow(grain.transforms.RandomMap):
         }
 
     def _view(self, record: Record, rng: np.random.Generator) -> np.ndarray:
-        pixels = record.image
         try:
-            image = images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
-            view = np.asarray(self._augment(image, rng, self._preprocess))
+            image = _open(record)
         except ValueError as error:
             raise bad_image(record, error) from None
+        try:
+            view = np.asarray(self._augment(image, rng, self._preprocess))
+        except Exception as error:
+            try:  # Augmentations decode the image: a broken one is masked, a fault of the augmentation ends the run.
+                images.preprocess(images.load(_open(record)), self._preprocess)
+            except ValueError as broken:
+                raise bad_image(record, broken) from None
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the augmentation {self._name} fails for {record.name}: {what}") from error
         if view.dtype != np.uint8 or view.shape != (*self._preprocess.size, 3):
             size = (*self._preprocess.size, 3)
             raise ValueError(
@@ -284,6 +291,11 @@ class TrainRow(grain.transforms.RandomMap):
         if not captions:
             raise BadSample("no_caption", record.name, "no caption and no valid label")
         return self._tokenizer([captions[rng.integers(len(captions))][:_MAX_CAPTION]])[0]
+
+
+def _open(record: Record) -> Image.Image:
+    pixels = record.image
+    return images.open_lazily(pixels) if isinstance(pixels, bytes) else Image.fromarray(pixels)
 
 
 def read(source: Source, index: int) -> Record:

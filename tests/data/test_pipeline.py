@@ -10,7 +10,9 @@ from typing import Any
 import grain
 import numpy as np
 import pytest
+from PIL import Image
 
+from tclip_jax.data.augment import AUGMENTATIONS
 from tclip_jax.data.bad_samples import BadSamples
 from tclip_jax.data.embedding_store import copy_generator
 from tclip_jax.data.images import Preprocess
@@ -244,6 +246,27 @@ def test_failed_reads_are_retried_and_then_masked(monkeypatch: pytest.MonkeyPatc
     batch = next(iterate(Unreliable(labelled(4)), threads=0))
     bad = batch["fault"] == FAULTS.index("unreadable")
     assert batch["weight"].tolist() == (~bad).tolist() and bad.sum() == 1 and set(attempts.values()) == {3}
+
+
+def test_an_augmentation_that_fails_ends_the_run_and_one_that_decodes_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def darken(image: Image.Image, rng: np.random.Generator, p: Preprocess) -> np.ndarray:
+        pixels = np.asarray(image.convert("RGB")) // 2  # decodes the image
+        if faults and pixels[0, 0, 0] == 1:
+            raise faults[-1]
+        return pixels
+
+    faults: list[Exception] = []
+    monkeypatch.setitem(AUGMENTATIONS._entries, "darken", darken)
+    source = Records([*labelled(3), BAD["truncated"], BAD["not an image"]])
+    source.classnames = CLASSNAMES
+    bad = BadSamples()
+    batch = next(iterate(source, augment="darken", batch_size=5, bad=bad))
+    assert sorted(batch["image"][batch["weight"] > 0, 0, 0, 0].tolist()) == [0, 0, 1]
+    assert re.match(r"2 bad samples \(corrupt_image 2\), masked; the first: (truncated|not an image): ", bad.news())
+    for error, message in ((ValueError("wrong size"), "ValueError: wrong size"), (KeyError("x"), "KeyError: 'x'")):
+        faults.append(error)
+        with pytest.raises(ValueError, match=rf"^the augmentation darken fails for shade [23]: {message}"):
+            next(iterate(labelled(4), augment="darken"))
 
 
 def test_other_errors_are_raised() -> None:
