@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if args.runtime:
         if args.plot:
             raise ValueError("--plot is of sizes and zeros: use it without --runtime")
-        runtime = inspect_runtime(read_artifact(args.artifact).params)
+        artifact = read_artifact(args.artifact)
+        runtime = inspect_runtime(artifact.config, artifact.params)
         print(json.dumps(runtime) if args.json else runtime_text(runtime))
         return
     inspection = inspect_artifact(args.artifact)

@@ -1,11 +1,16 @@
-"""What computes a packed model on this machine, and why: the kernel of each ternary weight, without running any."""
+"""What computes a packed model on this machine, and why: the kernel of each ternary weight and the attention of each
+tower, without running any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from tclip_jax.artifacts.pack import flatten
+from tclip_jax.models.attention import explain_choice as explain_attention
+from tclip_jax.models.config import CLIPConfig
 from tclip_jax.pages import aligned
 from tclip_jax.ternary import QuantizedTensor, UniformTensor, default_activations
 from tclip_jax.ternary.kernels import native_cpu
@@ -13,15 +18,17 @@ from tclip_jax.ternary.matmul import explain_choice
 from tclip_jax.ternary.tensor import traced_device
 
 
-def inspect_runtime(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe how this machine would run a model.
+def inspect_runtime(config: CLIPConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe how this machine would run a model in float32.
 
     Args:
+      config: the model's shape.
       params: a tree with `QuantizedTensor` leaves, as `read_artifact` returns it.
 
     Returns:
-      "device"; "instructions" of the native kernel ("" without it); "activations", the default here; and "weights", a
-      list of rows with "path", "shape", "group", "implementation" and "reason".
+      "device"; "instructions" of the native kernel ("" without it); "activations", the default here; "weights", a
+      list of rows with "path", "shape", "group", "implementation" and "reason"; and "attention", one with "tower",
+      "tokens", "heads", "head_width", "implementation" and "reason".
     """
     activations, rows = default_activations(), []
     for path, leaf in flatten(params).items():
@@ -39,7 +46,20 @@ def inspect_runtime(params: Mapping[str, Any]) -> dict[str, Any]:
         "instructions": native_cpu.best_instructions() if platform == "cpu" else "",
         "activations": activations,
         "weights": rows,
+        "attention": [_attention(config, tower, rows) for tower in config.towers],
     }
+
+
+def _attention(config: CLIPConfig, tower: str, weights: list[dict[str, Any]]) -> dict[str, Any]:
+    shape, tokens = config.towers[tower]
+    kernels = {row["implementation"] for row in weights if row["path"].startswith(f"{tower}/blocks/")}
+    head_width = shape.width // shape.heads
+    name, reason = explain_attention((1, tokens, shape.heads, head_width), jnp.float32)
+    # The conditions of `models.native_block`.
+    if native_cpu.NAME in kernels <= {native_cpu.NAME, "dequantize"} and shape.ls_init_value is None:
+        name, reason = native_cpu.NAME, "a block is native calls, attention is one of them"
+    sizes = {"tower": tower, "tokens": tokens, "heads": shape.heads, "head_width": head_width}
+    return sizes | {"implementation": name, "reason": reason}
 
 
 def runtime_text(runtime: Mapping[str, Any]) -> str:
@@ -55,7 +75,19 @@ def runtime_text(runtime: Mapping[str, Any]) -> str:
         (row["path"], " x ".join(map(str, row["shape"])), str(row["group"]), row["implementation"], row["reason"])
         for row in runtime["weights"]
     ]
-    return "\n".join([*aligned(lines, right=False), "", *aligned(table, right=False)])
+    attention = [("attention", "tokens", "heads", "implementation", "reason")]
+    attention += [
+        (
+            row["tower"],
+            str(row["tokens"]),
+            f"{row['heads']} x {row['head_width']}",
+            row["implementation"],
+            row["reason"],
+        )
+        for row in runtime["attention"]
+    ]
+    parts = (aligned(rows, right=False) for rows in (lines, attention, table))
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 _WHY = {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -106,10 +107,12 @@ def test_the_runtime_names_the_kernel_of_each_weight(
     found = json.loads(capsys.readouterr().out)
     assert (found["instructions"], found["activations"]) == ("avx2", "A16")
     assert {row["implementation"] for row in found["weights"]} == {"native_cpu", "rows"}
+    assert [row["implementation"] for row in found["attention"]] == ["native_cpu", "native_cpu"]
     monkeypatch.setattr(native_cpu, "instruction_sets", tuple)
     assert main(["inspect", str(written), "--runtime"]) == 0
     text = capsys.readouterr().out
     assert "A32, as they are" in text and "native kernel" not in text.partition("\n\n")[0]
+    assert re.search(r"^text +6 +\d x \d+ +reference +no fused attention is for platform cpu$", text, re.MULTILINE)
     row = next(line for line in text.splitlines() if "fc1/kernel" in line)
     assert "reference" in row and "not native_cpu: the native library was not built" in row
     assert main(["inspect", str(written), "--runtime", "--plot", "x.png"]) == 2

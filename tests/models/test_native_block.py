@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tclip_jax.artifacts.pack import pack_params, repack_params
+from tclip_jax.inference.runtime import inspect_runtime
 from tclip_jax.models.clip import CLIP, init_params
 from tclip_jax.models.config import CLIPConfig
 from tclip_jax.models.presets import model_cfg
@@ -71,6 +72,31 @@ def test_both_towers_equal_the_modules(rules: Any, quick_gelu: bool, activations
         assert "tclip_attention" not in program(clip, plain, method)
         results = [clip.apply({"params": params}, inputs, method=method) for params in (native, plain)]
         np.testing.assert_allclose(*results, atol=budget)
+
+
+@pytest.mark.parametrize(
+    ("rules", "options", "image"),
+    [
+        ("Q-FFN", {}, True),
+        ("Q-ALL", {"vision_cfg": {"ls_init_value": 0.1}}, False),
+        ([(MLP, Quantizer(group=32)), (ATTENTION, Quantizer(kind="uniform", bits=4))], {}, True),
+        ([(ATTENTION, Quantizer(kind="uniform", bits=4))], {}, False),
+        ((), {}, False),
+    ],
+)
+def test_the_attention_of_each_tower_is_the_one_that_is_named(rules: Any, options: Any, image: bool) -> None:
+    tiny = model_cfg("tiny")
+    config = CLIPConfig.from_open_clip(tiny | {key: tiny[key] | cfg for key, cfg in options.items()})
+    clip = CLIP(config)
+    packed = pack_params(
+        jax.device_get(init_params(clip, jax.random.key(0))), ternary_rules(rules, Quantizer(group=32))
+    )
+    native = [
+        "tclip_attention" in program(clip, repack_params(packed), f"encode_{tower}") for tower in ("image", "text")
+    ]
+    named = {row["tower"]: row["implementation"] for row in inspect_runtime(config, packed)["attention"]}
+    assert named == {tower: "native_cpu" if it else "reference" for tower, it in zip(named, native, strict=True)}
+    assert native == [image, image or bool(options)]
 
 
 @pytest.mark.slow
