@@ -119,6 +119,14 @@ def vocabulary_size(file: str) -> int:
     return tokenizers.Tokenizer.from_str(file).get_vocab_size()
 
 
+def padded(file: str, length: int = CONTEXT) -> bytes:
+    """The bytes of a tokenizer.json that states its padding and truncation."""
+    parsed = tokenizers.Tokenizer.from_str(file)
+    parsed.enable_padding(length=length, pad_id=0, pad_token="<pad>")
+    parsed.enable_truncation(length)
+    return parsed.to_str().encode()
+
+
 def write_gemma(folder: pathlib.Path, *, lower: bool = False, **config: Any) -> int:
     """Write a Gemma tokenizer as SigLIP 2's checkpoints have it, and return the size of its vocabulary."""
     file = gemma_json(lower=lower)

@@ -125,6 +125,12 @@ class FileTokenizer:
             raise ValueError(f"{text!r:.80} has the token {ids.max()}: the embedding has {self.vocab_size} tokens")
         return ids
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of ids of each caption with special tokens, before truncation and padding."""
+        encoder = _encoder(self)
+        with _readable(self.file):
+            return encoder.lengths([CLEAN[self.clean](text) for text in texts])
+
     def cleaned(self, text: str) -> str:
         """Return a caption as its words are looked up: cleaned, and normalised by the file."""
         encoder = _encoder(self)
@@ -271,6 +277,17 @@ class _JsonEncoder:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._parsed.encode_batch_fast(texts)]
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(encoding.ids) for encoding in self._whole.encode_batch_fast(texts)]
+
+    @functools.cached_property
+    def _whole(self) -> tokenizers.Tokenizer:
+        """A copy that neither truncates nor pads."""
+        whole = tokenizers.Tokenizer.from_str(self._parsed.to_str())
+        whole.no_truncation()
+        whole.no_padding()
+        return whole
+
     def normalized(self, text: str) -> str:
         return self._parsed.normalizer.normalize_str(text) if self._parsed.normalizer else text
 
@@ -314,13 +331,17 @@ class _SentencePieceEncoder:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [self._encode(text) for text in texts]
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(self._ended(text)) for text in texts]
+
     def _encode(self, text: str) -> list[int]:
-        pieces = self._pieces(text)
-        ids = [self._ids.get(piece, self._model.piece_to_id(piece)) for piece in pieces]
-        ids = ids[: self._of.context_length - 1]
-        if ids[-1:] != [self._of.eos_id]:
-            ids.append(self._of.eos_id)
+        ids = self._ended(text, self._of.context_length - 1)
         return ids + [self._of.pad_id] * (self._of.context_length - len(ids))
+
+    def _ended(self, text: str, limit: int | None = None) -> list[int]:
+        """Return the first `limit` ids of a text and the token that ends it, unless it is there."""
+        ids = [self._ids.get(piece, self._model.piece_to_id(piece)) for piece in self._pieces(text)][:limit]
+        return ids if ids[-1:] == [self._of.eos_id] else [*ids, self._of.eos_id]
 
     def _pieces(self, text: str) -> list[str]:
         """Return the pieces of a text; a special token in it is one piece, without the spaces around it."""

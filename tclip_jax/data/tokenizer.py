@@ -67,6 +67,10 @@ class Tokenizer:
             row[len(caption) + 1] = EOT
         return ids
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of ids of each caption with SOT and EOT, before truncation."""
+        return [len(encoding.ids) + 2 for encoding in _byte_pair_encoder().encode_batch_fast(list(map(clean, texts)))]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the cleaned caption of one row of ids, up to EOT."""
         caption = []
@@ -106,6 +110,9 @@ class TextTokenizer(Protocol):
 
     def __call__(self, texts: str | Sequence[str]) -> npt.NDArray[np.int32]:
         """Return ids (N, context_length) int32."""
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of ids of each text with special tokens, before truncation and padding."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of one row of ids."""

@@ -22,13 +22,12 @@ from PIL import Image
 from tclip_jax.data.eval_batches import to_pil
 from tclip_jax.data.pipeline import bad_image, has_class, read
 from tclip_jax.data.sources import BadSample, Record, Source, notes, open_source
-from tclip_jax.data.tokenizer import EOT, Tokenizer
+from tclip_jax.data.tokenizer import TextTokenizer, Tokenizer
 from tclip_jax.log import in_workers
 from tclip_jax.pages import aligned
 
 _CHUNK = 1024  # samples per task of a worker process
 _EXAMPLES = 5  # shown of each kind of fault, and of duplicates
-_LENGTH = 1024  # tokens at which long captions are cut before they are counted
 # A 128-bit digest of an encoded image. Among a billion images, equal digests mean equal images.
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<i8")])
 _BUCKETS = 256
@@ -46,7 +45,7 @@ class Findings:
       short_sides, long_sides: length in pixels -> images.
       image_kib: size of the encoded image in KiB -> images.
       captions: number of captions of an image -> images.
-      tokens: length in tokens, with the start and end tokens and before truncation -> captions.
+      tokens: length in tokens, with special tokens, before truncation and padding -> captions.
       duplicates: images that equal an earlier image byte for byte.
       duplicate_examples: names of the samples of the largest groups of equal images.
       notes: files that the source skips, and its assumptions.
@@ -77,7 +76,7 @@ class Findings:
             getattr(self, name).update(getattr(part, name))
 
 
-def check(spec: str, split: str, *, workers: int) -> Findings:
+def check(spec: str, split: str, *, workers: int, tokenizer: TextTokenizer | None = None) -> Findings:
     """Read every sample of a source once.
 
     Memory does not grow with the source: the digests of images go to 256 files, which are sorted one at a time.
@@ -86,6 +85,7 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
       spec: the source, such as "wds:<pattern>" or "tfds:<name>".
       split: its split.
       workers: number of worker processes.
+      tokenizer: counts the tokens of captions; None for CLIP's.
 
     Returns:
       The counts and examples of the whole source.
@@ -100,7 +100,7 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
         bar = stack.enter_context(tqdm.tqdm(total=total, unit="sample", desc="check", disable=not sys.stderr.isatty()))
         pending: list[concurrent.futures.Future[tuple[Findings, npt.NDArray[np.void]]]] = []
         for start, stop in chunks:
-            pending.append(pool.submit(check_part, spec, split, start, stop))
+            pending.append(pool.submit(check_part, spec, split, start, stop, tokenizer))
             # Bound the queue of results: a billion samples are a million chunks.
             while len(pending) > (4 * workers if stop < total else 0):
                 part, digests = pending.pop(0).result()
@@ -113,13 +113,15 @@ def check(spec: str, split: str, *, workers: int) -> Findings:
     return findings
 
 
-def check_part(spec: str, split: str, start: int, stop: int) -> tuple[Findings, npt.NDArray[np.void]]:
-    """Read the samples [start, stop).
+def check_part(
+    spec: str, split: str, start: int, stop: int, tokenizer: TextTokenizer | None = None
+) -> tuple[Findings, npt.NDArray[np.void]]:
+    """Read the samples [start, stop). Args are those of `check`.
 
     Returns:
       The counts of these samples, without duplicates, and the digests of their good images, a `_DIGEST` array.
     """
-    source, findings, tokenizer = _source(spec, split), Findings(samples=stop - start), Tokenizer(_LENGTH)
+    source, findings = _source(spec, split), Findings(samples=stop - start)
     digests, texts = np.zeros(stop - start, _DIGEST), list[str]()
     good = 0
     for index in range(start, stop):
@@ -141,7 +143,7 @@ def check_part(spec: str, split: str, start: int, stop: int) -> tuple[Findings, 
         findings.captions[len(record.captions)] += 1
         texts += record.captions
     if texts:
-        findings.tokens.update(((tokenizer(texts) == EOT).argmax(axis=1) + 1).tolist())
+        findings.tokens.update((tokenizer or Tokenizer()).lengths(texts))
     return findings, digests[:good]
 
 

@@ -13,14 +13,7 @@ import tokenizers
 
 from tclip_jax.data.file_tokenizer import CLEAN, SPIECE_MODEL, TOKENIZER_JSON, FileTokenizer
 from tclip_jax.data.tokenizer import Tokenizer, tokenizer_of
-from tests.small_tokenizers import CONTEXT, SPIECE_SIZE, captions, gemma_json, spiece_model, vocabulary_size
-
-
-def padded(file: str, length: int = CONTEXT) -> bytes:
-    parsed = tokenizers.Tokenizer.from_str(file)
-    parsed.enable_padding(length=length, pad_id=0, pad_token="<pad>")
-    parsed.enable_truncation(length)
-    return parsed.to_str().encode()
+from tests.small_tokenizers import CONTEXT, SPIECE_SIZE, captions, gemma_json, padded, spiece_model, vocabulary_size
 
 
 def gemma(**changed: Any) -> FileTokenizer:
@@ -47,6 +40,20 @@ def test_texts_become_rows_of_ids(tokenizer: FileTokenizer) -> None:
     np.testing.assert_array_equal(again(captions()[:200]), tokenizer(captions()[:200]))
     with pytest.raises(ValueError, match="a text is 5: it must be a string"):
         tokenizer(["a", 5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("make", [gemma, siglip])
+def test_lengths_are_those_of_untruncated_texts_without_padding(make: Any) -> None:
+    texts, size = list(captions()[:300]), 2048
+    short, long = (
+        make(pad_id=0) if make is siglip else make(),
+        make(pad_id=0, context_length=size)
+        if make is siglip
+        else make(data=padded(gemma_json(), size), context_length=size),
+    )
+    lengths = short.lengths(texts)
+    assert lengths == [len(np.trim_zeros(row, "b")) for row in long(texts)]
+    assert min(lengths) >= 1 and CONTEXT < max(lengths) < size and short.lengths([]) == []
 
 
 @pytest.mark.torch

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tclip_jax import cli
+from tclip_jax.data.file_tokenizer import TOKENIZER_JSON, FileTokenizer
 from tclip_jax.data.sources import BadSample, Record, open_source
 from tclip_jax.datasets import check as check_module
 from tclip_jax.datasets.check import Findings, check, examine, quantile
+from tests.small_tokenizers import CONTEXT, gemma_json, padded, write_gemma
 
 BROKEN = {"corrupt_image": 1, "no_caption": 1, "broken_shard": 1, "empty_shard": 1}
 TWINS = ("00000.tar/000000", "00001.tar/000013")  # samples of one image
@@ -43,6 +45,45 @@ def test_planted_faults_are_counted(
     )
     assert f"\nSkipped by the source:\n  {tars}/00000.tar and 3 more: 1 file skipped" in text
     assert cli.main(["data", "check", "--data", f"wds:{tars}/00000.tar", "--workers", "1"]) == 0
+
+
+def test_captions_are_counted_with_the_tokenizer_and_context_of_a_recipe(
+    tmp_path: pathlib.Path, jpeg: collections.abc.Callable[[int], bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    texts = ("dogs", "a photo of two brown dogs " * 9)
+    for i, text in enumerate(texts):
+        (tmp_path / f"data/{i}.jpg").write_bytes(jpeg(i))
+        (tmp_path / f"data/{i}.txt").write_text(text)
+    size = write_gemma(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from configs import quickstart\n\ndef get_config():\n    config = quickstart.get_config('student')\n"
+        f"    config.data.tokenizer = {str(tmp_path)!r}\n    config.data.source = 'folder:{tmp_path}/data'\n"
+        f"    text = dict(context_length={CONTEXT}, vocab_size={size}, hf_tokenizer_name='org/small')\n"
+        "    config.model.text_cfg.update(text)\n"
+        "    return config\n"
+    )
+    recipe, source = ["--config", str(tmp_path / "mine.py")], ["--data", f"folder:{tmp_path}/data"]
+    longest = []
+    for options in (recipe, [*recipe, *source], source):
+        assert cli.main(["data", "check", *options, "--workers", "1", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        longest.append(report["tokens"]["1"])
+        assert report["cut_share"] == (0.0 if options == source else 0.5)
+    whole = FileTokenizer("", TOKENIZER_JSON, padded(gemma_json(), 512), 512, size, "canonicalize")
+    assert longest == [ids := len(np.trim_zeros(whole(texts[1])[0], "b")), ids, 2 + 6 * 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "add --data or --config"),
+        (["--data", "digits", "--config.seed=1"], "--config.KEY changes a recipe: add --config"),
+    ],
+)
+def test_a_source_or_a_recipe_is_needed(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "check", *options]) == 2
+    assert capsys.readouterr().err == f"tclip data check: error: {message}\n"
 
 
 def test_the_findings_of_parts_add_up(tars: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
