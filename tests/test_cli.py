@@ -140,9 +140,9 @@ def test_debug_shows_the_traceback() -> None:
     ("arguments", "alone", "together"),
     [
         (["--help"], {0, 141}, {0, 141}),  # argparse ignores a broken unbuffered pipe
-        (["evaluate", "--help"], {0, 141}, {0, 141}),
+        pytest.param(["evaluate", "--help"], {0, 141}, {0, 141}, marks=pytest.mark.slow),
         (STUDENT, {141}, {141}),
-        (["params", "--config", "x"], {2}, {141}),  # an error, which goes to stderr
+        pytest.param(["params", "--config", "x"], {2}, {141}, marks=pytest.mark.slow),  # an error, which goes to stderr
     ],
 )
 def test_a_closed_output_ends_a_command_without_an_error(

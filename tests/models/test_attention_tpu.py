@@ -66,6 +66,7 @@ def test_values_and_gradients_of_models(tokens: int, heads: int, width: int, cau
     check(2, tokens, heads, width, causal)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     batch=st.integers(1, 6),

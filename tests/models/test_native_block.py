@@ -59,7 +59,7 @@ def program(clip: CLIP, params: Tree, method: str = "encode_image") -> str:
     ("rules", "quick_gelu", "activations", "budget"),
     [
         pytest.param("Q-ALL", False, "A32", 2e-6, marks=pytest.mark.slow),
-        ("Q-FFN", True, "A32", 2e-6),
+        pytest.param("Q-FFN", True, "A32", 2e-6, marks=pytest.mark.slow),
         ("Q-ALL", True, "A16", 5e-5),
         ("Q-FFN", False, "A8", 5e-3),
         ([(MLP, Quantizer(group=32)), (ATTENTION, Quantizer(kind="uniform", bits=4))], True, "A32", 2e-6),

@@ -124,7 +124,7 @@ def numpy_dequantized(w: np.ndarray, quantizer: Quantizer) -> np.ndarray:
 
 
 @every_kind
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [pytest.param("tensor", marks=pytest.mark.slow), *GROUPS[1:]])
 def test_equal_bits_in_numpy_jit_eager_scan_and_shards(kind: str, group: Any) -> None:
     quantizer = Quantizer(2.0, group, 8, kind)  # type: ignore[arg-type]
     w = jnp.asarray(weights(2, 296, 8))  # the last group is short

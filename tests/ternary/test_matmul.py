@@ -222,7 +222,9 @@ def test_rows_stay_sharded_over_a_mesh_and_sharded_weights_are_gathered(implemen
                 np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", [16, 48, "channel", "tensor"])
+@pytest.mark.parametrize(
+    "group", [16, "tensor", *(pytest.param(group, marks=pytest.mark.slow) for group in (48, "channel"))]
+)
 def test_trits_are_multiplied_as_in_training_to_the_bit(group: Any) -> None:
     x, w = jax.random.normal(jax.random.key(0), (3, 5, 100)), jax.random.normal(jax.random.key(1), (100, 7))
     quantizer = Quantizer(2.0, group)

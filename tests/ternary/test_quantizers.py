@@ -80,7 +80,10 @@ def test_equals_numpy_to_the_bit(group: int | str, factor: float, scale_bits: in
     np.testing.assert_array_equal(bits(fake_quantize(jnp.asarray(w), quantizer)), bits(dequantised))
 
 
-@pytest.mark.parametrize("group", GRANULARITIES)
+@pytest.mark.parametrize(
+    "group",
+    [group if group in (256, "tensor") else pytest.param(group, marks=pytest.mark.slow) for group in GRANULARITIES],
+)
 def test_equal_bits_under_jit_scan_vmap_transposition_and_sharding(group: int | str) -> None:
     quantizer = Quantizer(2.0, group)  # type: ignore[arg-type]
     w = jnp.asarray(weights(4, 768, 32))

@@ -75,7 +75,7 @@ def test_equals_numpy_to_the_bit(width: int, group: Any, scale_bits: int) -> Non
 
 @every_width
 @every_group
-@pytest.mark.parametrize("scale_bits", [8, 24])
+@pytest.mark.parametrize("scale_bits", [8, pytest.param(24, marks=pytest.mark.slow)])
 def test_equal_bits_under_jit_scan_vmap_transposition_and_sharding(width: int, group: Any, scale_bits: int) -> None:
     quantizer, w = uniform(width, group, scale_bits), jnp.asarray(weights(2, 192, 8))
     expected = bits(jnp.stack([fake_quantize(layer, quantizer) for layer in w]))

@@ -97,6 +97,7 @@ def test_eight_devices_equal_one_in_full_precision(loss: LossConfig | None) -> N
     assert b.params["clip"]["image"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.spec[-1] == "fsdp"
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_in_ternary() -> None:
     """From equal states, trits are equal and losses agree to 1e-6; after 20 separate steps, losses agree to 1e-4."""
     single, sharded = run_on(1, Q_ALL), run_on(8, Q_ALL)
