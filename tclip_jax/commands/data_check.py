@@ -43,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
     from tclip_jax.datasets.check import check, to_json, to_text
     from tclip_jax.training.tokenizer import run_tokenizer
 
-    if not args.config and (args.overrides or not args.data):
-        raise ValueError("--config.KEY changes a recipe: add --config" if args.data else "add --data or --config")
+    if not args.data and not args.config:
+        raise ValueError("add --data or --config")
+    if args.overrides and not args.config:
+        raise ValueError("--config.KEY changes a recipe: add --config")
     source, split, length, tokenizer = args.data, args.split, 77, None
     if args.config:
         config = data_run(args.config, args.overrides)

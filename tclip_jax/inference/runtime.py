@@ -57,7 +57,7 @@ def _attention(config: CLIPConfig, tower: str, weights: list[dict[str, Any]]) ->
     name, reason = explain_attention((1, tokens, shape.heads, head_width), jnp.float32)
     # The conditions of `models.native_block`.
     if native_cpu.NAME in kernels <= {native_cpu.NAME, "dequantize"} and shape.ls_init_value is None:
-        name, reason = native_cpu.NAME, "a block is native calls, attention is one of them"
+        name, reason = native_cpu.NAME, "each block runs in native calls; attention is one of them"
     sizes = {"tower": tower, "tokens": tokens, "heads": shape.heads, "head_width": head_width}
     return sizes | {"implementation": name, "reason": reason}
 

@@ -42,18 +42,19 @@ def test_texts_become_rows_of_ids(tokenizer: FileTokenizer) -> None:
         tokenizer(["a", 5])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("make", [gemma, siglip])
-def test_lengths_are_those_of_untruncated_texts_without_padding(make: Any) -> None:
-    texts, size = list(captions()[:300]), 2048
-    short, long = (
-        make(pad_id=0) if make is siglip else make(),
-        make(pad_id=0, context_length=size)
-        if make is siglip
-        else make(data=padded(gemma_json(), size), context_length=size),
-    )
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (gemma(), gemma(data=padded(gemma_json(), 2048), context_length=2048)),
+        (siglip(pad_id=0), siglip(pad_id=0, context_length=2048)),
+    ],
+    ids=["json", "spiece"],
+)
+def test_lengths_are_those_of_untruncated_texts_without_padding(short: FileTokenizer, long: FileTokenizer) -> None:
+    texts = list(captions()[:300])
     lengths = short.lengths(texts)
     assert lengths == [len(np.trim_zeros(row, "b")) for row in long(texts)]
-    assert min(lengths) >= 1 and CONTEXT < max(lengths) < size and short.lengths([]) == []
+    assert min(lengths) >= 1 and CONTEXT < max(lengths) < 2048 and short.lengths([]) == []
 
 
 @pytest.mark.torch

@@ -235,6 +235,7 @@ def run_tests(tests: list[str], limit: float, watch: Watch | None = None) -> tup
         sys.dont_write_bytecode = watch is None
         plugins = [FewExamples(), *([watch] if watch else [])]
         options = ["-x", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        # The default suite and torch.
         chosen = "not slow and not faults and not tpu_compile and not benchmarks and not fuzz and not runtimes"
         code: int = 1
         try:
